@@ -1,10 +1,16 @@
 """The host CPU through XLA.
 
-Three kernels of its own. Routed experts: the decomposition reads every expert (or copies the chosen ones),
-while a loop over the choices reads each chosen expert once, at memory bandwidth. Sparse attention of a
-chunk: gathering a set of rows for every query costs more than masked attention over the whole context,
-until the context is many times the selection. Cache writes: XLA rewrites a scatter of one row into a form that
-copies the whole cache, while a loop of row updates works in place on the donated buffer.
+Kernels of its own, where XLA's form of the decomposition is slow on a CPU:
+
+- Routed experts. The decomposition reads every expert, or copies the chosen ones. Here each chosen expert's
+  matrices are sliced out once and meet its rows in a product of the next size up from a few fixed ones.
+- Selection for a chunk of queries. A sort of every row is far slower than bisection on the bits of the scores;
+  bisection gives a mask, which is what the attention below wants. So `select_topk` and `sparse_attention` agree
+  between themselves on a mask, bool [b,t,c], in place of positions, whenever `_masks` says so.
+- Sparse attention of a chunk. Gathering a set of rows for every query costs more than masked attention over the
+  whole context, until the context is many times the selection.
+- Cache writes. XLA rewrites a scatter of one row into a form that copies the whole cache, while a loop of
+  updates works in place on the donated buffer: a row at a time for a few tokens, a page at a time for a chunk.
 """
 
 from __future__ import annotations
@@ -45,14 +51,22 @@ class CpuBackend(XlaBackend):
         return {
             "glm.cache_write": cache_write,
             "glm.expert_ffn": expert_ffn,
+            "glm.select_topk": select_topk,
             "glm.sparse_attention": sparse_attention,
         }
 
 
-def cache_write(pages: Array, rows: Array, slots: Array) -> Array:
+def cache_write(pages: Array, rows: Array, slots: Array, *, cache: str = "") -> Array:
     """See `model.ops.cache_write`."""
+    rows = rows.astype(pages.dtype)
+    if slots.shape[1] < pages.shape[1]:
+        return _write_rows(pages, rows, slots)
+    return _write_pages(pages, rows, slots)
+
+
+def _write_rows(pages: Array, rows: Array, slots: Array) -> Array:
     page_size, origin = pages.shape[1], (jnp.int32(0),) * (pages.ndim - 2)
-    flat_rows, flat_slots = rows.reshape(-1, *rows.shape[2:]).astype(pages.dtype), slots.reshape(-1)
+    flat_rows, flat_slots = rows.reshape(-1, *rows.shape[2:]), slots.reshape(-1)
 
     def body(i: Array, pages: Array) -> Array:
         row = lax.dynamic_slice_in_dim(flat_rows, i, 1, 0)[None]
@@ -62,38 +76,103 @@ def cache_write(pages: Array, rows: Array, slots: Array) -> Array:
     return lax.fori_loop(0, flat_rows.shape[0], body, pages)
 
 
+def _write_pages(pages: Array, rows: Array, slots: Array) -> Array:
+    """A sequence's tokens are consecutive, so that its chunk falls into blocks of one page each."""
+    (b, t), s, origin = slots.shape, pages.shape[1], (jnp.int32(0),) * (pages.ndim - 2)
+    blocks = -(-(t - 1) // s) + 1
+    # nothing on either side keeps every slice in bounds
+    rows = jnp.pad(rows, ((0, 0), (s, 2 * s), *((0, 0),) * (rows.ndim - 2)))
+    real = jnp.pad(slots, ((0, 0), (s, 2 * s)), constant_values=-1)
+    first = slots[:, 0] % s
+
+    def body(i: Array, pages: Array) -> Array:
+        sequence, at = i // blocks, s + (i % blocks) * s - first[i // blocks]
+        new = lax.dynamic_slice(rows, (sequence, at, *origin), (1, s, *rows.shape[2:]))
+        block = lax.dynamic_slice(real, (sequence, at), (1, s))
+        page = jnp.maximum(jnp.max(block), 0) // s
+        here = (page, jnp.int32(0), *origin)
+        old = lax.dynamic_slice(pages, here, (1, *pages.shape[1:]))
+        # padding among them has slots of page 0, and is not written
+        mine = ((block >= 0) & (block // s == page)).reshape(1, s, *(1,) * (pages.ndim - 2))
+        return lax.dynamic_update_slice(pages, jnp.where(mine, new, old), here)
+
+    return lax.fori_loop(0, b * blocks, body, pages)
+
+
 _MASK_UP_TO = 16  # times the selection: the context up to which masking beats gathering for chunks
+
+
+def _masks(queries: int, context: int, k: int) -> bool:
+    """Whether the selection is kept as a mask."""
+    return queries > 1 and context <= _MASK_UP_TO * k
+
+
+def select_topk(scores: Array, *, k: int) -> Array:
+    """See `model.ops.select_topk`: its positions, or a mask of them, bool [b,t,c], if `_masks`.
+
+    Where a row has fewer than k visible entries, the mask may hold any number of invisible ones.
+    """
+    if not _masks(scores.shape[1], scores.shape[2], k):
+        return OPS["glm.select_topk"].meaning(scores, k=k)
+    bits = lax.bitcast_convert_type(scores, jnp.int32)
+    order = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)  # integers in lax.top_k's order of the floats
+
+    def at_least(bound: Array) -> Array:
+        return jnp.sum(order >= bound[..., None], axis=-1, dtype=jnp.int32)
+
+    def body(i: Array, bound: Array) -> Array:
+        higher = bound + (jnp.int32(1) << (jnp.int32(30) - i))
+        return jnp.where(at_least(higher) >= k, higher, bound)
+
+    sign = jnp.where(at_least(jnp.zeros(scores.shape[:2], jnp.int32)) >= k, jnp.int32(0), jnp.iinfo(jnp.int32).min)
+    kth = lax.fori_loop(0, 31, body, sign)  # the k-th largest of each row
+    above, equal = order > kth[..., None], order == kth[..., None]
+    left = k - jnp.sum(above, axis=-1, dtype=jnp.int32)
+    tied = (jnp.sum(equal, axis=-1, dtype=jnp.int32) > left) & (kth > _ORDER_OF_MINUS_INFINITY)
+
+    def lowest_positions() -> Array:
+        return above | (equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= left[..., None]))
+
+    return lax.cond(jnp.any(tied), lowest_positions, lambda: above | equal)
+
+
+_ORDER_OF_MINUS_INFINITY = -0x7F800001
 
 
 def sparse_attention(
     query: Array, pages: Array, page_table: Array, selected: Array, positions: Array, *, scale: float, value_dim: int
 ) -> Array:
-    """See `model.ops.sparse_attention`."""
-    context, k = page_table.shape[1] * pages.shape[1], selected.shape[2]
-    attributes = {"scale": scale, "value_dim": value_dim}
-    if query.shape[1] == 1 or context > _MASK_UP_TO * k:
-        return OPS["glm.sparse_attention"].meaning(query, pages, page_table, selected, positions, **attributes)
+    """See `model.ops.sparse_attention`; `selected` may be the mask of `select_topk` here."""
+    context = page_table.shape[1] * pages.shape[1]
+    if selected.dtype != jnp.bool_:
+        if not _masks(query.shape[1], context, selected.shape[2]):
+            meaning = OPS["glm.sparse_attention"].meaning
+            return meaning(query, pages, page_table, selected, positions, scale=scale, value_dim=value_dim)
+        selected = _mask(selected, context)
     rows = context_rows(pages, page_table).astype(query.dtype)
-    b, t = selected.shape[:2]
-    chosen = jnp.zeros((b, t, context), bool)
-    index = (jnp.arange(b)[:, None, None], jnp.arange(t)[None, :, None], selected)
-    chosen = chosen.at[index].set(selected <= positions[:, :, None], mode="promise_in_bounds")
+    visible = lax.broadcasted_iota(jnp.int32, (1, 1, context), 2) <= positions[:, :, None]
     scores = jnp.einsum("bthl,bcl->bthc", query, rows, preferred_element_type=jnp.float32) * jnp.float32(scale)
-    weights = masked_softmax(scores, chosen[:, :, None, :]).astype(query.dtype)
+    weights = masked_softmax(scores, (selected & visible)[:, :, None, :]).astype(query.dtype)
     out = jnp.einsum("bthc,bcv->bthv", weights, rows[..., :value_dim], preferred_element_type=jnp.float32)
     return out.astype(query.dtype)
 
 
+def _mask(selected: Array, context: int) -> Array:
+    b, t, _ = selected.shape
+    index = (jnp.arange(b)[:, None, None], jnp.arange(t)[None, :, None], selected)
+    return jnp.zeros((b, t, context), bool).at[index].set(True, mode="promise_in_bounds")
+
+
+_FEW_CHOICES = 16
+_GEARS = (1, 8, 16, 24, 32, 48, 64, 96, 128)  # rows of an expert's product
+
+
 def expert_ffn(x: Array, experts: Array, weights: Array, *matrices: Array) -> Array:
-    """The routed experts (see `model.ops.expert_ffn`) as a loop over tiles of tokens that share an expert."""
+    """The routed experts, see `model.ops.expert_ffn`."""
     half = len(matrices) // 2
     gate_up, down = matrices[:half], matrices[half:]
-    choices, count = experts.size, gate_up[0].shape[0]
-    if choices <= 2 * 8:
-        return _by_choice(x, experts, weights, gate_up, down)
-    rows = choices / count  # an expert's, on average
-    tile = next(tile for most, tile in ((2, 4), (8, 16), (64, 32), (float("inf"), 128)) if rows <= most)
-    return _by_tile(x, experts, weights, gate_up, down, tile)
+    by = _by_choice if experts.size <= _FEW_CHOICES else _by_expert
+    return by(x, experts, weights, gate_up, down)
 
 
 def _pick(matrix: tuple[Array, ...], expert: Array, dtype: Any) -> Array:
@@ -124,29 +203,43 @@ def _by_choice(x: Array, experts: Array, weights: Array, gate_up: tuple[Array, .
     return lax.fori_loop(0, experts.size, body, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
 
 
-def _by_tile(
-    x: Array, experts: Array, weights: Array, gate_up: tuple[Array, ...], down: tuple[Array, ...], tile: int
-) -> Array:
+def _by_expert(x: Array, experts: Array, weights: Array, gate_up: tuple[Array, ...], down: tuple[Array, ...]) -> Array:
+    """A product for each tile: an expert's rows, or as many of them as the largest gear takes."""
     tokens, top_k = experts.shape
-    count = gate_up[0].shape[0]
+    count, choices = gate_up[0].shape[0], experts.size
+    gears = [gear for gear in _GEARS if gear < tokens]
+    gears.append(next((gear for gear in _GEARS if gear >= tokens), _GEARS[-1]))
+    most = gears[-1]
     chosen = experts.reshape(-1)
     order = jnp.argsort(chosen, stable=True).astype(jnp.int32)
     sizes = jnp.zeros((count + 1,), jnp.int32).at[chosen].add(1, mode="promise_in_bounds")[:count]
     first_row = jnp.cumsum(sizes) - sizes
-    tiles = (sizes + tile - 1) // tile
+    tiles = (sizes + most - 1) // most
     tile_end = jnp.cumsum(tiles)
-    # rows sorted by expert, and a tile of zeros behind the end to keep every slice in bounds
-    rows = jnp.concatenate([x[order // top_k], jnp.zeros((tile, x.shape[1]), x.dtype)])
+    tile = jnp.arange(count + choices // most, dtype=jnp.int32)  # no more than these, the rest have no rows
+    owner = jnp.minimum(jnp.sum(tile_end[None, :] <= tile[:, None], axis=1, dtype=jnp.int32), count - 1)
+    before = (tile - (tile_end - tiles)[owner]) * most
+    size = jnp.where(tile < tile_end[-1], jnp.minimum(sizes[owner] - before, most), 0)
+    begin = first_row[owner] + before
+    by_size = jnp.argsort(size, stable=True)
+    owner, begin, size = owner[by_size], begin[by_size], size[by_size]
+    # rows sorted by expert, with room behind them to keep every slice in bounds
+    rows = jnp.concatenate([x[order // top_k], jnp.zeros((most, x.shape[1]), x.dtype)])
+    out = jnp.zeros(rows.shape, jnp.float32)
+    done = jnp.sum(size == 0, dtype=jnp.int32)
+    # a loop a gear, and not one loop that chooses: a choice inside it would copy `out` every time
+    for gear in gears:
+        end = jnp.sum(size <= gear, dtype=jnp.int32)
 
-    def body(i: Array, out: Array) -> Array:
-        expert = jnp.sum(tile_end <= i).astype(jnp.int32)
-        row = first_row[expert] + (i - (tile_end[expert] - tiles[expert])) * tile
-        done = _one(lax.dynamic_slice_in_dim(rows, row, tile, 0), gate_up, down, expert)
-        # rows past the expert's own are overwritten by the next tile, which begins where these end
-        return lax.dynamic_update_slice_in_dim(out, done, row, 0)
+        def body(i: Array, out: Array, gear: int = gear) -> Array:
+            new = _one(lax.dynamic_slice_in_dim(rows, begin[i], gear, 0), gate_up, down, owner[i])
+            old = lax.dynamic_slice_in_dim(out, begin[i], gear, 0)
+            own = (jnp.arange(gear, dtype=jnp.int32) < size[i])[:, None]
+            return lax.dynamic_update_slice_in_dim(out, jnp.where(own, new, old), begin[i], 0)
 
-    out = lax.fori_loop(0, tile_end[-1], body, jnp.zeros(rows.shape, jnp.float32))
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), mode="promise_in_bounds")
+        out = lax.fori_loop(done, end, body, out)
+        done = end
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(choices, dtype=jnp.int32), mode="promise_in_bounds")
     per_choice = out[place].reshape(tokens, top_k, x.shape[1])
     share = jnp.where(experts < count, weights, 0.0)
     return jnp.einsum("nkd,nk->nd", per_choice, share).astype(x.dtype)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends import registry
-from backends.cpu import cache_write, expert_ffn
+from backends.cpu import cache_write, expert_ffn, select_topk, sparse_attention
 from backends.errors import ArtifactError, BackendUnavailable, UnknownBackend, Unsupported
 from backends.interface import Artifact, Program
 from model import ops
@@ -133,13 +133,48 @@ def test_cpu_experts_equal_their_meaning(tokens: int, quantised: bool, elsewhere
     np.testing.assert_allclose(jax.jit(expert_ffn)(x, ids, share, *matrices), expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 5)])
-def test_cpu_cache_writes_equal_their_meaning_and_copy_nothing(shape: tuple[int, int]) -> None:
-    """The compiled write works in place: no instruction copies an array of the cache's size."""
-    rng = np.random.default_rng(0)
-    pages = jnp.asarray(rng.standard_normal((6, 4, 3)), jnp.float32)
-    rows = jnp.asarray(rng.standard_normal((*shape, 3)), jnp.float32)
-    slots = jnp.asarray(rng.permutation(np.arange(4, 24))[: shape[0] * shape[1]].reshape(shape), jnp.int32)
-    np.testing.assert_array_equal(cache_write(pages, rows, slots), ops.cache_write(pages, rows, slots))
+@pytest.mark.parametrize("tokens", [1, 3, 4, 11])
+@pytest.mark.parametrize("start", [0, 1, 6])
+def test_cpu_cache_writes_equal_their_meaning_and_copy_nothing(tokens: int, start: int) -> None:
+    """Ragged chunks from any start, through shuffled pages; no instruction copies an array of the cache's size."""
+    rng = np.random.default_rng(tokens)
+    page, length = 4, np.array([tokens, max(tokens - 3, 0), 1])
+    pages = jnp.asarray(rng.standard_normal((16, page, 3)), jnp.float32)
+    rows = jnp.asarray(rng.standard_normal((3, tokens, 3)), jnp.float32)
+    table = 1 + rng.permutation(15).reshape(3, 5)
+    at = start + np.arange(tokens)
+    held = table[:, at // page] * page + at % page
+    slots = jnp.asarray(np.where(np.arange(tokens) < length[:, None], held, 0), jnp.int32)
+    written, expected = cache_write(pages, rows, slots), ops.cache_write(pages, rows, slots)
+    np.testing.assert_array_equal(written[1:], expected[1:])  # page 0 belongs to nobody
     compiled = jax.jit(cache_write, donate_argnums=(0,)).lower(pages, rows, slots).compile()
-    assert "f32[6,4,3]{2,1,0} copy(" not in compiled.as_text()
+    assert "f32[16,4,3]{2,1,0} copy(" not in str(compiled.as_text())
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 5), st.integers(2, 12), st.sampled_from([2, 40]))
+def test_cpu_selections_are_the_best_visible_with_ties_to_the_lowest(seed: int, t: int, k: int, values: int) -> None:
+    """As a mask, with scores that often tie, rows that see less than k, and scores of either sign and zero."""
+    rng, context = np.random.default_rng(seed), 24
+    scores = rng.integers(-values, values, (2, t, context)) * rng.choice([1 / 3, -0.0], (2, t, context))
+    visible = np.arange(context) <= np.sort(rng.integers(0, context, t))[None, :, None]
+    scores = jnp.asarray(np.where(visible, scores, -np.inf), jnp.float32)
+    expected = np.zeros(scores.shape, bool)
+    np.put_along_axis(expected, np.asarray(ops.select_topk(scores, k=k)), True, axis=2)
+    chosen = np.asarray(select_topk(scores, k=k))
+    np.testing.assert_array_equal(chosen & visible, expected & visible)
+
+
+def test_cpu_sparse_attention_takes_positions_or_their_mask() -> None:
+    rng, k, context = np.random.default_rng(0), 6, 16
+    query = jnp.asarray(rng.standard_normal((2, 3, 4, 8)), jnp.float32)
+    pages = jnp.asarray(rng.standard_normal((9, 4, 8)), jnp.float32)
+    table = jnp.asarray(1 + rng.permutation(8).reshape(2, 4), jnp.int32)
+    positions = jnp.asarray([[4, 5, 6], [13, 14, 15]], jnp.int32)
+    scores = jnp.asarray(rng.standard_normal((2, 3, context)), jnp.float32)
+    scores = jnp.where(jnp.arange(context)[None, None, :] <= positions[:, :, None], scores, -jnp.inf)
+    chosen, mask = ops.select_topk(scores, k=k), select_topk(scores, k=k)
+    attributes = {"scale": 0.3, "value_dim": 5}
+    expected = ops.sparse_attention(query, pages, table, chosen, positions, **attributes)
+    for selected in (chosen, mask):
+        out = sparse_attention(query, pages, table, selected, positions, **attributes)
+        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
