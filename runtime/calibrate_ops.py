@@ -12,6 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +23,8 @@ from backends.interface import Backend, Program
 from model.ops import OPS
 from runtime.cost.kernel import Constants, formula
 
-_EXPERTS, _TOP_K, _WIDTH, _HEADS, _LATENT, _VALUE, _PAGE, _SELECTED = 32, 4, 512, 8, 160, 128, 16, 128
+_EXPERTS, _TOP_K, _HEADS, _LATENT, _VALUE, _PAGE, _SELECTED = 32, 4, 8, 160, 128, 16, 128
+_WIDTHS = (256, 512)  # of the experts, and of the model around them
 _LAYERS = 4
 FORMATS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -57,11 +59,11 @@ def measure_kernels(
 
 
 def _timed(
-    backend: Backend, name: str, fn: Callable[..., Any], cases: Sequence[tuple[Any, ...]], rounds: int
+    backend: Backend, name: str, fns: Sequence[Callable[..., Any]], cases: Sequence[tuple[Any, ...]], rounds: int
 ) -> list[float]:
-    """Median seconds of `fn` for each of several arguments; rounds alternate over them."""
+    """Median seconds of each function on its arguments; rounds alternate over them."""
     runs = []
-    for number, args in enumerate(cases):
+    for number, (fn, args) in enumerate(zip(fns, cases, strict=True)):
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
         run = backend.load(backend.export(Program(f"calibrate {name} {number}", fn, shapes)))
         backend.get(run(*args))
@@ -76,30 +78,34 @@ def _timed(
 
 
 def _experts(backend: Backend, dtype: str, size: float, tokens: Sequence[int], rounds: int) -> list[Point]:
-    rng = np.random.default_rng(1)
+    """Routed experts of each width over each number of tokens, every expert as likely as another."""
+    points = []
+    for width in _WIDTHS:
+        rng = np.random.default_rng(1)
 
-    def put(*shape: int) -> Any:
-        values = rng.standard_normal(shape, dtype=np.float32) / np.float32(_WIDTH**0.5)
-        return backend.put(values.astype(jnp.dtype(dtype)))
+        def put(*shape: int, width: int = width, rng: np.random.Generator = rng) -> Any:
+            values = rng.standard_normal(shape, dtype=np.float32) / np.float32(width**0.5)
+            return backend.put(values.astype(jnp.dtype(dtype)))
 
-    layers = tuple((put(_EXPERTS, _WIDTH, 2, _WIDTH), put(_EXPERTS, _WIDTH, _WIDTH)) for _ in range(_LAYERS))
+        layers = tuple((put(_EXPERTS, width, 2, width), put(_EXPERTS, width, width)) for _ in range(_LAYERS))
+        cases, features = [], []
+        for count in tokens:
+            chosen = np.stack([rng.choice(_EXPERTS, _TOP_K, replace=False) for _ in range(count)]).astype(np.int32)
+            share = backend.put(np.full((count, _TOP_K), 1 / _TOP_K, np.float32))
+            cases.append((put(count, width), backend.put(chosen), share, layers))
+            rows, active = float(chosen.size), float(len(np.unique(chosen)))
+            features.append({"rows": rows, "active": active, "touched": rows, "rows_per_expert": rows / active,
+                             "spread": 1.0, "hidden": float(width), "inter": float(width),
+                             "weight_bytes": size, "act_bytes": size})  # fmt: skip
+        times = _timed(backend, f"experts {width}", [_expert_layers] * len(cases), cases, rounds)
+        points += [Point(each, seconds / _LAYERS) for each, seconds in zip(features, times, strict=True)]
+    return points
 
-    def fn(x: Any, experts: Any, weights: Any, layers: Any) -> Any:
-        for gate_up, down in layers:
-            x = x + OPS["glm.expert_ffn"].call(x, experts, weights, gate_up, down)
-        return x
 
-    cases, features = [], []
-    for count in tokens:
-        chosen = np.stack([rng.choice(_EXPERTS, _TOP_K, replace=False) for _ in range(count)]).astype(np.int32)
-        share = backend.put(np.full((count, _TOP_K), 1 / _TOP_K, np.float32))
-        cases.append((put(count, _WIDTH), backend.put(chosen), share, layers))
-        rows, active = float(chosen.size), float(len(np.unique(chosen)))
-        features.append({"rows": rows, "active": active, "touched": rows, "rows_per_expert": rows / active,
-                         "spread": 1.0, "hidden": float(_WIDTH), "inter": float(_WIDTH),
-                         "weight_bytes": size, "act_bytes": size})  # fmt: skip
-    times = _timed(backend, "experts", fn, cases, rounds)
-    return [Point(each, seconds / _LAYERS) for each, seconds in zip(features, times, strict=True)]
+def _expert_layers(x: Any, experts: Any, weights: Any, layers: Any) -> Any:
+    for gate_up, down in layers:
+        x = x + OPS["glm.expert_ffn"].call(x, experts, weights, gate_up, down)
+    return x
 
 
 def _decoding(backend: Backend, dtype: str, size: float, sequences: Sequence[int], rounds: int) -> list[Point]:
@@ -124,32 +130,43 @@ def _attention(
     features: Sequence[Mapping[str, float]],
     rounds: int,
 ) -> list[Point]:
-    """`glm.sparse_attention` at (sequences, queries of each, keys chosen, tokens cached of each)."""
+    """Selection and `glm.sparse_attention` at (sequences, queries of each, keys chosen, tokens cached of each).
+
+    The two are measured together, since a backend may pass the selection from one to the other in a form of its
+    own; the index scores they start from are random.
+    """
     rng = np.random.default_rng(2)
     attributes = {"scale": _LATENT**-0.5, "value_dim": _VALUE}
 
-    def fn(query: Any, caches: Any, table: Any, selected: Any, positions: Any) -> Any:
+    def fn(keys: int, query: Any, caches: Any, table: Any, scores: Any, positions: Any) -> Any:
         for cache in caches:
+            if keys < scores.shape[2]:
+                selected = OPS["glm.select_topk"].call(scores, k=keys)
+            else:  # the graph selects nothing then
+                selected = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
             out = OPS["glm.sparse_attention"].call(query, cache, table, selected, positions, **attributes)
             query = jnp.concatenate([out, query[..., _VALUE:]], axis=-1)
+            scores = scores + query[:, :, :1, 0].astype(scores.dtype)  # no layer's selection is another's
         return query
 
-    arguments = []
+    runs, arguments = [], []
     for b, t, keys, context in cases:
         pages = -(-context // _PAGE)
         caches = tuple(backend.put(_normal(rng, (b * pages, _PAGE, _LATENT), dtype)) for _ in range(_LAYERS))
-        chosen = np.stack([np.sort(rng.choice(context, keys, replace=False)) for _ in range(b * t)])
         places = np.arange(context - t, context, dtype=np.int32)
+        scores = _normal(rng, (b, t, pages * _PAGE), "float32")
+        scores[np.broadcast_to(np.arange(pages * _PAGE) > places[:, None], scores.shape)] = -np.inf
+        runs.append(partial(fn, keys))
         arguments.append(
             (
                 backend.put(_normal(rng, (b, t, _HEADS, _LATENT), dtype)),
                 caches,
                 backend.put(np.arange(b * pages, dtype=np.int32).reshape(b, pages)),
-                backend.put(chosen.reshape(b, t, keys).astype(np.int32)),
+                backend.put(scores),
                 backend.put(np.tile(places, (b, 1))),
             )
         )
-    times = _timed(backend, "attention", fn, arguments, rounds)
+    times = _timed(backend, "attention", runs, arguments, rounds)
     fixed = {"heads": float(_HEADS), "kv_bytes": _LATENT * size, "qk": float(_LATENT), "v": float(_VALUE)}
     return [Point({**each, **fixed}, seconds / _LAYERS) for each, seconds in zip(features, times, strict=True)]
 
@@ -166,9 +183,11 @@ def _fitted(family: str, points: Sequence[Point], peak: float, bandwidth: float)
         others = [*points[:i], *points[i + 1 :]] or list(points)
         fit = _fit(family, others, peak, bandwidth)
         error = _errors(family, [point], fit, peak, bandwidth)[0]
-        if family == "moe" and 0 < i < len(points) - 1:  # the ratios at its neighbours carry over to it
-            at = [math.log(p.features["rows"]) for p in others]
-            error -= np.interp(math.log(point.features["rows"]), at, _errors(family, others, fit, peak, bandwidth))
+        if family == "moe":  # the ratios at its neighbours carry over to it
+            near = [p for p in others if p.features["inter"] == point.features["inter"]]
+            at = [math.log(p.features["rows"]) for p in near]
+            if at and at[0] < math.log(point.features["rows"]) < at[-1]:
+                error -= np.interp(math.log(point.features["rows"]), at, _errors(family, near, fit, peak, bandwidth))
         errors.append(abs(error))
     errors = np.expm1(errors)
     constants = dataclasses.asdict(_fit(family, points, peak, bandwidth))
@@ -183,7 +202,7 @@ def _fitted(family: str, points: Sequence[Point], peak: float, bandwidth: float)
     }
 
 
-_AXES = {"moe": ("rows",), "attention": ("sequences", "context")}
+_AXES = {"moe": ("inter", "rows"), "attention": ("sequences", "context")}
 _UNIT = 0.001
 
 
