@@ -122,6 +122,8 @@ class Backend(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    emulates: ClassVar[bool] = False
+    """Whether it runs a plan on emulated devices of a profile, instead of on devices of its own."""
 
     @abstractmethod
     def unavailable(self) -> str | None:

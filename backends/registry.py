@@ -7,7 +7,12 @@ import importlib
 from backends.errors import BackendUnavailable, UnknownBackend
 from backends.interface import Backend
 
-_ADAPTERS = {"cpu": "backends.cpu:CpuBackend", "cuda": "backends.cuda:CudaBackend"}
+_ADAPTERS = {
+    "cpu": "backends.cpu:CpuBackend",
+    "cuda": "backends.cuda:CudaBackend",
+    "ascend": "backends.ascend.adapter:AscendBackend",
+    "sim": "backends.sim.backend:SimBackend",
+}
 
 
 def names() -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Checkpoint directories: Hugging Face safetensors, sharded or not, in BF16, F32 or block FP8.
+"""Checkpoint directories: Hugging Face safetensors, sharded or not, in BF16, F32 or quantised.
 
 Reading checks every name and shape against the model's own list before the first byte of a weight is
 read; then each weight is built in the graph's layout from memory-mapped shards and handed to `put` at
@@ -12,7 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,25 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from model.config import LayerType, Mla, ModelConfig, from_hf, read_config
+from model import quantised
+from model.config import LayerType, Mla, ModelConfig, WeightFormat, from_hf, read_config
 from model.errors import CheckpointError
+from model.quantised import Found, Matrix, Spelling, tensor_name
 from model.safetensors_file import SafetensorsFile, write
 from model.weights import FP8_BLOCK, Layout, Quantized, Weight, layer_weights, outer_weights
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+MODELSLIM_FILE = "quant_model_description.json"
 SCALE_SUFFIX = "_scale_inv"
-FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-_FP8_MAX = 448.0
+SHARD_BYTES = 5_000_000_000
+FP8 = quantised.E4M3
+_PLAIN_TYPES = ("F32", "F16", "BF16")
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 # Copies of shared tensors that some releases store, and buffers that older ones do.
 _IGNORED = re.compile(r"(\.shared_head\.head\.weight|layers\.\d+\.embed_tokens\.weight|rotary_emb\.inv_freq)$")
 
 Put = Callable[[Weight, np.ndarray], Any]
+Convert = Callable[[Weight, "np.ndarray | Quantized"], "np.ndarray | Quantized"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +70,7 @@ def groups(cfg: ModelConfig, mtp: bool) -> dict[str, list[Group]]:
     }
 
 
-def _stored_shapes(cfg: ModelConfig, weight: Weight) -> tuple[int, ...]:
+def stored_shape(cfg: ModelConfig, weight: Weight) -> tuple[int, ...]:
     """The shape in the checkpoint of each of a weight's sources."""
     shape = weight.shape[1:] if weight.expert_count else weight.shape
     match weight.layout:
@@ -80,27 +86,15 @@ def _stored_shapes(cfg: ModelConfig, weight: Weight) -> tuple[int, ...]:
             return (cfg.heads * (mla.nope_dim + mla.v_dim), mla.kv_lora_rank)
 
 
-def _scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(-(-n // FP8_BLOCK) for n in shape)
-
-
 def quantise_blocks(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A matrix `[out, in]` as e4m3 values and float32 scales `[out/128, in/128]` (value * scale)."""
-    rows, columns = matrix.shape
-    padded = np.zeros([n * FP8_BLOCK for n in _scale_shape(matrix.shape)], np.float32)
-    padded[:rows, :columns] = matrix
-    blocks = padded.reshape(padded.shape[0] // FP8_BLOCK, FP8_BLOCK, -1, FP8_BLOCK)
-    largest = np.abs(blocks).max(axis=(1, 3))
-    scale = np.where(largest > 0, largest / _FP8_MAX, 1.0).astype(np.float32)
-    values = (blocks / scale[:, None, :, None]).reshape(padded.shape)[:rows, :columns]
-    return values.astype(FP8), scale
+    held = quantised.quantise("fp8-block", matrix)
+    return held.values, held.scale
 
 
 def dequantise_blocks(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Float32 `[out, in]` from e4m3 values and their block scales."""
-    rows, columns = values.shape
-    full = np.repeat(np.repeat(scale, FP8_BLOCK, 0)[:rows], FP8_BLOCK, 1)[:, :columns]
-    return values.astype(np.float32) * full
+    return quantised.dequantise(Matrix(values, scale))
 
 
 class Checkpoint:
@@ -114,7 +108,8 @@ class Checkpoint:
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path}: no such checkpoint directory")
         self.raw_config = read_config(self.path / "config.json")
-        self.config = from_hf(self.raw_config, str(self.path / "config.json"))
+        config = from_hf(self.raw_config, str(self.path / "config.json"))
+        self.config = dataclasses.replace(config, weight_format=self._modelslim_format() or config.weight_format)
         self._check()
 
     @cached_property
@@ -136,6 +131,27 @@ class Checkpoint:
                 raise CheckpointError(f"{self.path / name}: tensor {tensor} is missing (the index promises it)")
         return {tensor: shards[name] for tensor, name in weight_map.items()}
 
+    def _modelslim_format(self) -> WeightFormat | None:
+        """msModelSlim leaves config.json plain and describes every tensor in a file of its own."""
+        described = self.path / MODELSLIM_FILE
+        if not described.exists():
+            return None
+        try:
+            types = {str(kind) for name, kind in json.loads(described.read_text()).items() if name.endswith(".weight")}
+        except (ValueError, AttributeError):
+            raise CheckpointError(f"{described}: not a description of a quantised checkpoint") from None
+        formats = {kind: name for name, kind in quantised.MODELSLIM_TYPES.items()}
+        if unknown := sorted(types - {*formats, "FLOAT"}):
+            raise CheckpointError(f"{described}: {unknown[0]} cannot be read; known: {', '.join(formats)}, FLOAT")
+        found = {formats[kind] for kind in types if kind in formats}
+        order: tuple[tuple[str, WeightFormat], ...] = (
+            ("w4a8", "w4a8"), ("mxfp4", "mxfp4"), ("mxfp8", "mxfp8"), ("w8a8-int8", "w8a8"),
+        )  # fmt: skip
+        for name, scheme in order:
+            if name in found:
+                return scheme
+        return "plain"
+
     @cached_property
     def has_mtp(self) -> bool:
         """Whether the MTP layers the config declares are stored (transformers drops them when saving)."""
@@ -143,26 +159,39 @@ class Checkpoint:
         return bool(prefixes) and any(name.startswith(prefixes) for name in self._index)
 
     def _check(self) -> None:
-        if self.config.weight_format == "int4-experts":
-            raise CheckpointError(f"{self.path}: packed INT4 experts cannot be loaded; use a BF16 or FP8 checkpoint")
         expected: set[str] = set()
         for group in sum(groups(self.config, self.has_mtp).values(), []):
             for weight in group.weights:
-                stored = _stored_shapes(self.config, weight)
+                stored = stored_shape(self.config, weight)
                 for name in group.tensors(weight):
-                    expected.add(name)
-                    self._expect(name, stored)
-                    if self._index[name].dtype(name) == FP8:
-                        if not weight.quantised:
-                            raise CheckpointError(f"{self.path}: tensor {name} must not be stored in FP8")
-                        expected.add(name + SCALE_SUFFIX)
-                        self._expect(name + SCALE_SUFFIX, _scale_shape(stored))
+                    found = self.spelling(name, stored)
+                    if found is None:
+                        expected.add(name)
+                        self._expect(name, stored)
+                        if (kind := self._index[name].dtype_name(name)) not in _PLAIN_TYPES:
+                            raise CheckpointError(f"{self.path}: tensor {name} has the unsupported dtype {kind}")
+                        continue
+                    if not weight.quantised:
+                        kind = "FP8" if found.format.startswith("fp8") else found.format
+                        raise CheckpointError(f"{self.path}: tensor {name} must not be stored in {kind}")
+                    for suffix, shape in found.parts.items():
+                        expected.add(tensor_name(name, suffix))
+                        self._expect(tensor_name(name, suffix), shape)
+                    expected.update(tensor_name(name, suffix) for suffix in found.spare)
         if self.config.tie_embeddings:
             expected.add("lm_head.weight")
         extra = sorted(name for name in set(self._index) - expected if not _IGNORED.search(name))
         if extra:
             more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
             raise CheckpointError(f"{self.path}: extra tensor {extra[0]}{more} that the config has no place for")
+
+    def _look(self, name: str) -> Found | None:
+        shard = self._index.get(name)
+        return Found(shard.dtype_name(name), shard.shape(name)) if shard else None
+
+    def spelling(self, name: str, shape: tuple[int, ...]) -> Spelling | None:
+        """How a tensor is stored: its quantised format and parts, or None where it is plain."""
+        return quantised.spelling(name, shape, self._look)
 
     def _expect(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._index:
@@ -177,24 +206,32 @@ class Checkpoint:
         keep_fp8: bool = False,
         put: Put = lambda weight, array: array,
         mtp: bool = True,
+        convert: Convert = lambda weight, value: value,
     ) -> dict[str, Any]:
         """All weights in the graph's layout: `{"outer": {..}, "layers": [{..}], "mtp": [{..}]}`.
 
         dtype: "float32" or "bfloat16" for everything that need not be float32. keep_fp8: matrices stored
-        in FP8 stay `Quantized`; otherwise they are dequantised. `put(weight, array)` takes each array as
-        soon as it is built, to a device for instance.
+        quantised (in FP8 or any other format) stay `Quantized`; otherwise they are dequantised.
+        `convert(weight, value)` may replace each weight, an array or `Quantized`, as soon as it is built, and
+        `put(weight, array)` then takes its arrays, to a device for instance.
         """
         target = _DTYPES[dtype]
 
-        def build(group: Group, weight: Weight) -> Any:
+        def read(group: Group, weight: Weight) -> np.ndarray | Quantized:
             names = list(group.tensors(weight))
-            if keep_fp8 and weight.can_stay_fp8 and self._index[names[0]].dtype(names[0]) == FP8:
-                values = _assemble(self.config, weight, map(self._array, names), FP8, weight.shape)
-                scales = (self._array(name + SCALE_SUFFIX) for name in names)
-                scale = _assemble(self.config, weight, scales, np.dtype(np.float32), weight.scale_shape)
-                return Quantized(put(weight, values), put(weight, scale))
+            if keep_fp8 and weight.can_stay_fp8 and (first := self._spellings[names[0]]):
+                held = map(self._matrix, names)
+                if first.format == "nvfp4":  # its float32 factor is multiplied into the scales
+                    held = (Matrix(m.values, m.scale.astype(np.float32) * m.factor) for m in held)
+                return _assemble_quantised(self.config, weight, held)
             kind = np.dtype(np.float32) if weight.float32 else target
-            return put(weight, _assemble(self.config, weight, map(self._plain, names), kind, weight.shape))
+            return _assemble(self.config, weight, map(self.plain, names), kind, weight.shape)
+
+        def build(group: Group, weight: Weight) -> Any:
+            value = convert(weight, read(group, weight))
+            if isinstance(value, Quantized):
+                return Quantized(put(weight, value.values), put(weight, value.scale))
+            return put(weight, value)
 
         places = groups(self.config, mtp and self.has_mtp)
         loaded = {
@@ -203,12 +240,46 @@ class Checkpoint:
         }
         return {"outer": loaded["outer"][0], "layers": loaded["layers"], "mtp": loaded["mtp"]}
 
-    def _array(self, name: str) -> np.ndarray:
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Of all that is stored."""
+        return tuple(self._index)
+
+    def array(self, name: str) -> np.ndarray:
+        """A stored tensor as it is, a view into its shard."""
         return self._index[name].array(name)
 
-    def _plain(self, name: str) -> np.ndarray:
-        array = self._array(name)
-        return dequantise_blocks(array, self._array(name + SCALE_SUFFIX)) if array.dtype == FP8 else array
+    def _matrix(self, name: str) -> Matrix:
+        found = self._spellings[name]
+        assert found is not None
+        return found.read(name, self.array)
+
+    def plain(self, name: str) -> np.ndarray:
+        """A tensor of the model, dequantised to float32 where it is stored quantised."""
+        return quantised.dequantise(self._matrix(name)) if self._spellings[name] else self.array(name)
+
+    @cached_property
+    def _spellings(self) -> dict[str, Spelling | None]:
+        """How each tensor of the model is stored."""
+        return {
+            name: self.spelling(name, stored_shape(self.config, weight))
+            for group in sum(groups(self.config, self.has_mtp).values(), [])
+            for weight in group.weights
+            for name in group.tensors(weight)
+        }
+
+
+def _assemble_quantised(cfg: ModelConfig, weight: Weight, held: Iterable[Matrix]) -> Quantized:
+    """Values and scales of one weight in the graph's layout."""
+    matrices = list(held)
+    rows, columns = matrices[0].scale.shape
+    lead = (weight.expert_count,) if weight.expert_count else ()
+    shape = (*lead, columns, 2, rows) if weight.layout is Layout.GATE_UP else (*lead, columns, rows)
+    first = matrices[0]
+    values = _assemble(
+        cfg, weight, (m.values for m in matrices), quantised.carried(first.values[:0]).dtype, weight.shape
+    )
+    return Quantized(values, _assemble(cfg, weight, (m.scale for m in matrices), first.scale.dtype, shape))
 
 
 def _assemble(
@@ -246,7 +317,7 @@ def save(
     raw_config: Mapping[str, Any],
     weights: Mapping[str, Any],
     fp8: bool = False,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a checkpoint directory that transformers reads: config, shards and index.
 
@@ -254,20 +325,32 @@ def save(
     are written as e4m3 with `weight_scale_inv`; weights that are `Quantized` keep their own values. The
     directory must not exist; an interrupted write leaves none behind under its name.
     """
+    raw = {key: value for key, value in raw_config.items() if key != "quantization_config"}
+    if fp8 or _holds_quantised(weights):
+        raw["quantization_config"] = FP8_CONFIG
+    with new_directory(path) as folder:
+        (folder / "config.json").write_text(json.dumps(raw, indent=2))
+        write_shards(folder, _disassemble_all(from_hf(raw), weights, fp8), shard_bytes)
+
+
+FP8_CONFIG: Mapping[str, Any] = {
+    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+}  # fmt: skip
+
+
+@contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """A temporary directory beside `path`, which takes its name when the block ends well and is removed when not.
+
+    Raises `CheckpointError` where the directory exists.
+    """
     path = Path(path)
     if path.exists():
         raise CheckpointError(f"{path}: already exists; choose another directory or remove it")
-    raw = {key: value for key, value in raw_config.items() if key != "quantization_config"}
-    if fp8 or _holds_quantised(weights):
-        block = [FP8_BLOCK, FP8_BLOCK]
-        raw["quantization_config"] = {
-            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": block
-        }  # fmt: skip
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        (temporary / "config.json").write_text(json.dumps(raw, indent=2))
-        _write_shards(temporary, _disassemble_all(from_hf(raw), weights, fp8), shard_bytes)
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -282,7 +365,9 @@ def _holds_quantised(weights: Mapping[str, Any]) -> bool:
     )
 
 
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
+def write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes tensors, in order, as safetensors shards of at most `shard_bytes` and their index; one shard at a time is
+    in memory."""
     shards: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
     total = size = 0
@@ -339,6 +424,8 @@ def _disassemble(
     if not isinstance(held, Quantized):
         parts = [("", np.asarray(held))]
     else:
+        if np.asarray(held.values).dtype != FP8:
+            raise CheckpointError(f"{names[0]}: only FP8 blocks are saved as they are; dequantise the weights first")
         parts = [("", np.asarray(held.values)), (SCALE_SUFFIX, np.asarray(held.scale))]
     for suffix, array in parts:
         remaining = iter(names)

@@ -26,6 +26,10 @@ from model.errors import ConfigError
 
 IndexerKind = Literal["full", "shared", "none"]
 FfnKind = Literal["dense", "moe"]
+WeightFormat = Literal[
+    "plain", "fp8-block", "fp8-tensor", "int4-experts", "w8a8", "w4a8", "mxfp8", "mxfp4", "nvfp4"
+]  # fmt: skip
+"""What a checkpoint's matrices are stored in: plain floats, or a quantised scheme."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +194,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     tie_embeddings: bool
     dtype: str
-    weight_format: Literal["plain", "fp8-block", "int4-experts"]
+    weight_format: WeightFormat
 
     @property
     def num_layers(self) -> int:
@@ -472,18 +476,37 @@ def _indexer_types(fields: _Fields, depth: int) -> list[str]:
     return ["full" if max(i - offset + 1, 0) % freq == 0 else "shared" for i in range(depth)]
 
 
-def _weight_format(fields: _Fields) -> Literal["plain", "fp8-block", "int4-experts"]:
+def _weight_format(fields: _Fields) -> WeightFormat:
     quant = fields.get("quantization_config", dict, {})
     if not quant:
         return "plain"
-    method = quant.get("quant_method")
+    method, layout = quant.get("quant_method"), str(quant.get("format"))
     if method == "fp8" and quant.get("weight_block_size") == [128, 128]:
         return "fp8-block"
-    if method == "compressed-tensors" and quant.get("format") == "pack-quantized":
-        return "int4-experts"
+    if method == "compressed-tensors" and layout in _COMPRESSED_TENSORS:
+        return _COMPRESSED_TENSORS[layout]
+    if method == "compressed-tensors" and layout == "mixed-precision":
+        made = quant.get("config_groups")
+        inner = {str(g.get("format")) for g in made.values() if isinstance(g, dict)} if isinstance(made, dict) else {""}
+        if inner <= {"int-quantized", "pack-quantized"}:
+            return "w4a8"
+        if inner <= {"mxfp8-quantized", "mxfp4-pack-quantized"}:
+            return "mxfp4"
     raise fields.fail(
         f"quantization_config {method!r} with weight_block_size={quant.get('weight_block_size')} is not supported"
+        if method != "compressed-tensors"
+        else f"quantization_config of compressed-tensors with format={layout!r} is not supported"
     )
+
+
+_COMPRESSED_TENSORS: Mapping[str, WeightFormat] = {
+    "pack-quantized": "int4-experts",
+    "int-quantized": "w8a8",
+    "float-quantized": "fp8-tensor",
+    "mxfp8-quantized": "mxfp8",
+    "mxfp4-pack-quantized": "mxfp4",
+    "nvfp4-pack-quantized": "nvfp4",
+}
 
 
 # --- presets -----------------------------------------------------------------------------------

@@ -59,6 +59,23 @@ class Mode:
     logits: Literal["last", "all"] = "last"
 
 
+class Carried(NamedTuple):
+    """What one pipeline stage hands to the next: x [b,t,d], and the selection [b,t,k] where the next stage
+    begins with a layer that shares it (else None)."""
+
+    x: Any
+    selected: Any
+
+
+class StageOutput(NamedTuple):
+    """Of the last stage logits and hidden, as of a step (elsewhere None); `carried` of all others; new caches."""
+
+    carried: Any
+    logits: Any
+    hidden: Any
+    caches: list[LayerCache]
+
+
 class StepOutput(NamedTuple):
     """logits float32 [b,vocab] or [b,t,vocab]; hidden [b,t,d] after the final norm; the new caches."""
 
@@ -67,7 +84,8 @@ class StepOutput(NamedTuple):
     caches: list[LayerCache]
 
 
-for _type in (Batch, StepOutput, Quantized):  # so that they may cross the boundary of an exported program
+# so that they may cross the boundary of an exported program
+for _type in (Batch, Carried, StageOutput, StepOutput, Quantized):
     export.register_namedtuple_serialization(_type, serialized_name=f"glm5.{_type.__name__}")
 
 
@@ -128,7 +146,7 @@ def _mla(
         latent = ops.rms_norm(kv[..., : mla.kv_lora_rank], w["kv_a_norm"], eps=1e-6)
         k_rope = _rope(cfg, kv[..., None, mla.kv_lora_rank :], view)[..., 0, :]
         row = jnp.concatenate([latent, k_rope], axis=-1)
-        cache = {**cache, "latent": ops.cache_write(cache["latent"], row, view.slots)}
+        cache = {**cache, "latent": ops.cache_write(cache["latent"], row, view.slots, cache="latent")}
 
     context = view.page_table.shape[1] * cache["latent"].shape[1]
     sparse = cfg.indexer is not None and context > cfg.indexer.topk
@@ -163,7 +181,7 @@ def _select(
     with jax.named_scope("indexer"):
         key = ops.layer_norm(_linear(x, w["index_k"]), w["index_k_norm"], w["index_k_bias"], eps=index.norm_eps)
         key = _rope(cfg, key[..., None, :], view, index.rope_interleaved)[..., 0, :]
-        cache = {**cache, "index": ops.cache_write(cache["index"], key, view.slots)}
+        cache = {**cache, "index": ops.cache_write(cache["index"], key, view.slots, cache="index")}
         if not sparse:
             return cache, None
         query = _rope(cfg, _heads(_linear(q_latent, w["index_q"]), index.head_dim), view, index.rope_interleaved)
@@ -184,8 +202,8 @@ def _gqa(cfg: ModelConfig, w: LayerWeights, x: Array, cache: LayerCache, view: V
         k = ops.rms_norm(k, w["k_norm"], eps=cfg.norm_eps)
     q, k = _rope(cfg, q, view), _rope(cfg, k, view)
     cache = {
-        "key": ops.cache_write(cache["key"], k, view.slots),
-        "value": ops.cache_write(cache["value"], v, view.slots),
+        "key": ops.cache_write(cache["key"], k, view.slots, cache="key"),
+        "value": ops.cache_write(cache["value"], v, view.slots, cache="value"),
     }
     with jax.named_scope("attention"):
         out = ops.paged_attention(
@@ -211,12 +229,14 @@ def _feed_forward(cfg: ModelConfig, kind: LayerType, w: LayerWeights, x: Array, 
             normalise=moe.normalise,
             scale=moe.scale,
         )
+        slots = par.slots(experts, w.get("expert_slots"))
+    gate_up, down = ops.operands(w["experts_gate_up"]), ops.operands(w["experts_down"])
+    with jax.named_scope("dispatch"):
+        flat, slots, weights = par.dispatch(flat, slots, weights, gate_up[0].shape[0])
     with jax.named_scope("experts"):
-        flat, experts, weights = (par.gather_tokens(part) for part in (flat, experts, weights))
-        gate_up, down = ops.operands(w["experts_gate_up"]), ops.operands(w["experts_down"])
-        local = par.local_experts(experts, gate_up[0].shape[0])
-        out = ops.expert_ffn(flat, local, weights, *gate_up, *down)
-    out = par.scatter_tokens(out).reshape(x.shape)
+        out = ops.expert_ffn(flat, slots, weights, *gate_up, *down)
+    with jax.named_scope("combine"):
+        out = par.combine(out).reshape(x.shape)
     return par.sum_heads(out + _shared_experts(w, x) if moe.shared_experts else out)
 
 
@@ -237,7 +257,8 @@ def layer(
 ) -> tuple[Array, LayerCache, Array | None]:
     """One decoder layer: x [b,t,d] and the layer's cache -> (x, cache, the selection it used).
 
-    `selected` is the selection of the nearest full-indexer layer below, read by a sharing layer.
+    `selected` is the selection of the nearest full-indexer layer below, read by a sharing layer. Where experts
+    are in other slots than their own number, or in several, `w["expert_slots"]` says in which (`Parallel.slots`).
     """
     with jax.named_scope(kind.name):
         hidden = ops.rms_norm(x, w["input_norm"], eps=cfg.norm_eps)
@@ -268,6 +289,40 @@ def _logits(cfg: ModelConfig, outer: LayerWeights, hidden: Array, batch: Batch, 
     return head(cfg, outer, last_token(hidden, batch.length), par)[:, 0, :]
 
 
+def stage(
+    cfg: ModelConfig,
+    layers: range,
+    weights: dict[str, Any],
+    caches: list[LayerCache],
+    batch: Batch,
+    carried: Carried | None = None,
+    mode: Mode = Mode(),
+    par: Parallel = SINGLE,
+) -> StageOutput:
+    """Feeds a batch through some of the layers: what one pipeline stage computes.
+
+    `weights` is `{"outer": .., "layers": [..]}`, the latter of `layers` only, and `caches` has an entry for each.
+    The stage with layer 0 embeds the tokens and needs `embed` of the outer weights; the others are given what
+    the stage below `carried`. The stage with the last layer needs `final_norm` and `head`.
+    """
+    outer = weights["outer"]
+    view = view_of(batch, next(iter(caches[0].values())).shape[1])
+    if layers.start == 0:
+        x, selected = par.embed(batch.tokens, outer["embed"]), None
+    else:
+        assert carried is not None
+        x, selected = carried
+    out = []
+    for kind, w, cache in zip(cfg.layers[layers.start : layers.stop], weights["layers"], caches, strict=True):
+        x, cache, selected = layer(cfg, kind, w, x, cache, view, selected, mode, par)
+        out.append(cache)
+    if layers.stop < cfg.num_layers:
+        shared = cfg.layers[layers.stop].indexer == "shared"
+        return StageOutput(Carried(x, selected if shared else None), None, None, out)
+    hidden = ops.rms_norm(x, outer["final_norm"], eps=cfg.norm_eps)
+    return StageOutput(None, _logits(cfg, outer, hidden, batch, mode, par), hidden, out)
+
+
 def step(
     cfg: ModelConfig,
     weights: dict[str, Any],
@@ -281,15 +336,8 @@ def step(
     `weights` is `{"outer": .., "layers": [..], "mtp": [..]}` as `model.checkpoint` loads it; `caches` has
     one entry a main layer.
     """
-    outer = weights["outer"]
-    view = view_of(batch, next(iter(caches[0].values())).shape[1])
-    x = par.embed(batch.tokens, outer["embed"])
-    selected, out = None, []
-    for kind, w, cache in zip(cfg.layers, weights["layers"], caches, strict=True):
-        x, cache, selected = layer(cfg, kind, w, x, cache, view, selected, mode, par)
-        out.append(cache)
-    hidden = ops.rms_norm(x, outer["final_norm"], eps=cfg.norm_eps)
-    return StepOutput(_logits(cfg, outer, hidden, batch, mode, par), hidden, out)
+    out = stage(cfg, range(cfg.num_layers), weights, caches, batch, None, mode, par)
+    return StepOutput(out.logits, out.hidden, out.caches)
 
 
 def mtp_step(

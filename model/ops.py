@@ -68,18 +68,23 @@ def _f32(x: Array) -> Array:
     return x.astype(jnp.float32)
 
 
-def _blocks_to_full(scale: Array, shape: tuple[int, ...], axis: int) -> Array:
-    if scale.shape[axis] == shape[axis]:
+def full_scale(scale: Array, shape: tuple[int, ...], axis: int) -> Array:
+    """Scales repeated along `axis` to the matrix's own size: from one a 128-block or a smaller group (the last may be
+    shorter), or one in all."""
+    size, parts = shape[axis], scale.shape[axis]
+    if parts == size:
         return scale
-    return lax.slice_in_dim(jnp.repeat(scale, FP8_BLOCK, axis=axis), 0, shape[axis], axis=axis)
+    block = next((n for n in (FP8_BLOCK, 32, 16) if parts == -(-size // n)), size)
+    return lax.slice_in_dim(jnp.repeat(scale, block, axis=axis), 0, size, axis=axis)
 
 
 def dequantise(values: Array, scale: Array, dtype: Any) -> Array:
-    """FP8 blocks to `dtype`: the blocked dims are the last and the first of the matrix (a middle
-    gate/up dim and a leading expert dim have one scale an entry)."""
-    full = scale
+    """Quantised values to `dtype`. Each dim of scale is the values' own, 1, or the number of their blocks: FP8 blocks
+    divide the last and the first dim of a matrix (a middle gate/up dim and a leading expert dim have one scale an
+    entry)."""
+    full = _f32(scale)
     for axis in range(values.ndim):
-        full = _blocks_to_full(full, values.shape, axis)
+        full = full_scale(full, values.shape, axis)
     return (_f32(values) * full).astype(dtype)
 
 
@@ -177,8 +182,10 @@ def rope(x: Array, positions: Array, inv_freq: Array, *, interleaved: bool, fact
 
 
 @op("cache_write")
-def cache_write(pages: Array, rows: Array, slots: Array) -> Array:
+def cache_write(pages: Array, rows: Array, slots: Array, *, cache: str = "") -> Array:
     """Writes rows [b,t,..] to pages [pages,s,..] at flat slots [b,t] (page * s + offset).
+
+    `cache` names the cache ("latent", "index", "key", "value"): its number format may differ from the others'.
 
     Padding tokens carry slots of page 0, which belongs to no sequence.
     """

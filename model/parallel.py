@@ -7,7 +7,12 @@ the axes are real and the same code is the program of every device.
 
 `tp` splits heads, feed-forward width and vocabulary; `dp` splits sequences (attention data
 parallelism). Routed experts are split over the product of both, by tensor (each expert's width) or by
-expert.
+expert: then a device holds some of the stage's expert *slots*, and an expert may be in several of them.
+
+Tokens meet the experts of other `dp` groups in one of two ways. "gather": every group's tokens go to
+every device, and the results are summed back. "all_to_all": a device sends each group a buffer with a
+place for each of its tokens, filled where one of the token's experts lives there, and gets the results
+back in the same places. Every place is there at any load, so no token is ever dropped.
 """
 
 from __future__ import annotations
@@ -23,11 +28,13 @@ from model import ops
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """Names of the mesh axes, and how experts are split. The default is one device."""
+    """Names of the mesh axes, how experts are split, and how tokens reach those of other `dp` groups. The
+    default is one device."""
 
     tp: str | None = None
     dp: str | None = None
     moe: Literal["tensor", "expert"] = "tensor"
+    exchange: Literal["gather", "all_to_all"] = "gather"
 
     def sum_heads(self, x: Array) -> Array:
         """Completes a product whose contracted dim is split over `tp`."""
@@ -49,24 +56,68 @@ class Parallel:
 
     # --- routed experts: x [n, d] on each device, replicated over tp and split over dp
 
-    def gather_tokens(self, x: Array) -> Array:
-        """Tokens of all `dp` groups: they meet at the experts."""
+    def slots(self, experts: Array, table: Array | None) -> Array:
+        """Chosen experts [n,k] to the slots that serve them; without a table, expert e is in slot e.
+
+        table [e, m]: the slots of each expert, repeated in turn up to `m`; tokens take them in turn.
+        """
+        if table is None:
+            return experts
+        turn = jnp.arange(experts.shape[0], dtype=jnp.int32)
+        if self.dp:  # groups of a few tokens each would all begin with the same slot
+            turn = turn + lax.axis_index(self.dp).astype(jnp.int32)
+        turn = jnp.broadcast_to((turn % table.shape[1])[:, None], experts.shape)
+        return table.at[experts, turn].get(mode="promise_in_bounds")
+
+    def dispatch(self, x: Array, slots: Array, weights: Array, count: int) -> tuple[Array, Array, Array]:
+        """What this device's `count` slots compute: tokens [m,d], their choices [m,k] as numbers of local slots,
+        `count` (nobody) for those elsewhere, and the choices' weights [m,k]."""
+        if self.dp and self.moe == "expert" and self.exchange == "all_to_all":
+            return self._send(x, slots, weights, count)
+        x, slots, weights = (self._gather(part) for part in (x, slots, weights))
+        if self.moe != "expert" or not (self.tp or self.dp):
+            return x, slots, weights
+        return x, _local(slots, self._first_slot(count), count), weights
+
+    def combine(self, out: Array) -> Array:
+        """The inverse of `dispatch`, for results [m,d]: each group's own tokens, [n,d], summed over the groups
+        that served them; the sum over `tp` is left to the caller."""
+        if not self.dp:
+            return out
+        if self.moe != "expert" or self.exchange == "gather":
+            return lax.psum_scatter(out, self.dp, scatter_dimension=0, tiled=True)
+        groups = lax.axis_size(self.dp)
+        served = lax.all_to_all(out.reshape(groups, -1, out.shape[1]), self.dp, 0, 0, tiled=True)
+        return jnp.sum(served, axis=0, dtype=jnp.float32).astype(out.dtype)
+
+    def _gather(self, x: Array) -> Array:
+        """Of all `dp` groups."""
         return lax.all_gather(x, self.dp, axis=0, tiled=True) if self.dp else x
 
-    def scatter_tokens(self, x: Array) -> Array:
-        """Sums the shares of the `dp` groups, and returns each group its own tokens; the sum over `tp` is left
-        to the caller."""
-        return lax.psum_scatter(x, self.dp, scatter_dimension=0, tiled=True) if self.dp else x
+    def _send(self, x: Array, slots: Array, weights: Array, count: int) -> tuple[Array, Array, Array]:
+        """To each group, from each tp rank to the device of the same tp rank: the tokens with a slot there."""
+        groups, top_k = lax.axis_size(self.dp), slots.shape[1]
+        group = jnp.arange(groups, dtype=jnp.int32)
+        width = lax.axis_size(self.tp) if self.tp else 1
+        rank = lax.axis_index(self.tp).astype(jnp.int32) if self.tp else jnp.int32(0)
+        local = _local(slots[None], ((group * width + rank) * count)[:, None, None], count)
+        wanted = jnp.any(local < count, axis=-1)
+        rows = jnp.where(wanted[:, :, None], x[None], jnp.zeros((), x.dtype))
+        shares = jnp.broadcast_to(weights[None], local.shape)
+        rows, local, shares = (lax.all_to_all(part, self.dp, 0, 0, tiled=True) for part in (rows, local, shares))
+        return rows.reshape(-1, x.shape[1]), local.reshape(-1, top_k), shares.reshape(-1, top_k)
 
-    def local_experts(self, experts: Array, count: int) -> Array:
-        """Global expert ids to ids on this device, `count` (nobody) for those that live elsewhere."""
-        if self.moe != "expert" or not (self.tp or self.dp):
-            return experts
+    def _first_slot(self, count: int) -> Array:
+        """The slot that this device's slots begin at."""
         rank = lax.axis_index(self.tp) if self.tp else jnp.int32(0)
         if self.dp:
             rank = rank + lax.axis_index(self.dp) * (lax.axis_size(self.tp) if self.tp else 1)
-        local = experts - rank.astype(experts.dtype) * count
-        return jnp.where((local >= 0) & (local < count), local, count)
+        return rank.astype(jnp.int32) * count
+
+
+def _local(slots: Array, first: Array, count: int) -> Array:
+    local = slots - first
+    return jnp.where((local >= 0) & (local < count), local, count)
 
 
 SINGLE = Parallel()

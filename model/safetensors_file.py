@@ -24,6 +24,11 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
 }
 
 
@@ -56,8 +61,12 @@ class SafetensorsFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entries[name]["shape"])
 
+    def dtype_name(self, name: str) -> str:
+        """As the header spells it: "BF16", "F8_E4M3", .."""
+        return self._entries[name]["dtype"]
+
     def dtype(self, name: str) -> np.dtype:
-        stored = self._entries[name]["dtype"]
+        stored = self.dtype_name(name)
         if stored not in DTYPES:
             raise CheckpointError(f"{self.path}: tensor {name} has the unsupported dtype {stored}")
         return DTYPES[stored]

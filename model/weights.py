@@ -23,7 +23,11 @@ FP8_BLOCK = 128  # rows and columns that share one scale in a block-FP8 checkpoi
 
 
 class Quantized(NamedTuple):
-    """A matrix kept in FP8: e4m3 values `[.., in, out]` and float32 scales, one for each 128 x 128 block."""
+    """A matrix kept quantised: narrow values `[.., in, out]` and the scales of their blocks, groups, columns or all.
+
+    In FP8 as releases have it: e4m3 values and float32 scales, one for each 128 x 128 block. 4-bit values are held in
+    bytes (`model.quantised.CARRIER`).
+    """
 
     values: Any
     scale: Any

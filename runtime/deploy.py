@@ -15,11 +15,11 @@ import hw_profiles
 from hw_profiles import Profile
 from model.config import ModelConfig
 from runtime import engines
-from runtime.cost import Chip, load, open_book
+from runtime.cost import Chip, PriceBook, load, open_book
 from runtime.engines import Engine
 from runtime.errors import UsageError
 from runtime.layout import Formats, Layout, is_sparse
-from runtime.ledger import Ledger, ledger
+from runtime.ledger import Ledger, fullest, stage_ledgers
 from runtime.pricer import GraphPricer, Programs
 from runtime.serving import Deployment, Speculation
 
@@ -29,17 +29,22 @@ _RUNTIME_BYTES, _COMMUNICATION_BYTES = 2.0e9, 0.5e9
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A deployment, by name. kv None: what the engine picks for the model on this chip."""
+    """A deployment, by name.
+
+    expert_load: how tokens fall on experts, by name (see `runtime.cost.load.parse`) or as a load over the expert
+    slots in their order. redundant_slots: copies of experts a device, in each MoE layer.
+    """
 
     cfg: ModelConfig
     profile: Profile
     layout: Layout
     formats: Formats
     engine: Engine
-    expert_load: str | None = None
+    expert_load: str | load.ExpertLoad | None = None
     drafts: int = 0
     accept_length: float | None = None
     pool_tokens: int | None = None
+    redundant_slots: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +58,10 @@ class Built:
 
 
 @lru_cache(maxsize=32)
-def _programs(cfg: ModelConfig, layout: Layout) -> Programs:
+def _programs(cfg: ModelConfig, layout: Layout, mtp: bool) -> Programs:
     from runtime.trace import trace
 
-    traced = trace(cfg, layout, "decode")
+    traced = trace(cfg, layout, "decode", mtp=mtp)
     return Programs(traced.layers, traced.embed, traced.head, traced.mtp)
 
 
@@ -151,11 +156,16 @@ def _parsed(value: str) -> Any:
 
 def memory(spec: Spec) -> Ledger:
     """The ledger of a deployment's fullest device. Raises `CapacityError` where it does not fit."""
+    return fullest(memories(spec), spec.cfg, spec.layout, spec.engine.page_tokens)
+
+
+def memories(spec: Spec) -> list[Ledger]:
+    """The ledger of each pipeline stage's devices, fitting or not."""
     profile = spec.profile
     capacity = profile.require("chip.memory.capacity_bytes").value
     runtime = profile.number("overhead.runtime_reserved_bytes")
     buffers = profile.number("overhead.collective_buffer_bytes")
-    return ledger(
+    return stage_ledgers(
         spec.cfg,
         spec.layout,
         spec.formats,
@@ -165,10 +175,58 @@ def memory(spec: Spec) -> Ledger:
         communication_bytes=(buffers or _COMMUNICATION_BYTES) if spec.layout.devices > 1 else 0.0,
         runtime_bytes=runtime or _RUNTIME_BYTES,
         mtp=spec.drafts > 0,
+        redundant_slots=spec.redundant_slots,
     )
 
 
-def build(spec: Spec) -> Built:
+class Tables:
+    """What builds of several deployments share: price books and their tables.
+
+    coarse: tables with fewer knots, for comparing many layouts.
+    """
+
+    def __init__(self, coarse: bool = False):
+        self.coarse = coarse
+        self._books: dict[Any, tuple[PriceBook, dict[Any, Any]]] = {}
+        self._loads: dict[Any, load.ExpertLoad] = {}
+
+    def book(self, profile: Profile, engine: str, wide: str) -> tuple[PriceBook, dict[Any, Any]]:
+        """The price book of a chip under an engine, and the tables made from it so far."""
+        table = {"vllm-ascend": "vllm", "glm5": "sglang"}.get(engine, engine)
+        key = (id(profile), table, wide)
+        if key not in self._books:
+            curves = {path: curve.knots for path, curve in profile.curves.items() if curve.grade == "measured"}
+            chip = Chip.from_fields(profile.name, profile.number, curves)
+            # the profile is kept, so that its id stays its own
+            self._books[key] = open_book(chip, table, profile.prices_path, wide), {"profile": profile}
+        return self._books[key]
+
+    def load(self, name: str, experts: int) -> load.ExpertLoad:
+        if (name, experts) not in self._loads:
+            self._loads[name, experts] = load.parse(name, experts)
+        return self._loads[name, experts]
+
+
+def pricer_of(spec: Spec, tables: Tables) -> GraphPricer:
+    """The prices of a deployment's steps. Raises `ProfileError` or `PriceError`."""
+    book, shared = tables.book(spec.profile, spec.engine.name, spec.formats.wide)
+    experts = spec.expert_load
+    if not isinstance(experts, load.ExpertLoad):
+        experts = tables.load(experts or default_expert_load(spec.cfg), spec.cfg.moe.experts if spec.cfg.moe else 1)
+    return GraphPricer(
+        spec.cfg,
+        spec.layout,
+        spec.formats,
+        _programs(spec.cfg, dataclasses.replace(spec.layout, pp=1), spec.drafts > 0),
+        book,
+        experts,
+        spec.engine.sparse_layer_seconds,
+        shared,
+        tables.coarse,
+    )
+
+
+def build(spec: Spec, tables: Tables | None = None) -> Built:
     """Traces, prices and sizes a deployment.
 
     Raises `UsageError`, `CapacityError`, `ProfileError` or `PriceError`, each in one line (a model that does
@@ -180,22 +238,7 @@ def build(spec: Spec) -> Built:
     if spec.accept_length is not None and not spec.drafts:
         raise UsageError(f"--accept {spec.accept_length:g} says nothing without drafts: add --mtp")
     held = memory(spec) if spec.pool_tokens is None else None
-    curves = {path: curve.knots for path, curve in spec.profile.curves.items() if curve.grade == "measured"}
-    chip = Chip.from_fields(spec.profile.name, spec.profile.number, curves)
-    table = {"vllm-ascend": "vllm", "glm5": "sglang"}.get(spec.engine.name, spec.engine.name)
-    experts = load.parse(spec.expert_load or default_expert_load(spec.cfg), spec.cfg.moe.experts if spec.cfg.moe else 1)
-    pricer = GraphPricer(
-        spec.cfg,
-        spec.layout,
-        spec.formats,
-        _programs(spec.cfg, spec.layout),
-        open_book(chip, table, spec.profile.prices_path, spec.formats.wide),
-        experts,
-        spec.engine.sparse_layer_seconds,
-    )
-    speculation = None
-    if spec.drafts:
-        speculation = Speculation.from_mean(spec.drafts, spec.accept_length or _default_acceptance(spec.drafts))
+    pricer = pricer_of(spec, tables or Tables())
     pool = spec.pool_tokens or (held.pool_tokens if held else 0)
     deployment = Deployment(
         spec.engine,
@@ -203,9 +246,14 @@ def build(spec: Spec) -> Built:
         pool_tokens=pool,
         devices=spec.layout.devices,
         ranks=spec.layout.dp,
-        speculation=speculation,
+        speculation=speculation(spec.drafts, spec.accept_length),
     )
     return Built(spec, held, pricer, deployment)
+
+
+def speculation(drafts: int, accept_length: float | None = None) -> Speculation | None:
+    """Drafts a step, and how many of them are taken on average."""
+    return Speculation.from_mean(drafts, accept_length or _default_acceptance(drafts)) if drafts else None
 
 
 def _default_acceptance(drafts: int) -> float:

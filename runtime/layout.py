@@ -168,7 +168,8 @@ def formats(scheme: str, kv: str = "bf16") -> Formats:
 
 def checkpoint_scheme(cfg: ModelConfig) -> str:
     """The scheme a model's own checkpoint is stored in."""
-    return {"plain": "bf16", "fp8-block": "fp8", "int4-experts": "w4a16"}[cfg.weight_format]
+    stored = {"plain": "bf16", "fp8-block": "fp8", "int4-experts": "w4a16"}
+    return stored.get(cfg.weight_format, cfg.weight_format)
 
 
 def is_sparse(cfg: ModelConfig) -> bool:

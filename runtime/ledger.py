@@ -8,41 +8,62 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from model.cache import layer_bytes_per_token
 from model.config import Gqa, LayerType, Mla, ModelConfig
-from model.weights import Weight, layer_weights, outer_weights
+from model.weights import layer_weights, outer_weights
 from runtime.engines import Engine
 from runtime.errors import CapacityError
 from runtime.layout import Formats, Layout
 
 
-def stage_weight_bytes(cfg: ModelConfig, layout: Layout, formats: Formats, stage: int, mtp: bool) -> dict[str, float]:
+def stage_weight_bytes(
+    cfg: ModelConfig, layout: Layout, formats: Formats, stage: int, mtp: bool, redundant_slots: int = 0
+) -> dict[str, float]:
     """Bytes of weights on each device of a pipeline stage, by component.
 
     The first stage holds the embedding, the last one the final norm, the head and, with `mtp`, the MTP layers.
+    redundant_slots: copies of experts that each device holds beside its own, in every MoE layer (not the MTP's).
     """
     held: dict[str, float] = {}
+    spread = dataclasses.replace(layout, pp=1)
 
-    def add(weight: Weight, component: str) -> None:
-        size = math.prod(layout.local_shape(weight)) * formats.weight_bytes(weight)
-        held[component] = held.get(component, 0.0) + size
+    def add(sizes: Mapping[str, float], count: int, component: str | None = None) -> None:
+        for name, size in sizes.items():
+            held[component or name] = held.get(component or name, 0.0) + count * size
 
-    def add_layer(kind: LayerType) -> None:
-        for weight in layer_weights(cfg, kind):
-            add(weight, "mtp" if kind.mtp else weight.component)
-
-    for layer in layout.stage_layers(cfg.num_layers)[stage]:
-        add_layer(cfg.layers[layer])
+    here = Counter(cfg.layers[layer] for layer in layout.stage_layers(cfg.num_layers)[stage])
+    for kind, count in here.items():
+        add(_kind_weight_bytes(cfg, spread, formats, kind), count)
+    if redundant_slots:
+        copies = sum(count * expert_bytes(cfg, formats, kind) for kind, count in here.items())
+        held["redundant_experts"] = redundant_slots * copies
     last = stage == layout.pp - 1
-    for weight in outer_weights(cfg):
-        if (stage == 0) if weight.component == "embedding" else last:
-            add(weight, weight.component)
+    for component, size in _kind_weight_bytes(cfg, spread, formats, None).items():
+        if (stage == 0) if component == "embedding" else last:
+            add({component: size}, 1)
     if last and mtp:
-        for _ in range(cfg.mtp_layers):
-            add_layer(cfg.mtp_type)
+        add(_kind_weight_bytes(cfg, spread, formats, cfg.mtp_type), cfg.mtp_layers, "mtp")
     return held
+
+
+@lru_cache(maxsize=4096)
+def _kind_weight_bytes(cfg: ModelConfig, layout: Layout, formats: Formats, kind: LayerType | None) -> dict[str, float]:
+    """Bytes of one layer's weights on a device by component; None: the weights outside layers."""
+    held: dict[str, float] = {}
+    for weight in layer_weights(cfg, kind) if kind else outer_weights(cfg):
+        size = math.prod(layout.local_shape(weight)) * formats.weight_bytes(weight)
+        held[weight.component] = held.get(weight.component, 0.0) + size
+    return held
+
+
+def expert_bytes(cfg: ModelConfig, formats: Formats, kind: LayerType) -> float:
+    """Bytes of one whole routed expert of a layer; 0 for a dense layer."""
+    routed = [weight for weight in layer_weights(cfg, kind) if weight.expert_count]
+    return sum(weight.size // weight.expert_count * formats.weight_bytes(weight) for weight in routed)
 
 
 def stage_kv_bytes_per_token(cfg: ModelConfig, layout: Layout, formats: Formats, stage: int, mtp: bool) -> float:
@@ -50,12 +71,22 @@ def stage_kv_bytes_per_token(cfg: ModelConfig, layout: Layout, formats: Formats,
 
     MLA latents and index keys are whole on every tp rank; KV heads of GQA are split over tp.
     """
-    kinds = [cfg.layers[layer] for layer in layout.stage_layers(cfg.num_layers)[stage]]
+    return sum(stage_kv_bytes_by_cache(cfg, layout, formats, stage, mtp).values())
+
+
+def stage_kv_bytes_by_cache(
+    cfg: ModelConfig, layout: Layout, formats: Formats, stage: int, mtp: bool
+) -> dict[str, float]:
+    """`stage_kv_bytes_per_token` by cache: "latent" and "index", or "key" and "value"."""
+    kinds = Counter(cfg.layers[layer] for layer in layout.stage_layers(cfg.num_layers)[stage])
     if mtp and stage == layout.pp - 1:
-        kinds += [cfg.mtp_type] * cfg.mtp_layers
+        kinds[cfg.mtp_type] += cfg.mtp_layers
     split = layout.tp if isinstance(cfg.attention, Gqa) else 1
-    rows = sum(sum(layer_bytes_per_token(cfg, kind, formats.cache).values()) / split for kind in kinds)
-    return rows * formats.cache_factor
+    held: dict[str, float] = {}
+    for kind, count in kinds.items():
+        for name, size in layer_bytes_per_token(cfg, kind, formats.cache).items():
+            held[name] = held.get(name, 0.0) + count * size / split * formats.cache_factor
+    return held
 
 
 def activation_bytes(cfg: ModelConfig, layout: Layout, step_tokens: int) -> float:
@@ -118,7 +149,7 @@ class Ledger:
         return [f"{name:28}{size / 1e9:10.2f} GB" for name, size in rows]
 
 
-def ledger(
+def stage_ledgers(
     cfg: ModelConfig,
     layout: Layout,
     formats: Formats,
@@ -128,16 +159,14 @@ def ledger(
     communication_bytes: float = 0.0,
     runtime_bytes: float = 0.0,
     mtp: bool = False,
-) -> Ledger:
-    """The ledger of the fullest stage's devices: the one whose pool holds the fewest tokens.
-
-    The KV pool takes what `Engine.kv_bytes` gives it. Raises `CapacityError` with the ledger where the model
-    does not fit or leaves no room for one page.
-    """
+    redundant_slots: int = 0,
+) -> list[Ledger]:
+    """The ledger of each stage's devices, with what `Engine.kv_bytes` gives the KV pool there (0 where the model
+    does not fit)."""
     step_tokens = engine.chunked_prefill_tokens or engine.max_step_tokens
     stages = []
     for stage in range(layout.pp):
-        weights = stage_weight_bytes(cfg, layout, formats, stage, mtp)
+        weights = stage_weight_bytes(cfg, layout, formats, stage, mtp, redundant_slots)
         temporary = activation_bytes(cfg, layout, step_tokens)
         overhead = communication_bytes + runtime_bytes
         kv = engine.kv_bytes(
@@ -159,11 +188,51 @@ def ledger(
                 per_token,
             )
         )
-    fullest = min(stages, key=lambda stage: stage.kv_bytes / stage.kv_bytes_per_token)
-    if fullest.pool_tokens < engine.page_tokens:
+    return stages
+
+
+def fullest(stages: Sequence[Ledger], cfg: ModelConfig, layout: Layout, page_tokens: int) -> Ledger:
+    """The ledger of the stage whose pool holds the fewest tokens: what a replica can hold.
+
+    Raises `CapacityError` with the ledger where the model does not fit or leaves no room for one page.
+    """
+    found = min(stages, key=lambda stage: stage.kv_bytes / stage.kv_bytes_per_token)
+    if found.pool_tokens < page_tokens:
         raise CapacityError(
             f"{cfg.name} does not fit {layout.devices} devices ({layout.name}): "
-            f"{fullest.weights_total_bytes / 1e9:.1f} GB of weights a device of {fullest.usable_bytes / 1e9:.1f} GB "
-            "usable; use more devices or narrower formats\n" + "\n".join(fullest.lines())
+            f"{found.weights_total_bytes / 1e9:.1f} GB of weights a device of {found.usable_bytes / 1e9:.1f} GB "
+            "usable; use more devices or narrower formats\n" + "\n".join(found.lines())
         )
-    return fullest
+    return found
+
+
+def ledger(
+    cfg: ModelConfig,
+    layout: Layout,
+    formats: Formats,
+    engine: Engine,
+    usable_bytes: float,
+    capacity_bytes: float,
+    communication_bytes: float = 0.0,
+    runtime_bytes: float = 0.0,
+    mtp: bool = False,
+    redundant_slots: int = 0,
+) -> Ledger:
+    """The ledger of the fullest stage's devices: the one whose pool holds the fewest tokens.
+
+    The KV pool takes what `Engine.kv_bytes` gives it. Raises `CapacityError` with the ledger where the model
+    does not fit or leaves no room for one page.
+    """
+    stages = stage_ledgers(
+        cfg,
+        layout,
+        formats,
+        engine,
+        usable_bytes,
+        capacity_bytes,
+        communication_bytes,
+        runtime_bytes,
+        mtp,
+        redundant_slots,
+    )
+    return fullest(stages, cfg, layout, engine.page_tokens)

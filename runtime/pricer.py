@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,6 +40,11 @@ def token_grid() -> np.ndarray:
     return np.concatenate([np.arange(1, 17), coarse])
 
 
+def coarse_grid() -> np.ndarray:
+    """A quarter of `token_grid`'s knots, for comparing many layouts: 1, 2, 3, 4, then two to the octave."""
+    return np.unique(np.round(np.concatenate([np.arange(1, 4), 4 * 2 ** (np.arange(0, 31) / 2)])).astype(int))
+
+
 @dataclasses.dataclass(frozen=True)
 class Programs:
     """The op lists a pricer needs, from `runtime.trace.trace` (any regime: only token-wise ops are read)."""
@@ -53,8 +58,8 @@ class Programs:
 class Table:
     """Prices of a set of ops over `token_grid`: per label, and what bounds them."""
 
-    def __init__(self, columns: list[dict[str, Price]]):
-        self._grid = token_grid().astype(float)
+    def __init__(self, grid: np.ndarray, columns: list[dict[str, Price]]):
+        self._grid = grid.astype(float)
         self.labels = tuple(columns[0])
         self._seconds = np.array([[column[name].seconds for name in self.labels] for column in columns])
         self._total = self._seconds.sum(axis=1)
@@ -86,7 +91,11 @@ def _without_head(program: Program) -> Program:
 
 
 class GraphPricer:
-    """Prices steps of one rank (a copy of the attention weights) of a deployment."""
+    """Prices steps of one rank (a copy of the attention weights) of a deployment.
+
+    shared: tables of earlier pricers of the same book and load, which are used and added to: layouts that differ
+    in pp, and formats that differ in the cache's, have most of theirs in common. coarse: fewer knots.
+    """
 
     def __init__(
         self,
@@ -97,15 +106,20 @@ class GraphPricer:
         book: PriceBook,
         load: ExpertLoad,
         sparse_layer_seconds: float = 0.0,
+        shared: dict[Any, Any] | None = None,
+        coarse: bool = False,
     ):
+        self._shared = {} if shared is None else shared
+        self._coarse = coarse
+        self._grid = coarse_grid() if coarse else token_grid()
         self.cfg, self.layout, self.formats, self.book = cfg, layout, formats, book
         weights = {w.name: w for kind in cfg.layer_counts for w in layer_weights(cfg, kind)}
         weights |= {w.name: w for w in outer_weights(cfg)}
         self._context = Context(cfg, layout, formats, book, load, weights)
         main = [(programs.layers[kind], n) for kind, n in main_kinds(cfg)]
-        self._layers = self._table([*main, (programs.embed, 1)])
-        self._head = self._table([(programs.head, 1)])
-        self._mtp = self._table([(_without_head(programs.mtp), 1)]) if programs.mtp else None
+        self._layers = self._table("layers", [*main, (programs.embed, 1)])
+        self._head = self._table("head", [(programs.head, 1)])
+        self._mtp = self._table("mtp", [(_without_head(programs.mtp), 1)]) if programs.mtp else None
         # an engine's small kernels around sparse attention, once a step for each layer that has it
         self._around_sparse = sparse_layer_seconds * sum(n for kind, n in main_kinds(cfg) if kind.indexer != "none")
         self._kinds = main_kinds(cfg)
@@ -114,19 +128,31 @@ class GraphPricer:
 
     # --- tables
 
-    def _table(self, programs: Iterable[tuple[Program, int]]) -> Table:
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What `make` gives, from the shared tables where it is there."""
+        key = (self.cfg, self._coarse, self.formats.weights, self.formats.experts, *key)
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def _table(self, name: str, programs: Iterable[tuple[Program, int]]) -> Table:
+        layout, load = self.layout, self._context.load
+        key = (name, layout.tp, layout.dp, layout.ep, id(load))
+        return self._once(key, lambda: (load, self._tabulate(programs)))[1]  # held, so that its id stays its own
+
+    def _tabulate(self, programs: Iterable[tuple[Program, int]]) -> Table:
         chosen: list[tuple[TracedOp, int]] = [
             (op, n) for program, n in programs for op in program.ops if outside_attention(op, self.cfg)
         ]
         columns = []
-        for tokens in token_grid():
+        for tokens in self._grid:
             parts: dict[str, list[Price]] = {}
             for op, n in chosen:
                 found = price(op, Sizes(int(tokens), 1, 1), self._context)
                 if found is not None:
                     parts.setdefault(label(op, self._context), []).append(found.times(n))
             columns.append({name: total(prices) for name, prices in parts.items()})
-        return Table(columns)
+        return Table(self._grid, columns)
 
     def _mla_layer(self, kind: LayerType) -> MlaLayer:
         mla, index = self.cfg.attention, self.cfg.indexer
@@ -164,7 +190,11 @@ class GraphPricer:
             block = attention.decode_block(self.book, self._mla_layer(kind))
             if block:
                 return block.seconds
-        rows, contexts = BATCH_KNOTS[::2], CONTEXT_KNOTS[::2]
+        return self._once(("decode", kind, self.layout.tp, self.formats.kv), lambda: self._filled_surface(kind))
+
+    def _filled_surface(self, kind: LayerType) -> Surface:
+        step = 4 if self._coarse else 2
+        rows, contexts = BATCH_KNOTS[::step], CONTEXT_KNOTS[::step]
         filled = np.array([[self._decode_price(kind, r, c).seconds for c in contexts] for r in rows])
         return Surface(rows, contexts, filled)
 

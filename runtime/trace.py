@@ -1,16 +1,20 @@
 """From a model and a layout to per-device op lists, read off the traced graph. The one place of planning
 and simulation that imports JAX.
 
-Nothing is allocated: weights and caches are abstract, with one device's shapes. Each layer type is traced
-at a few sizes; every dimension that appears is fitted by a monomial in (sequences, tokens, pages) and the
-fit is checked at one more size, so that the list holds at any size. A list belongs to one regime: the
-attention mode, and whether the context exceeds the indexer's selection.
+Nothing is allocated: weights and caches are abstract, with one device's shapes. Every dimension is a monomial
+in the step's sizes (sequences, tokens, pages) and in the layout's degrees (tp and dp, to the power -1, 0 or 1).
+Layouts of one family (tp > 1 or not, dp > 1 or not, experts by tensor or by expert) have the same program, so a
+family is traced at two to four points, its monomials are fitted, and the list of any layout of it is a
+substitution. A list belongs to one regime: the attention mode, and whether the context exceeds the indexer's
+selection.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -22,14 +26,15 @@ from model.config import LayerType, ModelConfig
 from model.graph import Mode
 from model.ops import attributes_of
 from model.parallel import Parallel
-from model.weights import Weight
+from model.weights import Weight, layer_weights
 from runtime.cost.oplist import Dim, Program, Sizes, Tensor, TracedOp
+from runtime.errors import UsageError
 from runtime.layout import Layout
 
 Phase = Literal["prefill", "decode"]
 PAGE_SIZE = 64
 _POOL_PAGES = 1021  # a fixed pool, so that its size is no function of the step's
-_STAGES = ("qkv", "indexer", "attention", "route", "experts")
+_STAGES = ("qkv", "indexer", "attention", "route", "dispatch", "experts", "combine")
 _COLLECTIVES = {
     "psum": "psum",
     "psum_invariant": "psum",
@@ -53,26 +58,119 @@ class Traced:
     mtp: Program | None
 
 
-def trace(cfg: ModelConfig, layout: Layout, phase: Phase, sparse: bool = False) -> Traced:
-    """Traces every layer type, the ends and the MTP step.
+def trace(cfg: ModelConfig, layout: Layout, phase: Phase, sparse: bool = False, mtp: bool = True) -> Traced:
+    """The op lists of every layer type, of the ends and, with `mtp`, of the MTP step.
 
     sparse: the regime in which the context exceeds `index_topk` (only for models with an indexer).
     Raises `UsageError` where the model does not divide by the layout.
     """
     layout.check(cfg)
-    tracer = _Tracer(cfg, layout, phase, sparse and cfg.indexer is not None)
-    layers = {kind: tracer.program(kind.name, tracer.layer(kind)) for kind in cfg.layer_counts if not kind.mtp}
-    mtp = tracer.program(cfg.mtp_type.name, tracer.mtp) if cfg.mtp_layers else None
-    return Traced(
-        cfg,
-        layout,
-        phase,
-        tracer.sparse,
-        layers,
-        tracer.program("embed", tracer.end("embed")),
-        tracer.program("head", tracer.end("head")),
-        mtp,
-    )
+    sparse = sparse and cfg.indexer is not None
+
+    def under(what: What, name: str) -> Program:
+        points = _degrees(cfg, layout, routed=_routed(cfg, what))
+        return Program(name, tuple(op.under(layout) for op in _family(cfg, what, phase, sparse, points)))
+
+    layers = {kind: under(kind, kind.name) for kind in cfg.layer_counts if not kind.mtp}
+    drafts = under("mtp", cfg.mtp_type.name) if mtp and cfg.mtp_layers else None
+    return Traced(cfg, layout, phase, sparse, layers, under("embed", "embed"), under("head", "head"), drafts)
+
+
+What = LayerType | Literal["embed", "head", "mtp"]
+"""What is traced by itself."""
+
+
+def _routed(cfg: ModelConfig, what: What) -> bool:
+    """Whether a program has routed experts: only those see dp."""
+    kind = cfg.mtp_type if what == "mtp" else what
+    return isinstance(kind, LayerType) and any(weight.expert_count for weight in layer_weights(cfg, kind))
+
+
+def _degrees(cfg: ModelConfig, layout: Layout, routed: bool) -> tuple[Layout, ...]:
+    """Layouts of one family to trace at: a base, one with another tp and one with another dp where they are split.
+
+    Where the model is too small for those, the layout alone: then its degrees stay numbers.
+    """
+    by_expert = layout.by_expert and routed
+    dp = min(layout.dp, 2) if routed else 1
+    tp = min(layout.tp, 2)
+    pairs = [(tp, dp), *([(4, dp)] if tp > 1 else []), *([(tp, 4)] if dp > 1 else [])]
+    points = tuple(Layout(tp=t, dp=d, ep=t * d if by_expert else 1) for t, d in pairs)
+    try:
+        for point in points:
+            point.check(cfg)
+    except UsageError:
+        return (dataclasses.replace(layout, pp=1),)
+    return points
+
+
+@dataclasses.dataclass(frozen=True)
+class _Symbol:
+    """A dimension over all layouts of a family: dim * tp^i * dp^j."""
+
+    dim: Dim
+    tp: int
+    dp: int
+
+    def under(self, layout: Layout) -> Dim:
+        if not (self.tp or self.dp):
+            return self.dim
+        found, rest = divmod(self.dim.coefficient * layout.tp ** max(self.tp, 0) * layout.dp ** max(self.dp, 0),
+                             layout.tp ** max(-self.tp, 0) * layout.dp ** max(-self.dp, 0))  # fmt: skip
+        assert not rest, f"{self} under {layout.name}"
+        return dataclasses.replace(self.dim, coefficient=found)
+
+
+@dataclasses.dataclass(frozen=True)
+class _FamilyOp:
+    """An op whose shapes are symbols; `op` has those of the base layout."""
+
+    op: TracedOp
+    shapes: tuple[tuple[_Symbol, ...], ...]
+
+    def under(self, layout: Layout) -> TracedOp:
+        tensors = [
+            Tensor(tuple([symbol.under(layout) for symbol in shape]), tensor.element_bytes, tensor.weight)
+            for tensor, shape in zip(_tensors(self.op), self.shapes, strict=True)
+        ]
+        split = len(self.op.inputs)
+        return dataclasses.replace(self.op, inputs=tuple(tensors[:split]), outputs=tuple(tensors[split:]))
+
+
+@lru_cache(maxsize=512)
+def _family(
+    cfg: ModelConfig, what: What, phase: Phase, sparse: bool, layouts: tuple[Layout, ...]
+) -> tuple[_FamilyOp, ...]:
+    """The program of every layout of a family, from traces at the points of `_degrees`."""
+    tracers = [_Tracer(cfg, layout, phase, sparse) for layout in layouts]
+    base, far, other = tracers[0].points()
+    rest = tracers[1:]
+    if not rest or far.p == 2 * base.p:  # pages doubled could be mistaken for degrees doubled: apart from them
+        at = [(tracers[0], base), (tracers[0], far), *((tracer, other) for tracer in rest)]
+    else:
+        at = [(tracers[0], base), (rest[0], far), *((tracer, other) for tracer in rest[1:])]
+    rows = [list(_flatten(tracer.program(what)(sizes))) for tracer, sizes in at]
+    points = tuple(_Point(sizes, tracer.layout.tp, tracer.layout.dp) for tracer, sizes in at)
+    name = what.name if isinstance(what, LayerType) else what
+    if len({len(row) for row in rows}) != 1:
+        raise AssertionError(f"{name}: the traced program changes with the step's size inside one regime")
+    ops = []
+    for eqns in zip(*rows, strict=True):
+        columns = [_tensors(eqn) for eqn in eqns]
+        if any(_form(eqn) != _form(eqns[0]) for eqn in eqns):
+            raise AssertionError(f"{name}: {eqns[0].name} changes with the step's size or the layout's degrees")
+        shapes = tuple(
+            tuple(_fit(tuple(x.shape[axis] for x in column), points) for axis in range(len(column[0].shape)))
+            for column in zip(*columns, strict=True)
+        )
+        ops.append(_FamilyOp(eqns[0], shapes))
+    return tuple(ops)
+
+
+def _form(op: TracedOp) -> tuple[Any, ...]:
+    """What an op has beside its sizes."""
+    tensors = [(len(x.shape), x.element_bytes, x.weight) for x in _tensors(op)]
+    return op.name, op.stage, op.axes, dict(op.attributes), tensors
 
 
 TraceAt = Callable[[Sizes], jex.ClosedJaxpr]
@@ -86,19 +184,26 @@ class _Tracer:
             tp="tp" if layout.tp > 1 else None,
             dp="dp" if layout.dp > 1 else None,
             moe="expert" if layout.by_expert else "tensor",
+            exchange="all_to_all",
         )
         self.mode = Mode("expanded" if phase == "prefill" else "absorbed")
 
-    def probes(self) -> tuple[Sizes, dict[str, Sizes], Sizes]:
-        """A base point of primes, one point for each size changed alone, and one to check the fit at."""
+    def points(self) -> tuple[Sizes, Sizes, Sizes]:
+        """A base, and two more whose sizes stand to it in ratios of which no product of powers is 1, nor a power of
+        two (but for pages, where few are allowed), so that the exponents of a monomial can be read off."""
         topk_pages = -(-self.cfg.indexer.topk // PAGE_SIZE) if self.cfg.indexer else 0
-        p, other = (topk_pages + 3, 2 * topk_pages + 5) if self.sparse else (1, 2)
-        if not self.sparse and topk_pages > 2:
-            p, other = 3, 5 if topk_pages >= 5 else 1
-        t, t2 = (7, 13) if self.phase == "prefill" else (1, 2)
-        base, far = Sizes(3, t, p), Sizes(11, t2, other)
-        one = {name: dataclasses.replace(base, **{name: getattr(far, name)}) for name in ("b", "t", "p")}
-        return base, one, far
+        p, more = (topk_pages + 3, 2 * topk_pages + 5) if self.sparse else (1, 2)
+        if not self.sparse and (topk_pages > 4 or not topk_pages):
+            p, more = 3, 5
+        elif not self.sparse and topk_pages == 1:
+            more = 1  # two pages would be in the other regime
+        t, t2 = (7, 13) if self.phase == "prefill" else (1, 5)
+        return Sizes(3, t, p), Sizes(11, t2, more), Sizes(13, t, p)
+
+    def program(self, what: What) -> TraceAt:
+        if isinstance(what, LayerType):
+            return self.layer(what)
+        return self.mtp if what == "mtp" else self.end(what)
 
     def _shape(self, sizes: Sizes) -> abstract.StepShape:
         return abstract.StepShape(sizes.b, sizes.t, sizes.p, PAGE_SIZE, _POOL_PAGES)
@@ -144,49 +249,43 @@ class _Tracer:
 
         return at
 
-    def program(self, name: str, at: TraceAt) -> Program:
-        """The op list of a trace, with its dimensions fitted over the probes."""
-        base, one, far = self.probes()
-        points = [base, *one.values(), far]
-        rows = [list(_flatten(at(sizes))) for sizes in points]
-        if len({len(row) for row in rows}) != 1:
-            raise AssertionError(f"{name}: the traced program changes with the step's size inside one regime")
-        ops = []
-        for eqns in zip(*rows, strict=True):
-            shapes = [_tensors(eqn) for eqn in eqns]
-            if len({tuple(len(x.shape) for x in tensors) for tensors in shapes}) != 1:
-                raise AssertionError(f"{name}: {eqns[0].name} changes rank with the step's size")
-            fitted = [
-                dataclasses.replace(
-                    column[0],
-                    shape=tuple(_fit([x.shape[axis] for x in column], points) for axis in range(len(column[0].shape))),
-                )
-                for column in zip(*shapes, strict=True)
-            ]
-            first = eqns[0]
-            split = len(first.inputs)
-            ops.append(dataclasses.replace(first, inputs=tuple(fitted[:split]), outputs=tuple(fitted[split:])))
-        return Program(name, tuple(ops))
-
 
 def _tensors(op: TracedOp) -> tuple[Any, ...]:
     return (*op.inputs, *op.outputs)
 
 
-def _fit(values: list[Any], points: list[Sizes]) -> Dim:
-    """The monomial through a dimension's values at the base, at one changed size each, and at the check."""
-    base, point = values[0], points[0]
-    exponents = {}
-    for value, other, name in zip(values[1:4], points[1:4], ("b", "t", "p"), strict=True):
-        ratio, exponent = getattr(other, name) / getattr(point, name), 0
-        while value != base * ratio**exponent and exponent < 3:
-            exponent += 1
-        exponents[name] = exponent
-    unit = point.b ** exponents["b"] * point.t ** exponents["t"] * point.p ** exponents["p"]
-    dim = Dim(base // unit, **exponents)
-    if [dim.at(sizes) for sizes in points] != values:
-        raise AssertionError(f"a dimension is no monomial of the step's sizes: {values} at {points}")
-    return dim
+@dataclasses.dataclass(frozen=True)
+class _Point:
+    sizes: Sizes
+    tp: int
+    dp: int
+
+
+_SIZE_POWERS = [Dim(1, b, t, p) for b, t, p in itertools.product(range(4), repeat=3)]
+_DEGREE_POWERS = [(tp, dp) for tp, dp in itertools.product((0, -1, 1), repeat=2)]
+
+
+@lru_cache(maxsize=65536)
+def _fit(values: tuple[int, ...], points: tuple[_Point, ...]) -> _Symbol:
+    """The one monomial through a dimension's values at all points."""
+    base = points[0]
+    if len(set(values)) == 1:
+        return _Symbol(Dim(values[0]), 0, 0)
+    for unit in _SIZE_POWERS:
+        at = [unit.at(point.sizes) for point in points]
+        for tp, dp in _DEGREE_POWERS:
+            if (tp and base.tp == 1) or (dp and base.dp == 1):
+                continue
+            full = values[0] * base.tp ** max(-tp, 0) * base.dp ** max(-dp, 0)
+            coefficient, rest = divmod(full, at[0] * base.tp ** max(tp, 0) * base.dp ** max(dp, 0))
+            symbol = _Symbol(dataclasses.replace(unit, coefficient=coefficient), tp, dp)
+            if not rest and all(
+                value * point.tp ** max(-tp, 0) * point.dp ** max(-dp, 0)
+                == coefficient * size * point.tp ** max(tp, 0) * point.dp ** max(dp, 0)
+                for value, size, point in zip(values, at, points, strict=True)
+            ):
+                return symbol
+    raise AssertionError(f"a dimension is no monomial of sizes and degrees: {values} at {points}")
 
 
 def _flatten(closed: jex.ClosedJaxpr) -> Iterator[TracedOp]:

@@ -22,8 +22,8 @@ MAY_IMPORT = {
 OURS = {*MAY_IMPORT, "tests", "bench"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # Only these modules, and those below them, may need JAX. Of backends, none is imported here.
-MODEL_WITHOUT_JAX = ("config", "weights", "cache", "checkpoint", "tokenizer", "errors", "safetensors_file")
-RUNTIME_WITH_JAX = ("runtime.trace", "runtime.calibrate", "runtime.engine.", "runtime.training.")
+MODEL_WITHOUT_JAX = ("config", "weights", "cache", "quantised", "checkpoint", "tokenizer", "errors", "safetensors_file")
+RUNTIME_WITH_JAX = ("runtime.trace", "runtime.calibrate", "runtime.emulate.", "runtime.engine.", "runtime.training.")
 
 
 def modules(root: Path) -> dict[str, Path]:

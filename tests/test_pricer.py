@@ -204,7 +204,7 @@ def test_attention_by_sequence_trades_attention_for_dispatch() -> None:
     """dp 8 holds whole heads: the same batch over eight ranks, dispatch and combine in place of two sums."""
     dp, tp = built(layout=Layout(dp=8, ep=8)), built()
     spread, together = steps(dp, 32), steps(tp, 32 * 8)
-    assert "psum" not in spread.by_op and {"all_gather", "reduce_scatter"} <= set(spread.by_op)
+    assert "psum" not in spread.by_op and {"dispatch", "combine"} <= set(spread.by_op)
     assert spread.by_op["attention"] < together.by_op["attention"]
 
 

@@ -36,6 +36,8 @@ def commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
     if below is None:
         yield path, command
         return
+    if command.invoke_without_command:
+        yield path, command
     for name, child in below.items():
         yield from commands(child, f"{path} {name}")
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from backends import registry
+from backends.export.forms_table import forms
 from model.ops import OPS, Op
 
 DEFAULT = Path(__file__).resolve().parent.parent / "docs" / "ops.md"
@@ -28,6 +29,14 @@ of its own, and runs the decomposition where it has none.
 Shapes use: b sequences, t query tokens, c context tokens (pages x page size), h heads, d model width, l latent width,
 n flat tokens, k choices, e experts, f expert width, p pages per sequence, s page size. Operands marked `*` are one
 array, or FP8 values and their block scales.
+
+"""
+
+EXPORTS = """## In exports
+
+What `glm5 export` makes of each op ([export.md](export.md)). A function is model-local: any runtime can inline it.
+"Decomposed" says into what, or why. CANN operators are used where a call's shapes and formats suit them
+([ascend.md](ascend.md)).
 
 """
 
@@ -64,7 +73,12 @@ def render(ops: Mapping[str, Op] = OPS) -> str:
             f"| `{name}` | `{operands}` | {attributes and f'`{attributes}`'} | {', '.join(own.get(name, []))} |"
         )
         meanings.append(f"### {name}\n\n{inspect.getdoc(op.meaning)}")
-    return HEAD + "\n".join(table) + "\n\n" + "\n\n".join(meanings) + "\n"
+    exported = ["| op | StableHLO | ONNX | torch | CANN |", "|---|---|---|---|---|"]
+    for name in ops:
+        found = forms(name)
+        exported.append(f"| `{name}` | {found.stablehlo} | {found.onnx} | {found.torch} | {found.cann} |")
+    sections = ["\n".join(table), EXPORTS + "\n".join(exported), *meanings]
+    return HEAD + "\n\n".join(sections) + "\n"
 
 
 def main() -> None:

@@ -14,8 +14,11 @@ import typer
 from backends.errors import BackendError
 from hw_profiles.errors import ProfileError
 from model.errors import ModelError
-from runtime.cli import backends, calibrate, model, profiles, run, simulate, validate
-from runtime.cli.plan_experts import plan_experts
+from runtime.cli import backends, calibrate, export, model, plan, profiles, run, simulate, validate
+from runtime.cli.compare import compare
+from runtime.cli.eval import evaluate
+from runtime.cli.quantize import quantize
+from runtime.cli.train import train
 from runtime.errors import RuntimeFailure
 
 EXPECTED = (ModelError, BackendError, ProfileError, RuntimeFailure)
@@ -33,10 +36,13 @@ app.command("backends")(backends.backends)
 app.command("simulate")(simulate.simulate)
 app.command("validate")(validate.validate)
 app.command("calibrate")(calibrate.calibrate)
+app.command("quantize")(quantize)
+app.command("compare")(compare)
+app.command("train")(train)
+app.command("eval")(evaluate)
 app.add_typer(profiles.app, name="profiles")
-plan = typer.Typer(help="Plan a deployment: where experts go.", no_args_is_help=True)
-plan.command("experts")(plan_experts)
-app.add_typer(plan, name="plan")
+app.add_typer(plan.app, name="plan")
+app.add_typer(export.app, name="export")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

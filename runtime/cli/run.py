@@ -1,4 +1,4 @@
-"""`glm5 run`: tokens from a checkpoint, on a backend chosen by a flag."""
+"""`glm5 run`: tokens from a checkpoint, on a backend chosen by a flag, or on the emulated devices of a plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from runtime.files import replacing
 
 if TYPE_CHECKING:
     from model.tokenizer import Tokenizer
+    from runtime.artifact.generate import Text
     from runtime.engine.request import Completion
+    from runtime.engine.sampling import Sampling
+    from runtime.planner.plan import Plan
 
 
 def run(
@@ -45,8 +48,30 @@ def run(
         Path | None, typer.Option(help="Store float32 logits [prompt + generated, vocab] in this .npz.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
+    artifact: Annotated[
+        Path | None, typer.Option(help="Run this exported package alone, with --backend ort, torch or xla.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="With sim: the plan to execute (`glm5 plan --out`).")] = None,
+    profile: Annotated[str | None, typer.Option(help="With sim: the accelerator, of `glm5 profiles list`.")] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="With sim: devices in all [default: 1].")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="With sim: tensor parallelism.")] = None,
+    dp: Annotated[int | None, typer.Option(min=1, help="With sim: attention data parallelism.")] = None,
+    ep: Annotated[int | None, typer.Option(min=1, help="With sim: expert parallelism, 1 or tp x dp.")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, help="With sim: pipeline stages.")] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="With sim: f32, bf16, fp8, w8a8, w4a8, w4a16 [default: the chip's own].")
+    ] = None,
+    kv: Annotated[str | None, typer.Option(help="With sim: KV cache in bf16, fp8 or int8.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="With sim: whose scheduler and overheads; as of `glm5 simulate`.")
+    ] = None,
+    scale_memory: Annotated[float, typer.Option(help="With sim: share of the chip's memory that is there.")] = 1.0,
+    trace: Annotated[Path | None, typer.Option(help="With sim: write a Chrome/Perfetto trace, a row a device.")] = None,
 ) -> None:
     """Generate text with a model on a backend."""
+    from runtime.emulate.options import Options
+
+    emulated = Options(plan, profile, devices, tp, dp, ep, pp, formats, kv, engine, scale_memory, trace)
     if sum(option is not None for option in (prompt, prompt_ids, prompts)) > 1:
         raise UsageError("give one of --prompt, --prompt-ids and --prompts")
     if chat and prompt_ids is not None:
@@ -57,19 +82,43 @@ def run(
         raise UsageError("--dump-logits takes one prompt, and an .npz file in a folder that exists")
     ids = _parse_ids(prompt_ids) if prompt_ids is not None else None
     texts = _read_prompts(prompts) if prompts else [prompt if prompt is not None else "Hello"]
+    if artifact is not None:
+        own = {"--checkpoint": checkpoint, "--chat": chat, "--mtp": mtp, "--dtype": dtype, "--keep-fp8": keep_fp8,
+               "--pool-tokens": pool_tokens, "--dump-logits": dump_logits}  # fmt: skip
+        if wrong := [*(name for name, value in own.items() if value), *emulated.given]:
+            raise UsageError(f"{wrong[0]} does not go with --artifact: the package has been made without it")
+        many = prompts is not None
+        from runtime.engine.sampling import Sampling
+
+        chosen = Sampling(temperature, top_p, top_k, seed)
+        return _run_artifact(
+            artifact, backend, ids, texts, max_tokens, chosen, ignore_eos, as_json, prompts is not None
+        )
 
     from backends import registry
     from model.checkpoint import Checkpoint
     from model.tokenizer import ChatTemplate, Tokenizer
-    from runtime.engine.engine import EngineConfig
-    from runtime.engine.load import embedded_checkpoint, load_engine
+    from runtime.engine.load import embedded_checkpoint
     from runtime.engine.request import Request
     from runtime.engine.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, seed)
     started = time.perf_counter()
-    device = registry.usable(backend)
+    adapter = registry.get(backend)
+    if adapter.emulates:
+        own = {"--mtp": mtp, "--dtype": dtype, "--keep-fp8": keep_fp8, "--pool-tokens": pool_tokens}
+        if wrong := [name for name, value in own.items() if value]:
+            raise UsageError(f"{wrong[0]} does not go with --backend {backend}: the plan and its formats decide that")
+    else:
+        if emulated.given:
+            raise UsageError(f"{emulated.given[0]} needs a backend that emulates: --backend sim")
+        registry.usable(backend)
     opened = Checkpoint(checkpoint or embedded_checkpoint())
+    todo: Plan | None = None
+    if adapter.emulates:
+        from runtime.emulate.session import prepare, serve
+
+        todo = prepare(opened.config, emulated)
     tokenizer = Tokenizer.load(opened.path) if ids is None or (opened.path / "tokenizer.json").exists() else None
     if ids is not None:
         encoded = [ids]
@@ -84,10 +133,6 @@ def run(
     ends = {*opened.config.eos_token_ids, *(tokenizer.stop_token_ids if tokenizer else ())}
     stop = frozenset() if ignore_eos else frozenset(ends)
     requests = [Request(ids, max_tokens, sampling, stop, dump_logits is not None) for ids in encoded]
-    config = EngineConfig(drafts=mtp, prefill_chunk=prefill_chunk)
-    engine = load_engine(opened, device, config, dtype, keep_fp8, pool_tokens)
-    loaded = time.perf_counter()
-
     streaming = not as_json and prompts is None
     stream = tokenizer.stream() if tokenizer and streaming else None
 
@@ -95,19 +140,76 @@ def run(
         if streaming:
             print(stream.put(token) if stream else f"{token} ", end="", flush=True)
 
-    completions = engine.generate(requests, on_token)
+    more: dict[str, Any] = {}
+    if todo is not None:
+        served = serve(opened, adapter, todo, requests, on_token, trace)
+        completions, load_s, compile_s = served.outcome.completions, served.load_s, served.compile_s
+        more = {
+            "clock": f"virtual, priced in {served.clock.formats[-1].weights}",
+            "plan": todo.serving.name,
+            "devices": len(todo.devices),
+            "run_s": served.run_s,
+        }
+    else:
+        from runtime.engine.engine import EngineConfig
+        from runtime.engine.load import load_engine
+
+        config = EngineConfig(drafts=mtp, prefill_chunk=prefill_chunk)
+        ready = load_engine(opened, adapter, config, dtype, keep_fp8, pool_tokens)
+        load_s = time.perf_counter() - started
+        completions, compile_s = ready.generate(requests, on_token), ready.programs.compile_s
     if streaming:
         print(stream.flush() if stream else "")
     if dump_logits:
         _save_logits(dump_logits, completions[0])
     for completion in completions:
-        result = _result(backend, completion, tokenizer, loaded - started, engine.programs.compile_s)
+        result = _result(backend, completion, tokenizer, load_s, compile_s)
+        result |= more
         if streaming:
             _summary(result)
             if checkpoint is None:
                 print("[the embedded model has random weights; --checkpoint DIR runs another]", file=sys.stderr)
         else:
             print(json.dumps(result, indent=None if prompts else 2, ensure_ascii=False), flush=True)
+
+
+def _run_artifact(
+    folder: Path,
+    backend: str,
+    ids: tuple[int, ...] | None,
+    texts: list[str],
+    max_tokens: int,
+    sampling: Sampling,
+    ignore_eos: bool,
+    as_json: bool,
+    many: bool,
+) -> None:
+    """Tokens from an exported package alone: nothing of the model's code is imported."""
+    from runtime.artifact.generate import Package
+    from runtime.engine.request import Request
+
+    started = time.perf_counter()
+    package = Package(folder, backend)
+    if ids is None and package.text is None:
+        raise UsageError(f"{folder}: holds no tokenizer; give token ids: --prompt-ids")
+    encoded = [ids] if ids is not None else [tuple(package.text.encode(text)) for text in texts]  # type: ignore[union-attr]
+    stop = frozenset() if ignore_eos else package.stop_ids
+    load_s, streaming = time.perf_counter() - started, not (as_json or many)
+    stream = package.text.stream() if package.text and streaming else None
+
+    def on_token(_: int, token: int) -> None:
+        if streaming:
+            print(stream.put(token) if stream else f"{token} ", end="", flush=True)
+
+    completions = package.generate([Request(each, max_tokens, sampling, stop) for each in encoded], on_token)
+    if streaming:
+        print(stream.flush() if stream else "")
+    for completion in completions:
+        result = _result(backend, completion, package.text, load_s, package.compile_s)
+        if streaming:
+            _summary(result)
+        else:
+            print(json.dumps(result, indent=None if many else 2, ensure_ascii=False), flush=True)
 
 
 def _parse_ids(text: str) -> tuple[int, ...]:
@@ -130,7 +232,7 @@ def _read_prompts(path: Path) -> list[str]:
 
 
 def _result(
-    backend: str, completion: Completion, tokenizer: Tokenizer | None, load_s: float, compile_s: float
+    backend: str, completion: Completion, tokenizer: Tokenizer | Text | None, load_s: float, compile_s: float
 ) -> dict[str, Any]:
     decoded = len(completion.token_ids) - 1
     return {
@@ -154,9 +256,12 @@ def _summary(result: dict[str, Any]) -> None:
     timings = result["timings_s"]
     rate = f", then {1 / timings['tpot']:.1f} tok/s" if timings["tpot"] else ""
     accept = f", {result['accept_length']:.2f} tokens a step" if result["accept_length"] else ""
+    digits = 4 if "clock" in result else 2
+    if "clock" in result:
+        print(f"[{result['plan']}; clock: {result['clock']}]", file=sys.stderr)
     print(
         f"[{result['backend']}: {len(result['prompt_ids'])} + {len(result['token_ids'])} tokens, "
-        f"{result['finish_reason']}; first token after {timings['ttft']:.2f} s{rate}{accept}; "
+        f"{result['finish_reason']}; first token after {timings['ttft']:.{digits}f} s{rate}{accept}; "
         f"compiling took {timings['compile']:.1f} s]",
         file=sys.stderr,
     )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def simulate(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="A preset, a checkpoint directory or a config.json.")] = "glm-5-fp8",
     profile: Annotated[str, typer.Option(help="An accelerator of `glm5 profiles list`, or a TOML file.")] = "h200-sxm",
     devices: Annotated[int, typer.Option(min=1, help="Devices in all.")] = 8,
@@ -53,6 +54,9 @@ def simulate(
         list[str] | None,
         typer.Option("--set", help="Override chip.*, link.*, overhead.*, model.index_topk or engine.*: field=value."),
     ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Simulate this plan of `glm5 plan --out`, under the load it is made for.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of lengths, arrivals and acceptance.")] = 0,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace here.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page here.")] = None,
@@ -72,6 +76,15 @@ def simulate(
             raise UsageError(f"{path}: there is no directory {path.parent}")
         if path and path.is_dir():
             raise UsageError(f"{path} is a directory: name a file to write")
+    if plan is not None:
+        from runtime.cli.simulate_plan import refuse_beside_plan, simulated_plan
+
+        refuse_beside_plan(context)
+        recorder = Trace() if trace else None
+        with _progress(not as_json) as progress:
+            result, report = simulated_plan(plan, requests, seed, recorder, progress)
+        _give(result, report, recorder, trace, html, as_json)
+        return
     chip, of_model, of_engine = split_settings(settings or [])
     cfg = load_config(model)
     for path, value in of_model:
@@ -105,7 +118,14 @@ def simulate(
     recorder = Trace() if trace else None
     with _progress(not as_json) as progress:
         report = run_load(load, deployment, seed=seed, trace=recorder, progress=progress)
-    result = _result(spec, built, report, devices + prefill_devices, devices // layout.devices)
+    result = result_of(spec, built, report, devices + prefill_devices, devices // layout.devices)
+    _give(result, report, recorder, trace, html, as_json)
+
+
+def _give(
+    result: dict[str, Any], report: Report, recorder: Any, trace: Path | None, html: Path | None, as_json: bool
+) -> None:
+    """Writes what was asked for, and prints the answer."""
     if trace and recorder:
         recorder.write(trace)
     if html:
@@ -157,7 +177,7 @@ def _disaggregated(built: Built, decode: Any, prefill_devices: int) -> Any:
     return Disaggregated(prefill, decode, held.kv_bytes_per_token, link * layout.tp, latency)
 
 
-def _result(spec: Spec, built: Built, report: Report, devices: int, replicas: int) -> dict[str, Any]:
+def result_of(spec: Spec, built: Built, report: Report, devices: int, replicas: int) -> dict[str, Any]:
     """The JSON object: what was simulated, the report, and the bands."""
     from runtime.bands import band
     from runtime.validation import report_half_widths
@@ -210,6 +230,8 @@ def _show(result: dict[str, Any], report: Report) -> None:
     from rich.table import Table
 
     console = Console()
+    for name, count in result.get("pools", {}).items():
+        console.print(f"{count} devices, {name}")
     layout = " ".join(f"{k}{v}" for k, v in result["layout"].items() if v > 1) or "one device"
     console.print(
         f"[bold]{result['model']}[/] on {result['devices']} x {result['profile']}, {layout}, {result['engine']}, "

@@ -275,7 +275,7 @@ def element_bytes(weight_format: str) -> dict[str, float]:
 
 
 def _nearest(knots: Array, size: float) -> int:
-    return int(np.clip(np.searchsorted(knots, size * 0.84), 0, len(knots) - 1))
+    return min(int(knots.searchsorted(size * 0.84)), len(knots) - 1)
 
 
 def open_book(chip: Chip, engine: str = "sglang", prices: Path | None = None, wide: str = "bf16") -> PriceBook:

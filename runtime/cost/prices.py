@@ -135,7 +135,7 @@ _LABELS = {"glm.expert_ffn": "experts", "glm.route": "router", "glm.embed": "emb
 def label(op: TracedOp, context: Context) -> str:
     """The name under which an op's time is reported."""
     if op.axes:
-        return op.name
+        return op.stage if op.name == "all_to_all" else op.name
     if op.name in _LABELS:
         return _LABELS[op.name]
     if op.weights and op.name != "glm.rms_norm":
@@ -147,7 +147,7 @@ def collective(op: TracedOp, sizes: Sizes, context: Context) -> Price:
     """A collective of the traced program over the devices of its axes.
 
     Tokens meeting experts split by expert go by DeepEP-style dispatch and combine, which move each token
-    to the devices of its chosen experts only; the traced gather and scatter are its dense equivalent.
+    to the devices of its chosen experts only; the traced all-to-all has a place for every token of every group.
     """
     layout, network = context.layout, context.book.network
     group = math.prod(getattr(layout, axis) for axis in op.axes)
@@ -157,8 +157,8 @@ def collective(op: TracedOp, sizes: Sizes, context: Context) -> Price:
         moe = context.cfg.moe
         if op.inputs[0].at(sizes)[-1] != context.cfg.hidden_size:
             return Price(0.0, "network", "fitted", 0.0)  # expert ids and weights travel with the dispatch
-        tokens = min(op.inputs[0].elements(sizes), op.outputs[0].elements(sizes)) // context.cfg.hidden_size
-        phase = "dispatch" if op.name == "all_gather" else "combine"
+        tokens = op.inputs[0].elements(sizes) // context.cfg.hidden_size // layout.dp  # of one group
+        phase = "combine" if op.stage == "combine" else "dispatch"
         mode = "ll" if tokens <= 256 else "normal"
         share = max(1, tokens // layout.tp)  # each tp rank sends its part of the group's tokens
         return network.deepep(phase, mode, share, context.cfg.hidden_size, moe.top_k, layout.ep)

@@ -21,9 +21,9 @@ from model.config import ModelConfig
 from model.graph import Batch, Mode
 from runtime.engine.pool import PagePool
 from runtime.engine.programs import Programs, gear
-from runtime.engine.request import Completion, Request, Sequence
+from runtime.engine.request import Completion, Request, Sequence, check_request
 from runtime.engine.sampling import choose, verify
-from runtime.errors import CapacityError, UsageError
+from runtime.errors import CapacityError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,22 +62,11 @@ class Engine:
 
     def validate(self, request: Request) -> None:
         """Raises `UsageError` or `CapacityError` for a request that can never be served."""
-        ids, limit = request.prompt_ids, self.cfg.max_positions
-        if not ids:
-            raise UsageError("the prompt has no tokens; give at least one")
-        if request.max_tokens < 1:
-            raise UsageError(f"max-tokens must be at least 1, not {request.max_tokens}")
-        if bad := [i for i in ids if not 0 <= i < self.cfg.vocab_size]:
-            raise UsageError(f"token id {bad[0]} is out of range: the vocabulary has {self.cfg.vocab_size} entries")
-        total = len(ids) + request.max_tokens
-        if total > limit:
-            raise UsageError(
-                f"prompt ({len(ids)} tokens) + max-tokens ({request.max_tokens}) = {total} exceeds the model's "
-                f"{limit} positions; shorten one of them"
-            )
-        if total + self._reach > self.pool.tokens:
+        check_request(request, self.cfg)
+        prompt = len(request.prompt_ids)
+        if prompt + request.max_tokens + self._reach > self.pool.tokens:
             raise CapacityError(
-                f"prompt ({len(ids)} tokens) + max-tokens ({request.max_tokens}) + {self._reach} exceeds the page "
+                f"prompt ({prompt} tokens) + max-tokens ({request.max_tokens}) + {self._reach} exceeds the page "
                 f"pool's {self.pool.tokens} tokens; shorten one or raise --pool-tokens"
             )
 

@@ -7,7 +7,9 @@ from typing import Literal
 
 import numpy as np
 
+from model.config import ModelConfig
 from runtime.engine.sampling import Sampling
+from runtime.errors import UsageError
 
 FinishReason = Literal["stop", "length"]
 
@@ -24,6 +26,23 @@ class Request:
     sampling: Sampling = Sampling()
     stop_ids: frozenset[int] = frozenset()
     keep_logits: bool = False
+
+
+def check_request(request: Request, cfg: ModelConfig) -> None:
+    """Raises `UsageError` for a request that the model can never serve."""
+    ids = request.prompt_ids
+    if not ids:
+        raise UsageError("the prompt has no tokens; give at least one")
+    if request.max_tokens < 1:
+        raise UsageError(f"max-tokens must be at least 1, not {request.max_tokens}")
+    if bad := [i for i in ids if not 0 <= i < cfg.vocab_size]:
+        raise UsageError(f"token id {bad[0]} is out of range: the vocabulary has {cfg.vocab_size} entries")
+    total = len(ids) + request.max_tokens
+    if total > cfg.max_positions:
+        raise UsageError(
+            f"prompt ({len(ids)} tokens) + max-tokens ({request.max_tokens}) = {total} exceeds the model's "
+            f"{cfg.max_positions} positions; shorten one of them"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,10 +182,7 @@ def load(name: str, overrides: Mapping[str, Any] | None = None, *, device_memory
     path = Path(name) if name.endswith(".toml") else _FOLDER / f"{name}.toml"
     if not path.is_file():
         raise EngineError(f"unknown engine {name!r}: choose one of {', '.join(names())}, or give a .toml path")
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise EngineError(f"{path.name} is not valid TOML: {error}") from None
+    document = _document(path, path.stat().st_mtime_ns)
     values, evidence = _settings(path.name, document, device_memory_bytes)
     for key, value in (overrides or {}).items():
         _known(key)
@@ -195,6 +193,15 @@ def load(name: str, overrides: Mapping[str, Any] | None = None, *, device_memory
         raise EngineError(f"{path.name} lacks {', '.join(missing)}: add each as {{value=, source=, date=, grade=}}")
     engine_name = document.get("name", path.stem)
     return Engine(engine_name, document.get("description", ""), **values, evidence=evidence)
+
+
+@lru_cache(maxsize=32)
+def _document(path: Path, modified_ns: int) -> dict[str, Any]:
+    """The file as read; planning loads an engine for each of hundreds of layouts."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise EngineError(f"{path.name} is not valid TOML: {error}") from None
 
 
 _SETTINGS = tuple(f.name for f in fields(Engine) if f.name not in ("name", "description", "evidence"))

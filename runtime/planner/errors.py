@@ -3,7 +3,10 @@
 PlanError
 ├── LoadError        the expert-load matrix, or the file that should hold it, is unusable
 ├── SlotsError       devices, nodes, groups and slots do not divide or do not suffice
-└── PreviousError    the placement to start from does not fit the load matrix or cannot be read
+├── PreviousError    the placement to start from does not fit the load matrix or cannot be read
+├── PlanFileError    a plan file that is cut short, edited, of another schema version or for another model
+├── LaunchError      an engine cannot express the plan
+└── NoPlanError      no layout of these devices holds the model and its load; the reasons follow the first line
 """
 
 from runtime.errors import RuntimeFailure
@@ -23,3 +26,15 @@ class SlotsError(PlanError):
 
 class PreviousError(PlanError):
     """The placement to start from does not fit the load matrix or cannot be read."""
+
+
+class PlanFileError(PlanError):
+    """A plan file that cannot be trusted: cut short, edited, of another schema version, or for another model."""
+
+
+class NoPlanError(PlanError):
+    """No layout of these devices holds the model and its load."""
+
+
+class LaunchError(PlanError):
+    """An engine cannot express the plan."""

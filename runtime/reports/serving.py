@@ -11,6 +11,7 @@ from typing import Any
 
 from runtime.files import replacing
 from runtime.reports import svg
+from runtime.reports.page import EVIDENCE, SATURATED, cards, count, document, gb, ms, section
 from runtime.reports.svg import Mark, Series
 from runtime.serving import Report
 from runtime.serving.pricing import BOUNDS
@@ -24,18 +25,6 @@ _LATENCIES = (
     ("e2e", "E2E", "from sending to the last token"),
     ("queue", "Queue", "waiting for admission, a part of TTFT"),
 )
-_SATURATED = {
-    "kv-pool": "the KV pool is full",
-    "max-running": "the engine serves as many requests at once as it may",
-    "arrivals": "requests arrive faster than they are served",
-}
-_EVIDENCE = {
-    "measured": "Every price was measured on this machine.",
-    "fitted": "Prices come from fits to measurements of this chip.",
-    "datasheet": "Some prices rest on datasheet figures and on rates carried over from other chips, not on "
-    "measurements of this one.",
-    "assumed": "Some figures that went in are assumptions: of the engine's host time, or of the chip.",
-}
 
 
 def write_page(path: Path, result: Mapping[str, Any], report: Report) -> None:
@@ -60,56 +49,19 @@ def page(result: Mapping[str, Any], report: Report) -> str:
     sections = [
         _banner(report),
         _cards(result, report),
-        _section("Latency", _latency_table(result) + _distributions(report)),
-        _section("Over time", _timeline(report)),
-        _section("Where the time goes", _time(report)),
-        _section("Memory of a device", _memory(result)),
-        _section("Requests", _scatter(report)),
-        _section("How sure", _sure(result, report)),
-        _section("All figures", f"<details><summary>JSON</summary><pre>{_json(result)}</pre></details>"),
+        section("Latency", _latency_table(result) + _distributions(report)),
+        section("Over time", _timeline(report)),
+        section("Where the time goes", _time(report)),
+        section("Memory of a device", _memory(result)),
+        section("Requests", _scatter(report)),
+        section("How sure", _sure(result, report)),
+        section("All figures", f"<details><summary>JSON</summary><pre>{_json(result)}</pre></details>"),
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>"
-        f'<header><p class="kicker">Simulated serving</p><h1>{escape(title)}</h1>'
-        f'<p class="quiet">{escape(subtitle)}</p></header>{"".join(sections)}</main></body></html>\n'
-    )
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{title}</h2>{body}</section>" if body else ""
+    return document("Simulated serving", title, subtitle, sections)
 
 
 def _json(result: Mapping[str, Any]) -> str:
     return escape(json.dumps(result, indent=2, default=str))
-
-
-# --- numbers as people read them -------------------------------------------------------------------------
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _ms(value: float | None) -> str:
-    """Milliseconds, as seconds from ten of them on."""
-    if not _finite(value):
-        return "–"
-    assert value is not None
-    if value >= 10_000:
-        return f"{value / 1e3:,.1f} s"
-    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
-
-
-def _count(value: float, unit: str = "") -> str:
-    if not _finite(value):
-        return "–"
-    return (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + unit
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
 
 
 # --- sections --------------------------------------------------------------------------------------------
@@ -118,7 +70,7 @@ def _gb(size: float) -> str:
 def _banner(report: Report) -> str:
     if not report.saturated:
         return ""
-    why = _SATURATED.get(report.saturated_by, report.saturated_by)
+    why = SATURATED.get(report.saturated_by, report.saturated_by)
     return (
         f'<p class="banner"><strong>Saturated</strong> ({escape(report.saturated_by)}): {escape(why)}. More load only '
         "lengthens the queue, and waiting times depend on how long the run lasts.</p>"
@@ -130,30 +82,28 @@ def _cards(result: Mapping[str, Any], report: Report) -> str:
 
     def within(name: str) -> str:
         inside = band.get(f"{name}_ms")
-        return f"expected {_ms(inside[0])} to {_ms(inside[1])}" if inside else ""
+        return f"expected {ms(inside[0])} to {ms(inside[1])}" if inside else ""
 
-    cards = [
-        ("Time to first token", _ms(result["ttft_ms"]["mean"]), within("ttft")),
-        ("Time per output token", _ms(result["tpot_ms"]["mean"]), within("tpot")),
-        ("Output", _count(report.output_tokens_per_s, " tok/s"), f"{_count(report.requests_per_s)} requests/s"),
-        ("A device", _count(report.output_tokens_per_s_per_device, " tok/s"), f"bound by {report.bottleneck or '–'}"),
-        ("A user", _count(report.output_tokens_per_s_per_user, " tok/s"),
-         f"{_count(report.mean_in_system)} in the system on average"),
-        ("KV pool at its peak", f"{report.kv.peak_fraction:.0%}", f"of {report.kv.pool_tokens:,} tokens"),
-    ]  # fmt: skip
-    body = "".join(
-        f'<div class="card"><p>{escape(name)}</p><strong>{escape(value)}</strong><p>{escape(note)}</p></div>'
-        for name, value, note in cards
-    )
-    return f'<div class="cards">{body}</div>'
+    return cards(
+        [
+            ("Time to first token", ms(result["ttft_ms"]["mean"]), within("ttft")),
+            ("Time per output token", ms(result["tpot_ms"]["mean"]), within("tpot")),
+            ("Output", count(report.output_tokens_per_s, " tok/s"), f"{count(report.requests_per_s)} requests/s"),
+            ("A device", count(report.output_tokens_per_s_per_device, " tok/s"),
+             f"bound by {report.bottleneck or '–'}"),
+            ("A user", count(report.output_tokens_per_s_per_user, " tok/s"),
+             f"{count(report.mean_in_system)} in the system on average"),
+            ("KV pool at its peak", f"{report.kv.peak_fraction:.0%}", f"of {report.kv.pool_tokens:,} tokens"),
+        ]
+    )  # fmt: skip
 
 
 def _latency_table(result: Mapping[str, Any]) -> str:
     rows = []
     for name, short, meaning in _LATENCIES:
         stats, inside = result[f"{name}_ms"], result.get("band", {}).get(f"{name}_ms")
-        cells = "".join(f"<td>{_ms(stats[key])}</td>" for key in ("mean", "p50", "p90", "p99"))
-        expected = f"{_ms(inside[0])} to {_ms(inside[1])}" if inside else ""
+        cells = "".join(f"<td>{ms(stats[key])}</td>" for key in ("mean", "p50", "p90", "p99"))
+        expected = f"{ms(inside[0])} to {ms(inside[1])}" if inside else ""
         rows.append(f'<tr><th>{short} <span class="quiet">{meaning}</span></th>{cells}<td>{expected}</td></tr>')
     head = "".join(f"<th>{name}</th>" for name in ("mean", "p50", "p90", "p99", "mean expected within"))
     return f'<table class="figures"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
@@ -223,7 +173,7 @@ def _time(report: Report) -> str:
     rows = "".join(
         f"<tr><th>{escape(name.replace('_', ' '))}</th>"
         f'<td class="bar"><b style="width:{100 * s / largest:.2f}%"></b></td>'
-        f"<td>{s / whole:.1%}</td><td>{_count(s, ' s')}</td></tr>"
+        f"<td>{s / whole:.1%}</td><td>{count(s, ' s')}</td></tr>"
         for name, s in sorted(ops.items(), key=lambda item: -item[1])
         if s > 1e-4 * whole
     )
@@ -251,11 +201,11 @@ def _memory(result: Mapping[str, Any]) -> str:
         ("driver and runtime", ledger["runtime_bytes"]),
         ("left free", ledger["free_bytes"]),
     ]
-    bar = svg.stacked([(name, size, _gb(size)) for name, size in parts])
+    bar = svg.stacked([(name, size, gb(size)) for name, size in parts])
     pool = result["kv"]["pool_tokens"]
     return (
-        f'{bar}<p class="quiet">{_gb(ledger["usable_bytes"])} usable of {_gb(ledger["capacity_bytes"])}. A token takes '
-        f"{_count(ledger['kv_bytes_per_token'])} bytes of KV cache on each device that holds its sequence; "
+        f'{bar}<p class="quiet">{gb(ledger["usable_bytes"])} usable of {gb(ledger["capacity_bytes"])}. A token takes '
+        f"{count(ledger['kv_bytes_per_token'])} bytes of KV cache on each device that holds its sequence; "
         f"the pool holds {pool:,} tokens.</p>"
     )
 
@@ -285,13 +235,13 @@ def _scatter(report: Report) -> str:
 
 
 def _sure(result: Mapping[str, Any], report: Report) -> str:
-    lines = [f"<b>Evidence: {escape(report.evidence)}.</b> {_EVIDENCE.get(report.evidence, '')}"]
+    lines = [f"<b>Evidence: {escape(report.evidence)}.</b> {EVIDENCE.get(report.evidence, '')}"]
     for name, title in (("ttft", "TTFT"), ("tpot", "TPOT")):
         inside, mean = result.get("band", {}).get(f"{name}_ms"), result[f"{name}_ms"]["mean"]
         if inside and mean:
             lines.append(
-                f"<b>{title}:</b> nine times in ten the measured mean should lie between {_ms(inside[0])} and "
-                f"{_ms(inside[1])}, a factor of {inside[1] / mean:.2f} either way."
+                f"<b>{title}:</b> nine times in ten the measured mean should lie between {ms(inside[0])} and "
+                f"{ms(inside[1])}, a factor of {inside[1] / mean:.2f} either way."
             )
     lines.append(
         f"<b>Outside the range of a fit:</b> {report.extrapolated:.0%} of the steps looked at."
@@ -304,51 +254,3 @@ def _sure(result: Mapping[str, Any], report: Report) -> str:
         "percentiles of few requests move with it."
     )
     return "<ul>" + "".join(f"<li>{line}</li>" for line in lines) + "</ul>"
-
-
-_STYLE = """
-:root{color-scheme:light dark;--bg:#fbfbfa;--card:#fff;--ink:#1d2126;--quiet:#667079;--line:#e3e6e8;--warn:#b3261e;
---warnbg:#fdeceb;--c0:#2f6fb5;--c1:#d9822b;--c2:#3a9a78;--c3:#9a5bb0;--c4:#c8566b;--c5:#6d7f2e;--c6:#4fa3c7;--c7:#a8763e;
---c8:#7a7f87;--c9:#cfd4d8}
-@media(prefers-color-scheme:dark){:root{--bg:#15181c;--card:#1c2025;--ink:#e7eaed;--quiet:#98a2ab;--line:#31373d;
---warn:#ff9d94;--warnbg:#3a1f1d;--c0:#6aa5e3;--c1:#eda45c;--c2:#63c29f;--c3:#bf8bd3;--c4:#e5849a;--c5:#a9bb62;--c6:#7cc4e4;
---c7:#cba06b;--c8:#9aa1aa;--c9:#4a5158}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1180px;margin:0 auto;padding:36px 28px 64px}
-h1{font-size:30px;line-height:1.2;margin:2px 0 4px;letter-spacing:-.01em;overflow-wrap:anywhere}
-h2{font-size:19px;margin:44px 0 12px;padding-top:14px;border-top:1px solid var(--line)}
-h3,figcaption{font-size:14px;font-weight:600;margin:0 0 8px}
-p{margin:6px 0}.quiet{color:var(--quiet);font-weight:400;font-size:14px}
-.kicker{text-transform:uppercase;letter-spacing:.08em;font-size:12px;color:var(--quiet);margin:0}
-.banner{background:var(--warnbg);color:var(--warn);border-left:4px solid var(--warn);padding:12px 16px;
-border-radius:6px;margin:20px 0 0}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:14px;margin-top:24px}
-.card,figure{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 18px;margin:0}
-.card p{color:var(--quiet);font-size:13px;margin:0;min-height:1.5em}
-.card strong{display:block;font-size:27px;font-weight:650;letter-spacing:-.02em;line-height:1.35;
-font-variant-numeric:tabular-nums}
-.two,.three{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(440px,1fr));margin-top:14px}
-.three{grid-template-columns:repeat(auto-fit,minmax(320px,1fr))}
-figcaption{display:flex;justify-content:space-between;gap:12px;flex-wrap:wrap}
-svg{display:block;width:100%;height:auto;overflow:visible}
-svg text{fill:var(--quiet);font-size:12px;font-variant-numeric:tabular-nums}
-.end{text-anchor:end}.mid,.none{text-anchor:middle}.none{font-size:14px}
-.grid{stroke:var(--line)}.axis{stroke:var(--quiet)}.mark{stroke:var(--quiet);stroke-dasharray:3 4}
-.line{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round}.area{fill:var(--c);opacity:.16}
-.dots{fill:var(--c);opacity:.45}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-.figures th,.figures td{padding:7px 10px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-.figures th:first-child{text-align:left;padding-left:0}
-.figures thead th{color:var(--quiet);font-weight:500;font-size:13px}
-.bars th{text-align:left;font-weight:400;padding:3px 12px 3px 0;white-space:nowrap}
-.bars td{text-align:right;padding:3px 0 3px 12px;white-space:nowrap}.bars .bar{width:55%;padding:0}
-.bars b{display:block;height:14px;border-radius:3px;background:var(--c0);min-width:1px}
-.stack{display:flex;height:30px;border-radius:6px;overflow:hidden;margin:4px 0 10px}.stack b{background:var(--c)}
-.legend{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;font-weight:400}
-.legend i{display:inline-block;width:10px;height:10px;border-radius:2px;background:var(--c);margin-right:6px}
-.legend em{font-style:normal;color:var(--quiet)}
-ul{padding-left:20px;max-width:80ch}li{margin:6px 0}
-pre{overflow:auto;max-height:480px;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px;
-font:12px/1.45 ui-monospace,Menlo,Consolas,monospace}summary{cursor:pointer}
-""" + "".join(f".s{i}{{--c:var(--c{i})}}" for i in range(10))

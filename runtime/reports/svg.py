@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Literal
 
@@ -14,12 +14,13 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 14.0, 12.0, 40.0
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `style`: a line, a staircase (the value holds until the next point), or dots."""
+    """One curve. `style`: a line, a staircase (the value holds until the next point), or dots of a `radius`."""
 
     name: str
     points: Points
     style: Literal["line", "stairs", "dots"] = "line"
     fill: bool = False
+    radius: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def plot(
     from_zero: x starts at 0, else near its least value. percent: y values are shares. Where nothing is left to
     draw, a box that says so.
     """
-    kept = [Series(s.name, [p for p in s.points if all(map(math.isfinite, p))], s.style, s.fill) for s in series]
+    kept = [replace(s, points=[p for p in s.points if all(map(math.isfinite, p))]) for s in series]
     flat = [point for each in kept for point in each.points]
     label = escape(f"{y_label} over {x_label}", quote=True)
     head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'
@@ -109,7 +110,7 @@ def _curve(series: Series, index: int, at, bottom: float) -> list[str]:  # type:
     if not places:
         return []
     if series.style == "dots":
-        dots = "".join(f'<circle cx="{u}" cy="{v}" r="3"/>' for u, v in places)
+        dots = "".join(f'<circle cx="{u}" cy="{v}" r="{series.radius:g}"/>' for u, v in places)
         return [f'<g class="dots s{index}">{dots}</g>']
     if series.style == "stairs":
         corners = [(b[0], a[1]) for a, b in zip(places, places[1:], strict=False)]

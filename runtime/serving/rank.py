@@ -215,6 +215,14 @@ class Rank:
         else:
             self.waiting.append(request)
 
+    def shorten(self, request: Request, output_tokens: int) -> None:
+        """The answer of a request in service turns out to end after `output_tokens`, the next token at the earliest."""
+        self.committed -= self._full_pages(request)
+        if request in self.running:
+            self.left[self.running.index(request)] -= request.output_tokens - output_tokens
+        request.output_tokens = output_tokens
+        self.committed += self._full_pages(request)
+
     def holders(self) -> list[Request]:
         """Everyone who holds pages, their page counts brought up to date. For `KvPool.check`."""
         for slot, request in enumerate(self.running):

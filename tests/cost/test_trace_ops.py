@@ -98,7 +98,7 @@ def test_every_op_of_every_model_has_a_price_and_a_flop_rule(model: str) -> None
         if sparse and not cfg.indexer:
             continue
         tracer = _Tracer(cfg, Layout(tp=2, dp=2, ep=4), phase, sparse)  # type: ignore[arg-type]
-        size, *_ = tracer.probes()
+        size, *_ = tracer.points()
         made = [tracer.layer(kind) for kind in cfg.layer_counts if not kind.mtp] + [
             tracer.end("embed"),
             tracer.end("head"),

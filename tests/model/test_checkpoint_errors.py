@@ -201,10 +201,10 @@ def test_integers_are_not_taken_for_weights(checkpoint: Path, dtype: type) -> No
     refused(checkpoint, name)
 
 
-def test_packed_int4_experts(checkpoint: Path) -> None:
-    quantisation = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-    (checkpoint / "config.json").write_text(json.dumps({**RAW, "quantization_config": quantisation}))
-    refused(checkpoint, "INT4")
+def test_packed_int4_without_its_scales(checkpoint: Path) -> None:
+    name = "model.layers.0.mlp.gate_proj.weight"
+    rewrite(checkpoint, lambda t: t.update({name + "_packed": np.zeros((t.pop(name).shape[0], 8), np.int32)}))
+    refused(checkpoint, name)
 
 
 # --- shards --------------------------------------------------------------------------------------

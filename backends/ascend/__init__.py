@@ -1,0 +1,15 @@
+"""Ascend: what ATC and CANN accept, as data, and what is made of it.
+
+- `atc_operators.toml`: the ONNX operators that ATC's parser has registered, by opset; `atc_limits.toml`: its other
+  limits; `cann_operators.toml`: CANN's fused operators for ops of the contract. Every entry names its source.
+- `catalog.py` reads the three; `operators.py` says what each `glm.*` op becomes, or why it is decomposed.
+- `lowerings.py` emits CANN operators as ONNX nodes, `lowerings_moe.py` those of the experts, and `writer.py` turns a
+  traced graph into the ONNX that ATC is given (caches in the layout that CANN's attention reads).
+- `plugin.py` writes the ATC plugin that registers the operators which CANN itself does not map from ONNX, and
+  `atc.py` the `atc` command lines.
+- `adapter.py` is the backend: it compiles and runs packages where CANN is installed. `compiler.py` and `runner.py` are
+  what it does there.
+
+Life of a graph: traced layer type -> `writer.write` -> ONNX file of the package -> `atc` on a host with CANN -> .om ->
+loaded through pyACL by `runner.py`. Nothing here was run on an Ascend device: see docs/ascend.md.
+"""

@@ -1,0 +1,192 @@
+"""`NumberFormats`: one scheme as weights to load and ops to replace."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from backends.number_formats import rounding, schemes
+from backends.number_formats.products import product
+from backends.number_formats.schemes import CacheFormat, Scheme
+from hw_profiles import Profile
+from model import quantised
+from model.config import Mla, ModelConfig
+from model.ops import OPS, full_scale, swiglu_body
+from model.quantised import FORMATS, Matrix
+from model.weights import Layout, Quantized, Weight
+
+Lowering = Callable[..., Any]
+_PLAIN = {"float32": quantised.F32, "bfloat16": quantised.BF16}
+
+
+@dataclasses.dataclass(frozen=True)
+class NumberFormats:
+    """What a chip's number formats do to a model: `weight` as it is loaded, `lowerings` of the ops.
+
+    `cache` is the format of the latent or key/value rows, `index` of the index keys.
+    """
+
+    cfg: ModelConfig
+    scheme: Scheme
+    cache: CacheFormat = "bf16"
+    index: CacheFormat = "bf16"
+
+    @property
+    def dtype(self) -> str:
+        """What activations and unquantised weights are held in."""
+        return "float32" if self.scheme.wide == "f32" else "bfloat16"
+
+    @property
+    def name(self) -> str:
+        """The scheme, and the cache's format where it is narrower than the activations."""
+        return self.scheme.name if self.cache == self.scheme.wide else f"{self.scheme.name}, {self.cache} cache"
+
+    def weight(self, weight: Weight, value: np.ndarray | Quantized, mtp: bool = False) -> np.ndarray | Quantized:
+        """One whole weight on the host, as the checkpoint has it, to what the graph is given.
+
+        A matrix that the checkpoint stores in the scheme's own format keeps its values and scales; any other is
+        dequantised and rounded. Scales that are shared by groups shorter than a block come one an element of the
+        contracted dim, so that a weight can be split anywhere. `mtp`: it belongs to the MTP layer.
+        """
+        fmt = self.scheme.format_of(weight, mtp)
+        if fmt is None:
+            plain = _widen(value) if isinstance(value, Quantized) else value
+            return plain.astype(np.float32 if weight.float32 else _PLAIN[self.dtype], copy=False)
+        if isinstance(value, Quantized) and _is_stored_as(fmt, weight, value):
+            held = value
+        else:
+            matrix = _widen(value) if isinstance(value, Quantized) else np.asarray(value)
+            held = _from_matrix(weight, quantised.quantise(fmt, _to_matrix(weight, matrix)))
+        if not weight.can_stay_fp8:  # the halves of kv_b_proj, which are widened when loaded
+            return _widen(held).astype(_PLAIN[self.dtype])
+        axis = 1 if weight.expert_count else 0
+        shared = FORMATS[fmt].shared
+        if isinstance(shared, int) and held.scale.shape[axis] not in (1, held.values.shape[axis]):
+            width = held.values.shape[axis]
+            spread = np.take(np.repeat(held.scale, shared, axis), range(width), axis)
+            return Quantized(held.values, spread)
+        return held
+
+    def lowerings(self, base: Mapping[str, Lowering] | None = None) -> dict[str, Lowering]:
+        """Ops by name that compute as the chip does. `base`: the backend's own kernels, used for what is left."""
+        out = dict(base or {})
+        if self.scheme.formats != (self.scheme.wide,):
+            plain_experts = out.get("glm.expert_ffn", OPS["glm.expert_ffn"].meaning)
+            out["glm.linear"] = self._linear
+            out["glm.expert_ffn"] = lambda *args: self._experts(*args) if len(args) > 5 else plain_experts(*args)
+        narrow = {"fp8", "int8"}
+        if self.cache in narrow or self.index in narrow:
+            write = out.get("glm.cache_write", OPS["glm.cache_write"].meaning)
+            out["glm.cache_write"] = lambda pages, rows, slots, *, cache="": write(
+                pages, self._cache_row(rows, cache), slots, cache=cache
+            )
+        if self.index in narrow:
+            score = out.get("glm.index_scores", OPS["glm.index_scores"].meaning)
+            out["glm.index_scores"] = lambda query, *rest: score(rounding.index_row(query, self.index), *rest)
+        return out
+
+    @property
+    def _fp8(self) -> str:
+        return "fp8-tensor" if "fp8-tensor" in self.scheme.formats else "fp8-block"
+
+    def _product(self, x: Array, values: Array, scale: Array) -> Array:
+        """x [.., k] times values [k, ..] -> [.., ..] in x's type."""
+        outer = values.shape[1:]
+        for axis in range(1, values.ndim - 1):  # gate and up: one column dim, each column with its own scale
+            if scale.shape[axis] != values.shape[axis]:
+                scale = jnp.repeat(scale, values.shape[axis], axis)
+        if values.ndim > 2:
+            scale = full_scale(scale.astype(jnp.float32), values.shape, values.ndim - 1).astype(scale.dtype)
+        flat = product(
+            x.reshape(-1, x.shape[-1]), values.reshape(values.shape[0], -1),
+            scale.reshape(scale.shape[0], -1), self._fp8,
+        )  # fmt: skip
+        return flat.astype(x.dtype).reshape(*x.shape[:-1], *outer)
+
+    def _linear(self, x: Array, *weight: Array) -> Array:
+        """See `model.ops.linear`."""
+        return self._product(x, *weight) if len(weight) == 2 else OPS["glm.linear"].meaning(x, *weight)
+
+    def _experts(self, x: Array, experts: Array, weights: Array, *matrices: Array) -> Array:
+        """See `model.ops.expert_ffn`: experts one after another, each over all tokens. An expert's result is rounded
+        to 16 bits before the weighted sum over the choices, as it is where experts live on other devices."""
+        ids = jnp.arange(matrices[0].shape[0], dtype=experts.dtype)
+
+        def add(total: Array, expert: tuple[Array, ...]) -> tuple[Array, None]:
+            index, gate_up, gate_up_scale, down, down_scale = expert
+            share = jnp.sum(jnp.where(experts == index, weights, 0.0), axis=1, dtype=jnp.float32)
+            hidden = swiglu_body(self._product(x, gate_up, gate_up_scale))
+            out = self._product(hidden, down, down_scale)
+            return total + out.astype(jnp.float32) * share[:, None], None
+
+        start = jnp.zeros(x.shape, jnp.float32) + 0.0 * x.astype(jnp.float32)  # varies over a mesh as x does
+        total, _ = lax.scan(add, start, (ids, *matrices))
+        return total.astype(x.dtype)
+
+    def _cache_row(self, row: Array, cache: str) -> Array:
+        if cache == "index":
+            return rounding.index_row(row, self.index) if self.index in ("fp8", "int8") else row
+        if self.cache not in ("fp8", "int8"):
+            return row
+        if cache == "latent":
+            assert isinstance(self.cfg.attention, Mla)
+            return rounding.latent_row(row, self.cfg.attention.kv_lora_rank, self.cache)
+        return rounding.head_row(row, self.cache)
+
+
+def formats_of(cfg: ModelConfig, profile: Profile, scheme: str | None = None, kv: str | None = None) -> NumberFormats:
+    """The number formats of a profile. scheme: one it has units for, its own by default; kv: the cache's format, as
+    wide as the activations by default. Raises `Unsupported` in one line."""
+    chosen = schemes.of_profile(profile, scheme)
+    cache, index = schemes.cache_of_profile(profile, kv, chosen)
+    return NumberFormats(cfg, chosen, cache, index if cfg.indexer else chosen.wide)  # type: ignore[arg-type]
+
+
+# --- weights in the graph's layout, to and from matrices [.., out, in] -----------------------------------
+
+
+def _to_matrix(weight: Weight, value: np.ndarray) -> np.ndarray:
+    if weight.layout is Layout.GATE_UP:  # [.., d, 2, f] -> [.., 2, f, d]
+        return np.moveaxis(value, -3, -1)
+    return value if weight.layout is Layout.HEAD_KEYS else np.swapaxes(value, -1, -2)
+
+
+def _from_matrix(weight: Weight, held: Matrix) -> Quantized:
+    scale = held.scale
+    if held.factor is not None:
+        scale = scale.astype(np.float32) * held.factor[..., None, None]
+    values = held.values
+    if weight.layout is Layout.GATE_UP:
+        values, scale = np.moveaxis(values, -1, -3), np.moveaxis(scale, -1, -3)
+    elif weight.layout is not Layout.HEAD_KEYS:
+        values, scale = np.swapaxes(values, -1, -2), np.swapaxes(scale, -1, -2)
+    return Quantized(quantised.carried(np.ascontiguousarray(values)), np.ascontiguousarray(scale))
+
+
+def _widen(held: Quantized) -> np.ndarray:
+    """float32 in the graph's layout."""
+    values, scale = np.asarray(held.values), np.asarray(held.scale).astype(np.float32)
+    for axis in range(values.ndim):
+        scale = quantised.spread(scale, values.shape[axis], axis)
+    return values.astype(np.float32) * scale
+
+
+def _is_stored_as(fmt: str, weight: Weight, held: Quantized) -> bool:
+    """Whether a matrix of a checkpoint has the types of a format, and its scales the format's sharing."""
+    wanted, values, scale = FORMATS[fmt], np.asarray(held.values), np.asarray(held.scale)
+    scale_type = quantised.F32 if fmt == "nvfp4" else wanted.scale
+    if (values.dtype, scale.dtype) != (quantised.CARRIER.get(wanted.values, wanted.values), scale_type):
+        return False
+    if wanted.values == quantised.INT4 and (values.min() < -8 or values.max() > 7):
+        return False
+    axis = 1 if weight.expert_count else 0
+    if wanted.shared == "block":
+        return scale.shape == dataclasses.replace(weight, shape=values.shape).scale_shape
+    if isinstance(wanted.shared, int):
+        return scale.shape[axis] == -(-values.shape[axis] // wanted.shared)
+    return scale.shape[axis] == 1

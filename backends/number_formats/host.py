@@ -1,0 +1,39 @@
+"""A chip's number formats on the host CPU: a checkpoint and an adapter for the serving engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from backends.cpu import CpuBackend
+from backends.number_formats.emulation import NumberFormats
+from model.checkpoint import Checkpoint, Convert, Put
+
+
+class Converted(Checkpoint):
+    """A checkpoint whose weights are loaded as a chip with these formats holds them."""
+
+    def __init__(self, path: str | Path, formats: NumberFormats):
+        super().__init__(path)
+        self._formats = formats
+
+    def load(
+        self,
+        dtype: str = "float32",
+        keep_fp8: bool = False,
+        put: Put = lambda weight, array: array,
+        mtp: bool = True,
+        convert: Convert | None = None,
+    ) -> dict[str, Any]:
+        return super().load("float32", self._formats.dtype != "float32", put, mtp, convert or self._formats.weight)
+
+
+class EmulatedCpu(CpuBackend):
+    """The host CPU, computing in the formats of another chip."""
+
+    def __init__(self, formats: NumberFormats):
+        self._formats = formats
+
+    def lowerings(self) -> Mapping[str, Callable[..., Any]]:
+        return self._formats.lowerings(super().lowerings())

@@ -1,0 +1,207 @@
+"""A server's devices at work: weights split over them once, programs compiled by shape, caches by server.
+
+`Cluster` is what equal servers (replicas) share; a `Server` has its own caches. A step feeds all ranks at once:
+`Batch` rows are `dp` equal blocks, one a rank, and page numbers count within the rank, whose page 0 is nobody's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from backends.sim.grid import MOST_HOSTS, Grid, slot_layout
+from backends.sim.memory import stage_outer
+from backends.sim.shard import divisible, parts, split_dim
+from backends.sim.stages import Hosts, Mapped, Stage
+from model import graph, ops
+from model.cache import cache_rows
+from model.config import ModelConfig
+from model.graph import Batch, Mode
+from model.weights import Quantized, Weight, layer_weights
+
+Pages = list[dict[str, np.ndarray]]
+"""A sequence's pages, by layer and cache name: [pages, page_size, ..]."""
+
+
+class NumberFormats(Protocol):
+    """An emulated chip's number formats; see `backends.sim`."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    def weight(self, weight: Weight, value: Any) -> Any: ...
+
+    def lowerings(self) -> Mapping[str, Callable[..., Any]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Float32:
+    """Everything in float32; the checkpoint is to be loaded so, FP8 blocks dequantised."""
+
+    dtype: str = "float32"
+
+    def weight(self, weight: Weight, value: Any) -> Any:
+        return value
+
+    def lowerings(self) -> Mapping[str, Callable[..., Any]]:
+        return {}
+
+
+class Cluster:
+    """The weights of a server on its devices, and its programs.
+
+    weights: whole, on the host, as `model.checkpoint.Checkpoint.load` returns them; emptied as they are placed.
+    mapped: run all devices as axes on one; by default where there are more than `MOST_HOSTS`.
+    Raises `Unsupported` where the grid does not fit the model.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        grid: Grid,
+        weights: dict[str, Any],
+        formats: NumberFormats | None = None,
+        mapped: bool | None = None,
+    ):
+        grid.check(cfg)
+        self.cfg, self.grid, self.formats = cfg, grid, formats or Float32()
+        self.mapped = grid.devices > MOST_HOSTS if mapped is None else mapped
+        self.stages: list[Stage] = [
+            Mapped(grid) if self.mapped else Hosts(grid, number * grid.stage_devices)
+            for number in range(len(grid.stages))
+        ]
+        outer = weights["outer"]
+        self.weights = [self._place(number, outer, weights["layers"]) for number in range(len(grid.stages))]
+        outer.clear()
+        self._programs: dict[Any, Callable[..., Any]] = {}
+        self.compile_s = 0.0
+
+    def server(self, pages: int, page_size: int) -> Server:
+        """Empty caches of `pages` pages a rank and layer."""
+        return Server(self, pages, page_size)
+
+    # --- weights
+
+    def _place(self, number: int, outer: dict[str, Any], layers: list[dict[str, Any]]) -> dict[str, Any]:
+        cfg, span, stage = self.cfg, self.grid.stages[number], self.stages[number]
+        placed = {"outer": {w.name: self._share(stage, w, outer[w.name]) for w in stage_outer(cfg, span)}, "layers": []}
+        for layer in span:
+            slots = slot_layout(cfg, self.grid, layer)
+            shares: dict[str, Any] = {}
+            for weight in layer_weights(cfg, cfg.layers[layer]):
+                chosen = slots[0] if slots and weight.expert_count else None
+                shares[weight.name] = self._share(stage, weight, layers[layer].pop(weight.name), chosen)
+            if slots:
+                shares["expert_slots"] = stage.place(slots[1], 0, ())
+            placed["layers"].append(shares)
+        return placed
+
+    def _share(self, stage: Stage, weight: Weight, value: Any, slots: np.ndarray | None = None) -> Any:
+        value = self.formats.weight(weight, value)
+        dim, axes = split_dim(weight, self.grid)
+        value = divisible(value, weight, dim, parts(axes, self.grid))
+        dtype = np.dtype("float32") if weight.float32 else jax.numpy.dtype(self.formats.dtype)
+
+        def place(leaf: np.ndarray, dtype: Any) -> Any:
+            leaf = np.asarray(leaf) if slots is None else np.asarray(leaf)[slots]
+            return stage.place(leaf.astype(dtype, copy=False), dim, axes)
+
+        if isinstance(value, Quantized):
+            return Quantized(*(place(leaf, leaf.dtype) for leaf in value))
+        return place(value, dtype)
+
+    # --- programs
+
+    def body(self, number: int, mode: Mode) -> Callable[..., Any]:
+        """One device's program of a stage: (weights, caches, batch[, carried]) -> ((carried, logits), caches)."""
+
+        def body(weights: Any, caches: Any, batch: Batch, carried: Any = None) -> Any:
+            out = graph.stage(
+                self.cfg, self.grid.stages[number], weights, caches, batch, carried, mode, self.grid.parallel
+            )
+            return (out.carried, out.logits), out.caches
+
+        return ops.substitute(body, self.formats.lowerings(), inline=self.stages[number].inline)
+
+    def program(self, number: int, mode: Mode, *args: Any) -> Callable[..., Any]:
+        """The compiled program of a stage for the shapes of its arguments."""
+        batch, (first, *_) = args[2], args[1]
+        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves((batch, first)))
+        key = (self._same_as(number), mode, shapes)
+        if key not in self._programs:
+            begin = time.perf_counter()
+            self._programs[key] = self.stages[number].program(self.body(number, mode), *args)
+            self.compile_s += time.perf_counter() - begin
+        return self._programs[key]
+
+    def _same_as(self, number: int) -> Any:
+        """What makes two stages' programs one: their layers' types and slots, where they run on the same devices."""
+        if not self.mapped:
+            return number
+        span, last = self.grid.stages[number], self.cfg.num_layers
+        tables = tuple(w["expert_slots"].array.shape for w in self.weights[number]["layers"] if "expert_slots" in w)
+        following = self.cfg.layers[span.stop].indexer if span.stop < last else None
+        return self.cfg.layers[span.start : span.stop], span.start == 0, following, tables
+
+
+class Server:
+    """One server: its caches, and steps that read and write them."""
+
+    def __init__(self, cluster: Cluster, pages: int, page_size: int):
+        self.cluster, self.pages, self.page_size = cluster, pages, page_size
+        self.caches = [
+            [self._empty(number, layer) for layer in span] for number, span in enumerate(cluster.grid.stages)
+        ]
+
+    def _empty(self, number: int, layer: int) -> dict[str, Any]:
+        cfg, dp = self.cluster.cfg, self.cluster.grid.dp
+        dtype = jax.numpy.dtype(self.cluster.formats.dtype)
+        size = (dp * (self.pages + 1), self.page_size)
+        return {
+            row.name: self._stage(number).cache(np.zeros((*size, *row.shape), dtype), self._by_head(row.shape))
+            for row in cache_rows(cfg, cfg.layers[layer])
+        }
+
+    def _stage(self, number: int) -> Stage:
+        return self.cluster.stages[number]
+
+    @staticmethod
+    def _by_head(shape: tuple[int, ...]) -> bool:
+        return len(shape) == 2  # KV heads are split over tp; latents and index keys are held whole
+
+    def step(self, batch: Batch, mode: Mode = Mode()) -> np.ndarray:
+        """Feeds a batch (numpy, [dp x rows, ..]) through all stages: logits float32 [dp x rows, (t,) vocab]."""
+        carried: tuple[Any, ...] = ()
+        for number, stage in enumerate(self.cluster.stages):
+            args = (self.cluster.weights[number], self.caches[number], stage.batch(batch), *map(stage.batch, carried))
+            (passed, logits), self.caches[number] = self.cluster.program(number, mode, *args)(*args)
+            carried = (passed,)
+        return self._stage(-1).fetch(logits)
+
+    # --- sequences that move between servers
+
+    def read(self, rank: int, pages: Sequence[int]) -> Pages:
+        """The contents of some pages of a rank."""
+        at = rank * (self.pages + 1) + np.asarray(pages, np.int64)
+        return [
+            {name: self._stage(number).fetch(value)[at] for name, value in cache.items()}
+            for number, layers in enumerate(self.caches)
+            for cache in layers
+        ]
+
+    def write(self, rank: int, pages: Sequence[int], contents: Pages) -> None:
+        """Puts what another server `read` into some pages of a rank. Both have the same page size."""
+        at = rank * (self.pages + 1) + np.asarray(pages, np.int64)
+        rest = iter(contents)
+        for number, layers in enumerate(self.caches):
+            stage = self._stage(number)
+            for cache in layers:
+                for name, rows in next(rest).items():
+                    whole = stage.fetch(cache[name]).copy()
+                    whole[at] = rows.astype(whole.dtype)
+                    cache[name] = stage.cache(whole, self._by_head(whole.shape[2:]))

@@ -1,0 +1,69 @@
+"""torch on the CPU: the `.pt2` programs, run as they are."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from backends.errors import ArtifactError
+from runtime.export.manifest import Step
+
+_VIEWS = {  # numpy has no such types of its own
+    np.dtype(ml_dtypes.bfloat16): (np.uint16, torch.bfloat16),
+    np.dtype(ml_dtypes.float8_e4m3fn): (np.uint8, torch.float8_e4m3fn),
+}
+
+
+class Executor:
+    """See `runtime.artifact.executor.Executor`."""
+
+    name = "torch"
+    platform = "any"
+
+    def load(self, path: Path, step: Step) -> Loaded:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                module = torch.export.load(path).module()
+        except Exception as error:
+            raise ArtifactError(f"{path}: torch refuses it: {str(error).splitlines()[0]}") from None
+        return Loaded(module, step)
+
+    def put(self, array: np.ndarray) -> Any:
+        array = np.ascontiguousarray(array)
+        if array.dtype in _VIEWS:
+            raw, dtype = _VIEWS[array.dtype]
+            return torch.from_numpy(array.view(raw).copy()).view(dtype)
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+    def get(self, buffer: Any) -> np.ndarray:
+        if buffer.dtype == torch.bfloat16:
+            return buffer.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        return buffer.numpy()
+
+
+class Loaded:
+    def __init__(self, module: Any, step: Step):
+        self.module = module
+        self.inputs = [value.name for value in step.inputs]
+        self.outputs = [value.name for value in step.outputs]
+
+    def bind(self, fixed: Mapping[str, Any]) -> Bound:
+        return Bound(self, fixed)
+
+
+class Bound:
+    def __init__(self, loaded: Loaded, fixed: Mapping[str, Any]):
+        self.loaded, self.fixed = loaded, dict(fixed)
+
+    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        given = [self.fixed[name] if name in self.fixed else values[name] for name in self.loaded.inputs]
+        with torch.inference_mode():
+            results = self.loaded.module(*given)
+        return dict(zip(self.loaded.outputs, results, strict=True))

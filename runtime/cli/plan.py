@@ -1,0 +1,176 @@
+"""`glm5 plan`: which layout, which expert on which device, how much KV cache, and what that promises."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from runtime.cli.plan_check import plan_check
+from runtime.cli.plan_experts import plan_experts
+from runtime.cli.plan_launch import plan_launch
+from runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from runtime.planner.plan import Plan
+
+app = typer.Typer(help="Plan a deployment: layout, experts and KV cache, assigned to devices.")
+app.command("experts")(plan_experts)
+app.command("check")(plan_check)
+app.command("launch")(plan_launch)
+
+QUIET_SECONDS = 1.0
+"""Searches that take longer say on stderr what they are doing."""
+
+
+@app.callback(invoke_without_command=True)
+def plan(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="A preset, a checkpoint directory or a config.json.")] = "glm-5-fp8",
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A chip of `glm5 profiles list` or a TOML file; a second one, as NAME:DEVICES, "
+            "splits prefill and decode between the two [default: h200-sxm]."
+        ),
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Devices [default: 8; with min-devices, 384 at most].")
+    ] = None,
+    isl: Annotated[int, typer.Option(min=1, help="Input tokens a request.")] = 8192,
+    osl: Annotated[int, typer.Option(min=1, help="Output tokens a request.")] = 1024,
+    length_ratio: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Lengths are uniform in [ratio x L, L].")
+    ] = 0.8,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Requests in flight [default: the most the targets allow].")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests a second, instead.")] = None,
+    ttft_ms: Annotated[float | None, typer.Option(help="Target: mean time to the first token.")] = None,
+    tpot_ms: Annotated[float | None, typer.Option(help="Target: mean time per output token.")] = None,
+    objective: Annotated[
+        Literal["throughput", "latency", "min-devices"], typer.Option(help="What to make best within the targets.")
+    ] = "throughput",
+    formats: Annotated[
+        str, typer.Option(help="auto, bf16, fp8, w8a8, w4a8 or w4a16; auto: none narrower than the checkpoint's.")
+    ] = "auto",
+    kv: Annotated[str, typer.Option(help="KV cache: auto, bf16, fp8 or int8.")] = "auto",
+    mtp: Annotated[int, typer.Option(min=0, help="Drafts a step of multi-token prediction.")] = 0,
+    expert_load: Annotated[
+        Path | None, typer.Option(help="Tokens of each expert: .npy of MoE layers x experts. Decides redundant slots.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="sglang, vllm, trtllm, vllm-ascend, glm5, or a TOML file.")] = "sglang",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Override chip.*, link.*, overhead.* or engine.*: field=value.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the plan here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan, as --out writes it.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained page here.")] = None,
+) -> None:
+    """Plan a deployment: layout, experts and KV cache, assigned to devices.
+
+    The search covers what the memory allows of tp x dp x ep x pp, number formats, prefill chunk and running limit,
+    serving together or with prefill and decode apart; the best by a steady-state estimate are simulated.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    for path in (out, html):
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            raise UsageError(f"{path} cannot be written: name a file in a directory that exists")
+    if rate is not None and concurrency is not None:
+        raise UsageError("give one of --concurrency and --rate")
+    for name, value in (("--rate", rate), ("--ttft-ms", ttft_ms), ("--tpot-ms", tpot_ms)):
+        if value is not None and not 0 < value < 1e9:
+            raise UsageError(f"{name} {value:g}: give a number above zero")
+    from runtime.planner.plan import Demand
+
+    demand = Demand(isl, osl, length_ratio, concurrency, rate, ttft_ms, tpot_ms, objective)
+    found = _search(model, profile or ["h200-sxm"], devices, demand, formats, kv, mtp, expert_load, engine, settings)
+    if out:
+        found.write(out)
+    if html:
+        from model.config import load_config
+        from runtime.reports.plan import write_page
+
+        write_page(html, found, load_config(model))
+    if as_json:
+        print(found.text, end="")
+    else:
+        from runtime.cli.plan_show import show
+
+        show(found)
+
+
+def _search(
+    model: str,
+    profiles: list[str],
+    devices: int | None,
+    demand: Any,
+    formats: str,
+    kv: str,
+    drafts: int,
+    expert_load: Path | None,
+    engine: str,
+    settings: list[str] | None,
+) -> Plan:
+    import hw_profiles
+    from model.config import load_config
+    from runtime.deploy import split_settings
+    from runtime.planner.experts import read_load
+    from runtime.planner.options import Question
+    from runtime.planner.search import Chips, search
+    from runtime.planner.smallest import smallest
+
+    chip, of_model, of_engine = split_settings(settings or [])
+    if of_model:
+        raise UsageError(f"--set {of_model[0][0]}: a plan is for a model as it is; give a config.json with the change")
+    cfg = load_config(model)
+    if drafts and not cfg.mtp_layers:
+        raise UsageError(f"{cfg.name} has no MTP layer to draft with: leave out --mtp")
+    smallest_wanted = demand.objective == "min-devices"
+    if len(profiles) > 2:
+        raise UsageError(f"{len(profiles)} profiles: give one, or two to prefill on one and decode on the other")
+    named = [_split(text) for text in profiles]
+    default = 384 if smallest_wanted else 8
+    chips = [Chips(hw_profiles.load(name, chip), count or devices or default) for name, count in named]
+    question = Question(
+        cfg,
+        demand,
+        engine,
+        None if formats == "auto" else formats,
+        None if kv == "auto" else kv,
+        drafts,
+        of_engine,
+    )
+    load = read_load(expert_load) if expert_load else None
+    load_name = expert_load.name if expert_load else ""
+    say = _progress()
+    if smallest_wanted:
+        if len(chips) > 1:
+            raise UsageError("min-devices counts one kind of chip: give one --profile")
+        return smallest(question, chips[0].profile, chips[0].count, load, load_name, say)
+    return search(question, chips, load, load_name, say)
+
+
+def _split(text: str) -> tuple[str, int | None]:
+    """A profile and its number of devices, from NAME or NAME:COUNT. Raises `UsageError`."""
+    name, colon, count = text.rpartition(":")
+    if not colon or name.endswith("/") or not count.lstrip("+-").isdigit():
+        return text, None
+    if int(count) < 1:
+        raise UsageError(f"--profile {text}: give at least one device")
+    return name, int(count)
+
+
+def _progress() -> Callable[[str], None]:
+    start = time.monotonic()
+
+    def say(message: str) -> None:
+        seconds = time.monotonic() - start
+        if seconds > QUIET_SECONDS:
+            typer.echo(f"{seconds:4.0f} s  {message}", err=True)
+
+    return say

@@ -1,0 +1,157 @@
+"""A plan for a terminal: its pools, a bar of memory for each kind of device, what it promises, what else there was."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.planner.plan import Device, Plan, Pool
+
+_BAR, _WIDTH = 40, 132
+_ALTERNATIVES = 12
+_PARTS = (
+    ("weights", "blue"),
+    ("KV", "green"),
+    ("activations", "yellow"),
+    ("other", "magenta"),
+    ("free", "bright_black"),
+)
+
+
+def show(plan: Plan) -> None:
+    """Prints the plan."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_WIDTH)
+    idle = f", {plan.idle_devices} idle" if plan.idle_devices else ""
+    console.print(f"[bold]{plan.model.name}[/] on {len(plan.devices)} devices{idle}")
+    for pool in plan.pools:
+        _pool(console, pool)
+    if plan.transfer:
+        moved = plan.transfer
+        console.print(
+            f"a prompt of {plan.demand.isl:,} tokens moves {moved.bytes / 1e9:.2f} GB from prefill to decode in "
+            f"{moved.seconds * 1e3:,.1f} ms"
+        )
+    if plan.predicted:
+        _predicted(console, plan)
+    if plan.alternatives:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for heading in ("tok/s/device", "tok/s/user", "TTFT ms", "TPOT ms", "in flight"):
+            table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
+        table.add_column("", no_wrap=True, min_width=9)
+        table.add_column("plan", overflow="fold")
+        chips = {pool.profile for pool in plan.pools}
+        for row in plan.alternatives[:_ALTERNATIVES]:
+            how = "chosen" if row.chosen else "simulated" if row.simulated else "estimate"
+            figures = (row.output_tokens_per_s_per_device, row.output_tokens_per_s_per_user, row.ttft_ms, row.tpot_ms)
+            name = row.name.replace(f" on {next(iter(chips))}", "") if len(chips) == 1 else row.name
+            table.add_row(*(f"{value:,.1f}" for value in figures), f"{row.concurrency:,}", how, name)
+        console.print(table)
+        if len(plan.alternatives) > _ALTERNATIVES:
+            console.print(f"{len(plan.alternatives) - _ALTERNATIVES} more alternatives in the plan file (--out)")
+    if plan.rejected:
+        console.print(f"{len(plan.rejected)} candidates rejected; the plan file (--out) has the reasons")
+
+
+def _pool(console: object, pool: Pool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    assert isinstance(console, Console)
+    settings = "".join(f", {key} {value}" for key, value in pool.settings.items())
+    console.print(f"{pool.role}: {pool.name}, {pool.engine}{settings}")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("devices", "layers"):
+        table.add_column(heading)
+    table.add_column("memory", no_wrap=True, min_width=_BAR)
+    for heading in ("weights", "KV", "free GB", "KV pages", "tokens"):
+        table.add_column(heading, justify="right")
+    for devices in _alike(pool):
+        first, held = devices[0], devices[0].ledger
+        parts = _parts(first)
+        table.add_row(
+            _ranges([device.index for device in devices]),
+            f"{first.layers[0]}-{first.layers[1] - 1}",
+            _bar(parts, held.usable_bytes),
+            *(f"{parts[name] / 1e9:.1f}" for name in ("weights", "KV", "free")),
+            f"{first.kv_pages:,}",
+            f"{first.kv_pages * pool.page_tokens:,}",
+        )
+    console.print(table)
+    console.print("  ".join(f"[{colour}]█[/] {name}" for name, colour in _PARTS))
+    if pool.experts and pool.experts.max_over_mean is not None:
+        extra = f"{pool.redundant_slots} redundant slots a device, " if pool.redundant_slots else ""
+        console.print(
+            f"experts: {extra}busiest device at {pool.experts.max_over_mean:.3f} x the mean (worst layer "
+            f"{pool.experts.worst_max_over_mean:.3f}); no placement in these slots is below {pool.experts.bound:.3f}"
+        )
+
+
+def _predicted(console: object, plan: Plan) -> None:
+    from rich.console import Console
+
+    assert isinstance(console, Console)
+    got = plan.predicted
+    assert got
+    load = f"{got.rate:g} requests/s" if got.rate is not None else f"{got.concurrency:,} requests in flight"
+    console.print(
+        f"predicted with {load}: [bold]{got.output_tokens_per_s:,.0f} output tok/s[/], "
+        f"{got.output_tokens_per_s_per_device:,.1f} a device, {got.output_tokens_per_s_per_user or 0:,.1f} a user"
+    )
+    for name, stats in (("ttft_ms", got.ttft_ms), ("tpot_ms", got.tpot_ms)):
+        if stats["mean"] is None:
+            continue
+        low, high = got.band.get(name, (stats["mean"], stats["mean"]))
+        target = getattr(plan.demand, name)
+        wanted = f", target {target:,.1f}" if target is not None else ""
+        title = name.removesuffix("_ms").upper()
+        console.print(f"{title} {stats['mean']:,.1f} ms (9 in 10 expected within {low:,.1f} to {high:,.1f}){wanted}")
+    if not got.meets_targets:
+        console.print("[bold red]misses its targets[/]: no candidate of this size comes closer")
+    outside = f", {got.extrapolated:.0%} of steps outside the fits' range" if got.extrapolated else ""
+    limit = f"; limited by {got.saturated_by}" if got.saturated_by else f"; bound by {got.bottleneck}"
+    console.print(f"evidence: {got.evidence}{outside}{limit}")
+
+
+def _alike(pool: Pool) -> list[list[Device]]:
+    """Devices that hold the same amounts, together."""
+    groups: dict[tuple[int, int, int], list[Device]] = {}
+    for device in pool.devices:
+        groups.setdefault((*device.layers, device.kv_pages), []).append(device)
+    return list(groups.values())
+
+
+def _parts(device: Device) -> dict[str, float]:
+    held = device.ledger
+    return {
+        "weights": held.weights_total_bytes,
+        "KV": held.kv_bytes,
+        "activations": held.activation_bytes,
+        "other": held.communication_bytes + held.runtime_bytes,
+        "free": held.free_bytes,
+    }
+
+
+def _bar(parts: dict[str, float], usable_bytes: float) -> str:
+    ends, total = [], 0.0
+    for size in parts.values():
+        total += size
+        ends.append(round(_BAR * total / usable_bytes))
+    widths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    return "".join(f"[{colour}]{'█' * width}[/]" for (_, colour), width in zip(_PARTS, widths, strict=True))
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0-7, 16-23, ... (the first few)."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    shown = [f"{a}-{b}" if b > a else str(a) for a, b in spans[:3]]
+    return ", ".join(shown) + (", …" if len(spans) > 3 else "")

@@ -1,0 +1,303 @@
+"""What an exported package says of itself: `manifest.json`, schema-versioned. Free of JAX. See docs/export.md.
+
+A package holds *units* (embedding, one for each layer type, head, ..). A unit is a chain of *steps* over named
+values: run a graph, or do a collective between devices. A unit of one device is one graph; under tensor or expert
+parallelism it is cut where the devices must talk, and the host (or HCCL, NCCL) does the collective between the
+graphs, so that every graph is one that any runtime can load.
+
+The names of values are the wiring, and the same in every format:
+- "tokens", "start", "length", "page_table": the batch; "positions", "slots": made of it by the unit "view";
+- "x": hidden states; "selected": the sparse selection; "hidden", "logits": results of the head;
+- "w.NAME": a weight of the layer, "outer.NAME": of the embedding or head (in FP8 "w.NAME.values" and
+  "w.NAME.scale"); "cache.NAME": a layer's pages;
+- "rank.tp", "rank.dp": int32 scalars, the device's place; graphs are the same on all devices;
+- "mid.N": what one graph of a unit hands to a later one;
+- "NAME.out": the new NAME, an output; the runner feeds it as NAME to the next unit (or as the layer's cache to the
+  next step).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from backends.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+FILE = "manifest.json"
+OUT = ".out"  # suffix of the new value of a name
+
+Format = Literal["stablehlo", "onnx", "torch", "ascend"]
+FORMATS: tuple[Format, ...] = ("stablehlo", "onnx", "torch", "ascend")
+Phase = Literal["prefill", "decode"]
+StepKind = Literal["graph", "all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gear:
+    """A static size of a step: `tokens` new ones of each of `sequences`, over `context_pages` pages each."""
+
+    sequences: int
+    tokens: int
+    context_pages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """An input or output of a graph. `dtype` in numpy's spelling, "bfloat16" and "float8_e4m3fn" included."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class OpUse:
+    """An op of the contract in a graph: how often, and its form there: "composite", "function", "custom"
+    (an operator of the target, named in `target`) or "decomposed"."""
+
+    name: str
+    form: Literal["composite", "function", "custom", "decomposed"]
+    count: int
+    target: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A link of a unit's chain.
+
+    kind "graph": `files` maps a platform ("cpu", "cuda"; "any" where the format has one form) to the graph's file;
+    inputs and outputs in the graph's own order; `aliases` maps an output to the input whose buffer it may take over.
+    Other kinds are collectives over mesh axis `axis`, from the value `inputs[0]` to `outputs[0]`:
+    "all_reduce" sums; "all_gather" concatenates along `dim` in order of rank; "reduce_scatter" sums and returns
+    each device its part of `dim`; "all_to_all" sends part r of `dim` to rank r, and concatenates what comes.
+    """
+
+    kind: StepKind
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    name: str = ""
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    aliases: dict[str, str] = dataclasses.field(default_factory=dict)
+    ops: tuple[OpUse, ...] = ()
+    axis: str = ""
+    dim: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The units of one phase at one gear, by name."""
+
+    phase: Phase
+    gear: Gear
+    units: dict[str, tuple[Step, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightRef:
+    """A weight of a unit: its share on one device, and how it is made of the checkpoint's tensors.
+
+    sources: names with `{layer}` for the layer's index and `{e}` for an expert's. layout: docs/checkpoints.md.
+    whole: the shape of the undivided weight; split: for each of its dims the mesh axes it is divided over, in order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    whole: tuple[int, ...]
+    split: tuple[tuple[str, ...], ...]
+    sources: tuple[str, ...]
+    layout: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """An entry of the schedule: layer `index` runs `unit`."""
+
+    index: int
+    unit: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceShare:
+    """A device of the layout: its stage and its rank on each mesh axis, the layers it runs, and, where weights are
+    written out, its safetensors file: tensors "layers.INDEX.NAME", "outer.NAME", "mtp.NAME" in the graph's layout."""
+
+    index: int
+    stage: int
+    ranks: dict[str, int]
+    layers: tuple[int, ...]
+    weights: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRef:
+    """Which model: enough to run a package. `config_sha256` is of the config.json's canonical JSON.
+    `stop_token_ids` end an answer."""
+
+    name: str
+    model_type: str
+    config_sha256: str
+    vocab_size: int
+    hidden_size: int
+    max_positions: int
+    stop_token_ids: tuple[int, ...]
+    index_topk: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file of the package."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """A package. `axes`: mesh axes and their sizes ("dp", "tp"), empty on one device. `pool_pages`: pages of every
+    cache, page 0 (padding) included; `caches`: unit -> its caches, as "cache.NAME" values. `mtp`: the unit of the MTP
+    layer, where there is one. `plan_hash`: of the plan
+    the package was cut by. `expert_slots`: layer -> the expert in each slot, where slot e is not expert e; ep rank r
+    holds an equal run of slots, the r-th. `toolchain`: versions of what made it. `files`: every other file. `extra`:
+    what only one format has."""
+
+    format: Format
+    model: ModelRef
+    dtype: str
+    formats: str
+    page_size: int
+    pool_pages: int
+    axes: dict[str, int]
+    programs: tuple[Program, ...]
+    layers: tuple[Layer, ...]
+    caches: dict[str, tuple[Value, ...]]
+    weights: dict[str, tuple[WeightRef, ...]]
+    devices: tuple[DeviceShare, ...]
+    toolchain: dict[str, str]
+    files: dict[str, File]
+    layout: str = ""
+    mtp: str | None = None
+    plan_hash: str | None = None
+    tokenizer: str | None = None
+    expert_slots: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = FILE) -> Manifest:
+        """Raises `ArtifactError` for another version, missing, unknown or mistyped fields."""
+        try:
+            raw = json.loads(text)
+            version = raw["schema_version"]
+        except (ValueError, KeyError, TypeError):
+            raise ArtifactError(f"{where}: not a manifest, or it is truncated; export it again") from None
+        if version != SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{where}: manifest version {version!r}, this release reads {SCHEMA_VERSION}; export it again"
+            )
+        try:
+            return _build(cls, raw, "manifest")
+        except _Malformed as error:
+            raise ArtifactError(f"{where}: {error}; export it again") from None
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Manifest:
+        """The manifest of a package folder; the other files are not touched (see `check_files`)."""
+        path = Path(folder) / FILE
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeDecodeError):
+            raise ArtifactError(f"{folder}: no exported package (it has no readable {FILE})") from None
+
+    @property
+    def owner_units(self) -> dict[str, str]:
+        """The unit that each owner's weights belong to: "outer", "layers.INDEX" and "mtp"."""
+        found = {"outer": "outer"} | {f"layers.{layer.index}": layer.unit for layer in self.layers}
+        return found | ({"mtp": self.mtp} if self.mtp else {})
+
+    def owners(self, device: DeviceShare) -> list[str]:
+        """Whose weights a device holds: "outer" on the first and last stage, its layers', on the last stage MTP's."""
+        last = device.layers[-1] == self.layers[-1].index
+        held = ["outer"] * (last or device.stage == 0) + [f"layers.{layer}" for layer in device.layers]
+        return held + ["mtp"] * (last and self.mtp is not None)
+
+    def program(self, phase: Phase) -> tuple[Program, ...]:
+        """The programs of a phase, smallest gear first."""
+        found = [program for program in self.programs if program.phase == phase]
+        return tuple(sorted(found, key=lambda p: (p.gear.context_pages, p.gear.sequences, p.gear.tokens)))
+
+
+def hash_file(path: Path) -> File:
+    """Hash and size of a file, read in blocks."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return File(digest, path.stat().st_size)
+
+
+def check_files(folder: str | Path, manifest: Manifest) -> None:
+    """Raises `ArtifactError` for the first file that is missing, truncated or altered."""
+    for name, expected in manifest.files.items():
+        path = Path(folder) / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ArtifactError(f"{folder}: its manifest lists {name}, which lies outside; export the package again")
+        if not path.is_file():
+            raise ArtifactError(f"{path}: missing (the manifest lists it); export the package again")
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise ArtifactError(f"{path}: {size} bytes where the manifest says {expected.bytes}; export it again")
+        if hash_file(path).sha256 != expected.sha256:
+            raise ArtifactError(f"{path}: altered (its hash is not the manifest's); export the package again")
+
+
+class _Malformed(Exception):
+    """A field that does not fit the schema."""
+
+
+def _build(kind: Any, raw: Any, where: str) -> Any:
+    """`raw` JSON as a value of the annotated type `kind`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return raw
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(raw, dict):
+            raise _Malformed(f"{where} must be an object")
+        hints = typing.get_type_hints(kind)
+        fields = {field.name: field for field in dataclasses.fields(kind)}
+        if unknown := sorted(set(raw) - set(fields)):
+            raise _Malformed(f"{where} has the unknown field `{unknown[0]}`")
+        missing = [
+            name
+            for name, field in fields.items()
+            if name not in raw and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise _Malformed(f"{where} lacks the field `{missing[0]}`")
+        return kind(**{name: _build(hints[name], value, f"{where}.{name}") for name, value in raw.items()})
+    if origin is Literal:
+        if raw not in arguments:
+            raise _Malformed(f"{where} must be one of {', '.join(map(repr, arguments))}, not {raw!r}")
+        return raw
+    if origin in (typing.Union, types.UnionType):
+        if raw is None and type(None) in arguments:
+            return None
+        return _build(next(a for a in arguments if a is not type(None)), raw, where)
+    if origin is tuple:
+        if not isinstance(raw, list):
+            raise _Malformed(f"{where} must be a list")
+        return tuple(_build(arguments[0], value, f"{where}[{i}]") for i, value in enumerate(raw))
+    if origin is dict:
+        if not isinstance(raw, dict):
+            raise _Malformed(f"{where} must be an object")
+        return {key: _build(arguments[1], value, f"{where}.{key}") for key, value in raw.items()}
+    if (kind is int and isinstance(raw, bool)) or not isinstance(raw, kind):  # type: ignore[arg-type]
+        raise _Malformed(f"{where} must be {getattr(kind, '__name__', kind)}, not {raw!r}")
+    return raw

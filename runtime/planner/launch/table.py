@@ -1,0 +1,109 @@
+"""What a TOML file of `runtime/data/launch` says about an engine. The files' own heads explain their sections."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+Facts = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """An engine's flags and rules, as read."""
+
+    name: str
+    program: tuple[str, ...]
+    runs_on: tuple[str, ...]
+    port: int
+    visible_devices: str
+    flags: Mapping[str, tuple[str, str]]
+    additional: Mapping[str, tuple[Any, str]]
+    sources: Mapping[str, str]
+    extra: tuple[Mapping[str, Any], ...]
+    environment: tuple[Mapping[str, Any], ...]
+    remark: tuple[Mapping[str, Any], ...]
+    refuse: tuple[Mapping[str, Any], ...]
+
+    def flag(self, key: str) -> str:
+        return self.flags[key][0]
+
+    def can(self, key: str) -> bool:
+        return key in self.flags
+
+    def extra_words(self, facts: Facts) -> list[list[str]]:
+        """The words of each `[[extra]]` that applies."""
+        return [list(rule["words"]) for rule in self.extra if holds(rule["when"], facts)]
+
+    def variables(self, facts: Facts) -> dict[str, str]:
+        """The environment variables that apply."""
+        found: dict[str, str] = {}
+        for rule in self.environment:
+            if holds(rule["when"], facts):
+                found |= rule["set"]
+        return found
+
+    def remarks(self, facts: Facts) -> list[str]:
+        return [rule["text"] for rule in self.remark if holds(rule["when"], facts)]
+
+    def refusals(self, facts: Facts) -> list[str]:
+        return [rule["why"] for rule in self.refuse if holds(rule["when"], facts)]
+
+    @property
+    def documented(self) -> Mapping[str, str]:
+        """Every flag that this engine may be given, and the document it was read in."""
+        found = {flag: source for flag, source in self.flags.values()}
+        for rule in self.extra:
+            found |= {word.partition("=")[0]: rule["source"] for word in rule["words"] if word.startswith("--")}
+        return {flag: self.sources[source] for flag, source in found.items()}
+
+
+def holds(when: Facts, facts: Facts) -> bool:
+    """Whether every condition is met: a list holds the fact, anything else is the fact."""
+    return all(facts[key] in want if isinstance(want, list) else facts[key] == want for key, want in when.items())
+
+
+def _document(name: str) -> dict[str, Any]:
+    path = resources.files("runtime") / "data" / "launch" / f"{name}.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+@lru_cache
+def table(name: str) -> Table:
+    """The table of an engine."""
+    body = _document(name)
+    return Table(
+        name=body["name"],
+        program=tuple(body["program"]),
+        runs_on=tuple(body["runs_on"]),
+        port=body["port"],
+        visible_devices=body["visible_devices"],
+        flags={key: (flag, source) for key, (flag, source) in body["flags"].items()},
+        additional={key: (value, source) for key, (value, source) in body.get("additional", {}).items()},
+        sources=body["sources"],
+        extra=tuple(body.get("extra", ())),
+        environment=tuple(body.get("environment", ())),
+        remark=tuple(body.get("remark", ())),
+        refuse=tuple(body.get("refuse", ())),
+    )
+
+
+def checkpoint(model: str, scheme: str) -> str | None:
+    """The published checkpoint of a preset (its name without "-fp8") in these formats, if there is one."""
+    return _document("checkpoints").get(scheme, {}).get(model)
+
+
+def unsupported(engine: str, vendor: str, scheme: str, kv: str, sparse: bool) -> str | None:
+    """Why an engine does not serve these formats on a vendor's chips; None where it does or where nothing is known.
+
+    sparse: the model has an indexer.
+    """
+    if not (resources.files("runtime") / "data" / "launch" / f"{engine}.toml").is_file():
+        return None
+    known = {"vendor": vendor, "scheme": scheme, "kv": kv, "sparse": sparse}
+    rules = (rule for rule in table(engine).refuse if rule["when"].keys() <= known.keys())
+    return next((rule["why"] for rule in rules if holds(rule["when"], known)), None)

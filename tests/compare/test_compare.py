@@ -1,0 +1,181 @@
+"""`glm5 compare`: its figures against torch's, its two anchors (float32 is float32; more bits are better), its page."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from runtime import compare
+from runtime.reports.compare import page
+from tests.cli.cli import glm5, make_checkpoint, refused
+
+LOGITS = arrays(np.float32, (3, 7), elements=st.floats(-30, 30, width=32))
+
+
+# --- figures ---------------------------------------------------------------------------------------------
+
+
+@given(LOGITS, LOGITS)
+def test_divergence_is_torchs(p: np.ndarray, q: np.ndarray) -> None:
+    torch = pytest.importorskip("torch", exc_type=ImportError)
+    log_p, log_q = (torch.from_numpy(x).double().log_softmax(-1) for x in (p, q))
+    wanted = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    np.testing.assert_allclose(compare.divergence(p, q), wanted.numpy(), atol=1e-9)
+    assert (compare.divergence(p, p) == 0).all()
+
+
+@given(LOGITS, st.floats(-5, 5, width=32))
+def test_divergence_ignores_a_shift(p: np.ndarray, shift: float) -> None:
+    np.testing.assert_allclose(compare.divergence(p, p.astype(np.float64) + shift), 0, atol=1e-6)
+
+
+def test_overlap_counts_what_is_shared() -> None:
+    found = compare.overlap(np.array([[1, 2, 3, 4], [5, 6, 7, 8]]), np.array([[4, 3, 2, 1], [8, 9, 10, 11]]))
+    assert found.tolist() == [1.0, 0.25]
+
+
+def test_relative_error() -> None:
+    assert compare.relative_error(np.array([3.0, 4.0]), np.array([3.0, 4.0])) == 0
+    assert compare.relative_error(np.array([3.0, 4.0]), np.array([3.3, 4.4])) == pytest.approx(0.1)
+
+
+def test_worst_layer_is_the_one_that_adds_most() -> None:
+    row = {"layers": [{"hidden_error": e} for e in (0.01, 0.02, 0.05, 0.06)]}
+    assert compare.worst_layer(row) == (2, pytest.approx(0.03))
+
+
+# --- a whole comparison ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("compare") / "<tiny & model>"
+    make_checkpoint(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """One comparison of the two-layer checkpoint, and its page."""
+    html = tmp_path_factory.mktemp("page") / "page.html"
+    prompts = html.with_name("prompts.txt")
+    prompts.write_text("Hello <b>\n\nA mixture of experts\n")
+    result = glm5(
+        "compare", "--checkpoint", checkpoint, "--profile", "cpu-host:f32,ascend-910c:w8a8,ascend-910c:w4a8:int8",
+        "--window", 48, "--max-tokens", 8, "--prompts", prompts, "--html", html, "--json",
+    ).json  # fmt: skip
+    return result, html.read_text(encoding="utf-8")
+
+
+def test_float32_against_itself_is_exact(made: tuple[dict[str, Any], str]) -> None:
+    row = made[0]["profiles"][1]
+    assert (row["label"], row["logit_error"], row["top1_agreement"]) == ("cpu-host:f32", 0.0, 1.0)
+    assert row["kl_nats"] == {"mean": 0.0, "p99": 0.0, "max": 0.0}
+    assert row["perplexity"] == made[0]["reference"]["perplexity"]
+    assert all(first["at"] is None for first in row["first_difference"])
+    assert all(layer["hidden_error"] == 0 and layer["routing"] in (None, 1.0) for layer in row["layers"])
+
+
+def test_fewer_bits_cost_more(made: tuple[dict[str, Any], str]) -> None:
+    rows = {row["label"]: row for row in made[0]["profiles"]}
+    wide, int8, int4 = (rows[name] for name in ("bf16", "ascend-910c:w8a8", "ascend-910c:w4a8:int8"))
+    for key in ("logit_error",):
+        assert 0 < wide[key] < int8[key] < int4[key]
+    assert wide["kl_nats"]["mean"] < int4["kl_nats"]["mean"]
+    assert [layer["selection"] is not None for layer in int4["layers"]] == [True, False]
+    assert [layer["routing"] is not None for layer in int4["layers"]] == [False, True]
+    assert (int4["cache"], int4["index_cache"], int8["cache"]) == ("int8", "int8", "bf16")
+    assert made[0]["text_tokens"] % 48 == 0 and made[0]["prompts"] == 2
+
+
+def test_where_text_changes_is_where_the_chips_own_text_would(
+    made: tuple[dict[str, Any], str], checkpoint: Path
+) -> None:
+    """The engine, decoding greedily in the chip's formats, leaves float32's text at that token."""
+    from backends.number_formats.emulation import formats_of
+    from model.checkpoint import Checkpoint
+    from model.tokenizer import Tokenizer
+    from runtime.engine.request import Request
+
+    row = made[0]["profiles"][3]
+    changed = [first for first in row["first_difference"] if first["at"] is not None]
+    assert changed, "the comparison shows no prompt whose text changes: nothing is tested"
+    opened, first = Checkpoint(checkpoint), changed[0]
+    target = compare.Target.parse("ascend-910c:w4a8:int8")
+    held = formats_of(opened.config, target.profile, target.formats, target.kv)
+    ids = tuple(Tokenizer.load(checkpoint).encode(first["prompt"]))
+    engine = compare._engine(opened, held, 1, 16)
+    done = engine.generate([Request(ids, first["at"] + 1)])[0]
+    assert Tokenizer.load(checkpoint).decode([done.token_ids[-1]]) == first["found"]["text"]
+
+
+class Tags(HTMLParser):
+    """Open tags, and the text outside style and pre."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in ("meta", "line", "circle", "polyline", "polygon"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("line", "circle", "polyline", "polygon"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open and "pre" not in self.open:
+            self.text += data + " "
+
+
+def test_the_page_says_what_was_measured(made: tuple[dict[str, Any], str]) -> None:
+    result, html = made
+    tags = Tags()
+    tags.feed(html)
+    assert tags.open == [] and "<tiny & model>" in tags.text and "Hello <b>" in tags.text
+    for row in result["profiles"][1:]:
+        assert f"{row['profile']}, {row['formats']}" in tags.text
+        assert f"{row['top1_agreement']:.2%}" in tags.text and f"{row['logit_error']:.2%}" in tags.text
+    assert "16 bits alone" in tags.text and "INT4, a scale an output channel" in tags.text
+    assert "http" not in html.replace("http://www.w3.org", ""), "the page must need nothing from elsewhere"
+    assert page(json.loads(json.dumps(result))) == html
+
+
+def test_the_summary(checkpoint: Path) -> None:
+    out = glm5("compare", "--checkpoint", checkpoint, "--profile", "cpu-host", "--window", 48, "--max-tokens", 8).out
+    assert "perplexity in float32" in out and "cpu-host" in out and "bf16" in out
+
+
+# --- refusals --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "mentions"),
+    [
+        (("--profile", "no-such"), ("no-such",)),
+        (("--profile", ","), ("--profile",)),
+        (("--profile", "h200-sxm:"), ("h200-sxm:", "PROFILE[:FORMATS[:CACHE]]")),
+        (("--profile", "h200-sxm:fp8:fp8:x"), ("PROFILE",)),
+        (("--profile", "ascend-910c:fp8"), ("ascend-910c", "fp8-block", "w4a8")),
+        (("--profile", "h200-sxm", "--formats", "nvfp4"), ("h200-sxm", "nvfp4")),
+        (("--profile", "h200-sxm", "--text", "/nowhere"), ("--text", "/nowhere")),
+        (("--profile", "h200-sxm", "--prompts", "/nowhere"), ("--prompts", "/nowhere")),
+        (("--profile", "h200-sxm", "--max-tokens", "9999"), ("9999", "positions")),
+        (("--profile", "h200-sxm", "--html", "/nowhere/page.html"), ("--html", "/nowhere")),
+        (("--profile", "h200-sxm", "--checkpoint", "/nowhere"), ("/nowhere",)),
+    ],
+)
+def test_one_line_each(checkpoint: Path, options: tuple[str, ...], mentions: tuple[str, ...]) -> None:
+    words = options if "--checkpoint" in options else ("--checkpoint", str(checkpoint), *options)
+    line = refused("compare", *words)
+    assert all(word in line for word in mentions), line

@@ -1,0 +1,105 @@
+"""Packages for the tests, made as `glm5 export --format ascend` makes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from hw_profiles import load
+from model.checkpoint import Checkpoint, groups
+from model.checkpoint import save as save_checkpoint
+from model.config import from_hf, load_config
+from model.weights import Layout as WeightLayout
+from model.weights import Weight
+from runtime.engine.load import embedded_checkpoint
+from runtime.export import cutting, package
+from runtime.export.manifest import FILE, Gear, Manifest, hash_file
+from runtime.layout import Layout
+from tests.cli.cli import CONFIG
+
+
+def request(
+    scheme: str = "f32",
+    model: str | None = None,
+    layout: Layout = Layout(),
+    gears: dict[str, list[Gear]] | None = None,
+    weights: bool = True,
+    checkpoint: Path | None = None,
+    device: int | None = None,
+    **options: Any,
+) -> package.Request:
+    """A checkpoint (the embedded one), or a preset's graphs, at one small decode gear."""
+    opened = None if model else Checkpoint(checkpoint or embedded_checkpoint())
+    cfg = opened.config if opened else load_config(str(model))
+    placed = cutting.from_layout(cfg, layout)
+    if isinstance(options.get("profile"), str):
+        options["profile"] = load(options["profile"])
+    return package.Request(
+        cfg=cfg,
+        checkpoint=opened,
+        format="ascend",
+        gears=gears or {"decode": [Gear(2, 1, 8)]},  # type: ignore[arg-type]
+        grid=placed.grid,
+        layout=placed.name,
+        scheme=scheme,
+        page_size=16,
+        weights=weights and opened is not None,
+        device=device,
+        options=options,
+    )
+
+
+def export(folder: Path, **arguments: Any) -> Path:
+    package.export(request(**arguments), folder)
+    return folder
+
+
+def edit(folder: Path, file: str, change: Callable[[onnx.ModelProto], Any]) -> Path:
+    """A graph of a package changed, with the manifest's hash set right."""
+    model = onnx.load(str(folder / file))
+    change(model)
+    (folder / file).write_bytes(model.SerializeToString())
+    manifest = Manifest.read(folder)
+    return save(folder, dataclasses.replace(manifest, files={**manifest.files, file: hash_file(folder / file)}))
+
+
+def save(folder: Path, manifest: Manifest) -> Path:
+    (folder / FILE).write_text(manifest.to_json())
+    return folder
+
+
+def graph_file(folder: Path, unit: str) -> str:
+    """The first graph of a unit."""
+    steps = Manifest.read(folder).programs[0].units[unit]
+    return next(step.files["any"] for step in steps if step.files)
+
+
+def glm_like(folder: Path) -> Path:
+    """A random checkpoint of two layers with the widths that CANN's attention takes; the second shares the first's
+    selection."""
+    config = {
+        **CONFIG, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32,
+        "index_head_dim": 128, "index_topk": 32,
+    }  # fmt: skip
+    rng = np.random.default_rng(3)
+    made = {
+        place: [{w.name: _random(rng, w) for w in group.weights} for group in found]
+        for place, found in groups(from_hf(config), mtp=True).items()
+    }
+    save_checkpoint(folder, config, {**made, "outer": made["outer"][0]})
+    return folder
+
+
+def _random(rng: np.random.Generator, weight: Weight) -> np.ndarray:
+    """Of the size that keeps activations near 1."""
+    if weight.layout is WeightLayout.PLAIN and weight.name != "embed":
+        centre = 1.0 if "norm" in weight.name else 0.0
+        return (centre + 0.1 * rng.standard_normal(weight.shape)).astype(np.float32)
+    inner = weight.shape[1] if weight.expert_count or weight.name in ("k_up", "v_up") else weight.shape[0]
+    scale = 1.0 if weight.name == "embed" else inner**-0.5
+    return (scale * rng.standard_normal(weight.shape)).astype(np.float32)

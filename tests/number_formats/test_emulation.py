@@ -1,0 +1,296 @@
+"""Weights as a chip holds them, ops as it computes them, and whole runs of the graph in every scheme."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hw_profiles
+from backends.number_formats import products, rounding, schemes
+from backends.number_formats.emulation import NumberFormats, formats_of
+from backends.number_formats.fidelity import Observer, load
+from model import graph, quantised
+from model.checkpoint import Checkpoint, groups, save
+from model.config import from_hf
+from model.ops import OPS
+from model.quantised import FORMATS
+from model.weights import Quantized, Weight, layer_weights
+from tests.engine.conftest import DSA, GQA, random_weights
+
+torch = pytest.importorskip("torch", exc_type=ImportError)
+
+DSA = {**DSA, "num_hidden_layers": 2, "indexer_types": ["full", "shared"]}
+GQA = {**GQA, "num_hidden_layers": 2}
+CFG = from_hf(DSA)
+TOKENS = np.random.default_rng(1).integers(0, 160, 64).astype(np.int32)
+
+
+def formats(scheme: str, cache: str = "bf16", index: str = "bf16") -> NumberFormats:
+    if scheme == "f32":
+        cache = index = "f32"
+    return NumberFormats(CFG, schemes.SCHEMES[scheme], cache, index)  # type: ignore[arg-type]
+
+
+def bits(x: Any) -> np.ndarray:
+    return np.asarray(x, np.float32).view(np.uint32)
+
+
+# --- weights ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", list(schemes.SCHEMES))
+def test_weights_keep_their_shape_and_nearly_their_value(scheme: str) -> None:
+    held, weights = formats(scheme), random_weights(CFG)
+    for weight in layer_weights(CFG, CFG.layers[1]):
+        value = weights["layers"][1][weight.name]
+        out = held.weight(weight, value)
+        if isinstance(out, Quantized):
+            assert out.values.shape == weight.shape
+            sizes = zip(out.scale.shape, weight.shape, strict=True)  # what the sharder of a simulated device takes
+            assert all(n in (1, size, -(-size // 128)) for n, size in sizes)
+            scale = out.scale.astype(np.float32)
+            for axis in range(value.ndim):
+                scale = quantised.spread(scale, value.shape[axis], axis)
+            out = out.values.astype(np.float32) * scale
+        # of the largest element; an MX scale is a power of two that the largest element may exceed
+        coarse = {"mxfp4": 0.35, "nvfp4": 0.2, "w4a8": 0.08, "w4a16": 0.08, "mxfp8": 0.13}
+        error = np.abs(out.astype(np.float32) - value).max() / np.abs(value).max()
+        assert error <= (0.0 if scheme == "f32" else coarse.get(held.scheme.format_of(weight) or "", 0.04)), weight.name
+
+
+def test_scales_of_the_checkpoint_are_used(tmp_path: Path) -> None:
+    """A matrix stored in the scheme's own format comes through with the bytes it has, whatever they are."""
+    raw = random_weights(CFG)
+    save(tmp_path / "ck", DSA, raw, fp8=True)
+    stored = Checkpoint(tmp_path / "ck").load(keep_fp8=True)["layers"][1]
+    for weight in layer_weights(CFG, CFG.layers[1]):
+        value = stored[weight.name]
+        if isinstance(value, Quantized):
+            doubled = Quantized(value.values, value.scale * 2)  # scales that rounding would not find
+            out = formats("fp8").weight(weight, doubled)
+            assert isinstance(out, Quantized)
+            assert out.values is doubled.values and out.scale is doubled.scale
+            wide = formats("bf16").weight(weight, value)
+            assert isinstance(wide, np.ndarray) and wide.dtype == quantised.BF16
+
+
+def test_another_format_of_the_checkpoint_is_rounded_again(tmp_path: Path) -> None:
+    save(tmp_path / "ck", DSA, random_weights(CFG), fp8=True)
+    opened = Checkpoint(tmp_path / "ck")
+    weight = next(w for w in layer_weights(CFG, CFG.layers[1]) if w.name == "o")
+    value, plain = opened.load(keep_fp8=True)["layers"][1]["o"], opened.load()["layers"][1]["o"]
+    out = formats("w8a8").weight(weight, value)
+    assert isinstance(out, Quantized)
+    wanted = quantised.quantise("w8a8-int8", plain.T)
+    np.testing.assert_array_equal(out.values, wanted.values.T)
+    np.testing.assert_array_equal(out.scale, wanted.scale.T)
+
+
+# --- ops -------------------------------------------------------------------------------------------------
+
+
+def weight_of(name: str) -> Weight:
+    return next(w for kind in CFG.layers for w in layer_weights(CFG, kind) if w.name == name)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8-tensor", "w8a8", "mxfp8"])
+def test_gate_and_up_are_two_matrices(scheme: str) -> None:
+    held, rng = formats(scheme), np.random.default_rng(2)
+    weight = weight_of("gate_up")
+    value = (rng.standard_normal(weight.shape) * np.array([1.0, 9.0])[None, :, None]).astype(np.float32)
+    x = jnp.asarray(rng.standard_normal((2, 3, weight.shape[0])), jnp.bfloat16)
+    out = held.lowerings()["glm.linear"](x, *jnp_operands(held.weight(weight, value)))
+    assert out.shape == (2, 3, *weight.shape[1:]) and out.dtype == jnp.bfloat16
+    for part in (0, 1):
+        alone = quantised.quantise(schemes.SCHEMES[scheme].dense, value[:, part].T)
+        wanted = products.product(
+            x.reshape(-1, weight.shape[0]), jnp.asarray(alone.values.T), jnp.asarray(alone.scale.T), held._fp8
+        )
+        np.testing.assert_array_equal(
+            bits(out[..., part, :].reshape(-1, weight.shape[2])), bits(wanted.astype(jnp.bfloat16))
+        )
+
+
+def jnp_operands(value: Any) -> tuple[Any, ...]:
+    return tuple(map(jnp.asarray, value)) if isinstance(value, Quantized) else (jnp.asarray(value),)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "w4a8", "nvfp4"])
+def test_experts_one_by_one(scheme: str) -> None:
+    """Against a loop over tokens and choices with the product of each expert alone; some experts live elsewhere."""
+    held, rng = formats(scheme), np.random.default_rng(3)
+    gate_up, down = weight_of("experts_gate_up"), weight_of("experts_down")
+    values = [(0.2 * rng.standard_normal(w.shape)).astype(np.float32) for w in (gate_up, down)]
+    (g, gs), (d, ds) = (held.weight(w, v) for w, v in zip((gate_up, down), values, strict=True))
+    x = jnp.asarray(rng.standard_normal((5, gate_up.shape[1])), jnp.bfloat16)
+    count = gate_up.shape[0]
+    chosen = rng.permuted(np.tile(np.arange(count + 2), (5, 1)), axis=1)[:, :3].astype(np.int32)
+    share = rng.random((5, 3)).astype(np.float32)
+    out = held.lowerings()["glm.expert_ffn"](
+        x, jnp.asarray(chosen), jnp.asarray(share), *map(jnp.asarray, (g, gs, d, ds))
+    )
+    wanted = np.zeros(x.shape, np.float32)
+    for token in range(5):
+        for expert, weight in zip(chosen[token], share[token], strict=True):
+            if expert < count:
+                hidden = held._product(x[token : token + 1], jnp.asarray(g[expert]), jnp.asarray(gs[expert]))
+                hidden = OPS["glm.swiglu"].meaning(hidden)
+                part = held._product(hidden, jnp.asarray(d[expert]), jnp.asarray(ds[expert]))
+                wanted[token] += np.asarray(part[0], np.float32) * weight
+    # compiled together, SwiGLU keeps more bits than op by op, which tips some roundings of what follows
+    error = np.asarray(out, np.float32) - wanted
+    assert np.sqrt(np.mean(error**2) / np.mean(wanted**2)) < 0.02
+
+
+def test_blocks_that_a_split_cut() -> None:
+    """Scales that come one an element give what whole blocks give, to float32's rounding."""
+    rng = np.random.default_rng(4)
+    held = quantised.quantise("fp8-block", rng.standard_normal((96, 300)).astype(np.float32))
+    x = jnp.asarray(rng.standard_normal((7, 300)), jnp.float32)
+    values, scale = jnp.asarray(held.values.T), np.asarray(held.scale.T)
+    full = np.repeat(scale, 128, 0)[:300]
+    whole = products.product(x, values, jnp.asarray(scale))
+    np.testing.assert_allclose(products.product(x, values, jnp.asarray(full)), whole, rtol=1e-5, atol=1e-4)
+
+
+# --- caches ----------------------------------------------------------------------------------------------
+
+
+def test_fp8_latents_are_flashmlas_record() -> None:
+    """e4m3 with a float32 scale for 128 latents, widened to bfloat16; the rotary part untouched. torch's arithmetic."""
+    row = jnp.asarray(np.random.default_rng(5).standard_normal((3, 4, 256 + 16)), jnp.bfloat16)
+    found = rounding.latent_row(row, 256, "fp8")
+    t = torch.from_numpy(np.array(row, np.float32))
+    groups_ = t[..., :256].reshape(3, 4, 2, 128)
+    scale = groups_.abs().amax(-1, keepdim=True) / 448
+    kept = ((groups_ / scale).to(torch.float8_e4m3fn).float() * scale).to(torch.bfloat16).float().reshape(3, 4, 256)
+    np.testing.assert_array_equal(bits(found[..., :256]), bits(kept.numpy()))
+    np.testing.assert_array_equal(bits(found[..., 256:]), bits(row[..., 256:]))
+
+
+def test_int8_latents_have_a_scale_a_token() -> None:
+    row = jnp.asarray(np.random.default_rng(6).standard_normal((3, 40)), jnp.bfloat16)
+    found = rounding.latent_row(row, 32, "int8")
+    t = torch.from_numpy(np.array(row, np.float32))[:, :32]
+    scale = t.abs().amax(-1, keepdim=True) / 127
+    np.testing.assert_array_equal(bits(found[:, :32]), bits(((t / scale).round() * scale).to(torch.bfloat16).float()))
+
+
+@pytest.mark.parametrize("cache", ["fp8", "int8"])
+def test_index_rows_keep_their_products(cache: str) -> None:
+    """The rotation cancels in query . key; what is left is the rounding."""
+    rng = np.random.default_rng(7)
+    query, key = (jnp.asarray(rng.standard_normal((64, 32)), jnp.float32) for _ in range(2))
+    exact = np.asarray(query) @ np.asarray(key).T
+    found = np.asarray(rounding.index_row(query, cache)) @ np.asarray(rounding.index_row(key, cache)).T
+    assert np.sqrt(np.mean((found - exact) ** 2) / np.mean(exact**2)) < (0.05 if cache == "fp8" else 0.012)
+
+
+def test_index_scales_are_powers_of_two_for_fp8() -> None:
+    """DeepSeek's `fast_round_scale`: 2^ceil(log2(amax / 448)); then bfloat16 holds the key exactly."""
+    row = np.random.default_rng(8).standard_normal((20, 32)).astype(np.float32)
+    rotated = row @ rounding.hadamard(32)
+    scale = np.exp2(np.ceil(np.log2(np.abs(rotated).max(-1, keepdims=True) / 448)))
+    wanted = torch.from_numpy(rotated / scale).to(torch.float8_e4m3fn).float().numpy() * scale
+    found = np.asarray(rounding.index_row(jnp.asarray(row), "fp8"))
+    close = np.isclose(found, wanted, rtol=1e-6)
+    assert close.mean() > 0.99  # the rotation sums in another order, which may tip a tie
+    np.testing.assert_array_equal(found, found.astype(quantised.BF16).astype(np.float32))
+
+
+def test_hadamard_is_orthonormal() -> None:
+    np.testing.assert_allclose(rounding.hadamard(128) @ rounding.hadamard(128).T, np.eye(128), atol=1e-6)
+
+
+def test_cache_rows_go_to_their_own_formats() -> None:
+    held = formats("fp8", "fp8", "fp8")
+    write = held.lowerings()["glm.cache_write"]
+    rng = np.random.default_rng(9)
+    pages, slots = jnp.zeros((2, 4, 48), jnp.bfloat16), jnp.asarray([[4, 5]], jnp.int32)
+    row = jnp.asarray(rng.standard_normal((1, 2, 48)), jnp.bfloat16)
+    np.testing.assert_array_equal(
+        bits(write(pages, row, slots, cache="latent")[1, :2]), bits(rounding.latent_row(row, 32, "fp8")[0])
+    )
+    key = jnp.asarray(rng.standard_normal((1, 2, 32)), jnp.bfloat16)
+    np.testing.assert_array_equal(
+        bits(write(pages[..., :32], key, slots, cache="index")[1, :2]), bits(rounding.index_row(key, "fp8")[0])
+    )
+
+
+# --- the graph -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dsa(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    path = tmp_path_factory.mktemp("formats") / "dsa"
+    save(path, DSA, random_weights(CFG))
+    return Checkpoint(path)
+
+
+def observe(checkpoint: Checkpoint, held: NumberFormats) -> Any:
+    return Observer(checkpoint.config, load(checkpoint, held), held).run(TOKENS)
+
+
+@pytest.fixture(scope="module")
+def reference(dsa: Checkpoint) -> Any:
+    return observe(dsa, formats("f32"))
+
+
+def test_float32_is_the_graph_itself(dsa: Checkpoint, reference: Any) -> None:
+    weights = load(dsa, formats("f32"))
+    table = np.arange(1, 5, dtype=np.int32)[None]
+    caches = [{k: jnp.zeros((5, 16, n), jnp.float32) for k, n in rows} for rows in _rows(dsa)]
+    batch = graph.Batch(*map(jnp.asarray, (TOKENS[None], np.zeros(1, np.int32), np.full(1, 64, np.int32), table)))
+    step = jax.jit(lambda w, c, b: graph.step(dsa.config, w, c, b, graph.Mode("expanded", "all")).logits)
+    logits = step(weights, caches, batch)
+    np.testing.assert_allclose(reference.logits, np.asarray(logits[0]), rtol=1e-4, atol=1e-4)
+    assert sorted(reference.selected) == [0] and sorted(reference.experts) == [1]
+
+
+def _rows(checkpoint: Checkpoint) -> list[list[tuple[str, int]]]:
+    from model.cache import cache_rows
+
+    return [[(row.name, row.width) for row in cache_rows(checkpoint.config, kind)] for kind in checkpoint.config.layers]
+
+
+@pytest.mark.parametrize(
+    ("profile", "scheme", "kv"),
+    [("h200-sxm", "fp8", "fp8"), ("ascend-910c", "w4a8", "int8"), ("ascend-950dt", "mxfp4", "fp8")],
+)
+def test_a_run_in_a_chips_formats(dsa: Checkpoint, reference: Any, profile: str, scheme: str, kv: str) -> None:
+    """Finite, unlike float32, and still the same model: random weights change some selections and experts."""
+    found = observe(dsa, formats_of(dsa.config, hw_profiles.load(profile), scheme, kv))
+    error = np.sqrt(np.mean((found.logits - reference.logits) ** 2) / np.mean(reference.logits**2))
+    assert 1e-3 < error < 0.8, error
+    first = np.sqrt(np.mean((found.hidden[0] - reference.hidden[0]) ** 2) / np.mean(reference.hidden[0] ** 2))
+    assert 1e-3 < first < 0.2, first
+
+
+def test_other_attention(tmp_path: Path) -> None:
+    raw = GQA
+    cfg = from_hf(raw)
+    save(tmp_path / "ck", raw, random_weights(cfg))
+    opened = Checkpoint(tmp_path / "ck")
+    plain = NumberFormats(cfg, schemes.SCHEMES["f32"], "f32", "f32")
+    held = formats_of(cfg, hw_profiles.load("ascend-910c"), "w8a8", "int8")
+    a, b = observe(opened, plain), observe(opened, held)
+    assert 1e-4 < np.sqrt(np.mean((a.logits - b.logits) ** 2) / np.mean(a.logits**2)) < 0.3
+    assert not a.selected
+
+
+def test_no_weight_is_left_in_the_checkpoints_type(dsa: Checkpoint) -> None:
+    """Everything is bfloat16 or quantised but the router's bias."""
+    weights = load(dsa, formats("w4a8"))
+    found = {
+        (weight.name, np.asarray(weights["layers"][1][weight.name]).dtype.name)
+        for weight in groups(dsa.config, False)["layers"][1].weights
+        if not isinstance(weights["layers"][1][weight.name], Quantized)
+    }
+    assert {kind for name, kind in found if name != "router_bias"} == {"bfloat16"}
+    assert ("router_bias", "float32") in found
+    assert {FORMATS["w4a8"].values} == {quantised.INT4}

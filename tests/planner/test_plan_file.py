@@ -1,0 +1,118 @@
+"""Plan files: what is read is what was written, and a file that cannot be trusted is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hw_profiles
+from model.config import load_config
+from runtime.errors import CapacityError, UsageError
+from runtime.layout import Layout, formats
+from runtime.planner.errors import PlanFileError
+from runtime.planner.plan import Plan, plan_for
+from runtime.planner.schema import plan_schema
+
+SCHEMA = Path(__file__).parents[2] / "docs" / "plan.schema.json"
+
+
+@cache
+def plan() -> Plan:
+    """GLM-5-FP8 on two H200 nodes, by expert, in two stages, drafting."""
+    layout = Layout(tp=2, dp=4, ep=8, pp=2)
+    profile = hw_profiles.load("h200-sxm", {"link.scale_out.bandwidth_bytes_per_s": 4e10})
+    return plan_for(load_config("glm-5-fp8"), layout, profile, formats("fp8", "fp8"), drafts=3)
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    plan().write(tmp_path / "plan.json")
+    read = Plan.read(tmp_path / "plan.json", load_config("glm-5-fp8"))
+    assert read == plan()
+    assert read.hash == plan().hash and len(read.hash) == 64
+
+
+def test_figures_set_by_hand_are_kept() -> None:
+    assert plan().serving.profile_settings == {"link.scale_out.bandwidth_bytes_per_s": 4e10}
+
+
+def test_a_plan_is_plain_json_with_what_is_promised() -> None:
+    document = json.loads(plan().text)
+    assert document["schema_version"] == 1 and document["model"]["name"] == "glm-5-fp8"
+    assert document["formats"] == {"weights": "fp8-block", "experts": "fp8-block", "kv": "fp8"}
+    device = document["pools"][0]["devices"][9]
+    assert device["index"] == 9 and device["node"] == 1 and device["stage"] == 1
+    ledger = device["ledger"]
+    used = sum(ledger["weights_bytes"].values()) + sum(
+        ledger[f"{name}_bytes"] for name in ("kv", "activation", "communication", "runtime", "free")
+    )
+    assert used == pytest.approx(ledger["usable_bytes"], rel=1e-12)
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_an_edited_byte_is_refused(data: st.DataObject) -> None:
+    text = plan().text
+    at = data.draw(st.integers(0, len(text) - 1))
+    new = data.draw(st.characters(min_codepoint=9, max_codepoint=126).filter(lambda c: c != text[at]))
+    with pytest.raises(PlanFileError, match=r"edited|damaged|no plan|schema version|cut short"):
+        Plan.parse(text[:at] + new + text[at + 1 :])
+
+
+@settings(max_examples=50)
+@given(kept=st.integers(0, len(plan().text) - 2))
+def test_a_file_cut_short_is_refused(kept: int) -> None:
+    with pytest.raises(PlanFileError, match=r"cut short"):
+        Plan.parse(plan().text[:kept])
+
+
+def test_another_schema_version_is_refused() -> None:
+    with pytest.raises(PlanFileError, match="schema version 2, this program reads 1"):
+        Plan.parse(plan().text.replace('"schema_version": 1', '"schema_version": 2'))
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    plan().write(tmp_path / "plan.json")
+    with pytest.raises(PlanFileError, match=r"a plan for glm-5-fp8 .* not for glm-5\.2-fp8 .*: make|; make"):
+        Plan.read(tmp_path / "plan.json", load_config("glm-5.2-fp8"))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"schema_version": 1}', "[" * 100_000])
+def test_what_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(PlanFileError, match=r"no plan|cut short"):
+        Plan.parse(text)
+
+
+def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanFileError, match="cannot be read"):
+        Plan.read(tmp_path / "none.json")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PlanFileError, match="not UTF-8"):
+        Plan.read(tmp_path / "binary.json")
+
+
+def test_a_layout_that_does_not_fit_or_divide_has_no_plan() -> None:
+    cfg, h200 = load_config("glm-5-fp8"), hw_profiles.load("h200-sxm")
+    with pytest.raises(CapacityError, match="does not fit 4 devices"):
+        plan_for(cfg, Layout(tp=4), h200, formats("fp8"))
+    with pytest.raises(UsageError, match="64 / 3"):
+        plan_for(cfg, Layout(tp=3), h200, formats("fp8"))
+
+
+def test_the_published_schema_is_the_code_s_and_accepts_a_plan() -> None:
+    published = json.loads(SCHEMA.read_text())
+    assert published == plan_schema(), "run `python -m runtime.planner.schema > docs/plan.schema.json`"
+    jsonschema.Draft202012Validator.check_schema(published)
+    jsonschema.validate(json.loads(plan().text), published)
+
+
+def test_the_schema_can_refuse() -> None:
+    document = json.loads(plan().text)
+    del document["pools"][0]["devices"][0]["ledger"]["kv_bytes"]
+    with pytest.raises(jsonschema.ValidationError, match="kv_bytes"):
+        jsonschema.validate(document, json.loads(SCHEMA.read_text()))

@@ -1,0 +1,355 @@
+"""The search: what fits and what does not, what it prefers, and that a plan promises what the simulator gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hw_profiles
+from model.config import load_config, preset_names
+from runtime.deploy import Tables
+from runtime.errors import UsageError
+from runtime.layout import Layout
+from runtime.planner.assign import moe_layers
+from runtime.planner.check import check
+from runtime.planner.contender import Contender, Part, mark_front, plan_of
+from runtime.planner.errors import LoadError, NoPlanError
+from runtime.planner.estimate import Estimate, Model
+from runtime.planner.options import Question, make_option, options, schemes
+from runtime.planner.pairs import sequence_kv_bytes_per_token, transfer_of
+from runtime.planner.plan import Alternative, Demand, Plan
+from runtime.planner.predict import predicted, simulate_plan
+from runtime.planner.search import Chips, search
+from runtime.planner.smallest import counts, smallest
+
+FP8 = "glm-5-fp8"
+LIGHT = Demand(isl=2048, osl=128, concurrency=8)
+
+
+def question(model: str = FP8, demand: Demand = LIGHT, **more: Any) -> Question:
+    return Question(load_config(model), demand, **more)
+
+
+def chips(*named: tuple[str, int]) -> list[Chips]:
+    return [Chips(hw_profiles.load(name), count) for name, count in named]
+
+
+@cache
+def planned(model: str = FP8, chip: str = "h200-sxm", count: int = 8, **more: Any) -> Plan:
+    return search(question(model, **more), chips((chip, count)))
+
+
+def sound(plan: Plan) -> None:
+    """Every ledger adds up and fits, and the plan is what its parts give."""
+    assert check(plan, load_config(plan.model.name)) == []
+    for device in plan.devices:
+        held = device.ledger
+        used = held.weights_total_bytes + held.kv_bytes + held.activation_bytes
+        used += held.communication_bytes + held.runtime_bytes
+        assert used + held.free_bytes == pytest.approx(held.usable_bytes, rel=1e-12)
+        assert held.free_bytes >= 0 and device.kv_pages > 0
+
+
+def any_option(model: str, chip: str, count: int, draw: Any) -> Contender | str:
+    asked = question(model)
+    try:
+        found, refused, rejected = options(asked, hw_profiles.load(chip), count)
+    except UsageError as error:
+        return str(error)
+    if not found:
+        return refused[0].error if refused else rejected[0].reason
+    option = draw(found)
+    return Contender((Part("serve", option, count // option.devices),), Estimate(8, 1.0, 1.0, 1.0, 1.0))
+
+
+# --- every preset on every chip in every number ------------------------------------------------------
+
+
+@settings(max_examples=25)
+@given(
+    model=st.sampled_from(preset_names()),
+    chip=st.sampled_from(hw_profiles.names()),
+    count=st.integers(1, 384),
+    data=st.data(),
+)
+def test_any_model_on_any_number_of_any_chip_fits_and_adds_up_or_says_why(
+    model: str, chip: str, count: int, data: st.DataObject
+) -> None:
+    found = any_option(model, chip, count, lambda each: data.draw(st.sampled_from(each)))
+    if isinstance(found, str):
+        assert found.strip() and len(found.splitlines()[0]) > 20
+        return
+    plan = plan_of(found, question(model), count)
+    assert len(plan.devices) + plan.idle_devices == count
+    assert [device.index for device in plan.devices] == list(range(len(plan.devices)))
+    sound(plan)
+    assert Plan.parse(plan.text) == plan
+
+
+@pytest.mark.slow
+@settings(max_examples=12)
+@given(model=st.sampled_from(preset_names()), chip=st.sampled_from(hw_profiles.names()), count=st.integers(1, 384))
+def test_any_search_ends_in_a_sound_plan_or_a_reason(model: str, chip: str, count: int) -> None:
+    try:
+        plan = search(question(model), chips((chip, count)))
+    except (NoPlanError, UsageError) as error:
+        assert str(error).strip()
+        return
+    sound(plan)
+    assert plan.predicted and plan.predicted.output_tokens_per_s > 0
+
+
+# --- published facts about GLM-5 ---------------------------------------------------------------------
+
+
+def test_one_h200_node_holds_glm5_fp8_with_room_for_the_cache() -> None:
+    """A real 8 x H200 server leaves 25.94 GiB a rank beside 94.46 GiB of weights (vllm-project/recipes PR 893)."""
+    from runtime.planner.plan import plan_for
+
+    plan = plan_for(load_config(FP8), Layout(tp=8), hw_profiles.load("h200-sxm"), question_formats("fp8"), drafts=3)
+    held = plan.devices[0].ledger
+    assert held.kv_bytes / 2**30 >= 20
+    assert held.weights_total_bytes / 2**30 == pytest.approx(94.46, rel=0.06)
+    sound(planned())
+    assert planned().predicted
+
+
+def question_formats(scheme: str) -> Any:
+    from runtime.layout import formats
+
+    return formats(scheme)
+
+
+def test_h100_is_refused_with_the_ledger() -> None:
+    with pytest.raises(NoPlanError, match=r"no plan on 8 x h100-sxm.*does not fit 8 devices") as refused:
+        search(question(), chips(("h100-sxm", 8)))
+    assert "weights: experts" in str(refused.value) and "= free" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "chip", "scheme", "fits", "refused"),
+    [
+        (FP8, "h200-sxm", None, 8, 4),
+        ("glm-5", "h200-sxm", None, 16, 8),
+        (FP8, "ascend-910c-die", "w4a8", 16, 4),
+        ("glm-5", "ascend-910c-die", None, 32, 16),
+        (FP8, "ascend-910b3", "w4a8", 8, 4),
+    ],
+)
+def test_the_published_minima(model: str, chip: str, scheme: str | None, fits: int, refused: int) -> None:
+    """H200: one node for FP8, two for BF16 (recipes: 893 and 1,786 GB). W4A8 fits one Atlas 800 A3 (16 dies), BF16
+    needs two; W4A8 runs on one Atlas 800 A2 (8 x 64 GB)."""
+    profile, asked = hw_profiles.load(chip), question(model, scheme=scheme)
+    assert options(asked, profile, fits)[0]
+    assert not options(asked, profile, refused)[0]
+
+
+def test_the_fewest_h200_for_glm5_fp8_is_a_node() -> None:
+    asked = question(demand=dataclasses.replace(LIGHT, concurrency=1, objective="min-devices"))
+    plan = smallest(asked, hw_profiles.load("h200-sxm"), 384)
+    assert len(plan.devices) == 8
+    assert [each.name for each in plan.rejected[:3]] == ["1 x h200-sxm", "2 x h200-sxm", "4 x h200-sxm"]
+
+
+def test_a_target_nobody_meets_is_said_to_be_missed() -> None:
+    demand = dataclasses.replace(LIGHT, concurrency=1, tpot_ms=0.5, objective="min-devices")
+    with pytest.raises(NoPlanError, match=r"no plan of up to 8 x h200-sxm meets TPOT 0.5 ms: relax it"):
+        smallest(question(demand=demand), hw_profiles.load("h200-sxm"), 8)
+    plan = planned(demand=dataclasses.replace(LIGHT, tpot_ms=0.5))
+    assert plan.predicted and not plan.predicted.meets_targets
+
+
+def test_devices_come_in_parts_of_a_node_or_whole_ones() -> None:
+    assert counts(hw_profiles.load("h200-sxm"), 32) == [1, 2, 4, 8, 16, 24, 32]
+
+
+# --- formats -----------------------------------------------------------------------------------------
+
+
+def test_formats_narrower_than_the_checkpoint_are_not_taken_unasked() -> None:
+    kept, left_out = schemes(question(), hw_profiles.load("ascend-910c-die"))
+    assert kept == ["w8a8"]
+    assert any("narrower than the checkpoint's fp8" in each.reason for each in left_out)
+    assert schemes(question(scheme="w4a8"), hw_profiles.load("ascend-910c-die"))[0] == ["w4a8"]
+
+
+def test_a_format_the_chip_does_not_compute_in_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"ascend-910c-die does not compute in fp8; it runs bf16, w8a8, w4a8"):
+        schemes(question(scheme="fp8"), hw_profiles.load("ascend-910c-die"))
+
+
+# --- the same question, the same plan; the plan, the same figures ------------------------------------
+
+
+def test_the_same_question_gets_the_same_plan() -> None:
+    assert search(question(), chips(("h200-sxm", 8))).text == planned().text
+
+
+def test_a_plan_simulated_again_gives_its_own_figures() -> None:
+    plan = Plan.parse(planned().text)
+    report, share, shares = simulate_plan(plan, plan.config())
+    assert predicted(plan, report, share, shares) == plan.predicted
+
+
+def test_replicas_share_the_load() -> None:
+    """Two nodes of one layout serve twice what one does, each request as fast."""
+    one = planned(demand=dataclasses.replace(LIGHT, concurrency=8))
+    assert one.predicted
+    pool = one.serving
+    asked = question(demand=dataclasses.replace(LIGHT, concurrency=16))
+    option = make_option(
+        asked, hw_profiles.load("h200-sxm"), pool.layout, pool.scheme, pool.formats.kv, dict(pool.settings)
+    )
+    twice = Contender((Part("serve", option, 2 * pool.replicas),), Estimate(16, 1.0, 1.0, 1.0, 1.0))
+    plan = plan_of(twice, asked, 16)
+    report, share, shares = simulate_plan(plan, asked.cfg)
+    two = predicted(plan, report, share, shares)
+    assert two.output_tokens_per_s == pytest.approx(2 * one.predicted.output_tokens_per_s)
+    assert two.tpot_ms == one.predicted.tpot_ms
+
+
+def test_the_estimate_is_near_the_simulation() -> None:
+    """What ranks the candidates, against what confirms them: TPOT within a fifth."""
+    asked = question(demand=Demand(concurrency=16))
+    for layout in (Layout(tp=8), Layout(tp=8, ep=8), Layout(tp=4, dp=2, ep=8), Layout(tp=4, pp=2)):
+        option = make_option(asked, hw_profiles.load("h200-sxm"), layout, "fp8", "bf16", {})
+        estimate = Model(option, asked.demand, Tables(coarse=True)).serving(16.0, 1)
+        plan = plan_of(Contender((Part("serve", option, 1),), estimate), asked, 8)
+        report, _, _ = simulate_plan(plan, asked.cfg)
+        assert estimate.tpot_seconds == pytest.approx(report.tpot.mean, rel=0.2)
+
+
+def test_the_chosen_plan_is_the_best_simulated_one() -> None:
+    plan = planned()
+    played = [each for each in plan.alternatives if each.simulated]
+    (chosen,) = [each for each in played if each.chosen]
+    assert chosen.output_tokens_per_s_per_device == max(each.output_tokens_per_s_per_device for each in played)
+    assert plan.predicted and plan.predicted.band["tpot_ms"][0] < plan.predicted.tpot_ms["mean"]  # pyright: ignore
+    assert plan.rejected and all(each.reason for each in plan.rejected)
+
+
+@given(
+    rates=st.lists(st.tuples(st.floats(1, 1e3), st.floats(1, 1e3)), min_size=1, max_size=12, unique=True),
+)
+def test_the_front_is_what_nothing_beats(rates: list[tuple[float, float]]) -> None:
+    rows = [Alternative("", 8, 1, False, False, False, x, y, 0.0, 0.0, True, "assumed") for x, y in rates]
+    marked = {(r.output_tokens_per_s_per_device, r.output_tokens_per_s_per_user): r.front for r in mark_front(rows)}
+    for x, y in rates:
+        assert marked[x, y] == (not any((a >= x and b >= y) and (a, b) != (x, y) for a, b in rates))
+
+
+# --- prefill and decode apart ------------------------------------------------------------------------
+
+
+def test_two_chips_prefill_on_one_and_decode_on_the_other() -> None:
+    demand = Demand(isl=4096, osl=256, concurrency=16, tpot_ms=60)
+    plan = search(question(demand=demand), chips(("h200-sxm", 8), ("ascend-910c-die", 16)))
+    sound(plan)
+    assert [pool.role for pool in plan.pools] == ["prefill", "decode"]
+    assert {pool.profile for pool in plan.pools} == {"h200-sxm", "ascend-910c-die"}
+    assert plan.transfer and plan.transfer.seconds > 0 and len(plan.devices) == 24
+    nodes = [{device.node for device in pool.devices} for pool in plan.pools]
+    assert not nodes[0] & nodes[1]
+    report, share, shares = simulate_plan(Plan.parse(plan.text), plan.config())
+    assert predicted(plan, report, share, shares) == plan.predicted
+
+
+def test_a_transfer_moves_each_layer_of_the_cache_once_and_converts_it() -> None:
+    """61,464 bytes a token of FP8 cache, 100,152 of 16 bits with 8-bit index keys (vllm-project/recipes PR 893)."""
+    asked, h200 = question(), hw_profiles.load("h200-sxm")
+    wide = make_option(asked, h200, Layout(tp=8), "fp8", "bf16", {})
+    narrow = make_option(asked, h200, Layout(tp=4, pp=2), "fp8", "fp8", {})
+    assert sequence_kv_bytes_per_token(asked.cfg, Layout(tp=8), wide.spec.formats, 0) == 100_152
+    assert sequence_kv_bytes_per_token(asked.cfg, Layout(tp=4, pp=2), narrow.spec.formats, 0) == 61_464
+    same, other = transfer_of(asked, wide, wide), transfer_of(asked, wide, narrow)
+    assert same.bytes == 100_152 * 2048 and same.link_bandwidth_bytes_per_s == 8 * 50e9
+    rewriting = (100_152 + 61_464) / 2 / 4.8e12
+    assert other.conversion_seconds_per_token == pytest.approx(rewriting + 61_464 / 450e9)
+    assert same.conversion_seconds_per_token == pytest.approx(100_152 / 450e9)
+
+
+# --- experts -----------------------------------------------------------------------------------------
+
+
+def skewed(alpha: float) -> np.ndarray:
+    cfg = load_config(FP8)
+    assert cfg.moe
+    rng = np.random.default_rng(7)
+    load = np.arange(1, cfg.moe.experts + 1) ** -alpha * np.ones((len(moe_layers(cfg)), 1))
+    return rng.permuted(load, axis=1)
+
+
+def test_a_measured_load_places_the_experts_and_weighs_slots_against_pages() -> None:
+    asked = question(demand=Demand(isl=2048, osl=256, concurrency=64))
+    matrix = skewed(1.0)
+    plan = search(asked, chips(("h200-sxm", 16)), matrix, "load.npy")
+    sound(plan)
+    said = [each for each in plan.rejected if "redundant expert slots" in each.name]
+    assert any("max over mean load" in each.reason and "KV pages" in each.reason for each in said)
+    pool = plan.serving
+    if pool.experts is not None and pool.layout.by_expert:
+        assert pool.experts.max_over_mean is not None and pool.experts.bound is not None
+        assert pool.experts.max_over_mean >= pool.experts.bound - 1e-9
+    report, share, shares = simulate_plan(Plan.parse(plan.text), plan.config())
+    assert predicted(plan, report, share, shares) == plan.predicted
+
+
+def test_a_load_of_another_shape_is_refused() -> None:
+    with pytest.raises(LoadError, match=r"\[75, 256\]"):
+        search(question(), chips(("h200-sxm", 8)), np.ones((75, 128)))
+
+
+# --- check can fail ----------------------------------------------------------------------------------
+
+
+def test_check_finds_what_does_not_add_up() -> None:
+    plan, cfg = planned(), load_config(FP8)
+    pool = plan.serving
+    device = pool.devices[3]
+
+    def with_device(**changes: Any) -> Plan:
+        devices = (*pool.devices[:3], dataclasses.replace(device, **changes), *pool.devices[4:])
+        return dataclasses.replace(plan, pools=(dataclasses.replace(pool, devices=devices),))
+
+    ledger = device.ledger
+    fewer = {**ledger.weights_bytes, "experts": ledger.weights_bytes["experts"] - 1e6}
+    wrong = {
+        "weights_bytes.experts": with_device(ledger=dataclasses.replace(ledger, weights_bytes=fewer)),
+        "kv_pages": with_device(kv_pages=device.kv_pages + 1),
+        "layers": with_device(layers=(0, 77)),
+        "more than": with_device(ledger=dataclasses.replace(ledger, activation_bytes=2e11)),
+        "ranks": with_device(ranks={**device.ranks, "tp": 99}),
+    }
+    for word, each in wrong.items():
+        assert any(word in line for line in check(each, cfg)), word
+    missing = dataclasses.replace(plan, pools=(dataclasses.replace(pool, devices=pool.devices[:-1]),))
+    assert any("devices, the layout has" in line for line in check(missing, cfg))
+
+
+def test_check_finds_an_expert_that_nobody_holds() -> None:
+    from runtime.layout import formats
+    from runtime.planner.plan import plan_for
+
+    cfg = load_config(FP8)
+    plan = plan_for(cfg, Layout(tp=8, ep=8), hw_profiles.load("h200-sxm"), formats("fp8"))
+    experts = plan.serving.experts
+    assert experts
+    rows = (tuple([0, *experts.slot_expert[0][1:-1], 0]), *experts.slot_expert[1:])
+    pool = dataclasses.replace(plan.serving, experts=dataclasses.replace(experts, slot_expert=rows))
+    assert check(plan, cfg) == []
+    assert any("expert 255" in line for line in check(dataclasses.replace(plan, pools=(pool,)), cfg))
+
+
+def test_the_json_of_a_search_is_valid_for_the_schema() -> None:
+    import jsonschema
+
+    from runtime.planner.schema import plan_schema
+
+    jsonschema.validate(json.loads(planned().text), plan_schema())
