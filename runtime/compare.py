@@ -37,6 +37,7 @@ from runtime.errors import UsageError
 if TYPE_CHECKING:
     from backends.number_formats.emulation import NumberFormats
     from backends.number_formats.fidelity import Observed
+    from runtime.engine.engine import Engine, EngineConfig
 
 BASELINE = "bf16"
 _TEXT = Path(__file__).parent / "data" / "compare.txt"
@@ -183,21 +184,11 @@ def _observe(checkpoint: Checkpoint, formats: NumberFormats, sequences: Sequence
     return [observer.run(tokens) for tokens in sequences]
 
 
-def _engine(checkpoint: Checkpoint, formats: NumberFormats, sequences: int, tokens: int) -> Any:
+def _engine(checkpoint: Checkpoint, formats: NumberFormats, limits: EngineConfig) -> Engine:
     """An engine on the host that computes in these formats."""
     from backends.number_formats.host import Converted, EmulatedCpu
-    from runtime.engine.engine import EngineConfig
     from runtime.engine.load import load_engine
-    from runtime.engine.programs import gear
 
-    limits = EngineConfig(
-        pool_tokens=sequences * (gear(tokens) + 16),
-        max_running=sequences,
-        prefill_chunk=sequences * gear(tokens),
-        least_batch=gear(sequences),
-        least_chunk=gear(tokens),
-        least_context=gear(tokens),
-    )
     return load_engine(Converted(checkpoint.path, formats), EmulatedCpu(formats), limits, formats.dtype, keep_fp8=True)
 
 
@@ -220,10 +211,9 @@ def _continue(checkpoint: Checkpoint, texts: Texts, max_tokens: int) -> list[tup
 
 def _answers(checkpoint: Checkpoint, formats: NumberFormats, questions: int) -> dict[str, float]:
     """Share of right answers by task of `glm5 eval`."""
-    from runtime.training.evaluate import ask
+    from runtime.training.evaluate import ask, engine_config
 
-    engine = _engine(checkpoint, formats, 16, 256)
-    found = ask(engine, checkpoint.path, questions)
+    found = ask(_engine(checkpoint, formats, engine_config()), checkpoint.path, questions)
     return {name: score.exact_match for name, score in found.tasks.items()}
 
 

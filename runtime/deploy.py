@@ -58,7 +58,7 @@ class Built:
 
 
 @lru_cache(maxsize=32)
-def _programs(cfg: ModelConfig, layout: Layout, mtp: bool) -> Programs:
+def _programs(cfg: ModelConfig, layout: Layout, mtp: bool = True) -> Programs:
     from runtime.trace import trace
 
     traced = trace(cfg, layout, "decode", mtp=mtp)

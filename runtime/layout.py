@@ -91,11 +91,16 @@ class Layout:
 
 
 # Bytes of one stored weight, scales included: 32-bit; 16-bit; FP8 with one float32 scale a 128 x 128 block; INT8
-# with a float32 scale an output channel (below 0.1 %); INT4 with a 16-bit scale for each 128 weights.
+# with a float32 scale an output channel (below 0.1 %); INT4 with a 16-bit scale for each 128 weights; MX formats with
+# a byte of scale for 32 weights, NVFP4 with one for 16.
 WEIGHT_BYTES: Mapping[str, float] = {
     "f32": 4.0,
     "bf16": 2.0,
     "fp8-block": 1.0 + 4.0 / (128 * 128),
+    "fp8-tensor": 1.0,
+    "mxfp8": 1.0 + 1.0 / 32,
+    "mxfp4": 0.5 + 1.0 / 32,
+    "nvfp4": 0.5 + 1.0 / 16,
     "w8a8-int8": 1.0,
     "w4a8": 0.5 + 2.0 / 128,
     "w4a16": 0.5 + 2.0 / 32,

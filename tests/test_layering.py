@@ -23,7 +23,21 @@ OURS = {*MAY_IMPORT, "tests", "bench"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # Only these modules, and those below them, may need JAX. Of backends, none is imported here.
 MODEL_WITHOUT_JAX = ("config", "weights", "cache", "quantised", "checkpoint", "tokenizer", "errors", "safetensors_file")
-RUNTIME_WITH_JAX = ("runtime.trace", "runtime.calibrate", "runtime.emulate.", "runtime.engine.", "runtime.training.")
+RUNTIME_WITH_JAX = (
+    "runtime.trace",
+    "runtime.calibrate",
+    "runtime.emulate.",
+    "runtime.engine.",
+    "runtime.training.",
+    "runtime.export.ascend",
+    "runtime.export.cutting",
+    "runtime.export.package",
+    "runtime.export.shares",
+    "runtime.export.units",
+    "runtime.export.verify",
+    "runtime.export.writers",
+    "runtime.artifact.xla",
+)
 
 
 def modules(root: Path) -> dict[str, Path]:

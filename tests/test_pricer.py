@@ -169,7 +169,7 @@ def steps(found: Built, rows: int = 32) -> StepPrice:
 
 def test_drafting_costs_less_than_its_tokens() -> None:
     """A step of three drafts verifies four tokens a sequence and runs the draft layer three times."""
-    pricer = built().pricer
+    pricer = built(drafts=3).pricer
     one, four = (pricer.price(decode(16, 8192, queries)) for queries in (1, 4))
     assert "mtp" in four.by_op and "mtp" not in one.by_op
     assert one.seconds < four.seconds < 3 * one.seconds
@@ -180,7 +180,7 @@ def test_drafting_costs_less_than_its_tokens() -> None:
 
 def test_drafts_of_a_prompt_step_are_its_own_layer_and_no_more() -> None:
     """The draft layer reads the prompt once, its head the last tokens alone: about a layer's share of the step."""
-    pricer = built().pricer
+    pricer = built(drafts=3).pricer
     plain, drafting = (pricer.price(BatchShape(query_tokens=q, prefill_chunks=[(8192, 0)])) for q in (1, 4))
     share = drafting.seconds / plain.seconds - 1
     assert 0.5 / 78 < share < 2.5 / 78

@@ -355,7 +355,8 @@ class _Side:
 
 def _arrange(ref: Ref, order: Sequence[int]) -> _Side:
     moved = [d for d in order if ref.shape[d] != 1]
-    swapped = list(order[:-2]) == sorted(order[:-2]) and order[-2] == order[-1] + 1 == len(order) - 1
+    last = len(order) - 1
+    swapped = last > 0 and tuple(order) == (*range(last - 1), last, last - 1)
     free = moved == sorted(moved) or swapped  # runtimes multiply by a matrix transposed as it is
     return _Side(tuple(order), 0 if free else math.prod(ref.shape))
 

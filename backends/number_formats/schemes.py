@@ -214,8 +214,8 @@ def table(cfg: ModelConfig, scheme: Scheme, cache: CacheFormat = "bf16", index: 
                 names.append(weight.name)
     rows = []
     for (op, kind, held), names in groups.items():
-        widened = kind == "kv_up" or op == "glm.route"
-        rows.append(Row(op, kind, tuple(names), held, ACTIVATIONS[scheme.wide if widened else held]))
+        activations = {"glm.head_linear": scheme.wide, "glm.route": "f32"}.get(op, held)
+        rows.append(Row(op, kind, tuple(names), held, ACTIVATIONS[activations]))
     head = tuple(w.name for w in outer_weights(cfg) if w.name == "head")
     rows.append(Row("glm.linear", "wide", head or ("embed",), scheme.wide, ACTIVATIONS[scheme.wide]))
     rows.append(Row("glm.cache_write", "cache", (), cache, ""))

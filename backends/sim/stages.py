@@ -32,7 +32,6 @@ def _options(weights: Any) -> dict[str, Any] | None:
     return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-
 class Stage(Protocol):
     """Places values on a stage's devices, and makes programs of one device's body."""
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from backends.errors import BackendUnavailable
 from runtime.errors import UsageError
-from runtime.export.manifest import Step
+from runtime.export.manifest import Manifest, Program, Step
 
 
 class Bound(Protocol):
@@ -37,6 +37,11 @@ class Executor(Protocol):
     platform: str
 
     def load(self, path: Path, step: Step) -> Loaded: ...
+
+    def load_step(self, folder: Path, manifest: Manifest, program: Program) -> Loaded | None:
+        """All graphs of a one-device package as one, with inputs and outputs as `link.py` names them; None where the
+        runtime has no use for that."""
+        ...
 
     def put(self, array: np.ndarray) -> Any: ...
 

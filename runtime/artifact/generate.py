@@ -22,20 +22,20 @@ OnToken = Callable[[int, int], None]  # request index, token id
 
 
 class Package:
-    """A package, checked and loaded into a runtime ("ort", "torch", "xla").
+    """A package, checked and loaded into a runtime ("ort", "torch", "xla"); `linked` as of `Runner`.
 
     Raises `ArtifactError` for a package that is damaged, of another version or without weights, `UsageError` for a
     runtime that does not run its format.
     """
 
-    def __init__(self, folder: Path, backend: str):
+    def __init__(self, folder: Path, backend: str, linked: bool = True):
         self.folder, self.manifest = folder, Manifest.read(folder)
         runtime = executor(backend, self.manifest.format)
         check_files(folder, self.manifest)
         weights = stored_weights(folder, self.manifest)
         if weights is None:
             raise ArtifactError(f"{folder}: holds no weights; to run it here, export it with --weights external")
-        self.runner = Runner(folder, self.manifest, runtime, weights)
+        self.runner = Runner(folder, self.manifest, runtime, weights, linked)
         self.text = Text(folder / self.manifest.tokenizer) if self.manifest.tokenizer else None
 
     @property

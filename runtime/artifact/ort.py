@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from backends.errors import ArtifactError
-from runtime.export.manifest import Step
+from runtime.export.manifest import Manifest, Program, Step
 
 
 class Executor:
@@ -28,11 +29,20 @@ class Executor:
         self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 
     def load(self, path: Path, step: Step) -> Loaded:
+        return Loaded(self._session(str(path), path))
+
+    def _session(self, model: str | bytes, where: Path) -> Any:
         try:
-            session = ort.InferenceSession(str(path), self.options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(model, self.options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions have no public base
-            raise ArtifactError(f"{path}: ONNX Runtime refuses it: {str(error).splitlines()[0]}") from None
-        return Loaded(session)
+            raise ArtifactError(f"{where}: ONNX Runtime refuses it: {str(error).splitlines()[0]}") from None
+
+    def load_step(self, folder: Path, manifest: Manifest, program: Program) -> Loaded | None:
+        if find_spec("onnx") is None:
+            return None
+        from runtime.artifact.link import link
+
+        return Loaded(self._session(link(folder, manifest, program).SerializeToString(), folder))
 
     def put(self, array: np.ndarray) -> Any:
         if array.dtype == ml_dtypes.bfloat16:

@@ -44,12 +44,13 @@ def stored_weights(folder: Path, manifest: Manifest) -> Weights | None:
 
 
 class Runner:
-    """A package with its weights and caches in an executor's memory.
+    """A package with its weights and caches in an executor's memory. linked: on one device, let the runtime have a
+    step's graphs as one, where it can.
 
     Raises `ArtifactError` where the package does not hold all devices of its layout.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, executor: Executor, weights: Weights):
+    def __init__(self, folder: Path, manifest: Manifest, executor: Executor, weights: Weights, linked: bool = False):
         self.folder, self.manifest, self.executor = folder, manifest, executor
         self.devices = {(d.stage, d.ranks.get("dp", 0), d.ranks.get("tp", 0)): d for d in manifest.devices}
         self.dp, self.tp = manifest.axes.get("dp", 1), manifest.axes.get("tp", 1)
@@ -75,6 +76,8 @@ class Runner:
         self._loaded: dict[str, Loaded] = {}
         self._bound: dict[Any, Bound] = {}
         self.load_s = 0.0  # spent on loading graphs so far
+        self._whole: dict[int, Bound | None] = {}  # a program's step as one graph
+        self._linked = linked and not manifest.axes and len(manifest.devices) == 1
 
     def _any(self, stage: int) -> DeviceShare:
         return next(device for place, device in self.devices.items() if place[0] == stage)
@@ -98,6 +101,8 @@ class Runner:
         """Feeds each dp rank its batch. Returns each dp rank's results: "logits" and "hidden" buffers, and what led
         to them."""
         envs = self._envs(batches)
+        if self._linked and (whole := self._step_as_one(program)):
+            return [self._run_whole(whole, envs[0, 0])]
         for stage in self.stages:
             self._unit(program, "view", stage, envs, None)
             if stage == self.stages[0]:
@@ -106,6 +111,28 @@ class Runner:
                 self._unit(program, self.manifest.owner_units[f"layers.{layer}"], stage, envs, f"layers.{layer}")
         self._unit(program, "head", self.stages[-1], envs, "outer")
         return [envs[dp, 0] for dp in range(self.dp)]
+
+    def _step_as_one(self, program: Program) -> Bound | None:
+        if id(program) not in self._whole:
+            begin = time.perf_counter()
+            loaded = self.executor.load_step(self.folder, self.manifest, program)
+            fixed = {
+                name if name.startswith("outer.") else f"{owner}.{name}": buffer
+                for (_, owner), held in self._weights.items()
+                if owner != "mtp"
+                for name, buffer in held.items()
+            }
+            self._whole[id(program)] = loaded.bind(fixed) if loaded else None
+            self.load_s += time.perf_counter() - begin
+        return self._whole[id(program)]
+
+    def _run_whole(self, whole: Bound, env: Env) -> Env:
+        held = {(owner, name): cache for (_, owner), caches in self.caches.items() for name, cache in caches.items()}
+        results = whole({**env, **{f"{owner}.{name}": cache for (owner, name), cache in held.items()}})
+        for (place, owner), caches in self.caches.items():
+            if owner != "mtp":
+                self.caches[place, owner] = {name: results[f"{owner}.{name}{OUT}"] for name in caches}
+        return {**env, "logits": results["logits.out"], "hidden": results["hidden.out"]}
 
     def draft(self, program: Program, batches: Sequence[Batch], hidden: Sequence[Any]) -> list[Env]:
         """The MTP layer: a batch of following tokens, and the hidden states of each dp rank's positions."""

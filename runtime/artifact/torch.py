@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from backends.errors import ArtifactError
-from runtime.export.manifest import Step
+from runtime.export.manifest import Manifest, Program, Step
 
 _VIEWS = {  # numpy has no such types of its own
     np.dtype(ml_dtypes.bfloat16): (np.uint16, torch.bfloat16),
@@ -34,6 +34,9 @@ class Executor:
         except Exception as error:
             raise ArtifactError(f"{path}: torch refuses it: {str(error).splitlines()[0]}") from None
         return Loaded(module, step)
+
+    def load_step(self, folder: Path, manifest: Manifest, program: Program) -> None:
+        return None
 
     def put(self, array: np.ndarray) -> Any:
         array = np.ascontiguousarray(array)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import export
 
 from backends.errors import ArtifactError
-from runtime.export.manifest import Step
+from runtime.export.manifest import Manifest, Program, Step
 
 
 class Executor:
@@ -30,6 +30,9 @@ class Executor:
         run = jax.jit(exported.call, donate_argnums=donate)
         specs = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in step.inputs]
         return Loaded(run.lower(*specs).compile(), step)
+
+    def load_step(self, folder: Path, manifest: Manifest, program: Program) -> None:
+        return None
 
     def put(self, array: np.ndarray) -> Any:
         return jax.device_put(array, jax.devices("cpu")[0])

@@ -73,7 +73,7 @@ def _print(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     reference = result["reference"]
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(
         f"{result['model']}: {result['text_tokens']} tokens, perplexity in float32: {reference['perplexity']:.3f}",
         highlight=False,
@@ -82,7 +82,7 @@ def _print(result: dict[str, Any]) -> None:
     headings = ("profile", "formats", "cache", "logit error", "KL (nats)", "same token", "perplexity", "experts",
                 "selection", "first other token")  # fmt: skip
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in headings[:3] else "right", overflow="fold")
+        table.add_column(heading, justify="left" if heading in headings[:3] else "right", no_wrap=True)
     for row in result["profiles"]:
         firsts = [first["at"] for first in row["first_difference"] if first["at"] is not None]
         table.add_row(
@@ -95,7 +95,7 @@ def _print(result: dict[str, Any]) -> None:
             f"{row['perplexity']:.3f}",
             _mean(row, "routing"),
             _mean(row, "selection"),
-            f"{min(firsts)} of {result['continued_tokens']}" if firsts else "none",
+            f"{min(firsts) + 1} of {result['continued_tokens']}" if firsts else "none",
         )
     console.print(table)
     for name in reference.get("tasks", {}):

@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from runtime.emulate import deploy
 from runtime.emulate.options import Options
 from runtime.errors import UsageError
-from runtime.layout import formats as scheme
+from runtime.layout import Formats
 from runtime.planner.plan import Plan, Pool, profile_of
 
 if TYPE_CHECKING:
@@ -45,6 +45,12 @@ def prepare(cfg: ModelConfig, options: Options) -> Plan:
                 f"the plan drafts {pool.drafts} tokens a step, which is not emulated: plan it without --mtp"
             )
         deploy.grid_of(cfg, pool).check(cfg)
+    sizes = sorted({pool.page_tokens for pool in plan.pools})
+    if len(sizes) > 1:
+        raise UsageError(
+            f"the plan's pools keep pages of {sizes[0]} and {sizes[-1]} tokens: caches move between pools of one page "
+            "size only; plan both with one engine"
+        )
     deploy.check_memory(cfg, plan, factor)
     return plan
 
@@ -73,7 +79,7 @@ def _on_the_spot(cfg: ModelConfig, options: Options) -> Plan:
     cache_of_profile(profile, kv, chosen)
     layout, replicas = deploy.lay_out(cfg, options.devices or 1, options.tp, options.dp, options.ep, options.pp)
     settings = deploy.unscaled_settings(engine, cfg, options.profile, layout, profile, {})
-    held = scheme(chosen.name, kv or "bf16")
+    held = Formats(chosen.dense, chosen.experts, kv or chosen.wide)
     return deploy.spot_plan(cfg, profile, layout, held, replicas, engine, settings)
 
 

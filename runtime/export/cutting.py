@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 from pathlib import Path
 
 from backends.sim.grid import Grid, Slots
@@ -14,6 +15,7 @@ from runtime.layout import SCHEMES, Layout, checkpoint_scheme
 
 SCHEMES_OF = {"stablehlo": ("f32", "bf16", "fp8"), "torch": ("f32", "bf16", "fp8"), "onnx": ("f32", "bf16")}
 """Number formats that a format has graphs in; ONNX's opset 18 has no FP8."""
+_NEEDS = {"onnx": ("onnx",), "ascend": ("onnx",), "torch": ("torch",)}  # packages beyond the core's
 _CONTEXT = 4096  # tokens, by default
 
 
@@ -51,7 +53,10 @@ def preset_scheme(cfg: ModelConfig) -> str:
 
 
 def check(request: Request) -> None:
-    """Raises `UsageError` where the format has no graphs in these number formats."""
+    """Raises `UsageError` where the format has no graphs in these number formats, or needs what is not installed."""
+    for package in _NEEDS.get(request.format, ()):
+        if find_spec(package) is None:
+            raise UsageError(f"--format {request.format} needs {package}: pip install 'glm5-runtime[export]'")
     known = SCHEMES_OF.get(request.format)
     if request.scheme not in SCHEMES or (known and request.scheme not in known):
         raise UsageError(

@@ -192,7 +192,7 @@ def _end(what: Cut, shape: abstract.StepShape, end: Literal["embed", "head"]) ->
 
     def head(outer: Any, x: Any, length: Any) -> Any:
         hidden = ops.rms_norm(x, outer["final_norm"], eps=cfg.norm_eps)
-        return graph.head(cfg, outer, graph.last_token(hidden, length), par)[:, 0, :], hidden
+        return graph.head(cfg, outer, graph.last_token(hidden, length)[:, 0, :], par), hidden
 
     if end == "embed":
         return _chain("embed", _trace(embed, what, outer, batch.tokens), ["x"])

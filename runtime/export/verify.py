@@ -73,7 +73,7 @@ def verify(folder: Path, manifest: Manifest, checkpoint: Checkpoint, grid: Grid,
     out = []
     for program in manifest.programs:
         runner = Runner(folder, manifest, runtime, weights)
-        found = _compare(manifest, program, runner, reference, np.random.default_rng(seed))
+        found = compare(manifest, program, runner, reference, np.random.default_rng(seed))
         if not found.worst <= TOLERANCE:
             raise VerificationError(
                 f"{manifest.format} {found.phase} at {found.gear} differs from the graph by {found.logits:.2g} in "
@@ -119,7 +119,7 @@ class Reference:
         return [np.asarray(each) for each in logits], caches
 
 
-def _compare(
+def compare(
     manifest: Manifest, program: Program, runner: Runner, reference: Reference, rng: np.random.Generator
 ) -> Verified:
     gear, size = program.gear, manifest.page_size

@@ -41,8 +41,9 @@ SIMULATED = 3
 """Contenders that the simulator plays."""
 SHOWN = 40
 """Estimated alternatives that a plan keeps."""
-_REQUESTS, _REQUESTS_EACH = 6000, 4000
-"""Requests that are simulated at most, in all and of one contender; more would take minutes."""
+_WORK, _WORK_EACH = 160_000, 130_000
+"""Work of simulations at most, in all and of one contender: requests x (4 + ranks that step together), each some
+60 microseconds."""
 Progress = Callable[[str], None]
 
 
@@ -75,6 +76,7 @@ class _Search:
         self.coarse, self.full = Tables(coarse=True), Tables()
         self.rejected: list[Rejected] = []
         self.refused: list[Refused] = []
+        self.unpriced: list[Rejected] = []
         self.devices = sum(each.count for each in chips)
 
     # --- steps
@@ -130,10 +132,10 @@ class _Search:
     ) -> tuple[Contender, Predicted, Plan, list[tuple[Contender, Predicted]]]:
         """The best of the first few by the simulator."""
         played: list[tuple[Contender, Predicted, Plan]] = []
-        queue, left = _distinct(ranked), _REQUESTS
-        affordable = [each for each in queue if self._requests(each) <= _REQUESTS_EACH]
-        for contender in affordable or queue[-1:]:
-            cost = self._requests(contender)
+        queue, left = _distinct(ranked), _WORK
+        affordable = [each for each in queue if self._work(each) <= _WORK_EACH]
+        for contender in affordable or [min(queue, key=self._work)]:
+            cost = self._work(contender)
             if played and cost > left:
                 continue
             left -= cost
@@ -162,10 +164,18 @@ class _Search:
         found = []
         for option in fitting:
             try:
-                found.append(Model(option, self.question.demand, self.coarse))
+                found.append(self._priced(option))
             except (PriceError, UsageError) as error:
-                self.rejected.append(Rejected(option.name, str(error)))
+                self.unpriced.append(Rejected(option.name, str(error)))
+        self.rejected += self.unpriced
         return found
+
+    def _priced(self, option: Option) -> Model:
+        """An option's prices, steps of either kind tried. Raises `PriceError`, e.g. for a link without a figure."""
+        model = Model(option, self.question.demand, self.coarse)
+        model.decode_seconds(1)
+        model.prefill_seconds(0)
+        return model
 
     def _alone(self, model: Model, replicas: int) -> Contender:
         points = model.operating_points(replicas)
@@ -195,20 +205,34 @@ class _Search:
             return (1e9 if late else 0.0) - rate, m.option.name
 
         tokens = sorted((m for m in decodes if m.option.devices <= room[1]), key=decoding)
-        return list(pairs(self.question, prompts[:PAIRED], tokens[:PAIRED], devices))
+        return list(pairs(self.question, [self._for_prompts(m) for m in prompts[:PAIRED]], tokens[:PAIRED], devices))
+
+    def _for_prompts(self, model: Model) -> Model:
+        """The same layout with the chunk that computes a prompt soonest."""
+        tried = [model]
+        for settings in self._chunks(model.option, (2, 4, 8)):
+            try:
+                tried.append(self._priced(self._resized(model.option, settings)))
+            except (CapacityError, UsageError):
+                continue
+        return min(tried, key=lambda m: (m.prefill_seconds(0)[0], m.option.name))
+
+    def _chunks(self, option: Option, factors: tuple[float, ...]) -> list[dict[str, Any]]:
+        """Settings of other prefill chunks; none where the user set it."""
+        engine = option.spec.engine
+        key = "chunked_prefill_tokens" if engine.policy == "prefill-first" else "max_step_tokens"
+        if key in self.question.settings:
+            return []
+        budget = engine.chunked_prefill_tokens or engine.max_step_tokens
+        return [{key: int(budget * factor)} for factor in factors if 512 <= budget * factor <= 65536]
 
     def _variants(self, contender: Contender) -> Iterable[Contender]:
         """The contender with other prefill chunks."""
-        if len(contender.parts) > 1:
+        if contender.transfer is not None:
             return
         part, demand = contender.parts[0], self.question.demand
-        option, engine = part.option, part.option.spec.engine
-        budget = engine.chunked_prefill_tokens or engine.max_step_tokens
-        key = "chunked_prefill_tokens" if engine.policy == "prefill-first" else "max_step_tokens"
-        tried: list[dict[str, Any]] = []
-        if key not in self.question.settings:
-            tried = [{key: size} for size in (budget // 2, budget * 2, budget * 4) if 512 <= size <= 65536]
-        for settings in tried:
+        option = part.option
+        for settings in self._chunks(option, (0.5, 2, 4)):
             try:
                 sized = self._resized(option, settings)
             except (CapacityError, UsageError) as error:
@@ -247,10 +271,11 @@ class _Search:
         report, share, shares = simulate_plan(plan, self.question.cfg, tables=self.full, profiles=contender.profiles)
         return predicted(plan, report, share, shares), plan
 
-    def _requests(self, contender: Contender) -> int:
-        """Requests that simulating a contender takes."""
+    def _work(self, contender: Contender) -> int:
+        """What simulating a contender takes, in units of `_WORK`."""
         parts = math.gcd(*(part.replicas for part in contender.parts))
-        return closed_loop_requests(math.ceil(contender.estimate.concurrency / parts))
+        requests = closed_loop_requests(math.ceil(contender.estimate.concurrency / parts))
+        return requests * (4 + sum(part.option.layout.dp for part in contender.parts))
 
     def _simulated_row(self, contender: Contender, found: Predicted, chosen: bool) -> Any:
         row = alternative(contender, contender.estimate, self.question, self.devices)
@@ -274,11 +299,11 @@ class _Search:
         """Why there is no plan: what came closest, with its ledger."""
         cfg: ModelConfig = self.question.cfg
         where = " and ".join(f"{each.count} x {each.profile.name}" for each in self.chips)
-        refused = [each for each in self.refused if each.error] or self.refused
-        if not refused:
-            reasons = [f"  {each.name}: {each.reason}" for each in self.rejected[:8]]
-            return "\n".join([f"{cfg.name} has no plan on {where}: none of its layouts can be priced", *reasons])
-        closest = min(refused, key=lambda each: each.excess_bytes)
+        if self.unpriced:
+            return f"{cfg.name} fits {where}, but cannot be priced there: {self.unpriced[0].reason}"
+        if not self.refused:
+            return f"{cfg.name} has no plan on {where}: {self.rejected[-1].reason}"
+        closest = min(self.refused, key=lambda each: each.excess_bytes)
         narrower = next((each.reason for each in self.rejected if "narrower than" in each.reason), "")
         hint = f" ({narrower})" if narrower else ""
         lines = closest.error.splitlines()

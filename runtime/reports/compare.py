@@ -252,7 +252,7 @@ def _firsts(result: Mapping[str, Any]) -> str:
             f"<th>float32 gives them</th></tr></thead><tbody>{body}</tbody></table>"
         )
     note = (
-        '<p class="quiet">Greedy decoding. The last column tells a near-tie, which any change of rounding may tip, from '
+        '<p class="quiet">Greedy decoding. The last column tells a near-tie, which any rounding may tip, from '
         "a change of mind. After the first other token the texts are no longer comparable, so none is counted.</p>"
     )
     return note + blocks
@@ -284,7 +284,7 @@ def _formats(result: Mapping[str, Any]) -> str:
         if row["label"] == BASELINE and row["profile"] is None:
             continue
         lines = "".join(
-            f"<tr><th>{escape(line['role'].replace('_', ' '))}</th><td><code>{escape(line['op'])}</code></td>"
+            f"<tr><th>{escape(_role(line['role']))}</th><td><code>{escape(line['op'])}</code></td>"
             f"<td>{escape(', '.join(line['weights']))}</td><td>{escape(_FORMATS[line['format']])}</td>"
             f"<td>{escape(line['activations'])}</td></tr>"
             for line in row["table"]
@@ -299,6 +299,10 @@ def _formats(result: Mapping[str, Any]) -> str:
         "are summed in float32, and results rounded to 16 bits.</p>"
     )
     return out + note
+
+
+def _role(name: str) -> str:
+    return {"wide": "never quantised", "kv_up": "kv_b_proj"}.get(name, name.replace("_", " "))
 
 
 def _limits() -> str:

@@ -43,11 +43,19 @@ MANIFEST = Manifest(
             {
                 "a": (
                     Step(
-                        "graph", (Value("x", (2, 8), "float32"),), (Value("mid.0", (2, 8), "float32"),), "a.0",
-                        {"any": "a.onnx"}, {"cache.k.out": "cache.k"}, (OpUse("glm.linear", "function", 3, "glm::linear"),),
+                        "graph",
+                        (Value("x", (2, 8), "float32"),),
+                        (Value("mid.0", (2, 8), "float32"),),
+                        "a.0",
+                        {"any": "a.onnx"},
+                        {"cache.k.out": "cache.k"},
+                        (OpUse("glm.linear", "function", 3, "glm::linear"),),
                     ),
                     Step(
-                        "all_reduce", (Value("mid.0", (2, 8), "float32"),), (Value("x.out", (2, 8), "float32"),), axis="tp"
+                        "all_reduce",
+                        (Value("mid.0", (2, 8), "float32"),),
+                        (Value("x.out", (2, 8), "float32"),),
+                        axis="tp",
                     ),
                 )
             },
@@ -56,12 +64,15 @@ MANIFEST = Manifest(
     layers=(Layer(0, "a"), Layer(1, "a")),
     caches={"a": (Value("cache.k", (5, 16, 4), "float32"),)},
     weights={"a": (WeightRef("w.q", (8, 4), "float32", (8, 8), ((), ("tp",)), ("model.layers.{layer}.q",), "MATRIX"),)},
-    devices=(DeviceShare(0, 0, {"dp": 0, "tp": 0}, (0, 1)), DeviceShare(1, 0, {"dp": 0, "tp": 1}, (0, 1), "w.safetensors")),
+    devices=(
+        DeviceShare(0, 0, {"dp": 0, "tp": 0}, (0, 1)),
+        DeviceShare(1, 0, {"dp": 0, "tp": 1}, (0, 1), "w.safetensors"),
+    ),
     toolchain={"jax": "0.10"},
     files={},
     layout="tp2",
     extra={"anything": [1, {"a": None}]},
-)  # fmt: skip
+)
 
 
 def test_a_manifest_is_what_its_file_says() -> None:

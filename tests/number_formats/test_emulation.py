@@ -260,7 +260,11 @@ def _rows(checkpoint: Checkpoint) -> list[list[tuple[str, int]]]:
 
 @pytest.mark.parametrize(
     ("profile", "scheme", "kv"),
-    [("h200-sxm", "fp8", "fp8"), ("ascend-910c", "w4a8", "int8"), ("ascend-950dt", "mxfp4", "fp8")],
+    [
+        ("h200-sxm", "fp8", "fp8"),
+        ("ascend-910c", "w4a8", "int8"),
+        pytest.param("ascend-950dt", "mxfp4", "fp8", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_in_a_chips_formats(dsa: Checkpoint, reference: Any, profile: str, scheme: str, kv: str) -> None:
     """Finite, unlike float32, and still the same model: random weights change some selections and experts."""
@@ -268,9 +272,10 @@ def test_a_run_in_a_chips_formats(dsa: Checkpoint, reference: Any, profile: str,
     error = np.sqrt(np.mean((found.logits - reference.logits) ** 2) / np.mean(reference.logits**2))
     assert 1e-3 < error < 0.8, error
     first = np.sqrt(np.mean((found.hidden[0] - reference.hidden[0]) ** 2) / np.mean(reference.hidden[0] ** 2))
-    assert 1e-3 < first < 0.2, first
+    assert 1e-3 < first < 0.4, first
 
 
+@pytest.mark.slow
 def test_other_attention(tmp_path: Path) -> None:
     raw = GQA
     cfg = from_hf(raw)

@@ -158,6 +158,11 @@ def test_the_fewest_h200_for_glm5_fp8_is_a_node() -> None:
     assert [each.name for each in plan.rejected[:3]] == ["1 x h200-sxm", "2 x h200-sxm", "4 x h200-sxm"]
 
 
+def test_a_chip_without_a_link_says_which_figure_it_needs() -> None:
+    with pytest.raises(NoPlanError, match=r"fits 16 x hygon-bw1000, but cannot be priced there: .*link\.scale_out"):
+        search(question("glm-4.7-flash"), chips(("hygon-bw1000", 16)))
+
+
 def test_a_target_nobody_meets_is_said_to_be_missed() -> None:
     demand = dataclasses.replace(LIGHT, concurrency=1, tpot_ms=0.5, objective="min-devices")
     with pytest.raises(NoPlanError, match=r"no plan of up to 8 x h200-sxm meets TPOT 0.5 ms: relax it"):

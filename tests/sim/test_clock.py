@@ -46,14 +46,16 @@ def same_lengths(cfg: ModelConfig) -> list[Request]:
     return [dataclasses.replace(prompt, keep_logits=False) for prompt in prompts]
 
 
-@pytest.mark.parametrize("case", ["tensor", "ranks and stages", pytest.param("two pools", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case", ["ranks", *(pytest.param(case, marks=pytest.mark.slow) for case in ("stages", "two pools"))]
+)
 def test_times_are_the_simulations(checkpoints: dict[str, Checkpoint], tmp_path: Path, case: str) -> None:
     checkpoint = checkpoints["mla"]
     cfg = checkpoint.config
     plan = demanded(
         {
-            "tensor": lambda: plan_of(cfg, Layout(tp=2), scheme="bf16", engine="vllm"),
-            "ranks and stages": lambda: plan_of(cfg, Layout(dp=2, ep=2, pp=2), scheme="bf16"),
+            "ranks": lambda: plan_of(cfg, Layout(dp=2, ep=2), scheme="bf16"),
+            "stages": lambda: plan_of(cfg, Layout(tp=2, pp=2), scheme="bf16", engine="vllm"),
             "two pools": lambda: split_plan(cfg, Layout(tp=2), Layout(dp=2, ep=2), "bf16"),
         }[case]()
     )
@@ -96,6 +98,7 @@ def test_two_pools_give_the_same_tokens(checkpoints: dict[str, Checkpoint]) -> N
     assert_same(found.outcome.completions, reference(checkpoint, requests))
 
 
+@pytest.mark.slow
 def test_replicas_share_the_requests(checkpoints: dict[str, Checkpoint]) -> None:
     """Two servers of a plan: each serves its part, and together they take no longer than one with half of them."""
     checkpoint = checkpoints["gqa"]

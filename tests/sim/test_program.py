@@ -18,7 +18,7 @@ from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.graph import Batch, Carried, Mode
 from runtime.cost.oplist import Program, Sizes
-from runtime.emulate.deploy import grid_of
+from runtime.emulate.deploy import check_memory, grid_of
 from runtime.layout import Layout, formats
 from runtime.ledger import stage_weight_bytes
 from runtime.trace import _COLLECTIVES, _POOL_PAGES, PAGE_SIZE, trace
@@ -26,14 +26,8 @@ from tests.sim.servers import plan_of
 
 Shapes = list[tuple[int, ...]]
 Seen = list[tuple[str, Shapes, Shapes, tuple[str, ...]]]
-LAYOUTS = (
-    Layout(),
-    Layout(tp=4),
-    Layout(tp=8, ep=8, pp=2),
-    Layout(tp=2, dp=2),
-    Layout(tp=2, dp=4, ep=8, pp=3),
-    Layout(dp=8, ep=8),
-)
+LAYOUTS = (Layout(tp=8, ep=8, pp=2), Layout(tp=2, dp=2), Layout(tp=2, dp=4, ep=8, pp=3))
+MORE = (Layout(), Layout(tp=4), Layout(dp=8, ep=8), Layout(dp=4, pp=6))
 
 
 def executed(cfg: ModelConfig, cluster: Cluster, number: int, mode: Mode, sizes: Sizes) -> Seen:
@@ -84,7 +78,9 @@ def priced(programs: list[Program], sizes: Sizes) -> Seen:
     ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize(
+    "layout", [*LAYOUTS, *(pytest.param(each, marks=pytest.mark.slow) for each in MORE)], ids=lambda layout: layout.name
+)
 @pytest.mark.parametrize(("phase", "sizes"), [("prefill", Sizes(3, 5, 1)), ("decode", Sizes(7, 1, 3))])
 def test_what_runs_is_what_is_priced(tiny: Checkpoint, layout: Layout, phase: Any, sizes: Sizes) -> None:
     cfg = tiny.config
@@ -105,7 +101,7 @@ def test_what_runs_is_what_is_priced(tiny: Checkpoint, layout: Layout, phase: An
 
 
 @pytest.mark.parametrize("scheme", ["f32", "bf16", "fp8", "w4a8"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *MORE], ids=lambda layout: layout.name)
 def test_bytes_counted_are_the_ledgers(tiny: Checkpoint, layout: Layout, scheme: str) -> None:
     """Weights placed one by one add up to what the planner's ledger has for the stage, copies of experts included."""
     cfg, held = tiny.config, formats(scheme)
@@ -119,6 +115,18 @@ def test_bytes_counted_are_the_ledgers(tiny: Checkpoint, layout: Layout, scheme:
         pages = sum(5.0 + 7.0 * (kind.indexer == "full") for kind in kinds) * 11
         assert memory.held["KV pages"] == pages
         assert memory.free_bytes == 1e12 - sum(memory.held.values())
+
+
+def test_a_plans_devices_are_counted_as_planned(tiny: Checkpoint) -> None:
+    """What the emulation counts on a device is what the plan's ledger has: nothing is left over but its free bytes."""
+    plan = plan_of(tiny.config, Layout(tp=2, dp=4, ep=8, pp=3), 1, scheme="fp8")
+    (pool,) = plan.pools
+    (stages,) = check_memory(tiny.config, plan)
+    for device in pool.devices:
+        memory = stages[device.stage]
+        pages = sum(device.kv_page_bytes.values()) * device.kv_pages
+        assert memory.held["KV pages"] == pytest.approx(pages) == pytest.approx(device.ledger.kv_bytes)
+        assert memory.free_bytes == pytest.approx(device.ledger.free_bytes, rel=1e-6)
 
 
 def test_placed_weights_are_all_there(tiny: Checkpoint) -> None:

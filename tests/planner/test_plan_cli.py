@@ -1,0 +1,79 @@
+"""`glm5 plan`, `plan check` and `simulate --plan`: one file through all three, and one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.cli import glm5, refused
+
+LOAD = ("--isl", 2048, "--osl", 128, "--concurrency", 8)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    printed = glm5("plan", *LOAD, "--out", path, "--json").out
+    assert printed == path.read_text()
+    return path
+
+
+def test_a_plan_is_checked_and_simulated_as_it_is(plan: Path) -> None:
+    document = json.loads(plan.read_text())
+    assert glm5("plan", "check", plan, "--json").json["wrong"] == []
+    result = glm5("simulate", "--plan", plan, "--json").json
+    for name in ("output_tokens_per_s", "ttft_ms", "tpot_ms", "evidence"):
+        assert result[name] == document["predicted"][name]
+    assert result["plan"] == document["hash"] and result["devices"] == 8
+
+
+def test_what_a_person_sees(plan: Path) -> None:
+    shown = glm5("plan", *LOAD).out
+    assert "glm-5-fp8 on 8 devices" in shown and "KV pages" in shown and "█" in shown
+    assert "TPOT" in shown and "chosen" in shown and "rejected" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--tp", 4), "--tp does not go with --plan"),
+        (("--concurrency", 4), "--concurrency does not go with --plan"),
+    ],
+)
+def test_what_a_plan_decides_cannot_be_said_again(plan: Path, words: tuple[object, ...], said: str) -> None:
+    assert said in refused("simulate", "--plan", plan, *words)
+
+
+def test_an_edited_plan_is_refused(plan: Path, tmp_path: Path) -> None:
+    edited = tmp_path / "edited.json"
+    edited.write_text(plan.read_text().replace('"replicas": 1', '"replicas": 2'))
+    for command in (("simulate", "--plan", edited), ("plan", "check", edited)):
+        assert "edited or damaged" in refused(*command)
+    assert "not for glm-5.2-fp8" in refused("plan", "check", plan, "--model", "glm-5.2-fp8")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--concurrency", 4, "--rate", 1), "give one of --concurrency and --rate"),
+        (("--rate", 0), "--rate 0: give a number above zero"),
+        (("--formats", "fp7"), "unknown formats 'fp7'"),
+        (("--kv", "int8"), "h200-sxm keeps no int8 cache"),
+        (("--profile", "h200-sxm:0"), "at least one device"),
+        (("--profile", "a", "--profile", "b", "--profile", "c"), "3 profiles: give one, or two"),
+        (("--set", "model.index_topk=0"), "--set model.index_topk"),
+        (("--out", "/no/such/folder/plan.json"), "cannot be written"),
+        (("--model", "glm-4.5", "--mtp", 1, "--expert-load", "none.npy"), "none.npy: cannot be read"),
+        (("--objective", "min-devices", "--profile", "h200-sxm", "--profile", "h20-96gb"), "one kind of chip"),
+    ],
+)
+def test_a_mistake_is_one_line(words: tuple[object, ...], said: str) -> None:
+    assert said in refused("plan", *words)
+
+
+def test_what_does_not_fit_prints_its_ledger() -> None:
+    code, _, said = glm5("plan", "--profile", "h100-sxm")
+    assert code == 2 and "no plan on 8 x h100-sxm" in said.splitlines()[0]
+    assert "weights: experts" in said and "= free" in said
