@@ -45,9 +45,10 @@ class Executor:
         return Loaded(self._session(link(folder, manifest, program).SerializeToString(), folder))
 
     def put(self, array: np.ndarray) -> Any:
+        array = np.asarray(array, order="C")
         if array.dtype == ml_dtypes.bfloat16:
-            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array).view(np.uint16), 16)
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), 16)
+        return ort.OrtValue.ortvalue_from_numpy(array)
 
     def get(self, buffer: Any) -> np.ndarray:
         return buffer.numpy()

@@ -39,7 +39,7 @@ class Executor:
         return None
 
     def put(self, array: np.ndarray) -> Any:
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")
         if array.dtype in _VIEWS:
             raw, dtype = _VIEWS[array.dtype]
             return torch.from_numpy(array.view(raw).copy()).view(dtype)

@@ -96,7 +96,7 @@ def test_its_graphs_mean_what_the_model_does(fused: Path, phase: str):
     assert weights is not None
     (program,) = manifest.program(phase)  # type: ignore[arg-type]
     runner, reference = Runner(fused, manifest, ReferenceExecutor(), weights), verify.Reference(checkpoint, manifest)
-    found = verify._compare(manifest, program, runner, reference, np.random.default_rng(1))
+    found = verify.compare(manifest, program, runner, reference, np.random.default_rng(1))
     assert found.worst <= verify.TOLERANCE
     assert found.context > (manifest.model.index_topk or 0)
 

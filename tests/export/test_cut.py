@@ -11,6 +11,7 @@ from backends.export.cut import Exchange, cut
 from backends.export.walker import Graph
 from backends.sim.grid import Grid
 from model.config import load_config
+from runtime.artifact.executor import executor
 from runtime.artifact.runner import collective
 from runtime.export import cutting, units
 from runtime.export.manifest import Gear
@@ -133,3 +134,13 @@ def test_a_grid_of_stages() -> None:
     cfg = load_config("glm-5")
     grid = cutting.from_layout(cfg, Layout(tp=2, pp=4)).grid
     assert isinstance(grid, Grid) and [len(stage) for stage in grid.stages] == [20, 20, 19, 19]
+
+
+@pytest.mark.parametrize("name", ["ort", "torch", "xla"])
+def test_executors_keep_shapes(name: str) -> None:
+    """A device's rank is a scalar, not a vector of one."""
+    formats = {"ort": "onnx", "torch": "torch", "xla": "stablehlo"}
+    runtime = executor(name, formats[name])
+    for array in (np.asarray(3, np.int32), np.arange(6, dtype=np.float32).reshape(2, 3).T):
+        found = runtime.get(runtime.put(array))
+        assert found.shape == array.shape and found.dtype == array.dtype and (found == array).all()

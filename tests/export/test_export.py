@@ -62,7 +62,7 @@ def verified(*words: object) -> list[float]:
     ("format", "layout"),
     [
         ("onnx", ("--tp", 2, "--dp", 2, "--ep", 4)),
-        ("onnx", ("--tp", 2, "--pp", 2)),
+        pytest.param("onnx", ("--tp", 2, "--pp", 2), marks=pytest.mark.slow),
         pytest.param("stablehlo", ("--tp", 2), marks=pytest.mark.slow),
         pytest.param("torch", (), marks=pytest.mark.slow),
     ],

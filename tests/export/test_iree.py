@@ -52,7 +52,7 @@ class Loaded:
 
     def bind(self, fixed: Mapping[str, Any]) -> Any:
         def call(values: Mapping[str, Any]) -> dict[str, Any]:
-            results = self.run(*[np.ascontiguousarray({**values, **fixed}[value.name]) for value in self.step.inputs])
+            results = self.run(*[np.asarray({**values, **fixed}[value.name], order="C") for value in self.step.inputs])
             results = results if isinstance(results, tuple | list) else [results]
             return {value.name: np.asarray(r) for value, r in zip(self.step.outputs, results, strict=True)}
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +80,22 @@ def test_what_does_not_fit_prints_its_ledger() -> None:
     code, _, said = glm5("plan", "--profile", "h100-sxm")
     assert code == 2 and "no plan on 8 x h100-sxm" in said.splitlines()[0]
     assert "weights: experts" in said and "= free" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "most_seconds"), [(8, 5.0), (384, 20.0)])
+def test_planning_is_quick_and_small(devices: int, most_seconds: float) -> None:
+    """The whole command in a process of its own: seconds of CPU, so that other work on the machine does not count."""
+    code = (
+        "import resource, sys\n"
+        "from runtime.cli.main import main\n"
+        f"sys.argv = ['glm5', 'plan', '--devices', '{devices}', '--json']\n"
+        "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, file=sys.stderr)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    seconds, memory_bytes = map(float, done.stderr.splitlines()[-1].split())
+    print(f"{devices} devices: {seconds:.1f} s of CPU, {memory_bytes / 1e9:.2f} GB")
+    assert seconds <= most_seconds and memory_bytes <= 2e9

@@ -13,15 +13,13 @@ import json
 import sys
 import time
 
-import numpy as np
-
 from backends.sim.grid import MOST_HOSTS
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from runtime.engine.load import embedded_checkpoint
 from runtime.errors import UsageError
 from runtime.layout import Layout
-from tests.sim.servers import emulated, plan_of, prompts_of, reference
+from tests.sim.servers import emulated, logit_error, plan_of, prompts_of, reference
 
 LENGTHS, MOST = (70, 9, 1), (5, 3, 6)
 """Ragged prompts, the first of them longer than the selection of 64; answers that end one after another."""
@@ -57,7 +55,7 @@ def main(words: list[str]) -> None:
             "layout": layout.name,
             "devices": layout.devices,
             "same_tokens": all(ours.token_ids == theirs.token_ids for ours, theirs in pairs),
-            "logit_error": max(float(np.abs(ours.logits - theirs.logits).max()) for ours, theirs in pairs),
+            "logit_error": max(logit_error(ours, theirs) for ours, theirs in pairs),
             "cpu_s": round(time.process_time() - began, 1),
         }
         print(json.dumps(line), flush=True)

@@ -123,6 +123,12 @@ def ticking(cfg: ModelConfig, plan: Plan) -> Clock:
     return Clock(whole, tuple(pools), tuple(pool.formats for pool in plan.pools))
 
 
+def logit_error(ours: Completion, theirs: Completion) -> float:
+    """The largest difference of two answers' logits."""
+    assert ours.logits is not None and theirs.logits is not None and ours.logits.shape == theirs.logits.shape
+    return float(np.abs(ours.logits - theirs.logits).max())
+
+
 def assert_same(found: list[Completion], expected: list[Completion]) -> float:
     """Equal tokens, logits within `ATOL`; the largest difference."""
     worst = 0.0
@@ -130,7 +136,6 @@ def assert_same(found: list[Completion], expected: list[Completion]) -> float:
         assert ours.token_ids == theirs.token_ids
         assert ours.finish_reason == theirs.finish_reason
         if theirs.logits is not None:
-            assert ours.logits is not None and ours.logits.shape == theirs.logits.shape
-            worst = max(worst, float(np.abs(ours.logits - theirs.logits).max()))
+            worst = max(worst, logit_error(ours, theirs))
     assert worst <= ATOL, worst
     return worst
