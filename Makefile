@@ -1,12 +1,26 @@
 # One command each; all of them make .venv first where it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
+PROMPT ?= A mixture of experts
 
 .PHONY: demo test test-all check bench clean
 
+DEMO := build/demo
+
 demo: .venv/core
-	$(BIN)/glm5 model glm-5
-	$(BIN)/glm5 run --backend cpu --prompt "A mixture of experts" --max-tokens 32
+	@rm -rf $(DEMO) && mkdir -p $(DEMO)
+	@printf '\n== Run: the embedded checkpoint, on the backend a flag names ==\n'
+	$(BIN)/glm5 run --backend cpu --prompt "$(PROMPT)" --max-tokens 32
+	@printf '\n== Plan: GLM-5 on eight H200, 64 requests in flight ==\n'
+	$(BIN)/glm5 plan --model glm-5-fp8 --profile h200-sxm --devices 8 --concurrency 64 --out $(DEMO)/plan.json
+	@printf '\n== Simulate: the same plan under a quarter of that load ==\n'
+	$(BIN)/glm5 simulate --plan $(DEMO)/plan.json --concurrency 16
+	@printf '\n== Emulate: four Ascend dies, their INT8 and their clock, on this CPU ==\n'
+	$(BIN)/glm5 run --backend sim --profile ascend-910c-die --devices 4 --prompt "$(PROMPT)" --max-tokens 16
+	@printf '\n== Export: ONNX, checked against the graph, then run without it ==\n'
+	$(BIN)/glm5 export --format onnx --phase decode --context 256 --verify --out $(DEMO)/onnx
+	$(BIN)/glm5 run --artifact $(DEMO)/onnx --backend ort --prompt "$(PROMPT)" --max-tokens 16
+	@printf '\nThe plan and the ONNX package are in $(DEMO).\n'
 
 test: .venv/test
 	$(BIN)/pytest -n 2 --dist loadfile

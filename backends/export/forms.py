@@ -1,13 +1,24 @@
-"""Gathers, scatters and products in the few forms that the model uses, read off an equation once for all targets."""
+"""What an equation is, read off once for all targets: gathers, scatters and products in the forms that the model uses."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+import numpy as np
 from jax.lax import GatherScatterMode
 
 from backends.errors import Unsupported
+
+
+def dtype_of(eqn: Any, place: int = 0) -> str:
+    """A result's dtype in numpy's spelling."""
+    return np.dtype(eqn.outvars[place].aval.dtype).name
+
+
+def shape_of(eqn: Any, place: int = 0) -> tuple[int, ...]:
+    """A result's shape."""
+    return tuple(eqn.outvars[place].aval.shape)
 
 
 @dataclasses.dataclass(frozen=True)

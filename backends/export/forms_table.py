@@ -1,8 +1,8 @@
 """What each op of the contract is in each format: the published table (docs/ops.md).
 
-StableHLO keeps every op by name as a composite. In ONNX each is a model-local function, whose body is the decomposition
-or, where `onnx_ops.py` has one, a body in ONNX's own terms. torch decomposes all into ATen, and why is said here. CANN's
-column is `backends/ascend/operators.py`.
+StableHLO keeps every op by name as a composite. In ONNX each is a model-local function: its body is the decomposition
+or, where `onnx_ops.py` has one, a body in ONNX's own terms. torch decomposes all into ATen, and why is said here;
+CANN is `backends/ascend/operators.py`.
 """
 
 from __future__ import annotations

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from backends.errors import Unsupported
-from backends.export.forms import Bounds, Pick, Take, gather_form, product_form, scatter_form
+from backends.export.forms import dtype_of, shape_of
+from backends.export.onnx_indexing import dynamic_slice, gather, scatter
+from backends.export.onnx_products import dot_general
 
 if TYPE_CHECKING:
     from backends.export.onnx import OnnxTarget, Ref
@@ -18,20 +19,12 @@ if TYPE_CHECKING:
 Rule = Callable[..., Any]
 
 
-def _dtype(eqn: Any, place: int = 0) -> str:
-    return np.dtype(eqn.outvars[place].aval.dtype).name
-
-
-def _shape(eqn: Any, place: int = 0) -> tuple[int, ...]:
-    return tuple(eqn.outvars[place].aval.shape)
-
-
 # --- elementwise ---------------------------------------------------------------------------------
 
 
 def _elementwise(op_type: str, **attributes: Any) -> Rule:
     def rule(t: OnnxTarget, eqn: Any, *values: Ref) -> Ref:
-        return t.elementwise(op_type, *values, dtype=_dtype(eqn), **attributes)
+        return t.elementwise(op_type, *values, dtype=dtype_of(eqn), **attributes)
 
     return rule
 
@@ -40,7 +33,7 @@ def _mul(t: OnnxTarget, eqn: Any, a: Ref, b: Ref) -> Ref:
     for x, factor in ((a, b), (b, a)):
         if t.scalars.get(factor.name) == 1.0 and factor.real in (None, ()):
             return x
-    return t.elementwise("Mul", a, b, dtype=_dtype(eqn))
+    return t.elementwise("Mul", a, b, dtype=dtype_of(eqn))
 
 
 def _logical(op_type: str) -> Rule:
@@ -62,21 +55,7 @@ def _compare(op_type: str, negate: bool = False) -> Rule:
 
 def _select(t: OnnxTarget, eqn: Any, which: Ref, *cases: Ref) -> Ref:
     first, second = cases
-    return t.elementwise("Where", which, second, first, dtype=_dtype(eqn))
-
-
-def _unwrapped(t: OnnxTarget, indices: Ref, size: int) -> Ref:
-    """Indices without JAX's own step of counting negative ones from the end: ONNX does that itself."""
-    match t.made.get(indices.name):
-        case ("Where", (which, moved, plain)) if plain.shape == indices.shape:
-            below, added = t.made.get(which.name), t.made.get(moved.name)
-            if (
-                below and added
-                and (below[0], below[1][0].name, t.scalars.get(below[1][1].name)) == ("Less", plain.name, 0)
-                and (added[0], added[1][0].name, t.scalars.get(added[1][1].name)) == ("Add", plain.name, size)
-            ):  # fmt: skip
-                return plain
-    return indices
+    return t.elementwise("Where", which, second, first, dtype=dtype_of(eqn))
 
 
 def _div(t: OnnxTarget, eqn: Any, a: Ref, b: Ref) -> Ref:
@@ -90,7 +69,7 @@ def _div(t: OnnxTarget, eqn: Any, a: Ref, b: Ref) -> Ref:
             top = t.made.get(most.name)
             if top and top[0] == f"ReduceMax {last}" and top[1][0].name == x.name and x.held == x.shape:
                 return t.node("Softmax", x, shape=x.shape, dtype=x.dtype, axis=len(x.shape) - 1)
-    return t.elementwise("Div", a, b, dtype=_dtype(eqn))
+    return t.elementwise("Div", a, b, dtype=dtype_of(eqn))
 
 
 def _floor_divide(t: OnnxTarget, eqn: Any, a: Ref, b: Ref) -> Ref:
@@ -123,7 +102,7 @@ def _clamp(t: OnnxTarget, eqn: Any, low: Ref, x: Ref, high: Ref) -> Ref:
 
 
 def _convert(t: OnnxTarget, eqn: Any, x: Ref) -> Ref:
-    return t.cast(x, _dtype(eqn))
+    return t.cast(x, dtype_of(eqn))
 
 
 # --- shapes --------------------------------------------------------------------------------------
@@ -146,7 +125,7 @@ def _broadcast_in_dim(t: OnnxTarget, eqn: Any, x: Ref, *_: Ref) -> Ref:
 
 
 def _reshape(t: OnnxTarget, eqn: Any, x: Ref, *_: Ref) -> Ref:
-    shape = _shape(eqn)
+    shape = shape_of(eqn)
     real = [(n, h) for n, h in zip(x.shape, x.held, strict=True) if n != 1]
     if x.held != x.shape and [n for n in shape if n != 1] == [n for n, _ in real]:  # only dims of 1 come or go
         remaining = iter(h for _, h in real)
@@ -158,7 +137,7 @@ def _reshape(t: OnnxTarget, eqn: Any, x: Ref, *_: Ref) -> Ref:
 def _transpose(t: OnnxTarget, eqn: Any, x: Ref) -> Ref:
     order = eqn.params["permutation"]
     out = t.transpose(dataclasses.replace(x, shape=x.held), order)
-    return dataclasses.replace(out, shape=_shape(eqn))
+    return dataclasses.replace(out, shape=shape_of(eqn))
 
 
 def _slice(t: OnnxTarget, eqn: Any, x: Ref) -> Ref:
@@ -169,7 +148,7 @@ def _slice(t: OnnxTarget, eqn: Any, x: Ref) -> Ref:
         for d, (n, h) in enumerate(zip(x.shape, x.held, strict=True))
         if (starts[d], limits[d], steps[d]) != (0, n, 1) and not h == 1 != n
     ]
-    shape = _shape(eqn)
+    shape = shape_of(eqn)
     if not cut:
         return dataclasses.replace(x, shape=shape, held=tuple(min(h, n) for h, n in zip(x.held, shape, strict=True)))
     if len(cut) == 1 and shape[cut[0]] == 1:  # one entry: without the dim, which is mostly dropped next
@@ -191,18 +170,18 @@ def _concatenate(t: OnnxTarget, eqn: Any, *parts: Ref) -> Ref:
     values = [t.whole(part) for part in parts if 0 not in part.shape]
     if len(values) == 1:
         return values[0]
-    return t.node("Concat", *values, shape=_shape(eqn), dtype=_dtype(eqn), axis=eqn.params["dimension"])
+    return t.node("Concat", *values, shape=shape_of(eqn), dtype=dtype_of(eqn), axis=eqn.params["dimension"])
 
 
 def _split(t: OnnxTarget, eqn: Any, x: Ref) -> list[Ref]:
-    results = [(_shape(eqn, i), x.dtype) for i in range(len(eqn.outvars))]
+    results = [(shape_of(eqn, i), x.dtype) for i in range(len(eqn.outvars))]
     return t.nodes("Split", t.whole(x), t.ints(eqn.params["sizes"]), results=results, axis=eqn.params["axis"])
 
 
 def _iota(t: OnnxTarget, eqn: Any, *_: Ref) -> Ref:
     shape, dim = tuple(eqn.params["shape"]), eqn.params["dimension"]
     held = tuple(n if d == dim else 1 for d, n in enumerate(shape))
-    values = np.arange(shape[dim]).astype(_dtype(eqn)).reshape(held)
+    values = np.arange(shape[dim]).astype(dtype_of(eqn)).reshape(held)
     return dataclasses.replace(t.constant(values), shape=shape)
 
 
@@ -220,229 +199,30 @@ def _reduce(op_type: str) -> Rule:
         out = t.node(op_type, x, t.ints(axes), shape=kept, dtype=x.dtype, keepdims=1)
         t.made[out.name] = (f"{op_type} {tuple(axes)}", (x,))
         out = t.reshape(out, [n for d, n in enumerate(x.held) if d not in axes])
-        return t.cast(dataclasses.replace(out, shape=_shape(eqn)), "bool" if flag else x.dtype)
+        return t.cast(dataclasses.replace(out, shape=shape_of(eqn)), "bool" if flag else x.dtype)
 
     return rule
 
 
 def _argmax(t: OnnxTarget, eqn: Any, x: Ref) -> Ref:
     (axis,) = eqn.params["axes"]
-    out = t.node("ArgMax", t.whole(x), shape=_shape(eqn), dtype="int64", axis=axis, keepdims=0)
-    return t.cast(out, _dtype(eqn))
+    out = t.node("ArgMax", t.whole(x), shape=shape_of(eqn), dtype="int64", axis=axis, keepdims=0)
+    return t.cast(out, dtype_of(eqn))
 
 
 def _top_k(t: OnnxTarget, eqn: Any, x: Ref) -> list[Ref]:
     """ONNX takes the lowest index among equals, as XLA does."""
     axis = eqn.params.get("axis", -1) % len(x.shape)
-    shape = _shape(eqn)
+    shape = shape_of(eqn)
     values, indices = t.nodes(
         "TopK", t.whole(x), t.ints([eqn.params["k"]]), results=[(shape, x.dtype), (shape, "int64")], axis=axis
     )
-    return [values, t.cast(indices, _dtype(eqn, 1))]
+    return [values, t.cast(indices, dtype_of(eqn, 1))]
 
 
 def _cumsum(t: OnnxTarget, eqn: Any, x: Ref) -> Ref:
     axis = t.constant(np.asarray(eqn.params["axis"], np.int64))
     return t.node("CumSum", t.whole(x), axis, shape=x.shape, dtype=x.dtype, reverse=int(eqn.params["reverse"]))
-
-
-# --- indexing ------------------------------------------------------------------------------------
-
-
-def _outside(t: OnnxTarget, indices: Ref, size: int) -> Ref:
-    zero, last = (t.constant(np.asarray(n, indices.dtype)) for n in (0, size - 1))
-    return t.elementwise(
-        "Or", t.elementwise("Less", indices, zero, dtype="bool"), t.elementwise("Greater", indices, last, dtype="bool")
-    )
-
-
-def _in_bounds(t: OnnxTarget, indices: Ref, bounds: Bounds) -> Ref:
-    if bounds.mode == "promised":
-        return indices
-    zero, last = (t.constant(np.asarray(n, indices.dtype)) for n in (0, bounds.size - 1))
-    return t.elementwise("Min", t.elementwise("Max", indices, zero), last)
-
-
-def _gather(t: OnnxTarget, eqn: Any, operand: Ref, indices: Ref) -> Ref:
-    form, bounds = gather_form(eqn)
-    operand = t.whole(operand)
-    if isinstance(form, Pick):
-        index = t.cast(t.whole(indices), "int64")
-        return t.node("GatherND", operand, index, shape=_shape(eqn), dtype=operand.dtype)
-    indices = t.reshape(indices, indices.shape[:-1])
-    if bounds.mode == "promised":
-        indices = _unwrapped(t, indices, bounds.size)
-    index = _in_bounds(t, indices, bounds)
-    if isinstance(form, Take):
-        at = form.axis
-        shape = (*operand.shape[:at], *index.shape, *operand.shape[at + 1 :])
-        out = t.node("Gather", operand, index, shape=shape, dtype=operand.dtype, axis=at)
-        missing = indices.shape if bounds.mode == "drop" else None
-        lead, trail = at, len(operand.shape) - at - 1
-    else:
-        out, missing = _along(t, operand, index, form), None
-        lead, trail = 0, len(operand.shape) - form.batch - 1
-        if bounds.mode == "drop":
-            indices = t.transpose(indices, form.index_order)
-            missing = indices.shape
-    if missing is not None and bounds.mode == "drop":
-        outside = t.reshape(_outside(t, indices, bounds.size), (1,) * lead + missing + (1,) * trail)
-        fill = np.asarray(bounds.fill, operand.dtype).reshape((1,) * len(out.shape))
-        out = t.elementwise("Where", outside, t.constant(fill), out, dtype=operand.dtype)
-        out = t.whole(dataclasses.replace(out, shape=out.held))
-    return t.transpose(out, form.order)
-
-
-def _along(t: OnnxTarget, operand: Ref, index: Ref, form: Any) -> Ref:
-    """GatherElements over [batch.., indexed, window..] with indices [batch.., rest.., 1..]."""
-    operand, index = t.transpose(operand, form.operand_order), t.transpose(index, form.index_order)
-    nb = form.batch
-    lead, rest, window = operand.shape[:nb], index.shape[nb:], operand.shape[nb + 1 :]
-    flat = (*lead, math.prod(rest), *(1,) * len(window))
-    wide = (*lead, math.prod(rest), *window)
-    index = t.whole(dataclasses.replace(t.reshape(index, flat), shape=wide))
-    out = t.node("GatherElements", operand, index, shape=wide, dtype=operand.dtype, axis=nb)
-    return t.reshape(out, (*lead, *rest, *window))
-
-
-def _scatter(reduction: str) -> Rule:
-    def rule(t: OnnxTarget, eqn: Any, operand: Ref, indices: Ref, updates: Ref) -> Ref:
-        bounds = scatter_form(eqn)
-        operand, indices, updates = t.whole(operand), t.whole(indices), t.whole(updates)
-        shape = operand.shape
-        if bounds.mode == "promised":
-            indices = t.reshape(_unwrapped(t, t.reshape(indices, indices.shape[:1]), bounds.size), indices.shape)
-        if bounds.mode == "clip":
-            indices = _in_bounds(t, indices, bounds)
-        elif bounds.mode == "drop":  # what is outside goes to one more row, cut off afterwards
-            spare = t.constant(np.zeros((1, *shape[1:]), operand.dtype))
-            operand = t.node("Concat", operand, spare, shape=(shape[0] + 1, *shape[1:]), dtype=operand.dtype, axis=0)
-            last = t.constant(np.full((1,) * len(indices.shape), shape[0], indices.dtype))
-            indices = t.elementwise("Where", _outside(t, indices, bounds.size), last, indices, dtype=indices.dtype)
-        attributes = {"reduction": reduction} if reduction != "none" else {}
-        index = t.cast(indices, "int64")
-        out = t.node("ScatterND", operand, index, updates, shape=operand.shape, dtype=operand.dtype, **attributes)
-        if bounds.mode == "drop":
-            out = t.node("Slice", out, t.ints([0]), t.ints([shape[0]]), t.ints([0]), shape=shape, dtype=out.dtype)
-        return out
-
-    return rule
-
-
-def _dynamic_slice(t: OnnxTarget, eqn: Any, x: Ref, *starts: Ref) -> Ref:
-    sizes = eqn.params["slice_sizes"]
-    cut = [d for d, (n, k) in enumerate(zip(x.shape, sizes, strict=True)) if n != k]
-    if not cut:
-        return x
-    begin = [t.reshape(t.cast(starts[d], "int64"), (1,)) for d in cut]
-    vector = begin[0] if len(cut) == 1 else t.node("Concat", *begin, shape=(len(cut),), dtype="int64", axis=0)
-    room = t.ints([x.shape[d] - sizes[d] for d in cut])  # XLA moves a slice that does not fit inside
-    vector = t.elementwise("Min", t.elementwise("Max", vector, t.ints([0] * len(cut))), room)
-    end = t.elementwise("Add", vector, t.ints([sizes[d] for d in cut]))
-    return t.node("Slice", t.whole(x), vector, end, t.ints(cut), shape=_shape(eqn), dtype=x.dtype)
-
-
-# --- products ------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Side:
-    """An operand arranged for MatMul: its dims in order, and how many elements that transposes."""
-
-    order: tuple[int, ...]
-    moved: int
-
-
-def _arrange(ref: Ref, order: Sequence[int]) -> _Side:
-    moved = [d for d in order if ref.shape[d] != 1]
-    last = len(order) - 1
-    swapped = last > 0 and tuple(order) == (*range(last - 1), last, last - 1)
-    free = moved == sorted(moved) or swapped  # runtimes multiply by a matrix transposed as it is
-    return _Side(tuple(order), 0 if free else math.prod(ref.shape))
-
-
-def _dot_general(t: OnnxTarget, eqn: Any, left: Ref, right: Ref) -> Ref:
-    """MatMul of [batch.., M, K] and [batch.., K, N], with the sides in the order that transposes least.
-
-    Free dims of the right side that lie before its contracted ones become batch dims (broadcast on the left), so
-    that stacked weights such as [expert, d, f] are used as they lie.
-    """
-    p, out_dtype = product_form(eqn), _dtype(eqn)
-    left, right = t.whole(left), t.whole(right)
-    straight = _plan(left, right, p.left_batch, p.right_batch, p.left_contract, p.right_contract)
-    swapped = _plan(right, left, p.right_batch, p.left_batch, p.right_contract, p.left_contract)
-    swapped = dataclasses.replace(swapped, swapped=True)
-    plan = min(straight, swapped, key=lambda each: each.cost(_shape(eqn)))
-    narrow = t.narrow_products and left.dtype == right.dtype == "bfloat16"
-    work = left.dtype if narrow else out_dtype
-    return t.cast(plan.emit(t, right if plan.swapped else left, left if plan.swapped else right, work, eqn), out_dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    x: _Side
-    y: _Side
-    batch: tuple[int, ...]  # sizes
-    rows: tuple[int, ...]
-    depth: int
-    stacks: tuple[int, ...]
-    columns: tuple[int, ...]
-    swapped: bool = False
-
-    def order(self) -> tuple[int, ...]:
-        """From [batch.., stacks.., rows.., columns..] to the equation's order."""
-        b, s, m, n = (len(part) for part in (self.batch, self.stacks, self.rows, self.columns))
-        batch, stacks = range(b), range(b, b + s)
-        rows, columns = range(b + s, b + s + m), range(b + s + m, b + s + m + n)
-        if self.swapped:  # the right side of MatMul is the equation's left: its dims come first
-            return (*batch, *stacks, *columns, *rows)
-        return (*batch, *rows, *stacks, *columns)
-
-    def cost(self, out: Sequence[int]) -> int:
-        shape = (*self.batch, *self.stacks, *self.rows, *self.columns)
-        moved = [d for d in self.order() if shape[d] != 1]
-        return self.x.moved + self.y.moved + (math.prod(out) if moved != sorted(moved) else 0)
-
-    def emit(self, t: OnnxTarget, x: Ref, y: Ref, work: str, eqn: Any) -> Ref:
-        x, y = (t.transpose(ref, side.order) for ref, side in ((x, self.x), (y, self.y)))
-        m, n = math.prod(self.rows), math.prod(self.columns)
-        plain = not self.batch and not self.stacks
-        if plain and self.rows and len(x.shape) == len(self.rows) + 1:  # [.., K] x [K, N]
-            x_shape: tuple[int, ...] = (*self.rows, self.depth)
-            out_shape: tuple[int, ...] = (*self.rows, n)
-        else:
-            x_shape = (*self.batch, *(1,) * len(self.stacks), m, self.depth)
-            out_shape = (*self.batch, *self.stacks, m, n)
-        x = t.cast(t.reshape(x, x_shape), work)
-        y = t.cast(t.reshape(y, (*self.batch, *self.stacks, self.depth, n)), work)
-        out = t.node("MatMul", x, y, shape=out_shape, dtype=work)
-        return t.transpose(t.reshape(out, (*self.batch, *self.stacks, *self.rows, *self.columns)), self.order())
-
-
-def _plan(
-    x: Ref,
-    y: Ref,
-    x_batch: Sequence[int],
-    y_batch: Sequence[int],
-    x_contract: Sequence[int],
-    y_contract: Sequence[int],
-) -> _Plan:
-    x_free = [d for d in range(len(x.shape)) if d not in (*x_batch, *x_contract)]
-    y_free = [d for d in range(len(y.shape)) if d not in (*y_batch, *y_contract)]
-    first = min(y_contract, default=0)
-    before, after = [d for d in y_free if d < first], [d for d in y_free if d > first]
-    if not after:
-        before, after = [], y_free
-    sizes = [tuple(ref.shape[d] for d in dims) for ref, dims in ((x, x_batch), (x, x_free), (y, before), (y, after))]
-    return _Plan(
-        _arrange(x, (*x_batch, *x_free, *x_contract)),
-        _arrange(y, (*y_batch, *before, *y_contract, *after)),
-        sizes[0],
-        sizes[1],
-        math.prod(x.shape[d] for d in x_contract),
-        sizes[2],
-        sizes[3],
-    )
 
 
 CALLS: Mapping[str, Rule] = {"floor_divide": _floor_divide, "remainder": _remainder}
@@ -505,9 +285,9 @@ RULES: Mapping[str, Rule] = {
     "argmax": _argmax,
     "top_k": _top_k,
     "cumsum": _cumsum,
-    "gather": _gather,
-    "scatter": _scatter("none"),
-    "scatter-add": _scatter("add"),
-    "dynamic_slice": _dynamic_slice,
-    "dot_general": _dot_general,
+    "gather": gather,
+    "scatter": scatter("none"),
+    "scatter-add": scatter("add"),
+    "dynamic_slice": dynamic_slice,
+    "dot_general": dot_general,
 }

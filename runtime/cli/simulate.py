@@ -55,7 +55,7 @@ def simulate(
         typer.Option("--set", help="Override chip.*, link.*, overhead.*, model.index_topk or engine.*: field=value."),
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(help="Simulate this plan of `glm5 plan --out`, under the load it is made for.")
+        Path | None, typer.Option(help="Simulate this plan of `glm5 plan --out`, under the load it is made for or another.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of lengths, arrivals and acceptance.")] = 0,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace here.")] = None,
@@ -77,12 +77,12 @@ def simulate(
         if path and path.is_dir():
             raise UsageError(f"{path} is a directory: name a file to write")
     if plan is not None:
-        from runtime.cli.simulate_plan import refuse_beside_plan, simulated_plan
+        from runtime.cli.simulate_plan import load_beside_plan, simulated_plan
 
-        refuse_beside_plan(context)
+        load = load_beside_plan(context)
         recorder = Trace() if trace else None
         with _progress(not as_json) as progress:
-            result, report = simulated_plan(plan, requests, seed, recorder, progress)
+            result, report = simulated_plan(plan, load, requests, seed, recorder, progress)
         _give(result, report, recorder, trace, html, as_json)
         return
     chip, of_model, of_engine = split_settings(settings or [])

@@ -1,7 +1,8 @@
-"""`glm5 simulate --plan`: a plan, simulated under its own demand: the run behind the plan's predictions."""
+"""`glm5 simulate --plan`: a plan, simulated under its own demand (the run behind its predictions) or another."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,27 +14,44 @@ if TYPE_CHECKING:
     from runtime.serving import Report
 
 _FREE = frozenset({"plan", "requests", "seed", "trace", "html", "as_json"})
-"""Options that go with a plan; all others are decided by it."""
+"""Options that go with a plan."""
+
+_LOAD = frozenset({"isl", "osl", "concurrency", "rate"})
+"""Options that ask how the plan does under another load; all others are decided by it."""
 
 
-def refuse_beside_plan(context: typer.Context) -> None:
-    """Raises `UsageError` for an option that would change what the plan decided."""
+def load_beside_plan(context: typer.Context) -> dict[str, Any]:
+    """What was said of the load. Raises `UsageError` for an option that would change what the plan decided."""
+    load = {}
     for parameter in context.command.params:
         name = parameter.name or ""
         source = context.get_parameter_source(name)
-        if name not in _FREE and source is not None and source.name == "COMMANDLINE":
+        if name in _FREE or source is None or source.name != "COMMANDLINE":
+            continue
+        if name not in _LOAD:
             raise UsageError(f"--{name.replace('_', '-')} does not go with --plan, which decides it: make another plan")
+        load[name] = context.params[name]
+    if "concurrency" in load and "rate" in load:
+        raise UsageError("--concurrency and --rate: give one of them")
+    return load
 
 
 def simulated_plan(
-    path: Path, requests: int | None, seed: int, trace: Any, progress: Any
+    path: Path, load: dict[str, Any], requests: int | None, seed: int, trace: Any, progress: Any
 ) -> tuple[dict[str, Any], Report]:
-    """(what `glm5 simulate --json` prints, the report): throughputs of the whole plan."""
+    """(what `glm5 simulate --json` prints, the report): throughputs of the whole plan.
+
+    load: fields of its demand to change.
+    """
     from runtime.cli.simulate import result_of
     from runtime.planner.plan import Plan
     from runtime.planner.predict import simulate_plan, whole
 
     plan = Plan.read(path)
+    made = plan.hash
+    if "concurrency" in load or "rate" in load:
+        load = {"concurrency": None, "rate": None, **load}
+    plan = dataclasses.replace(plan, demand=dataclasses.replace(plan.demand, **load))
     report, share, shares = simulate_plan(
         plan, plan.config(), seed=seed, requests=requests, trace=trace, progress=progress
     )
@@ -42,4 +60,4 @@ def simulated_plan(
     result = result_of(built.spec, built, report, len(plan.devices), built.deployment.replicas)
     pools = {f"{pool.role}: {pool.name}": len(pool.devices) for pool in plan.pools}
     profile = " + ".join(dict.fromkeys(pool.profile for pool in plan.pools))
-    return {**result, **of_all.to_json(), "profile": profile, "plan": plan.hash, "pools": pools}, of_all
+    return {**result, **of_all.to_json(), "profile": profile, "plan": made, "pools": pools}, of_all

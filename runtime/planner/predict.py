@@ -86,7 +86,9 @@ def workload(demand: Demand, parts: int, seed: int = 0, requests: int | None = N
     prompt, output = Uniform(demand.isl, demand.length_ratio), Uniform(demand.osl, demand.length_ratio)
     if demand.rate is not None:
         return open_loop(demand.rate / parts, requests or 500, prompt, output, seed=seed), float(parts)
-    whole = demand.concurrency or DEFAULT_CONCURRENCY
+    whole = DEFAULT_CONCURRENCY if demand.concurrency is None else demand.concurrency
+    if whole < 1:
+        raise UsageError(f"concurrency is {whole}: give a whole number of at least 1")
     here = math.ceil(whole / parts)
     return closed_loop(here, requests or closed_loop_requests(here), prompt, output, seed=seed), whole / here
 

@@ -42,11 +42,20 @@ def test_what_a_person_sees(plan: Path) -> None:
     ("words", "said"),
     [
         (("--tp", 4), "--tp does not go with --plan"),
-        (("--concurrency", 4), "--concurrency does not go with --plan"),
+        (("--engine", "vllm"), "--engine does not go with --plan"),
+        (("--concurrency", 0), "at least 1"),
+        (("--concurrency", 4, "--rate", 1), "give one of them"),
     ],
 )
 def test_what_a_plan_decides_cannot_be_said_again(plan: Path, words: tuple[object, ...], said: str) -> None:
     assert said in refused("simulate", "--plan", plan, *words)
+
+
+def test_a_plan_under_a_lighter_load_answers_sooner(plan: Path) -> None:
+    made = json.loads(glm5("simulate", "--plan", plan, "--json").out)
+    lighter = json.loads(glm5("simulate", "--plan", plan, "--json", "--concurrency", 2).out)
+    assert lighter["tpot_ms"]["mean"] < made["tpot_ms"]["mean"]
+    assert lighter["plan"] == made["plan"]
 
 
 def test_an_edited_plan_is_refused(plan: Path, tmp_path: Path) -> None:
