@@ -39,7 +39,7 @@ bench: .venv/test
 # What running the product needs.
 .venv/core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[export]"
 	touch $@
 
 # What testing it needs; torch first, so that nothing pulls another build of it.

@@ -1,4 +1,4 @@
-"""What an equation is, read off once for all targets: gathers, scatters and products in the forms that the model uses."""
+"""An equation read off once for all targets: gathers, scatters and products in the forms that the model uses."""
 
 from __future__ import annotations
 

@@ -87,7 +87,6 @@ def run(
                "--pool-tokens": pool_tokens, "--dump-logits": dump_logits}  # fmt: skip
         if wrong := [*(name for name, value in own.items() if value), *emulated.given]:
             raise UsageError(f"{wrong[0]} does not go with --artifact: the package has been made without it")
-        many = prompts is not None
         from runtime.engine.sampling import Sampling
 
         chosen = Sampling(temperature, top_p, top_k, seed)

@@ -217,7 +217,7 @@ def model_ref(cfg: ModelConfig, checkpoint: Checkpoint | None) -> ModelRef:
     """Who the model is. The hash is of the config.json's canonical JSON, or of the preset's fields."""
     raw: Any = checkpoint.raw_config if checkpoint else dataclasses.asdict(cfg)
     return ModelRef(
-        name=checkpoint.path.name if checkpoint else cfg.name,
+        name=checkpoint.path.resolve().name if checkpoint else cfg.name,
         model_type=cfg.model_type,
         config_sha256=hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest(),
         vocab_size=cfg.vocab_size,
