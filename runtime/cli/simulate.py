@@ -55,7 +55,8 @@ def simulate(
         typer.Option("--set", help="Override chip.*, link.*, overhead.*, model.index_topk or engine.*: field=value."),
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(help="Simulate this plan of `glm5 plan --out`, under the load it is made for or another.")
+        Path | None,
+        typer.Option(help="Simulate this plan of `glm5 plan --out`, under the load it is made for or another."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of lengths, arrivals and acceptance.")] = 0,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace here.")] = None,
