@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,24 @@ class Loaded(Protocol):
         """With weights (and the device's rank) in place. An input that an output may take over (`Step.aliases`)
         must not be used again after a call."""
         ...
+
+
+class Function:
+    """A `Loaded` graph that a callable computes: inputs in the order of the step's, outputs too."""
+
+    def __init__(self, run: Callable[..., Any], step: Step):
+        self._run = run
+        self._inputs = [value.name for value in step.inputs]
+        self._outputs = [value.name for value in step.outputs]
+
+    def bind(self, fixed: Mapping[str, Any]) -> Bound:
+        held = dict(fixed)
+
+        def call(values: Mapping[str, Any]) -> dict[str, Any]:
+            given = [held[name] if name in held else values[name] for name in self._inputs]
+            return dict(zip(self._outputs, self._run(*given), strict=True))
+
+        return call
 
 
 class Executor(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from backends.errors import ArtifactError
+from runtime.artifact.executor import Function
 from runtime.export.manifest import Manifest, Program, Step
 
 _VIEWS = {  # numpy has no such types of its own
@@ -26,14 +26,19 @@ class Executor:
     name = "torch"
     platform = "any"
 
-    def load(self, path: Path, step: Step) -> Loaded:
+    def load(self, path: Path, step: Step) -> Function:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 module = torch.export.load(path).module()
         except Exception as error:
             raise ArtifactError(f"{path}: torch refuses it: {str(error).splitlines()[0]}") from None
-        return Loaded(module, step)
+
+        def run(*arguments: Any) -> Any:
+            with torch.inference_mode():
+                return module(*arguments)
+
+        return Function(run, step)
 
     def load_step(self, folder: Path, manifest: Manifest, program: Program) -> None:
         return None
@@ -49,24 +54,3 @@ class Executor:
         if buffer.dtype == torch.bfloat16:
             return buffer.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
         return buffer.numpy()
-
-
-class Loaded:
-    def __init__(self, module: Any, step: Step):
-        self.module = module
-        self.inputs = [value.name for value in step.inputs]
-        self.outputs = [value.name for value in step.outputs]
-
-    def bind(self, fixed: Mapping[str, Any]) -> Bound:
-        return Bound(self, fixed)
-
-
-class Bound:
-    def __init__(self, loaded: Loaded, fixed: Mapping[str, Any]):
-        self.loaded, self.fixed = loaded, dict(fixed)
-
-    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        given = [self.fixed[name] if name in self.fixed else values[name] for name in self.loaded.inputs]
-        with torch.inference_mode():
-            results = self.loaded.module(*given)
-        return dict(zip(self.loaded.outputs, results, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from jax import export
 
 from backends.errors import ArtifactError
+from runtime.artifact.executor import Function
 from runtime.export.manifest import Manifest, Program, Step
 
 
@@ -20,7 +20,7 @@ class Executor:
     name = "xla"
     platform = "cpu"
 
-    def load(self, path: Path, step: Step) -> Loaded:
+    def load(self, path: Path, step: Step) -> Function:
         try:
             exported = export.deserialize(bytearray(path.read_bytes()))
         except Exception as error:
@@ -29,7 +29,7 @@ class Executor:
         donate = tuple(names.index(source) for source in step.aliases.values())
         run = jax.jit(exported.call, donate_argnums=donate)
         specs = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in step.inputs]
-        return Loaded(run.lower(*specs).compile(), step)
+        return Function(run.lower(*specs).compile(), step)
 
     def load_step(self, folder: Path, manifest: Manifest, program: Program) -> None:
         return None
@@ -39,22 +39,3 @@ class Executor:
 
     def get(self, buffer: Any) -> np.ndarray:
         return np.asarray(buffer)
-
-
-class Loaded:
-    def __init__(self, run: Any, step: Step):
-        self.run = run
-        self.inputs = [value.name for value in step.inputs]
-        self.outputs = [value.name for value in step.outputs]
-
-    def bind(self, fixed: Mapping[str, Any]) -> Bound:
-        return Bound(self, fixed)
-
-
-class Bound:
-    def __init__(self, loaded: Loaded, fixed: Mapping[str, Any]):
-        self.loaded, self.fixed = loaded, dict(fixed)
-
-    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        given = [self.fixed[name] if name in self.fixed else values[name] for name in self.loaded.inputs]
-        return dict(zip(self.loaded.outputs, self.loaded.run(*given), strict=True))
