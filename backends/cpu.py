@@ -164,7 +164,8 @@ def _mask(selected: Array, context: int) -> Array:
 
 
 _FEW_CHOICES = 16
-_GEARS = (1, 8, 16, 24, 32, 48, 64, 96, 128)  # rows of an expert's product
+_GEARS = (8, 16, 32, 64, 128)  # rows of an expert's product, in a chunk; each is a loop to compile
+_DECODE_GEARS = (1, 8)
 
 
 def expert_ffn(x: Array, experts: Array, weights: Array, *matrices: Array) -> Array:
@@ -207,8 +208,7 @@ def _by_expert(x: Array, experts: Array, weights: Array, gate_up: tuple[Array, .
     """A product for each tile: an expert's rows, or as many of them as the largest gear takes."""
     tokens, top_k = experts.shape
     count, choices = gate_up[0].shape[0], experts.size
-    gears = [gear for gear in _GEARS if gear < tokens]
-    gears.append(next((gear for gear in _GEARS if gear >= tokens), _GEARS[-1]))
+    gears = [gear for gear in (_DECODE_GEARS if tokens <= _DECODE_GEARS[-1] else _GEARS) if gear < 2 * tokens]
     most = gears[-1]
     chosen = experts.reshape(-1)
     order = jnp.argsort(chosen, stable=True).astype(jnp.int32)

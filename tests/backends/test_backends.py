@@ -151,10 +151,10 @@ def test_cpu_cache_writes_equal_their_meaning_and_copy_nothing(tokens: int, star
     assert "f32[16,4,3]{2,1,0} copy(" not in str(compiled.as_text())
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(2, 5), st.integers(2, 12), st.sampled_from([2, 40]))
-def test_cpu_selections_are_the_best_visible_with_ties_to_the_lowest(seed: int, t: int, k: int, values: int) -> None:
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2, 7]), st.sampled_from([2, 40]))
+def test_cpu_selections_are_the_best_visible_with_ties_to_the_lowest(seed: int, k: int, values: int) -> None:
     """As a mask, with scores that often tie, rows that see less than k, and scores of either sign and zero."""
-    rng, context = np.random.default_rng(seed), 24
+    rng, t, context = np.random.default_rng(seed), 3, 24
     scores = rng.integers(-values, values, (2, t, context)) * rng.choice([1 / 3, -0.0], (2, t, context))
     visible = np.arange(context) <= np.sort(rng.integers(0, context, t))[None, :, None]
     scores = jnp.asarray(np.where(visible, scores, -np.inf), jnp.float32)
