@@ -64,6 +64,9 @@ def cache_write(pages: Array, rows: Array, slots: Array, *, cache: str = "") -> 
     return _write_pages(pages, rows, slots)
 
 
+_FEW_ROWS = 16
+
+
 def _write_rows(pages: Array, rows: Array, slots: Array) -> Array:
     page_size, origin = pages.shape[1], (jnp.int32(0),) * (pages.ndim - 2)
     flat_rows, flat_slots = rows.reshape(-1, *rows.shape[2:]), slots.reshape(-1)
@@ -73,7 +76,8 @@ def _write_rows(pages: Array, rows: Array, slots: Array) -> Array:
         slot = flat_slots[i]
         return lax.dynamic_update_slice(pages, row, (slot // page_size, slot % page_size, *origin))
 
-    return lax.fori_loop(0, flat_rows.shape[0], body, pages)
+    count = flat_rows.shape[0]
+    return lax.fori_loop(0, count, body, pages, unroll=count <= _FEW_ROWS)
 
 
 def _write_pages(pages: Array, rows: Array, slots: Array) -> Array:
@@ -120,12 +124,27 @@ def select_topk(scores: Array, *, k: int) -> Array:
     def at_least(bound: Array) -> Array:
         return jnp.sum(order >= bound[..., None], axis=-1, dtype=jnp.int32)
 
-    def body(i: Array, bound: Array) -> Array:
-        higher = bound + (jnp.int32(1) << (jnp.int32(30) - i))
-        return jnp.where(at_least(higher) >= k, higher, bound)
+    # The bits of each row's bound from the highest down, until as many as wanted are at least as large. Rows that
+    # see fewer than k have nothing to choose.
+    few = at_least(jnp.full(scores.shape[:2], _ORDER_OF_MINUS_INFINITY + 1, jnp.int32)) <= k
+    zero = jnp.zeros(scores.shape[:2], jnp.int32)
+    positive = at_least(zero)
+    bound = jnp.where(positive >= k, zero, jnp.iinfo(jnp.int32).min)
+    count = jnp.where(positive >= k, positive, scores.shape[2])
+    bound = jnp.where(few, _ORDER_OF_MINUS_INFINITY, bound)
 
-    sign = jnp.where(at_least(jnp.zeros(scores.shape[:2], jnp.int32)) >= k, jnp.int32(0), jnp.iinfo(jnp.int32).min)
-    kth = lax.fori_loop(0, 31, body, sign)  # the k-th largest of each row
+    def undecided(state: tuple[Array, Array, Array]) -> Array:
+        bit, _, count = state
+        return (bit >= 0) & jnp.any((count != k) & ~few)
+
+    def body(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        bit, bound, count = state
+        higher = bound + (jnp.int32(1) << bit)
+        there = at_least(higher)
+        raise_it = (there >= k) & ~few
+        return bit - 1, jnp.where(raise_it, higher, bound), jnp.where(raise_it, there, count)
+
+    _, kth, _ = lax.while_loop(undecided, body, (jnp.int32(30), bound, count))
     above, equal = order > kth[..., None], order == kth[..., None]
     left = k - jnp.sum(above, axis=-1, dtype=jnp.int32)
     tied = (jnp.sum(equal, axis=-1, dtype=jnp.int32) > left) & (kth > _ORDER_OF_MINUS_INFINITY)
@@ -164,7 +183,7 @@ def _mask(selected: Array, context: int) -> Array:
 
 
 _FEW_CHOICES = 16
-_GEARS = (8, 16, 32, 64, 128)  # rows of an expert's product, in a chunk; each is a loop to compile
+_GEARS = (8, 16, 24, 32, 48, 64, 96, 128)  # rows of an expert's product, in a chunk; each is a loop to compile
 _DECODE_GEARS = (1, 8)
 
 
