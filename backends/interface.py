@@ -124,6 +124,8 @@ class Backend(ABC):
     summary: ClassVar[str]
     emulates: ClassVar[bool] = False
     """Whether it runs a plan on emulated devices of a profile, instead of on devices of its own."""
+    spreads: ClassVar[bool] = False
+    """Whether it runs a plan on the devices of several processes."""
 
     @abstractmethod
     def unavailable(self) -> str | None:

@@ -26,12 +26,13 @@ class XlaBackend(Backend):
     """Base of the adapters that run on a PJRT device of `platform`."""
 
     platform: str
+    spreads = True
 
     @cached_property
     def _found(self) -> tuple[list[Any], str | None]:
         """The platform's devices, or none and the runtime's reason."""
         try:
-            return jax.devices(self.platform), None
+            return jax.local_devices(backend=self.platform), None
         except RuntimeError as error:
             return [], str(error).splitlines()[0]
 

@@ -215,20 +215,9 @@ class Checkpoint:
         `convert(weight, value)` may replace each weight, an array or `Quantized`, as soon as it is built, and
         `put(weight, array)` then takes its arrays, to a device for instance.
         """
-        target = _DTYPES[dtype]
-
-        def read(group: Group, weight: Weight) -> np.ndarray | Quantized:
-            names = list(group.tensors(weight))
-            if keep_fp8 and weight.can_stay_fp8 and (first := self._spellings[names[0]]):
-                held = map(self._matrix, names)
-                if first.format == "nvfp4":  # its float32 factor is multiplied into the scales
-                    held = (Matrix(m.values, m.scale.astype(np.float32) * m.factor) for m in held)
-                return _assemble_quantised(self.config, weight, held)
-            kind = np.dtype(np.float32) if weight.float32 else target
-            return _assemble(self.config, weight, map(self.plain, names), kind, weight.shape)
 
         def build(group: Group, weight: Weight) -> Any:
-            value = convert(weight, read(group, weight))
+            value = convert(weight, self.read(group, weight, dtype, keep_fp8))
             if isinstance(value, Quantized):
                 return Quantized(put(weight, value.values), put(weight, value.scale))
             return put(weight, value)
@@ -239,6 +228,19 @@ class Checkpoint:
             for place, found in places.items()
         }
         return {"outer": loaded["outer"][0], "layers": loaded["layers"], "mtp": loaded["mtp"]}
+
+    def read(
+        self, group: Group, weight: Weight, dtype: str = "float32", keep_fp8: bool = False
+    ) -> np.ndarray | Quantized:
+        """One weight of a group of `groups`, as `load` has it."""
+        names = list(group.tensors(weight))
+        if keep_fp8 and weight.can_stay_fp8 and (first := self._spellings[names[0]]):
+            held = map(self._matrix, names)
+            if first.format == "nvfp4":  # its float32 factor is multiplied into the scales
+                held = (Matrix(m.values, m.scale.astype(np.float32) * m.factor) for m in held)
+            return _assemble_quantised(self.config, weight, held)
+        kind = np.dtype(np.float32) if weight.float32 else _DTYPES[dtype]
+        return _assemble(self.config, weight, map(self.plain, names), kind, weight.shape)
 
     @property
     def tensor_names(self) -> tuple[str, ...]:

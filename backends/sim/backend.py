@@ -22,6 +22,7 @@ class SimBackend(CpuBackend):
     name = "sim"
     summary = "emulated devices of any accelerator, on the host CPU"
     emulates = True
+    spreads = False
 
     def __init__(self, mapped: bool | None = None):
         self.mapped = mapped

@@ -56,7 +56,8 @@ class Cluster:
     """The weights of a server on its devices, and its programs.
 
     weights: whole, on the host, as `model.checkpoint.Checkpoint.load` returns them; emptied as they are placed.
-    mapped: run all devices as axes on one; by default where there are more than `MOST_HOSTS`.
+    mapped: run all devices as axes on one; by default where there are more than `MOST_HOSTS`. stages: the devices
+    of each stage, where they are not this process's.
     Raises `Unsupported` where the grid does not fit the model.
     """
 
@@ -64,14 +65,15 @@ class Cluster:
         self,
         cfg: ModelConfig,
         grid: Grid,
-        weights: dict[str, Any],
+        weights: Mapping[str, Any],
         formats: NumberFormats | None = None,
         mapped: bool | None = None,
+        stages: Sequence[Stage] | None = None,
     ):
         grid.check(cfg)
         self.cfg, self.grid, self.formats = cfg, grid, formats or Float32()
-        self.mapped = grid.devices > MOST_HOSTS if mapped is None else mapped
-        self.stages: list[Stage] = [
+        self.mapped = grid.devices > MOST_HOSTS and stages is None if mapped is None else mapped
+        self.stages: Sequence[Stage] = stages or [
             Mapped(grid) if self.mapped else Hosts(grid, number * grid.stage_devices)
             for number in range(len(grid.stages))
         ]
@@ -89,6 +91,8 @@ class Cluster:
 
     def _place(self, number: int, outer: dict[str, Any], layers: list[dict[str, Any]]) -> dict[str, Any]:
         cfg, span, stage = self.cfg, self.grid.stages[number], self.stages[number]
+        if not stage.here:
+            return {}
         placed = {"outer": {w.name: self._share(stage, w, outer[w.name]) for w in stage_outer(cfg, span)}, "layers": []}
         for layer in span:
             slots = slot_layout(cfg, self.grid, layer)
@@ -177,10 +181,12 @@ class Server:
     def step(self, batch: Batch, mode: Mode = Mode()) -> np.ndarray:
         """Feeds a batch (numpy, [dp x rows, ..]) through all stages: logits float32 [dp x rows, (t,) vocab]."""
         carried: tuple[Any, ...] = ()
+        passed = logits = None
         for number, stage in enumerate(self.cluster.stages):
+            if number:
+                carried = (self._stage(number - 1).hand_on(passed),)
             args = (self.cluster.weights[number], self.caches[number], stage.batch(batch), *map(stage.batch, carried))
             (passed, logits), self.caches[number] = self.cluster.program(number, mode, *args)(*args)
-            carried = (passed,)
         return self._stage(-1).fetch(logits)
 
     # --- sequences that move between servers
@@ -189,7 +195,7 @@ class Server:
         """The contents of some pages of a rank."""
         at = rank * (self.pages + 1) + np.asarray(pages, np.int64)
         return [
-            {name: self._stage(number).fetch(value)[at] for name, value in cache.items()}
+            {name: self._stage(number).fetch(cache[name])[at] for name in sorted(cache)}  # alike in every process
             for number, layers in enumerate(self.caches)
             for cache in layers
         ]

@@ -37,6 +37,8 @@ class Stage(Protocol):
 
     inline: bool
     """Whether ops must be replaced by their bodies (they have no batching rule)."""
+    here: bool
+    """Whether this process has any of the stage's devices."""
 
     def place(self, value: np.ndarray, dim: int, axes: Axes) -> Any:
         """A whole value, cut along `dim` over `axes`; held whole by every device without."""
@@ -54,6 +56,10 @@ class Stage(Protocol):
         """A cache or a value of a batch, whole, on the host."""
         ...
 
+    def hand_on(self, value: Any) -> Any:
+        """A tree that the stage has put out, as the next stage's `batch` takes it."""
+        ...
+
     def program(self, body: Body, weights: Any, caches: Any, *rest: Any) -> Callable[..., Any]:
         """Compiles body(weights, caches, *rest) -> tree with leaves [rows, ..] and caches; donates the caches."""
         ...
@@ -63,6 +69,7 @@ class Hosts:
     """XLA host devices `first`, `first + 1`, ..: one for each device of the stage."""
 
     inline = False
+    here = True
 
     def __init__(self, grid: Grid, first: int):
         devices = jax.devices("cpu")
@@ -89,6 +96,9 @@ class Hosts:
 
     def fetch(self, value: Any) -> np.ndarray:
         return np.asarray(value)
+
+    def hand_on(self, value: Any) -> Any:
+        return value
 
     def program(self, body: Body, weights: Any, caches: Any, *rest: Any) -> Callable[..., Any]:
         specs = [jax.tree.map(lambda a: a.sharding.spec, tree) for tree in (weights, caches)]
@@ -125,6 +135,7 @@ class Mapped:
     of an axis is held once."""
 
     inline = True
+    here = True
 
     def __init__(self, grid: Grid):
         self.grid = grid
@@ -158,6 +169,9 @@ class Mapped:
             return np.asarray(value.array).reshape(-1, *value.array.shape[2:])
         heads = np.moveaxis(np.asarray(value.array), 1, 3)  # [dp, pages, page_size, tp, heads, ..]
         return heads.reshape(-1, heads.shape[2], heads.shape[3] * heads.shape[4], *heads.shape[5:])
+
+    def hand_on(self, value: Any) -> Any:
+        return value
 
     def program(self, body: Body, weights: Any, caches: Any, *rest: Any) -> Callable[..., Any]:
         def split(tree: Any, axis: str) -> Any:

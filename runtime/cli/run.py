@@ -67,8 +67,15 @@ def run(
     ] = None,
     scale_memory: Annotated[float, typer.Option(help="With sim: share of the chip's memory that is there.")] = 1.0,
     trace: Annotated[Path | None, typer.Option(help="With sim: write a Chrome/Perfetto trace, a row a device.")] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="Run --plan over several processes: HOST:PORT where process 0 listens.")
+    ] = None,
+    process: Annotated[
+        str | None, typer.Option(help="With --coordinator: I/N, this is process I of N, from 0 on.")
+    ] = None,
 ) -> None:
     """Generate text with a model on a backend."""
+    arguments = dict(locals())
     from runtime.emulate.options import Options
 
     emulated = Options(plan, profile, devices, tp, dp, ep, pp, formats, kv, engine, scale_memory, trace)
@@ -80,6 +87,15 @@ def run(
         raise UsageError("--no-thinking needs --chat")
     if dump_logits and (prompts or dump_logits.suffix != ".npz" or not dump_logits.absolute().parent.is_dir()):
         raise UsageError("--dump-logits takes one prompt, and an .npz file in a folder that exists")
+    place = None
+    if coordinator is not None or process is not None:
+        from runtime.emulate import processes
+
+        place = processes.Place.parse(coordinator, process)
+        own = {"--artifact": artifact, "--mtp": mtp, "--keep-fp8": keep_fp8, "--pool-tokens": pool_tokens}
+        wrong = [*(name for name, value in own.items() if value), *(n for n in emulated.given if n != "--plan")]
+        if wrong or plan is None:
+            raise UsageError(f"{wrong[0]} does not go with --coordinator" if wrong else "--coordinator needs --plan")
     ids = _parse_ids(prompt_ids) if prompt_ids is not None else None
     texts = _read_prompts(prompts) if prompts else [prompt if prompt is not None else "Hello"]
     if artifact is not None:
@@ -104,20 +120,27 @@ def run(
     sampling = Sampling(temperature, top_p, top_k, seed)
     started = time.perf_counter()
     adapter = registry.get(backend)
+    if place and not adapter.spreads:
+        raise UsageError(f"--coordinator: backend {backend} does not run over several processes; cpu and cuda do")
     if adapter.emulates:
         own = {"--mtp": mtp, "--dtype": dtype, "--keep-fp8": keep_fp8, "--pool-tokens": pool_tokens}
         if wrong := [name for name, value in own.items() if value]:
             raise UsageError(f"{wrong[0]} does not go with --backend {backend}: the plan and its formats decide that")
     else:
-        if emulated.given:
+        if emulated.given and not place:
             raise UsageError(f"{emulated.given[0]} needs a backend that emulates: --backend sim")
-        registry.usable(backend)
+        if place is None:
+            registry.usable(backend)
     opened = Checkpoint(checkpoint or embedded_checkpoint())
     todo: Plan | None = None
-    if adapter.emulates:
+    if adapter.emulates or place:
         from runtime.emulate.session import prepare, serve
 
         todo = prepare(opened.config, emulated)
+    if place and todo:
+        place.check(todo)
+        if not processes.supervised():
+            return processes.supervise(place, run, arguments)
     tokenizer = Tokenizer.load(opened.path) if ids is None or (opened.path / "tokenizer.json").exists() else None
     if ids is not None:
         encoded = [ids]
@@ -141,14 +164,14 @@ def run(
 
     more: dict[str, Any] = {}
     if todo is not None:
-        served = serve(opened, adapter, todo, requests, on_token, trace)
+        machines = processes.connect(place, adapter, dtype, todo, requests) if place else adapter
+        served = serve(opened, machines, todo, requests, on_token, trace)
         completions, load_s, compile_s = served.outcome.completions, served.load_s, served.compile_s
-        more = {
-            "clock": f"virtual, priced in {served.clock.formats[-1].weights}",
-            "plan": todo.serving.name,
-            "devices": len(todo.devices),
-            "run_s": served.run_s,
-        }
+        more = {"plan": todo.serving.name, "devices": len(todo.devices), "run_s": served.run_s}
+        if place:
+            completions, more["processes"] = served.wall, place.count
+        else:
+            more["clock"] = f"virtual, priced in {served.clock.formats[-1].weights}"
     else:
         from runtime.engine.engine import EngineConfig
         from runtime.engine.load import load_engine
@@ -159,7 +182,7 @@ def run(
         completions, compile_s = ready.generate(requests, on_token), ready.programs.compile_s
     if streaming:
         print(stream.flush() if stream else "")
-    if dump_logits:
+    if dump_logits and not (place and place.index):
         _save_logits(dump_logits, completions[0])
     for completion in completions:
         result = _result(backend, completion, tokenizer, load_s, compile_s)

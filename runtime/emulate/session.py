@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from model.config import ModelConfig
 from runtime.emulate import deploy
@@ -16,14 +17,18 @@ from runtime.layout import Formats
 from runtime.planner.plan import Plan, Pool, profile_of
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from backends.interface import Backend
     from backends.sim.backend import SimBackend
     from backends.sim.cluster import Cluster, NumberFormats
-    from model.checkpoint import Checkpoint
+    from backends.sim.processes import Processes
+    from model.checkpoint import Checkpoint, Group
+    from model.weights import Quantized, Weight
     from runtime.emulate.live import Outcome
     from runtime.emulate.timeline import Timeline
     from runtime.emulate.worker import OnToken
-    from runtime.engine.request import Request
+    from runtime.engine.request import Completion, Request
 
 
 def prepare(cfg: ModelConfig, options: Options) -> Plan:
@@ -85,9 +90,11 @@ def _on_the_spot(cfg: ModelConfig, options: Options) -> Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came out, and the wall-clock seconds it took here."""
+    """What came out, and the wall-clock seconds it took here. wall: the completions, their times on the wall clock
+    without what compiling took."""
 
     outcome: Outcome
+    wall: list[Completion]
     clock: deploy.Clock
     load_s: float
     compile_s: float
@@ -96,51 +103,99 @@ class Result:
 
 def serve(
     checkpoint: Checkpoint,
-    backend: Backend,
+    backend: Backend | Processes,
     plan: Plan,
     prompts: Sequence[Request],
     on_token: OnToken = lambda index, token: None,
     trace: Path | None = None,
     clock: deploy.Clock | None = None,
 ) -> Result:
-    """Runs the prompts on the plan's devices.
+    """Runs the prompts on the plan's devices: emulated ones, or those of several processes.
 
     trace: the file to write the devices' timelines to. clock: what prices the steps; by default as the plan's
     profiles do. Raises `UsageError` for a prompt that the model cannot serve.
     """
     from backends.sim.backend import SimBackend
+    from backends.sim.processes import Processes
     from runtime.emulate.live import emulate
     from runtime.emulate.timeline import write
     from runtime.engine.request import check_request
 
-    assert isinstance(backend, SimBackend)
+    assert isinstance(backend, SimBackend | Processes)
     for prompt in prompts:
         check_request(prompt, checkpoint.config)
     began = time.perf_counter()
-    backend.start(max(pool.layout.devices for pool in plan.pools))
+    if isinstance(backend, SimBackend):
+        backend.start(max(pool.layout.devices for pool in plan.pools))
     clock = clock or deploy.clock_of(checkpoint.config, plan)
-    clusters = [_cluster(checkpoint, backend, pool) for pool in plan.pools]
+    clusters = [_clusters(checkpoint, backend, pool) for pool in plan.pools]
+    each = [itertools.cycle(found) for found in clusters]
     pages = [_pages(pool, prompts) for pool in plan.pools]
     timelines = _timelines(checkpoint.config, plan, clock) if trace else []
+    times: dict[int, list[float]] = {}
+
+    def compiled() -> float:
+        return sum(cluster.compile_s for found in clusters for cluster in found)
+
+    def token(index: int, token: int) -> None:
+        times.setdefault(index, []).append(time.perf_counter() - loaded - compiled())
+        on_token(index, token)
+
     loaded = time.perf_counter()
     outcome = emulate(
         prompts,
         clock.deployment,
-        lambda role: clusters[role].server(pages[role], plan.pools[role].page_tokens),
-        on_token,
+        lambda role: next(each[role]).server(pages[role], plan.pools[role].page_tokens),
+        token,
         timelines,
     )
     if trace:
         write(trace, timelines)
-    compiled = sum(cluster.compile_s for cluster in clusters)
-    return Result(outcome, clock, loaded - began, compiled, time.perf_counter() - loaded - compiled)
+    wall = [
+        dataclasses.replace(found, ttft_s=times[index][0], decode_s=times[index][-1] - times[index][0])
+        for index, found in enumerate(outcome.completions)
+    ]
+    compile_s = compiled()
+    return Result(outcome, wall, clock, loaded - began, compile_s, time.perf_counter() - loaded - compile_s)
 
 
-def _cluster(checkpoint: Checkpoint, backend: SimBackend, pool: Pool) -> Cluster:
+def _clusters(checkpoint: Checkpoint, backend: SimBackend | Processes, pool: Pool) -> list[Cluster]:
+    """The devices of a pool's servers in turn: emulated ones are the same for all, those of processes are not."""
+    from backends.sim.backend import SimBackend
+
     cfg = checkpoint.config
-    numbers = number_formats(cfg, pool)
-    weights = checkpoint.load("float32", keep_fp8=numbers is not None, mtp=False)
-    return backend.cluster(cfg, deploy.grid_of(cfg, pool), weights, numbers)
+    grid = deploy.grid_of(cfg, pool)
+    if isinstance(backend, SimBackend):
+        numbers = number_formats(cfg, pool)
+        weights = checkpoint.load("float32", keep_fp8=numbers is not None, mtp=False)
+        return [backend.cluster(cfg, grid, weights, numbers)]
+    firsts = [pool.devices[number * pool.layout.devices].index for number in range(pool.replicas)]
+    return [backend.cluster(cfg, grid, _unread(checkpoint, backend.dtype), first) for first in firsts]
+
+
+def _unread(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
+    """The weights as `Checkpoint.load` has them, each read when it is asked for, and not kept."""
+    from model.checkpoint import groups
+
+    found = groups(checkpoint.config, mtp=False)
+    return {
+        "outer": _Unread(checkpoint, found["outer"][0], dtype),
+        "layers": [_Unread(checkpoint, group, dtype) for group in found["layers"]],
+    }
+
+
+class _Unread:
+    def __init__(self, checkpoint: Checkpoint, group: Group, dtype: str):
+        self._checkpoint, self._group, self._dtype = checkpoint, group, dtype
+        self._weights: dict[str, Weight] = {weight.name: weight for weight in group.weights}
+
+    def __getitem__(self, name: str) -> np.ndarray | Quantized:
+        return self._checkpoint.read(self._group, self._weights[name], self._dtype)
+
+    pop = __getitem__
+
+    def clear(self) -> None:
+        self._weights = {}
 
 
 def number_formats(cfg: ModelConfig, pool: Pool) -> NumberFormats | None:

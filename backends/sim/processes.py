@@ -1,0 +1,145 @@
+"""A plan's devices spread over processes, on one machine or many: JAX's distributed runtime.
+
+Every process runs the same host loop. A stage's devices may belong to one process or to several; `Spread` runs the
+program on them as `Hosts` does, and a process without a device of the stage passes it by. What the host loop looks at
+(logits, a cache that moves, hidden states on their way to the next stage) is sent to all processes from the one that
+holds the stage's first device, so that every process goes on from the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from backends.errors import BackendUnavailable
+from backends.sim.cluster import Cluster, Float32
+from backends.sim.grid import Grid
+from backends.sim.shard import Axes, is_split, parts
+from backends.sim.stages import Body, Hosts
+from model.config import ModelConfig
+
+_PATIENCE_SECONDS = 3600  # for collectives: a process may compile much longer than another; heartbeats see lost ones
+_HEARTBEAT_SECONDS = 20
+
+
+def join(
+    platform: str, coordinator: str, index: int, count: int, devices: int, timeout_seconds: int
+) -> tuple[Any, ...]:
+    """Joins the other processes, and returns the devices of all, `devices` / `count` from each, in their order.
+
+    platform: as JAX names it. coordinator: HOST:PORT where process 0 listens. To be called before JAX has started.
+    Raises `BackendUnavailable` where a process has too few devices, and JAX's errors where not all come in time.
+    """
+    flags = f"--xla_cpu_collective_timeout_seconds={_PATIENCE_SECONDS}"
+    flags += f" --xla_cpu_collective_call_terminate_timeout_seconds={_PATIENCE_SECONDS}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    share = devices // count
+    jax.config.update("jax_platforms", platform if platform == "cpu" else f"{platform},cpu")
+    jax.config.update("jax_num_cpu_devices", share if platform == "cpu" else 1)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        coordinator,
+        count,
+        index,
+        initialization_timeout=timeout_seconds,
+        heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=timeout_seconds,
+    )
+    held = [[d for d in jax.devices(platform) if d.process_index == each] for each in range(count)]
+    if few := [(each, len(own)) for each, own in enumerate(held) if len(own) < share]:
+        raise BackendUnavailable(
+            f"process {few[0][0]} has {few[0][1]} of the {share} devices that the plan gives each of {count} processes"
+        )
+    return tuple(device for own in held for device in own[:share])
+
+
+def send(value: Any, source: int) -> Any:
+    """A tree of host arrays of process `source`, in every process; what the others give is not looked at."""
+    data = pickle.dumps(value) if source == jax.process_index() else b""
+    mine = source == jax.process_index()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data)), mine))
+    buffer = np.zeros(1 << max(size - 1, 0).bit_length(), np.uint8)  # few sizes: each is a program to compile
+    if mine:
+        buffer[:size] = np.frombuffer(data, np.uint8)
+    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer, mine))[:size].tobytes())
+
+
+def agree(fingerprint: bytes) -> int | None:
+    """The first process that gives other bytes than process 0; None where all are alike. All give as many."""
+    every = multihost_utils.process_allgather(np.frombuffer(fingerprint, np.uint8))
+    return next((index for index, each in enumerate(every) if not np.array_equal(each, every[0])), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain(Float32):
+    """A backend's own numbers: everything in one type."""
+
+
+class Spread(Hosts):
+    """The devices of one stage, some of which may be other processes'."""
+
+    def __init__(self, grid: Grid, devices: Sequence[Any]):
+        self.grid = grid
+        self.mesh = Mesh(np.array(devices, dtype=object).reshape(grid.dp, grid.tp), ("dp", "tp"))
+        self.source: int = devices[0].process_index
+        self.here = any(device.process_index == jax.process_index() for device in devices)
+
+    def _put(self, value: np.ndarray, *spec: Any) -> Any:
+        def share(index: Any) -> np.ndarray:
+            return value[index].copy()  # not a view: that would keep the whole weight
+
+        return jax.make_array_from_callback(value.shape, self._sharding(*spec), share)
+
+    def place(self, value: np.ndarray, dim: int, axes: Axes) -> Any:
+        return self._put(value, *([None] * dim + [axes] if is_split(value, dim, parts(axes, self.grid)) else []))
+
+    def cache(self, value: np.ndarray, split_heads: bool) -> Any:
+        return self._put(value, *(("dp", None, "tp") if split_heads else ("dp",))) if self.here else None
+
+    def batch(self, value: Any) -> Any:
+        return jax.tree.map(lambda leaf: self._put(leaf, "dp"), value) if self.here else value
+
+    def fetch(self, value: Any) -> np.ndarray:
+        return self.hand_on(value)
+
+    def hand_on(self, value: Any) -> Any:
+        return send(jax.tree.map(self._whole, value) if self.here else None, self.source)
+
+    def _whole(self, value: Any) -> np.ndarray:
+        replicated = jax.jit(_same, out_shardings=self._sharding())(value)
+        return np.asarray(replicated.addressable_data(0))
+
+    def program(self, body: Body, weights: Any, caches: Any, *rest: Any) -> Callable[..., Any]:
+        compiled = super().program(body, weights, caches, *rest) if self.here else _pass_by
+        multihost_utils.sync_global_devices("compiled")
+        return compiled
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _pass_by(weights: Any, caches: Any, *rest: Any) -> Any:
+    return (None, None), caches
+
+
+class Processes:
+    """The devices of all processes. dtype: what they compute in, "float32" or "bfloat16"."""
+
+    def __init__(self, devices: Sequence[Any], dtype: str):
+        self.devices, self.dtype = devices, dtype
+
+    def cluster(self, cfg: ModelConfig, grid: Grid, weights: Mapping[str, Any], first: int) -> Cluster:
+        """A server on the devices from `first` on; weights are read where they are placed only."""
+        size = grid.stage_devices
+        starts = range(first, first + grid.devices, size)
+        stages = [Spread(grid, self.devices[start : start + size]) for start in starts]
+        return Cluster(cfg, grid, weights, Plain(self.dtype), stages=stages)

@@ -1,0 +1,175 @@
+"""One plan over several processes on the loopback: the tokens of one device, and an end for all where one is lost."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hw_profiles
+from model.config import from_hf
+from runtime.emulate import processes
+from runtime.layout import Layout, formats
+from runtime.planner.assign import pool_of
+from runtime.planner.plan import Demand, ModelRef, Plan, Transfer, config_hash, plan_for
+from tests.cli.cli import CONFIG, glm5, make_checkpoint, refused
+from tests.sim.servers import CHIP
+
+CFG = from_hf(CONFIG)
+PROMPTS = ("A mixture of experts", "Hello", "The capital of France is", "1, 2, 3,")
+ASK = ("--max-tokens", 5, "--ignore-eos")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers."""
+    folder = tmp_path_factory.mktemp("processes") / "small"
+    make_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes of a test, none of which outlives it."""
+    found: list[subprocess.Popen[str]] = []
+    yield found
+    for each in found:
+        each.kill()
+        each.communicate()
+
+
+def plan_at(path: Path, layout: Layout, replicas: int = 1) -> Path:
+    plan_for(CFG, layout, hw_profiles.load(CHIP), formats("f32"), replicas=replicas).write(path)
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(
+    started: list[subprocess.Popen[str]], count: int, plan: Path, *words: object, own: tuple[str, ...] = ()
+) -> None:
+    """Process 0 of `count` first. own: more words, one for each process."""
+    port = free_port()
+    for index in range(count):
+        place = ("--coordinator", f"127.0.0.1:{port}", "--process", f"{index}/{count}", *own[index : index + 1])
+        command = (sys.executable, "-m", "runtime.cli.main", "run", "--backend", "cpu", "--plan", plan, *place, *words)
+        started.append(
+            subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+
+
+def answers(started: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
+    """What process 0 prints, where all end well and the others print nothing."""
+    first, *others = [(*each.communicate(timeout=300), each.returncode) for each in started]
+    assert first[1:] == ("", 0)
+    assert others == [("", "", 0)] * len(others)
+    return [json.loads(line) for line in first[0].splitlines()]
+
+
+def check(
+    started: list[subprocess.Popen[str]], count: int, plan: Path, small: Path, prompts: Path, most: int = len(PROMPTS)
+) -> None:
+    """The tokens of one device; times on the wall clock."""
+    prompts.write_text("\n".join(PROMPTS[:most]))
+    ask = ("--checkpoint", small, "--prompts", prompts, *ASK)
+    start(started, count, plan, *ask)
+    expected = [json.loads(line) for line in glm5("run", *ask).out.splitlines()]
+    found = answers(started)
+    assert [each["token_ids"] for each in found] == [each["token_ids"] for each in expected]
+    assert all(len(each["token_ids"]) == 5 and each["processes"] == count for each in found)
+    assert all(each["timings_s"]["ttft"] > 0 < each["timings_s"]["decode"] for each in found)
+
+
+def test_two_processes(started: list[subprocess.Popen[str]], small: Path, tmp_path: Path) -> None:
+    """Tensor and expert parallelism across them."""
+    plan = plan_at(tmp_path / "plan.json", Layout(tp=2, ep=2))
+    check(started, 2, plan, small, tmp_path / "prompts", most=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "layout", "replicas"),
+    [
+        (2, Layout(tp=2, dp=2, ep=4), 1),  # two devices each
+        (2, Layout(tp=2, ep=2, pp=2), 1),  # a stage each
+        (4, Layout(tp=2, ep=2, pp=2), 1),  # half a stage each
+        (4, Layout(tp=2, dp=2, ep=4), 1),
+        (4, Layout(tp=2, ep=2), 2),  # a server on two of them
+    ],
+)
+def test_layouts(
+    started: list[subprocess.Popen[str]], small: Path, tmp_path: Path, count: int, layout: Layout, replicas: int
+) -> None:
+    plan = plan_at(tmp_path / "plan.json", layout, replicas)
+    check(started, count, plan, small, tmp_path / "prompts")
+
+
+@pytest.mark.slow
+def test_the_cache_moves_between_processes(started: list[subprocess.Popen[str]], small: Path, tmp_path: Path) -> None:
+    """Prefill on one, decode on the other."""
+    pools = [
+        pool_of(CFG, Layout(tp=2, ep=2), hw_profiles.load(CHIP), formats("f32"), role=role, first_device=2 * number)
+        for number, role in enumerate(("prefill", "decode"))
+    ]
+    ref = ModelRef(CFG.name, config_hash(CFG))
+    Plan(ref, Demand(), tuple(pools), transfer=Transfer(1e3, 1e9, 1e-5, 0.0, 1e6, 1e-3)).write(tmp_path / "plan.json")
+    check(started, 2, tmp_path / "plan.json", small, tmp_path / "prompts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lost", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGTERM)])
+def test_a_lost_process_ends_the_others(
+    started: list[subprocess.Popen[str]], small: Path, tmp_path: Path, lost: int, how: signal.Signals
+) -> None:
+    """In the middle of an answer."""
+    plan = plan_at(tmp_path / "plan.json", Layout(tp=2, ep=2))
+    start(started, 2, plan, "--checkpoint", small, "--max-tokens", 240, "--ignore-eos", "--prompt-ids", "5,6,7")
+    stdout = started[0].stdout
+    assert stdout and stdout.read(1)
+    began = time.monotonic()
+    started[lost].send_signal(how)
+    _, err = started[1 - lost].communicate(timeout=90)
+    assert started[1 - lost].returncode == 2 and time.monotonic() - began < 60, err
+    assert (
+        err.startswith(f"glm5: process {1 - lost} of 2 ends, because another process was lost") and err.count("\n") == 1
+    )
+
+
+@pytest.mark.slow
+def test_another_prompt_is_noticed(started: list[subprocess.Popen[str]], small: Path, tmp_path: Path) -> None:
+    plan = plan_at(tmp_path / "plan.json", Layout(tp=2, ep=2))
+    start(started, 2, plan, "--checkpoint", small, own=("--prompt-ids=5", "--prompt-ids=6"))
+    for each in started:
+        _, err = each.communicate(timeout=120)
+        assert each.returncode == 2 and err.startswith("glm5: process 1 was started with another plan"), err
+
+
+def test_what_cannot_be_is_said_in_a_line(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_at(tmp_path / "plan.json", Layout(tp=4, ep=4))
+    ask = ("run", "--checkpoint", small, "--coordinator", "127.0.0.1:1")
+    assert "--coordinator needs --plan" in refused(*ask, "--process", "0/2")
+    ask = (*ask, "--plan", plan)
+    assert "go together" in refused(*ask)
+    assert "go together" in refused("run", "--plan", plan, "--process", "0/2")
+    assert "HOST:PORT, not 'here'" in refused("run", "--plan", plan, "--process", "0/2", "--coordinator", "here")
+    for wrong in ("2/2", "-1/2", "1", "a/b", "0/0"):
+        assert f"not '{wrong}'" in refused(*ask, f"--process={wrong}")
+    assert "4 devices are not divisible by 3 processes" in refused(*ask, "--process", "0/3")
+    assert "--trace does not go with --coordinator" in refused(*ask, "--process", "0/2", "--trace", "t.json")
+    assert "--mtp does not go with" in refused(*ask, "--process", "0/2", "--mtp", 1)
+    assert "backend sim does not run over" in refused(*ask, "--process", "0/2", "--backend", "sim")
+    monkeypatch.setattr(processes, "JOIN_SECONDS", 0.5)
+    line = refused(*ask, "--process", "1/2")
+    assert line.startswith("--coordinator 127.0.0.1:1: nothing has listened there for 0.5 s") and "process 0" in line
