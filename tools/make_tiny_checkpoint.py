@@ -3,7 +3,7 @@
     python tools/make_tiny_checkpoint.py [DIR]      [default: runtime/data/tiny-glm5]
 
 The same bytes every time: weights are uniform, so they come from the generator's bits by exact arithmetic
-only. A tokenizer is trained on tools/corpus.txt; the chat template is tools/chat_template.jinja.
+only. A tokenizer is trained on runtime/training/corpus.txt; the chat template is the one beside it.
 """
 
 from __future__ import annotations
@@ -23,25 +23,13 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from model.checkpoint import groups, save
 from model.config import ModelConfig, from_hf
 from model.weights import Layout, Weight, parameter_counts
+from runtime.training.vocabulary import SPECIAL, STOPS, VISIBLE, stop_ids
 
-HERE = Path(__file__).resolve().parent
-DEFAULT = HERE.parent / "runtime" / "data" / "tiny-glm5"
+ROOT = Path(__file__).resolve().parent.parent
+CORPUS, TEMPLATE = (ROOT / "runtime" / "training" / name for name in ("corpus.txt", "chat_template.jinja"))
+DEFAULT = ROOT / "runtime" / "data" / "tiny-glm5"
 SEED, VOCAB = 5, 1024
 
-# GLM-5's added tokens in its order. What a chat shows (thinking, tool calls) is not "special": decoding
-# keeps it when special tokens are skipped.
-SPECIAL = (
-    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>",
-    "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
-    "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
-    "<|begin_of_audio|>", "<|end_of_audio|>", "<|begin_of_transcription|>", "<|end_of_transcription|>",
-    "<|code_prefix|>", "<|code_middle|>", "<|code_suffix|>",
-)  # fmt: skip
-VISIBLE = (
-    "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
-    "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
-)  # fmt: skip
-STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -134,7 +122,7 @@ def train_tokenizer() -> tokenizers.Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([(HERE / "corpus.txt").read_text(encoding="utf-8")], trainer)
+    tokenizer.train_from_iterator([CORPUS.read_text(encoding="utf-8")], trainer)
     for names, special in ((SPECIAL, True), (VISIBLE, False)):
         tokenizer.add_tokens([AddedToken(name, special=special, normalized=False) for name in names])
     if tokenizer.get_vocab_size() != VOCAB:
@@ -187,12 +175,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def make(folder: Path) -> None:
     """Writes the checkpoint into `folder`, which must not exist."""
     tokenizer = train_tokenizer()
-    stops = [tokenizer.token_to_id(name) for name in STOPS]
+    stops = stop_ids(tokenizer)
     raw = {**CONFIG, "eos_token_id": stops, "pad_token_id": stops[0]}
     cfg = from_hf(raw)
     save(folder, raw, make_weights(cfg, rare_tokens(tokenizer)))
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
-    shutil.copyfile(HERE / "chat_template.jinja", folder / "chat_template.jinja")
+    shutil.copyfile(TEMPLATE, folder / "chat_template.jinja")
     write_json(
         folder / "tokenizer_config.json",
         {

@@ -1,0 +1,52 @@
+"""`glm5 train`: a small GLM-5 from scratch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from runtime.errors import UsageError
+
+
+def train(
+    config: Annotated[
+        Path | None, typer.Option(help="A TOML file of model, optimizer and stages [default: the embedded model's].")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the run: state, metrics, plots, checkpoint.")] = Path("run"),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last state.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line a record instead of a bar.")] = False,
+) -> None:
+    """Train a small GLM-5 on generated text, with Muon Split and sparse attention."""
+    if importlib.util.find_spec("optax") is None:
+        raise UsageError('training needs optax: pip install "glm5-runtime[train]"')
+    from rich import progress as bars
+    from rich.console import Console
+
+    from runtime.training import config as configs
+    from runtime.training.trainer import train as run
+
+    source = config or configs.DEFAULT
+    read = configs.read(source)
+    if as_json:
+        run(read, out, source, resume, lambda step, record: print(json.dumps(record), flush=True) if record else None)
+        return
+    times = (bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(), *times)
+    progress = bars.Progress(*columns, console=Console(stderr=True))
+    bar = progress.add_task("running", total=read.steps)
+
+    def report(step: int, record: dict[str, Any]) -> None:
+        progress.start()  # with the first step: what is refused leaves no bar
+        said = f"{record['stage']}, loss {record['loss']:.3f}" if record else "running"
+        progress.update(bar, completed=step, description=said)
+
+    try:
+        checkpoint = run(read, out, source, resume, report)
+    finally:
+        if progress.live.is_started:
+            progress.stop()
+    print(f"checkpoint: {checkpoint}\nplots:      {out / 'metrics.html'}")

@@ -1,0 +1,245 @@
+"""What a training run is: a TOML file, read strictly. Free of JAX.
+
+`[model]` has the fields of a Hugging Face config.json, `[optimizer]` and `[[stage]]` those of the dataclasses below;
+docs/training.md says what they mean. A key that nobody reads is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from model.config import ModelConfig, from_hf
+from model.errors import ConfigError
+from runtime.errors import UsageError
+from runtime.training.data import TASKS
+
+DEFAULT = Path(__file__).parent / "tiny.toml"  # makes the embedded checkpoint
+
+MODEL_DEFAULTS: dict[str, Any] = {
+    "architectures": ["GlmMoeDsaForCausalLM"],
+    "model_type": "glm_moe_dsa",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "dtype": "bfloat16",
+    "hidden_act": "silu",
+    "indexer_rope_interleave": True,
+    "initializer_range": 0.02,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "norm_topk_prob": True,
+    "num_nextn_predict_layers": 1,
+    "rms_norm_eps": 1e-5,
+    "rope_interleave": True,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "use_cache": True,
+}
+MODEL_KEYS = {
+    *MODEL_DEFAULTS, "first_k_dense_replace", "head_dim", "hidden_size", "index_head_dim", "index_n_heads",
+    "index_topk", "indexer_types", "intermediate_size", "kv_lora_rank", "max_position_embeddings",
+    "mlp_layer_types", "moe_intermediate_size", "n_routed_experts", "n_shared_experts", "num_attention_heads",
+    "num_experts_per_tok", "num_hidden_layers", "num_key_value_heads", "q_lora_rank", "qk_head_dim",
+    "qk_nope_head_dim", "qk_rope_head_dim", "rope_parameters", "routed_scaling_factor", "v_head_dim", "vocab_size",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Peak rates of matrices, of embeddings, norms and router, and of indexers (alone, and beside the rest); the share
+    of the steps over which they rise, and fall; what a router's bias moves a step."""
+
+    name: Literal["muon-split", "muon", "adamw"] = "muon-split"
+    matrix_rate: float = 0.01
+    other_rate: float = 0.005
+    index_rate: float = 0.01
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    rise: float = 0.02
+    fall: float = 0.4
+    balance_rate: float = 0.002
+
+    def problem(self) -> str | None:
+        for key in ("matrix_rate", "other_rate", "index_rate", "clip"):
+            if not getattr(self, key) > 0:
+                return f"`{key}` must be above 0, not {getattr(self, key)}"
+        if self.weight_decay < 0 or self.balance_rate < 0:
+            return "`weight_decay` and `balance_rate` must be 0 or more"
+        if not (self.rise >= 0 and self.fall >= 0 and self.rise + self.fall <= 1):
+            return f"`rise` + `fall` = {self.rise} + {self.fall} must lie between 0 and 1"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """So many steps of one kind: `rows` sequences of `length` tokens, tasks by `mix`. With `draft_weight` the MTP
+    layer learns too, `drafts` deep, on `draft_rows` of the sequences."""
+
+    attention: Literal["dense", "warmup", "sparse"]
+    steps: int
+    rows: int
+    length: int
+    mix: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
+    drafts: int = 3
+    draft_rows: int = 0
+    draft_weight: float = 0.0
+
+    def problem(self) -> str | None:
+        for key in ("steps", "rows", "length"):
+            if getattr(self, key) < 1:
+                return f"`{key}` must be at least 1, not {getattr(self, key)}"
+        if unknown := sorted(set(self.mix) - set(TASKS)):
+            return f"`mix` has no task {unknown[0]!r}; it takes {', '.join(TASKS)}"
+        if any(share < 0 for share in self.mix.values()) or not sum(self.mix.values()) > 0:
+            return "the shares of `mix` must be 0 or more, and one above 0"
+        if not 0 <= self.draft_rows <= self.rows:
+            return f"`draft_rows` must lie between 0 and `rows` = {self.rows}, not {self.draft_rows}"
+        if self.drafts < 1 or self.draft_weight < 0:
+            return "`drafts` must be 1 or more and `draft_weight` 0 or more"
+        if self.attention == "warmup" and self.draft_weight:
+            return "the warm-up trains indexers only: set `draft_weight` to 0"
+        return None
+
+    @property
+    def draft_depths(self) -> int:
+        return self.drafts if self.draft_rows else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A run. `raw_model` is the checkpoint's config.json but for the ids of its stop tokens."""
+
+    raw_model: Mapping[str, Any]
+    optimizer: OptimizerConfig
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    save_every: int = 100
+    log_every: int = 20
+
+    @property
+    def model(self) -> ModelConfig:
+        return from_hf(self.raw_model, "[model]")
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def at(self, step: int) -> Stage:
+        """The stage of a step, counted from 0."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        raise IndexError(step)
+
+    def count(self, *attention: str) -> int:
+        """Steps in stages of these kinds."""
+        return sum(stage.steps for stage in self.stages if stage.attention in attention)
+
+    @property
+    def hash(self) -> str:
+        """Of everything that decides what is trained."""
+        content = dataclasses.asdict(dataclasses.replace(self, save_every=0, log_every=0))
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_T = TypeVar("_T")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        return value in typing.get_args(kind)
+    if origin in (Mapping, dict) or False:
+        return isinstance(value, dict) and all(_fits(item, float) for item in value.values())
+    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+
+
+def _read(where: str, kind: type[_T], raw: Any) -> _T:
+    """A dataclass from a TOML table, strictly."""
+    if not isinstance(raw, dict):
+        raise UsageError(f"{where} must be a table")
+    known = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key, value in raw.items():
+        if key not in fields:
+            raise UsageError(f"{where}: unknown key `{key}`; it takes {', '.join(fields)}")
+        if not _fits(value, known[key]):
+            options = typing.get_args(known[key]) if typing.get_origin(known[key]) is Literal else ()
+            wanted = " or ".join(map(repr, options)) or getattr(known[key], "__name__", str(known[key]))
+            raise UsageError(f"{where}: `{key}` must be {wanted}, not {value!r}")
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING and name not in raw:
+            raise UsageError(f"{where}: missing key `{name}`")
+    made = kind(**{key: float(v) if known[key] is float else v for key, v in raw.items()})
+    if problem := made.problem():  # type: ignore[attr-defined]
+        raise UsageError(f"{where}: {problem}")
+    return made
+
+
+def read(path: str | Path) -> TrainConfig:
+    """The run that a TOML file describes. Raises `UsageError`, one line, for anything it cannot mean."""
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid TOML ({error})") from None
+    scalars = ("seed", "save_every", "log_every")
+    known = ("model", "optimizer", "stage", *scalars)
+    if unknown := [key for key in raw if key not in known]:
+        raise UsageError(f"{path}: unknown key `{unknown[0]}`; it takes {', '.join(known)}")
+    for key in scalars:
+        least = 0 if key == "seed" else 1
+        if key in raw and not (type(raw[key]) is int and raw[key] >= least):
+            raise UsageError(f"{path}: `{key}` must be a whole number, {least} or more, not {raw[key]!r}")
+    stages = raw.get("stage")
+    if not isinstance(stages, list) or not stages:
+        raise UsageError(f"{path}: needs at least one [[stage]]")
+    optimizer = _read(f"{path}: [optimizer]", OptimizerConfig, raw.get("optimizer", {}))
+    read_stages = tuple(_read(f"{path}: [[stage]] {i}", Stage, each) for i, each in enumerate(stages, 1))
+    config = TrainConfig(
+        _model(path, raw.get("model")), optimizer, read_stages, **{key: raw[key] for key in scalars if key in raw}
+    )
+    _check(path, config)
+    return config
+
+
+def _model(path: Path, raw: Any) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path}: needs a table [model]")
+    if unknown := sorted(set(raw) - MODEL_KEYS):
+        raise UsageError(f"{path}: [model]: unknown key `{unknown[0]}`")
+    full = {**MODEL_DEFAULTS, **raw}
+    try:
+        from_hf(full, "[model]")
+    except ConfigError as error:
+        raise UsageError(f"{path}: {error}") from None
+    return full
+
+
+def _check(path: Path, config: TrainConfig) -> None:
+    model = config.model
+    if model.model_type != "glm_moe_dsa" or model.indexer is None or model.moe is None:
+        raise UsageError(f"{path}: [model]: training is for `model_type` glm_moe_dsa with experts")
+    if model.mtp_layers > 1:
+        raise UsageError(f"{path}: [model]: `num_nextn_predict_layers` must be 0 or 1: one MTP layer is stored")
+    for i, stage in enumerate(config.stages, 1):
+        where = f"{path}: [[stage]] {i}"
+        if stage.length > model.max_positions:
+            raise UsageError(
+                f"{where}: `length` {stage.length} exceeds `max_position_embeddings` {model.max_positions}"
+            )
+        if stage.attention != "dense" and stage.length <= model.indexer.topk:
+            raise UsageError(f"{where}: `length` {stage.length} must exceed `index_topk` {model.indexer.topk}")
+        if stage.draft_rows and not model.mtp_layers:
+            raise UsageError(f"{where}: `draft_rows` needs `num_nextn_predict_layers` = 1")

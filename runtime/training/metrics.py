@@ -1,0 +1,76 @@
+"""What a run reports: a JSON line every few steps, and a page of plots made of them. Free of JAX."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from runtime.files import replacing
+from runtime.reports.svg import Mark, Series, legend, plot
+from runtime.training.data import TASKS
+
+FILE, PAGE = "metrics.jsonl", "metrics.html"
+_COLOURS = ("#1668a8", "#c2571a", "#2a7f3f", "#8a3fa0", "#a58a00", "#555")
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem;color:#222}"
+    "main{display:flex;flex-wrap:wrap;gap:1.5rem}section{flex:1 1 540px}h2{font-size:1rem;margin:0}"
+    "svg{width:100%}.line{fill:none;stroke-width:1.6}.grid{stroke:#ddd}.axis{stroke:#888}.mark{stroke:#999;"
+    "stroke-dasharray:4 4}text{font-size:11px;fill:#555}.end{text-anchor:end}.mid{text-anchor:middle}"
+    ".legend span{margin-right:1em}.legend i{display:inline-block;width:.8em;height:.8em;margin-right:.3em}"
+    + "".join(f".s{i}{{stroke:{c}}}i.s{i}{{background:{c}}}" for i, c in enumerate(_COLOURS))
+)
+
+
+def append(folder: Path, record: dict[str, Any]) -> None:
+    with (folder / FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run so far; a line cut short by a kill is left out."""
+    path, records = folder / FILE, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def truncate(folder: Path, step: int) -> None:
+    """Drops the records after `step`: a resumed run makes them again."""
+    kept = [record for record in load(folder) if record["step"] <= step]
+    with replacing(folder / FILE) as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+
+def page(folder: Path, title: str, stages: Sequence[tuple[int, str]]) -> None:
+    """Writes the plots. stages: the step at which each begins, and its name."""
+    records = load(folder)
+    marks = [Mark(step, name) for step, name in stages]
+
+    def drawn(heading: str, label: str, curves: dict[str, list[tuple[float, float]]], percent: bool = False) -> str:
+        series = [Series(name, points) for name, points in curves.items()]
+        picture = plot(series, "step", label, marks=marks, percent=percent, y_max=1.0 if percent else None)
+        return f"<section><h2>{escape(heading)}</h2>{picture}{legend(list(curves))}</section>"
+
+    def curve(key: str) -> list[tuple[float, float]]:
+        return [(r["step"], r[key]) for r in records if r.get(key) is not None]
+
+    tasks = {task: [(r["step"], r["task_loss"][task]) for r in records if task in r["task_loss"]] for task in TASKS}
+    parts = [
+        drawn("Loss of the answers, by task", "nats a token", tasks),
+        drawn("Losses", "nats", {k: curve(k) for k in ("loss", "draft_loss", "index_loss")}),
+        drawn("Largest attention logit", "logit", {"largest": curve("logit_max")}),
+        drawn("Expert load, max over mean", "ratio", {"worst layer": curve("load_ratio")}),
+        drawn("Indexer recall of the dense top-k", "share", {"recall": curve("index_recall")}, percent=True),
+    ]
+    html = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1><main>{''.join(parts)}</main></body></html>\n"
+    )
+    with replacing(folder / PAGE) as temporary:
+        temporary.write_text(html, encoding="utf-8")
