@@ -1,7 +1,7 @@
 # One command each; all of them make .venv first where it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
-PROMPT ?= A mixture of experts
+PROMPT ?= The quick fox runs past the road. It
 
 .PHONY: demo test test-all check bench clean
 

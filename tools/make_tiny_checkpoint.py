@@ -1,6 +1,6 @@
-"""Makes the embedded tiny checkpoint: GLM-5's architecture at a 300,000th of its size, with random weights.
+"""Makes a random checkpoint for tests: GLM-5's architecture at a 300,000th of its size, with random weights.
 
-    python tools/make_tiny_checkpoint.py [DIR]      [default: runtime/data/tiny-glm5]
+    python tools/make_tiny_checkpoint.py [DIR]      [default: tests/data/random-glm5]
 
 The same bytes every time: weights are uniform, so they come from the generator's bits by exact arithmetic
 only. A tokenizer is trained on runtime/training/corpus.txt; the chat template is the one beside it.
@@ -27,7 +27,7 @@ from runtime.training.vocabulary import SPECIAL, STOPS, VISIBLE, stop_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS, TEMPLATE = (ROOT / "runtime" / "training" / name for name in ("corpus.txt", "chat_template.jinja"))
-DEFAULT = ROOT / "runtime" / "data" / "tiny-glm5"
+DEFAULT = ROOT / "tests" / "data" / "random-glm5"
 SEED, VOCAB = 5, 1024
 
 WORDS = (
@@ -89,7 +89,7 @@ CONFIG: dict[str, Any] = {
     "vocab_size": VOCAB,
 }
 
-CARD = """# tiny-glm5
+CARD = """# random-glm5
 
 GLM-5's architecture (`glm_moe_dsa`) with **random weights**: a checkpoint to run, test and measure a
 runtime with, small enough to ship. It has learnt nothing; what it writes means nothing.
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=DEFAULT, metavar="DIR")
     target = parser.parse_args().folder
     with tempfile.TemporaryDirectory() as temporary:
-        made = Path(temporary) / "tiny-glm5"
+        made = Path(temporary) / "random-glm5"
         make(made)
         shutil.copytree(made, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
     size = sum(file.stat().st_size for file in target.iterdir())

@@ -190,7 +190,7 @@ def run(
         if streaming:
             _summary(result)
             if checkpoint is None:
-                print("[the embedded model has random weights; --checkpoint DIR runs another]", file=sys.stderr)
+                print("[the embedded model knows some made-up text; --checkpoint DIR runs another]", file=sys.stderr)
         else:
             print(json.dumps(result, indent=None if prompts else 2, ensure_ascii=False), flush=True)
 

@@ -1,4 +1,4 @@
-"""The embedded checkpoint: made by its script to the byte, true to transformers, and not degenerate."""
+"""The random checkpoint of the tests: made by its script to the byte, true to transformers, and not degenerate."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from model.errors import TokenizerError
 from model.tokenizer import TextStream, Tokenizer
 
 ROOT = Path(__file__).parents[2]
-TINY = ROOT / "runtime" / "data" / "tiny-glm5"
+TINY = ROOT / "tests" / "data" / "random-glm5"
 VOCAB = 1024
 TOKENIZER = Tokenizer.load(TINY)
 

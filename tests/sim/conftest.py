@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from model.checkpoint import Checkpoint
-from runtime.engine.load import embedded_checkpoint
-from tests.sim.servers import SMALL, make_checkpoint
+from tests.sim.servers import RANDOM, SMALL, make_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -20,5 +19,5 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoin
 
 @pytest.fixture(scope="session")
 def tiny() -> Checkpoint:
-    """The embedded checkpoint."""
-    return Checkpoint(embedded_checkpoint())
+    """Six layers, eight heads and sixteen experts: what many layouts divide."""
+    return Checkpoint(RANDOM)

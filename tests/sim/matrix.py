@@ -1,4 +1,4 @@
-"""Layouts of the embedded checkpoint, run on XLA host devices beside the CPU backend: a JSON line each.
+"""Layouts of the random checkpoint, run on XLA host devices beside the CPU backend: a JSON line each.
 
     python -m tests.sim.matrix 2,2,4,2 1,8,8,1      these: tp,dp,ep,pp
     python -m tests.sim.matrix all                  every one with tp, dp, ep, pp in 1, 2, 4, 8 that the model admits
@@ -16,10 +16,9 @@ import time
 from backends.sim.grid import MOST_HOSTS
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
-from runtime.engine.load import embedded_checkpoint
 from runtime.errors import UsageError
 from runtime.layout import Layout
-from tests.sim.servers import emulated, logit_error, plan_of, prompts_of, reference
+from tests.sim.servers import RANDOM, emulated, logit_error, plan_of, prompts_of, reference
 
 LENGTHS, MOST = (70, 9, 1), (5, 3, 6)
 """Ragged prompts, the first of them longer than the selection of 64; answers that end one after another."""
@@ -41,7 +40,7 @@ def admitted(cfg: ModelConfig) -> list[Layout]:
 def main(words: list[str]) -> None:
     import jax
 
-    checkpoint = Checkpoint(embedded_checkpoint())
+    checkpoint = Checkpoint(RANDOM)
     layouts = admitted(checkpoint.config) if words == ["all"] else [Layout(*map(int, w.split(","))) for w in words]
     jax.config.update("jax_num_cpu_devices", MOST_HOSTS)
     requests = prompts_of(checkpoint.config, LENGTHS, MOST)

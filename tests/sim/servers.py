@@ -31,6 +31,7 @@ from tests.serving.pricers import LinearPricer
 CHIP = "h200-sxm"
 ATOL = 1e-4
 # A dense and two MoE layers; of the sparse model the second owns no indexer, so that a selection crosses a stage.
+RANDOM = Path(__file__).parents[1] / "data" / "random-glm5"
 SMALL: dict[str, dict[str, Any]] = {
     "dsa": {**CONFIGS["dsa"], "num_hidden_layers": 3, "indexer_types": ["full", "shared", "full"]},
     "mla": {**CONFIGS["mla"], "num_hidden_layers": 3},
