@@ -204,35 +204,3 @@ def fullest(stages: Sequence[Ledger], cfg: ModelConfig, layout: Layout, page_tok
             "usable; use more devices or narrower formats\n" + "\n".join(found.lines())
         )
     return found
-
-
-def ledger(
-    cfg: ModelConfig,
-    layout: Layout,
-    formats: Formats,
-    engine: Engine,
-    usable_bytes: float,
-    capacity_bytes: float,
-    communication_bytes: float = 0.0,
-    runtime_bytes: float = 0.0,
-    mtp: bool = False,
-    redundant_slots: int = 0,
-) -> Ledger:
-    """The ledger of the fullest stage's devices: the one whose pool holds the fewest tokens.
-
-    The KV pool takes what `Engine.kv_bytes` gives it. Raises `CapacityError` with the ledger where the model
-    does not fit or leaves no room for one page.
-    """
-    stages = stage_ledgers(
-        cfg,
-        layout,
-        formats,
-        engine,
-        usable_bytes,
-        capacity_bytes,
-        communication_bytes,
-        runtime_bytes,
-        mtp,
-        redundant_slots,
-    )
-    return fullest(stages, cfg, layout, engine.page_tokens)

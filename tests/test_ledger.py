@@ -9,14 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hw_profiles
-from model.config import load_config
+from model.config import ModelConfig, load_config
 from model.weights import layer_weights, outer_weights
 from runtime.cost.oplist import Sizes
 from runtime.deploy import Spec, make_engine, memory
+from runtime.engines import Engine
 from runtime.engines import load as load_engine
 from runtime.errors import CapacityError
-from runtime.layout import SCHEMES, Layout, formats
-from runtime.ledger import Ledger, activation_bytes, ledger, stage_kv_bytes_per_token, stage_weight_bytes
+from runtime.layout import SCHEMES, Formats, Layout, formats
+from runtime.ledger import (
+    Ledger,
+    activation_bytes,
+    fullest,
+    stage_kv_bytes_per_token,
+    stage_ledgers,
+    stage_weight_bytes,
+)
 from runtime.trace import trace
 
 MODELS = ("glm-5-fp8", "glm-5.2", "deepseek-v3.2", "glm-4.5", "glm-4.7-flash", "kimi-k2")
@@ -123,6 +131,11 @@ def test_the_ledger_adds_up(engine: str) -> None:
     assert held.free_bytes >= 0 and 94e9 < held.weights_total_bytes < 97e9
     printed = [float(line.split()[-2]) for line in held.lines()]
     assert sum(printed[:-1]) == pytest.approx(printed[-1], abs=0.1)
+
+
+def ledger(cfg: ModelConfig, layout: Layout, held: Formats, engine: Engine, *sizes: float, mtp: bool = False) -> Ledger:
+    """Of the fullest stage. sizes: usable and capacity bytes."""
+    return fullest(stage_ledgers(cfg, layout, held, engine, *sizes, mtp=mtp), cfg, layout, engine.page_tokens)
 
 
 def test_drafting_takes_memory() -> None:

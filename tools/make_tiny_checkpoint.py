@@ -18,12 +18,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from model.checkpoint import groups, save
 from model.config import ModelConfig, from_hf
 from model.weights import Layout, Weight, parameter_counts
-from runtime.training.vocabulary import SPECIAL, STOPS, VISIBLE, stop_ids
+from runtime.training import vocabulary
+from runtime.training.vocabulary import SPECIAL, VISIBLE, stop_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS, TEMPLATE = (ROOT / "runtime" / "training" / name for name in ("corpus.txt", "chat_template.jinja"))
@@ -106,30 +106,6 @@ Made by `python tools/make_tiny_checkpoint.py`, which gives the same bytes every
 """
 
 
-def train_tokenizer() -> tokenizers.Tokenizer:
-    """A byte-level BPE over all 256 bytes, `VOCAB` tokens with GLM-5's own."""
-    added = len(SPECIAL) + len(VISIBLE)
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - added,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([CORPUS.read_text(encoding="utf-8")], trainer)
-    for names, special in ((SPECIAL, True), (VISIBLE, False)):
-        tokenizer.add_tokens([AddedToken(name, special=special, normalized=False) for name in names])
-    if tokenizer.get_vocab_size() != VOCAB:
-        raise SystemExit(f"the corpus gives {tokenizer.get_vocab_size()} tokens, not {VOCAB}: make it longer")
-    return tokenizer
-
-
 def rare_tokens(tokenizer: tokenizers.Tokenizer) -> list[int]:
     """Tokens that plain text does not want: special ones, parts of characters, control characters."""
     first_added = VOCAB - len(SPECIAL) - len(VISIBLE)
@@ -174,24 +150,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def make(folder: Path) -> None:
     """Writes the checkpoint into `folder`, which must not exist."""
-    tokenizer = train_tokenizer()
+    tokenizer = vocabulary.train([CORPUS.read_text(encoding="utf-8")], VOCAB, WORDS)
     stops = stop_ids(tokenizer)
     raw = {**CONFIG, "eos_token_id": stops, "pad_token_id": stops[0]}
     cfg = from_hf(raw)
     save(folder, raw, make_weights(cfg, rare_tokens(tokenizer)))
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
     shutil.copyfile(TEMPLATE, folder / "chat_template.jinja")
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": STOPS[0],
-            "pad_token": STOPS[0],
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": cfg.max_positions,
-            "padding_side": "left",
-        },
-    )
+    write_json(folder / "tokenizer_config.json", vocabulary.tokenizer_config(cfg.max_positions))
     sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95}
     write_json(folder / "generation_config.json", {"eos_token_id": stops, "pad_token_id": stops[0], **sampling})
     counts = parameter_counts(cfg)["total"]

@@ -46,7 +46,8 @@ MIT licence.
 
 def make_tokenizer(config: TrainConfig) -> tokenizers.Tokenizer:
     """The tokenizer that a config's vocabulary size gives."""
-    return vocabulary.train(ChatTemplate(TEMPLATE.read_text(encoding="utf-8")), config.model.vocab_size)
+    template = ChatTemplate(TEMPLATE.read_text(encoding="utf-8"))
+    return vocabulary.train(vocabulary.corpus(template), config.model.vocab_size)
 
 
 def make_generator(config: TrainConfig, made: tokenizers.Tokenizer) -> Generator:

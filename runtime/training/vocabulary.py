@@ -5,7 +5,7 @@ Digits stand alone, so that sums are read and written by place. Free of JAX.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from typing import Any
 
@@ -31,7 +31,7 @@ VISIBLE = (
     "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
 )  # fmt: skip
 STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")
-_PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def corpus(template: ChatTemplate) -> Iterator[str]:
@@ -53,12 +53,15 @@ def corpus(template: ChatTemplate) -> Iterator[str]:
             yield f"{people.told()} {people.ask(name).question}\n{people.things[name]}"
 
 
-def train(template: ChatTemplate, vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE over all 256 bytes, of exactly `vocab_size` tokens with GLM-5's own."""
+def train(texts: Iterable[str], vocab_size: int, pieces: str = PIECES) -> tokenizers.Tokenizer:
+    """A byte-level BPE over all 256 bytes, of exactly `vocab_size` tokens with GLM-5's own, learnt from `texts`.
+
+    pieces: the pattern of what no token reaches beyond. Raises `UsageError` where the texts give fewer tokens.
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.Split(Regex(pieces), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -68,7 +71,7 @@ def train(template: ChatTemplate, vocab_size: int) -> tokenizers.Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(template), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     for names, special in ((SPECIAL, True), (VISIBLE, False)):
         tokenizer.add_tokens([AddedToken(name, special=special, normalized=False) for name in names])
     found = tokenizer.get_vocab_size()
