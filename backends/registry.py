@@ -11,7 +11,7 @@ _ADAPTERS = {
     "cpu": "backends.cpu:CpuBackend",
     "cuda": "backends.cuda:CudaBackend",
     "ascend": "backends.ascend.adapter:AscendBackend",
-    "sim": "backends.sim.backend:SimBackend",
+    "sim": "backends.emulation.backend:SimBackend",
 }
 
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import hw_profiles
-from backends.number_formats import schemes
+from backends.emulation import schemes
 from hw_profiles import Profile
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
@@ -35,8 +35,8 @@ from model.tokenizer import Tokenizer
 from runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from backends.number_formats.emulation import NumberFormats
-    from backends.number_formats.fidelity import Observed
+    from backends.emulation.fidelity import Observed
+    from backends.emulation.number_formats import NumberFormats
     from runtime.engine.engine import Engine, EngineConfig
 
 BASELINE = "bf16"
@@ -123,7 +123,7 @@ def compare(
     max_tokens: greedy tokens a prompt is continued by. questions: of each task of `glm5 eval` (0: not asked).
     Raises `Unsupported` before anything runs where a profile has no units for the formats asked of it.
     """
-    from backends.number_formats.emulation import NumberFormats, formats_of
+    from backends.emulation.number_formats import NumberFormats, formats_of
 
     cfg = checkpoint.config
     wanted = [(target, formats_of(cfg, target.profile, target.formats, target.kv)) for target in targets]
@@ -178,7 +178,7 @@ def compare(
 
 
 def _observe(checkpoint: Checkpoint, formats: NumberFormats, sequences: Sequence[np.ndarray]) -> list[Observed]:
-    from backends.number_formats.fidelity import Observer, load
+    from backends.emulation.fidelity import Observer, load
 
     observer = Observer(checkpoint.config, load(checkpoint, formats), formats)
     return [observer.run(tokens) for tokens in sequences]
@@ -186,7 +186,7 @@ def _observe(checkpoint: Checkpoint, formats: NumberFormats, sequences: Sequence
 
 def _engine(checkpoint: Checkpoint, formats: NumberFormats, limits: EngineConfig) -> Engine:
     """An engine on the host that computes in these formats."""
-    from backends.number_formats.host import Converted, EmulatedCpu
+    from backends.emulation.host import Converted, EmulatedCpu
     from runtime.engine.load import load_engine
 
     return load_engine(Converted(checkpoint.path, formats), EmulatedCpu(formats), limits, formats.dtype, keep_fp8=True)

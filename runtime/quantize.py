@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.number_formats.schemes import Scheme
+from backends.emulation.schemes import Scheme
 from model import quantised
 from model.checkpoint import (
     FP8_CONFIG,

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from backends import registry
-from backends.export.forms_table import forms
+from backends.toolchains.forms_table import forms
 from model.ops import OPS, Op
 
 DEFAULT = Path(__file__).resolve().parent.parent / "docs" / "ops.md"

@@ -23,8 +23,8 @@ from backends.ascend import compiler, om
 from backends.ascend.lowerings import Options
 from backends.ascend.writer import write
 from backends.errors import ArtifactError, BackendUnavailable
-from backends.export.walker import Graph, port
 from backends.interface import Artifact, Backend, Capabilities, Device, Executable, Program
+from backends.toolchains.walker import Graph, port
 
 FORMAT, PLATFORM = "onnx-atc", "ascend"
 

@@ -1,4 +1,4 @@
-"""Ops of the contract as CANN operators, in ONNX nodes: what `backends/export/onnx.py` calls for each op it meets.
+"""Ops of the contract as CANN operators, in ONNX nodes: what `backends/toolchains/onnx.py` calls for each op it meets.
 
 A lowering returns its results, or declines: the op is then decomposed into operators that ATC has registered. What a
 kernel takes is in `cann_operators.toml`; each refusal is recorded with its reason, and the package's README lists them.
@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from backends.ascend import constraints
 from backends.ascend.catalog import CannOperator, cann_operators
-from backends.export.onnx import CustomOp, OnnxTarget, Ref
-from backends.export.walker import OpCall, Port
+from backends.toolchains.onnx import CustomOp, OnnxTarget, Ref
+from backends.toolchains.walker import OpCall, Port
 
 Fused = Literal["all", "shipped", "none"]
 FUSED: tuple[Fused, ...] = ("all", "shipped", "none")

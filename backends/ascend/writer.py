@@ -10,8 +10,8 @@ import onnx
 
 from backends.ascend.lowerings import Lowerings, Options, is_latent, split_port
 from backends.errors import Unsupported
-from backends.export.onnx import OnnxTarget, OpForm, Written, onnx_type
-from backends.export.walker import Graph, walk
+from backends.toolchains.onnx import OnnxTarget, OpForm, Written, onnx_type
+from backends.toolchains.walker import Graph, walk
 
 
 @dataclasses.dataclass(frozen=True)

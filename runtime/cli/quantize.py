@@ -33,7 +33,7 @@ def quantize(
         raise UsageError("give --formats, or --profile to take an accelerator's own")
 
     import hw_profiles
-    from backends.number_formats import schemes
+    from backends.emulation import schemes
     from model.checkpoint import Checkpoint
     from runtime.engine.load import embedded_checkpoint
     from runtime.quantize import quantize as write

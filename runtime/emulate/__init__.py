@@ -1,6 +1,6 @@
 """Running a plan on emulated devices: real tokens, virtual time.
 
-    plan -> grid, limits, servers     deploy.py     what backends.sim needs, from a `Plan`
+    plan -> grid, limits, servers     deploy.py     what backends.spmd needs, from a `Plan`
          -> every device's memory     deploy.py     counted before anything is loaded
     requests -> simulation            live.py       the serving simulator decides each step and what it costs;
                                                     ending a step runs it on the server, ragged batch and all

@@ -1,4 +1,4 @@
-"""From a plan to what `backends.sim` runs: the layout where none is given, memory limits, grids, the priced clock."""
+"""From a plan to what `backends.spmd` runs: the layout where none is given, memory limits, grids, the priced clock."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import hw_profiles
-from backends.sim.grid import Grid, Slots
-from backends.sim.memory import Limits, Memory, account
+from backends.emulation.memory import Limits, Memory, account
+from backends.spmd.grid import Grid, Slots
 from hw_profiles import Profile
 from model.cache import layer_bytes_per_token
 from model.config import Gqa, ModelConfig

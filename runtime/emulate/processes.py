@@ -29,7 +29,7 @@ from runtime.errors import RuntimeFailure, UsageError
 
 if TYPE_CHECKING:
     from backends.interface import Backend
-    from backends.sim.processes import Processes
+    from backends.spmd.processes import Processes
     from runtime.planner.plan import Plan
 
 EXPECTED = (ModelError, BackendError, ProfileError, RuntimeFailure)
@@ -174,7 +174,7 @@ def connect(place: Place, backend: Backend, dtype: str | None, plan: Plan, asked
     """
     import jax
 
-    from backends.sim.processes import Processes, agree, join
+    from backends.spmd.processes import Processes, agree, join
     from backends.xla import XlaBackend
 
     assert isinstance(backend, XlaBackend)

@@ -19,10 +19,10 @@ from runtime.planner.plan import Plan, Pool, profile_of
 if TYPE_CHECKING:
     import numpy as np
 
+    from backends.emulation.backend import SimBackend
     from backends.interface import Backend
-    from backends.sim.backend import SimBackend
-    from backends.sim.cluster import Cluster, NumberFormats
-    from backends.sim.processes import Processes
+    from backends.spmd.cluster import Cluster, NumberFormats
+    from backends.spmd.processes import Processes
     from model.checkpoint import Checkpoint, Group
     from model.weights import Quantized, Weight
     from runtime.emulate.live import Outcome
@@ -72,7 +72,7 @@ def _planned(cfg: ModelConfig, options: Options) -> Plan:
 
 
 def _on_the_spot(cfg: ModelConfig, options: Options) -> Plan:
-    from backends.number_formats.schemes import cache_of_profile, of_profile
+    from backends.emulation.schemes import cache_of_profile, of_profile
     from runtime.deploy import default_kv
 
     if options.profile is None:
@@ -115,8 +115,8 @@ def serve(
     trace: the file to write the devices' timelines to. clock: what prices the steps; by default as the plan's
     profiles do. Raises `UsageError` for a prompt that the model cannot serve.
     """
-    from backends.sim.backend import SimBackend
-    from backends.sim.processes import Processes
+    from backends.emulation.backend import SimBackend
+    from backends.spmd.processes import Processes
     from runtime.emulate.live import emulate
     from runtime.emulate.timeline import write
     from runtime.engine.request import check_request
@@ -161,7 +161,7 @@ def serve(
 
 def _clusters(checkpoint: Checkpoint, backend: SimBackend | Processes, pool: Pool) -> list[Cluster]:
     """The devices of a pool's servers in turn: emulated ones are the same for all, those of processes are not."""
-    from backends.sim.backend import SimBackend
+    from backends.emulation.backend import SimBackend
 
     cfg = checkpoint.config
     grid = deploy.grid_of(cfg, pool)
@@ -202,8 +202,8 @@ def number_formats(cfg: ModelConfig, pool: Pool) -> NumberFormats | None:
     """What the pool's chip rounds; None where everything is float32. Raises `Unsupported`."""
     if pool.formats.wide == "f32":
         return None
-    from backends.number_formats.emulation import formats_of
-    from backends.number_formats.schemes import SCHEMES
+    from backends.emulation.number_formats import formats_of
+    from backends.emulation.schemes import SCHEMES
 
     wanted = (pool.formats.weights, pool.formats.experts)
     name = next((name for name, each in SCHEMES.items() if (each.dense, each.experts) == wanted), "/".join(wanted))

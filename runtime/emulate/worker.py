@@ -29,7 +29,7 @@ _SLACK = 8  # an existing program is used for up to this many times the work
 
 
 class Server(Protocol):
-    """What runs batches: `backends.sim.cluster.Server`."""
+    """What runs batches: `backends.spmd.cluster.Server`."""
 
     pages: int
     page_size: int

@@ -19,9 +19,9 @@ import numpy as np
 
 from backends.ascend import atc, catalog, plugin
 from backends.ascend.lowerings import FUSED, Options, is_latent, split_port
+from backends.emulation.schemes import SCHEMES
 from backends.errors import Unsupported
-from backends.export.walker import Graph, Port
-from backends.number_formats.schemes import SCHEMES
+from backends.toolchains.walker import Graph, Port
 from hw_profiles import Profile
 from model.config import LayerType
 from model.weights import layer_weights

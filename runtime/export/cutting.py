@@ -6,7 +6,7 @@ import dataclasses
 from importlib.util import find_spec
 from pathlib import Path
 
-from backends.sim.grid import Grid, Slots
+from backends.spmd.grid import Grid, Slots
 from model.config import ModelConfig
 from runtime.errors import UsageError
 from runtime.export.manifest import Gear

@@ -18,9 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-from backends.export.cut import Exchange
-from backends.export.walker import Graph, Port
-from backends.sim.grid import Grid
+from backends.spmd.grid import Grid
+from backends.toolchains.cut import Exchange
+from backends.toolchains.walker import Graph, Port
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from runtime.errors import UsageError

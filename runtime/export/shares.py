@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from backends.sim.grid import Grid
-from backends.sim.shard import is_split, parts, split_dim
+from backends.spmd.grid import Grid
+from backends.spmd.shard import is_split, parts, split_dim
 from model.checkpoint import Checkpoint, groups
 from model.config import ModelConfig
 from model.weights import Quantized, Weight

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
-from backends.export.cut import Exchange, cut
-from backends.export.walker import Graph
-from backends.sim.grid import Grid, Slots, slot_layout
-from backends.sim.shard import local_shape, split_dim
+from backends.spmd.grid import Grid, Slots, slot_layout
+from backends.spmd.shard import local_shape, split_dim
+from backends.toolchains.cut import Exchange, cut
+from backends.toolchains.walker import Graph
 from model import abstract, graph, ops
 from model.cache import CacheRow, cache_rows
 from model.config import Gqa, LayerType, ModelConfig

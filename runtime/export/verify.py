@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backends.sim.grid import Grid
+from backends.spmd.grid import Grid
 from model import graph
 from model.cache import cache_rows
 from model.checkpoint import Checkpoint

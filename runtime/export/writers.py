@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from backends.errors import Unsupported
-from backends.export.walker import Graph
+from backends.toolchains.walker import Graph
 from runtime.export.manifest import Manifest, Step
 from runtime.export.package import op_uses, values
 
@@ -30,7 +30,7 @@ class StableHloWriter:
     packages: tuple[str, ...] = ()
 
     def write(self, graph: Graph, folder: Path, stem: str) -> Step:
-        from backends.export import stablehlo
+        from backends.toolchains import stablehlo
 
         files = {}
         for platform in stablehlo.PLATFORMS:
@@ -54,7 +54,7 @@ class OnnxWriter:
     def write(self, graph: Graph, folder: Path, stem: str) -> Step:
         import onnx
 
-        from backends.export import onnx as target
+        from backends.toolchains import onnx as target
 
         written = target.write(graph)
         try:
@@ -75,8 +75,8 @@ class TorchWriter:
     packages: tuple[str, ...] = ("torch",)
 
     def write(self, graph: Graph, folder: Path, stem: str) -> Step:
-        from backends.export import stablehlo
-        from backends.export import torch as target
+        from backends.toolchains import stablehlo
+        from backends.toolchains import torch as target
 
         (folder / f"{stem}.pt2").write_bytes(target.write(graph))
         found = Counter({(name, "decomposed", "aten"): n for name, n in stablehlo.ops(graph).items()})

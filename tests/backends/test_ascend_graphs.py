@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from backends.ascend.lowerings import Options
 from backends.ascend.writer import AscendGraph, write
-from backends.export.walker import Graph, port
+from backends.toolchains.walker import Graph, port
 from model import ops
 from tests.backends.cann_reference import OPERATORS
 

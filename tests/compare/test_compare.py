@@ -102,8 +102,8 @@ def test_fewer_bits_cost_more(made: tuple[dict[str, Any], str]) -> None:
 def test_the_engine_computes_the_same(made: tuple[dict[str, Any], str], checkpoint: Path) -> None:
     """A prompt through the serving engine, paged and chunked, in the chip's formats: the logits of the one pass that
     the comparison makes, but for what another order of 16-bit roundings does."""
-    from backends.number_formats.emulation import formats_of
-    from backends.number_formats.fidelity import Observer, load
+    from backends.emulation.fidelity import Observer, load
+    from backends.emulation.number_formats import formats_of
     from model.checkpoint import Checkpoint
     from runtime.engine.engine import EngineConfig
     from runtime.engine.request import Request

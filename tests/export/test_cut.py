@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from backends.export.cut import Exchange, cut
-from backends.export.walker import Graph
-from backends.sim.grid import Grid
+from backends.spmd.grid import Grid
+from backends.toolchains.cut import Exchange, cut
+from backends.toolchains.walker import Graph
 from model.config import load_config
 from runtime.artifact.executor import executor
 from runtime.artifact.runner import collective

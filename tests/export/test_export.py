@@ -90,7 +90,7 @@ def test_the_embedded_checkpoint(tmp_path: Path, format: str, layout: tuple[obje
 
 def test_a_wrong_package_is_not_exported(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check can fail: a graph whose norm is a little off leaves no folder."""
-    from backends.export import onnx_ops
+    from backends.toolchains import onnx_ops
 
     honest = onnx_ops.BODIES["glm.rms_norm"]
 

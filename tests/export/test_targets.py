@@ -17,12 +17,12 @@ import torch
 from jax import lax
 
 from backends.errors import Unsupported
-from backends.export import onnx as onnx_target
-from backends.export import stablehlo
-from backends.export import torch as torch_target
-from backends.export.forms_table import TORCH, forms
-from backends.export.onnx_ops import BODIES
-from backends.export.walker import Graph, port
+from backends.toolchains import onnx as onnx_target
+from backends.toolchains import stablehlo
+from backends.toolchains import torch as torch_target
+from backends.toolchains.forms_table import TORCH, forms
+from backends.toolchains.onnx_ops import BODIES
+from backends.toolchains.walker import Graph, port
 from model.ops import OPS
 from tests.model.test_op_contract import EXAMPLES, call, values
 

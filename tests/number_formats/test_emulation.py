@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import hw_profiles
-from backends.number_formats import products, rounding, schemes
-from backends.number_formats.emulation import NumberFormats, formats_of
-from backends.number_formats.fidelity import Observer, load
+from backends.emulation import products, rounding, schemes
+from backends.emulation.fidelity import Observer, load
+from backends.emulation.number_formats import NumberFormats, formats_of
 from model import graph, quantised
 from model.checkpoint import Checkpoint, groups, save
 from model.config import from_hf

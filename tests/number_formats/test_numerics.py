@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backends.number_formats import products, rounding
+from backends.emulation import products, rounding
 from model import quantised
 from model.quantised import E2M1, E4M3, INT4, INT8, dequantise, quantise
 

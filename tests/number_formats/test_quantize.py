@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backends.number_formats.schemes import SCHEMES
+from backends.emulation.schemes import SCHEMES
 from model import quantised
 from model.checkpoint import Checkpoint, groups, stored_shape
 from model.quantised import INT4, LAYOUTS, Matrix, dequantise, quantise, spell

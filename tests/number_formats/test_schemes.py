@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import hw_profiles
+from backends.emulation import schemes
+from backends.emulation.number_formats import formats_of
 from backends.errors import Unsupported
-from backends.number_formats import schemes
-from backends.number_formats.emulation import formats_of
 from hw_profiles.fields import WEIGHT_SCHEMES
 from model.config import load_config
 from model.ops import OPS

@@ -13,7 +13,7 @@ import json
 import sys
 import time
 
-from backends.sim.grid import MOST_HOSTS
+from backends.spmd.grid import MOST_HOSTS
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from runtime.errors import UsageError

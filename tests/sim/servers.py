@@ -12,7 +12,7 @@ import numpy as np
 
 import hw_profiles
 from backends import registry
-from backends.sim.backend import SimBackend
+from backends.emulation.backend import SimBackend
 from model.checkpoint import Checkpoint, save
 from model.config import ModelConfig, from_hf
 from runtime.deploy import make_engine

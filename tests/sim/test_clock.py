@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import hw_profiles
-from backends.sim.backend import SimBackend
+from backends.emulation.backend import SimBackend
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from runtime.emulate.session import serve

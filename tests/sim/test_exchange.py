@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from backends.sim.cluster import Cluster
-from backends.sim.grid import Grid, Slots
+from backends.spmd.cluster import Cluster
+from backends.spmd.grid import Grid, Slots
 from model import graph
 from model.cache import cache_rows
 from model.checkpoint import Checkpoint

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from backends.sim.cluster import Cluster
-from backends.sim.memory import Limits, account
-from backends.sim.stages import Held
+from backends.emulation.memory import Limits, account
+from backends.spmd.cluster import Cluster
+from backends.spmd.stages import Held
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.graph import Batch, Carried, Mode

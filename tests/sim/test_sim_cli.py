@@ -99,7 +99,7 @@ def test_out_of_memory_names_the_tensor(small: Path, tmp_path: Path, planned: bo
 
 def test_memory_runs_out_tensor_by_tensor(tiny: Checkpoint) -> None:
     """As memory shrinks, the tensor that does not fit comes earlier in the order of loading, and less fits before."""
-    from backends.sim.memory import Limits, OutOfMemory, account
+    from backends.emulation.memory import Limits, OutOfMemory, account
     from runtime.emulate.deploy import grid_of
 
     cfg = tiny.config

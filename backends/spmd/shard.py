@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.sim.grid import Grid
+from backends.spmd.grid import Grid
 from model.weights import Quantized, Weight
 
 _BLOCKS = (128, 64, 32, 16)  # entries of a dim that may share a scale

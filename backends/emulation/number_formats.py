@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from backends.number_formats import rounding, schemes
-from backends.number_formats.products import product
-from backends.number_formats.schemes import CacheFormat, Scheme
+from backends.emulation import rounding, schemes
+from backends.emulation.products import product
+from backends.emulation.schemes import CacheFormat, Scheme
 from hw_profiles import Profile
 from model import quantised
 from model.config import Mla, ModelConfig

@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from backends.export.forms import dtype_of, product_form, shape_of
+from backends.toolchains.forms import dtype_of, product_form, shape_of
 
 if TYPE_CHECKING:
-    from backends.export.onnx import OnnxTarget, Ref
+    from backends.toolchains.onnx import OnnxTarget, Ref
 
 
 @dataclasses.dataclass(frozen=True)

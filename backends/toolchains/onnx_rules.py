@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from backends.errors import Unsupported
-from backends.export.forms import dtype_of, shape_of
-from backends.export.onnx_indexing import dynamic_slice, gather, scatter
-from backends.export.onnx_products import dot_general
+from backends.toolchains.forms import dtype_of, shape_of
+from backends.toolchains.onnx_indexing import dynamic_slice, gather, scatter
+from backends.toolchains.onnx_products import dot_general
 
 if TYPE_CHECKING:
-    from backends.export.onnx import OnnxTarget, Ref
+    from backends.toolchains.onnx import OnnxTarget, Ref
 
 Rule = Callable[..., Any]
 

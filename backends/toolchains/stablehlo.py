@@ -15,7 +15,7 @@ import jax
 from jax import export
 from jax.extend import core as jex
 
-from backends.export.walker import Graph
+from backends.toolchains.walker import Graph
 
 PLATFORMS = ("cpu", "cuda")
 

@@ -8,8 +8,8 @@ import jax
 
 from backends.cpu import CpuBackend
 from backends.errors import BackendUnavailable
-from backends.sim.cluster import Cluster, NumberFormats
-from backends.sim.grid import MOST_HOSTS, Grid
+from backends.spmd.cluster import Cluster, NumberFormats
+from backends.spmd.grid import MOST_HOSTS, Grid
 from model.config import ModelConfig
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from backends.ascend.operators import cann_form
-from backends.export.onnx_ops import BODIES
+from backends.toolchains.onnx_ops import BODIES
 from model.ops import OPS
 
 TORCH: dict[str, str] = {

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backends.export.walker import OpCall
+from backends.toolchains.walker import OpCall
 
 if TYPE_CHECKING:
-    from backends.export.onnx import OnnxTarget, Ref
+    from backends.toolchains.onnx import OnnxTarget, Ref
 
 Body = Callable[["OnnxTarget", OpCall[Any], "Sequence[Ref]"], "Sequence[Ref] | None"]
 

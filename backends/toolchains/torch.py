@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from backends.export.forms import Bounds, Pick, Take, gather_form, product_form, scatter_form
-from backends.export.walker import Graph, Target, walk
+from backends.toolchains.forms import Bounds, Pick, Take, gather_form, product_form, scatter_form
+from backends.toolchains.walker import Graph, Target, walk
 
 Tensor = torch.Tensor
 DTYPES = {

@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from backends.errors import BackendUnavailable
-from backends.sim.grid import Grid
-from backends.sim.shard import Axes, is_split, parts
+from backends.spmd.grid import Grid
+from backends.spmd.shard import Axes, is_split, parts
 
 Body = Callable[..., Any]
 _P = PartitionSpec

@@ -13,7 +13,7 @@ from typing import Any
 
 from jax.extend import core as jex
 
-from backends.export.walker import Graph, Port, live, port
+from backends.toolchains.walker import Graph, Port, live, port
 
 _COLLECTIVES = {
     "psum": "all_reduce",

@@ -20,10 +20,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from backends.errors import BackendUnavailable
-from backends.sim.cluster import Cluster, Float32
-from backends.sim.grid import Grid
-from backends.sim.shard import Axes, is_split, parts
-from backends.sim.stages import Body, Hosts
+from backends.spmd.cluster import Cluster, Float32
+from backends.spmd.grid import Grid
+from backends.spmd.shard import Axes, is_split, parts
+from backends.spmd.stages import Body, Hosts
 from model.config import ModelConfig
 
 _PATIENCE_SECONDS = 3600  # for collectives: a process may compile much longer than another; heartbeats see lost ones

@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from backends.number_formats import rounding
+from backends.emulation import rounding
 from model.ops import full_scale
 from model.quantised import BF16, CARRIER, E2M1, E4M3, E4M3_MAX, E8M0, INT8
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backends.export.forms import Along, Bounds, Pick, Take, gather_form, scatter_form, shape_of
+from backends.toolchains.forms import Along, Bounds, Pick, Take, gather_form, scatter_form, shape_of
 
 if TYPE_CHECKING:
-    from backends.export.onnx import OnnxTarget, Ref
+    from backends.toolchains.onnx import OnnxTarget, Ref
 
 Rule = Callable[..., Any]
 

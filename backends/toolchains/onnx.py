@@ -22,7 +22,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from backends.errors import Unsupported
-from backends.export.walker import Graph, OpCall, Port, Target, walk
+from backends.toolchains.walker import Graph, OpCall, Port, Target, walk
 from model.ops import OPS
 
 OPSET, IR_VERSION, DOMAIN = 18, 8, "glm"
@@ -112,8 +112,8 @@ class OnnxTarget(Target[Ref]):
     name = "onnx"
 
     def __init__(self, custom: Mapping[str, CustomOp], functions: bool, narrow_products: bool):
-        from backends.export.onnx_ops import BODIES
-        from backends.export.onnx_rules import CALLS, RULES
+        from backends.toolchains.onnx_ops import BODIES
+        from backends.toolchains.onnx_rules import CALLS, RULES
 
         self.rules, self.calls, self.bodies = RULES, CALLS, BODIES
         self.custom, self.functions, self.narrow_products = custom, functions, narrow_products

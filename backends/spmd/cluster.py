@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from backends.sim.grid import MOST_HOSTS, Grid, slot_layout
-from backends.sim.memory import stage_outer
-from backends.sim.shard import divisible, parts, split_dim
-from backends.sim.stages import Hosts, Mapped, Stage
+from backends.emulation.memory import stage_outer
+from backends.spmd.grid import MOST_HOSTS, Grid, slot_layout
+from backends.spmd.shard import divisible, parts, split_dim
+from backends.spmd.stages import Hosts, Mapped, Stage
 from model import graph, ops
 from model.cache import cache_rows
 from model.config import ModelConfig
@@ -29,7 +29,7 @@ Pages = list[dict[str, np.ndarray]]
 
 
 class NumberFormats(Protocol):
-    """An emulated chip's number formats; see `backends.sim`."""
+    """An emulated chip's number formats; see `backends.spmd`."""
 
     @property
     def dtype(self) -> str: ...

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.cpu import CpuBackend
-from backends.number_formats.emulation import NumberFormats
+from backends.emulation.number_formats import NumberFormats
 from model.checkpoint import Checkpoint, Convert, Put
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backends.number_formats.emulation import NumberFormats
+from backends.emulation.number_formats import NumberFormats
 from model import graph, ops
 from model.cache import cache_rows
 from model.checkpoint import Checkpoint

@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable, Mapping
 
 from backends.errors import BackendError
-from backends.sim.grid import Grid
-from backends.sim.shard import local_shape
+from backends.spmd.grid import Grid
+from backends.spmd.shard import local_shape
 from model.cache import cache_rows
 from model.config import ModelConfig
 from model.weights import Weight, layer_weights, outer_weights

@@ -18,7 +18,7 @@ What it stands on is plain data (`grid.py`): backends do not import the runtime,
 
 Number formats
 --------------
-An emulated chip's formats are one object, made by `backends.number_formats` and used here at three places only.
+An emulated chip's formats are one object, made by `backends.emulation` and used here at three places only.
 Nothing in this folder looks at what a format does:
 
     class NumberFormats(Protocol):
