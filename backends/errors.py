@@ -7,8 +7,10 @@ BackendError
 └── ArtifactError       an artifact that is damaged, of another version, or for another platform
 """
 
+from foundation.errors import Failure
 
-class BackendError(Exception):
+
+class BackendError(Failure):
     """Base of every expected failure in `backends`."""
 
 

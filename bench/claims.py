@@ -12,12 +12,12 @@ import numpy as np
 
 import hw_profiles
 from model.config import LayerType, ModelConfig, load_config
-from runtime.cost.oplist import Sizes
-from runtime.deploy import Built, Spec, build, make_engine, model_override
 from runtime.layout import Layout, formats
+from runtime.pricing.oplist import Sizes
+from runtime.pricing.trace import PAGE_SIZE, trace
 from runtime.serving import Uniform, bench_serving, closed_loop, simulate
 from runtime.serving.pricing import BatchShape
-from runtime.trace import PAGE_SIZE, trace
+from runtime.simulation.build import Built, Spec, build, make_engine, model_override
 
 CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536, 131072, 200704)
 SEARCHED = range(2048, 200705, 2048)

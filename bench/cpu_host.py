@@ -25,13 +25,13 @@ from backends import registry
 from bench.decode import DECODE_STEPS, PROMPT, Ours, make_checkpoint
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
-from runtime.calibrate import Effort, measure, profile
-from runtime.deploy import Spec, build, make_engine
-from runtime.engine.engine import EngineConfig
-from runtime.engine.load import load_engine
-from runtime.engine.request import Request
+from runtime.execution.local.engine import EngineConfig
+from runtime.execution.local.load import load_engine
+from runtime.execution.local.request import Request
 from runtime.layout import Layout, formats
+from runtime.porting.calibrate import Effort, measure, profile
 from runtime.serving.pricing import BatchShape
+from runtime.simulation.build import Spec, build, make_engine
 
 REPEATS = 3
 CONTEXT = PROMPT + DECODE_STEPS // 2

@@ -29,10 +29,10 @@ from model.checkpoint import Checkpoint, save
 from model.config import ModelConfig, from_hf
 from model.graph import Batch, Mode
 from model.weights import Quantized, Weight, layer_weights, outer_weights, parameter_counts
-from runtime.engine.engine import EngineConfig
-from runtime.engine.load import embedded_checkpoint, load_engine
-from runtime.engine.programs import Programs
-from runtime.engine.request import Request
+from runtime.execution.local.engine import EngineConfig
+from runtime.execution.local.load import embedded_checkpoint, load_engine
+from runtime.execution.local.programs import Programs
+from runtime.execution.local.request import Request
 
 LARGE: dict[str, Any] = {
     "model_type": "glm_moe_dsa", "vocab_size": 32768, "hidden_size": 2048, "intermediate_size": 8192,

@@ -29,8 +29,8 @@ from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.graph import Batch, Mode
 from model.weights import parameter_counts
-from runtime.engine.engine import EngineConfig
-from runtime.engine.load import load_engine
+from runtime.execution.local.engine import EngineConfig
+from runtime.execution.local.load import load_engine
 
 PROMPT, DECODE_STEPS = 256, 24
 

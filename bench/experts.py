@@ -13,7 +13,7 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from runtime.planner.experts import place_experts, split_unevenly
+from runtime.planning.experts import place_experts, split_unevenly
 from tests.planner.eplb_reference import eplb, max_over_mean, power_law_suite
 
 # alpha, devices, nodes, slots, seconds of EPLB itself

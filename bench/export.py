@@ -26,14 +26,16 @@ from backends import registry
 from model.checkpoint import Checkpoint
 from model.config import load_config
 from model.graph import Batch, Mode
-from runtime.artifact.executor import executor_of
-from runtime.artifact.generate import Package
-from runtime.artifact.runner import Batch as PackageBatch
-from runtime.engine.engine import EngineConfig
-from runtime.engine.load import embedded_checkpoint, load_engine
-from runtime.export import cutting, package
-from runtime.export.manifest import Manifest
+from runtime.deployment.manifest import Manifest
+from runtime.execution.local.engine import EngineConfig
+from runtime.execution.local.load import embedded_checkpoint, load_engine
+from runtime.execution.package.executor import executor_of
+from runtime.execution.package.generate import Package
+from runtime.execution.package.runner import Batch as PackageBatch
 from runtime.layout import Layout
+from runtime.porting.export import options as cutting
+from runtime.porting.export import package
+from runtime.porting.export.job import ExportJob
 
 PAGE, CONTEXT, START = 64, 512, 256
 
@@ -46,7 +48,7 @@ def export(folder: Path, fmt: str, batch: int, model: str | None = None) -> tupl
     placed = cutting.from_layout(cfg, Layout(tp=8 if model else 1))
     phases = ("decode",) if model else ("prefill", "decode")
     context = str(4096 if model else CONTEXT)
-    request = package.Request(
+    request = ExportJob(
         cfg=cfg,
         checkpoint=opened,
         format=fmt,  # type: ignore[arg-type]

@@ -16,14 +16,14 @@ from typing import Any
 
 import hw_profiles
 from model.config import load_config
+from runtime.deployment.plan import Demand, Plan, Predicted
 from runtime.layout import Layout
-from runtime.planner.contender import Contender, Part, plan_of
-from runtime.planner.estimate import Estimate
-from runtime.planner.options import Question, make_option
-from runtime.planner.pairs import transfer_of
-from runtime.planner.plan import Demand, Plan, Predicted
-from runtime.planner.predict import predicted, simulate_plan
-from runtime.planner.search import Chips, search
+from runtime.planning.contender import Contender, Part, plan_of
+from runtime.planning.estimate import Estimate
+from runtime.planning.options import Question, make_option
+from runtime.planning.pairs import transfer_of
+from runtime.planning.predict import predicted, simulate_plan
+from runtime.planning.search import Chips, search
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
 BEGIN, END = "<!-- begin: made by `python -m bench.recipes` -->", "<!-- end -->"

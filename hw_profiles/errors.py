@@ -9,8 +9,10 @@ ProfileError            every expected failure; each line of str() says what to 
 
 from collections.abc import Sequence
 
+from foundation.errors import Failure
 
-class ProfileError(Exception):
+
+class ProfileError(Failure):
     """Base of every expected failure. `problems` holds the lines, `str()` joins them."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:

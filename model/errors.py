@@ -6,8 +6,10 @@ ModelError
 └── TokenizerError    no tokenizer or chat template, or a template the sandbox refuses
 """
 
+from foundation.errors import Failure
 
-class ModelError(Exception):
+
+class ModelError(Failure):
     """Base of every expected failure in `model`."""
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from foundation.errors import UsageError
 from model.cache import CacheFormat
 from model.config import Gqa, Mla, ModelConfig
 from model.weights import Weight
-from runtime.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,19 +24,19 @@ JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # Only these modules, and those below them, may need JAX. Of backends, none is imported here.
 MODEL_WITHOUT_JAX = ("config", "weights", "cache", "quantised", "checkpoint", "tokenizer", "errors", "safetensors_file")
 RUNTIME_WITH_JAX = (
-    "runtime.trace",
-    "runtime.calibrate",
-    "runtime.emulate.",
-    "runtime.engine.",
+    "runtime.pricing.trace",
+    "runtime.porting.calibrate",
+    "runtime.execution.cluster.",
+    "runtime.execution.local.",
     "runtime.training.",
-    "runtime.export.ascend",
-    "runtime.export.cutting",
-    "runtime.export.package",
-    "runtime.export.shares",
-    "runtime.export.units",
-    "runtime.export.verify",
-    "runtime.export.writers",
-    "runtime.artifact.xla",
+    "runtime.porting.export.ascend",
+    "runtime.porting.export.options",
+    "runtime.porting.export.package",
+    "runtime.porting.export.shares",
+    "runtime.porting.export.units",
+    "runtime.porting.export.verify",
+    "runtime.porting.export.writers",
+    "runtime.execution.package.xla",
 )
 
 
@@ -140,12 +140,16 @@ def test_the_rules_cover_what_is_there() -> None:
     names = modules(ROOT)
     assert {f"model.{name}" for name in MODEL_WITHOUT_JAX} <= set(names)
     assert "model.graph" in names and not without_jax("model.graph")
-    assert without_jax("runtime.planner.search") and without_jax("runtime.cli") and without_jax("runtime.engines")
+    assert (
+        without_jax("runtime.planning.search")
+        and without_jax("runtime.cli")
+        and without_jax("runtime.deployment.engines")
+    )
     for name in (
-        "runtime.trace",
+        "runtime.pricing.trace",
         "runtime.trace_walk",
-        "runtime.engine",
-        "runtime.engine.pages",
+        "runtime.execution.local",
+        "runtime.execution.local.pages",
         "runtime.training.loss",
     ):
         assert not without_jax(name)
@@ -176,7 +180,7 @@ def tree(root: Path, path: str, source: str) -> Path:
         ("hw_profiles/bad.py", "import numpy"),
         ("runtime/planner/bad.py", "import jax.numpy as jnp"),
         ("runtime/planner/bad.py", "def f():\n    from jax import lax"),
-        ("runtime/cost.py", "try:\n    import flax\nexcept ImportError:\n    pass"),
+        ("runtime/pricing.py", "try:\n    import flax\nexcept ImportError:\n    pass"),
         ("model/config.py", "import jax"),
     ],
 )
@@ -189,7 +193,7 @@ def test_a_violation_is_caught(tmp_path: Path, path: str, source: str) -> None:
     ("path", "source"),
     [
         ("runtime/cli.py", "import backends.cpu, model.config, hw_profiles\nfrom . import cost\nimport numpy"),
-        ("runtime/trace.py", "import jax"),
+        ("runtime/pricing/trace.py", "import jax"),
         ("runtime/engine/loop.py", "import jax\nfrom ..serving import kv_pool"),
         ("runtime/training/step.py", "import jax"),
         ("backends/cpu.py", "import jax\nfrom model import graph\nfrom hw_profiles import loader"),
@@ -203,9 +207,9 @@ def test_what_is_allowed_passes(tmp_path: Path, path: str, source: str) -> None:
 
 def test_jax_behind_another_module_is_caught(tmp_path: Path) -> None:
     """No import of JAX in the planner's own text, but one below it: only importing shows that."""
-    tree(tmp_path, "runtime/planner/search.py", "from model import ops\nfrom model import config")
+    tree(tmp_path, "runtime/planning/search.py", "from model import ops\nfrom model import config")
     tree(tmp_path, "model/ops.py", "import jax")
     (tmp_path / "model" / "config.py").write_text("")
     assert violations(tmp_path) == []
     (found,) = failed_imports(tmp_path)
-    assert found.startswith("runtime.planner.search: ModuleNotFoundError") and "jax" in found
+    assert found.startswith("runtime.planning.search: ModuleNotFoundError") and "jax" in found

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from foundation.errors import UsageError
 from model.config import load_config, preset_names
 from model.weights import layer_weights, outer_weights
-from runtime.errors import UsageError
 from runtime.layout import Formats, Layout, checkpoint_scheme, formats, is_sparse
 
 POWERS = st.sampled_from((1, 2, 4, 8))

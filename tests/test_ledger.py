@@ -9,15 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hw_profiles
+from foundation.errors import CapacityError
 from model.config import ModelConfig, load_config
 from model.weights import layer_weights, outer_weights
-from runtime.cost.oplist import Sizes
-from runtime.deploy import Spec, make_engine, memory
-from runtime.engines import Engine
-from runtime.engines import load as load_engine
-from runtime.errors import CapacityError
-from runtime.layout import SCHEMES, Formats, Layout, formats
-from runtime.ledger import (
+from runtime.deployment.engines import Engine
+from runtime.deployment.engines import load as load_engine
+from runtime.deployment.ledger import (
     Ledger,
     activation_bytes,
     fullest,
@@ -25,7 +22,10 @@ from runtime.ledger import (
     stage_ledgers,
     stage_weight_bytes,
 )
-from runtime.trace import trace
+from runtime.layout import SCHEMES, Formats, Layout, formats
+from runtime.pricing.oplist import Sizes
+from runtime.pricing.trace import trace
+from runtime.simulation.build import Spec, make_engine, memory
 
 MODELS = ("glm-5-fp8", "glm-5.2", "deepseek-v3.2", "glm-4.5", "glm-4.7-flash", "kimi-k2")
 

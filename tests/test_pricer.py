@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hw_profiles
+from foundation.errors import UsageError
 from model.config import load_config
-from runtime.cost.oplist import Sizes
-from runtime.cost.price import PriceError, total
-from runtime.cost.prices import label, outside_attention, price
-from runtime.deploy import Built, Spec, build, make_engine
-from runtime.errors import UsageError
 from runtime.layout import Layout, formats
-from runtime.pricer import relative_error, token_grid
+from runtime.pricing.oplist import Sizes
+from runtime.pricing.price import PriceError, total
+from runtime.pricing.pricer import relative_error, token_grid
+from runtime.pricing.prices import label, outside_attention, price
 from runtime.serving.pricing import BOUNDS, GRADES, BatchShape, StepPrice
+from runtime.simulation.build import Built, Spec, build, make_engine
 
 H200, NPU = "h200-sxm", "ascend-910c-die"
 BANDWIDTH = "chip.memory.bandwidth_bytes_per_s"
@@ -123,7 +123,7 @@ def test_a_better_chip_is_never_slower(what: str, rows: int, context: int, token
 def test_interpolated_tokens_are_near_direct_prices(case: str, tokens: int) -> None:
     pricer = built(**CASES[case]).pricer
     found, context = pricer.cfg, pricer._context
-    from runtime.deploy import _programs  # the lists that the pricer was made from
+    from runtime.simulation.build import _programs  # the lists that the pricer was made from
 
     lists = _programs(found, pricer.layout)
     direct = []
@@ -220,7 +220,7 @@ def test_pipeline_stages_work_on_their_own_micro_batches() -> None:
 
 
 def test_dense_twin_of_a_sparse_model_grows_with_its_context() -> None:
-    from runtime.deploy import model_override
+    from runtime.simulation.build import model_override
 
     cfg = model_override(load_config("glm-5-fp8"), "model.index_topk", "0")
     assert cfg.indexer is None and all(kind.indexer == "none" for kind in cfg.layers)

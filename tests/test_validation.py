@@ -10,10 +10,20 @@ from typing import Any
 import pytest
 
 import hw_profiles
+from foundation.errors import UsageError
 from model.config import load_config
-from runtime.bands import band, half_width
-from runtime.errors import UsageError
-from runtime.validation import END_TO_END, STEP, Row, by_group, launch_settings, preset_of, read_rows, score, summary
+from runtime.pricing.bands import band, half_width
+from runtime.simulation.validation import (
+    END_TO_END,
+    STEP,
+    Row,
+    by_group,
+    launch_settings,
+    preset_of,
+    read_rows,
+    score,
+    summary,
+)
 
 DATA = Path(__file__).parent / "data"
 SILICON, ASCEND = DATA / "silicon_dev.csv", DATA / "ascend_step_dev.csv"

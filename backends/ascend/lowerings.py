@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from backends.ascend import constraints
 from backends.ascend.catalog import CannOperator, cann_operators
-from backends.toolchains.onnx import CustomOp, OnnxTarget, Ref
+from backends.toolchains.onnx_target import CustomOp, OnnxTarget, Ref
 from backends.toolchains.walker import OpCall, Port
 
 Fused = Literal["all", "shipped", "none"]
@@ -50,31 +50,15 @@ Rule = Callable[["Lowerings", OnnxTarget, OpCall[Ref]], Sequence[Ref]]
 
 
 class Lowerings:
-    """The lowerings of one graph. `declined` counts (op, reason)."""
+    """The lowerings of one graph, by `rules` (see `writer.py`). `declined` counts (op, reason)."""
 
-    def __init__(self, options: Options):
-        from backends.ascend import lowerings_attention as attention
-        from backends.ascend import lowerings_dense as dense
-        from backends.ascend import lowerings_moe as moe
-
+    def __init__(self, options: Options, rules: Mapping[str, Rule]):
         self.options = options
         self.declined: Counter[tuple[str, str]] = Counter()
         self.halves: dict[str, tuple[Ref, Ref]] = {}
         self.beside: dict[str, Ref] = {}  # inputs and results of CANN's nodes, whose shapes ONNX cannot infer
         self.scores: dict[str, OpCall[Ref]] = {}  # calls whose scores only a selection has to see
         self.selections: set[str] = set()  # what LightningIndexer chose: -1 where there is nothing to choose
-        rules: dict[str, Rule] = {
-            "glm.rms_norm": dense.rms_norm,
-            "glm.linear": dense.linear,
-            "glm.cache_write": attention.cache_write,
-            "glm.index_scores": attention.index_scores,
-            "glm.select_topk": attention.select_topk,
-            "glm.sparse_attention": attention.sparse_attention,
-            "glm.latent_attention": attention.latent_attention,
-            "glm.expanded_attention": attention.expanded_attention,
-            "glm.route": moe.route,
-            "glm.expert_ffn": moe.expert_ffn,
-        }
         self.table: Mapping[str, CustomOp] = {name: self._guarded(name, rule) for name, rule in rules.items()}
 
     def _guarded(self, name: str, rule: Rule) -> CustomOp:

@@ -11,7 +11,7 @@ from backends.ascend import constraints
 from backends.ascend.catalog import cann_operators
 from backends.ascend.constraints import LATENT, ROPE
 from backends.ascend.lowerings import Declined, Lowerings, accept, require
-from backends.toolchains.onnx import OnnxTarget, Ref
+from backends.toolchains.onnx_target import OnnxTarget, Ref
 from backends.toolchains.walker import OpCall, walk
 
 _SELECTED = 2048  # GLM's selection, and as much of a context as is read as one

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from backends.ascend.catalog import SHIPPED, cann_operators
 from backends.ascend.lowerings import Declined, Lowerings, require
-from backends.toolchains.onnx import OnnxTarget, Ref
+from backends.toolchains.onnx_target import OnnxTarget, Ref
 from backends.toolchains.walker import OpCall, Port
 
 GE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 27}  # ge::DataType, graph/types.h

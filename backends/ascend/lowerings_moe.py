@@ -11,7 +11,7 @@ from backends.ascend import constraints
 from backends.ascend.catalog import cann_operators
 from backends.ascend.lowerings import Declined, Lowerings, accept, require
 from backends.ascend.lowerings_dense import GE_TYPES, int8_inputs, quantise_rows
-from backends.toolchains.onnx import OnnxTarget, Ref
+from backends.toolchains.onnx_target import OnnxTarget, Ref
 from backends.toolchains.walker import OpCall
 
 _SIGMOID, _BEST_TWO, _COUNTS, _GATHER, _PLAIN = 1, 1, 1, 0, -1  # enumerations of the operators' READMEs

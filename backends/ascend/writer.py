@@ -8,10 +8,28 @@ from collections.abc import Mapping
 
 import onnx
 
-from backends.ascend.lowerings import Lowerings, Options, is_latent, split_port
+from backends.ascend import lowerings_attention as attention
+from backends.ascend import lowerings_dense as dense
+from backends.ascend import lowerings_moe as moe
+from backends.ascend.lowerings import Lowerings, Options, Rule, is_latent, split_port
 from backends.errors import Unsupported
-from backends.toolchains.onnx import OnnxTarget, OpForm, Written, onnx_type
+from backends.toolchains.onnx import tables
+from backends.toolchains.onnx_target import OnnxTarget, OpForm, Written, onnx_type
 from backends.toolchains.walker import Graph, walk
+
+RULES: Mapping[str, Rule] = {
+    "glm.rms_norm": dense.rms_norm,
+    "glm.linear": dense.linear,
+    "glm.cache_write": attention.cache_write,
+    "glm.index_scores": attention.index_scores,
+    "glm.select_topk": attention.select_topk,
+    "glm.sparse_attention": attention.sparse_attention,
+    "glm.latent_attention": attention.latent_attention,
+    "glm.expanded_attention": attention.expanded_attention,
+    "glm.route": moe.route,
+    "glm.expert_ffn": moe.expert_ffn,
+}
+"""The op of the contract -> its CANN operators."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +45,8 @@ class AscendGraph:
 
 def write(graph: Graph, options: Options = Options()) -> AscendGraph:
     """Raises `Unsupported` for a number format that ONNX opset 18 lacks, or a primitive without a rule."""
-    lower = Lowerings(options)
-    target = OnnxTarget(lower.table, functions=False, narrow_products=True)
+    lower = Lowerings(options, RULES)
+    target = OnnxTarget(tables(), lower.table, functions=False, narrow_products=True)
     values = [lower.split_cache(target, port) for port in graph.inputs]
     results = walk(target, graph.jaxpr.jaxpr, graph.jaxpr.consts, values)
     outputs, refs = [], []

@@ -2,7 +2,7 @@
 
 A `Grid` says which devices there are: `tp` x `dp` of them hold one pipeline stage, `pp` stages hold the model.
 Each device runs the graph of `model.graph` on local shapes with explicit collectives (`model.parallel`), the
-program that `runtime.trace` hands to the cost model. Two ways to run it, chosen by size:
+program that `runtime.pricing.trace` hands to the cost model. Two ways to run it, chosen by size:
 
     hosts    up to 64 devices: XLA host devices, one a device of the grid, under `shard_map`
     mapped   beyond: the same body under `vmap` with named axes, all devices on one

@@ -58,7 +58,7 @@ class Grid:
 
     @property
     def parallel(self) -> Parallel:
-        """The collectives of a device's program, as `runtime.trace` has them priced."""
+        """The collectives of a device's program, as `runtime.pricing.trace` has them priced."""
         from model.parallel import Parallel
 
         return Parallel(

@@ -26,7 +26,7 @@ _COLLECTIVES = {
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """A collective over `axis` between two graphs; kinds as in `runtime.export.manifest.Step`."""
+    """A collective over `axis` between two graphs; kinds as in `runtime.deployment.manifest.Step`."""
 
     kind: str
     axis: str

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from backends.toolchains.forms import Along, Bounds, Pick, Take, gather_form, scatter_form, shape_of
-
-if TYPE_CHECKING:
-    from backends.toolchains.onnx import OnnxTarget, Ref
+from backends.toolchains.onnx_target import OnnxTarget, Ref
 
 Rule = Callable[..., Any]
 

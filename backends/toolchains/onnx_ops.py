@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from backends.toolchains.onnx_target import OnnxTarget, Ref
 from backends.toolchains.walker import OpCall
-
-if TYPE_CHECKING:
-    from backends.toolchains.onnx import OnnxTarget, Ref
 
 Body = Callable[["OnnxTarget", OpCall[Any], "Sequence[Ref]"], "Sequence[Ref] | None"]
 

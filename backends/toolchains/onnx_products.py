@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from backends.toolchains.forms import dtype_of, product_form, shape_of
-
-if TYPE_CHECKING:
-    from backends.toolchains.onnx import OnnxTarget, Ref
+from backends.toolchains.onnx_target import OnnxTarget, Ref
 
 
 @dataclasses.dataclass(frozen=True)

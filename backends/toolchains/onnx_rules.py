@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +12,7 @@ from backends.errors import Unsupported
 from backends.toolchains.forms import dtype_of, shape_of
 from backends.toolchains.onnx_indexing import dynamic_slice, gather, scatter
 from backends.toolchains.onnx_products import dot_general
-
-if TYPE_CHECKING:
-    from backends.toolchains.onnx import OnnxTarget, Ref
+from backends.toolchains.onnx_target import OnnxTarget, Ref
 
 Rule = Callable[..., Any]
 

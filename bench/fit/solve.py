@@ -10,8 +10,8 @@ from scipy import sparse
 from scipy.optimize import least_squares
 from scipy.sparse.linalg import spsolve
 
-from runtime.cost.grid import Array, RatioGrid, _cell
-from runtime.cost.kernel import Constants, formula
+from runtime.pricing.grid import Array, RatioGrid, _cell
+from runtime.pricing.kernel import Constants, formula
 
 RATIO_UNIT = 0.01
 BOUNDS = {

@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 
 from bench.fit.solve import Points
-from runtime.cost.chip import ACTIVATION_BYTES, BYTES_PER_ELEMENT, PEAK_FIELD
-from runtime.cost.work import MEASURED_BLOCKS, MlaShape
+from runtime.pricing.chip import ACTIVATION_BYTES, BYTES_PER_ELEMENT, PEAK_FIELD
+from runtime.pricing.work import MEASURED_BLOCKS, MlaShape
 
 PACKAGE = "aiconfigurator-core"
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from bench.fit.solve import Fit, Points, fit_constants, fit_grid, relative_errors
 from bench.fit.tables import SYSTEMS, Job, Tables, all_jobs
-from runtime.cost.kernel import formula
+from runtime.pricing.kernel import formula
 
 CHIPS = ("a100-sxm-80gb", "h100-sxm", "h200-sxm", "b200-sxm")
 KEYS = ("gemm/bf16/sglang", "gemm/fp8-tensor/sglang", "gemm/fp8-block/sglang", "bmm/bf16/sglang",

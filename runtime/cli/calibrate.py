@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from runtime.errors import UsageError
+from foundation.errors import UsageError
 
 
 def calibrate(
@@ -23,8 +23,8 @@ def calibrate(
     """Measure matrix products, memory, launches and ops of this machine, and write a profile to simulate with."""
     import hw_profiles
     from backends import registry
-    from runtime.calibrate import QUICK, Effort, measure, profile
-    from runtime.files import replacing
+    from foundation.writing import replacing
+    from runtime.porting.calibrate import QUICK, Effort, measure, profile
 
     if out.suffix != ".toml":
         raise UsageError(f"--out {out}: a profile's name ends in .toml, as in my-host.toml")

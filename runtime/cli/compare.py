@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from runtime.errors import UsageError
+from foundation.errors import UsageError
 
 
 def compare(
@@ -32,8 +32,8 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compare a model in the number formats of accelerators with itself in float32: logits, tokens, experts chosen."""
-    from runtime import compare as runs
-    from runtime.files import replacing
+    from foundation.writing import replacing
+    from runtime.porting import compare as runs
 
     targets = [runs.Target.parse(part.strip(), formats) for part in profile.split(",") if part.strip()]
     if not targets:
@@ -43,7 +43,7 @@ def compare(
 
     from model.checkpoint import Checkpoint
     from model.tokenizer import Tokenizer
-    from runtime.engine.load import embedded_checkpoint
+    from runtime.execution.local.load import embedded_checkpoint
 
     opened = Checkpoint(checkpoint or embedded_checkpoint())
     tokenizer = Tokenizer.load(opened.path)

@@ -27,7 +27,7 @@ def evaluate(
 ) -> None:
     """Ask a trained checkpoint questions that its training held out, and count the exact answers."""
     from backends import registry
-    from runtime.engine.load import embedded_checkpoint
+    from runtime.execution.local.load import embedded_checkpoint
     from runtime.training.data import TASKS
     from runtime.training.evaluate import evaluate as run
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from foundation.errors import UsageError
 from runtime.cli import export_check
-from runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from runtime.export.manifest import Manifest
+    from runtime.deployment.manifest import Manifest
 
 FORMATS = ("stablehlo", "onnx", "torch", "ascend")
 _BATCHES = {"ascend": "1,4,16"}  # three gears: ATC's documentation recommends three or four
@@ -90,9 +90,11 @@ def export(
     from hw_profiles import load
     from model.checkpoint import Checkpoint
     from model.config import load_config
-    from runtime.engine.load import embedded_checkpoint
-    from runtime.export import cutting, package
+    from runtime.execution.local.load import embedded_checkpoint
     from runtime.layout import Layout
+    from runtime.porting.export import options as cutting
+    from runtime.porting.export import package
+    from runtime.porting.export.job import ExportJob
 
     opened = None if model else Checkpoint(checkpoint or embedded_checkpoint())
     cfg = opened.config if opened else load_config(str(model))
@@ -103,7 +105,7 @@ def export(
         for name in (("prefill", "decode") if phase == "both" else (phase,))
     }
     placed = cutting.from_plan(cfg, plan) if plan else cutting.from_layout(cfg, Layout(tp, dp, ep, pp))
-    request = package.Request(
+    request = ExportJob(
         cfg=cfg,
         checkpoint=opened,
         format=format,  # type: ignore[arg-type]
@@ -120,7 +122,7 @@ def export(
     cutting.check(request)
     reports: list[Any] = []
     if verify:
-        from runtime.export import verify as verifier
+        from runtime.porting.export import verify as verifier
 
         verifier.refuse(format, scheme, opened, device)
         assert opened is not None

@@ -20,7 +20,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check an ONNX package against ATC's operators and limits. Exits with 2 where ATC would refuse something."""
-    from runtime.export.check import check as run
+    from runtime.porting.export.check import check as run
 
     report = run(folder, soc_version)
     if as_json:

@@ -11,17 +11,12 @@ from typing import NoReturn
 
 import typer
 
-from backends.errors import BackendError
-from hw_profiles.errors import ProfileError
-from model.errors import ModelError
+from foundation.errors import Failure
 from runtime.cli import backends, calibrate, export, model, plan, profiles, run, simulate, validate
 from runtime.cli.compare import compare
 from runtime.cli.eval import evaluate
 from runtime.cli.quantize import quantize
 from runtime.cli.train import train
-from runtime.errors import RuntimeFailure
-
-EXPECTED = (ModelError, BackendError, ProfileError, RuntimeFailure)
 
 app = typer.Typer(
     help="GLM-5-class models on any backend: run, describe, plan, simulate.",
@@ -49,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the `glm5` command; `arguments` are the process's own by default. Raises SystemExit."""
     try:
         sys.exit(app(arguments, prog_name="glm5", standalone_mode=False))
-    except EXPECTED as error:
+    except Failure as error:
         _fail(str(error))
     except typer.Abort:
         sys.exit(130)

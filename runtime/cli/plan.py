@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from foundation.errors import UsageError
 from runtime.cli.plan_check import plan_check
 from runtime.cli.plan_experts import plan_experts
 from runtime.cli.plan_launch import plan_launch
-from runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from runtime.planner.plan import Plan
+    from runtime.deployment.plan import Plan
 
 app = typer.Typer(help="Plan a deployment: layout, experts and KV cache, assigned to devices.")
 app.command("experts")(plan_experts)
@@ -85,7 +85,7 @@ def plan(
     for name, value in (("--rate", rate), ("--ttft-ms", ttft_ms), ("--tpot-ms", tpot_ms)):
         if value is not None and not 0 < value < 1e9:
             raise UsageError(f"{name} {value:g}: give a number above zero")
-    from runtime.planner.plan import Demand
+    from runtime.deployment.plan import Demand
 
     demand = Demand(isl, osl, length_ratio, concurrency, rate, ttft_ms, tpot_ms, objective)
     found = _search(model, profile or ["h200-sxm"], devices, demand, formats, kv, mtp, expert_load, engine, settings)
@@ -118,11 +118,11 @@ def _search(
 ) -> Plan:
     import hw_profiles
     from model.config import load_config
-    from runtime.deploy import split_settings
-    from runtime.planner.experts import read_load
-    from runtime.planner.options import Question
-    from runtime.planner.search import Chips, search
-    from runtime.planner.smallest import smallest
+    from runtime.planning.experts import read_load
+    from runtime.planning.options import Question
+    from runtime.planning.search import Chips, search
+    from runtime.planning.smallest import smallest
+    from runtime.simulation.build import split_settings
 
     chip, of_model, of_engine = split_settings(settings or [])
     if of_model:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from runtime.errors import UsageError
+from foundation.errors import UsageError
 
 
 def plan_check(
@@ -22,8 +22,8 @@ def plan_check(
     does not add up or exceeds its device, a layer, rank or expert that nobody holds.
     """
     from model.config import load_config
-    from runtime.planner.check import check
-    from runtime.planner.plan import Plan
+    from runtime.deployment.plan import Plan
+    from runtime.planning.check import check
 
     found = Plan.read(plan, load_config(model) if model else None)
     cfg = load_config(model) if model else found.config()

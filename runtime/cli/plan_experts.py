@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from runtime.planner.errors import PreviousError
-from runtime.planner.experts import (
+from runtime.deployment.errors import PreviousError
+from runtime.planning.experts import (
     ExpertPlacement,
     moves,
     place_experts,

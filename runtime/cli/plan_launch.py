@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from runtime.errors import UsageError
+from foundation.errors import UsageError
 
 
 def plan_launch(
@@ -34,8 +34,8 @@ def plan_launch(
     What an engine cannot be told is a `# note:`; what it cannot do is refused. Expert placements are files beside the
     commands: --out writes them.
     """
-    from runtime.planner.launch import launch
-    from runtime.planner.plan import Plan
+    from runtime.deployment.plan import Plan
+    from runtime.planning.launch import launch
 
     if out is not None and not out.is_dir():
         raise UsageError(f"{out}: there is no such directory to write to")

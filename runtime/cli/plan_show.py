@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from runtime.planner.plan import Device, Plan, Pool
+    from runtime.deployment.plan import Device, Plan, Pool
 
 _BAR, _WIDTH = 40, 132
 _ALTERNATIVES = 12

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from runtime.errors import UsageError
+from foundation.errors import UsageError
 
 
 def quantize(
@@ -35,8 +35,8 @@ def quantize(
     import hw_profiles
     from backends.emulation import schemes
     from model.checkpoint import Checkpoint
-    from runtime.engine.load import embedded_checkpoint
-    from runtime.quantize import quantize as write
+    from runtime.execution.local.load import embedded_checkpoint
+    from runtime.porting.quantize import quantize as write
 
     if profile is not None:
         scheme = schemes.of_profile(hw_profiles.load(profile), formats)

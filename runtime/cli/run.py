@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runtime.errors import UsageError
-from runtime.files import replacing
+from foundation.errors import UsageError
+from foundation.writing import replacing
 
 if TYPE_CHECKING:
     from model.tokenizer import Tokenizer
-    from runtime.artifact.generate import Text
-    from runtime.engine.request import Completion
-    from runtime.engine.sampling import Sampling
-    from runtime.planner.plan import Plan
+    from runtime.deployment.plan import Plan
+    from runtime.execution.local.request import Completion
+    from runtime.execution.local.sampling import Sampling
+    from runtime.execution.package.generate import Text
 
 
 def run(
@@ -76,7 +76,7 @@ def run(
 ) -> None:
     """Generate text with a model on a backend."""
     arguments = dict(locals())
-    from runtime.emulate.options import Options
+    from runtime.execution.cluster.options import Options
 
     emulated = Options(plan, profile, devices, tp, dp, ep, pp, formats, kv, engine, scale_memory, trace)
     if sum(option is not None for option in (prompt, prompt_ids, prompts)) > 1:
@@ -89,7 +89,7 @@ def run(
         raise UsageError("--dump-logits takes one prompt, and an .npz file in a folder that exists")
     place = None
     if coordinator is not None or process is not None:
-        from runtime.emulate import processes
+        from runtime.execution.cluster import processes
 
         place = processes.Place.parse(coordinator, process)
         own = {"--artifact": artifact, "--mtp": mtp, "--keep-fp8": keep_fp8, "--pool-tokens": pool_tokens}
@@ -103,7 +103,7 @@ def run(
                "--pool-tokens": pool_tokens, "--dump-logits": dump_logits}  # fmt: skip
         if wrong := [*(name for name, value in own.items() if value), *emulated.given]:
             raise UsageError(f"{wrong[0]} does not go with --artifact: the package has been made without it")
-        from runtime.engine.sampling import Sampling
+        from runtime.execution.local.sampling import Sampling
 
         chosen = Sampling(temperature, top_p, top_k, seed)
         return _run_artifact(
@@ -113,9 +113,9 @@ def run(
     from backends import registry
     from model.checkpoint import Checkpoint
     from model.tokenizer import ChatTemplate, Tokenizer
-    from runtime.engine.load import embedded_checkpoint
-    from runtime.engine.request import Request
-    from runtime.engine.sampling import Sampling
+    from runtime.execution.local.load import embedded_checkpoint
+    from runtime.execution.local.request import Request
+    from runtime.execution.local.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, seed)
     started = time.perf_counter()
@@ -134,7 +134,7 @@ def run(
     opened = Checkpoint(checkpoint or embedded_checkpoint())
     todo: Plan | None = None
     if adapter.emulates or place:
-        from runtime.emulate.session import prepare, serve
+        from runtime.execution.cluster.session import prepare, serve
 
         todo = prepare(opened.config, emulated)
     if place and todo:
@@ -173,8 +173,8 @@ def run(
         else:
             more["clock"] = f"virtual, priced in {served.clock.formats[-1].weights}"
     else:
-        from runtime.engine.engine import EngineConfig
-        from runtime.engine.load import load_engine
+        from runtime.execution.local.engine import EngineConfig
+        from runtime.execution.local.load import load_engine
 
         config = EngineConfig(drafts=mtp, prefill_chunk=prefill_chunk)
         ready = load_engine(opened, adapter, config, dtype, keep_fp8, pool_tokens)
@@ -207,8 +207,8 @@ def _run_artifact(
     many: bool,
 ) -> None:
     """Tokens from an exported package alone: nothing of the model's code is imported."""
-    from runtime.artifact.generate import Package
-    from runtime.engine.request import Request
+    from runtime.execution.local.request import Request
+    from runtime.execution.package.generate import Package
 
     started = time.perf_counter()
     package = Package(folder, backend)

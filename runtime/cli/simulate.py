@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runtime.errors import UsageError
+from foundation.errors import UsageError
 
 if TYPE_CHECKING:
-    from runtime.deploy import Built, Spec
     from runtime.serving import Report, Workload
+    from runtime.simulation.build import Built, Spec
 
 
 def simulate(
@@ -66,11 +66,11 @@ def simulate(
     """Simulate serving a load: latency, throughput, queueing, and how far to trust them."""
     import hw_profiles
     from model.config import load_config
-    from runtime.deploy import Spec, build, default_kv, make_engine, model_override, split_settings
     from runtime.layout import Layout, checkpoint_scheme
     from runtime.layout import formats as scheme
     from runtime.serving import Trace
     from runtime.serving import simulate as run_load
+    from runtime.simulation.build import Spec, build, default_kv, make_engine, model_override, split_settings
 
     for path in (trace, html):
         if path and not path.parent.is_dir():
@@ -180,8 +180,8 @@ def _disaggregated(built: Built, decode: Any, prefill_devices: int) -> Any:
 
 def result_of(spec: Spec, built: Built, report: Report, devices: int, replicas: int) -> dict[str, Any]:
     """The JSON object: what was simulated, the report, and the bands."""
-    from runtime.bands import band
-    from runtime.validation import report_half_widths
+    from runtime.pricing.bands import band
+    from runtime.simulation.validation import report_half_widths
 
     halves = report_half_widths(built, report, replicas)
     figures = report.to_json()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from runtime.errors import UsageError
+from foundation.errors import UsageError
 
 if TYPE_CHECKING:
     from runtime.serving import Report
@@ -44,8 +44,8 @@ def simulated_plan(
     load: fields of its demand to change.
     """
     from runtime.cli.simulate import result_of
-    from runtime.planner.plan import Plan
-    from runtime.planner.predict import simulate_plan, whole
+    from runtime.deployment.plan import Plan
+    from runtime.planning.predict import simulate_plan, whole
 
     plan = Plan.read(path)
     made = plan.hash

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from runtime.errors import UsageError
+from foundation.errors import UsageError
 
 
 def train(

@@ -14,7 +14,7 @@ def validate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Predict every row of a CSV of measurements, and score the predictions."""
-    from runtime.validation import by_group, score, summary
+    from runtime.simulation.validation import by_group, score, summary
 
     rows = score(file)
     result = {

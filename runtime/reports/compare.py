@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from runtime.compare import BASELINE, worst_layer
+import numpy as np
+
 from runtime.reports import svg
 from runtime.reports.page import document
 from runtime.reports.page import section as _section
 from runtime.reports.svg import Series
 
+BASELINE = "bf16"
+"""The row of 16 bits alone, which every comparison has."""
 _COLUMNS = (
     ("Same token", "top1_agreement", "positions of the text where the likeliest next token is float32's"),
     ("KL", "kl", "mean divergence of the next-token distribution, in nats; 0 is identical"),
@@ -323,3 +326,10 @@ q{quotes:none;background:color-mix(in srgb,var(--quiet) 14%,transparent);border-
 white-space:pre-wrap}
 details{margin:8px 0}code{font:12px ui-monospace,Menlo,Consolas,monospace}section{overflow-x:auto}
 """
+
+
+def worst_layer(row: dict[str, Any]) -> tuple[int, float]:
+    """The layer that adds most to the relative error of the residual stream, and how much it adds."""
+    errors = np.array([layer["hidden_error"] for layer in row["layers"]])
+    added = np.diff(errors, prepend=0.0)
+    return int(np.argmax(added)), float(added.max())

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from foundation.writing import replacing
 from hw_profiles.errors import ProfileError
 from model.config import ModelConfig
-from runtime.files import replacing
-from runtime.planner.errors import PlanError
-from runtime.planner.launch import ENGINES, launch
-from runtime.planner.plan import Alternative, Plan, Pool, Predicted
+from runtime.deployment.errors import PlanError
+from runtime.deployment.plan import Alternative, Plan, Pool, Predicted
+from runtime.planning.launch import ENGINES, launch
 from runtime.reports import svg
 from runtime.reports.page import EVIDENCE, SATURATED, cards, count, document, ms, section
 from runtime.reports.plan_devices import devices_section, layout_section

@@ -7,8 +7,8 @@ from html import escape
 from itertools import groupby
 
 from model.config import ModelConfig
-from runtime.ledger import Ledger
-from runtime.planner.plan import Device, Experts, Plan, Pool
+from runtime.deployment.ledger import Ledger
+from runtime.deployment.plan import Device, Experts, Plan, Pool
 from runtime.reports import svg
 from runtime.reports.page import gb
 

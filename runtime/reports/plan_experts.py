@@ -6,7 +6,7 @@ from collections import Counter
 from html import escape
 
 from model.config import ModelConfig
-from runtime.planner.plan import Experts, Plan, Pool
+from runtime.deployment.plan import Experts, Plan, Pool
 from runtime.reports.page import gb
 
 _BARS = 64  # devices drawn apart

@@ -5,8 +5,9 @@ from __future__ import annotations
 from html import escape
 
 from model.config import ModelConfig
-from runtime.planner.kv_tiers import PoolKv, plan_kv
-from runtime.planner.plan import Plan, Pool
+from runtime.deployment.kv import PoolKv
+from runtime.deployment.plan import Plan, Pool
+from runtime.planning.kv_tiers import plan_kv
 from runtime.reports import svg
 from runtime.reports.page import gb, ms
 from runtime.reports.svg import Mark, Series

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from runtime.files import replacing
+from foundation.writing import replacing
 from runtime.reports import svg
 from runtime.reports.page import EVIDENCE, SATURATED, cards, count, document, gb, ms, section
 from runtime.reports.svg import Mark, Series

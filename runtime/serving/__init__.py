@@ -9,7 +9,7 @@ Owns: loads, KV pools, schedulers, the event loop and the report. What a step co
 """
 
 from runtime.serving.deployment import Deployment, Disaggregated
-from runtime.serving.errors import CapacityError, EngineError, ServingError, TraceFileError, WorkloadError
+from runtime.serving.errors import ServingError, TraceFileError, WorkloadError
 from runtime.serving.pricing import BOUNDS, GRADES, BatchShape, StepPrice, StepPricer
 from runtime.serving.report import KvUse, Report, Stats
 from runtime.serving.request import Request
@@ -32,10 +32,8 @@ __all__ = [
     "BOUNDS",
     "GRADES",
     "BatchShape",
-    "CapacityError",
     "Deployment",
     "Disaggregated",
-    "EngineError",
     "Fixed",
     "KvUse",
     "Lengths",

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from runtime.serving.errors import CapacityError, WorkloadError
+from foundation.errors import CapacityError
+from runtime.serving.errors import WorkloadError
 from runtime.serving.kv_pool import KvPool
 from runtime.serving.pricing import StepPricer
 from runtime.serving.speculation import Speculation
 from runtime.serving.workload import Workload
 
 if TYPE_CHECKING:
-    from runtime.engines import Engine
+    from runtime.deployment.engines import Engine
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from runtime.serving.errors import CapacityError
+from foundation.errors import CapacityError
 from runtime.serving.request import Request
 
 

@@ -18,7 +18,7 @@ from runtime.serving.request import Request
 from runtime.serving.speculation import Speculation
 
 if TYPE_CHECKING:
-    from runtime.engines import Engine
+    from runtime.deployment.engines import Engine
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.files import replacing
+from foundation.writing import replacing
 from runtime.serving.pricing import BatchShape
 from runtime.serving.request import Request
 

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from foundation.errors import UsageError
 from model.config import ModelConfig, from_hf
 from model.errors import ConfigError
-from runtime.errors import UsageError
 from runtime.training.data import TASKS
 
 DEFAULT = Path(__file__).parent / "tiny.toml"  # makes the embedded checkpoint

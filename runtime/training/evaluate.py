@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from backends.interface import Backend
+from foundation.errors import UsageError
 from model.checkpoint import Checkpoint, Put
 from model.tokenizer import ChatTemplate, Tokenizer
-from runtime.engine.engine import Engine, EngineConfig
-from runtime.engine.load import load_engine
-from runtime.engine.request import Request
-from runtime.errors import UsageError
+from runtime.execution.local.engine import Engine, EngineConfig
+from runtime.execution.local.load import load_engine
+from runtime.execution.local.request import Request
 from runtime.training.data import TASKS, Generator, Question, parse_call
 
 SEED, SAMPLES = 1, 100

@@ -12,10 +12,10 @@ import ml_dtypes
 import numpy as np
 import tokenizers
 
+from foundation.errors import UsageError
 from model.checkpoint import groups, save
 from model.tokenizer import ChatTemplate, Tokenizer
 from model.weights import parameter_counts
-from runtime.errors import UsageError
 from runtime.training import vocabulary
 from runtime.training.config import TrainConfig
 from runtime.training.data import Generator

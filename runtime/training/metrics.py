@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from runtime.files import replacing
+from foundation.writing import replacing
 from runtime.reports.svg import Mark, Series, legend, plot
 from runtime.training.data import TASKS
 

@@ -15,8 +15,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from runtime.errors import UsageError
-from runtime.files import replacing
+from foundation.errors import UsageError
+from foundation.writing import replacing
 
 FILE = "state.safetensors"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.errors import UsageError
+from foundation.errors import UsageError
 from runtime.training import export, metrics, state, steps
 from runtime.training.config import Stage, TrainConfig
 from runtime.training.data import TASKS, Batch

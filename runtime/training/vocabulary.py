@@ -13,8 +13,8 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
+from foundation.errors import UsageError
 from model.tokenizer import ChatTemplate
-from runtime.errors import UsageError
 from runtime.training import data, words
 
 # GLM-5's added tokens in its order. What a chat shows (thinking, tool calls) is not "special": decoding keeps it when

@@ -13,9 +13,9 @@ import pytest
 
 import hw_profiles
 from backends import registry
-from runtime.calibrate import Calibration, Effort, Gemm, Stream, measure, profile
-from runtime.cost import Chip, open_book
-from runtime.errors import UsageError
+from foundation.errors import UsageError
+from runtime.porting.calibrate import Calibration, Effort, Gemm, Stream, measure, profile
+from runtime.pricing import Chip, open_book
 
 SMALL = Effort(widths=(64, 128), rows=(1, 32), tokens=(1, 8), rounds=1, cold_bytes=1e6, program_flops=1e8)
 
@@ -127,7 +127,7 @@ def command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[i
 def test_the_command_writes_a_profile_that_passes_its_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.calibrate.QUICK", SMALL)
+    monkeypatch.setattr("runtime.porting.calibrate.QUICK", SMALL)
     out = tmp_path / "box.toml"
     code, text, _ = command(["calibrate", "--quick", "--out", str(out), "--json"], capsys)
     assert code == 0
@@ -157,8 +157,8 @@ def test_bad_input_is_one_line(arguments: list[str], capsys: pytest.CaptureFixtu
 
 def test_float32_is_twice_sixteen_bits() -> None:
     from model.config import load_config
+    from runtime.deployment.ledger import stage_kv_bytes_per_token, stage_weight_bytes
     from runtime.layout import Layout, formats
-    from runtime.ledger import stage_kv_bytes_per_token, stage_weight_bytes
 
     cfg, layout = load_config("glm-4.7-flash"), Layout()
     wide, narrow = formats("f32"), formats("bf16")
@@ -172,7 +172,7 @@ def test_float32_is_twice_sixteen_bits() -> None:
 
 def test_float32_needs_its_own_peak() -> None:
     """The 16-bit rate of a matrix unit says nothing about float32."""
-    from runtime.cost import PriceError
+    from runtime.pricing import PriceError
 
     with pytest.raises(PriceError, match=r"--set chip.peak.fp32_flops_per_s"):
         Chip("half", {"bf16": 1e14}, 1e12).peak("f32")

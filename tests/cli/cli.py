@@ -15,7 +15,7 @@ from model.checkpoint import groups, save
 from model.config import from_hf
 from model.weights import Layout, Weight
 from runtime.cli.main import main
-from runtime.engine.load import embedded_checkpoint
+from runtime.execution.local.load import embedded_checkpoint
 
 # Two layers of GLM-5's architecture, with the embedded checkpoint's vocabulary.
 CONFIG: dict[str, Any] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.engine.load import embedded_checkpoint
+from runtime.execution.local.load import embedded_checkpoint
 from tests.cli.cli import glm5, refused
 
 MEASURED = """

@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from model.tokenizer import Tokenizer
-from runtime.engine.load import embedded_checkpoint
+from runtime.execution.local.load import embedded_checkpoint
 from tests.cli.cli import glm5, refused
 
 PROMPT = ("run", "--backend", "cpu", "--prompt", "The old fox runs by the wall. It", "--max-tokens", 12, "--ignore-eos")

@@ -135,9 +135,10 @@ def test_a_page(tmp_path: Path) -> None:
 
 
 def test_planning_imports_no_jax_until_it_traces() -> None:
-    code = (
-        "import sys, runtime.validation, runtime.deploy, runtime.pricer, runtime.ledger; sys.exit('jax' in sys.modules)"
+    modules = (
+        "runtime.simulation.validation, runtime.simulation.build, runtime.pricing.pricer, runtime.deployment.ledger"
     )
+    code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
 

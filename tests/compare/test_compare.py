@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from runtime import compare
-from runtime.reports.compare import page
+from runtime.porting import compare
+from runtime.reports.compare import page, worst_layer
 from tests.cli.cli import glm5, make_checkpoint, refused
 
 LOGITS = arrays(np.float32, (3, 7), elements=st.floats(-30, 30, width=32))
@@ -51,7 +51,7 @@ def test_relative_error() -> None:
 
 def test_worst_layer_is_the_one_that_adds_most() -> None:
     row = {"layers": [{"hidden_error": e} for e in (0.01, 0.02, 0.05, 0.06)]}
-    assert compare.worst_layer(row) == (2, pytest.approx(0.03))
+    assert worst_layer(row) == (2, pytest.approx(0.03))
 
 
 # --- a whole comparison ----------------------------------------------------------------------------------
@@ -105,8 +105,8 @@ def test_the_engine_computes_the_same(made: tuple[dict[str, Any], str], checkpoi
     from backends.emulation.fidelity import Observer, load
     from backends.emulation.number_formats import formats_of
     from model.checkpoint import Checkpoint
-    from runtime.engine.engine import EngineConfig
-    from runtime.engine.request import Request
+    from runtime.execution.local.engine import EngineConfig
+    from runtime.execution.local.request import Request
 
     opened, target = Checkpoint(checkpoint), compare.Target.parse("ascend-910c:w8a8")
     held = formats_of(opened.config, target.profile, target.formats, target.kv)

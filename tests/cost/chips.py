@@ -1,6 +1,6 @@
 """Chips of the tests, with datasheet figures; profiles are not needed here."""
 
-from runtime.cost import Chip, Link
+from runtime.pricing import Chip, Link
 
 NVLINK, RDMA = Link(450e9, 1e-6, 8), Link(50e9, 5e-6, 1 << 20)
 HOPPER = {"bf16": 989e12, "fp8": 1979e12, "int8": 1979e12}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import hw_profiles
-from runtime.cost import (
+from runtime.pricing import (
     DEEPSEEK_V3,
     GLM5,
     Chip,
@@ -27,7 +27,7 @@ from runtime.cost import (
     open_book,
     total,
 )
-from runtime.cost.book import PRICES
+from runtime.pricing.book import PRICES
 from tests.cost.chips import CHIPS, UNMEASURED
 
 GOLDEN = list(csv.DictReader((Path(__file__).parent / "golden.csv").read_text().splitlines()))
@@ -191,5 +191,5 @@ TRANSFER = json.loads((PRICES / "transfer.json").read_text())
 
 
 def test_no_jax() -> None:
-    code = "import sys, runtime.cost; sys.exit('jax' in sys.modules or 'scipy' in sys.modules)"
+    code = "import sys, runtime.pricing; sys.exit('jax' in sys.modules or 'scipy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.cost import GLM5, MlaLayer, attention, load, open_book
-from runtime.cost.grid import Curve, RatioGrid, Surface
+from runtime.pricing import GLM5, MlaLayer, attention, load, open_book
+from runtime.pricing.grid import Curve, RatioGrid, Surface
 from tests.cost.chips import CHIPS, UNMEASURED
 
 BOOKS = {name: open_book(chip) for name, chip in {**CHIPS, "some-npu": UNMEASURED}.items()}

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from model.config import LayerType, ModelConfig, load_config, preset_names
 from model.weights import Weight, layer_weights, outer_weights
-from runtime.cost import Chip, PriceError, load, open_book
-from runtime.cost.oplist import FLOPS, Program, Sizes, Tensor, TracedOp
-from runtime.cost.prices import FUSED, PRICES, Context, price
 from runtime.layout import Layout, formats
-from runtime.pricer import GraphPricer, Programs
-from runtime.trace import PAGE_SIZE, Traced, _flatten, _Tracer, trace
+from runtime.pricing import Chip, PriceError, load, open_book
+from runtime.pricing.oplist import FLOPS, Program, Sizes, Tensor, TracedOp
+from runtime.pricing.pricer import GraphPricer, Programs
+from runtime.pricing.prices import FUSED, PRICES, Context, price
+from runtime.pricing.trace import PAGE_SIZE, Traced, _flatten, _Tracer, trace
 from tests.cost.chips import CHIPS
 
 MODELS = ("glm-5", "glm-5.2", "deepseek-v3", "deepseek-v3.2", "glm-4.5", "glm-4.7-flash", "kimi-k2")

@@ -12,8 +12,8 @@ from backends import registry
 from model.checkpoint import Checkpoint, save
 from model.config import ModelConfig, from_hf
 from model.weights import Layout, Weight, layer_weights, outer_weights
-from runtime.engine.engine import Engine, EngineConfig
-from runtime.engine.load import load_engine
+from runtime.execution.local.engine import Engine, EngineConfig
+from runtime.execution.local.load import load_engine
 
 DSA: dict[str, Any] = {
     "model_type": "glm_moe_dsa", "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96,

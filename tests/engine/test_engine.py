@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends import registry
+from foundation.errors import CapacityError, UsageError
 from model.checkpoint import Checkpoint
-from runtime.engine.engine import Engine, EngineConfig
-from runtime.engine.load import load_engine
-from runtime.engine.request import Completion, Request
-from runtime.engine.sampling import Sampling
-from runtime.errors import CapacityError, UsageError
+from runtime.execution.local.engine import Engine, EngineConfig
+from runtime.execution.local.load import load_engine
+from runtime.execution.local.request import Completion, Request
+from runtime.execution.local.sampling import Sampling
 from tests.engine.conftest import SMALL
 
 VOCAB = 160

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.engine.pool import PagePool
-from runtime.errors import CapacityError
+from foundation.errors import CapacityError
+from runtime.execution.local.pool import PagePool
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 90)), max_size=60))

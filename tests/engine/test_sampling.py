@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.engine.sampling import Sampling, choose, probabilities, verify
-from runtime.errors import UsageError
+from foundation.errors import UsageError
+from runtime.execution.local.sampling import Sampling, choose, probabilities, verify
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.06, 0.04], np.float32))
 

@@ -16,10 +16,12 @@ from model.checkpoint import save as save_checkpoint
 from model.config import from_hf, load_config
 from model.weights import Layout as WeightLayout
 from model.weights import Weight
-from runtime.engine.load import embedded_checkpoint
-from runtime.export import cutting, package
-from runtime.export.manifest import FILE, Gear, Manifest, hash_file
+from runtime.deployment.manifest import FILE, Gear, Manifest, hash_file
+from runtime.execution.local.load import embedded_checkpoint
 from runtime.layout import Layout
+from runtime.porting.export import options as cutting
+from runtime.porting.export import package
+from runtime.porting.export.job import ExportJob
 from tests.cli.cli import CONFIG
 
 
@@ -32,14 +34,14 @@ def request(
     checkpoint: Path | None = None,
     device: int | None = None,
     **options: Any,
-) -> package.Request:
+) -> ExportJob:
     """A checkpoint (the embedded one), or a preset's graphs, at one small decode gear."""
     opened = None if model else Checkpoint(checkpoint or embedded_checkpoint())
     cfg = opened.config if opened else load_config(str(model))
     placed = cutting.from_layout(cfg, layout)
     if isinstance(options.get("profile"), str):
         options["profile"] = load(options["profile"])
-    return package.Request(
+    return ExportJob(
         cfg=cfg,
         checkpoint=opened,
         format="ascend",

@@ -14,12 +14,12 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 
-from runtime.export.manifest import Step
+from runtime.deployment.manifest import Step
 from tests.backends.cann_reference import OPERATORS
 
 
 class ReferenceExecutor:
-    """An executor of packages (`runtime.artifact.executor.Executor`) whose buffers are NumPy arrays."""
+    """An executor of packages (`runtime.execution.package.executor.Executor`) whose buffers are NumPy arrays."""
 
     name = "reference"
     platform = "any"

@@ -13,9 +13,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from runtime.export.check import check
-from runtime.export.manifest import FILE, Manifest
+from runtime.deployment.manifest import FILE, Manifest
 from runtime.layout import Layout
+from runtime.porting.export.check import check
 from tests.cli.cli import glm5 as run
 from tests.export.ascend_packages import edit, export, graph_file, save
 from tests.export.ascend_runtimes import copy_of
@@ -30,7 +30,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def glm5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """GLM-5's own widths, one device of eight: every fused operator is in it."""
     folder = tmp_path_factory.mktemp("ascend") / "glm5"
-    from runtime.export.manifest import Gear
+    from runtime.deployment.manifest import Gear
 
     gears = {"decode": [Gear(4, 1, 256)]}
     return export(folder, model="glm-5", scheme="bf16", layout=Layout(tp=8), gears=gears, profile="ascend-910b3")

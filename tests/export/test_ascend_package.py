@@ -14,18 +14,18 @@ import pytest
 
 from backends.ascend import catalog, lowerings, lowerings_attention, lowerings_dense, lowerings_moe, om
 from backends.errors import ArtifactError, BackendUnavailable, Unsupported
+from foundation.errors import UsageError
 from model.checkpoint import Checkpoint
-from runtime.artifact.ascend import Executor
-from runtime.artifact.executor import executor
-from runtime.artifact.runner import Batch, Runner, stored_weights
-from runtime.engine.load import embedded_checkpoint
-from runtime.errors import UsageError
-from runtime.export import package, verify
-from runtime.export.ascend import AscendWriter
-from runtime.export.ascend_files import rank_table
-from runtime.export.manifest import Gear, Manifest, check_files
-from runtime.export.tensors import TensorReader
+from runtime.deployment.manifest import Gear, Manifest, check_files
+from runtime.deployment.tensors import TensorReader
+from runtime.execution.local.load import embedded_checkpoint
+from runtime.execution.package.ascend import Executor
+from runtime.execution.package.executor import executor
+from runtime.execution.package.runner import Batch, Runner, stored_weights
 from runtime.layout import Layout
+from runtime.porting.export import package, verify
+from runtime.porting.export.ascend import AscendWriter
+from runtime.porting.export.ascend_files import rank_table
 from tests.export.ascend_packages import export, glm_like, graph_file, request
 from tests.export.ascend_runtimes import FakeAcl, ReferenceExecutor, copy_of, fake_atc
 

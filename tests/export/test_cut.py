@@ -11,11 +11,12 @@ from backends.spmd.grid import Grid
 from backends.toolchains.cut import Exchange, cut
 from backends.toolchains.walker import Graph
 from model.config import load_config
-from runtime.artifact.executor import executor
-from runtime.artifact.runner import collective
-from runtime.export import cutting, units
-from runtime.export.manifest import Gear
+from runtime.deployment.manifest import Gear
+from runtime.execution.package.executor import executor
+from runtime.execution.package.runner import collective
 from runtime.layout import Layout
+from runtime.porting.export import options as cutting
+from runtime.porting.export import units
 
 
 def what(name: str, layout: Layout = Layout(), dtype: str = "bfloat16") -> units.Cut:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 
-from runtime.export.manifest import FILE, Manifest
+from runtime.deployment.manifest import FILE, Manifest
 from tests.cli.cli import glm5, make_checkpoint, refused
 
 ROOT = Path(__file__).parents[2]

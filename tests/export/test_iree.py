@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.engine.load import embedded_checkpoint
-from runtime.export.manifest import Manifest, Step
+from runtime.deployment.manifest import Manifest, Step
+from runtime.execution.local.load import embedded_checkpoint
 from tests.cli.cli import glm5
 
 compiler = pytest.importorskip("iree.compiler", reason="needs IREE: pip install 'glm5-runtime[iree]'")
@@ -18,7 +18,7 @@ iree = pytest.importorskip("iree.runtime", reason="needs IREE: pip install 'glm5
 
 
 class Iree:
-    """An executor of the bytecode files; see `runtime.artifact.executor.Executor`."""
+    """An executor of the bytecode files; see `runtime.execution.package.executor.Executor`."""
 
     name = "iree"
     platform = "cpu-bytecode"
@@ -63,8 +63,8 @@ class Loaded:
 def test_iree_takes_the_decode_step(tmp_path: Path) -> None:
     """Every unit of the embedded checkpoint, four steps past `index_topk`, logits and caches within 1e-4 of JAX."""
     from model.checkpoint import Checkpoint
-    from runtime.artifact.runner import Runner, stored_weights
-    from runtime.export.verify import TOLERANCE, Reference, compare
+    from runtime.execution.package.runner import Runner, stored_weights
+    from runtime.porting.export.verify import TOLERANCE, Reference, compare
 
     sizes = ("--phase", "decode", "--batch", 2, "--context", 256, "--page-size", 16)
     assert glm5("export", "--format", "stablehlo", *sizes, "--out", tmp_path / "p").code == 0

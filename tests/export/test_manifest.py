@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from backends.errors import ArtifactError
-from runtime.export.manifest import (
+from runtime.deployment.manifest import (
     FILE,
     SCHEMA_VERSION,
     DeviceShare,
@@ -26,7 +26,7 @@ from runtime.export.manifest import (
     check_files,
     hash_file,
 )
-from runtime.export.tensors import TensorReader, TensorWriter, numpy_dtype
+from runtime.deployment.tensors import TensorReader, TensorWriter, numpy_dtype
 
 MANIFEST = Manifest(
     format="onnx",

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import hw_profiles
 from model.checkpoint import Checkpoint
-from runtime.export.manifest import Manifest
-from runtime.export.tensors import TensorReader
+from runtime.deployment.manifest import Manifest
+from runtime.deployment.plan import Experts, Plan
+from runtime.deployment.tensors import TensorReader
 from runtime.layout import Layout, formats
-from runtime.planner.plan import Experts, Plan, plan_for
+from runtime.planning.assign import plan_for
 from tests.cli.cli import glm5, make_checkpoint, refused
 
 SLOTS = (3, 1, 0, 2, 0, 3)  # three a device; experts 0 and 3 are on both devices

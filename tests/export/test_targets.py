@@ -17,8 +17,8 @@ import torch
 from jax import lax
 
 from backends.errors import Unsupported
-from backends.toolchains import onnx as onnx_target
-from backends.toolchains import stablehlo
+from backends.toolchains import onnx as onnx_writer
+from backends.toolchains import onnx_target, stablehlo
 from backends.toolchains import torch as torch_target
 from backends.toolchains.forms_table import TORCH, forms
 from backends.toolchains.onnx_ops import BODIES
@@ -37,7 +37,7 @@ def graph_of(fn: Callable[..., Any], *operands: Any) -> Graph:
 
 
 def in_onnx(graph: Graph, operands: Any, **options: Any) -> list[np.ndarray]:
-    model = onnx_target.write(graph, **options).model
+    model = onnx_writer.write(graph, **options).model
     onnx.checker.check_model(model, full_check=True)
     nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
     assert not BANNED & {node.op_type for node in nodes}
@@ -68,7 +68,7 @@ def test_an_op_in_onnx(name: str, functions: bool) -> None:
     operands = values(name)
     graph = graph_of(call(name), *operands)
     same(in_onnx(graph, operands, functions=functions), call(name), operands)
-    written = onnx_target.write(graph, functions=functions)
+    written = onnx_writer.write(graph, functions=functions)
     assert [(node.domain, node.op_type.rsplit("_", 1)[0]) for node in written.model.graph.node] == [
         ("glm", name.removeprefix("glm."))
     ] or not functions
@@ -172,14 +172,14 @@ def test_bfloat16_graphs_pass_the_checker() -> None:
             for s, known in zip(operands, names, strict=True)
         ]
         for options in ({}, {"narrow_products": True}, {"functions": False}):
-            onnx.checker.check_model(onnx_target.write(graph_of(call(name), *narrow), **options).model, full_check=True)
+            onnx.checker.check_model(onnx_writer.write(graph_of(call(name), *narrow), **options).model, full_check=True)
 
 
 def test_what_a_format_cannot_hold_is_one_line() -> None:
     graph = graph_of(lambda x: x, jax.ShapeDtypeStruct((2,), jnp.float8_e4m3fn))
     with pytest.raises(Unsupported, match="ONNX opset 18 has no float8_e4m3fn; choose formats bf16 or f32"):
-        onnx_target.write(graph)
-    for write in (onnx_target.write, torch_target.write):
+        onnx_writer.write(graph)
+    for write in (onnx_writer.write, torch_target.write):
         with pytest.raises(Unsupported, match="no rule for the primitive `erf_inv`; add one to backends/export/"):
             write(graph_of(lax.erf_inv, X))
 
@@ -194,11 +194,11 @@ def test_a_custom_node_takes_an_op_or_declines_it() -> None:
             target.node("RmsNorm", x, weight, shape=x.shape, dtype=x.dtype, domain="npu", epsilon=op.attributes["eps"])
         ]
 
-    written = onnx_target.write(graph, {"glm.rms_norm": custom})
+    written = onnx_writer.write(graph, {"glm.rms_norm": custom})
     (node,) = written.model.graph.node
     assert (node.domain, node.op_type, node.attribute[0].name) == ("npu", "RmsNorm", "epsilon")
     assert list(written.ops) == [onnx_target.OpForm("glm.rms_norm", "custom", "npu::RmsNorm")]
-    declined = onnx_target.write(graph, {"glm.rms_norm": lambda target, op: None})
+    declined = onnx_writer.write(graph, {"glm.rms_norm": lambda target, op: None})
     assert [form.form for form in declined.ops] == ["function"]
 
 

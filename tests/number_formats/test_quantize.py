@@ -14,7 +14,7 @@ from model import quantised
 from model.checkpoint import Checkpoint, groups, stored_shape
 from model.quantised import INT4, LAYOUTS, Matrix, dequantise, quantise, spell
 from model.weights import Quantized
-from runtime.quantize import compressed_tensors_config, layout_of
+from runtime.porting.quantize import compressed_tensors_config, layout_of
 from tests.cli.cli import glm5, make_checkpoint, refused
 
 WRITTEN = [(name, layout) for name, s in SCHEMES.items() if s.experts in LAYOUTS for layout in LAYOUTS[s.experts]

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from runtime.planner.errors import LoadError, PlanError, SlotsError
-from runtime.planner.experts import ExpertPlacement, marginal_slots, place_experts
+from runtime.deployment.errors import LoadError, PlanError, SlotsError
+from runtime.planning.experts import ExpertPlacement, marginal_slots, place_experts
 from tests.planner.eplb_reference import eplb, max_over_mean, power_law_suite
 
 # The example in the README of deepseek-ai/EPLB: 16 replicas, 4 groups, 2 nodes, 8 devices.

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from runtime.planner.experts import place_experts, split_unevenly
-from runtime.planner.experts.bound import filler_bound, simple_bound
-from runtime.planner.experts.counts import folded, replica_counts
-from runtime.planner.experts.packing import longest_first
+from runtime.planning.experts import place_experts, split_unevenly
+from runtime.planning.experts.bound import filler_bound, simple_bound
+from runtime.planning.experts.counts import folded, replica_counts
+from runtime.planning.experts.packing import longest_first
 from tests.planner.eplb_reference import power_law_suite
 
 

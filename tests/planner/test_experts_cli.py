@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.planner.experts import write_json
+from runtime.planning.experts import write_json
 from tests.cli.cli import Output, glm5
 from tests.planner.eplb_reference import power_law_suite
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from runtime.planner.experts import place_experts
+from runtime.planning.experts import place_experts
 from tests.planner.eplb_reference import eplb, max_over_mean, power_law_suite
 
 # EPLB with one group, seed 7, 75 layers: alpha, devices, nodes, slots, mean and worst max over mean.

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.planner.errors import PreviousError
-from runtime.planner.experts import moves, place_experts, rebalance
+from runtime.deployment.errors import PreviousError
+from runtime.planning.experts import moves, place_experts, rebalance
 from tests.planner.eplb_reference import power_law_suite
 from tests.planner.test_experts import check
 

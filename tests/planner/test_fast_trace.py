@@ -8,11 +8,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from foundation.errors import UsageError
 from model.config import load_config
-from runtime.cost.oplist import Sizes, TracedOp
-from runtime.errors import UsageError
 from runtime.layout import Layout
-from runtime.trace import PAGE_SIZE, _fit, _flatten, _Point, _Tracer, trace
+from runtime.pricing.oplist import Sizes, TracedOp
+from runtime.pricing.trace import PAGE_SIZE, _fit, _flatten, _Point, _Tracer, trace
 
 MODELS = ("glm-5.2", "deepseek-v3", "glm-4.5")
 POWERS = st.sampled_from([1, 2, 4, 8, 16, 32, 64])

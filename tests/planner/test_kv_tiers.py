@@ -12,14 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hw_profiles
+from foundation.errors import CapacityError, UsageError
 from model.config import load_config
-from runtime.deploy import Tables, make_engine, pricer_of
-from runtime.errors import CapacityError, UsageError
+from runtime.deployment.kv import PoolKv, Tier
+from runtime.deployment.plan import Demand, Plan, Pool
 from runtime.layout import Layout, formats
-from runtime.planner.assign import pool_of
-from runtime.planner.kv_tiers import (
-    PoolKv,
-    Tier,
+from runtime.planning.assign import plan_for, pool_of
+from runtime.planning.kv_tiers import (
     break_even,
     check_kv,
     device_bytes_per_token,
@@ -28,8 +27,8 @@ from runtime.planner.kv_tiers import (
     prefill_seconds,
     resident_requests,
 )
-from runtime.planner.plan import Demand, Plan, Pool, plan_for
-from runtime.planner.predict import spec_of
+from runtime.planning.predict import spec_of
+from runtime.simulation.build import Tables, make_engine, pricer_of
 from tests.serving.pricers import LinearPricer
 
 H200 = "h200-sxm"

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hw_profiles
+from foundation.errors import CapacityError, UsageError
 from model.config import load_config
-from runtime.errors import CapacityError, UsageError
+from runtime.deployment.errors import PlanFileError
+from runtime.deployment.plan import Plan
+from runtime.deployment.schema import plan_schema
 from runtime.layout import Layout, formats
-from runtime.planner.errors import PlanFileError
-from runtime.planner.plan import Plan, plan_for
-from runtime.planner.schema import plan_schema
+from runtime.planning.assign import plan_for
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "plan.schema.json"
 
@@ -106,7 +107,7 @@ def test_a_layout_that_does_not_fit_or_divide_has_no_plan() -> None:
 
 def test_the_published_schema_is_the_code_s_and_accepts_a_plan() -> None:
     published = json.loads(SCHEMA.read_text())
-    assert published == plan_schema(), "run `python -m runtime.planner.schema > docs/plan.schema.json`"
+    assert published == plan_schema(), "run `python -m runtime.deployment.schema > docs/plan.schema.json`"
     jsonschema.Draft202012Validator.check_schema(published)
     jsonschema.validate(json.loads(plan().text), published)
 

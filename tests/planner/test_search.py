@@ -13,21 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hw_profiles
+from foundation.errors import UsageError
 from model.config import load_config, preset_names
-from runtime.deploy import Tables
-from runtime.errors import UsageError
+from runtime.deployment.errors import LoadError, NoPlanError
+from runtime.deployment.plan import Alternative, Demand, Plan
 from runtime.layout import Layout
-from runtime.planner.assign import moe_layers
-from runtime.planner.check import check
-from runtime.planner.contender import Contender, Part, mark_front, plan_of
-from runtime.planner.errors import LoadError, NoPlanError
-from runtime.planner.estimate import Estimate, Model
-from runtime.planner.options import Question, make_option, options, schemes
-from runtime.planner.pairs import sequence_kv_bytes_per_token, transfer_of
-from runtime.planner.plan import Alternative, Demand, Plan
-from runtime.planner.predict import predicted, simulate_plan
-from runtime.planner.search import Chips, search
-from runtime.planner.smallest import counts, smallest
+from runtime.planning.assign import moe_layers
+from runtime.planning.check import check
+from runtime.planning.contender import Contender, Part, mark_front, plan_of
+from runtime.planning.estimate import Estimate, Model
+from runtime.planning.options import Question, make_option, options, schemes
+from runtime.planning.pairs import sequence_kv_bytes_per_token, transfer_of
+from runtime.planning.predict import predicted, simulate_plan
+from runtime.planning.search import Chips, search
+from runtime.planning.smallest import counts, smallest
+from runtime.simulation.build import Tables
 
 FP8 = "glm-5-fp8"
 LIGHT = Demand(isl=2048, osl=128, concurrency=8)
@@ -111,7 +111,7 @@ def test_any_search_ends_in_a_sound_plan_or_a_reason(model: str, chip: str, coun
 
 def test_one_h200_node_holds_glm5_fp8_with_room_for_the_cache() -> None:
     """A real 8 x H200 server leaves 25.94 GiB a rank beside 94.46 GiB of weights (vllm-project/recipes PR 893)."""
-    from runtime.planner.plan import plan_for
+    from runtime.planning.assign import plan_for
 
     plan = plan_for(load_config(FP8), Layout(tp=8), hw_profiles.load("h200-sxm"), question_formats("fp8"), drafts=3)
     held = plan.devices[0].ledger
@@ -340,7 +340,7 @@ def test_check_finds_what_does_not_add_up() -> None:
 
 def test_check_finds_an_expert_that_nobody_holds() -> None:
     from runtime.layout import formats
-    from runtime.planner.plan import plan_for
+    from runtime.planning.assign import plan_for
 
     cfg = load_config(FP8)
     plan = plan_for(cfg, Layout(tp=8, ep=8), hw_profiles.load("h200-sxm"), formats("fp8"))
@@ -355,6 +355,6 @@ def test_check_finds_an_expert_that_nobody_holds() -> None:
 def test_the_json_of_a_search_is_valid_for_the_schema() -> None:
     import jsonschema
 
-    from runtime.planner.schema import plan_schema
+    from runtime.deployment.schema import plan_schema
 
     jsonschema.validate(json.loads(planned().text), plan_schema())

@@ -13,13 +13,10 @@ from typing import Any
 import pytest
 
 import hw_profiles
+from foundation.errors import UsageError
 from model.config import load_config
-from runtime.errors import UsageError
-from runtime.layout import Layout, formats
-from runtime.planner.assign import pool_of
-from runtime.planner.kv_tiers import Point, plan_kv
-from runtime.planner.launch import launch
-from runtime.planner.plan import (
+from runtime.deployment.kv import Point
+from runtime.deployment.plan import (
     Alternative,
     Demand,
     Experts,
@@ -29,8 +26,11 @@ from runtime.planner.plan import (
     Rejected,
     Transfer,
     config_hash,
-    plan_for,
 )
+from runtime.layout import Layout, formats
+from runtime.planning.assign import plan_for, pool_of
+from runtime.planning.kv_tiers import plan_kv
+from runtime.planning.launch import launch
 from runtime.reports.plan import page, write_page
 from runtime.reports.plan_devices import ranges
 from tests.reports.test_serving_page import checked

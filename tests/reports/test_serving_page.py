@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from runtime.errors import UsageError
+from foundation.errors import UsageError
 from runtime.reports import svg
 from runtime.reports.serving import page, write_page
 from runtime.serving import Deployment, Report, Request, Uniform, Workload, closed_loop, simulate

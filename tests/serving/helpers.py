@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.engines import Engine, load
+from runtime.deployment.engines import Engine, load
 from runtime.serving.rank import Rank
 from runtime.serving.replica import Replica
 from runtime.serving.simulation import Simulation

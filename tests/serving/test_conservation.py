@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.engines import load, names
+from runtime.deployment.engines import load, names
 from runtime.serving import (
     Deployment,
     Disaggregated,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.engines import load, names
-from runtime.serving import EngineError
+from runtime.deployment.engines import load, names
+from runtime.deployment.errors import EngineError
 
 GIB = 2**30
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.serving import CapacityError, Request
+from foundation.errors import CapacityError
+from runtime.serving import Request
 from runtime.serving.kv_pool import KvPool
 
 

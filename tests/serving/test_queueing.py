@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runtime.engines import load
+from runtime.deployment.engines import load
 from runtime.serving import Deployment, Fixed, Uniform, bench_serving, closed_loop, open_loop, simulate
 from tests.serving.helpers import plain_engine
 from tests.serving.pricers import LinearPricer

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.engines import load
+from runtime.deployment.engines import load
 from runtime.serving import (
     BatchShape,
     Deployment,
@@ -112,5 +112,5 @@ def test_the_simulator_does_not_import_jax() -> None:
     import subprocess
     import sys
 
-    program = "import sys, runtime.serving, runtime.engines; sys.exit('jax' in sys.modules)"
+    program = "import sys, runtime.serving, runtime.deployment.engines; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.engines import Engine
+from runtime.deployment.engines import Engine
 from runtime.serving import Deployment, Disaggregated, Request, Speculation, Workload, simulate
 from runtime.serving.kv_pool import KvPool
 from runtime.serving.rank import Plan, Rank

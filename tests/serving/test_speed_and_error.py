@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from runtime.engines import load
+from runtime.deployment.engines import load
 from runtime.serving import Deployment, Request, Uniform, Workload, bench_serving, closed_loop, simulate
 from runtime.serving.replica import curve
 from tests.serving.helpers import plain_engine

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from foundation.errors import CapacityError, Failure
 from runtime.serving import (
-    CapacityError,
     Deployment,
     Disaggregated,
     Fixed,
     Lognormal,
     Request,
-    ServingError,
     Speculation,
     TraceFileError,
     Uniform,
@@ -156,7 +155,7 @@ SERVER = Deployment(plain_engine(), LinearPricer(), 1000)
     ],
 )
 def test_bad_input_is_one_clear_line(attempt, message: str) -> None:
-    with pytest.raises(ServingError, match=message) as caught:
+    with pytest.raises(Failure, match=message) as caught:
         attempt()
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, WorkloadError | CapacityError)

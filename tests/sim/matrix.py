@@ -14,9 +14,9 @@ import sys
 import time
 
 from backends.spmd.grid import MOST_HOSTS
+from foundation.errors import UsageError
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
-from runtime.errors import UsageError
 from runtime.layout import Layout
 from tests.sim.servers import RANDOM, emulated, logit_error, plan_of, prompts_of, reference
 

@@ -15,16 +15,16 @@ from backends import registry
 from backends.emulation.backend import SimBackend
 from model.checkpoint import Checkpoint, save
 from model.config import ModelConfig, from_hf
-from runtime.deploy import make_engine
-from runtime.emulate.deploy import Clock
-from runtime.emulate.session import Result, serve
-from runtime.engine.engine import EngineConfig
-from runtime.engine.load import load_engine
-from runtime.engine.request import Completion, Request
+from runtime.deployment.plan import Demand, Experts, ModelRef, Plan, config_hash, profile_of
+from runtime.execution.cluster.deploy import Clock
+from runtime.execution.cluster.session import Result, serve
+from runtime.execution.local.engine import EngineConfig
+from runtime.execution.local.load import load_engine
+from runtime.execution.local.request import Completion, Request
 from runtime.layout import Layout, formats
-from runtime.planner.assign import pool_of
-from runtime.planner.plan import Demand, Experts, ModelRef, Plan, config_hash, profile_of
+from runtime.planning.assign import pool_of
 from runtime.serving import Deployment, Disaggregated
+from runtime.simulation.build import make_engine
 from tests.engine.conftest import CONFIGS, random_weights
 from tests.serving.pricers import LinearPricer
 

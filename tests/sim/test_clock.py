@@ -16,12 +16,12 @@ import hw_profiles
 from backends.emulation.backend import SimBackend
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
-from runtime.emulate.session import serve
-from runtime.engine.request import Request
+from runtime.deployment.plan import Demand, ModelRef, Plan, Transfer, config_hash
+from runtime.execution.cluster.session import serve
+from runtime.execution.local.request import Request
 from runtime.layout import Layout, formats
-from runtime.planner.assign import pool_of
-from runtime.planner.plan import Demand, ModelRef, Plan, Transfer, config_hash
-from runtime.planner.predict import simulate_plan
+from runtime.planning.assign import pool_of
+from runtime.planning.predict import simulate_plan
 from tests.sim.servers import CHIP, assert_same, emulated, plan_of, prompts_of, reference
 
 PROMPT, OUTPUT, COUNT = 40, 6, 5

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from foundation.errors import UsageError
 from model.checkpoint import Checkpoint
-from runtime.errors import UsageError
 from runtime.layout import Layout
 from tests.sim.servers import assert_same, emulated, plan_of, prompts_of, reference
 

@@ -16,10 +16,10 @@ import pytest
 
 import hw_profiles
 from model.config import from_hf
-from runtime.emulate import processes
+from runtime.deployment.plan import Demand, ModelRef, Plan, Transfer, config_hash
+from runtime.execution.cluster import processes
 from runtime.layout import Layout, formats
-from runtime.planner.assign import pool_of
-from runtime.planner.plan import Demand, ModelRef, Plan, Transfer, config_hash, plan_for
+from runtime.planning.assign import plan_for, pool_of
 from tests.cli.cli import CONFIG, glm5, make_checkpoint, refused
 from tests.sim.servers import CHIP
 

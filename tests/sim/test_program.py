@@ -17,11 +17,11 @@ from backends.spmd.stages import Held
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.graph import Batch, Carried, Mode
-from runtime.cost.oplist import Program, Sizes
-from runtime.emulate.deploy import check_memory, grid_of
+from runtime.deployment.ledger import stage_weight_bytes
+from runtime.execution.cluster.deploy import check_memory, grid_of
 from runtime.layout import Layout, formats
-from runtime.ledger import stage_weight_bytes
-from runtime.trace import _COLLECTIVES, _POOL_PAGES, PAGE_SIZE, trace
+from runtime.pricing.oplist import Program, Sizes
+from runtime.pricing.trace import _COLLECTIVES, _POOL_PAGES, PAGE_SIZE, trace
 from tests.sim.servers import plan_of
 
 Shapes = list[tuple[int, ...]]

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 import hw_profiles
+from foundation.errors import UsageError
 from model.checkpoint import Checkpoint
 from model.config import from_hf
-from runtime.emulate.deploy import lay_out
-from runtime.errors import UsageError
+from runtime.execution.cluster.deploy import lay_out
 from runtime.layout import Layout, formats
-from runtime.planner.plan import plan_for
+from runtime.planning.assign import plan_for
 from tests.cli.cli import CONFIG, glm5, make_checkpoint, refused
 from tests.sim.servers import CHIP, plan_of
 
@@ -100,7 +100,7 @@ def test_out_of_memory_names_the_tensor(small: Path, tmp_path: Path, planned: bo
 def test_memory_runs_out_tensor_by_tensor(tiny: Checkpoint) -> None:
     """As memory shrinks, the tensor that does not fit comes earlier in the order of loading, and less fits before."""
     from backends.emulation.memory import Limits, OutOfMemory, account
-    from runtime.emulate.deploy import grid_of
+    from runtime.execution.cluster.deploy import grid_of
 
     cfg = tiny.config
     (pool,) = plan_of(cfg, Layout(tp=2, ep=2)).pools

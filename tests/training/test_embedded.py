@@ -11,7 +11,7 @@ import pytest
 
 from model.checkpoint import Checkpoint
 from model.tokenizer import ChatTemplate, Tokenizer
-from runtime.engine.load import embedded_checkpoint
+from runtime.execution.local.load import embedded_checkpoint
 from runtime.training import config, export, vocabulary
 from tests.cli.cli import glm5
 from tests.model.oracle import FAIR_GAP, TOLERANCE, Paged, on_device, with_narrowest_choice

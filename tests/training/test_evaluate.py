@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from backends.registry import usable
+from foundation.errors import UsageError
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
-from runtime.engine.engine import Engine
-from runtime.engine.load import embedded_checkpoint
-from runtime.engine.request import Completion, Request
-from runtime.errors import UsageError
+from runtime.execution.local.engine import Engine
+from runtime.execution.local.load import embedded_checkpoint
+from runtime.execution.local.request import Completion, Request
 from runtime.training.data import TASKS, Question
 from runtime.training.evaluate import RandomIndexer, ask, evaluate, is_right
 from tests.cli.cli import glm5, refused

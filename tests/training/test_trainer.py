@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from foundation.errors import UsageError
 from model.checkpoint import Checkpoint
 from model.tokenizer import ChatTemplate, Tokenizer
-from runtime.errors import UsageError
 from runtime.training import config, metrics, state, trainer
 from tests.cli.cli import refused
 from tests.cli.test_run import use_compilation_cache

@@ -1,0 +1,20 @@
+"""Expected failures: each message is one line that says what to change. Anything else that is raised is a bug.
+
+Failure
+├── UsageError      a request, option or combination that cannot be served
+├── CapacityError   a pool's pages or a device's memory are too few for what was asked
+└── of one package: ProfileError (hw_profiles), ModelError (model), BackendError (backends), and in runtime
+    PlanError, ServingError, PriceError, ValidationError, VerificationError, ProcessLost
+"""
+
+
+class Failure(Exception):
+    """Base of every expected failure. The command line prints its text and exits with 2."""
+
+
+class UsageError(Failure):
+    """A request, option or combination that cannot be served."""
+
+
+class CapacityError(Failure):
+    """A pool's pages or a device's memory are too few."""

@@ -1,0 +1,206 @@
+"""Where a device's memory goes: weights by component, cache, activations, communication, runtime.
+
+Every byte of weights and cache is computed from the model's own list of weights and cache rows and the
+layout's split of them. Free of JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from foundation.errors import CapacityError
+from model.cache import layer_bytes_per_token
+from model.config import Gqa, LayerType, Mla, ModelConfig
+from model.weights import layer_weights, outer_weights
+from runtime.deployment.engines import Engine
+from runtime.layout import Formats, Layout
+
+
+def stage_weight_bytes(
+    cfg: ModelConfig, layout: Layout, formats: Formats, stage: int, mtp: bool, redundant_slots: int = 0
+) -> dict[str, float]:
+    """Bytes of weights on each device of a pipeline stage, by component.
+
+    The first stage holds the embedding, the last one the final norm, the head and, with `mtp`, the MTP layers.
+    redundant_slots: copies of experts that each device holds beside its own, in every MoE layer (not the MTP's).
+    """
+    held: dict[str, float] = {}
+    spread = dataclasses.replace(layout, pp=1)
+
+    def add(sizes: Mapping[str, float], count: int, component: str | None = None) -> None:
+        for name, size in sizes.items():
+            held[component or name] = held.get(component or name, 0.0) + count * size
+
+    here = Counter(cfg.layers[layer] for layer in layout.stage_layers(cfg.num_layers)[stage])
+    for kind, count in here.items():
+        add(_kind_weight_bytes(cfg, spread, formats, kind), count)
+    if redundant_slots:
+        copies = sum(count * expert_bytes(cfg, formats, kind) for kind, count in here.items())
+        held["redundant_experts"] = redundant_slots * copies
+    last = stage == layout.pp - 1
+    for component, size in _kind_weight_bytes(cfg, spread, formats, None).items():
+        if (stage == 0) if component == "embedding" else last:
+            add({component: size}, 1)
+    if last and mtp:
+        add(_kind_weight_bytes(cfg, spread, formats, cfg.mtp_type), cfg.mtp_layers, "mtp")
+    return held
+
+
+@lru_cache(maxsize=4096)
+def _kind_weight_bytes(cfg: ModelConfig, layout: Layout, formats: Formats, kind: LayerType | None) -> dict[str, float]:
+    """Bytes of one layer's weights on a device by component; None: the weights outside layers."""
+    held: dict[str, float] = {}
+    for weight in layer_weights(cfg, kind) if kind else outer_weights(cfg):
+        size = math.prod(layout.local_shape(weight)) * formats.weight_bytes(weight)
+        held[weight.component] = held.get(weight.component, 0.0) + size
+    return held
+
+
+def expert_bytes(cfg: ModelConfig, formats: Formats, kind: LayerType) -> float:
+    """Bytes of one whole routed expert of a layer; 0 for a dense layer."""
+    routed = [weight for weight in layer_weights(cfg, kind) if weight.expert_count]
+    return sum(weight.size // weight.expert_count * formats.weight_bytes(weight) for weight in routed)
+
+
+def stage_kv_bytes_per_token(cfg: ModelConfig, layout: Layout, formats: Formats, stage: int, mtp: bool) -> float:
+    """Bytes of cache a token takes on each device of a stage that holds its sequence.
+
+    MLA latents and index keys are whole on every tp rank; KV heads of GQA are split over tp.
+    """
+    return sum(stage_kv_bytes_by_cache(cfg, layout, formats, stage, mtp).values())
+
+
+def stage_kv_bytes_by_cache(
+    cfg: ModelConfig, layout: Layout, formats: Formats, stage: int, mtp: bool
+) -> dict[str, float]:
+    """`stage_kv_bytes_per_token` by cache: "latent" and "index", or "key" and "value"."""
+    kinds = Counter(cfg.layers[layer] for layer in layout.stage_layers(cfg.num_layers)[stage])
+    if mtp and stage == layout.pp - 1:
+        kinds[cfg.mtp_type] += cfg.mtp_layers
+    split = layout.tp if isinstance(cfg.attention, Gqa) else 1
+    held: dict[str, float] = {}
+    for kind, count in kinds.items():
+        for name, size in layer_bytes_per_token(cfg, kind, formats.cache).items():
+            held[name] = held.get(name, 0.0) + count * size / split * formats.cache_factor
+    return held
+
+
+def activation_bytes(cfg: ModelConfig, layout: Layout, step_tokens: int) -> float:
+    """Peak of a step's temporaries on one device: a bound from the shapes, for 16-bit activations.
+
+    The widest moment of a layer (hidden state, queries and outputs of its heads, permuted expert inputs and
+    their gate/up width, the indexer's queries), and the logits of a batch of `max(256)` rows in float32.
+    """
+    d = cfg.hidden_size
+    width = cfg.attention.qk_dim + cfg.attention.latent_dim if isinstance(cfg.attention, Mla) else 0
+    width = width or (3 * cfg.attention.head_dim if isinstance(cfg.attention, Gqa) else 0)
+    attention = 4 * d + 2 * (cfg.heads // layout.tp) * width
+    ffn = 4 * d + 3 * cfg.dense_intermediate // layout.tp
+    if cfg.moe:
+        tokens = layout.dp if not layout.by_expert else 1  # tokens of all dp groups meet in tensor-split experts
+        inner = cfg.moe.intermediate if layout.by_expert else cfg.moe.intermediate / layout.stage_devices
+        ffn = max(ffn, 2 * d + cfg.moe.top_k * tokens * (d + 3 * inner))
+    index = 2 * cfg.indexer.heads * cfg.indexer.head_dim if cfg.indexer else 0
+    logits = 4.0 * min(step_tokens, 256) * cfg.vocab_size
+    return 2.0 * step_tokens * max(attention + index, ffn) + logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """A device's memory, bytes. `free_bytes` is what the engine's fraction leaves unused."""
+
+    capacity_bytes: float
+    usable_bytes: float
+    weights_bytes: Mapping[str, float]
+    kv_bytes: float
+    activation_bytes: float
+    communication_bytes: float
+    runtime_bytes: float
+    kv_bytes_per_token: float
+
+    @property
+    def weights_total_bytes(self) -> float:
+        return sum(self.weights_bytes.values())
+
+    @property
+    def free_bytes(self) -> float:
+        used = self.weights_total_bytes + self.kv_bytes + self.activation_bytes
+        return self.usable_bytes - used - self.communication_bytes - self.runtime_bytes
+
+    @property
+    def pool_tokens(self) -> int:
+        return int(self.kv_bytes // self.kv_bytes_per_token)
+
+    def lines(self) -> list[str]:
+        """The ledger for a terminal, GB."""
+        rows = [("usable", self.usable_bytes)]
+        rows += [(f"- weights: {k}", -v) for k, v in sorted(self.weights_bytes.items(), key=lambda kv: -kv[1])]
+        rows += [
+            ("- activations", -self.activation_bytes),
+            ("- communication buffers", -self.communication_bytes),
+            ("- runtime", -self.runtime_bytes),
+            ("- KV pool", -self.kv_bytes),
+            ("= free", self.free_bytes),
+        ]
+        return [f"{name:28}{size / 1e9:10.2f} GB" for name, size in rows]
+
+
+def stage_ledgers(
+    cfg: ModelConfig,
+    layout: Layout,
+    formats: Formats,
+    engine: Engine,
+    usable_bytes: float,
+    capacity_bytes: float,
+    communication_bytes: float = 0.0,
+    runtime_bytes: float = 0.0,
+    mtp: bool = False,
+    redundant_slots: int = 0,
+) -> list[Ledger]:
+    """The ledger of each stage's devices, with what `Engine.kv_bytes` gives the KV pool there (0 where the model
+    does not fit)."""
+    step_tokens = engine.chunked_prefill_tokens or engine.max_step_tokens
+    stages = []
+    for stage in range(layout.pp):
+        weights = stage_weight_bytes(cfg, layout, formats, stage, mtp, redundant_slots)
+        temporary = activation_bytes(cfg, layout, step_tokens)
+        overhead = communication_bytes + runtime_bytes
+        kv = engine.kv_bytes(
+            device_bytes=usable_bytes,
+            weight_bytes=sum(weights.values()),
+            activation_bytes=temporary,
+            runtime_bytes=overhead,
+        )
+        per_token = stage_kv_bytes_per_token(cfg, layout, formats, stage, mtp)
+        stages.append(
+            Ledger(
+                capacity_bytes,
+                usable_bytes,
+                weights,
+                max(kv, 0.0),
+                temporary,
+                communication_bytes,
+                runtime_bytes,
+                per_token,
+            )
+        )
+    return stages
+
+
+def fullest(stages: Sequence[Ledger], cfg: ModelConfig, layout: Layout, page_tokens: int) -> Ledger:
+    """The ledger of the stage whose pool holds the fewest tokens: what a replica can hold.
+
+    Raises `CapacityError` with the ledger where the model does not fit or leaves no room for one page.
+    """
+    found = min(stages, key=lambda stage: stage.kv_bytes / stage.kv_bytes_per_token)
+    if found.pool_tokens < page_tokens:
+        raise CapacityError(
+            f"{cfg.name} does not fit {layout.devices} devices ({layout.name}): "
+            f"{found.weights_total_bytes / 1e9:.1f} GB of weights a device of {found.usable_bytes / 1e9:.1f} GB "
+            "usable; use more devices or narrower formats\n" + "\n".join(found.lines())
+        )
+    return found

@@ -1,0 +1,370 @@
+"""The plan: which part of a model, its experts and its KV pages each device holds, and what that promises.
+
+A `Plan` is plain data, written as one JSON file. `Pool`s are groups of equal replicas on one kind of chip: one
+pool that serves, or one that prefills and one that decodes. A replica is `layout.devices` `Device`s, in the
+order replica, stage, dp rank, tp rank. The file carries a hash of its own text, so that a changed byte is
+noticed, and of the model's config, so that it is not used for another model. Free of JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import hw_profiles
+from foundation.writing import replacing
+from hw_profiles import Profile
+from model.config import ModelConfig, load_config
+from runtime.deployment.document import from_json, to_json
+from runtime.deployment.errors import PlanFileError
+from runtime.deployment.kv import PoolKv
+from runtime.deployment.ledger import Ledger
+from runtime.layout import Formats, Layout
+
+SCHEMA_VERSION = 1
+_HASH = re.compile(r'^"hash": "([0-9a-f]{64})",$', re.MULTILINE)
+
+Role = Literal["serve", "prefill", "decode"]
+Objective = Literal["throughput", "latency", "min-devices"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRef:
+    """The model of a plan: its preset name or path, and the SHA-256 of its config."""
+
+    name: str
+    config_hash: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """What is asked of a plan: request lengths in tokens (uniform in [length_ratio x L, L]), load, targets.
+
+    concurrency: requests in flight (closed loop), or rate: requests a second (open loop); one of them. ttft_ms and
+    tpot_ms are bounds on the means. objective: what is made best among the plans that meet them.
+    """
+
+    isl: int = 8192
+    osl: int = 1024
+    length_ratio: float = 0.8
+    concurrency: int | None = None
+    rate: float | None = None
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    objective: Objective = "throughput"
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One device: where it is, what it holds, and its memory.
+
+    index and node count over the whole plan. ranks: its "tp", "dp" and "ep" rank in its stage (ep = dp x tp's degree
+    + tp, 0 where experts are split by tensor). layers: first and one past the last; an MTP layer is on the last
+    stage. kv_page_bytes: bytes of one page by cache ("latent", "index", "key", "value"), over the device's layers.
+    """
+
+    index: int
+    node: int
+    replica: int
+    stage: int
+    ranks: Mapping[str, int]
+    layers: tuple[int, int]
+    ledger: Ledger
+    kv_pages: int
+    kv_page_bytes: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """Which expert is in which slot, for each MoE layer: slot s is on the device of ep rank s // slots_per_device.
+
+    slot_expert: a row a MoE layer, in the order of the layers. max_over_mean and bound: the busiest device's load
+    over the mean device's, mean over layers, and what no placement in these slots can beat; None without a
+    measured load.
+    """
+
+    slots_per_device: int
+    slot_expert: tuple[tuple[int, ...], ...]
+    max_over_mean: float | None = None
+    worst_max_over_mean: float | None = None
+    bound: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Equal replicas of one layout on one kind of chip.
+
+    profile: name or path of the chip's profile; profile_settings: figures of it that were set by hand.
+    scheme: the name of the weight formats.
+    engine: name; settings: its settings, per dp rank, that differ from what it derives itself.
+    drafts: tokens of multi-token prediction a step.
+    page_tokens: tokens a KV page. Each dp rank of a replica holds `kv_pages` pages of its own sequences; its tp
+        ranks hold the same latents and index keys.
+    experts: None where experts are split by tensor.
+    expert_load: what is assumed of how tokens fall on experts; slot_load: measured, the share of each expert slot
+        (of each expert where they are split by tensor), busiest devices first, mean over layers; empty where nothing
+        was measured.
+    """
+
+    role: Role
+    profile: str
+    profile_settings: Mapping[str, float]
+    layout: Layout
+    scheme: str
+    formats: Formats
+    engine: str
+    settings: Mapping[str, Any]
+    drafts: int
+    replicas: int
+    page_tokens: int
+    devices: tuple[Device, ...]
+    experts: Experts | None
+    expert_load: str
+    slot_load: tuple[float, ...] = ()
+
+    @property
+    def kv_pages(self) -> int:
+        """Pages of one rank: the least of its replica's devices."""
+        return min(device.kv_pages for device in self.devices)
+
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens of cache of one rank."""
+        return self.kv_pages * self.page_tokens
+
+    @property
+    def redundant_slots(self) -> int:
+        """Expert slots a device beyond an even share of the experts, in each MoE layer."""
+        if self.experts is None:
+            return 0
+        return self.experts.slots_per_device - len(set(self.experts.slot_expert[0])) // self.layout.ep
+
+    @property
+    def name(self) -> str:
+        """One line: `2 x tp4 dp1 ep4 pp1 on h200-sxm, fp8, KV bf16`."""
+        return f"{self.replicas} x {self.layout.name} on {self.profile}, {self.scheme}, KV {self.formats.kv}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """What moving a prompt's cache from a prefill to a decode replica takes.
+
+    kv_bytes_per_token: sent for each token of the prompt, in the prefill pool's format. link_bandwidth_bytes_per_s:
+    of one prefill replica. conversion_seconds_per_token: rewriting it in the decode pool's format. bytes and seconds:
+    of one prompt of `isl` tokens.
+    """
+
+    kv_bytes_per_token: float
+    link_bandwidth_bytes_per_s: float
+    link_latency_seconds: float
+    conversion_seconds_per_token: float
+    bytes: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    """What the serving simulator expects of a plan under its demand, with how far to trust it.
+
+    ttft_ms, tpot_ms, e2e_ms: mean, p50, p90, p99. band: for "ttft_ms" and "tpot_ms", what should hold the measured
+    mean nine times in ten. evidence: the weakest grade of what went in; extrapolated: share of steps outside a fit's
+    range. meets_targets: by the means.
+    """
+
+    concurrency: int | None
+    rate: float | None
+    requests_per_s: float
+    output_tokens_per_s: float
+    output_tokens_per_s_per_device: float
+    output_tokens_per_s_per_user: float | None
+    ttft_ms: Mapping[str, float | None]
+    tpot_ms: Mapping[str, float | None]
+    e2e_ms: Mapping[str, float | None]
+    band: Mapping[str, tuple[float, float]]
+    evidence: str
+    extrapolated: float
+    kv_peak_fraction: float
+    requests_simulated: int
+    saturated_by: str
+    bottleneck: str
+    meets_targets: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Alternative:
+    """A plan that was priced. simulated: by the serving simulator; otherwise a steady-state estimate.
+
+    front: no other of its kind has both more tokens a second and device, and more a second and user.
+    """
+
+    name: str
+    devices: int
+    concurrency: int
+    simulated: bool
+    chosen: bool
+    front: bool
+    output_tokens_per_s_per_device: float
+    output_tokens_per_s_per_user: float
+    ttft_ms: float
+    tpot_ms: float
+    meets_targets: bool
+    evidence: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+    """A candidate that was left out, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A deployment, decided. pools: one that serves, or one that prefills and then one that decodes.
+
+    predicted: None for a plan made on the spot. transfer: between the two pools. kv: the cache's tiers, a pool each
+    (see `kv_tiers.pool_kv`); empty where nobody worked them out. idle_devices: given, and not used.
+    """
+
+    model: ModelRef
+    demand: Demand
+    pools: tuple[Pool, ...]
+    transfer: Transfer | None = None
+    kv: tuple[PoolKv, ...] = ()
+    idle_devices: int = 0
+    predicted: Predicted | None = None
+    alternatives: tuple[Alternative, ...] = ()
+    rejected: tuple[Rejected, ...] = ()
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def serving(self) -> Pool:
+        """The pool that makes the answers: the only one, or the one that decodes."""
+        return self.pools[-1]
+
+    @property
+    def formats(self) -> Formats:
+        """Number formats of the pool that makes the answers."""
+        return self.serving.formats
+
+    @property
+    def engine(self) -> str:
+        return self.serving.engine
+
+    @property
+    def experts(self) -> Experts | None:
+        return self.serving.experts
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """All devices, by index."""
+        return tuple(device for pool in self.pools for device in pool.devices)
+
+    @cached_property
+    def text(self) -> str:
+        """The file: JSON, a top-level field a line; `hash` is the SHA-256 of the text with zeros in its place."""
+        body = to_json(self)
+        head = {"schema_version": body.pop("schema_version"), "hash": "0" * 64, "model": body.pop("model")}
+        fields = {**head, "formats": to_json(self.formats), **body}
+        lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in fields.items()]
+        text = "{\n" + ",\n".join(lines) + "\n}\n"
+        return text.replace("0" * 64, _digest(text), 1)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the plan's text."""
+        found = _HASH.search(self.text)
+        assert found
+        return found[1]
+
+    def write(self, path: str | Path) -> None:
+        """Writes the file, whole or not at all. Raises `UsageError`."""
+        with replacing(path) as temporary:
+            temporary.write_text(self.text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | Path, cfg: ModelConfig | None = None) -> Plan:
+        """The plan in a file. cfg: the model it must be for.
+
+        Raises `PlanFileError` with the reason for a file that is cut short, edited, of another schema version or
+        for another model.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise PlanFileError(f"{path}: cannot be read: {error.strerror or error}") from None
+        except UnicodeDecodeError:
+            raise PlanFileError(f"{path}: damaged, it is not UTF-8 text; make the plan anew") from None
+        plan = cls.parse(text, str(path))
+        if cfg is not None:
+            plan.require_model(cfg, str(path))
+        return plan
+
+    @classmethod
+    def parse(cls, text: str, where: str = "plan") -> Plan:
+        """The plan in a text. Raises `PlanFileError`, see `read`."""
+        try:
+            document = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            line = getattr(error, "lineno", 1)
+            raise PlanFileError(
+                f"{where}: cut short or damaged, not JSON from line {line}; make the plan anew"
+            ) from None
+        if not isinstance(document, dict) or "schema_version" not in document or "pools" not in document:
+            raise PlanFileError(f"{where}: no plan (a plan has schema_version and pools); `glm5 plan --out` writes one")
+        if document["schema_version"] != SCHEMA_VERSION:
+            raise PlanFileError(
+                f"{where}: schema version {document['schema_version']!r}, this program reads {SCHEMA_VERSION}; "
+                "make the plan anew"
+            )
+        stated = _HASH.search(text)
+        if stated is None:
+            raise PlanFileError(f"{where}: edited, its hash is gone; make the plan anew")
+        actual = _digest(text[: stated.start(1)] + "0" * 64 + text[stated.end(1) :])
+        if stated[1] != actual:
+            raise PlanFileError(
+                f"{where}: edited or damaged, its text hashes to {actual[:12]}… and not to {stated[1][:12]}…; "
+                "make the plan anew"
+            )
+        body = {key: value for key, value in document.items() if key not in ("hash", "formats")}
+        try:
+            return from_json(cls, body)
+        except PlanFileError as error:
+            raise PlanFileError(f"{where}: {error}") from None
+
+    def require_model(self, cfg: ModelConfig, where: str = "plan") -> None:
+        """Raises `PlanFileError` unless the plan is for this model."""
+        if config_hash(cfg) != self.model.config_hash:
+            raise PlanFileError(
+                f"{where}: a plan for {self.model.name} (config {self.model.config_hash[:12]}…), not for {cfg.name} "
+                f"(config {config_hash(cfg)[:12]}…); make a plan for {cfg.name}"
+            )
+
+    def config(self) -> ModelConfig:
+        """The plan's model, loaded by name. Raises `ConfigError`, or `PlanFileError` where it is another one now."""
+        cfg = load_config(self.model.name)
+        self.require_model(cfg)
+        return cfg
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def config_hash(cfg: ModelConfig) -> str:
+    """SHA-256 of everything in a config but its name."""
+    body: dict[str, Any] = dataclasses.asdict(cfg)
+    del body["name"]
+    return _digest(json.dumps(body, sort_keys=True))
+
+
+def profile_of(pool: Pool) -> Profile:
+    """The profile that a pool was planned for. Raises `ProfileError`."""
+    return hw_profiles.load(pool.profile, dict(pool.profile_settings))

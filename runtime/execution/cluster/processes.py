@@ -1,0 +1,204 @@
+"""One plan over several processes, each started by hand or by a launcher with `--coordinator` and `--process I/N`.
+
+What a person starts is a supervisor, free of JAX. The part that joins the others runs in a child process, because
+JAX's runtime ends a process from within, with a trace of its own, where another one is lost: the supervisor makes
+one line of that. A child whose supervisor is gone ends, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import multiprocessing
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from backends.errors import BackendUnavailable
+from foundation.errors import Failure, UsageError
+
+if TYPE_CHECKING:
+    from backends.interface import Backend
+    from backends.spmd.processes import Processes
+    from runtime.deployment.plan import Plan
+
+JOIN_SECONDS = 120
+"""How long a process waits for the others to start."""
+
+
+class ProcessLost(Failure):
+    """A process of a run over several has ended before its time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which of the processes this one is, and where process 0 listens."""
+
+    coordinator: str
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, coordinator: str | None, process: str | None) -> Place:
+        """From the words of the command line. Raises `UsageError`."""
+        if coordinator is None or process is None:
+            raise UsageError("--coordinator and --process go together: where process 0 listens, and which this is")
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise UsageError(f"--coordinator takes HOST:PORT, not {coordinator!r}")
+        index, _, count = process.partition("/")
+        if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise UsageError(f"--process takes I/N with I from 0 to N - 1, not {process!r}")
+        return cls(coordinator, int(index), int(count))
+
+    def check(self, plan: Plan) -> None:
+        """Raises `UsageError` where the plan's devices cannot be dealt out."""
+        if len(plan.devices) % self.count:
+            raise UsageError(
+                f"--process {self.index}/{self.count}: the plan's {len(plan.devices)} devices are not divisible by "
+                f"{self.count} processes"
+            )
+
+    def __str__(self) -> str:
+        return f"process {self.index} of {self.count}"
+
+
+def supervised() -> bool:
+    """Whether this is the child process that `supervise` has started."""
+    return multiprocessing.current_process().name == _CHILD
+
+
+_CHILD = "glm5-process"
+# How what XLA raises begins, which may be a ValueError as well as its own: a peer is gone, or a device is.
+_OF_RUNTIME = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED|UNAVAILABLE|UNKNOWN): ")
+_BUG = 1  # exit code of a child that has printed a traceback
+
+
+def supervise(place: Place, work: Callable[..., None], arguments: dict[str, Any]) -> None:
+    """Runs `work(**arguments)` in a child process, and raises here what it raises there if that is expected.
+
+    Raises `ProcessLost` where the child ended otherwise: another process is gone.
+    """
+    if place.index:
+        _await_coordinator(place)
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    child = spawn.Process(target=_child, name=_CHILD, args=(place, sender, work, arguments))
+    child.start()
+    sender.close()
+    try:
+        child.join()
+    except BaseException:
+        child.kill()
+        raise
+    with contextlib.suppress(EOFError):
+        if receiver.poll():
+            raise receiver.recv()
+    if child.exitcode == _BUG:
+        sys.exit(_BUG)
+    if child.exitcode:
+        raise _lost(place, f"exit code {child.exitcode}" if child.exitcode > 0 else f"signal {-child.exitcode}")
+
+
+def _lost(place: Place, reason: str) -> ProcessLost:
+    return ProcessLost(f"{place} ends, because another process was lost or its device failed ({reason})")
+
+
+def _await_coordinator(place: Place) -> None:
+    """Raises `UsageError` where nothing comes to listen there."""
+    host, _, port = place.coordinator.rpartition(":")
+    until = time.monotonic() + JOIN_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise UsageError(
+                    f"--coordinator {place.coordinator}: nothing has listened there for {JOIN_SECONDS:g} s "
+                    f"({error.strerror or error}); start process 0 on that host"
+                ) from None
+        time.sleep(0.2)
+
+
+def _child(place: Place, sender: Connection, work: Callable[..., None], arguments: dict[str, Any]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # What the distributed runtime and gloo print is not for the reader; answers are process 0's to give.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    sys.stdout = os.fdopen(nowhere if place.index else os.dup(1), "w")
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    try:
+        work(**arguments)
+        leave()
+        code = 0
+    except Failure as error:
+        sender.send(error)
+        code = 2
+    except Exception as error:
+        code = 2
+        if _OF_RUNTIME.match(str(error)):
+            sender.send(_lost(place, str(error).splitlines()[0]))
+        else:
+            traceback.print_exc()
+            code = _BUG
+    sender.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # not the exit of the distributed runtime, which waits for all
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(_BUG)
+
+
+def connect(place: Place, backend: Backend, dtype: str | None, plan: Plan, asked: object) -> Processes:
+    """Joins the other processes; in the child only. asked: what all must have been asked for alike, with a `repr`.
+
+    Raises `UsageError` where not all processes join, or one was asked for something else.
+    """
+    import jax
+
+    from backends.spmd.processes import Processes, agree, join
+    from backends.xla import XlaBackend
+
+    assert isinstance(backend, XlaBackend)
+    where = (place.coordinator, place.index, place.count)
+    try:
+        devices = join(backend.platform, *where, len(plan.devices), JOIN_SECONDS)
+    except jax.errors.JaxRuntimeError as error:
+        raise UsageError(
+            f"{place} found not all others at {place.coordinator} within {JOIN_SECONDS:g} s "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    if reason := backend.unavailable():
+        raise BackendUnavailable(f"backend {backend.name} cannot be used here: {reason} (see `glm5 backends`)")
+    offered = backend.capabilities()
+    dtype = dtype or offered.preferred_dtype
+    if dtype not in offered.dtypes:
+        raise UsageError(f"backend {backend.name} computes in {', '.join(sorted(offered.dtypes))}, not in {dtype}")
+    different = agree(hashlib.sha256(repr((plan.hash, dtype, asked)).encode()).digest())
+    if different is not None:
+        raise UsageError(
+            f"process {different} was started with another plan, checkpoint, prompt or option than process 0"
+        )
+    return Processes(devices, dtype)
+
+
+def leave() -> None:
+    """Waits until all processes are done."""
+    import jax
+
+    jax.distributed.shutdown()

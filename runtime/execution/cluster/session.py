@@ -1,0 +1,233 @@
+"""A run on emulated devices from start to end: the plan, its memory, its devices, the prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foundation.errors import UsageError
+from model.config import ModelConfig
+from runtime.deployment.plan import Plan, Pool, profile_of
+from runtime.execution.cluster import deploy
+from runtime.execution.cluster.options import Options
+from runtime.layout import Formats
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from backends.emulation.backend import SimBackend
+    from backends.interface import Backend
+    from backends.spmd.cluster import Cluster, NumberFormats
+    from backends.spmd.processes import Processes
+    from model.checkpoint import Checkpoint, Group
+    from model.weights import Quantized, Weight
+    from runtime.execution.cluster.live import Outcome
+    from runtime.execution.cluster.timeline import Timeline
+    from runtime.execution.cluster.worker import OnToken
+    from runtime.execution.local.request import Completion, Request
+
+
+def prepare(cfg: ModelConfig, options: Options) -> Plan:
+    """The plan to run, with room on every device for what it puts there. Nothing has been loaded yet.
+
+    Raises `UsageError`, `PlanFileError`, `Unsupported` or `OutOfMemory`.
+    """
+    if options.trace and not options.trace.absolute().parent.is_dir():
+        raise UsageError(f"--trace {options.trace}: there is no directory {options.trace.parent}")
+    if not 0 < options.scale_memory < float("inf"):
+        raise UsageError(f"--scale-memory must be above 0, not {options.scale_memory:g}")
+    if options.plan is None:
+        plan, factor = _on_the_spot(cfg, options), 1.0
+    else:
+        plan, factor = _planned(cfg, options), options.scale_memory
+    for pool in plan.pools:
+        if pool.drafts:
+            raise UsageError(
+                f"the plan drafts {pool.drafts} tokens a step, which is not emulated: plan it without --mtp"
+            )
+        deploy.grid_of(cfg, pool).check(cfg)
+    sizes = sorted({pool.page_tokens for pool in plan.pools})
+    if len(sizes) > 1:
+        raise UsageError(
+            f"the plan's pools keep pages of {sizes[0]} and {sizes[-1]} tokens: caches move between pools of one page "
+            "size only; plan both with one engine"
+        )
+    deploy.check_memory(cfg, plan, factor)
+    return plan
+
+
+def _planned(cfg: ModelConfig, options: Options) -> Plan:
+    assert options.plan is not None
+    decided = [name for name in options.given if name not in ("--plan", "--devices", "--scale-memory", "--trace")]
+    if decided:
+        raise UsageError(f"{', '.join(decided)}: the plan decides that; leave it out, or leave out --plan")
+    plan = Plan.read(options.plan, cfg)
+    if options.devices is not None and options.devices != len(plan.devices):
+        raise UsageError(f"--devices {options.devices}: {options.plan} is a plan for {len(plan.devices)} devices")
+    return plan
+
+
+def _on_the_spot(cfg: ModelConfig, options: Options) -> Plan:
+    from backends.emulation.schemes import cache_of_profile, of_profile
+    from runtime.simulation.build import default_kv
+
+    if options.profile is None:
+        raise UsageError("--backend sim emulates a chip: name it with --profile (`glm5 profiles list`), or give --plan")
+    profile = deploy.scaled(options.profile, options.scale_memory)
+    chosen = of_profile(profile, options.formats)
+    engine = options.engine or "sglang"
+    kv = options.kv or (None if chosen.wide == "f32" else default_kv(cfg, profile, engine))
+    cache_of_profile(profile, kv, chosen)
+    layout, replicas = deploy.lay_out(cfg, options.devices or 1, options.tp, options.dp, options.ep, options.pp)
+    settings = deploy.unscaled_settings(engine, cfg, options.profile, layout, profile, {})
+    held = Formats(chosen.dense, chosen.experts, kv or chosen.wide)
+    return deploy.spot_plan(cfg, profile, layout, held, replicas, engine, settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came out, and the wall-clock seconds it took here. wall: the completions, their times on the wall clock
+    without what compiling took."""
+
+    outcome: Outcome
+    wall: list[Completion]
+    clock: deploy.Clock
+    load_s: float
+    compile_s: float
+    run_s: float
+
+
+def serve(
+    checkpoint: Checkpoint,
+    backend: Backend | Processes,
+    plan: Plan,
+    prompts: Sequence[Request],
+    on_token: OnToken = lambda index, token: None,
+    trace: Path | None = None,
+    clock: deploy.Clock | None = None,
+) -> Result:
+    """Runs the prompts on the plan's devices: emulated ones, or those of several processes.
+
+    trace: the file to write the devices' timelines to. clock: what prices the steps; by default as the plan's
+    profiles do. Raises `UsageError` for a prompt that the model cannot serve.
+    """
+    from backends.emulation.backend import SimBackend
+    from backends.spmd.processes import Processes
+    from runtime.execution.cluster.live import emulate
+    from runtime.execution.cluster.timeline import write
+    from runtime.execution.local.request import check_request
+
+    assert isinstance(backend, SimBackend | Processes)
+    for prompt in prompts:
+        check_request(prompt, checkpoint.config)
+    began = time.perf_counter()
+    if isinstance(backend, SimBackend):
+        backend.start(max(pool.layout.devices for pool in plan.pools))
+    clock = clock or deploy.clock_of(checkpoint.config, plan)
+    clusters = [_clusters(checkpoint, backend, pool) for pool in plan.pools]
+    each = [itertools.cycle(found) for found in clusters]
+    pages = [_pages(pool, prompts) for pool in plan.pools]
+    timelines = _timelines(checkpoint.config, plan, clock) if trace else []
+    times: dict[int, list[float]] = {}
+
+    def compiled() -> float:
+        return sum(cluster.compile_s for found in clusters for cluster in found)
+
+    def token(index: int, token: int) -> None:
+        times.setdefault(index, []).append(time.perf_counter() - loaded - compiled())
+        on_token(index, token)
+
+    loaded = time.perf_counter()
+    outcome = emulate(
+        prompts,
+        clock.deployment,
+        lambda role: next(each[role]).server(pages[role], plan.pools[role].page_tokens),
+        token,
+        timelines,
+    )
+    if trace:
+        write(trace, timelines)
+    wall = [
+        dataclasses.replace(found, ttft_s=times[index][0], decode_s=times[index][-1] - times[index][0])
+        for index, found in enumerate(outcome.completions)
+    ]
+    compile_s = compiled()
+    return Result(outcome, wall, clock, loaded - began, compile_s, time.perf_counter() - loaded - compile_s)
+
+
+def _clusters(checkpoint: Checkpoint, backend: SimBackend | Processes, pool: Pool) -> list[Cluster]:
+    """The devices of a pool's servers in turn: emulated ones are the same for all, those of processes are not."""
+    from backends.emulation.backend import SimBackend
+
+    cfg = checkpoint.config
+    grid = deploy.grid_of(cfg, pool)
+    if isinstance(backend, SimBackend):
+        numbers = number_formats(cfg, pool)
+        weights = checkpoint.load("float32", keep_fp8=numbers is not None, mtp=False)
+        return [backend.cluster(cfg, grid, weights, numbers)]
+    firsts = [pool.devices[number * pool.layout.devices].index for number in range(pool.replicas)]
+    return [backend.cluster(cfg, grid, _unread(checkpoint, backend.dtype), first) for first in firsts]
+
+
+def _unread(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
+    """The weights as `Checkpoint.load` has them, each read when it is asked for, and not kept."""
+    from model.checkpoint import groups
+
+    found = groups(checkpoint.config, mtp=False)
+    return {
+        "outer": _Unread(checkpoint, found["outer"][0], dtype),
+        "layers": [_Unread(checkpoint, group, dtype) for group in found["layers"]],
+    }
+
+
+class _Unread:
+    def __init__(self, checkpoint: Checkpoint, group: Group, dtype: str):
+        self._checkpoint, self._group, self._dtype = checkpoint, group, dtype
+        self._weights: dict[str, Weight] = {weight.name: weight for weight in group.weights}
+
+    def __getitem__(self, name: str) -> np.ndarray | Quantized:
+        return self._checkpoint.read(self._group, self._weights[name], self._dtype)
+
+    pop = __getitem__
+
+    def clear(self) -> None:
+        self._weights = {}
+
+
+def number_formats(cfg: ModelConfig, pool: Pool) -> NumberFormats | None:
+    """What the pool's chip rounds; None where everything is float32. Raises `Unsupported`."""
+    if pool.formats.wide == "f32":
+        return None
+    from backends.emulation.number_formats import formats_of
+    from backends.emulation.schemes import SCHEMES
+
+    wanted = (pool.formats.weights, pool.formats.experts)
+    name = next((name for name, each in SCHEMES.items() if (each.dense, each.experts) == wanted), "/".join(wanted))
+    return formats_of(cfg, profile_of(pool), name, pool.formats.kv)
+
+
+def _pages(pool: Pool, prompts: Sequence[Request]) -> int:
+    """Pages a rank to have: the plan's, or what all prompts take together where that is less."""
+    each = [-(-(len(p.prompt_ids) + p.max_tokens) // pool.page_tokens) for p in prompts]
+    return min(pool.kv_pages, sum(each)) + any(p.keep_logits for p in prompts)
+
+
+def _timelines(cfg: ModelConfig, plan: Plan, clock: deploy.Clock) -> list[Timeline]:
+    from runtime.execution.cluster.timeline import Timeline, segments
+    from runtime.pricing.pricer import GraphPricer, Programs
+    from runtime.pricing.trace import trace
+
+    found, process = [], 0
+    for pool, deployment in zip(plan.pools, clock.pools, strict=True):
+        pricer = deployment.pricer
+        assert isinstance(pricer, GraphPricer)
+        traced = trace(cfg, pool.layout, "decode")
+        programs = Programs(traced.layers, traced.embed, traced.head, None)
+        ops = segments(cfg, pool.layout, programs, pricer)
+        found.append(Timeline(pool.layout, pricer, ops, pool.role, pool.devices[0].index, process))
+        process += pool.replicas
+    return found

@@ -1,0 +1,77 @@
+"""From a checkpoint directory and a backend to a ready engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from backends.interface import Backend
+from foundation.errors import CapacityError, UsageError
+from model.cache import cache_rows
+from model.checkpoint import Checkpoint
+from model.config import ModelConfig
+from runtime.execution.local.engine import Engine, EngineConfig
+from runtime.execution.local.programs import Programs
+
+_MEMORY_FRACTION = 0.85  # of a device's memory, for weights and pages; the rest is for activations
+
+
+def embedded_checkpoint() -> Path:
+    """The tiny checkpoint that ships with the project."""
+    return Path(str(resources.files("runtime") / "data" / "tiny-glm5"))
+
+
+def load_engine(
+    checkpoint: Checkpoint,
+    backend: Backend,
+    config: EngineConfig = EngineConfig(),
+    dtype: str | None = None,
+    keep_fp8: bool = False,
+    pool_tokens: int | None = None,
+) -> Engine:
+    """Loads the weights onto the backend's device and sizes the page pool.
+
+    dtype: what to compute in; the backend's preference by default. keep_fp8: matrices stored in FP8 stay
+    so. pool_tokens: overrides the pool size, which otherwise fills what the device has left, or is the
+    config's where the device does not tell its memory.
+    """
+    offered = backend.capabilities()
+    dtype = dtype or offered.preferred_dtype
+    if dtype not in offered.dtypes:
+        raise UsageError(f"backend {backend.name} computes in {', '.join(sorted(offered.dtypes))}, not in {dtype}")
+    if keep_fp8 and not offered.fp8_weights:
+        raise UsageError(f"backend {backend.name} has no FP8 here; drop --keep-fp8 to dequantise the weights")
+    if config.drafts and not checkpoint.has_mtp:
+        raise UsageError(f"{checkpoint.path} holds no MTP layer: --mtp needs one")
+    weight_bytes = 0
+
+    def put(_: Any, array: Any) -> Any:
+        nonlocal weight_bytes
+        weight_bytes += array.nbytes
+        return backend.put(array)
+
+    weights = checkpoint.load(dtype, keep_fp8, put, mtp=config.drafts > 0)
+    if pool_tokens is None and offered.devices[0].memory_bytes:
+        spare = int(offered.devices[0].memory_bytes * _MEMORY_FRACTION) - weight_bytes
+        row = token_bytes(checkpoint.config, dtype, config.drafts > 0)
+        pool_tokens = min(spare // row, config.max_running * checkpoint.config.max_positions)
+        if pool_tokens < config.page_size:
+            raise CapacityError(
+                f"the weights take {weight_bytes / 1e9:.1f} GB of the device's "
+                f"{offered.devices[0].memory_bytes / 1e9:.1f} GB, which leaves no room for the cache"
+            )
+    if pool_tokens is not None:
+        config = dataclasses.replace(config, pool_tokens=pool_tokens)
+    programs = Programs(
+        backend, checkpoint.config, weights, config.pages, config.page_size, dtype, drafts=config.drafts
+    )
+    return Engine(checkpoint.config, programs, config)
+
+
+def token_bytes(cfg: ModelConfig, dtype: str, mtp: bool) -> int:
+    """Bytes of cache that one token takes in `dtype`, over all layers."""
+    size = {"float32": 4, "bfloat16": 2}[dtype]
+    kinds = list(cfg.layers) + [cfg.mtp_type] * (cfg.mtp_layers if mtp else 0)
+    return size * sum(row.width for kind in kinds for row in cache_rows(cfg, kind))

@@ -1,0 +1,91 @@
+"""Choosing tokens from logits, on the host and reproducibly.
+
+Temperature 0 is greedy (the lowest id among equals). Otherwise: scale by temperature, keep the `top_k`
+best, keep the smallest set whose probability reaches `top_p`, renormalise, draw. Each request draws from
+its own generator, so its tokens do not depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from foundation.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a request's tokens are chosen. top_k 0 and top_p 1 keep everything."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top-p must be above 0 and at most 1, not {self.top_p}")
+        if self.top_k < 0:
+            raise UsageError(f"top-k must be 0 (off) or more, not {self.top_k}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """The distribution that is drawn from: float64 `[vocab]`, for a temperature above 0."""
+    scaled = logits.astype(np.float64) / sampling.temperature
+    order = np.argsort(-scaled, kind="stable")
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    weights = np.exp(scaled[order] - scaled[order[0]])
+    weights /= weights.sum()
+    if sampling.top_p < 1:
+        keep = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
+        order, weights = order[:keep], weights[:keep] / weights[:keep].sum()
+    full = np.zeros(logits.shape[0])
+    full[order] = weights
+    return full
+
+
+def choose(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> int:
+    """The next token id from logits `[vocab]`."""
+    if sampling.greedy:
+        return int(np.argmax(logits))
+    return _draw(probabilities(logits, sampling), rng)
+
+
+def _draw(weights: np.ndarray, rng: np.random.Generator) -> int:
+    index = int(np.searchsorted(np.cumsum(weights), rng.random() * weights.sum(), side="right"))
+    return min(index, int(np.flatnonzero(weights)[-1]))
+
+
+def verify(logits: np.ndarray, drafts: list[int], sampling: Sampling, rng: np.random.Generator) -> list[int]:
+    """The tokens that a run of drafts yields: those accepted, then one more.
+
+    logits `[1 + len(drafts), vocab]`: row j is the model's distribution after j drafts. Greedy accepts a
+    draft that equals the model's own choice. Otherwise a draft is accepted with its probability, and a
+    refused one replaced by a draw from the rest of the distribution (speculative sampling, arXiv
+    2211.17192, for a proposal that is certain), which leaves the distribution of tokens unchanged.
+    """
+    out: list[int] = []
+    for row, draft in zip(logits, drafts, strict=False):
+        if sampling.greedy:
+            token = int(np.argmax(row))
+            out.append(token)
+            if token != draft:
+                return out
+            continue
+        weights = probabilities(row, sampling)
+        if rng.random() < weights[draft]:
+            out.append(draft)
+            continue
+        weights[draft] = 0.0
+        out.append(_draw(weights, rng))
+        return out
+    out.append(choose(logits[len(drafts)], sampling, rng))
+    return out

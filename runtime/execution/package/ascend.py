@@ -1,0 +1,65 @@
+"""Ascend packages on a chip: graphs compiled by `build.sh`, or here by ATC, and run by pyACL. Never run on a chip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from backends.ascend import compiler, om
+from backends.ascend.plugin import LIBRARY, VENDOR
+from runtime.deployment.manifest import Step
+
+
+class Executor:
+    """See `runtime.execution.package.executor.Executor`. Raises `BackendUnavailable` without CANN."""
+
+    name = "ascend"
+    platform = "any"
+
+    def __init__(self, session: om.Session | None = None) -> None:
+        self.session = session or om.Session()
+
+    def load(self, path: Path, step: Step) -> Loaded:
+        """`path` is FOLDER/GEAR/GRAPH.onnx; the compiled graph is FOLDER/om/GEAR/GRAPH.om."""
+        folder = path.parent.parent
+        compiled = folder / "om" / path.parent.name / f"{path.stem}.om"
+        if not compiled.is_file():
+            plugin = folder / VENDOR
+            brought = (plugin / "framework" / "onnx" / LIBRARY).is_file()
+            environment = {"ASCEND_CUSTOM_OPP_PATH": str(plugin.absolute())} if brought else {}
+            soc = self.session.acl.get_soc_name()
+            compiled = compiler.compile_graph(path, compiled.with_suffix(""), soc, environment)
+        return Loaded(self.session, self.session.load(compiled), step)
+
+    def put(self, array: np.ndarray) -> om.Tensor:
+        return self.session.put(array)
+
+    def get(self, buffer: om.Tensor) -> np.ndarray:
+        return self.session.get(buffer)
+
+
+class Loaded:
+    def __init__(self, session: om.Session, model: om.Model, step: Step):
+        self.session, self.model, self.step = session, model, step
+
+    def bind(self, fixed: Mapping[str, Any]) -> Bound:
+        return Bound(self.model, self.step, fixed)
+
+
+class Bound:
+    def __init__(self, model: om.Model, step: Step, fixed: Mapping[str, Any]):
+        self.model, self.fixed, self.aliases = model, fixed, step.aliases
+        self.outputs = {value.name: (value.shape, _dtype(value.dtype)) for value in step.outputs}
+        self.inputs = [value.name for value in step.inputs]
+
+    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        given = {name: self.fixed[name] if name in self.fixed else values[name] for name in self.inputs}
+        return self.model.run(given, self.outputs, self.aliases)
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, name, None) or name)

@@ -1,0 +1,164 @@
+"""Tokens from an exported package: prompts in, completions out, as the engine gives them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from backends.errors import ArtifactError
+from foundation.errors import UsageError
+from runtime.deployment.manifest import Manifest, Program, check_files
+from runtime.execution.local.request import Completion, Request
+from runtime.execution.local.request import Sequence as Running
+from runtime.execution.local.sampling import choose
+from runtime.execution.package.executor import executor
+from runtime.execution.package.runner import Batch, Runner, stored_weights
+
+OnToken = Callable[[int, int], None]  # request index, token id
+
+
+class Package:
+    """A package, checked and loaded into a runtime ("ort", "torch", "xla"); `linked` as of `Runner`.
+
+    Raises `ArtifactError` for a package that is damaged, of another version or without weights, `UsageError` for a
+    runtime that does not run its format.
+    """
+
+    def __init__(self, folder: Path, backend: str, linked: bool = True):
+        self.folder, self.manifest = folder, Manifest.read(folder)
+        runtime = executor(backend, self.manifest.format)
+        check_files(folder, self.manifest)
+        weights = stored_weights(folder, self.manifest)
+        if weights is None:
+            raise ArtifactError(f"{folder}: holds no weights; to run it here, export it with --weights external")
+        self.runner = Runner(folder, self.manifest, runtime, weights, linked)
+        self.text = Text(folder / self.manifest.tokenizer) if self.manifest.tokenizer else None
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return frozenset(self.manifest.model.stop_token_ids)
+
+    @property
+    def compile_s(self) -> float:
+        """Spent on loading graphs so far."""
+        return self.runner.load_s
+
+    def generate(self, requests: Sequence[Request], on_token: OnToken = lambda i, t: None) -> list[Completion]:
+        """Serves the requests one after another. Raises `UsageError` for one that no gear holds."""
+        for request in requests:
+            self._check(request)
+        return [self._serve(request, index, on_token) for index, request in enumerate(requests)]
+
+    def _context(self, program: Program) -> int:
+        return program.gear.context_pages * self.manifest.page_size
+
+    def _check(self, request: Request) -> None:
+        ids, model = request.prompt_ids, self.manifest.model
+        if not ids:
+            raise UsageError("the prompt has no tokens; give at least one")
+        if request.max_tokens < 1:
+            raise UsageError(f"max-tokens must be at least 1, not {request.max_tokens}")
+        if bad := [i for i in ids if not 0 <= i < model.vocab_size]:
+            raise UsageError(f"token id {bad[0]} is out of range: the vocabulary has {model.vocab_size} entries")
+        total, largest = len(ids) + request.max_tokens, max(map(self._context, self.manifest.programs))
+        if total > largest:
+            raise UsageError(
+                f"prompt ({len(ids)} tokens) + max-tokens ({request.max_tokens}) = {total} exceeds the package's "
+                f"largest gear, a context of {largest}; shorten one of them, or export with a larger --context"
+            )
+
+    def _program(self, tokens: int, context: int) -> Program:
+        """The gear that takes the next tokens at least waste: all of them if it can, over the least context."""
+        holds = [p for p in self.manifest.programs if self._context(p) >= context + min(tokens, p.gear.tokens)]
+
+        def waste(program: Program) -> tuple[int, ...]:
+            gear = program.gear
+            return (-min(tokens, gear.tokens), gear.tokens, self._context(program), gear.sequences)
+
+        return min(holds, key=waste)
+
+    def _serve(self, request: Request, index: int, on_token: OnToken) -> Completion:
+        running = Running(
+            request,
+            index,
+            list(request.prompt_ids),
+            np.random.default_rng([request.sampling.seed, index]),
+            self._now_s(),
+        )
+        while running.finish is None:
+            rest = len(running.tokens) - running.done
+            program = self._program(rest, running.done)
+            chunk = running.tokens[running.done : running.done + min(rest, program.gear.tokens)]
+            logits = self._step(program, chunk, running.done)
+            running.done += len(chunk)
+            if running.done == len(running.tokens):
+                token = choose(logits, request.sampling, running.rng)
+                running.accept(token, self._now_s())
+                on_token(index, token)
+        return running.completion()
+
+    def _now_s(self) -> float:
+        """Seconds on a clock that stands still while graphs are loaded."""
+        return time.perf_counter() - self.runner.load_s
+
+    def _step(self, program: Program, chunk: list[int], start: int) -> np.ndarray:
+        """Feeds one sequence; the other rows, and the other dp ranks, are padding. Logits [vocab]."""
+        gear = program.gear
+        empty = np.zeros(gear.sequences, np.int32)
+        tokens = np.zeros((gear.sequences, gear.tokens), np.int32)
+        table = np.zeros((gear.sequences, gear.context_pages), np.int32)
+        padding = Batch(tokens, empty, empty, table)
+        tokens, table, first, length = tokens.copy(), table.copy(), empty.copy(), empty.copy()
+        tokens[0, : len(chunk)] = chunk
+        table[0] = np.arange(1, 1 + gear.context_pages)
+        first[0], length[0] = start, len(chunk)
+        batches = [Batch(tokens, first, length, table), *[padding] * (self.runner.dp - 1)]
+        return self.runner.executor.get(self.runner.step(program, batches)[0]["logits"])[0]
+
+
+class Text:
+    """The package's tokenizer. Raises `ArtifactError` for a file that is none."""
+
+    def __init__(self, path: Path):
+        try:
+            self._inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ArtifactError(f"{path}: not a tokenizer ({str(error).splitlines()[0]})") from None
+        self._inner.no_truncation()
+        self._inner.no_padding()
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UsageError("the text is not valid Unicode") from None
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._inner.decode(list(ids), skip_special_tokens=False)
+
+    def stream(self) -> TextStream:
+        return TextStream(self)
+
+
+class TextStream:
+    """Text as it comes: what is returned, joined, is the text of all ids. Half characters are held back."""
+
+    def __init__(self, text: Text):
+        self._text, self._ids, self._shown = text, [], ""
+
+    def put(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        whole = self._text.decode(self._ids)
+        return "" if whole.endswith("\ufffd") else self._show(whole)
+
+    def flush(self) -> str:
+        return self._show(self._text.decode(self._ids))
+
+    def _show(self, whole: str) -> str:
+        new, self._shown = whole[len(self._shown) :], whole
+        return new

@@ -1,0 +1,189 @@
+"""The steady state of a replica, from its prices: what a load will see, without playing it.
+
+Symbols, per rank: b requests in flight; D(b) seconds of a decode step; P seconds that a prompt keeps a step
+from decoding; mu = b / osl * accepted, prompts that begin for each decode step (one for each answer that ends);
+r ranks that step together. A prompt on one rank holds up all of them, unless others begin theirs in the same
+step, so that prompts cost
+
+    rounds = min(r^0.7 * mu, mu + sqrt(2 * mu * ln r))    (r: all alone, r^0: all together, r^0.7: as the simulator
+                                                           has them; or the expected most of r Poisson draws)
+
+P each decode step, and a token takes (D + rounds * P) / accepted. Requests beyond what the cache or the engine's
+limit holds wait. Within 10 % of the simulator in TPOT up to 4 ranks, 25 % beyond; it has the last word.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import cache
+
+import numpy as np
+
+from runtime.deployment.plan import Demand
+from runtime.planning.options import Option
+from runtime.serving.pricing import BatchShape
+from runtime.serving.replica import with_host_time
+from runtime.simulation.build import Tables, pricer_of, speculation
+
+_LONGEST_SWEEP = 4096
+_ALIGNED = 0.7
+"""Power of the ranks in the rounds of prompts, fitted to simulations of 2 to 8 ranks with 8 to 80 requests."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A steady state of a whole deployment. concurrency: requests in flight. running_limit: requests
+    a rank takes up at a time, 0 for as many as it holds."""
+
+    concurrency: int
+    requests_per_s: float
+    output_tokens_per_s: float
+    ttft_seconds: float
+    tpot_seconds: float
+    running_limit: int = 0
+
+    def e2e_seconds(self, demand: Demand) -> float:
+        return self.ttft_seconds + self.tpot_seconds * max(mean_output(demand) - 1, 0)
+
+    def misses(self, demand: Demand) -> float:
+        """By how much the targets are missed: 0 where they are met, else the sum of relative excesses."""
+        over = 0.0
+        for target, value in ((demand.ttft_ms, self.ttft_seconds), (demand.tpot_ms, self.tpot_seconds)):
+            if target is not None:
+                over += max(value * 1e3 / target - 1, 0.0)
+        if demand.rate is not None:  # a load that is not kept up with is a miss too
+            over += max(1 - self.requests_per_s / demand.rate - 1e-6, 0.0)
+        return over
+
+
+def mean_prompt(demand: Demand) -> float:
+    return demand.isl * (1 + demand.length_ratio) / 2
+
+
+def mean_output(demand: Demand) -> float:
+    return max(demand.osl * (1 + demand.length_ratio) / 2, 1.0)
+
+
+class Model:
+    """The prices of one option under one demand."""
+
+    def __init__(self, option: Option, demand: Demand, tables: Tables):
+        self.option, self.demand = option, demand
+        self.engine = option.spec.engine
+        self.pricer = pricer_of(option.spec, tables)
+        made = speculation(option.spec.drafts)
+        self.query_tokens = made.query_tokens if made else 1
+        self.accepted = made.mean_tokens if made else 1.0
+        self.prompt, self.output = mean_prompt(demand), mean_output(demand)
+        self.ranks = option.layout.dp
+        self.decode_seconds = cache(self._decode_seconds)
+        self.prefill_seconds = cache(self._prefill_seconds)
+
+    @property
+    def holds(self) -> int:
+        """Requests a rank has in service at most: by its cache, at their mean length, and by the engine's limit."""
+        need = self.prompt + self.output
+        return max(1, min(int(self.option.pool_tokens / need), self.engine.max_running_requests))
+
+    @property
+    def front_seconds(self) -> float:
+        """From the client to the scheduler and back, and tokenising."""
+        engine = self.engine
+        return engine.request_seconds + engine.response_seconds + self.prompt * engine.tokenize_seconds_per_token
+
+    def _decode_seconds(self, sequences: int) -> float:
+        """A decode step of `sequences` requests at their mean context."""
+        context = self.prompt + self.output / 2
+        rows, graphed = self.engine.decode_rows(sequences)
+        return self._seconds(BatchShape(np.full(sequences, context), self.query_tokens, [], rows, graphed))
+
+    def _seconds(self, shape: BatchShape) -> float:
+        engine = self.engine
+        host = engine.graph_step_host_seconds if shape.graphed else engine.eager_step_host_seconds
+        return with_host_time(self.pricer.seconds(shape), host, engine.overlap_scheduling)
+
+    def _prefill_seconds(self, decoding: int) -> tuple[float, float]:
+        """(seconds until a prompt is computed, seconds by which it delays `decoding` requests)."""
+        engine, done = self.engine, 0
+        budget = engine.chunked_prefill_tokens or engine.max_step_tokens
+        mixed = engine.policy == "mixed" and decoding > 0
+        if mixed:
+            budget = max(1, min(budget, engine.max_step_tokens - decoding * self.query_tokens))
+        contexts = np.full(decoding if mixed else 0, self.prompt + self.output / 2)
+        seconds = extra = 0.0
+        while done < self.prompt:
+            chunk = int(math.ceil(min(budget, self.prompt - done)))
+            took = self._seconds(BatchShape(contexts, self.query_tokens, [(chunk, done)], len(contexts)))
+            seconds += took
+            extra += took - self.decode_seconds(decoding) if mixed else took
+            done += chunk
+        return seconds, max(extra, 0.0)
+
+    def serving(self, in_flight: float, replicas: int, running_limit: int = 0) -> Estimate:
+        """The steady state with `in_flight` requests in a closed loop over all replicas."""
+        places = replicas * self.ranks
+        b, holds = in_flight / places, min(self.holds, running_limit or self.holds)
+        running = max(1, min(math.ceil(b), holds))
+        together = max(1, min(self.ranks, math.ceil(in_flight / replicas)))
+        decode = self.decode_seconds(running)
+        first, delay = self.prefill_seconds(running if self.engine.policy == "mixed" else 0)
+        mu = running * self.accepted / self.output
+        rounds = min(together**_ALIGNED * mu, mu + math.sqrt(2 * mu * math.log(together)) if together > 1 else mu)
+        step = decode + rounds * delay
+        share = rounds * delay / step
+        tpot = step / self.accepted
+        wait = min(share / max(1 - share, 0.05) / 2 * first, b * first)
+        ttft = self.front_seconds + first + wait + decode / 2
+        service = ttft + self.output * tpot
+        rate = min(in_flight, places * holds) / service
+        queue = in_flight / rate - service
+        return Estimate(round(in_flight), rate, rate * self.output, ttft + queue, tpot, running_limit)
+
+    def at_rate(self, rate: float, replicas: int) -> Estimate:
+        """The steady state at `rate` requests a second; the most it can do where that is less."""
+        low, high = 1.0, float(self.holds * self.ranks * replicas)
+        best = self.serving(high, replicas)
+        if best.requests_per_s < rate:
+            return best
+        for _ in range(24):
+            middle = math.sqrt(low * high)
+            found = self.serving(middle, replicas)
+            low, high = (middle, high) if found.requests_per_s < rate else (low, middle)
+        found = self.serving(high, replicas)
+        return dataclasses.replace(found, requests_per_s=rate, output_tokens_per_s=rate * self.output)
+
+    def sweep(self, replicas: int, fine: bool = False) -> list[Estimate]:
+        """Steady states over loads: a request a rank and doublings (fine: four steps to one), up to what the cache
+        holds."""
+        counts = limits(self.holds) if fine else [2**i for i in range(13) if 2**i < self.holds]
+        counts = [count for count in (*counts, self.holds) if count <= _LONGEST_SWEEP]
+        return [self.serving(float(count * self.ranks * replicas), replicas) for count in counts]
+
+    def operating_points(self, replicas: int) -> list[Estimate]:
+        """Where the deployment may run under its demand: one point where the load is given, else a sweep."""
+        demand = self.demand
+        if demand.rate is not None:
+            return [self.at_rate(demand.rate, replicas)]
+        if demand.concurrency is not None:
+            load = float(demand.concurrency)
+            found = [self.serving(load, replicas)]
+            if found[0].misses(demand) and demand.tpot_ms is not None:
+                most = min(self.holds, math.ceil(load / replicas / self.ranks))
+                found += [self.serving(load, replicas, n) for n in limits(most)]
+            return found
+        if demand.objective == "throughput":
+            return self.sweep(replicas, fine=demand.ttft_ms is not None or demand.tpot_ms is not None)
+        return [self.serving(1.0, replicas)]
+
+
+def limits(most: int) -> list[int]:
+    """Running limits to try below `most`: four to the octave."""
+    return sorted({round(2 ** (i / 4)) for i in range(4 * 12) if round(2 ** (i / 4)) < most})
+
+
+def score(estimate: Estimate, demand: Demand) -> tuple[float, float]:
+    """Less is better: targets first, then the objective."""
+    if demand.objective == "latency":
+        return estimate.misses(demand), estimate.e2e_seconds(demand)
+    return estimate.misses(demand), -estimate.output_tokens_per_s

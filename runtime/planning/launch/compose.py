@@ -1,0 +1,204 @@
+"""From a plan to the commands of all its nodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from foundation.writing import replacing
+from model.config import ModelConfig
+from runtime.deployment.engines.flags import checkpoint, table
+from runtime.deployment.errors import LaunchError
+from runtime.deployment.plan import Plan, Pool, profile_of
+from runtime.layout import checkpoint_scheme
+from runtime.planning.assign import node_devices
+from runtime.planning.kv_tiers import HOST_RATIO, device_bytes_per_token
+from runtime.planning.launch import experts, sglang, vllm
+from runtime.planning.launch.server import Part, Server
+from runtime.planning.launch.words import Command, Shell, Word, plain
+from runtime.simulation.build import make_engine
+
+ENGINES = ("sglang", "vllm", "vllm-ascend")
+_MODEL = Shell("${MODEL:?the checkpoint to load}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """The commands of a plan. router: before several servers, None where there is one. files: name -> JSON document
+    that commands read, beside which they are started. remarks: on all of it."""
+
+    title: str
+    commands: tuple[Command, ...]
+    router: Command | None
+    files: Mapping[str, Any]
+    remarks: tuple[str, ...]
+
+    @property
+    def nodes(self) -> list[int]:
+        return sorted({command.node for command in self.commands})
+
+    def script(self, node: int, sources: bool = False) -> str:
+        """The shell text of one node; several processes run side by side until all have ended."""
+        found = [command for command in self.commands if command.node == node]
+        body = "\n\n".join(command.text(sources, background=len(found) > 1) for command in found)
+        return body + ("\nwait" if len(found) > 1 else "") + "\n"
+
+    def text(self, sources: bool = False) -> str:
+        """Everything, for a terminal: a part a node, then the router."""
+        parts = [f"# {self.title}\n" + "".join(f"# note: {remark}\n" for remark in self.remarks)]
+        for node in self.nodes:
+            parts.append(f"# ---- on node {node}\n{self.script(node, sources)}")
+        if self.router:
+            parts.append(f"# ---- on any machine\n{self.router.text(sources)}\n")
+        return "\n".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        def shown(command: Command) -> dict[str, Any]:
+            return {
+                "title": command.title,
+                "node": command.node if command.node >= 0 else None,
+                "environment": {name: plain(value) for name, value in command.environment.items()},
+                "argv": command.argv,
+                "remarks": list(command.remarks),
+                "sources": dict(command.sources),
+            }
+
+        return {
+            "title": self.title,
+            "remarks": list(self.remarks),
+            "commands": [shown(command) for command in self.commands],
+            "router": shown(self.router) if self.router else None,
+            "files": dict(self.files),
+        }
+
+    def write(self, folder: Path, sources: bool = False) -> list[Path]:
+        """A script a node, `router.sh`, and the files that they read. Raises `UsageError`."""
+        texts = {f"node{node}.sh": f"#!/bin/sh\n{self._head()}{self.script(node, sources)}" for node in self.nodes}
+        if self.router:
+            texts["router.sh"] = f"#!/bin/sh\n{self.router.text(sources)}\n"
+        texts |= {name: json.dumps(body, separators=(",", ":")) + "\n" for name, body in self.files.items()}
+        written = []
+        for name, text in texts.items():
+            with replacing(folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+                if name.endswith(".sh"):
+                    temporary.chmod(0o755)
+            written.append(folder / name)
+        return written
+
+    def _head(self) -> str:
+        return f"# {self.title}\n" + "".join(f"# note: {remark}\n" for remark in self.remarks)
+
+
+def launch(
+    plan: Plan,
+    cfg: ModelConfig,
+    engine: str | None = None,
+    *,
+    model: str | None = None,
+    hosts: Sequence[str] = (),
+    host_tier: bool = False,
+) -> Launch:
+    """The commands that deploy a plan.
+
+    engine: for all pools; each pool's own by default. model: what the engine loads; the published checkpoint by
+    default. hosts: an address a node of the plan; `$NODE0`, `$NODE1`, … by default. host_tier: keep evicted pages in
+    host memory too. Raises `LaunchError` for what an engine cannot express.
+    """
+    nodes = 1 + max(device.node for device in plan.devices)
+    if hosts and len(hosts) != nodes:
+        raise LaunchError(f"--hosts names {len(hosts)} addresses, the plan has {nodes} nodes: name one each, in order")
+    addresses: list[Word] = list(hosts) or [Shell(f"${{NODE{node}:?address of node {node}}}") for node in range(nodes)]
+    servers: list[Server] = []
+    files: dict[str, Any] = {}
+    for pool in plan.pools:
+        servers += _servers(plan, cfg, pool, engine or pool.engine, model, addresses, host_tier, files)
+    for server in servers:
+        server.refuse()
+    commands = [command for server in servers for command in _module(server).commands(server)]
+    names = {server.table.name for server in servers}
+    router = _module(servers[0]).router(servers) if len(names) == 1 else None
+    title = f"{plan.model.name}: " + "; ".join(pool.name for pool in plan.pools)
+    return Launch(title, tuple(commands), router, files, tuple(_remarks(plan, servers, names)))
+
+
+def _module(server: Server) -> Any:
+    return sglang if server.table.name == "sglang" else vllm
+
+
+def _servers(
+    plan: Plan,
+    cfg: ModelConfig,
+    pool: Pool,
+    engine: str,
+    model: str | None,
+    addresses: Sequence[Word],
+    host_tier: bool,
+    files: dict[str, Any],
+) -> list[Server]:
+    if engine not in ENGINES:
+        raise LaunchError(f"no launch commands for {engine}: use --engine {', '.join(ENGINES)}")
+    profile = profile_of(pool)
+    described = make_engine(engine, cfg, profile, pool.layout, pool.settings if engine == pool.engine else None)
+    placement = None
+    if pool.experts and not experts.in_order(pool.experts):
+        placement = f"experts-{pool.role}.json"
+        write = {"sglang": experts.sglang, "vllm-ascend": experts.vllm_ascend}.get(engine)
+        if write:
+            files[placement] = write(pool.experts, cfg)
+    host_bytes = HOST_RATIO * pool.pool_tokens * device_bytes_per_token(pool) if host_tier else None
+    peers = [other for other in plan.pools if other is not pool]
+    per_node, first = node_devices(profile), pool.devices[0].index
+    found = []
+    for index in range(pool.replicas):
+        parts: dict[int, Part] = {}
+        for device in pool.devices[index * pool.layout.devices : (index + 1) * pool.layout.devices]:
+            old = parts.get(device.node)
+            start = old.first if old else (device.index - first) % per_node
+            parts[device.node] = Part(device.node, start, old.count + 1 if old else 1, addresses[device.node])
+        found.append(
+            Server(
+                table=table(engine),
+                cfg=cfg,
+                profile=profile,
+                pool=pool,
+                peer=peers[0] if peers else None,
+                engine=described,
+                index=index,
+                parts=tuple(parts.values()),
+                node_devices=per_node,
+                model=model or _checkpoint(cfg, pool) or _MODEL,
+                context_tokens=min(cfg.max_positions, *(each.pool_tokens for each in plan.pools)),
+                experts_file=placement,
+                host_bytes=host_bytes,
+            )
+        )
+    return found
+
+
+def _checkpoint(cfg: ModelConfig, pool: Pool) -> str | None:
+    """The published checkpoint in the pool's formats, or the directory that the model was read from if it has them."""
+    config = Path(cfg.name)
+    if config.name == "config.json" and checkpoint_scheme(cfg) == pool.scheme:
+        return str(config.parent)
+    return checkpoint(cfg.name.removesuffix("-fp8"), pool.scheme)
+
+
+def _remarks(plan: Plan, servers: Sequence[Server], names: set[str]) -> list[str]:
+    found = []
+    if any(isinstance(server.model, Shell) for server in servers):
+        found.append("no checkpoint of this model is published in these formats: set MODEL to one of yours")
+    if len(names) > 1 or len({server.profile.vendor for server in servers}) > 1:
+        chips = " and ".join(dict.fromkeys(f"{s.table.name} on {s.pool.profile}" for s in servers))
+        found.append(f"no released KV connector joins {chips}: the servers start, the transfer between them is yours")
+    if len(names) == 1 and "sglang" not in names:
+        found += [remark] if (remark := vllm.balancer_remark(list(servers))) else []
+    for pool in plan.pools:
+        found.append(
+            f"{pool.role}: the plan has {pool.pool_tokens:,} tokens of KV cache a rank, pages of {pool.page_tokens}; "
+            "compare with what the server reports as it starts"
+        )
+    return found

@@ -1,0 +1,182 @@
+"""One replica of a pool as an engine sees it, and the words that every engine has in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from typing import Any
+
+from hw_profiles import Profile
+from model.config import ModelConfig
+from runtime.deployment.engines import Engine
+from runtime.deployment.engines.flags import Table
+from runtime.deployment.errors import LaunchError
+from runtime.deployment.plan import Pool
+from runtime.layout import is_sparse
+from runtime.planning.launch.words import Command, Word
+
+EXPRESSED = (
+    "chunked_prefill_tokens", "max_step_tokens", "max_running_requests", "memory_fraction", "page_tokens",
+    "prefix_cache", "graph_batch_sizes",
+)  # fmt: skip
+"""Engine settings that flags say; the others describe an engine and cannot be told to it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The devices of a replica on one node: `count` from local number `first` on."""
+
+    node: int
+    first: int
+    count: int
+    host: Word
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """One replica: an engine's process group.
+
+    index: among the replicas of its pool. peer: the pool at the other end of a KV transfer. model: what the engine
+    loads. context_tokens: the longest request it admits. experts_file: the engine's own file of the placement, None
+    where experts are in order. host_bytes: of the host tier a device, None where it is not asked for.
+    """
+
+    table: Table
+    cfg: ModelConfig
+    profile: Profile
+    pool: Pool
+    peer: Pool | None
+    engine: Engine
+    index: int
+    parts: tuple[Part, ...]
+    node_devices: int
+    model: Word
+    context_tokens: int
+    experts_file: str | None = None
+    host_bytes: float | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.pool.role} {self.index}"
+
+    @property
+    def slot(self) -> int:
+        """Sets its ports apart from those of other servers on its first node: the number of its first device there."""
+        return self.parts[0].first
+
+    @property
+    def port(self) -> int:
+        return self.table.port + self.slot
+
+    @property
+    def redundant(self) -> int:
+        """Expert slots beyond one an expert, over all devices of a stage."""
+        return self.pool.redundant_slots * self.pool.layout.ep
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What the conditions of a table may ask."""
+        layout = self.pool.layout
+        return {
+            "vendor": self.profile.vendor,
+            "role": self.pool.role,
+            "model": self.cfg.name.removesuffix("-fp8"),
+            "model_type": self.cfg.model_type,
+            "scheme": self.pool.scheme,
+            "kv": self.pool.formats.kv,
+            "sparse": is_sparse(self.cfg),
+            "fp4": self.profile.number("chip.peak.fp4_flops_per_s") is not None,
+            "by_expert": layout.by_expert,
+            "groups": layout.dp > 1,
+            "drafts": self.pool.drafts > 0,
+            "nodes": len(self.parts) > 1,
+            "pp": layout.pp > 1,
+        }
+
+    @property
+    def stage_sizes(self) -> str:
+        """Layers of each stage, as both engines' *_PP_LAYER_PARTITION take them."""
+        return ",".join(str(len(stage)) for stage in self.pool.layout.stage_layers(self.cfg.num_layers))
+
+    @cached_property
+    def remarks(self) -> list[str]:
+        """What holds for every process of this server."""
+        found = self.table.remarks(self.facts)
+        if self.profile.vendor not in self.table.runs_on:
+            found.append(
+                f"{self.table.name}'s own releases run on {' and '.join(self.table.runs_on)}: take "
+                f"{self.profile.vendor}'s build for this chip, whose flags may differ"
+            )
+        if self.pool.engine != self.table.name:
+            found.append(
+                f"planned for {self.pool.engine}: pages, limits and figures of the plan follow its rules; "
+                f"plan with --engine {self.table.name} for this engine's"
+            )
+        else:
+            others = sorted(key for key in self.pool.settings if key not in EXPRESSED)
+            if others:
+                found.append(f"of the prediction alone, no flag says it: engine.{', engine.'.join(others)}")
+        for stage in self.pool.layout.stage_layers(self.cfg.num_layers):
+            source = self.cfg.index_source(stage.start)
+            if source != stage.start:
+                found.append(
+                    f"the stage from layer {stage.start} on reuses the selection of layer {source}, on the stage "
+                    "before: check that this release hands it on"
+                )
+        return found
+
+    def refuse(self) -> None:
+        """Raises `LaunchError` for the first thing that the engine cannot do."""
+        others = {"vllm": "vllm-ascend", "vllm-ascend": "vllm"}
+        known = any(self.profile.vendor in vendors for vendors in _SERVED.values())
+        if self.profile.vendor not in self.table.runs_on and known:
+            other = others.get(self.table.name, "sglang")
+            raise LaunchError(
+                f"{self.table.name} does not run on {self.pool.profile} ({self.profile.vendor}); "
+                f"use --engine {other} or sglang"
+            )
+        if self.pool.scheme == "f32":
+            raise LaunchError("no serving engine runs float32 weights; plan with bf16, fp8, w8a8, w4a8 or w4a16")
+        for why in self.table.refusals(self.facts):
+            raise LaunchError(why)
+        sizes = {part.count for part in self.parts}
+        if len(sizes) > 1:
+            counts = " + ".join(str(part.count) for part in self.parts)
+            raise LaunchError(
+                f"{self.title}: {counts} devices over nodes of {self.node_devices}: {self.table.name} wants as many on "
+                "each node; plan with a number of devices that divides or fills nodes"
+            )
+
+
+_SERVED = {"vllm": ("NVIDIA",), "vllm-ascend": ("Huawei",)}
+"""Chips that one of the two vLLM builds serves, and the other does not."""
+
+
+class Line:
+    """A command line being written: each flag by its key in the table, so that each has a source."""
+
+    def __init__(self, server: Server, *before: Word):
+        self._table = server.table
+        self.words: list[Word] = [*server.table.program, *before]
+        self.sources: dict[str, str] = {}
+        self.environment: dict[str, Word] = dict(server.table.variables(server.facts))
+        self.remarks: list[str] = list(server.remarks)
+
+    def flag(self, key: str, *values: Word | int | float) -> None:
+        flag, source = self._table.flags[key]
+        self.words += [flag, *(value if isinstance(value, Word) else f"{value:g}" for value in values)]
+        self.sources[flag] = self._table.sources[source]
+
+    def whole(self, key: str, value: int) -> None:
+        """A flag with a whole number."""
+        self.flag(key, str(value))
+
+    def command(self, server: Server, node: int, title: str) -> Command:
+        return Command(title, node, self.environment, tuple(self.words), tuple(self.remarks), self.sources)
+
+    def extras(self, server: Server) -> None:
+        """What the table adds."""
+        documented = self._table.documented
+        for words in self._table.extra_words(server.facts):
+            self.words += words
+            self.sources |= {w.partition("=")[0]: documented[w.partition("=")[0]] for w in words if w.startswith("--")}

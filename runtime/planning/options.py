@@ -1,0 +1,249 @@
+"""What a replica can be on one chip: every layout, number format and cache format that the memory allows.
+
+Free of prices: this is the first sieve. What it takes out is kept with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import hw_profiles
+from foundation.errors import CapacityError, UsageError
+from hw_profiles import Profile
+from model.config import ModelConfig
+from runtime.deployment.engines.flags import unsupported
+from runtime.deployment.plan import Demand, Rejected
+from runtime.layout import SCHEMES, Layout, checkpoint_scheme, formats, is_sparse
+from runtime.planning.assign import stage_pages
+from runtime.simulation.build import Spec, make_engine, memories
+
+BITS: Mapping[str, int] = {"f32": 32, "bf16": 16, "fp8": 8, "w8a8": 8, "w4a8": 4, "w4a16": 4}
+"""Bits of a routed expert's weights, of which nearly all of a model consists."""
+_MARGIN, _MOST_FRACTION = 0.02, 0.95
+"""Of a device's memory left free, and the most that recipes pass to an engine."""
+_PP = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_PP_KEPT = 2
+"""Stages are for memory: the fewest that hold the model are kept, and so many more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What a search is asked, beside the chips: the model, the load and what is given rather than searched.
+
+    scheme, kv: None to search. drafts: tokens of multi-token prediction a step.
+    """
+
+    cfg: ModelConfig
+    demand: Demand
+    engine: str = "sglang"
+    scheme: str | None = None
+    kv: str | None = None
+    drafts: int = 0
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Option:
+    """A replica, by its deployment. settings: the engine's, where they differ from its own."""
+
+    spec: Spec
+    scheme: str
+    settings: Mapping[str, Any]
+    pages: int
+
+    @property
+    def layout(self) -> Layout:
+        return self.spec.layout
+
+    @property
+    def devices(self) -> int:
+        return self.spec.layout.devices
+
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens of cache of one rank."""
+        return self.pages * self.spec.engine.page_tokens
+
+    def limited(self, running: int) -> Option:
+        """The same with at most `running` requests in service a rank; 0: as it is."""
+        if not running:
+            return self
+        engine = dataclasses.replace(self.spec.engine, max_running_requests=running)
+        settings = {**self.settings, "max_running_requests": running}
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, engine=engine), settings=settings)
+
+    @cached_property
+    def name(self) -> str:
+        extra = [f"{key}={value}" for key, value in self.settings.items()]
+        extra += [f"+{self.spec.redundant_slots} expert slots"] if self.spec.redundant_slots else []
+        return ", ".join([named(self.spec, self.scheme), *extra])
+
+
+def named(spec: Spec, scheme: str) -> str:
+    return f"{spec.layout.name} on {spec.profile.name}, {scheme}, KV {spec.formats.kv}"
+
+
+def make_option(
+    question: Question, profile: Profile, layout: Layout, scheme: str, kv: str, settings: Mapping[str, Any], **more: Any
+) -> Option:
+    """An option, sized. more: fields of `Spec`. Raises `UsageError`, or `CapacityError` where it does not fit."""
+    layout.check(question.cfg)
+    settings = {**question.settings, **settings}
+    engine = make_engine(question.engine, question.cfg, profile, layout, settings)
+    spec = Spec(question.cfg, profile, layout, formats(scheme, kv), engine, drafts=question.drafts, **more)
+    try:
+        return Option(spec, scheme, settings, stage_pages(spec)[1])
+    except CapacityError:
+        fraction = _tight_fraction(spec)
+        if "memory_fraction" in settings or fraction <= engine.memory_fraction:
+            raise
+    settings = {**settings, "memory_fraction": fraction}
+    spec = dataclasses.replace(spec, engine=make_engine(question.engine, question.cfg, profile, layout, settings))
+    return Option(spec, scheme, settings, stage_pages(spec)[1])
+
+
+def _tight_fraction(spec: Spec) -> float:
+    """The engine's memory fraction that leaves `_MARGIN` of the fullest device free, where its own is too cautious
+    for the model to fit."""
+    fractions = []
+    for held in memories(spec):
+        overhead = held.communication_bytes + held.runtime_bytes
+        left = held.usable_bytes - held.weights_total_bytes - held.activation_bytes - overhead
+        cache = left - _MARGIN * held.usable_bytes
+        of = spec.engine.memory_fraction_of
+        if of == "free-before-load":
+            fractions.append((cache + held.weights_total_bytes) / (held.usable_bytes - overhead))
+        elif of == "device":
+            fractions.append(1 - _MARGIN)
+        else:
+            fractions.append(cache / max(left, 1.0))
+    return max(0.0, math.floor(1000 * min(*fractions, _MOST_FRACTION)) / 1000)
+
+
+def schemes(question: Question, profile: Profile) -> tuple[list[str], list[Rejected]]:
+    """Formats to search on a chip, best first, and those left out: the one asked for, or those it computes in.
+
+    None narrower than the checkpoint's own (to quantise further is the user's decision, not a planner's), and
+    none that has no fewer bits and no higher rate than one before it. Raises `UsageError` where none is left.
+    """
+    runs = [name for name, parts in SCHEMES.items() if {*parts} <= {*profile.formats.weights}]
+    if question.scheme is not None:
+        if question.scheme not in SCHEMES:
+            raise UsageError(f"unknown formats {question.scheme!r}; known: auto, {', '.join(SCHEMES)}")
+        if question.scheme not in runs:
+            known = ", ".join(runs) or "none"
+            raise UsageError(f"{profile.name} does not compute in {question.scheme}; it runs {known}")
+        return [question.scheme], []
+    own = checkpoint_scheme(question.cfg)
+    order = sorted((name for name in runs if BITS[name] >= BITS[own]), key=lambda name: (name != own, BITS[name]))
+    kept: list[str] = []
+    left_out = [
+        Rejected(f"{name} on {profile.name}", f"narrower than the checkpoint's {own}: ask for it with --formats {name}")
+        for name in runs
+        if BITS[name] < BITS[own]
+    ]
+    for name in order:
+        better = next((k for k in kept if BITS[k] <= BITS[name] and _rate(profile, k) >= _rate(profile, name)), None)
+        if better is None:
+            kept.append(name)
+        else:
+            reason = f"{better} takes no more bytes and computes no slower"
+            left_out.append(Rejected(f"{name} on {profile.name}", reason))
+    if not kept:
+        raise UsageError(
+            f"{profile.name} computes in no format as wide as {question.cfg.name}'s {own}; narrower ones it runs: "
+            f"--formats {' or '.join(runs) or 'none'}"
+        )
+    return kept, left_out
+
+
+def _rate(profile: Profile, scheme: str) -> float:
+    """Peak FLOP/s of a scheme's expert products."""
+    rate = hw_profiles.RATE_OF_SCHEME[SCHEMES[scheme][1]]
+    return profile.number(f"chip.peak.{rate}_flops_per_s") or profile.number("chip.peak.bf16_flops_per_s") or 0.0
+
+
+def kv_formats(question: Question, profile: Profile) -> list[str]:
+    """Cache formats to search: the chip's that the engine can keep. Raises `UsageError` for one that the chip does
+    not have."""
+    known = [name for name in ("bf16", "fp8", "int8") if name in profile.formats.kv]
+    if question.kv is None:
+        sparse = is_sparse(question.cfg)
+        kept = [name for name in known if not unsupported(question.engine, profile.vendor, "", name, sparse)]
+        return kept or ["bf16"]
+    if question.kv not in (known or ["bf16"]):
+        raise UsageError(f"{profile.name} keeps no {question.kv} cache; it has {', '.join(known)}")
+    return [question.kv]
+
+
+def layouts(devices: int) -> Iterator[tuple[Layout, list[int]]]:
+    """Every tp x dp, with experts by tensor and by expert, and the numbers of stages to try with it, fewest first.
+
+    Stages have a number of devices that divides `devices` or is a power of two.
+    """
+    sizes = {size for size in range(1, devices + 1) if devices % size == 0 or size & (size - 1) == 0}
+    for size in sorted(sizes):
+        stages = sorted({pp for pp in (*_PP, devices // size) if pp * size <= devices})
+        for tp in (tp for tp in range(1, size + 1) if size % tp == 0):
+            for ep in sorted({1, size}):
+                yield Layout(tp=tp, dp=size // tp, ep=ep), stages
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A layout that the memory does not allow. error: with the ledger below its first line. excess_bytes: on a
+    device, by which it is too large."""
+
+    name: str
+    error: str
+    excess_bytes: float
+
+
+def options(question: Question, profile: Profile, devices: int) -> tuple[list[Option], list[Refused], list[Rejected]]:
+    """What fits into `devices` devices of a chip and holds at least one request, what the memory refuses, and what
+    is out for another reason."""
+    found: list[Option] = []
+    refused: list[Refused] = []
+    wanted, left_out = schemes(question, profile)
+    rejected = {each.name: each.reason for each in left_out}
+    most = int(question.demand.isl) + int(question.demand.osl) + question.drafts
+    for scheme, (base, stages) in itertools.product(wanted, list(layouts(devices))):
+        try:
+            base.check(question.cfg)
+        except UsageError as error:
+            rejected[f"{base.name} on {profile.name}"] = str(error)
+            continue
+        for kv in kv_formats(question, profile):
+            kept = 0
+            for pp in stages:
+                layout = dataclasses.replace(base, pp=pp)
+                name = f"{layout.name} on {profile.name}, {scheme}, KV {kv}"
+                try:
+                    option = make_option(question, profile, layout, scheme, kv, {})
+                except UsageError as error:
+                    rejected[name] = str(error)
+                    continue
+                except CapacityError as error:
+                    refused.append(Refused(name, str(error), _excess(question, profile, layout, scheme, kv)))
+                    continue
+                if option.pool_tokens < most:
+                    reason = f"its cache of {option.pool_tokens:,} tokens does not hold one request of {most:,}"
+                    refused.append(Refused(name, reason, 0.0))
+                    continue
+                found.append(option)
+                kept += 1
+                if kept > _PP_KEPT:
+                    break
+    return found, refused, [Rejected(name, reason) for name, reason in rejected.items()]
+
+
+def _excess(question: Question, profile: Profile, layout: Layout, scheme: str, kv: str) -> float:
+    """Bytes by which the weights and all else but the cache exceed the fullest device."""
+    engine = make_engine(question.engine, question.cfg, profile, layout, question.settings)
+    spec = Spec(question.cfg, profile, layout, formats(scheme, kv), engine, drafts=question.drafts)
+    return max(held.kv_bytes - held.free_bytes for held in memories(spec))

@@ -1,0 +1,163 @@
+"""Disaggregated plans: one layout prefills, another decodes, on the same chip or on two kinds.
+
+X requests a second pass both. Prefill: a prompt keeps a rank P seconds, so n_p replicas of r_p ranks take
+n_p r_p / P at most, and at a share rho of that a prompt waits about rho / (1 - rho) P / 2. Decode: b requests a
+rank take D(b) a step, undisturbed by prompts. In between the cache moves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from functools import cached_property
+
+from foundation.errors import UsageError
+from model.config import Gqa, ModelConfig
+from runtime.deployment.ledger import stage_kv_bytes_per_token
+from runtime.deployment.plan import Transfer
+from runtime.layout import Formats, Layout
+from runtime.planning.contender import Contender, Part
+from runtime.planning.estimate import Estimate, Model, limits, mean_prompt, score
+from runtime.planning.options import Option, Question
+
+RATIOS = tuple((a, b) for a in range(1, 8) for b in range(1, 8) if math.gcd(a, b) == 1 and a + b <= 8)
+"""Prefill to decode replicas."""
+_BUSIEST = 0.9
+"""Share of the prefill pool's capacity beyond which its queue is taken to grow without end."""
+
+
+def sequence_kv_bytes_per_token(cfg: ModelConfig, layout: Layout, formats: Formats, drafts: int) -> float:
+    """Bytes of a token's cache over all layers, each held once: what has to be sent."""
+    split = layout.tp if isinstance(cfg.attention, Gqa) else 1
+    stages = (stage_kv_bytes_per_token(cfg, layout, formats, stage, drafts > 0) for stage in range(layout.pp))
+    return split * sum(stages)
+
+
+def transfer_of(question: Question, prefill: Option, decode: Option) -> Transfer:
+    """What moving a prompt's cache takes. Raises `UsageError` where a chip's links are not known.
+
+    The devices that hold a sequence send it over their own ports (every tp rank its share of the latents, every
+    stage its layers) into those that will; pools of one chip inside one scale-up domain use that, others the
+    scale-out network. Where tp ranks each need all of a latent, the shares are exchanged within the decode replica.
+    A decode pool with another cache format rewrites it: read and written once.
+    """
+    a, b = prefill.spec, decode.spec
+    sent = sequence_kv_bytes_per_token(a.cfg, a.layout, a.formats, a.drafts)
+    kept = sequence_kv_bytes_per_token(b.cfg, b.layout, b.formats, b.drafts)
+    ways = []
+    near = a.profile.name == b.profile.name and (a.profile.number("link.scale_up.domain_devices") or 0) >= (
+        2 * (a.layout.devices + b.layout.devices)
+    )
+    level = "scale_up" if near else "scale_out"
+    for spec in (a, b):
+        rate = spec.profile.number(f"link.{level}.bandwidth_bytes_per_s")
+        if rate is None:
+            raise UsageError(
+                f"{spec.profile.name} has no link.{level}.bandwidth_bytes_per_s: prefill and decode cannot be apart"
+            )
+        ways.append(rate * spec.layout.tp * spec.layout.pp)
+    latency = max(spec.profile.number(f"link.{level}.latency_s") or 5e-6 for spec in (a, b))
+    inside = b.profile.number("link.scale_up.bandwidth_bytes_per_s")
+    exchange = kept / inside if inside and b.layout.tp > 1 and not isinstance(b.cfg.attention, Gqa) else 0.0
+    convert = 0.0
+    if a.formats.kv != b.formats.kv:
+        convert = (sent + kept) / b.layout.pp / b.profile.value("chip.memory.bandwidth_bytes_per_s")
+    tokens = question.demand.isl
+    per_token = sent / min(ways) + exchange + convert
+    return Transfer(sent, min(ways), latency, exchange + convert, sent * tokens, latency + per_token * tokens)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pair:
+    """n_p replicas of `prefill` feed n_d of `decode`."""
+
+    prefill: Model
+    decode: Model
+    replicas: tuple[int, int]
+    transfer: Transfer
+
+    @property
+    def capacity(self) -> float:
+        """Prompts a second that the prefill side computes at most."""
+        return self.replicas[0] * self.prefill.ranks / self.prefill.prefill_seconds(0)[0]
+
+    @cached_property
+    def limit(self) -> int:
+        """Requests a decode rank takes up at a time, so that a token takes no longer than its target; 0: all it
+        holds."""
+        model, target = self.decode, self.decode.demand.tpot_ms
+        if target is None or model.decode_seconds(model.holds) / model.accepted <= target / 1e3:
+            return 0
+        fitting = [n for n in limits(model.holds) if model.decode_seconds(n) / model.accepted <= target / 1e3]
+        return max(fitting, default=1)
+
+    def steady(self, decoding: float) -> Estimate:
+        """With `decoding` requests a decode rank, or as many as the prefill side can feed."""
+        model, places = self.decode, self.replicas[1] * self.decode.ranks
+        decoding = max(min(decoding, float(model.holds)), 1.0 / places)
+        tpot = model.decode_seconds(max(1, math.ceil(decoding))) / model.accepted
+        rate = places * decoding / (model.output * tpot)
+        if rate > _BUSIEST * self.capacity:
+            rate = _BUSIEST * self.capacity
+            fed = max(1, math.ceil(rate * model.output * tpot / places))
+            tpot = model.decode_seconds(fed) / model.accepted
+        share = rate / self.capacity
+        first = self.prefill.prefill_seconds(0)[0]
+        moved = self.transfer.seconds * mean_prompt(model.demand) / model.demand.isl
+        wait = share / (1 - share) / 2 * first
+        ttft = self.prefill.front_seconds + first + wait + moved + model.decode_seconds(1) / 2
+        flying = rate * (ttft + model.output * tpot)
+        return Estimate(max(1, round(flying)), rate, rate * model.output, ttft, tpot)
+
+    def operating_points(self) -> list[Estimate]:
+        """As `Model.operating_points`."""
+        demand, most = self.decode.demand, float(self.limit or self.decode.holds)
+        if demand.rate is None and demand.concurrency is None and demand.objective == "throughput":
+            return [self.steady(float(b)) for b in sorted({*(2**i for i in range(13) if 2**i < most), int(most)})]
+        if demand.rate is not None:
+            wanted, at = demand.rate, lambda e: e.requests_per_s
+        else:
+            wanted = float(demand.concurrency or 1)
+            at = lambda e: e.requests_per_s * (e.ttft_seconds + self.decode.output * e.tpot_seconds)  # noqa: E731
+        low, high = 1.0 / (self.replicas[1] * self.decode.ranks), most
+        full = self.steady(high)
+        if at(full) < wanted:
+            if demand.rate is not None:
+                return [full]
+            waiting = wanted / full.requests_per_s - at(full) / full.requests_per_s
+            return [dataclasses.replace(full, concurrency=int(wanted), ttft_seconds=full.ttft_seconds + waiting)]
+        for _ in range(20):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if at(self.steady(middle)) < wanted else (low, middle)
+        found = self.steady(high)
+        if demand.rate is not None:
+            return [dataclasses.replace(found, requests_per_s=wanted, output_tokens_per_s=wanted * self.decode.output)]
+        return [dataclasses.replace(found, concurrency=int(wanted))]
+
+
+def pairs(
+    question: Question, prefills: list[Model], decodes: list[Model], devices: tuple[int, int] | int
+) -> Iterator[Contender]:
+    """Contenders of every prefill and decode option and ratio that fits. devices: of both pools together, or of
+    each where they are different chips."""
+    for prefill in prefills:
+        for decode in decodes:
+            try:
+                transfer = transfer_of(question, prefill.option, decode.option)
+            except UsageError:
+                continue
+            a, b = prefill.option.devices, decode.option.devices
+            if isinstance(devices, tuple):
+                splits = [(devices[0] // a, devices[1] // b)]
+            else:
+                splits = [(x * g, y * g) for x, y in RATIOS if (g := devices // (x * a + y * b))]
+            for split in splits:
+                if not all(split):
+                    continue
+                pair = Pair(prefill, decode, split, transfer)
+                points = pair.operating_points()
+                best = min(points, key=lambda point: score(point, question.demand))
+                limited = decode.option.limited(pair.limit)
+                parts = Part("prefill", prefill.option, split[0]), Part("decode", limited, split[1])
+                yield Contender(parts, best, tuple(points), transfer)

@@ -1,0 +1,334 @@
+"""The search: everything that fits, ranked by its steady state, the best few played by the serving simulator.
+
+    1. options     layouts, formats and cache formats that the memory holds           (options.py)
+    2. estimates   each priced from the traced op lists, over its loads               (estimate.py)
+    3. refinement  prefill chunk of the best; redundant expert slots                  (redundancy.py)
+    4. pairs       the best prefill and decode options, disaggregated                 (pairs.py)
+    5. simulation  the best few contenders, with full tables                          (predict.py)
+
+Nothing depends on the clock or on chance: the same question gets the same plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from foundation.errors import CapacityError, UsageError
+from hw_profiles import Profile
+from model.config import ModelConfig
+from runtime.deployment.errors import NoPlanError
+from runtime.deployment.plan import Demand, Plan, Predicted, Rejected
+from runtime.planning.contender import Contender, Part, alternative, mark_front, plan_of, rank_key
+from runtime.planning.estimate import Model, score
+from runtime.planning.experts.packing import Floats
+from runtime.planning.kv_tiers import plan_kv
+from runtime.planning.options import Option, Question, Refused, make_option, options
+from runtime.planning.pairs import pairs
+from runtime.planning.predict import closed_loop_requests, predicted, simulate_plan
+from runtime.planning.redundancy import checked, spend
+from runtime.pricing.price import PriceError
+from runtime.serving import ServingError
+from runtime.simulation.build import Tables
+
+REFINED = 6
+"""Contenders whose chunk and expert slots are searched."""
+PAIRED = 4
+"""Prefill and decode options that are paired with one another."""
+SIMULATED = 3
+"""Contenders that the simulator plays."""
+SHOWN = 40
+"""Estimated alternatives that a plan keeps."""
+_WORK, _WORK_EACH = 160_000, 130_000
+"""Work of simulations at most, in all and of one contender: requests x (4 + ranks that step together), each some
+60 microseconds."""
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chips:
+    """Devices of one kind."""
+
+    profile: Profile
+    count: int
+
+
+def search(
+    question: Question,
+    chips: list[Chips],
+    load: Floats | None = None,
+    load_name: str = "measured",
+    progress: Progress = lambda _: None,
+) -> Plan:
+    """The best plan for a question on these chips (two kinds: prefill on one, decode on the other).
+
+    load: tokens of each expert, [MoE layers, experts]. Raises `NoPlanError` with the reasons where nothing fits,
+    `UsageError`, `LoadError` or `ProfileError`.
+    """
+    return _Search(question, chips, checked(question, load) if load is not None else None, load_name, progress).plan()
+
+
+class _Search:
+    def __init__(self, question: Question, chips: list[Chips], load: Floats | None, load_name: str, progress: Progress):
+        self.question, self.chips, self.load, self.load_name, self.progress = question, chips, load, load_name, progress
+        self.coarse, self.full = Tables(coarse=True), Tables()
+        self.rejected: list[Rejected] = []
+        self.refused: list[Refused] = []
+        self.unpriced: list[Rejected] = []
+        self.devices = sum(each.count for each in chips)
+
+    # --- steps
+
+    def plan(self) -> Plan:
+        ranked = self.contenders()
+        best = self.refined(ranked[:REFINED]) + ranked[REFINED:]
+        best.sort(key=self._key)
+        chosen, figures, plan, played = self.simulated(best)
+        rows = [alternative(each, point, self.question, self.devices) for each in best for point in each.points]
+        rows = [row for row in mark_front(rows) if row.front]
+        rows.sort(key=lambda row: (-row.output_tokens_per_s_per_device, row.name, row.concurrency))
+        simulated = [self._simulated_row(each, found, each is chosen) for each, found in played]
+        return dataclasses.replace(
+            plan,
+            kv=plan_kv(plan, self.question.cfg, self.full, chosen.profiles),
+            predicted=figures,
+            alternatives=tuple(mark_front(simulated) + rows[:SHOWN]),
+            rejected=tuple(self.rejected),
+        )
+
+    def contenders(self) -> list[Contender]:
+        """Everything that fits, with its estimate, best first."""
+        models = [self._models(each) for each in self.chips]
+        found: list[Contender] = []
+        if len(self.chips) == 1:
+            for model in models[0]:
+                found.append(self._alone(model, self.devices // model.option.devices))
+            found += self._paired(models[0], models[0], self.devices)
+        else:
+            a, b = models
+            both = self.chips[0].count, self.chips[1].count
+            found += self._paired(a, b, both)
+            found += self._paired(b, a, (both[1], both[0]))
+        if not found:
+            raise NoPlanError(self._nothing())
+        return sorted(found, key=self._key)
+
+    def refined(self, contenders: list[Contender]) -> list[Contender]:
+        """Each with the chunk and expert slots that suit it best."""
+        self.progress("prefill chunk, expert slots")
+        found = []
+        for contender in contenders:
+            better = min([contender, *self._variants(contender)], key=self._key)
+            if self.load is not None:
+                better, lost = spend(self.question, better, self.load, self.load_name, self.coarse)
+                self.rejected += lost
+            found.append(better)
+        return found
+
+    def simulated(
+        self, ranked: list[Contender]
+    ) -> tuple[Contender, Predicted, Plan, list[tuple[Contender, Predicted]]]:
+        """The best of the first few by the simulator."""
+        played: list[tuple[Contender, Predicted, Plan]] = []
+        queue, left = _distinct(ranked), _WORK
+        affordable = [each for each in queue if self._work(each) <= _WORK_EACH]
+        for contender in affordable or [min(queue, key=self._work)]:
+            cost = self._work(contender)
+            if played and cost > left:
+                continue
+            left -= cost
+            self.progress(f"simulating {contender.name}")
+            try:
+                found, made = self._play(contender)
+                played.append((contender, found, made))
+            except (ServingError, CapacityError, PriceError) as error:
+                self.rejected.append(Rejected(contender.name, str(error)))
+            if len(played) == SIMULATED:
+                break
+        if not played:
+            raise NoPlanError(f"no plan could be simulated: {self.rejected[-1].reason}")
+        demand = self.question.demand
+        best, figures, plan = min(played, key=lambda each: (*_merit(each[1], demand), each[0].name))
+        return best, figures, plan, [(each, found) for each, found, _ in played]
+
+    # --- parts of them
+
+    def _models(self, chips: Chips) -> list[Model]:
+        fitting, refused, rejected = options(self.question, chips.profile, chips.count)
+        self.refused += refused
+        rejected += [Rejected(each.name, each.error.splitlines()[0]) for each in refused]
+        self.rejected += rejected
+        self.progress(f"{chips.profile.name}: {len(fitting)} layouts and formats fit, {len(rejected)} do not")
+        found = []
+        for option in fitting:
+            try:
+                found.append(self._priced(option))
+            except (PriceError, UsageError) as error:
+                self.unpriced.append(Rejected(option.name, str(error)))
+        self.rejected += self.unpriced
+        return found
+
+    def _priced(self, option: Option) -> Model:
+        """An option's prices, steps of either kind tried. Raises `PriceError`, e.g. for a link without a figure."""
+        model = Model(option, self.question.demand, self.coarse)
+        model.decode_seconds(1)
+        model.prefill_seconds(0)
+        return model
+
+    def _alone(self, model: Model, replicas: int) -> Contender:
+        points = model.operating_points(replicas)
+        best = min(points, key=lambda point: score(point, self.question.demand))
+        option = model.option.limited(best.running_limit)
+        return Contender((Part("serve", option, replicas),), best, (best, *model.sweep(replicas)))
+
+    def _paired(self, prefills: list[Model], decodes: list[Model], devices: tuple[int, int] | int) -> list[Contender]:
+        """Pairs of the best on either side: prompts, and tokens, a second and device."""
+        demand = self.question.demand
+        room = (devices, devices) if isinstance(devices, int) else devices
+        prompts = sorted(
+            (m for m in prefills if m.option.devices <= room[0]),
+            key=lambda m: (-m.ranks / m.prefill_seconds(0)[0] / m.option.devices, m.option.name),
+        )
+
+        def decoding(m: Model) -> tuple[float, str]:
+            if demand.objective == "latency" or demand.concurrency is not None:
+                share = (demand.concurrency or 1) * m.option.devices / self.devices / m.ranks
+            else:
+                share = float(m.holds)
+            b = max(1, min(m.holds, round(share)))
+            while b > 1 and demand.tpot_ms is not None and m.decode_seconds(b) / m.accepted > demand.tpot_ms / 1e3:
+                b //= 2
+            rate = b * m.ranks / (m.decode_seconds(b) / m.accepted) / m.option.devices
+            late = demand.tpot_ms is not None and m.decode_seconds(b) / m.accepted > demand.tpot_ms / 1e3
+            return (1e9 if late else 0.0) - rate, m.option.name
+
+        tokens = sorted((m for m in decodes if m.option.devices <= room[1]), key=decoding)
+        return list(pairs(self.question, [self._for_prompts(m) for m in prompts[:PAIRED]], tokens[:PAIRED], devices))
+
+    def _for_prompts(self, model: Model) -> Model:
+        """The same layout with the chunk that computes a prompt soonest."""
+        tried = [model]
+        for settings in self._chunks(model.option, (2, 4, 8)):
+            try:
+                tried.append(self._priced(self._resized(model.option, settings)))
+            except (CapacityError, UsageError):
+                continue
+        return min(tried, key=lambda m: (m.prefill_seconds(0)[0], m.option.name))
+
+    def _chunks(self, option: Option, factors: tuple[float, ...]) -> list[dict[str, Any]]:
+        """Settings of other prefill chunks; none where the user set it."""
+        engine = option.spec.engine
+        key = "chunked_prefill_tokens" if engine.policy == "prefill-first" else "max_step_tokens"
+        if key in self.question.settings:
+            return []
+        budget = engine.chunked_prefill_tokens or engine.max_step_tokens
+        return [{key: int(budget * factor)} for factor in factors if 512 <= budget * factor <= 65536]
+
+    def _variants(self, contender: Contender) -> Iterable[Contender]:
+        """The contender with other prefill chunks."""
+        if contender.transfer is not None:
+            return
+        part, demand = contender.parts[0], self.question.demand
+        option = part.option
+        for settings in self._chunks(option, (0.5, 2, 4)):
+            try:
+                sized = self._resized(option, settings)
+            except (CapacityError, UsageError) as error:
+                self.rejected.append(Rejected(f"{option.name}, {settings}", str(error).splitlines()[0]))
+                continue
+            yield self._alone(Model(sized, demand, self.coarse), part.replicas)
+
+    def _resized(self, option: Option, settings: dict[str, Any]) -> Option:
+        spec, own = option.spec, ("memory_fraction", "max_running_requests")  # found again for the new size
+        kept = {k: v for k, v in option.settings.items() if k not in own or k in self.question.settings}
+        sized = make_option(
+            self.question, spec.profile, spec.layout, option.scheme, spec.formats.kv, {**kept, **settings}
+        )
+        if sized.pool_tokens < self.question.demand.isl + self.question.demand.osl:
+            raise CapacityError(f"its cache of {sized.pool_tokens:,} tokens does not hold one request")
+        return sized
+
+    def _play(self, contender: Contender) -> tuple[Predicted, Plan]:
+        """Simulates a contender; where it chose its own load and misses a target, at less load."""
+        demand = self.question.demand
+        free = demand.concurrency is None and demand.rate is None
+        figures, plan = self._played(contender)
+        for _ in range(3):
+            missed, load = _merit(figures, demand)[0], contender.estimate.concurrency
+            if not (missed and free and load > 1):
+                break
+            lower = max(1, min(load - 1, int(load / (1 + min(missed, 1.0)))))
+            contender = dataclasses.replace(
+                contender, estimate=dataclasses.replace(contender.estimate, concurrency=lower)
+            )
+            figures, plan = self._played(contender)
+        return figures, plan
+
+    def _played(self, contender: Contender) -> tuple[Predicted, Plan]:
+        plan = plan_of(contender, self.question, self.devices)
+        report, share, shares = simulate_plan(plan, self.question.cfg, tables=self.full, profiles=contender.profiles)
+        return predicted(plan, report, share, shares), plan
+
+    def _work(self, contender: Contender) -> int:
+        """What simulating a contender takes, in units of `_WORK`."""
+        parts = math.gcd(*(part.replicas for part in contender.parts))
+        requests = closed_loop_requests(math.ceil(contender.estimate.concurrency / parts))
+        return requests * (4 + sum(part.option.layout.dp for part in contender.parts))
+
+    def _simulated_row(self, contender: Contender, found: Predicted, chosen: bool) -> Any:
+        row = alternative(contender, contender.estimate, self.question, self.devices)
+        return dataclasses.replace(
+            row,
+            concurrency=found.concurrency or row.concurrency,
+            simulated=True,
+            chosen=chosen,
+            output_tokens_per_s_per_device=found.output_tokens_per_s_per_device,
+            output_tokens_per_s_per_user=found.output_tokens_per_s_per_user or 0.0,
+            ttft_ms=found.ttft_ms["mean"] or 0.0,
+            tpot_ms=found.tpot_ms["mean"] or 0.0,
+            meets_targets=found.meets_targets,
+            evidence=found.evidence,
+        )
+
+    def _key(self, contender: Contender) -> tuple[float, float, int, str]:
+        return rank_key(contender, self.question)
+
+    def _nothing(self) -> str:
+        """Why there is no plan: what came closest, with its ledger."""
+        cfg: ModelConfig = self.question.cfg
+        where = " and ".join(f"{each.count} x {each.profile.name}" for each in self.chips)
+        if self.unpriced:
+            return f"{cfg.name} fits {where}, but cannot be priced there: {self.unpriced[0].reason}"
+        if not self.refused:
+            return f"{cfg.name} has no plan on {where}: {self.rejected[-1].reason}"
+        closest = min(self.refused, key=lambda each: each.excess_bytes)
+        narrower = next((each.reason for each in self.rejected if "narrower than" in each.reason), "")
+        hint = f" ({narrower})" if narrower else ""
+        lines = closest.error.splitlines()
+        return "\n".join([f"{cfg.name} has no plan on {where}{hint}. Closest: {closest.name}: {lines[0]}", *lines[1:]])
+
+
+def _merit(figures: Predicted, demand: Demand) -> tuple[float, float]:
+    """As `score`, of simulated figures."""
+    missed = 0.0
+    for target, stats in ((demand.ttft_ms, figures.ttft_ms), (demand.tpot_ms, figures.tpot_ms)):
+        if target is not None:
+            missed += max((stats["mean"] or 0.0) / target - 1, 0.0)
+    if demand.rate is not None and figures.saturated_by == "arrivals":
+        missed += 1.0
+    if demand.objective == "latency":
+        return round(missed, 9), figures.e2e_ms["mean"] or 0.0
+    return round(missed, 9), -figures.output_tokens_per_s
+
+
+def _distinct(ranked: list[Contender]) -> list[Contender]:
+    """The best of each layout first, then the rest: four versions of one layout would tell little."""
+    seen: set[tuple[Any, ...]] = set()
+    first, rest = [], []
+    for each in ranked:
+        shape = tuple((part.option.layout, part.option.spec.formats.kv) for part in each.parts)
+        (rest if shape in seen else first).append(each)
+        seen.add(shape)
+    return first + rest

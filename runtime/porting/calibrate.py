@@ -1,0 +1,380 @@
+"""Measures the machine at hand through a backend and describes it as a profile.
+
+Every figure is a median over rounds of programs that were exported and loaded as the engine's are. Matrices
+are read from memory, not from a cache: a chain of products goes over more of them than caches hold, and the
+rounds go over several such sets. The time of one op inside a compiled step is then
+
+    seconds = launch + ((FLOP / (peak c))^3 + (bytes / (bandwidth e))^3)^(1/3)
+
+with `c` and `e` the shares of the best rates seen, by FLOP and by bytes of the op: the profile's efficiency
+curves, and the formula that the cost model reads them by.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+import hw_profiles
+from backends.interface import Backend, Program
+from foundation.errors import UsageError
+from hw_profiles import Curve, Figure, Formats, Profile
+from runtime.porting.calibrate_ops import measure_kernels
+
+SOURCE = "glm5 calibrate"
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_PEAK = {"float32": "chip.peak.fp32_flops_per_s", "bfloat16": "chip.peak.bf16_flops_per_s"}
+_CACHE_ROWS = 1 << 14  # of the donated cache: 64 MB of float32 rows, 1024 wide
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """What is measured, and how long.
+
+    widths: k = n of the products [m, k] x [k, n]. rows: m, from one decoding sequence to a prompt's chunk.
+    tokens: of a step, for the ops that
+    are measured whole. rounds: of each program. cold_bytes: what the matrices of one width take together, more
+    than any cache.
+    program_flops: at most so much in one program.
+    """
+
+    widths: tuple[int, ...] = (256, 512, 1024, 2048)
+    rows: tuple[int, ...] = (1, 8, 32, 128, 256, 1024)
+    tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    rounds: int = 9
+    cold_bytes: float = 128e6
+    program_flops: float = 2e9
+
+    def __post_init__(self) -> None:
+        for name in ("widths", "rows", "tokens"):
+            if not getattr(self, name) or any(size < 1 for size in getattr(self, name)):
+                raise UsageError(f"{name} of a calibration must be whole numbers of one or more")
+        if 1 not in self.rows or max(self.rows) < 32:
+            raise UsageError("rows of a calibration must hold 1 (memory) and at least 32 (compute)")
+        if self.rounds < 1:
+            raise UsageError(f"rounds must be at least 1, not {self.rounds}")
+
+
+QUICK = Effort(
+    widths=(256, 512, 1024), rows=(1, 32, 256), tokens=(1, 8, 64), rounds=5, cold_bytes=64e6, program_flops=5e8
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemm:
+    """Seconds of one [m, k] x [k, k] product inside a compiled program, matrix read from memory.
+
+    spread: half the distance of the rounds' quartiles, as a share of the median.
+    """
+
+    dtype: str
+    m: int
+    k: int
+    element_bytes: int
+    seconds: float
+    spread: float
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.m * self.k * self.k
+
+    @property
+    def bytes(self) -> float:
+        return float(self.element_bytes * (self.k * self.k + 2 * self.m * self.k))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Seconds of one element-wise pass over an array: `bytes` are those read plus those written."""
+
+    bytes: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What was measured. Seconds.
+
+    kernels: ops of the graph measured whole, as a coefficients file (`runtime.porting.calibrate_ops`).
+
+    dispatch_s: a call of an empty program, until its result is on the host. donated_s: the same with a
+    64 MB cache that is donated and one row of which is written. kernel_launch_s, vector_launch_s: the smallest
+    product and the smallest norm inside a program.
+    """
+
+    dtype: str
+    dispatch_s: float
+    donated_s: float
+    kernel_launch_s: float
+    vector_launch_s: float
+    gemms: tuple[Gemm, ...]
+    streams: tuple[Stream, ...]
+    kernels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def main(self) -> list[Gemm]:
+        """The products in the type that the backend computes in."""
+        return [g for g in self.gemms if g.dtype == self.dtype]
+
+    @property
+    def spread(self) -> float:
+        """Median over the products of their rounds' spread."""
+        return statistics.median(g.spread for g in self.gemms)
+
+    def peak_flops_per_s(self, dtype: str) -> float:
+        """The best rate of any product."""
+        return max(g.flops / max(g.seconds - self.kernel_launch_s, 1e-9) for g in self.gemms if g.dtype == dtype)
+
+    @property
+    def bandwidth_bytes_per_s(self) -> float:
+        """The best rate of any product of one row, or of an element-wise pass."""
+        reads = [g.bytes / max(g.seconds - self.kernel_launch_s, 1e-9) for g in self.main if g.m == 1]
+        largest = max(self.streams, key=lambda s: s.bytes)
+        return max(*reads, largest.bytes / largest.seconds)
+
+    def memory_knots(self) -> tuple[tuple[float, float], ...]:
+        """(bytes, share of the bandwidth) of products of one row."""
+        best = self.bandwidth_bytes_per_s
+        knots = {}
+        for g in self.main:
+            if g.m == 1:
+                knots[g.bytes] = min(1.0, g.bytes / max(g.seconds - self.kernel_launch_s, 1e-9) / best)
+        return tuple(sorted(knots.items()))
+
+    def compute_knots(self) -> tuple[tuple[float, float], ...]:
+        """(FLOP, share of the peak) of products of 32 rows and more, by octaves, what memory takes taken out."""
+        peak, best = self.peak_flops_per_s(self.dtype), self.bandwidth_bytes_per_s
+        sizes, shares = zip(*self.memory_knots(), strict=True)
+        found: dict[int, list[tuple[float, float]]] = {}
+        for g in self.main:
+            busy = g.seconds - self.kernel_launch_s
+            memory = g.bytes / (best * float(np.interp(math.log(g.bytes), np.log(sizes), shares)))
+            compute = max(busy, 1e-9) ** 3 - memory**3
+            if g.m < 32 or compute < 0.2 * busy**3:  # bound by memory: says little of the rate of computing
+                continue
+            octave = round(math.log2(g.flops))
+            found.setdefault(octave, []).append((g.flops, g.flops / compute ** (1 / 3) / peak))
+        knots = []
+        for _, points in sorted(found.items()):
+            size = math.exp(statistics.fmean(math.log(flops) for flops, _ in points))
+            knots.append((size, min(1.0, statistics.median(share for _, share in points))))
+        return tuple(knots) or ((1.0, 1.0),)
+
+
+def measure(
+    backend: Backend, effort: Effort = Effort(), progress: Callable[[int, int], Any] | None = None
+) -> Calibration:
+    """Measures with a backend that is usable here: some 15 seconds on a small host, less with `QUICK`."""
+    offered = backend.capabilities()
+    dtype = offered.preferred_dtype
+    others = sorted(offered.dtypes & _PEAK.keys() - {dtype})
+    total = len(effort.widths) + len(others) + 4
+    report = progress or (lambda done, total: None)
+    rounds = max(30, 20 * effort.rounds)
+    dispatch_s = _median(_times(_empty(backend), rounds))
+    donated_s = _median(_donated_times(backend, rounds))
+    report(1, total)
+    kernel_s = _per_op(backend, _product_chain, (1, 64), [(64, 64)] * 64, dtype, dispatch_s, effort.rounds)
+    vector_s = _per_op(backend, _norm_chain, (1, 512), [(1, 512)] * 64, dtype, dispatch_s, effort.rounds)
+    report(2, total)
+    streams = tuple(_stream(backend, size, dtype, dispatch_s, effort.rounds) for size in (1e6, effort.cold_bytes))
+    report(3, total)
+    gemms: list[Gemm] = []
+    for done, k in enumerate(effort.widths):
+        gemms += _gemms(backend, k, effort.rows, dtype, dispatch_s, effort)
+        report(4 + done, total)
+    for done, other in enumerate(others):  # only how fast it computes
+        k = sorted(effort.widths)[len(effort.widths) // 2]
+        gemms += _gemms(backend, k, (256 if 256 in effort.rows else max(effort.rows),), other, dispatch_s, effort)
+        report(4 + len(effort.widths) + done, total)
+    found = Calibration(dtype, dispatch_s, donated_s, kernel_s, vector_s, tuple(gemms), streams)
+    rates = found.peak_flops_per_s(dtype), found.bandwidth_bytes_per_s
+    kernels = measure_kernels(backend, dtype, *rates, effort.rounds, effort.tokens)
+    report(total, total)
+    return dataclasses.replace(found, kernels=kernels)
+
+
+def profile(found: Calibration, backend: Backend, name: str, prices: str | None = None) -> Profile:
+    """The machine as a profile, every figure graded "measured" today. prices: the file of `found.kernels`."""
+    device = backend.capabilities().devices[0]
+    today, spread = time.strftime("%Y-%m-%d"), f"Medians; the rounds of one program differ by {found.spread:.0%}."
+
+    def figure(value: float, path: str, note: str = "") -> Figure:
+        return Figure(float(f"{value:.6g}"), hw_profiles.FIELDS[path].unit, SOURCE, today, "measured", note)
+
+    values = {
+        _PEAK[dtype]: (found.peak_flops_per_s(dtype), f"Best product seen. {spread}")
+        for dtype in sorted({g.dtype for g in found.gemms})
+    }
+    values["chip.memory.capacity_bytes"] = (float(device.memory_bytes or _host_bytes()), "As the system reports it.")
+    values["chip.memory.bandwidth_bytes_per_s"] = (found.bandwidth_bytes_per_s, f"Best stream seen. {spread}")
+    values["overhead.kernel_launch_s"] = (
+        found.kernel_launch_s,
+        f"Inside a compiled step. A step's own dispatch: {found.dispatch_s * 1e6:.0f} us, "
+        f"{found.donated_s * 1e6:.0f} us with a donated cache.",
+    )
+    values["overhead.vector_launch_s"] = (found.vector_launch_s, "One small norm inside a compiled step.")
+    computed = "float32" if found.dtype == "float32" else "bfloat16"
+    curves = {
+        path: Curve(
+            tuple((float(f"{size:.4g}"), float(f"{share:.4g}")) for size, share in knots),
+            unit, SOURCE, today, "measured", f"Products in {computed}, matrices read from memory.",
+        )
+        for path, unit, knots in (
+            ("efficiency.compute", "FLOP", found.compute_knots()),
+            ("efficiency.memory", "bytes", found.memory_knots()),
+        )
+    }  # fmt: skip
+    host = backend.capabilities().platform == "cpu"
+    return Profile(
+        name,
+        "generic",
+        "host" if host else device.kind,
+        "host" if host else "accelerator",
+        f"{device.kind} through the {backend.name} backend, {os.cpu_count()} host cores",
+        Formats(("bf16",), ("bf16",), SOURCE, today, "measured", "What the backend computes without conversion."),
+        {path: figure(value, path, note) for path, (value, note) in values.items()},
+        curves,
+        prices=prices,
+    )
+
+
+# --- timing --------------------------------------------------------------------------------------------
+
+
+def _load(backend: Backend, name: str, fn: Any, args: tuple[Any, ...], donate: tuple[int, ...] = ()) -> Any:
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+    return backend.load(backend.export(Program(name, fn, shapes, donate)))
+
+
+def _times(call: Callable[[], Any], rounds: int) -> list[float]:
+    """Seconds of each call, after two to warm up; `call` waits for its result."""
+    for _ in range(2):
+        call()
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def _median(times: Sequence[float]) -> float:
+    return statistics.median(times)
+
+
+def _random(rng: np.random.Generator, shape: tuple[int, int], dtype: str) -> np.ndarray:
+    """Standard normal over the root of the rows, so that chains neither grow nor vanish."""
+    return (rng.standard_normal(shape, dtype=np.float32) / np.float32(shape[0] ** 0.5)).astype(_DTYPES[dtype])
+
+
+def _empty(backend: Backend) -> Callable[[], Any]:
+    x = backend.put(np.ones((8,), np.float32))
+    run = _load(backend, "calibrate empty", lambda x: x + 1.0, (x,))
+    return lambda: backend.get(run(x))
+
+
+def _donated_times(backend: Backend, rounds: int) -> list[float]:
+    held = [backend.zeros((_CACHE_ROWS, 1024), "float32")]
+    row, at = backend.put(np.ones((1, 1024), np.float32)), backend.put(np.int32(5))
+
+    def write(cache: Any, row: Any, at: Any) -> tuple[Any, Any]:
+        return jax.lax.dynamic_update_slice_in_dim(cache, row, at, 0), jnp.sum(row)
+
+    run = _load(backend, "calibrate donated", write, (held[0], row, at), donate=(0,))
+
+    def call() -> None:
+        held[0], result = run(held[0], row, at)
+        backend.get(result)
+
+    return _times(call, rounds)
+
+
+def _product_chain(x: Any, matrices: tuple[Any, ...]) -> Any:
+    for w in matrices:
+        x = jnp.dot(x, w)
+    return x
+
+
+def _norm_chain(x: Any, scales: tuple[Any, ...]) -> Any:
+    for scale in scales:
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-5) * (1.0 + scale)
+    return x
+
+
+def _per_op(
+    backend: Backend,
+    chain: Any,
+    shape: tuple[int, int],
+    shapes: Sequence[tuple[int, int]],
+    dtype: str,
+    dispatch_s: float,
+    rounds: int,
+) -> float:
+    """Seconds of one op of a chain of small ones, inside a program."""
+    rng = np.random.default_rng(0)
+    x = backend.put(_random(rng, shape, dtype))
+    held = tuple(backend.put(_random(rng, each, dtype)) for each in shapes)
+    run = _load(backend, f"calibrate {chain.__name__}", chain, (x, held))
+    seconds = _median(_times(lambda: backend.get(run(x, held)), 10 * rounds))
+    return max((seconds - dispatch_s) / len(held), 1e-8)
+
+
+def _stream(backend: Backend, size: float, dtype: str, dispatch_s: float, rounds: int) -> Stream:
+    """One pass that reads and writes an array, `size` bytes in all."""
+    rows = max(1, int(size / 2 / 1024 / _DTYPES[dtype].itemsize))
+    x = backend.put(np.ones((rows, 1024), _DTYPES[dtype]))
+    run = _load(backend, "calibrate stream", lambda x: (x * 2, x[0, 0]), (x,))
+    seconds = _median(_times(lambda: backend.get(jax.block_until_ready(run(x))[1]), rounds))
+    return Stream(2.0 * rows * 1024 * _DTYPES[dtype].itemsize, max(seconds - dispatch_s, 1e-9))
+
+
+def _gemms(backend: Backend, k: int, rows: Sequence[int], dtype: str, dispatch_s: float, effort: Effort) -> list[Gemm]:
+    """Chains of [m, k] x [k, k], rounds alternating over the rows, so that a slow spell hits all of them."""
+    rng = np.random.default_rng(k)
+    size = _DTYPES[dtype].itemsize
+    whole = max(2, math.ceil(effort.cold_bytes / (k * k * size)))
+    base = _random(rng, (k, k), dtype)
+    matrices = [backend.put(base if i == 0 else np.roll(base, i)) for i in range(whole)]
+    calls, counts, turns = [], [], [0] * len(rows)
+    for m in rows:
+        count = min(whole, 32, max(1, round(effort.program_flops / (2 * m * k * k))))
+        x = backend.put(_random(rng, (m, k), dtype))
+        run = _load(backend, f"calibrate product {m}x{k}x{k}", _product_chain, (x, tuple(matrices[:count])))
+        counts.append(count)
+        calls.append((run, x))
+
+    def call(i: int) -> None:
+        run, x = calls[i]
+        first = turns[i] * counts[i] % max(1, whole - counts[i] + 1)
+        turns[i] += 1
+        backend.get(run(x, tuple(matrices[first : first + counts[i]])))
+
+    times: list[list[float]] = [[] for _ in rows]
+    for i in range(len(rows)):
+        call(i)
+    for _ in range(effort.rounds):
+        for i, kept in enumerate(times):
+            begin = time.perf_counter()
+            call(i)
+            kept.append(time.perf_counter() - begin)
+    found = []
+    for m, count, kept in zip(rows, counts, times, strict=True):
+        low, middle, high = np.percentile(kept, (25, 50, 75))
+        seconds = max(float(middle) - dispatch_s, 1e-9) / count
+        found.append(Gemm(dtype, m, k, size, seconds, float((high - low) / 2 / middle)))
+    return found
+
+
+def _host_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

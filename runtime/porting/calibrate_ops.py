@@ -1,0 +1,238 @@
+"""Measures ops of the graph whose time no matrix product tells: routed experts and attention over a selection.
+
+Each is run as the backend lowers it, inside a compiled program, at a few sizes; the three constants of the
+cost model's formula (launch, share of the peak, share of the bandwidth) are fitted to the relative errors,
+and the error kept beside them is that of points left out of the fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from backends.interface import Backend, Program
+from model.ops import OPS
+from runtime.pricing.kernel import Constants, formula
+
+_EXPERTS, _TOP_K, _HEADS, _LATENT, _VALUE, _PAGE, _SELECTED = 32, 4, 8, 160, 128, 16, 128
+_WIDTHS = (256, 512)  # of the experts, and of the model around them
+_LAYERS = 4
+FORMATS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Seconds of one op at one size, with the features its formula reads."""
+
+    features: Mapping[str, float]
+    seconds: float
+
+
+def measure_kernels(
+    backend: Backend,
+    dtype: str,
+    peak_flops_per_s: float,
+    bandwidth_bytes_per_s: float,
+    rounds: int,
+    tokens: Sequence[int],
+) -> dict[str, Any]:
+    """The body of a coefficients file (`hw_profiles/prices/`): kernels `moe`, `mla_decode` and `sparse_prefill`."""
+    name, size = FORMATS[dtype], 4.0 if dtype == "float32" else 2.0
+    rates = peak_flops_per_s, bandwidth_bytes_per_s
+    few = [count for count in tokens if count <= 16] or [min(tokens)]
+    many = [count for count in tokens if count >= 16] or [max(tokens)]
+    kernels = {
+        f"moe/{name}/any": _fitted("moe", _experts(backend, dtype, size, tokens, rounds), *rates),
+        f"mla_decode/{name}/any": _fitted("attention", _decoding(backend, dtype, size, few, rounds), *rates),
+        f"sparse_prefill/{name}/any": _fitted("attention", _chunk(backend, dtype, size, many, rounds), *rates),
+    }
+    return {"schema": 1, "kernels": kernels}
+
+
+def _timed(
+    backend: Backend, name: str, fns: Sequence[Callable[..., Any]], cases: Sequence[tuple[Any, ...]], rounds: int
+) -> list[float]:
+    """Median seconds of each function on its arguments; rounds alternate over them."""
+    runs = []
+    for number, (fn, args) in enumerate(zip(fns, cases, strict=True)):
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+        run = backend.load(backend.export(Program(f"calibrate {name} {number}", fn, shapes)))
+        backend.get(run(*args))
+        runs.append(run)
+    times: list[list[float]] = [[] for _ in cases]
+    for _ in range(rounds):
+        for run, args, kept in zip(runs, cases, times, strict=True):
+            begin = time.perf_counter()
+            backend.get(run(*args))
+            kept.append(time.perf_counter() - begin)
+    return [statistics.median(kept) for kept in times]
+
+
+def _experts(backend: Backend, dtype: str, size: float, tokens: Sequence[int], rounds: int) -> list[Point]:
+    """Routed experts of each width over each number of tokens, every expert as likely as another."""
+    points = []
+    for width in _WIDTHS:
+        rng = np.random.default_rng(1)
+
+        def put(*shape: int, width: int = width, rng: np.random.Generator = rng) -> Any:
+            values = rng.standard_normal(shape, dtype=np.float32) / np.float32(width**0.5)
+            return backend.put(values.astype(jnp.dtype(dtype)))
+
+        layers = tuple((put(_EXPERTS, width, 2, width), put(_EXPERTS, width, width)) for _ in range(_LAYERS))
+        cases, features = [], []
+        for count in tokens:
+            chosen = np.stack([rng.choice(_EXPERTS, _TOP_K, replace=False) for _ in range(count)]).astype(np.int32)
+            share = backend.put(np.full((count, _TOP_K), 1 / _TOP_K, np.float32))
+            cases.append((put(count, width), backend.put(chosen), share, layers))
+            rows, active = float(chosen.size), float(len(np.unique(chosen)))
+            features.append({"rows": rows, "active": active, "touched": rows, "rows_per_expert": rows / active,
+                             "spread": 1.0, "hidden": float(width), "inter": float(width),
+                             "weight_bytes": size, "act_bytes": size})  # fmt: skip
+        times = _timed(backend, f"experts {width}", [_expert_layers] * len(cases), cases, rounds)
+        points += [Point(each, seconds / _LAYERS) for each, seconds in zip(features, times, strict=True)]
+    return points
+
+
+def _expert_layers(x: Any, experts: Any, weights: Any, layers: Any) -> Any:
+    for gate_up, down in layers:
+        x = x + OPS["glm.expert_ffn"].call(x, experts, weights, gate_up, down)
+    return x
+
+
+def _decoding(backend: Backend, dtype: str, size: float, sequences: Sequence[int], rounds: int) -> list[Point]:
+    """Attention of one query a sequence over the chosen of 512 tokens."""
+    cases = [(b, 1, keys, 512) for b in sequences for keys in (128, 512)]
+    features = [{"sequences": float(b), "tokens": float(b), "context": float(keys)} for b, _, keys, _ in cases]
+    return _attention(backend, dtype, size, cases, features, rounds)
+
+
+def _chunk(backend: Backend, dtype: str, size: float, tokens: Sequence[int], rounds: int) -> list[Point]:
+    """Attention of a prompt's chunk, each query over the chosen of what stands before it."""
+    cases = [(1, t, min(_SELECTED, t), t) for t in tokens]
+    features = [{"sequences": 1.0, "tokens": float(t), "context": min(t / 2, _SELECTED)} for _, t, _, _ in cases]
+    return _attention(backend, dtype, size, cases, features, rounds)
+
+
+def _attention(
+    backend: Backend,
+    dtype: str,
+    size: float,
+    cases: Sequence[tuple[int, int, int, int]],
+    features: Sequence[Mapping[str, float]],
+    rounds: int,
+) -> list[Point]:
+    """Selection and `glm.sparse_attention` at (sequences, queries of each, keys chosen, tokens cached of each).
+
+    The two are measured together, since a backend may pass the selection from one to the other in a form of its
+    own; the index scores they start from are random.
+    """
+    rng = np.random.default_rng(2)
+    attributes = {"scale": _LATENT**-0.5, "value_dim": _VALUE}
+
+    def fn(keys: int, query: Any, caches: Any, table: Any, scores: Any, positions: Any) -> Any:
+        for cache in caches:
+            if keys < scores.shape[2]:
+                selected = OPS["glm.select_topk"].call(scores, k=keys)
+            else:  # the graph selects nothing then
+                selected = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
+            out = OPS["glm.sparse_attention"].call(query, cache, table, selected, positions, **attributes)
+            query = jnp.concatenate([out, query[..., _VALUE:]], axis=-1)
+            scores = scores + query[:, :, :1, 0].astype(scores.dtype)  # no layer's selection is another's
+        return query
+
+    runs, arguments = [], []
+    for b, t, keys, context in cases:
+        pages = -(-context // _PAGE)
+        caches = tuple(backend.put(_normal(rng, (b * pages, _PAGE, _LATENT), dtype)) for _ in range(_LAYERS))
+        places = np.arange(context - t, context, dtype=np.int32)
+        scores = _normal(rng, (b, t, pages * _PAGE), "float32")
+        scores[np.broadcast_to(np.arange(pages * _PAGE) > places[:, None], scores.shape)] = -np.inf
+        runs.append(partial(fn, keys))
+        arguments.append(
+            (
+                backend.put(_normal(rng, (b, t, _HEADS, _LATENT), dtype)),
+                caches,
+                backend.put(np.arange(b * pages, dtype=np.int32).reshape(b, pages)),
+                backend.put(scores),
+                backend.put(np.tile(places, (b, 1))),
+            )
+        )
+    times = _timed(backend, "attention", runs, arguments, rounds)
+    fixed = {"heads": float(_HEADS), "kv_bytes": _LATENT * size, "qk": float(_LATENT), "v": float(_VALUE)}
+    return [Point({**each, **fixed}, seconds / _LAYERS) for each, seconds in zip(features, times, strict=True)]
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return rng.standard_normal(shape, dtype=np.float32).astype(jnp.dtype(dtype))
+
+
+def _fitted(family: str, points: Sequence[Point], peak: float, bandwidth: float) -> dict[str, Any]:
+    """One entry of the `kernels` table."""
+    names = [n for n in points[0].features if len({p.features[n] for p in points}) > 1]
+    errors = []
+    for i, point in enumerate(points):
+        others = [*points[:i], *points[i + 1 :]] or list(points)
+        fit = _fit(family, others, peak, bandwidth)
+        error = _errors(family, [point], fit, peak, bandwidth)[0]
+        if family == "moe":  # the ratios at its neighbours carry over to it
+            near = [p for p in others if p.features["inter"] == point.features["inter"]]
+            at = [math.log(p.features["rows"]) for p in near]
+            if at and at[0] < math.log(point.features["rows"]) < at[-1]:
+                error -= np.interp(math.log(point.features["rows"]), at, _errors(family, near, fit, peak, bandwidth))
+        errors.append(abs(error))
+    errors = np.expm1(errors)
+    constants = dataclasses.asdict(_fit(family, points, peak, bandwidth))
+    return {
+        "family": family,
+        "constants": {name: float(f"{value:.4g}") for name, value in constants.items()},
+        **_ratio(family, points, peak, bandwidth),
+        "range": {n: [min(p.features[n] for p in points), max(p.features[n] for p in points)] for n in names},
+        "error": {"held_out_shapes": [round(float(np.median(errors)), 4), round(float(np.quantile(errors, 0.9)), 4)]},
+        "evidence": "fitted",
+        "source": "glm5 calibrate",
+    }
+
+
+_AXES = {"moe": ("inter", "rows"), "attention": ("sequences", "context")}
+_UNIT = 0.001
+
+
+def _ratio(family: str, points: Sequence[Point], peak: float, bandwidth: float) -> dict[str, Any]:
+    """ln(measured / formula) on the grid of the measured sizes, which what is left of the fit goes into."""
+    left = -_errors(family, points, _fit(family, points, peak, bandwidth), peak, bandwidth)
+    axes = {name: sorted({p.features[name] for p in points}) for name in _AXES[family]}
+    if math.prod(map(len, axes.values())) != len(points):  # no grid: a line over the tokens
+        axes = {"tokens": sorted({p.features["tokens"] for p in points})}
+    grid = np.zeros([len(knots) for knots in axes.values()])
+    for point, value in zip(points, left, strict=True):
+        grid[tuple(knots.index(point.features[name]) for name, knots in axes.items())] = value
+    return {"axes": axes, "ratio": np.round(grid / _UNIT).astype(int).ravel().tolist(), "ratio_unit": _UNIT}
+
+
+def _errors(family: str, points: Sequence[Point], constants: Constants, peak: float, bandwidth: float) -> np.ndarray:
+    """ln(formula / measured) of each point."""
+    columns = {n: np.array([p.features[n] for p in points]) for n in points[0].features}
+    seconds, _ = formula(columns, family, constants, peak, bandwidth)
+    return np.log(seconds / np.array([p.seconds for p in points]))
+
+
+def _fit(family: str, points: Sequence[Point], peak: float, bandwidth: float) -> Constants:
+    """Coordinate descent over log-spaced constants: least absolute error of the logarithm."""
+    found = Constants(1e-5, 0.3, 0.5)
+    scales = {"launch_s": np.geomspace(1e-7, 1e-2, 101), "compute_efficiency": np.geomspace(1e-3, 1.0, 61),
+              "memory_efficiency": np.geomspace(1e-2, 1.0, 61)}  # fmt: skip
+    for _ in range(4):
+        for name, values in scales.items():
+            trials = [dataclasses.replace(found, **{name: float(value)}) for value in values]
+            costs = [float(np.abs(_errors(family, points, trial, peak, bandwidth)).sum()) for trial in trials]
+            found = trials[int(np.argmin(costs))]
+    return found

@@ -1,0 +1,65 @@
+"""What is to be exported, and what a format's writer is given and gives back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from backends.spmd.grid import Grid
+from backends.toolchains.walker import Graph, Port
+from model.checkpoint import Checkpoint
+from model.config import ModelConfig
+from runtime.deployment.manifest import Format, Gear, Manifest, OpUse, Phase, Step, Value
+from runtime.porting.export.units import Cut
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportJob:
+    """What to export. `grid` and `layout` say the same, to a graph and to a reader; `device`: the one device whose
+    weights are written (None: all). `options`: what only one format knows."""
+
+    cfg: ModelConfig
+    checkpoint: Checkpoint | None
+    format: Format
+    gears: Mapping[Phase, Sequence[Gear]]
+    grid: Grid
+    layout: str
+    scheme: str
+    page_size: int
+    weights: bool
+    device: int | None = None
+    plan_hash: str | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def cut(self) -> Cut:
+        """The pool holds the largest gear's pages, and page 0."""
+        gears = [gear for each in self.gears.values() for gear in each]
+        pages = 1 + max(gear.sequences * gear.context_pages for gear in gears)
+        dtype = "float32" if self.scheme == "f32" else "bfloat16"
+        mtp = self.cfg.mtp_layers > 0 and (self.checkpoint is None or self.checkpoint.has_mtp)
+        return Cut(self.cfg, self.grid, dtype, self.scheme == "fp8", self.page_size, pages, mtp)
+
+
+class Writer(Protocol):
+    """A format. `write` stores a graph as a file (or a few) named after `stem`, below `folder`, and returns its step
+    in the chain; `finish` may add files and amend the manifest before files are hashed."""
+
+    packages: tuple[str, ...]
+    """Whose versions go into the manifest."""
+
+    def write(self, graph: Graph, folder: Path, stem: str) -> Step: ...
+
+    def finish(self, folder: Path, manifest: Manifest) -> Manifest: ...
+
+
+def values(ports: Sequence[Port]) -> tuple[Value, ...]:
+    """Ports of a graph as the manifest has them."""
+    return tuple(Value(port.name, port.shape, port.dtype) for port in ports)
+
+
+def op_uses(found: Mapping[tuple[str, str, str], int]) -> tuple[OpUse, ...]:
+    """Ops by (name, form, target), sorted."""
+    return tuple(OpUse(name, form, count, target) for (name, form, target), count in sorted(found.items()))  # type: ignore[arg-type]

@@ -1,0 +1,91 @@
+"""From what a person names to what is exported: gears, number formats, and the grid of devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.util import find_spec
+from pathlib import Path
+
+from backends.spmd.grid import Grid, Slots
+from foundation.errors import UsageError
+from model.config import ModelConfig
+from runtime.deployment.manifest import Gear
+from runtime.layout import SCHEMES, Layout, checkpoint_scheme
+from runtime.porting.export.job import ExportJob
+
+SCHEMES_OF = {"stablehlo": ("f32", "bf16", "fp8"), "torch": ("f32", "bf16", "fp8"), "onnx": ("f32", "bf16")}
+"""Number formats that a format has graphs in; ONNX's opset 18 has no FP8."""
+_NEEDS = {"onnx": ("onnx",), "ascend": ("onnx",), "torch": ("torch",)}  # packages beyond the core's
+_CONTEXT = 4096  # tokens, by default
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A grid of devices, by name, and the plan it is from."""
+
+    grid: Grid
+    name: str
+    plan_hash: str | None = None
+
+
+def from_layout(cfg: ModelConfig, layout: Layout) -> Placed:
+    """Raises `UsageError` where the model does not divide."""
+    layout.check(cfg)
+    slots = None
+    if layout.by_expert and cfg.moe:
+        row = tuple(range(cfg.moe.experts))
+        slots = Slots(cfg.moe.experts // layout.ep, (row,) * sum(kind.ffn == "moe" for kind in cfg.layers))
+    return Placed(Grid(layout.tp, layout.dp, tuple(layout.stage_layers(cfg.num_layers)), slots), layout.name)
+
+
+def from_plan(cfg: ModelConfig, path: Path) -> Placed:
+    """The pool that makes the answers. Raises `PlanFileError` for a plan of another model."""
+    from runtime.deployment.plan import Plan
+    from runtime.execution.cluster.deploy import grid_of
+
+    plan = Plan.read(path, cfg)
+    return Placed(grid_of(cfg, plan.serving), plan.serving.layout.name, plan.hash)
+
+
+def preset_scheme(cfg: ModelConfig) -> str:
+    """The number formats a model's own checkpoint has."""
+    return checkpoint_scheme(cfg)
+
+
+def check(request: ExportJob) -> None:
+    """Raises `UsageError` where the format has no graphs in these number formats, or needs what is not installed."""
+    for package in _NEEDS.get(request.format, ()):
+        if find_spec(package) is None:
+            raise UsageError(f"--format {request.format} needs {package}: pip install 'glm5-runtime[export]'")
+    known = SCHEMES_OF.get(request.format)
+    if request.scheme not in SCHEMES or (known and request.scheme not in known):
+        raise UsageError(
+            f"--formats {request.scheme}: {request.format} is exported in {', '.join(known or SCHEMES)}; choose one"
+        )
+    if request.weights and request.scheme == "fp8" and request.cfg.weight_format != "fp8-block":
+        raise UsageError("--formats fp8 with weights needs a checkpoint in FP8; choose bf16, or --weights none")
+
+
+def gears(cfg: ModelConfig, phase: str, batch: str, chunk: str, context: str | None, page_size: int) -> list[Gear]:
+    """Every combination. Raises `UsageError` for sizes that make no step."""
+    tokens = sizes("--chunk", chunk) if phase == "prefill" else [1]
+    contexts = sizes("--context", context or str(min(_CONTEXT, cfg.max_positions)))
+    for size in contexts:
+        if size % page_size:
+            raise UsageError(f"--context {size}: not a multiple of the page size, {page_size}")
+        if size > cfg.max_positions:
+            raise UsageError(f"--context {size}: {cfg.name} has {cfg.max_positions} positions")
+        if max(tokens) > size:
+            raise UsageError(f"--chunk {max(tokens)}: exceeds --context {size}")
+    return [Gear(b, t, c // page_size) for b in sizes("--batch", batch) for t in tokens for c in contexts]
+
+
+def sizes(option: str, text: str) -> list[int]:
+    """Whole positive numbers separated by commas, ascending."""
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or found[0] < 1:
+        raise UsageError(f"{option} {text}: give whole numbers of 1 or more, separated by commas")
+    return found

@@ -1,0 +1,126 @@
+"""Each device's share of a checkpoint's weights, as the exported graphs take them. Free of JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backends.spmd.grid import Grid
+from backends.spmd.shard import is_split, parts, split_dim
+from model.checkpoint import Checkpoint, groups
+from model.config import ModelConfig
+from model.weights import Quantized, Weight
+from runtime.deployment.manifest import DeviceShare, Manifest
+from runtime.deployment.tensors import TensorWriter
+from runtime.porting.export.units import placement
+
+Sink = Callable[[DeviceShare, str, np.ndarray], None]
+
+
+def devices(cfg: ModelConfig, grid: Grid) -> tuple[DeviceShare, ...]:
+    """The devices of a grid, in the order stage, dp rank, tp rank."""
+    return tuple(
+        DeviceShare(
+            index=(stage * grid.dp + dp) * grid.tp + tp,
+            stage=stage,
+            ranks={"dp": dp, "tp": tp},
+            layers=tuple(grid.stages[stage]),
+        )
+        for stage in range(len(grid.stages))
+        for dp in range(grid.dp)
+        for tp in range(grid.tp)
+    )
+
+
+def share(array: np.ndarray, weight: Weight, grid: Grid, device: DeviceShare) -> np.ndarray:
+    """A device's part of a weight's values, or of its block scales."""
+    dim, axes = split_dim(weight, grid)
+    count = parts(axes, grid)
+    if not is_split(array, dim, count):
+        return array
+    place = 0
+    for axis in axes:  # the outermost axis first
+        place = place * getattr(grid, axis) + device.ranks[axis]
+    size = array.shape[dim] // count
+    return array[(slice(None),) * dim + (slice(place * size, (place + 1) * size),)]
+
+
+def each_share(
+    checkpoint: Checkpoint, grid: Grid, targets: tuple[DeviceShare, ...], manifest: Manifest, sink: Sink
+) -> None:
+    """Builds the checkpoint's weights one at a time, and hands each device its share: sink(device, name, array)."""
+    cfg, mtp = checkpoint.config, manifest.mtp is not None
+    keep_fp8 = any(ref.name.endswith(".scale") for refs in manifest.weights.values() for ref in refs)
+    held = {device.index: set(manifest.owners(device)) for device in targets}
+    order = _order(cfg, mtp)
+
+    def deal(weight: Weight, value: np.ndarray | Quantized) -> np.ndarray | Quantized:
+        owner = next(order)
+        layer = int(owner.partition(".")[2]) if owner.startswith("layers.") else None
+        placed = placement(cfg, grid, layer) if weight.expert_count else None
+        parts = {".values": value.values, ".scale": value.scale} if isinstance(value, Quantized) else {"": value}
+        for suffix, array in parts.items():
+            if placed is not None:
+                array = array[placed[0]]  # the expert in each slot, copies included
+            for device in targets:
+                if owner in held[device.index]:
+                    sink(device, f"{owner}.{weight.name}{suffix}", share(array, weight, grid, device))
+        return _NOTHING  # what `load` would keep
+
+    checkpoint.load(manifest.dtype, keep_fp8, mtp=mtp, convert=deal)
+    for owner, unit in manifest.owner_units.items():
+        table = next((ref for ref in manifest.weights[unit] if ref.name == "w.expert_slots"), None)
+        if table is not None:
+            layer = None if owner == "mtp" else int(owner.partition(".")[2])
+            value = slot_table(cfg, grid, layer, table.shape[1])
+            for device in targets:
+                if owner in held[device.index]:
+                    sink(device, f"{owner}.expert_slots", value)
+
+
+_NOTHING = np.zeros(0, np.uint8)
+
+
+def _order(cfg: ModelConfig, mtp: bool) -> Iterator[str]:
+    """Whose each weight is that `Checkpoint.load` builds, in its order."""
+    for place, found in groups(cfg, mtp).items():
+        for index, group in enumerate(found):
+            for _ in group.weights:
+                yield f"layers.{index}" if place == "layers" else place
+
+
+def slot_table(cfg: ModelConfig, grid: Grid, layer: int | None, width: int) -> np.ndarray:
+    """int32 [experts, width]: the slots of each expert of a layer, repeated in turn."""
+    assert cfg.moe is not None
+    placed = placement(cfg, grid, layer)
+    table = np.arange(cfg.moe.experts, dtype=np.int32)[:, None] if placed is None else placed[1]
+    return np.ascontiguousarray(table[:, np.arange(width) % table.shape[1]])
+
+
+def write_files(
+    folder: Path, checkpoint: Checkpoint, grid: Grid, targets: tuple[DeviceShare, ...], manifest: Manifest
+) -> dict[int, str]:
+    """A safetensors file for each device; its name below `folder`, by the device's index."""
+    writers, names = {}, {}
+    (folder / "weights").mkdir()
+    for device in targets:
+        tensors: dict[str, tuple[tuple[int, ...], str]] = {}
+        for owner in manifest.owners(device):
+            refs = manifest.weights[manifest.owner_units[owner]]
+            tensors |= {f"{owner}.{ref.name.partition('.')[2]}": (ref.shape, ref.dtype) for ref in refs}
+        names[device.index] = f"weights/device-{device.index}.safetensors"
+        writers[device.index] = TensorWriter(folder / names[device.index], tensors)
+    each_share(checkpoint, grid, targets, manifest, lambda device, name, a: writers[device.index].put(name, a))
+    for writer in writers.values():
+        writer.close()
+    return names
+
+
+def in_memory(checkpoint: Checkpoint, grid: Grid, manifest: Manifest) -> Callable[[DeviceShare, str], np.ndarray]:
+    """Every device's weights, held in memory: what a `Runner` asks for where no files are written."""
+    found: dict[tuple[int, str], Any] = {}
+    each_share(checkpoint, grid, manifest.devices, manifest, lambda d, name, a: found.update({(d.index, name): a}))
+    return lambda device, name: found[device.index, name]

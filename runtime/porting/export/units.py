@@ -1,0 +1,200 @@
+"""What a model under a layout is cut into: a chain of graphs for each layer type and end, traced without weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr
+
+from backends.spmd.grid import Grid, Slots, slot_layout
+from backends.spmd.shard import local_shape, split_dim
+from backends.toolchains.cut import Exchange, cut
+from backends.toolchains.walker import Graph
+from model import abstract, graph, ops
+from model.cache import CacheRow, cache_rows
+from model.config import Gqa, LayerType, ModelConfig
+from model.weights import Quantized, Weight, layer_weights, outer_weights
+from runtime.deployment.manifest import OUT, Gear, Phase, Value, WeightRef
+
+Chain = list[Graph | Exchange]
+_ARGUMENT = re.compile(r"^(\w+)(?:\['(\w+)'\])?(?:\.(\w+))?$")
+_BATCH = ("tokens", "start", "length", "page_table")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """What is exported: a model on a grid of devices, in a number format, with caches of `pool_pages` pages.
+
+    keep_fp8: matrices that a block-FP8 checkpoint quantises are values and block scales. mtp: with the MTP layer,
+    where the model has one.
+    """
+
+    cfg: ModelConfig
+    grid: Grid
+    dtype: str
+    keep_fp8: bool
+    page_size: int
+    pool_pages: int
+    mtp: bool = True
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Mesh axes of more than one device."""
+        return {name: n for name, n in (("dp", self.grid.dp), ("tp", self.grid.tp)) if n > 1}
+
+    @property
+    def unit_types(self) -> dict[str, LayerType]:
+        """The layer types, MTP's included, by the name of their unit."""
+        return {kind.name: kind for kind in self.cfg.layer_counts if self.mtp or not kind.mtp}
+
+    def table_width(self, kind: LayerType) -> int:
+        """Columns of the table of expert slots that layers of a type are given; 0 where slot e is expert e."""
+        layers = [None] if kind.mtp else [i for i, other in enumerate(self.cfg.layers) if other == kind]
+        placed = [placement(self.cfg, self.grid, layer) for layer in layers]
+        return max((each[1].shape[1] for each in placed if each is not None), default=0)
+
+    def local(self, described: Weight | CacheRow) -> tuple[int, ...]:
+        """One device's share of a weight or of a cache's row."""
+        if isinstance(described, Weight):
+            return local_shape(described, self.grid)
+        if isinstance(self.cfg.attention, Gqa):  # KV heads are split over tp; latents and index keys are held whole
+            return (described.shape[0] // self.grid.tp, *described.shape[1:])
+        return described.shape
+
+    def weights(self, kind: LayerType | None) -> dict[str, Any]:
+        """Abstract weights of a layer type, or with None the outer ones."""
+        found = abstract.abstract_weights(self.cfg, kind, self.dtype, self.keep_fp8, self.local)
+        if kind is not None and self.cfg.moe and (width := self.table_width(kind)):
+            found["expert_slots"] = jax.ShapeDtypeStruct((self.cfg.moe.experts, width), jnp.int32)
+        return found
+
+    def cache(self, kind: LayerType) -> graph.LayerCache:
+        return abstract.abstract_cache(self.cfg, kind, self.pool_pages, self.page_size, self.dtype, self.local)
+
+    def shape(self, gear: Gear) -> abstract.StepShape:
+        return abstract.StepShape(gear.sequences, gear.tokens, gear.context_pages, self.page_size, self.pool_pages)
+
+
+def placement(cfg: ModelConfig, grid: Grid, layer: int | None) -> tuple[np.ndarray, np.ndarray] | None:
+    """The expert in each slot, and the slots of each expert, of a layer (None: the MTP layer, which no plan places:
+    its experts are in order, and where a device has spare slots, in turn). None where slot e is expert e."""
+    if layer is not None:
+        return slot_layout(cfg, grid, layer)
+    if grid.slots is None or cfg.moe is None or cfg.mtp_type.ffn != "moe":
+        return None
+    total = grid.slots.per_device * grid.stage_devices
+    row = tuple(slot % cfg.moe.experts for slot in range(total))
+    slots = Slots(grid.slots.per_device, (row,))
+    return None if total == cfg.moe.experts else (np.array(row), slots.table(0, cfg.moe.experts))
+
+
+def caches(what: Cut) -> dict[str, tuple[Value, ...]]:
+    """The caches of each unit, as its graphs name them."""
+    return {
+        name: tuple(
+            Value(f"cache.{row.name}", (what.pool_pages, what.page_size, *what.local(row)), what.dtype)
+            for row in cache_rows(what.cfg, kind)
+        )
+        for name, kind in what.unit_types.items()
+    }
+
+
+def weight_refs(what: Cut, kind: LayerType | None) -> tuple[WeightRef, ...]:
+    """How the weights of a layer type, or with None of the ends, are made of a checkpoint's tensors."""
+    abstracts = what.weights(kind)
+    prefix = "" if kind is None else "model.layers.{layer}."
+    owner = "outer" if kind is None else "w"
+    refs = []
+    for weight in outer_weights(what.cfg) if kind is None else layer_weights(what.cfg, kind):
+        dim, axes = split_dim(weight, what.grid)
+        split = tuple(axes if d == dim else () for d in range(len(weight.shape)))
+        for suffix, leaf, whole in _leaves(weight, abstracts[weight.name]):
+            refs.append(
+                WeightRef(
+                    name=f"{owner}.{weight.name}{suffix}",
+                    shape=tuple(leaf.shape),
+                    dtype=np.dtype(leaf.dtype).name,
+                    whole=whole,
+                    split=split,
+                    sources=tuple(prefix + s + ("_scale_inv" if suffix == ".scale" else "") for s in weight.sources),
+                    layout=weight.layout.name,
+                )
+            )
+    if "expert_slots" in abstracts:  # made of the placement, not of the checkpoint
+        table = tuple(abstracts["expert_slots"].shape)
+        refs.append(WeightRef("w.expert_slots", table, "int32", table, ((), ()), (), "SLOTS"))
+    return tuple(refs)
+
+
+def _leaves(weight: Weight, value: Any) -> list[tuple[str, Any, tuple[int, ...]]]:
+    if isinstance(value, Quantized):
+        return [(".values", value.values, weight.shape), (".scale", value.scale, weight.scale_shape)]
+    return [("", value, weight.shape)]
+
+
+def units(what: Cut, phase: Phase, gear: Gear) -> dict[str, Chain]:
+    """Every unit's chain at a gear, by name: "view", "embed", the layer types, "head", and MTP's where there is one."""
+    cfg, shape, par, axes = what.cfg, what.shape(gear), what.grid.parallel, what.axes
+    mode = graph.Mode("expanded" if phase == "prefill" else "absorbed")
+    out: dict[str, Chain] = {"view": _view(what, shape), "embed": _end(what, shape, "embed")}
+    for name, kind in what.unit_types.items():
+        weights, cache = what.weights(kind), what.cache(kind)
+        if kind.mtp:
+            closed = abstract.trace_mtp(
+                cfg, shape, what.dtype, mode, what.weights(None), weights, cache, par=par, axes=axes
+            )
+            outputs = ["logits", "hidden", *(f"cache.{key}" for key in sorted(cache))]
+        else:
+            closed = abstract.trace_layer(cfg, kind, shape, what.dtype, mode, weights, cache, par=par, axes=axes)
+            outputs = ["x", *(f"cache.{key}" for key in sorted(cache)), "selected"]
+        out[name] = _chain(name, closed, outputs[: len(closed.jaxpr.outvars)])
+    out["head"] = _end(what, shape, "head")
+    return out
+
+
+def _chain(name: str, closed: ClosedJaxpr, outputs: Sequence[str]) -> Chain:
+    inputs = [_name(argument) for argument in closed.jaxpr.debug_info.arg_names]
+    aliases = {output + OUT: output for output in outputs if output.startswith("cache.")}
+    return cut(name, closed, inputs, [output + OUT for output in outputs], aliases)
+
+
+def _name(argument: str) -> str:
+    """ "w['q_a'].values" -> "w.q_a.values"; "view.positions" and "batch.tokens" lose the owner."""
+    found = _ARGUMENT.match(argument)
+    assert found, argument
+    owner, key, field = found.groups()
+    if owner in ("view", "batch"):
+        return field
+    return ".".join(part for part in (owner, key, field) if part)
+
+
+def _trace(fn: Callable[..., Any], what: Cut, *args: Any) -> ClosedJaxpr:
+    return jax.make_jaxpr(fn, axis_env=list(what.axes.items()) or None)(*args)
+
+
+def _view(what: Cut, shape: abstract.StepShape) -> Chain:
+    closed = _trace(lambda batch: graph.view_of(batch, what.page_size)[:2], what, abstract.abstract_batch(shape))
+    return cut("view", closed, _BATCH, ["positions" + OUT, "slots" + OUT])
+
+
+def _end(what: Cut, shape: abstract.StepShape, end: Literal["embed", "head"]) -> Chain:
+    cfg, par, outer = what.cfg, what.grid.parallel, what.weights(None)
+    batch = abstract.abstract_batch(shape)
+
+    def embed(outer: Any, tokens: Any) -> Any:
+        return par.embed(tokens, outer["embed"])
+
+    def head(outer: Any, x: Any, length: Any) -> Any:
+        hidden = ops.rms_norm(x, outer["final_norm"], eps=cfg.norm_eps)
+        return graph.head(cfg, outer, graph.last_token(hidden, length)[:, 0, :], par), hidden
+
+    if end == "embed":
+        return _chain("embed", _trace(embed, what, outer, batch.tokens), ["x"])
+    x = jax.ShapeDtypeStruct((shape.sequences, shape.tokens, cfg.hidden_size), what.dtype)
+    return _chain("head", _trace(head, what, outer, x, batch.length), ["logits", "hidden"])

@@ -1,0 +1,188 @@
+"""Checks a package against the graph it was cut from: an independent runtime takes the same steps as JAX.
+
+Both sides take several steps in a row, each with its own caches, on random tokens, ragged lengths and shuffled pages,
+up to and past `index_topk` where the gear reaches that far. All devices of the layout run in lockstep; what is compared
+is every sequence's logits and every cache row that a real token was written to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from backends.spmd.grid import Grid
+from foundation.errors import Failure, UsageError
+from model import graph
+from model.cache import cache_rows
+from model.checkpoint import Checkpoint
+from model.config import Gqa, ModelConfig
+from runtime.deployment.manifest import Manifest, Program
+from runtime.execution.package.executor import executor, executor_of
+from runtime.execution.package.runner import Batch, Runner, stored_weights
+from runtime.porting.export import shares
+
+TOLERANCE = 1e-4
+_STEPS = 4
+
+
+class VerificationError(Failure):
+    """A package that does not compute what the graph does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """One program's check: steps taken, the longest context reached, the largest absolute differences."""
+
+    phase: str
+    gear: str
+    runtime: str
+    steps: int
+    context: int
+    logits: float
+    caches: float
+
+    @property
+    def worst(self) -> float:
+        return max(self.logits, self.caches)
+
+
+def refuse(manifest_format: str, scheme: str, checkpoint: Checkpoint | None, device: int | None) -> None:
+    """Raises `UsageError` where a package of this kind cannot be verified here: before it is made."""
+    if executor_of(manifest_format) is None:
+        raise UsageError(f"--verify: no runtime here runs {manifest_format}; verify the same options as onnx")
+    if checkpoint is None:
+        raise UsageError("--verify needs weights: give --checkpoint")
+    if scheme != "f32":
+        raise UsageError(f"--verify compares float32 graphs: use --formats f32, not {scheme}")
+    if device is not None:
+        raise UsageError("--verify runs all devices of the layout: leave out --device")
+
+
+def verify(folder: Path, manifest: Manifest, checkpoint: Checkpoint, grid: Grid, seed: int = 0) -> list[Verified]:
+    """Every program of a package. Raises `VerificationError` for one that is further off than `TOLERANCE`."""
+    name = executor_of(manifest.format)
+    assert name is not None
+    runtime = executor(name, manifest.format)
+    weights = stored_weights(folder, manifest) or shares.in_memory(checkpoint, grid, manifest)
+    reference = Reference(checkpoint, manifest)
+    out = []
+    for program in manifest.programs:
+        runner = Runner(folder, manifest, runtime, weights)
+        found = compare(manifest, program, runner, reference, np.random.default_rng(seed))
+        if not found.worst <= TOLERANCE:
+            raise VerificationError(
+                f"{manifest.format} {found.phase} at {found.gear} differs from the graph by {found.logits:.2g} in "
+                f"logits and {found.caches:.2g} in caches (at most {TOLERANCE:g}): not exported"
+            )
+        out.append(found)
+    return out
+
+
+Caches = list[graph.LayerCache]
+
+
+class Reference:
+    """The graph's own step on one device, compiled by JAX for the host CPU."""
+
+    def __init__(self, checkpoint: Checkpoint, manifest: Manifest):
+        self.cfg, self.manifest = checkpoint.config, manifest
+        self.mtp = manifest.mtp is not None
+        self.weights = jax.tree.map(jnp.asarray, checkpoint.load("float32", mtp=self.mtp))
+        self._step = jax.jit(self._both, static_argnames="mode")
+
+    def empty(self) -> Caches:
+        """Of the main layers, and last of the MTP layer."""
+        pages, size = self.manifest.pool_pages, self.manifest.page_size
+        kinds = [*self.cfg.layers, *([self.cfg.mtp_type] if self.mtp else [])]
+        return [
+            {row.name: jnp.zeros((pages, size, *row.shape), jnp.float32) for row in cache_rows(self.cfg, kind)}
+            for kind in kinds
+        ]
+
+    def _both(self, weights: Any, caches: Any, batch: graph.Batch, mode: graph.Mode) -> Any:
+        main = self.cfg.num_layers
+        out = graph.step(self.cfg, weights, caches[:main], batch, mode)
+        if not self.mtp:
+            return (out.logits,), out.caches
+        draft = graph.mtp_step(self.cfg, weights, caches[main], batch, out.hidden, mode)
+        return (out.logits, draft.logits), [*out.caches, *draft.caches]
+
+    def step(self, caches: Caches, batch: Batch, expanded: bool) -> tuple[list[np.ndarray], Caches]:
+        """Feeds the main stack, and the MTP layer with the same tokens: the logits of each, and the caches."""
+        mode = graph.Mode("expanded" if expanded else "absorbed")
+        logits, caches = self._step(self.weights, caches, graph.Batch(*map(jnp.asarray, batch)), mode=mode)
+        return [np.asarray(each) for each in logits], caches
+
+
+def compare(
+    manifest: Manifest, program: Program, runner: Runner, reference: Reference, rng: np.random.Generator
+) -> Verified:
+    gear, size = program.gear, manifest.page_size
+    context = gear.context_pages * size
+    dp = manifest.axes.get("dp", 1)
+    topk = manifest.model.index_topk or 0
+    # decoding starts a little below the selection's size and passes it, if the gear goes that far
+    before = 0 if program.phase == "prefill" else max(1, min(topk + 1, context - _STEPS))
+    chunks = min(
+        max(_STEPS if gear.tokens == 1 else 2, -(-(topk + gear.tokens) // gear.tokens)), context // gear.tokens
+    )
+    steps = max(1, chunks if program.phase == "prefill" else _STEPS)
+    tables = [_tables(gear.sequences, gear.context_pages, rng) for _ in range(dp)]
+    caches = [reference.empty() for _ in range(dp)]
+    starts = [np.maximum(before - np.arange(gear.sequences, dtype=np.int32), min(before, 1)) for _ in range(dp)]
+    if before:
+        for rank in range(dp):
+            tokens = rng.integers(0, manifest.model.vocab_size, (gear.sequences, before), dtype=np.int32)
+            first = Batch(tokens, np.zeros_like(starts[rank]), starts[rank], tables[rank])
+            caches[rank] = reference.step(caches[rank], first, True)[1]
+        for place, name, _, value in _pairs(runner, reference.cfg, caches):
+            runner.caches[place][name] = runner.executor.put(np.array(value))
+    worst, worst_cache = 0.0, 0.0
+    for number in range(steps):
+        batches = []
+        for rank in range(dp):
+            tokens = rng.integers(0, manifest.model.vocab_size, (gear.sequences, gear.tokens), dtype=np.int32)
+            length = np.full(gear.sequences, gear.tokens, np.int32)
+            if number == steps - 1 and gear.tokens > 1:  # a ragged last chunk
+                length -= (np.arange(gear.sequences, dtype=np.int32) + 1) % gear.tokens
+            batches.append(Batch(tokens, starts[rank], length, tables[rank]))
+        results = [runner.step(program, batches)]
+        if reference.mtp:
+            results.append(runner.draft(program, batches, [env["hidden"] for env in results[0]]))
+        for rank in range(dp):
+            logits, caches[rank] = reference.step(caches[rank], batches[rank], program.phase == "prefill")
+            for found, expected in zip(results, logits, strict=True):
+                worst = max(worst, _far(runner.executor.get(found[rank]["logits"]), expected))
+            starts[rank] = starts[rank] + batches[rank].length
+    for _, _, value, expected in _pairs(runner, reference.cfg, caches):
+        worst_cache = max(worst_cache, _far(runner.executor.get(value)[1:], expected[1:]))
+    shape = f"{gear.sequences} x {gear.tokens} tokens, context {context}"
+    return Verified(
+        program.phase, shape, runner.executor.name, steps, int(max(s.max() for s in starts)), worst, worst_cache
+    )
+
+
+def _pairs(runner: Runner, cfg: ModelConfig, caches: list[Caches]) -> list[tuple[Any, str, Any, np.ndarray]]:
+    """Every cache of the runner: its place, name and buffer, and the reference's value of it."""
+    out = []
+    for (place, owner), held in runner.caches.items():
+        layer = cfg.num_layers if owner == "mtp" else int(str(owner).partition(".")[2])
+        for name, buffer in held.items():
+            value = np.asarray(caches[place[1]][layer][name.removeprefix("cache.")])
+            part = value if not isinstance(cfg.attention, Gqa) else np.split(value, runner.tp, axis=2)[place[2]]
+            out.append(((place, owner), name, buffer, part))
+    return out
+
+
+def _far(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.max(np.abs(found.astype(np.float64) - expected))) if expected.size else 0.0
+
+
+def _tables(sequences: int, pages: int, rng: np.random.Generator) -> np.ndarray:
+    """Page tables of shuffled pages; page 0 is nobody's."""
+    return (1 + rng.permutation(sequences * pages)).reshape(sequences, pages).astype(np.int32)

@@ -1,0 +1,86 @@
+"""The formats that any toolchain reads: StableHLO, ONNX and torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from backends.errors import Unsupported
+from backends.toolchains.walker import Graph
+from runtime.deployment.manifest import Manifest, Step
+from runtime.porting.export.job import op_uses, values
+
+
+def graph_step(graph: Graph, files: dict[str, str], uses: Counter[tuple[str, str, str]]) -> Step:
+    """A graph's link in a chain, where the file has the graph's own inputs and outputs."""
+    return Step(
+        kind="graph",
+        name=graph.name,
+        inputs=values(graph.inputs),
+        outputs=values(graph.outputs),
+        files=files,
+        aliases=dict(graph.aliases),
+        ops=op_uses(uses),
+    )
+
+
+class StableHloWriter:
+    """A bytecode file and its `jax.export` form for each platform; ops stay composites."""
+
+    packages: tuple[str, ...] = ()
+
+    def write(self, graph: Graph, folder: Path, stem: str) -> Step:
+        from backends.toolchains import stablehlo
+
+        files = {}
+        for platform in stablehlo.PLATFORMS:
+            written = stablehlo.write(graph, platform)
+            (folder / f"{stem}.{platform}.mlirbc").write_bytes(written.bytecode)
+            (folder / f"{stem}.{platform}.jax_export").write_bytes(written.serialized)
+            files[platform] = f"{stem}.{platform}.jax_export"
+            files[f"{platform}-bytecode"] = f"{stem}.{platform}.mlirbc"
+        found = Counter({(name, "composite", name): n for name, n in stablehlo.ops(graph).items()})
+        return graph_step(graph, files, found)
+
+    def finish(self, folder: Path, manifest: Manifest) -> Manifest:
+        return manifest
+
+
+class OnnxWriter:
+    """A model a graph, each op a model-local function; checked, shapes and types inferred, before it is stored."""
+
+    packages: tuple[str, ...] = ("onnx",)
+
+    def write(self, graph: Graph, folder: Path, stem: str) -> Step:
+        import onnx
+
+        from backends.toolchains import onnx as target
+
+        written = target.write(graph)
+        try:
+            onnx.checker.check_model(written.model, full_check=True)
+        except Exception as error:  # of the checker, or of its shape inference
+            raise Unsupported(f"{stem}: the ONNX checker refuses it: {str(error).splitlines()[0]}") from None
+        (folder / f"{stem}.onnx").write_bytes(written.model.SerializeToString(deterministic=True))
+        found = Counter({(form.name, form.form, form.target): n for form, n in written.ops.items()})
+        return graph_step(graph, {"any": f"{stem}.onnx"}, found)
+
+    def finish(self, folder: Path, manifest: Manifest) -> Manifest:
+        return manifest
+
+
+class TorchWriter:
+    """An `ExportedProgram` a graph; ops are decomposed into ATen."""
+
+    packages: tuple[str, ...] = ("torch",)
+
+    def write(self, graph: Graph, folder: Path, stem: str) -> Step:
+        from backends.toolchains import stablehlo
+        from backends.toolchains import torch as target
+
+        (folder / f"{stem}.pt2").write_bytes(target.write(graph))
+        found = Counter({(name, "decomposed", "aten"): n for name, n in stablehlo.ops(graph).items()})
+        return graph_step(graph, {"any": f"{stem}.pt2"}, found)
+
+    def finish(self, folder: Path, manifest: Manifest) -> Manifest:
+        return manifest

@@ -1,0 +1,205 @@
+"""A checkpoint in another number format: tensor by tensor, shard by shard, whole or not at all.
+
+Weights are rounded to the nearest as they are, without calibration data (no smoothing, rotation or search). Names and
+scales are those of the layout that the wanted engines read:
+
+    deepseek            `NAME.weight` F8_E4M3 and `NAME.weight_scale_inv`; GLM-5-FP8, DeepSeek-V3
+    compressed-tensors  `weight`, `weight_packed`, `weight_scale`, ..; vLLM, SGLang, transformers
+    msmodelslim         `weight`, `weight_scale`, `weight_offset`, `scale_bias` and `quant_model_description.json`;
+                        vllm-ascend, SGLang on Ascend
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backends.emulation.schemes import Scheme
+from foundation.errors import UsageError
+from model import quantised
+from model.checkpoint import (
+    FP8_CONFIG,
+    INDEX_FILE,
+    MODELSLIM_FILE,
+    SHARD_BYTES,
+    Checkpoint,
+    groups,
+    new_directory,
+    stored_shape,
+    write_shards,
+)
+from model.quantised import BF16, FORMATS, LAYOUTS, MODELSLIM_TYPES
+
+_COPIED = {".json", ".jinja", ".txt", ".model"}  # tokenizer, template, generation settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What was written: bytes of all tensors before and after, matrices by format, and those kept from the source."""
+
+    path: Path
+    layout: str | None
+    source_bytes: int
+    bytes: int
+    matrices: Mapping[str, int]
+    kept: int
+
+
+def layout_of(scheme: Scheme, wanted: str | None = None) -> str | None:
+    """The layout to write a scheme in: the usual one of its experts' format. None where nothing is quantised.
+
+    Raises `UsageError` for a layout that has no name for one of the formats.
+    """
+    narrow = [fmt for fmt in (scheme.experts, scheme.dense) if fmt in FORMATS]
+    if not narrow:
+        if wanted:
+            raise UsageError(f"formats {scheme.name} are plain: --layout does not apply")
+        return None
+    usable = [layout for layout in LAYOUTS[narrow[0]] if all(layout in LAYOUTS[fmt] for fmt in narrow)]
+    if wanted is None:
+        return usable[0]
+    if wanted not in usable:
+        raise UsageError(f"formats {scheme.name} are written as {' or '.join(usable)}, not as {wanted!r}")
+    return wanted
+
+
+def quantize(
+    source: Checkpoint, scheme: Scheme, out: Path, layout: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> Written:
+    """Writes `source` in the formats of `scheme` to the new directory `out`.
+
+    Matrices that the source stores in the wanted format keep their values and scales. One shard at a time is in
+    memory. Raises `UsageError` where a matrix does not divide into a format's groups or the disk is full, and
+    `CheckpointError` where `out` exists.
+    """
+    chosen = layout_of(scheme, layout)
+    writer = _Writer(source, scheme, chosen)
+    try:
+        with new_directory(out) as folder:
+            write_shards(folder, writer.tensors(), shard_bytes)
+            _write_config(folder, source, writer)
+            for path in sorted(source.path.iterdir()):
+                if path.suffix in _COPIED and path.name not in ("config.json", INDEX_FILE, MODELSLIM_FILE):
+                    shutil.copyfile(path, folder / path.name)
+            Checkpoint(folder)  # what cannot be read back is not left behind
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written: {error.strerror}") from None
+    return Written(out, chosen, writer.source_bytes, writer.bytes, dict(writer.matrices), writer.kept)
+
+
+class _Writer:
+    """Yields the tensors of the new checkpoint, and counts them."""
+
+    def __init__(self, source: Checkpoint, scheme: Scheme, layout: str | None):
+        self.source, self.scheme, self.layout = source, scheme, layout
+        self.source_bytes = self.bytes = self.kept = 0
+        self.matrices: Counter[str] = Counter()
+        self.types: dict[str, str] = {}  # msModelSlim's name of each tensor's type
+        self.plain_modules: list[str] = []
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        done: set[str] = set()
+        for place, found in groups(self.source.config, self.source.has_mtp).items():
+            for group in found:
+                for weight in group.weights:
+                    fmt = self.scheme.format_of(weight, mtp=place == "mtp")
+                    shape = stored_shape(self.source.config, weight)
+                    for name in group.tensors(weight):
+                        if name in done:  # kv_b_proj makes two weights
+                            continue
+                        done.add(name)
+                        for tensor, array in self._stored(name, shape, fmt).items():
+                            self.bytes += array.nbytes
+                            self.types[tensor] = MODELSLIM_TYPES.get(fmt or "", "FLOAT")
+                            yield tensor, array
+
+    def _stored(self, name: str, shape: tuple[int, ...], fmt: str | None) -> dict[str, np.ndarray]:
+        held = self.source.spelling(name, shape)
+        parts = held.parts if held else {"": shape}
+        self.source_bytes += sum(self.source.array(quantised.tensor_name(name, suffix)).nbytes for suffix in parts)
+        if fmt is None:
+            if len(shape) == 2 and "embed_tokens" not in name:
+                self.plain_modules.append(name.removesuffix(".weight"))
+            return {name: self.source.plain(name).astype(BF16) if held else self.source.array(name)}
+        self.matrices[fmt] += 1
+        if held and held.format == fmt:
+            self.kept += 1
+            matrix = held.read(name, self.source.array)
+        else:
+            matrix = quantised.quantise(fmt, self.source.plain(name))
+        assert self.layout is not None
+        try:
+            return quantised.spell(name, fmt, self.layout, matrix)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+
+def _write_config(folder: Path, source: Checkpoint, writer: _Writer) -> None:
+    config = {key: value for key, value in source.raw_config.items() if key != "quantization_config"}
+    match writer.layout:
+        case "deepseek":
+            config["quantization_config"] = FP8_CONFIG
+        case "compressed-tensors":
+            config["quantization_config"] = compressed_tensors_config(writer.scheme, writer.plain_modules)
+        case "msmodelslim":
+            described = {
+                **writer.types,
+                "version": "1.0.0",
+                "model_quant_type": MODELSLIM_TYPES[writer.scheme.dense],
+                "group_size": 32 if isinstance(FORMATS[writer.scheme.dense].shared, int) else 0,
+                "metadata": {},
+                "optional": {},
+            }
+            (folder / MODELSLIM_FILE).write_text(json.dumps(described, indent=2))
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _args(bits: int, kind: str, strategy: str, dynamic: bool, **more: Any) -> dict[str, Any]:
+    return {"num_bits": bits, "type": kind, "symmetric": True, "strategy": strategy, "dynamic": dynamic, **more}
+
+
+_INT8_TOKENS = _args(8, "int", "token", True)
+_MX = {"group_size": 32, "scale_dtype": "torch.uint8"}
+_COMPRESSED: Mapping[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
+    "fp8-tensor": ("float-quantized", _args(8, "float", "tensor", False), _args(8, "float", "token", True)),
+    "w8a8-int8": ("int-quantized", _args(8, "int", "channel", False), _INT8_TOKENS),
+    "w4a8": ("pack-quantized", _args(4, "int", "channel", False), _INT8_TOKENS),
+    "w4a16": ("pack-quantized", _args(4, "int", "group", False, group_size=32), None),
+    "mxfp8": ("mxfp8-quantized", _args(8, "float", "group", False, **_MX), _args(8, "float", "group", True, **_MX)),
+    "mxfp4": (
+        "mxfp4-pack-quantized", _args(4, "float", "group", False, **_MX), _args(4, "float", "group", True, **_MX),
+    ),
+    # activations need a calibrated scale that rounding alone does not give: weights only
+    "nvfp4": (
+        "nvfp4-pack-quantized",
+        _args(4, "float", "tensor_group", False, group_size=16, scale_dtype="torch.float8_e4m3fn"),
+        None,
+    ),
+}  # fmt: skip
+
+
+def compressed_tensors_config(scheme: Scheme, plain_modules: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of compressed-tensors 0.20 for a scheme; `plain_modules` are left as they are."""
+    targets = {scheme.experts: ["re:.*mlp\\.experts\\..*"], scheme.dense: ["re:^(?!.*mlp\\.experts\\.).*"]}
+    if scheme.dense == scheme.experts:
+        targets = {scheme.dense: ["Linear"]}
+    made = []
+    for fmt, names in targets.items():
+        if fmt in _COMPRESSED:
+            layout, weights, activations = _COMPRESSED[fmt]
+            made.append({"targets": names, "weights": weights, "input_activations": activations, "format": layout})
+    layouts = [group["format"] for group in made]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layouts[0] if len(set(layouts)) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{i}": group for i, group in enumerate(made)},
+        "ignore": sorted(plain_modules),
+    }

@@ -1,0 +1,304 @@
+"""Attention blocks: priced whole where whole blocks were measured, and shared out over their parts.
+
+A measured block spans the normed input to the output projection: every GEMM, the absorbed products, the
+indexer, top-k, the attention kernel, and the norms, rotary embedding, quantisation and cache writes in
+between. It does not span the layer's input norm or any collective. Kernels overlap inside a block, so it
+is cheaper than the sum of its parts measured alone; `parts` scales them to the block, which keeps the sum
+right and counts nothing twice. Elementwise ops inside the block are then already paid for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from runtime.pricing.book import BATCH_KNOTS, TOKEN_KNOTS, PriceBook, Tabulated, element_bytes
+from runtime.pricing.kernel import Kernel
+from runtime.pricing.price import Price, PriceError, total
+from runtime.pricing.work import MEASURED_BLOCKS, MlaShape
+
+Mode = Literal["index", "skip", "dense"]
+"""Sparse with its own indexer; sparse with an earlier layer's choice; or attending to everything."""
+KV_BYTES: Mapping[str, float] = {"f32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0}
+INDEX_KEY_BYTES = 132.0
+"""128 elements in 8 bits and one fp32 scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class MlaLayer:
+    """One MLA layer on one device: `heads` are local (total / tensor parallelism)."""
+
+    shape: MlaShape
+    heads: int
+    mode: Mode = "index"
+    kv_format: str = "bf16"
+    weight_format: str = "fp8-block"
+
+    def __post_init__(self) -> None:
+        if self.kv_format not in KV_BYTES:
+            raise PriceError(f"unknown KV format {self.kv_format!r}; known: {', '.join(KV_BYTES)}")
+        if self.mode != "dense" and not self.shape.index_heads:
+            raise PriceError(f"mode {self.mode!r} needs an indexer, and this attention has none")
+        if self.heads < 1:
+            raise PriceError(f"{self.heads} attention heads on a device; tensor parallelism is too wide")
+
+
+def block_kernel(book: PriceBook, layer: MlaLayer, phase: Literal["decode", "prefill"]) -> Kernel | None:
+    """The measured whole-block kernel, this engine's or else SGLang's, or None when there is none.
+
+    int8 KV has no table and is priced from parts. On chips priced by transfer there are no blocks.
+    """
+    name = MEASURED_BLOCKS.get(layer.shape)
+    if name is None or layer.kv_format == "int8":
+        return None
+    for engine in (book.engine, "sglang"):
+        for kv in (layer.kv_format, "bf16"):
+            key = f"block_{phase}/{name}/{layer.mode}/{kv}/{layer.weight_format}/{engine}"
+            if kernel := book.named(key):
+                return kernel
+    return None
+
+
+def decode_block(book: PriceBook, layer: MlaLayer) -> Tabulated | None:
+    """(sequences, mean context) -> seconds of one decode step's block, or None when not measured."""
+    kernel = block_kernel(book, layer, "decode")
+    if kernel is None:
+        return None
+
+    def features(batch: Any, context: Any) -> Mapping[str, Any]:
+        return {**_block_features(layer), "sequences": batch, "tokens": batch, "context": context}
+
+    return book.surface(("decode", layer), kernel, layer.weight_format, BATCH_KNOTS, features)
+
+
+def prefill_block(
+    book: PriceBook, layer: MlaLayer, sequences: int = 1, *, host_launched: bool = True
+) -> Tabulated | None:
+    """(new tokens of the step, mean keys per query) -> seconds of one prefill block, or None.
+
+    Prefill blocks were measured with every kernel launched from Python: below roughly 4,000 tokens that
+    host time is what the table holds. `host_launched=False` leaves it out and gives device time alone, for
+    an engine whose host runs ahead; `host_seconds` is the time left out.
+    """
+    kernel = block_kernel(book, layer, "prefill")
+    if kernel is None:
+        return None
+    if not host_launched:
+        kernel = replace(kernel, constants=replace(kernel.constants, floor_s=0.0))
+    bucket = float(2 ** round(np.log2(max(sequences, 1))))
+
+    def features(tokens: Any, context: Any) -> Mapping[str, Any]:
+        return {**_block_features(layer, prefill=True), "sequences": np.minimum(bucket, tokens),
+                "tokens": tokens, "context": context}  # fmt: skip
+
+    key = ("prefill", layer, bucket, host_launched)
+    return book.surface(key, kernel, layer.weight_format, TOKEN_KNOTS, features)
+
+
+def host_seconds(book: PriceBook, layer: MlaLayer) -> float:
+    """Host time to launch one prefill block kernel by kernel; 0 when not measured."""
+    kernel = block_kernel(book, layer, "prefill")
+    return kernel.constants.floor_s if kernel else 0.0
+
+
+def _block_features(layer: MlaLayer, prefill: bool = False) -> dict[str, Any]:
+    sparse = layer.mode != "dense"
+    return {
+        **layer.shape.features(),
+        **element_bytes(layer.weight_format),
+        "heads": float(layer.heads),
+        "kv_bytes": (layer.shape.kv_lora + layer.shape.rope) * KV_BYTES[layer.kv_format],
+        "index_kv_bytes": INDEX_KEY_BYTES,
+        "selected": float(layer.shape.index_topk) if sparse else 1e12,
+        "indexer": float(layer.mode == "index"),
+        "absorbed": float(sparse or not prefill),
+    }
+
+
+def decode(book: PriceBook, layer: MlaLayer, sequences: float, context: float) -> Price:
+    """One decode step of one block: `sequences` queries over a mean of `context` cached tokens."""
+    block = decode_block(book, layer)
+    return block.price(sequences, context) if block else total(_decode_parts(book, layer, sequences, context).values())
+
+
+def prefill(book: PriceBook, layer: MlaLayer, tokens: float, prefix: float = 0.0, sequences: int = 1,
+            *, host_launched: bool = True) -> Price:  # fmt: skip
+    """One prefill step of one block: `tokens` new tokens over `sequences`, each after `prefix` cached ones.
+
+    A sparse layer whose sequences stay within `index_topk` keys attends densely, as SGLang does, where
+    that path was measured.
+    """
+    layer, keys = _prefill_path(book, layer, tokens, prefix, sequences)
+    block = prefill_block(book, layer, sequences, host_launched=host_launched)
+    if block:
+        return block.price(tokens, keys)
+    return total(_prefill_parts(book, layer, tokens, keys, sequences).values())
+
+
+def _prefill_path(
+    book: PriceBook, layer: MlaLayer, tokens: float, prefix: float, sequences: int
+) -> tuple[MlaLayer, float]:
+    """The layer as it attends in this step, and the mean number of keys per query."""
+    new = tokens / max(sequences, 1)
+    keys = max(prefix + new / 2.0, 1.0)
+    if layer.mode != "dense" and prefix + new <= layer.shape.index_topk:
+        dense = replace(layer, mode="dense")
+        if block_kernel(book, dense, "prefill"):
+            return dense, keys
+    return layer, keys
+
+
+def decode_parts(book: PriceBook, layer: MlaLayer, sequences: float, context: float) -> dict[str, Price]:
+    """Part -> price, scaled to the measured block where there is one."""
+    return _scaled(_decode_parts(book, layer, sequences, context), decode(book, layer, sequences, context))
+
+
+def prefill_parts(book: PriceBook, layer: MlaLayer, tokens: float, prefix: float = 0.0, sequences: int = 1,
+                  *, host_launched: bool = True) -> dict[str, Price]:  # fmt: skip
+    """Part -> price, scaled to the measured block where there is one."""
+    whole = prefill(book, layer, tokens, prefix, sequences, host_launched=host_launched)
+    path, keys = _prefill_path(book, layer, tokens, prefix, sequences)
+    return _scaled(_prefill_parts(book, path, tokens, keys, sequences), whole)
+
+
+def _scaled(parts: dict[str, Price], whole: Price) -> dict[str, Price]:
+    factor = whole.seconds / sum(p.seconds for p in parts.values())
+    return {
+        name: Price(p.seconds * factor, p.bound, whole.evidence, whole.relative_error, whole.extrapolated)
+        for name, p in parts.items()
+    }
+
+
+def _projections(book: PriceBook, layer: MlaLayer, tokens: float, absorbed: bool) -> dict[str, Price]:
+    s, h, fmt = layer.shape, layer.heads, layer.weight_format
+    parts = {
+        "down_projection": book.gemm(tokens, s.q_lora + s.kv_lora + s.rope, s.hidden, fmt),
+        "query_projection": book.gemm(tokens, h * (s.nope + s.rope), s.q_lora, fmt),
+        "output_projection": book.gemm(tokens, s.hidden, h * s.v, fmt),
+    }
+    if absorbed:
+        parts["absorb_key"] = book.bmm(tokens, h, s.kv_lora, s.nope)
+        parts["absorb_value"] = book.bmm(tokens, h, s.v, s.kv_lora)
+    else:
+        parts["expand_kv"] = book.gemm(tokens, h * (s.nope + s.v), s.kv_lora, fmt)
+    if layer.mode == "index":
+        width = s.index_heads * s.index_dim
+        small = book.gemm(tokens, s.index_dim + s.index_heads, s.hidden, book.wide)
+        parts["index_projection"] = total([book.gemm(tokens, width, s.q_lora, fmt), small])
+    return parts
+
+
+def _decode_parts(book: PriceBook, layer: MlaLayer, sequences: float, context: float) -> dict[str, Price]:
+    parts = _projections(book, layer, sequences, absorbed=True)
+    keys = min(context, layer.shape.index_topk) if layer.mode != "dense" else context
+    parts["attention"] = mla_decode(book, layer, sequences, keys)
+    if layer.mode == "index":
+        parts["index_scores"] = index_scores(book, layer.shape, sequences, context, sequences, decode=True)
+        parts["select_topk"] = select_topk(book, layer.shape, sequences, context)
+    return parts
+
+
+def _prefill_parts(book: PriceBook, layer: MlaLayer, tokens: float, keys: float, sequences: int) -> dict[str, Price]:
+    sparse = layer.mode != "dense"
+    parts = _projections(book, layer, tokens, absorbed=sparse)
+    if sparse:
+        parts["attention"] = sparse_prefill(book, layer, tokens, keys, sequences)
+    else:
+        parts["attention"] = mla_prefill(book, layer, tokens, keys, sequences)
+    if layer.mode == "index":
+        parts["index_scores"] = index_scores(book, layer.shape, tokens, keys, sequences)
+        parts["select_topk"] = select_topk(book, layer.shape, tokens, keys)
+    return parts
+
+
+def mla_decode(book: PriceBook, layer: MlaLayer, sequences: float, context: float) -> Price:
+    """The absorbed attention kernel alone, in the latent, over `context` keys a sequence."""
+    s = layer.shape
+    kv = "fp8" if layer.kv_format == "int8" else layer.kv_format
+    kernel, _ = book.kernel("mla_decode", kv)
+    fixed = {"heads": float(layer.heads), "kv_bytes": (s.kv_lora + s.rope) * KV_BYTES[layer.kv_format],
+             "qk": float(s.kv_lora + s.rope), "v": float(s.kv_lora)}  # fmt: skip
+    return book.surface(("mla_decode", layer.heads, s, layer.kv_format), kernel, "bf16", BATCH_KNOTS,
+                        lambda b, c: {"sequences": b, "tokens": b, "context": c, **fixed}
+                        ).price(sequences, context)  # fmt: skip
+
+
+def mla_prefill(book: PriceBook, layer: MlaLayer, tokens: float, keys: float, sequences: int = 1) -> Price:
+    """The expanded (per-head) attention kernel alone: `tokens` queries over a mean of `keys` keys."""
+    s = layer.shape
+    kernel, _ = book.kernel("mla_prefill", "bf16")
+    dims = {"heads": float(layer.heads), "qk": float(s.nope + s.rope), "v": float(s.v), "sequences": float(sequences),
+            "kv_bytes": layer.heads * 2.0 * (s.nope + s.rope + s.v)}  # fmt: skip
+    return book.surface(("mla_prefill", layer.heads, s, sequences), kernel, "bf16", TOKEN_KNOTS,
+                        lambda t, c: {"tokens": t, "context": c, **dims}).price(tokens, keys)  # fmt: skip
+
+
+def sparse_prefill(book: PriceBook, layer: MlaLayer, tokens: float, keys: float, sequences: int = 1) -> Price:
+    """Attention over each query's own `index_topk` chosen latents. GPU kernels pad to 64 heads."""
+    s = layer.shape
+    own = book.named(f"sparse_prefill/{book.wide}/any")
+    kernel = own or book.kernel("sparse_prefill", "fp8")[0]
+    heads = float(layer.heads if own else max(layer.heads, 64))
+    dims = {"heads": heads, "qk": float(s.kv_lora + s.rope), "v": float(s.kv_lora),
+            "kv_bytes": (s.kv_lora + s.rope) * 2.0, "sequences": float(sequences)}  # fmt: skip
+    table = book.surface(("sparse_prefill", layer.heads, s, sequences), kernel, "fp8-block", TOKEN_KNOTS,
+                         lambda t, c: {"tokens": t, "context": c, **dims})  # fmt: skip
+    return table.price(tokens, min(keys, s.index_topk))
+
+
+def index_scores(book: PriceBook, shape: MlaShape, tokens: float, context: float, sequences: float,
+                 *, decode: bool = False) -> Price:  # fmt: skip
+    """Index scores of `tokens` queries over `context` keys each.
+
+    Only the prefill kernel was measured alone. Decode takes its formula at the streaming rate of decode
+    attention and is graded 'transferred'.
+    """
+    kernel, _ = book.kernel("index_scores", "fp8")
+    fixed = {**shape.features(), "index_kv_bytes": INDEX_KEY_BYTES}
+    if decode:
+        stream, _ = book.kernel("gqa_decode", "bf16")
+        launch = book.kernel("memory", "any")[0].constants.launch_s
+        rate = stream.constants.memory_efficiency
+        constants = replace(kernel.constants, launch_s=launch, memory_efficiency=rate)
+        kernel = replace(kernel, constants=constants, grid=None, low={}, high={}, evidence="transferred")
+        table = book.surface(("index_decode", shape), kernel, "fp8-block", BATCH_KNOTS,
+                             lambda b, c: {"tokens": b, "context": c, "sequences": b, **fixed})  # fmt: skip
+    else:
+        table = book.surface(("index_prefill", shape, sequences), kernel, "fp8-block", TOKEN_KNOTS,
+                             lambda t, c: {"tokens": t, "context": c, "sequences": sequences, **fixed})  # fmt: skip
+    return table.price(tokens, context)
+
+
+def select_topk(book: PriceBook, shape: MlaShape, tokens: float, context: float) -> Price:
+    """Choosing `index_topk` of `context` scores per query; free while there is nothing to choose."""
+    if context <= shape.index_topk:
+        return book.memory(8.0 * tokens * min(context, shape.index_topk))
+    kernel, _ = book.kernel("select_topk", "fp8")
+    table = book.surface(("topk", shape), kernel, "fp8-block", TOKEN_KNOTS,
+                         lambda t, c: {"tokens": t, "context": c, **shape.features()})  # fmt: skip
+    return table.price(tokens, context)
+
+
+def gqa(book: PriceBook, phase: Literal["decode", "prefill"], heads: int, kv_heads: int, tokens: float, context: float,
+        sequences: float | None = None, head_dim: int = 128, kv_format: str = "bf16") -> Price:  # fmt: skip
+    """Grouped-query attention kernel alone; local heads. Decode: `tokens` sequences over `context` keys each.
+
+    Prefill: `tokens` queries over a mean of `context` keys, in `sequences` sequences. Fitted for head size
+    128 and 4 to 16 query heads a KV head.
+    """
+    element = KV_BYTES[kv_format]
+    name = "fp8" if phase == "decode" and kv_format in ("fp8", "int8") else "bf16"
+    kernel, _ = book.kernel(f"gqa_{phase}", name)
+    fixed = {"heads": float(heads), "kv_bytes": kv_heads * 2.0 * head_dim * element,
+             "qk": float(head_dim), "v": float(head_dim)}  # fmt: skip
+    rows = BATCH_KNOTS if phase == "decode" else TOKEN_KNOTS
+    count = None if phase == "decode" else float(sequences or 1.0)
+
+    def features(t: Any, c: Any) -> Mapping[str, Any]:
+        return {"tokens": t, "context": c, "sequences": t if count is None else np.minimum(count, t), **fixed}
+
+    key = (f"gqa_{phase}", heads, kv_heads, head_dim, kv_format, count)
+    return book.surface(key, kernel, "bf16", rows, features).price(tokens, context)

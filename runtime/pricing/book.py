@@ -1,0 +1,285 @@
+"""PriceBook: what each operator costs on one chip under one engine.
+
+Prices of one shape are tabulated once over tokens (or batch and context) and then looked up, so that a
+scalar price takes a few microseconds and more tokens are never cheaper. Where the chip has measured
+tables they are used ('fitted'); otherwise the joint fit over NVIDIA generations ('transferred').
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from runtime.pricing.chip import ACTIVATION_BYTES, BYTES_PER_ELEMENT, Chip
+from runtime.pricing.grid import Array, Curve, Surface, log_knots
+from runtime.pricing.kernel import BOUNDS, Kernel, Rates, Timing, kernel_from_json
+from runtime.pricing.load import ExpertLoad
+from runtime.pricing.network import Network
+from runtime.pricing.price import Evidence, Price, PriceError
+
+PRICES = Path(__file__).resolve().parents[2] / "hw_profiles" / "prices"
+ENGINES = ("sglang", "trtllm", "vllm")
+"""Engines with operator tables, in the order they stand in for one another."""
+TOKEN_KNOTS = log_knots(1.0, 2.0**20, 3)
+BATCH_KNOTS = log_knots(1.0, 2.0**13, 2)
+BYTE_KNOTS = log_knots(1.0, 2.0**40, 1)
+CONTEXT_KNOTS = log_knots(1.0, 2.0**21, 2)
+FALLBACK_FORMAT: Mapping[str, tuple[str, ...]] = {
+    "fp8-block": ("fp8-tensor", "bf16"),
+    "fp8-tensor": ("fp8-block", "bf16"),
+    "w8a8-int8": ("fp8-tensor", "bf16"),
+    "mxfp8": ("fp8-block", "fp8-tensor", "bf16"),
+    "w4a8": ("fp8-tensor", "fp8-block", "bf16"),
+    "nvfp4": ("fp8-tensor", "fp8-block", "bf16"),
+    "mxfp4": ("nvfp4", "fp8-tensor", "fp8-block", "bf16"),
+    "w4a16": ("bf16",),
+    "fp16": ("bf16",),
+    "f32": ("bf16",),
+    "fp8": ("bf16",),
+}
+"""Whose kernel stands in for a format without a table, at the format's own bytes and peak rate. Not an error
+where the kernel holds a machine's own rates, which were measured in the format computed in."""
+REFERENCE = "gemm/bf16/sglang"
+"""The kernel of the joint fit that a profile's own efficiencies are compared with."""
+STAND_IN_ERROR = 0.35
+"""Least error of a price taken from another format's kernel."""
+
+
+@cache
+def read_prices(path: Path) -> Mapping[str, Any]:
+    """The body of one coefficients file. Raises PriceError when it is not one."""
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise PriceError(f"prices file {path}: {error}") from None
+    if body.get("schema") != 1 or "kernels" not in body:
+        raise PriceError(f"prices file {path}: not a schema-1 price table")
+    return body
+
+
+@dataclass(frozen=True)
+class Tabulated:
+    """Seconds over one or two sizes, with the grade, and what bounds it where."""
+
+    table: Curve | Surface
+    bound_at: Callable[..., int]
+    extrapolated_at: Callable[..., bool]
+    evidence: Evidence
+    relative_error: float
+
+    def seconds(self, *sizes: float) -> float:
+        """Seconds at one point, in about 2 microseconds."""
+        return self.table(*sizes)
+
+    def many(self, *sizes: ArrayLike) -> Array:
+        """Seconds at many points; arguments are broadcast together."""
+        return self.table.many(*sizes)
+
+    def price(self, *sizes: float) -> Price:
+        """The full price at one point, in about 10 microseconds."""
+        bound = BOUNDS[self.bound_at(*sizes)]
+        return Price(self.table(*sizes), bound, self.evidence, self.relative_error, self.extrapolated_at(*sizes))
+
+
+class PriceBook:
+    """Prices of one chip under one engine. Build with `open_book`.
+
+    wide: the format of what no scheme quantises ("bf16", or "f32" where everything is computed in float32).
+    """
+
+    def __init__(
+        self,
+        chip: Chip,
+        engine: str,
+        measured: Mapping[str, Any] | None,
+        transfer: Mapping[str, Any],
+        wide: str = "bf16",
+    ) -> None:
+        self.chip = chip
+        self.wide = wide
+        self.engine = engine
+        self.measured = measured is not None
+        self._kernels: dict[str, Kernel] = {}
+        own = None
+        if chip.compute_curve and chip.memory_curve:
+            own = Rates.of(chip.compute_curve, chip.memory_curve)
+        compute, memory = self._scales(transfer)
+        for key, body in transfer["kernels"].items():
+            kernel = kernel_from_json(key, body, "transferred")
+            launch = chip.vector_launch_s if kernel.family == "memory" else chip.kernel_launch_s
+            kernel = (
+                kernel.measured_by(own, launch or 0.0)
+                if own
+                else kernel.adjusted(None if measured else launch, compute, memory)
+            )
+            self._kernels[f"transfer:{key}"] = kernel
+        for key, body in (measured or {"kernels": {}})["kernels"].items():
+            self._kernels[key] = kernel_from_json(key, body)
+        self.network = Network(chip, (measured or {}).get("collectives", {}), engine)
+        self._tables: dict[tuple[Any, ...], Tabulated] = {}
+        self._loads: dict[int, ExpertLoad] = {}
+
+    def _scales(self, transfer: Mapping[str, Any]) -> tuple[float, float]:
+        """How the profile's own GEMM and streaming efficiencies compare with the joint fit's; 1 if unknown.
+
+        Not used on measured chips: their tables say it better.
+        """
+        if self.measured:
+            return 1.0, 1.0
+        joint = transfer["kernels"][REFERENCE]["constants"]
+        compute = self.chip.compute_efficiency or joint["compute_efficiency"]
+        memory = self.chip.memory_efficiency or joint["memory_efficiency"]
+        return compute / joint["compute_efficiency"], memory / joint["memory_efficiency"]
+
+    # ---- finding a kernel -------------------------------------------------------------------------
+
+    def kernel(self, family: str, weight_format: str, suffix: str = "") -> tuple[Kernel, bool]:
+        """The kernel for a family and format, and whether another format stands in for it.
+
+        Order: this engine's table, another engine's, the joint fit; then the same for the fallback formats.
+        Raises PriceError when nothing is known for the family.
+        """
+        for number, name in enumerate((weight_format, *FALLBACK_FORMAT.get(weight_format, ()))):
+            for engine in (self.engine, *ENGINES, "any"):
+                for key in (f"{family}/{name}/{engine}{suffix}", f"{family}/{name}/{engine}"):
+                    if key in self._kernels:
+                        return self._kernels[key], number > 0
+            for engine in (*ENGINES, "any"):
+                if (key := f"transfer:{family}/{name}/{engine}") in self._kernels:
+                    return self._kernels[key], number > 0 and self._kernels[key].rates is None
+        raise PriceError(f"no price for {family} in {weight_format}: neither measured nor transferred")
+
+    def named(self, key: str) -> Kernel | None:
+        """A kernel by its exact key, or None."""
+        return self._kernels.get(key)
+
+    @property
+    def wide_bytes(self) -> float:
+        """Bytes of one element of what no scheme quantises."""
+        return BYTES_PER_ELEMENT[self.wide]
+
+    def time(self, kernel: Kernel, features: Mapping[str, Any], weight_format: str = "bf16") -> Timing:
+        if self.wide != "bf16":  # then everything is computed in it
+            weight_format = self.wide
+        return kernel.time(features, self.chip.peak(weight_format), self.chip.memory_bandwidth_bytes_per_s)
+
+    # ---- tabulating -------------------------------------------------------------------------------
+
+    def curve(self, key: tuple[Any, ...], kernel: Kernel, stand_in: bool, weight_format: str,
+              features: Callable[[Array], Mapping[str, Any]], knots: Array = TOKEN_KNOTS) -> Tabulated:  # fmt: skip
+        """One-dimensional table over `knots`, cached under `key`."""
+        if key not in self._tables:
+            timing = self.time(kernel, features(knots), weight_format)
+            self._tables[key] = Tabulated(
+                Curve(knots, timing.seconds),
+                lambda x: int(timing.bound[_nearest(knots, x)]),
+                lambda x: bool(timing.extrapolated[_nearest(knots, x)]),
+                "transferred" if stand_in and kernel.evidence == "fitted" else kernel.evidence,
+                max(kernel.relative_error, STAND_IN_ERROR) if stand_in else kernel.relative_error,
+            )
+        return self._tables[key]
+
+    def surface(self, key: tuple[Any, ...], kernel: Kernel, weight_format: str, rows: Array,
+                features: Callable[[Array, Array], Mapping[str, Any]]) -> Tabulated:  # fmt: skip
+        """Two-dimensional table over `rows` x CONTEXT_KNOTS, cached under `key`."""
+        if key not in self._tables:
+            timing = self.time(kernel, features(rows[:, None], CONTEXT_KNOTS[None, :]), weight_format)
+
+            def at(table: Any, row: float, column: float) -> Any:
+                return table[_nearest(rows, row), _nearest(CONTEXT_KNOTS, column)]
+
+            self._tables[key] = Tabulated(
+                Surface(rows, CONTEXT_KNOTS, timing.seconds),
+                lambda r, c: int(at(timing.bound, r, c)),
+                lambda r, c: bool(at(timing.extrapolated, r, c)),
+                kernel.evidence,
+                kernel.relative_error,
+            )
+        return self._tables[key]
+
+    # ---- dense and expert GEMMs, elementwise ------------------------------------------------------
+
+    def gemm_curve(self, n: int, k: int, weight_format: str) -> Tabulated:
+        """Tokens -> seconds of [m, k] x [k, n]; activation quantisation not included."""
+        kernel, stand_in = self.kernel("gemm", weight_format)
+        sizes = {"n": float(n), "k": float(k), "out_bytes": self.wide_bytes, **element_bytes(weight_format)}
+        return self.curve(("gemm", n, k, weight_format), kernel, stand_in, weight_format, lambda m: {"m": m, **sizes})
+
+    def gemm(self, m: float, n: int, k: int, weight_format: str) -> Price:
+        """One dense GEMM. `m` tokens, output width `n`, reduction `k`, all local to the device."""
+        return self.gemm_curve(n, k, weight_format).price(m)
+
+    def bmm_curve(self, heads: int, n: int, k: int) -> Tabulated:
+        """Tokens -> seconds of `heads` independent 16-bit [m, k] x [k, n] products (absorbed W_UK, W_UV)."""
+        kernel, stand_in = self.kernel("bmm", "bf16")
+        sizes = {"heads": float(heads), "n": float(n), "k": float(k), "out_bytes": self.wide_bytes}
+        return self.curve(("bmm", heads, n, k), kernel, stand_in, "bf16", lambda m: {"m": m, **sizes})
+
+    def bmm(self, m: float, heads: int, n: int, k: int) -> Price:
+        return self.bmm_curve(heads, n, k).price(m)
+
+    def moe_curve(self, hidden: int, inter: int, top_k: int, load: ExpertLoad, moe_tp: int = 1, moe_ep: int = 1,
+                  weight_format: str = "fp8-block", dispatched: bool = False) -> Tabulated:  # fmt: skip
+        """Tokens of the whole expert group -> seconds of the routed experts on its busiest rank.
+
+        Includes permutation, both grouped GEMMs, the activation and the weighted sum; not the router, the
+        shared expert or any collective. `tokens` counts every token that enters the group: with attention
+        data parallelism, the sum over its ranks. `dispatched`: an all-to-all has brought this rank its own
+        rows alone; otherwise every rank holds, and its kernels move, the rows of all.
+        Raises PriceError when `inter` does not divide by `moe_tp` or the experts by `moe_ep`.
+        """
+        if inter % moe_tp:
+            raise PriceError(f"expert width {inter} / moe_tp {moe_tp} = {inter / moe_tp:g}: not a whole number")
+        kernel, stand_in = self.kernel("moe", weight_format, "/tp" if moe_tp > 1 else "")
+        sizes = {"hidden": float(hidden), "inter": inter / moe_tp, **element_bytes(weight_format)}
+
+        def features(tokens: Array) -> Mapping[str, Any]:
+            rows, active = load.busiest_rank(tokens, top_k, moe_ep)
+            touched = rows if dispatched else np.maximum(tokens * top_k, rows)
+            per_expert, spread = np.maximum(rows / active, 1.0), touched / rows
+            return {"rows": rows, "active": active, "touched": touched, "rows_per_expert": per_expert,
+                    "spread": spread, **sizes}  # fmt: skip
+
+        key = ("moe", hidden, inter, top_k, id(load), moe_tp, moe_ep, weight_format, dispatched)
+        self._loads[id(load)] = load  # keeps the id from being reused while the table is cached
+        return self.curve(key, kernel, stand_in, weight_format, features)
+
+    def moe(self, tokens: float, hidden: int, inter: int, top_k: int, load: ExpertLoad, moe_tp: int = 1,
+            moe_ep: int = 1, weight_format: str = "fp8-block", dispatched: bool = False) -> Price:  # fmt: skip
+        """Routed experts of one layer on the busiest rank; see `moe_curve`."""
+        curve = self.moe_curve(hidden, inter, top_k, load, moe_tp, moe_ep, weight_format, dispatched)
+        return curve.price(tokens)
+
+    def memory_curve(self) -> Tabulated:
+        """Bytes moved -> seconds of an elementwise kernel."""
+        kernel, stand_in = self.kernel("memory", "any")
+        return self.curve(("memory",), kernel, stand_in, "bf16", lambda x: {"bytes": x}, BYTE_KNOTS)
+
+    def memory(self, moved_bytes: float) -> Price:
+        """An elementwise kernel: bytes read plus bytes written."""
+        return self.memory_curve().price(moved_bytes)
+
+
+def element_bytes(weight_format: str) -> dict[str, float]:
+    if weight_format not in BYTES_PER_ELEMENT:
+        known = ", ".join(BYTES_PER_ELEMENT)
+        raise PriceError(f"unknown number format {weight_format!r}; known: {known}")
+    return {"weight_bytes": BYTES_PER_ELEMENT[weight_format], "act_bytes": ACTIVATION_BYTES[weight_format]}
+
+
+def _nearest(knots: Array, size: float) -> int:
+    return min(int(knots.searchsorted(size * 0.84)), len(knots) - 1)
+
+
+def open_book(chip: Chip, engine: str = "sglang", prices: Path | None = None, wide: str = "bf16") -> PriceBook:
+    """A price book for a chip. `prices` defaults to `hw_profiles/prices/<chip.name>.json` if there is one."""
+    path = prices or PRICES / f"{chip.name}.json"
+    measured = read_prices(path) if prices or path.is_file() else None
+    return PriceBook(chip, engine, measured, read_prices(PRICES / "transfer.json"), wide)

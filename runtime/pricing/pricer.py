@@ -1,0 +1,310 @@
+"""What a serving step costs: the traced op lists, priced. The `StepPricer` of the serving simulator.
+
+Built once a deployment: everything outside attention depends on the step's tokens alone and is tabulated
+over them; attention is a surface over (sequences, context). A step is then a few interpolations (tens of
+microseconds). Free of JAX: it takes the op lists as data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+
+from model.config import LayerType, Mla, ModelConfig
+from model.weights import layer_weights, outer_weights
+from runtime.layout import Formats, Layout
+from runtime.pricing import attention
+from runtime.pricing.attention import MlaLayer
+from runtime.pricing.book import BATCH_KNOTS, CONTEXT_KNOTS, PriceBook
+from runtime.pricing.grid import Surface
+from runtime.pricing.load import ExpertLoad
+from runtime.pricing.oplist import Program, Sizes, TracedOp
+from runtime.pricing.price import Price, total, weakest
+from runtime.pricing.prices import Context, label, outside_attention, price
+from runtime.pricing.work import MlaShape
+from runtime.serving.pricing import BatchShape, StepPrice
+
+_MODES = {"full": "index", "shared": "skip", "none": "dense"}
+_GRADE = {"measured": "measured", "fitted": "fitted", "transferred": "datasheet", "datasheet": "datasheet"}
+
+
+def token_grid() -> np.ndarray:
+    """Token counts at which tables are filled: every count to 16, then eight to the octave, to 131,072."""
+    coarse = np.unique(np.round(16 * 2 ** (np.arange(1, 8 * 13 + 1) / 8)).astype(int))
+    return np.concatenate([np.arange(1, 17), coarse])
+
+
+def coarse_grid() -> np.ndarray:
+    """A quarter of `token_grid`'s knots, for comparing many layouts: 1, 2, 3, 4, then two to the octave."""
+    return np.unique(np.round(np.concatenate([np.arange(1, 4), 4 * 2 ** (np.arange(0, 31) / 2)])).astype(int))
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The op lists a pricer needs, from `runtime.pricing.trace.trace` (any regime: only token-wise ops are read)."""
+
+    layers: dict[LayerType, Program]
+    embed: Program
+    head: Program
+    mtp: Program | None
+
+
+class Table:
+    """Prices of a set of ops over `token_grid`: per label, and what bounds them."""
+
+    def __init__(self, grid: np.ndarray, columns: list[dict[str, Price]]):
+        self._grid = grid.astype(float)
+        self.labels = tuple(columns[0])
+        self._seconds = np.array([[column[name].seconds for name in self.labels] for column in columns])
+        self._total = self._seconds.sum(axis=1)
+        self._columns = columns
+
+    def seconds(self, tokens: float) -> float:
+        return float(np.interp(tokens, self._grid, self._total)) if tokens > 0 else 0.0
+
+    def prices(self, tokens: float) -> dict[str, Price]:
+        """Per label: interpolated seconds, with grade and bound of the nearest filled count."""
+        if tokens <= 0:
+            return {}
+        near = self._columns[int(np.argmin(np.abs(self._grid - tokens)))]
+        return {
+            name: dataclasses.replace(near[name], seconds=float(np.interp(tokens, self._grid, self._seconds[:, i])))
+            for i, name in enumerate(self.labels)
+        }
+
+
+def main_kinds(cfg: ModelConfig) -> list[tuple[LayerType, int]]:
+    """The layer types of the main stack, with how often each runs."""
+    return [(kind, n) for kind, n in cfg.layer_counts.items() if not kind.mtp]
+
+
+def _without_head(program: Program) -> Program:
+    """An MTP step up to its head, which runs on fewer tokens than the rest and is priced apart."""
+    body = itertools.takewhile(lambda op: "head" not in op.weights, program.ops)
+    return dataclasses.replace(program, ops=tuple(body))
+
+
+class GraphPricer:
+    """Prices steps of one rank (a copy of the attention weights) of a deployment.
+
+    shared: tables of earlier pricers of the same book and load, which are used and added to: layouts that differ
+    in pp, and formats that differ in the cache's, have most of theirs in common. coarse: fewer knots.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        layout: Layout,
+        formats: Formats,
+        programs: Programs,
+        book: PriceBook,
+        load: ExpertLoad,
+        sparse_layer_seconds: float = 0.0,
+        shared: dict[Any, Any] | None = None,
+        coarse: bool = False,
+    ):
+        self._shared = {} if shared is None else shared
+        self._coarse = coarse
+        self._grid = coarse_grid() if coarse else token_grid()
+        self.cfg, self.layout, self.formats, self.book = cfg, layout, formats, book
+        weights = {w.name: w for kind in cfg.layer_counts for w in layer_weights(cfg, kind)}
+        weights |= {w.name: w for w in outer_weights(cfg)}
+        self._context = Context(cfg, layout, formats, book, load, weights)
+        main = [(programs.layers[kind], n) for kind, n in main_kinds(cfg)]
+        self._layers = self._table("layers", [*main, (programs.embed, 1)])
+        self._head = self._table("head", [(programs.head, 1)])
+        self._mtp = self._table("mtp", [(_without_head(programs.mtp), 1)]) if programs.mtp else None
+        # an engine's small kernels around sparse attention, once a step for each layer that has it
+        self._around_sparse = sparse_layer_seconds * sum(n for kind, n in main_kinds(cfg) if kind.indexer != "none")
+        self._kinds = main_kinds(cfg)
+        self._decode_surfaces = {kind: self._decode_surface(kind) for kind in cfg.layer_counts}
+        self._prefill = lru_cache(maxsize=65536)(self._prefill_price)
+
+    # --- tables
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What `make` gives, from the shared tables where it is there."""
+        key = (self.cfg, self._coarse, self.formats.weights, self.formats.experts, *key)
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def _table(self, name: str, programs: Iterable[tuple[Program, int]]) -> Table:
+        layout, load = self.layout, self._context.load
+        key = (name, layout.tp, layout.dp, layout.ep, id(load))
+        return self._once(key, lambda: (load, self._tabulate(programs)))[1]  # held, so that its id stays its own
+
+    def _tabulate(self, programs: Iterable[tuple[Program, int]]) -> Table:
+        chosen: list[tuple[TracedOp, int]] = [
+            (op, n) for program, n in programs for op in program.ops if outside_attention(op, self.cfg)
+        ]
+        columns = []
+        for tokens in self._grid:
+            parts: dict[str, list[Price]] = {}
+            for op, n in chosen:
+                found = price(op, Sizes(int(tokens), 1, 1), self._context)
+                if found is not None:
+                    parts.setdefault(label(op, self._context), []).append(found.times(n))
+            columns.append({name: total(prices) for name, prices in parts.items()})
+        return Table(self._grid, columns)
+
+    def _mla_layer(self, kind: LayerType) -> MlaLayer:
+        mla, index = self.cfg.attention, self.cfg.indexer
+        assert isinstance(mla, Mla)
+        shape = MlaShape(
+            self.cfg.hidden_size, mla.q_lora_rank or 0, mla.kv_lora_rank, mla.rope_dim, mla.nope_dim, mla.v_dim,
+            *((index.heads, index.head_dim, index.topk) if index else ()),
+        )  # fmt: skip
+        heads = self.cfg.heads // self.layout.tp
+        return MlaLayer(shape, heads, _MODES[kind.indexer], self.formats.kv, self.formats.weights)  # type: ignore[arg-type]
+
+    def _decode_price(self, kind: LayerType, sequences: float, context: float) -> Price:
+        if isinstance(self.cfg.attention, Mla):
+            return attention.decode(self.book, self._mla_layer(kind), sequences, context)
+        return self._gqa_price("decode", sequences, context, None)
+
+    def _decode(self, kind: LayerType, sequences: float, context: float) -> Price:
+        """The price at a point of the decode surface, in the seconds that the surface gives."""
+        found = self._decode_price(kind, sequences, context)
+        return dataclasses.replace(found, seconds=self._decode_surfaces[kind](sequences, context))
+
+    def _gqa_price(
+        self, phase: Literal["decode", "prefill"], tokens: float, context: float, sequences: float | None
+    ) -> Price:
+        gqa, tp = self.cfg.attention, self.layout.tp
+        assert not isinstance(gqa, Mla)
+        kv = "fp8" if self.formats.kv == "int8" else self.formats.kv
+        return attention.gqa(
+            self.book, phase, self.cfg.heads // tp, gqa.kv_heads // tp, tokens, context, sequences,
+            head_dim=gqa.head_dim, kv_format=kv,
+        )  # type: ignore[arg-type]  # fmt: skip
+
+    def _decode_surface(self, kind: LayerType) -> Callable[[float, float], float]:
+        if isinstance(self.cfg.attention, Mla):
+            block = attention.decode_block(self.book, self._mla_layer(kind))
+            if block:
+                return block.seconds
+        return self._once(("decode", kind, self.layout.tp, self.formats.kv), lambda: self._filled_surface(kind))
+
+    def _filled_surface(self, kind: LayerType) -> Surface:
+        step = 4 if self._coarse else 2
+        rows, contexts = BATCH_KNOTS[::step], CONTEXT_KNOTS[::step]
+        filled = np.array([[self._decode_price(kind, r, c).seconds for c in contexts] for r in rows])
+        return Surface(rows, contexts, filled)
+
+    def _prefill_price(self, kind: LayerType, tokens: int, prefix: float, sequences: int) -> Price:
+        if isinstance(self.cfg.attention, Mla):
+            return attention.prefill(self.book, self._mla_layer(kind), tokens, prefix, sequences, host_launched=False)
+        return self._gqa_price("prefill", tokens, prefix + tokens / sequences / 2, sequences)
+
+    # --- steps
+
+    def _sizes(self, shape: BatchShape) -> tuple[int, float, int, float, int]:
+        """(decode rows, mean context, prefill tokens, mean prefix, prefill chunks) that meet in a kernel.
+
+        With pipeline stages a step's sequences go in `pp` micro-batches (or one each, when they are fewer) that
+        follow one another. In the steady state the step takes as long as one of them from the first stage to
+        the last; filling and draining the pipeline are left out.
+        """
+        rows, chunks = max(shape.decode_rows, shape.decode_count), shape.prefill_chunks
+        context = float(shape.decode_contexts.mean()) if shape.decode_count else 0.0
+        prefix = sum(before for _, before in chunks) / len(chunks) if chunks else 0.0
+        parts = min(self.layout.pp, rows + len(chunks)) or 1
+        tokens, count = math.ceil(shape.prefill_tokens / parts), math.ceil(len(chunks) / parts)
+        return math.ceil(rows / parts), context, tokens, prefix, count
+
+    def _hops(self, tokens: int) -> Price:
+        """Hidden states from stage to stage."""
+        size = 2.0 * tokens * self.cfg.hidden_size
+        across = self.layout.stage_devices >= self._domain
+        return self.book.network.point_to_point(size, across_nodes=across).times(self.layout.pp - 1)
+
+    @property
+    def _domain(self) -> int:
+        link = self.book.chip.scale_up
+        return link.domain_devices if link else 1
+
+    def seconds(self, shape: BatchShape) -> float:
+        """Device seconds of a step."""
+        rows, context, tokens, prefix, chunks = self._sizes(shape)
+        q = shape.query_tokens
+        out = self._layers.seconds(rows * q + tokens) + self._head.seconds(rows * q + chunks) + self._around_sparse
+        for kind, count in self._kinds:
+            if rows:
+                out += count * self._decode_surfaces[kind](rows * q, context)
+            if tokens:
+                out += count * self._prefill(kind, tokens, round(prefix), chunks).seconds
+        if q > 1 and self._mtp:
+            kind = self.cfg.mtp_type
+            out += self._mtp.seconds(rows * q + tokens) + (q - 2) * self._mtp.seconds(rows)
+            out += self._head.seconds(rows + chunks) + (q - 2) * self._head.seconds(rows)
+            if rows:
+                surface = self._decode_surfaces[kind]
+                out += surface(rows * q, context) + (q - 2) * surface(rows, context)
+            if tokens:
+                out += self._prefill(kind, tokens, round(prefix), chunks).seconds
+        if self.layout.pp > 1:
+            out += self._hops(rows * q + tokens).seconds
+        return out
+
+    def price(self, shape: BatchShape) -> StepPrice:
+        """The full price: by op, by what bounds it, and how it is known."""
+        rows, context, tokens, prefix, chunks = self._sizes(shape)
+        q = shape.query_tokens
+        parts: list[tuple[str, Price]] = [
+            *self._layers.prices(rows * q + tokens).items(),
+            *self._head.prices(rows * q + chunks).items(),
+        ]
+        if self._around_sparse:
+            parts.append(("attention", Price(self._around_sparse, "overhead", "assumed", 0.5)))
+        for kind, count in self._kinds:
+            if rows:
+                parts.append(("attention", self._decode(kind, rows * q, context).times(count)))
+            if tokens:
+                found = self._prefill(kind, tokens, round(prefix), chunks)
+                parts.append(("attention", found.times(count)))
+        if q > 1 and self._mtp:
+            kind = self.cfg.mtp_type
+            drafting = [*self._mtp.prices(rows * q + tokens).values(), *self._head.prices(rows + chunks).values()]
+            again = [*self._mtp.prices(rows).values(), *self._head.prices(rows).values()]
+            if rows:
+                drafting.append(self._decode(kind, rows * q, context))
+                again.append(self._decode(kind, rows, context))
+            if tokens:
+                drafting.append(self._prefill(kind, tokens, round(prefix), chunks))
+            drafting += [p.times(q - 2) for p in again]
+            parts.append(("mtp", total(drafting)))
+        if self.layout.pp > 1:
+            parts.append(("pipeline", self._hops(rows * q + tokens)))
+        return _step_price(parts)
+
+
+def _step_price(parts: list[tuple[str, Price]]) -> StepPrice:
+    by_op: dict[str, float] = {}
+    by_bound: dict[str, float] = {}
+    weighted: dict[str, float] = {}
+    for name, part in parts:
+        by_op[name] = by_op.get(name, 0.0) + part.seconds
+        weighted[name] = weighted.get(name, 0.0) + part.seconds * part.relative_error
+        by_bound[part.bound] = by_bound.get(part.bound, 0.0) + part.seconds
+    return StepPrice(
+        seconds=sum(by_op.values()),
+        by_op=by_op,
+        by_bound=by_bound,
+        extrapolated=any(part.extrapolated for _, part in parts if part.seconds > 0),
+        evidence=_GRADE.get(weakest(part.evidence for _, part in parts if part.seconds > 0), "assumed"),
+        errors=[weighted[name] / max(seconds, 1e-30) for name, seconds in by_op.items()],
+    )
+
+
+def relative_error(price: StepPrice) -> float:
+    """Held-out error (90th percentile, as a share) of a step's price: each op's error by its share of the
+    time, independent between ops."""
+    shares = [seconds / price.seconds for seconds in price.by_op.values()]
+    return float(np.sqrt(sum((share * error) ** 2 for share, error in zip(shares, price.errors, strict=True))))

@@ -1,0 +1,186 @@
+"""A price for every op of the contract, by name, read from the traced op list.
+
+The attention of an MLA layer is priced as one measured block (`runtime.pricing.attention`), from the normed
+input to the output projection; the ops of the stages "qkv", "indexer" and "attention" are its parts and
+are not priced again. Every other op has an entry in `PRICES`. Plain primitives between ops (residual
+additions, reshapes) are fused into their neighbours by every engine, and cost nothing here; one that is in
+no list is an error, so that a new graph cannot be priced by omission.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+from model.config import Mla, ModelConfig
+from model.weights import Weight
+from runtime.layout import Formats, Layout
+from runtime.pricing.book import PriceBook
+from runtime.pricing.load import ExpertLoad
+from runtime.pricing.oplist import Sizes, TracedOp
+from runtime.pricing.price import Price, PriceError, total
+
+ATTENTION_STAGES = frozenset({"qkv", "indexer", "attention"})
+FUSED = frozenset(
+    """
+    add add_any and argmax axis_index broadcast_in_dim clamp concatenate convert_element_type copy div dynamic_slice
+    eq exp gather ge gt integer_pow iota le logistic lt max min mul ne neg not or reduce_and reduce_max reduce_or
+    reduce_sum rem reshape rsqrt scatter select_n sign slice squeeze stop_gradient sub transpose
+    """.split()  # noqa: SIM905
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What prices depend on besides shapes."""
+
+    cfg: ModelConfig
+    layout: Layout
+    formats: Formats
+    book: PriceBook
+    load: ExpertLoad
+    weights: Mapping[str, Weight]
+
+    def format_of(self, op: TracedOp) -> str:
+        """The format that an op's matrix is multiplied in."""
+        return self.formats.of(self.weights[op.weights[0]]) if op.weights else self.book.wide
+
+
+Pricer = Callable[[TracedOp, Sizes, Context], Price]
+
+
+def _elementwise(op: TracedOp, sizes: Sizes, context: Context) -> Price:
+    return context.book.memory(op.moved_bytes(sizes) * context.book.wide_bytes / 2.0)  # traced in 16 bits
+
+
+def _linear(op: TracedOp, sizes: Sizes, context: Context) -> Price:
+    x, w = op.inputs[0].at(sizes), op.inputs[1].at(sizes)
+    return context.book.gemm(math.prod(x[:-1]), math.prod(w[1:]), w[0], context.format_of(op))
+
+
+def _head_linear(op: TracedOp, sizes: Sizes, context: Context) -> Price:
+    x, (heads, inner, outer) = op.inputs[0].at(sizes), op.inputs[1].at(sizes)
+    return context.book.bmm(math.prod(x[:2]), heads, outer, inner)
+
+
+def _embed(op: TracedOp, sizes: Sizes, context: Context) -> Price:
+    return context.book.memory(2.0 * op.outputs[0].elements(sizes) * op.outputs[0].element_bytes)
+
+
+def _route(op: TracedOp, sizes: Sizes, context: Context) -> Price:
+    (tokens, width), (_, experts) = op.inputs[0].at(sizes), op.inputs[1].at(sizes)
+    scores = context.book.memory(4.0 * tokens * (experts + 2 * op.attributes["top_k"]))
+    return total([context.book.gemm(tokens, experts, width, context.book.wide), scores])
+
+
+def _experts(op: TracedOp, sizes: Sizes, context: Context) -> Price:
+    """`tokens` of the traced op are those that meet the device's experts, all of the group's."""
+    moe, layout = context.cfg.moe, context.layout
+    assert moe is not None
+    tokens, width = op.inputs[0].at(sizes)
+    spread = {"moe_ep": layout.ep} if layout.by_expert else {"moe_tp": layout.stage_devices}
+    fmt = context.formats.of(context.weights["experts_gate_up"])
+    dispatched = layout.by_expert and layout.dp > 1
+    return context.book.moe(
+        tokens, width, moe.intermediate, moe.top_k, context.load, weight_format=fmt, dispatched=dispatched, **spread
+    )
+
+
+def _gqa(op: TracedOp, sizes: Sizes, context: Context) -> Price:
+    from runtime.pricing import attention
+
+    b, t, heads, width = op.inputs[0].at(sizes)
+    kv_heads, page = op.inputs[1].at(sizes)[2], op.inputs[1].at(sizes)[1]
+    keys = op.inputs[3].at(sizes)[1] * page
+    kv = "fp8" if context.formats.kv == "int8" else context.formats.kv
+    if t == 1:
+        return attention.gqa(context.book, "decode", heads, kv_heads, b, keys, head_dim=width, kv_format=kv)
+    mean = max(keys - t / 2, 1.0)
+    return attention.gqa(context.book, "prefill", heads, kv_heads, b * t, mean, b, head_dim=width, kv_format=kv)
+
+
+def _in_block(op: TracedOp, sizes: Sizes, context: Context) -> Price:
+    raise PriceError(f"{op.name} is priced with the attention block it belongs to, not alone")
+
+
+PRICES: dict[str, Pricer] = {
+    "glm.embed": _embed,
+    "glm.rms_norm": _elementwise,
+    "glm.layer_norm": _elementwise,
+    "glm.linear": _linear,
+    "glm.head_linear": _head_linear,
+    "glm.bias": _elementwise,
+    "glm.swiglu": _elementwise,
+    "glm.rope": _elementwise,
+    "glm.cache_write": lambda op, sizes, c: c.book.memory(2.0 * op.inputs[1].elements(sizes) * 2),
+    "glm.paged_attention": _gqa,
+    "glm.route": _route,
+    "glm.expert_ffn": _experts,
+    **dict.fromkeys(
+        (
+            "glm.index_scores",
+            "glm.select_topk",
+            "glm.sparse_attention",
+            "glm.latent_attention",
+            "glm.expanded_attention",
+        ),
+        _in_block,
+    ),
+}
+
+_LABELS = {"glm.expert_ffn": "experts", "glm.route": "router", "glm.embed": "embed", "glm.paged_attention": "attention"}
+
+
+def label(op: TracedOp, context: Context) -> str:
+    """The name under which an op's time is reported."""
+    if op.axes:
+        return op.stage if op.name == "all_to_all" else op.name
+    if op.name in _LABELS:
+        return _LABELS[op.name]
+    if op.weights and op.name != "glm.rms_norm":
+        return context.weights[op.weights[0]].component
+    return "elementwise"
+
+
+def collective(op: TracedOp, sizes: Sizes, context: Context) -> Price:
+    """A collective of the traced program over the devices of its axes.
+
+    Tokens meeting experts split by expert go by DeepEP-style dispatch and combine, which move each token
+    to the devices of its chosen experts only; the traced all-to-all has a place for every token of every group.
+    """
+    layout, network = context.layout, context.book.network
+    group = math.prod(getattr(layout, axis) for axis in op.axes)
+    size = max(op.inputs[0].elements(sizes), op.outputs[0].elements(sizes)) * op.outputs[0].element_bytes
+    kind = {"psum": "all_reduce"}.get(op.name, op.name)
+    if op.axes == ("dp",) and layout.by_expert and context.cfg.moe:
+        moe = context.cfg.moe
+        if op.inputs[0].at(sizes)[-1] != context.cfg.hidden_size:
+            return Price(0.0, "network", "fitted", 0.0)  # expert ids and weights travel with the dispatch
+        tokens = op.inputs[0].elements(sizes) // context.cfg.hidden_size // layout.dp  # of one group
+        phase = "combine" if op.stage == "combine" else "dispatch"
+        mode = "ll" if tokens <= 256 else "normal"
+        share = max(1, tokens // layout.tp)  # each tp rank sends its part of the group's tokens
+        return network.deepep(phase, mode, share, context.cfg.hidden_size, moe.top_k, layout.ep)
+    return network.collective(kind, float(size), group)  # type: ignore[arg-type]
+
+
+def price(op: TracedOp, sizes: Sizes, context: Context) -> Price | None:
+    """The price of one op outside MLA attention blocks; None for what is fused away.
+
+    Raises `PriceError` for an op or primitive that nobody priced.
+    """
+    if op.axes:
+        return collective(op, sizes, context)
+    if op.name in PRICES:
+        return PRICES[op.name](op, sizes, context)
+    if op.name in FUSED:
+        return None
+    raise PriceError(f"op {op.name} of the traced graph has no price; add one to runtime/pricing/prices.py")
+
+
+def outside_attention(op: TracedOp, cfg: ModelConfig) -> bool:
+    """Whether an op's time depends on the step's tokens alone: all but the attention block's (MLA) or kernel (GQA)."""
+    if isinstance(cfg.attention, Mla):
+        return op.stage not in ATTENTION_STAGES or bool(op.axes)
+    return op.name != "glm.paged_attention"

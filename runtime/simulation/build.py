@@ -1,0 +1,263 @@
+"""From what a person names (model, profile, layout, formats, engine) to a deployment that can be simulated.
+
+Both `glm5 simulate` and `glm5 validate` go through `build`. Imports the tracer, and with it JAX, inside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import hw_profiles
+from foundation.errors import UsageError
+from hw_profiles import Profile
+from model.config import ModelConfig
+from runtime.deployment import engines
+from runtime.deployment.engines import Engine
+from runtime.deployment.ledger import Ledger, fullest, stage_ledgers
+from runtime.layout import Formats, Layout, is_sparse
+from runtime.pricing import Chip, PriceBook, load, open_book
+from runtime.pricing.pricer import GraphPricer, Programs
+from runtime.serving import Deployment, Speculation
+
+# Where a profile has no figure for what the driver and runtime keep back, and for collective buffers.
+_RUNTIME_BYTES, _COMMUNICATION_BYTES = 2.0e9, 0.5e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A deployment, by name.
+
+    expert_load: how tokens fall on experts, by name (see `runtime.pricing.load.parse`) or as a load over the expert
+    slots in their order. redundant_slots: copies of experts a device, in each MoE layer.
+    """
+
+    cfg: ModelConfig
+    profile: Profile
+    layout: Layout
+    formats: Formats
+    engine: Engine
+    expert_load: str | load.ExpertLoad | None = None
+    drafts: int = 0
+    accept_length: float | None = None
+    pool_tokens: int | None = None
+    redundant_slots: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A deployment ready to simulate, with what it was made from."""
+
+    spec: Spec
+    ledger: Ledger | None
+    pricer: GraphPricer
+    deployment: Deployment
+
+
+@lru_cache(maxsize=32)
+def _programs(cfg: ModelConfig, layout: Layout, mtp: bool = True) -> Programs:
+    from runtime.pricing.trace import trace
+
+    traced = trace(cfg, layout, "decode", mtp=mtp)
+    return Programs(traced.layers, traced.embed, traced.head, traced.mtp)
+
+
+def default_kv(cfg: ModelConfig, profile: Profile, engine_name: str) -> str:
+    """The cache format an engine picks when told nothing.
+
+    SGLang keeps sparse models' caches in bf16 on Hopper and in FP8 from Blackwell on (0.5.9,
+    server_args.py); other models, and other engines, keep the model's own 16 bits.
+    """
+    blackwell = profile.number("chip.peak.fp4_flops_per_s") is not None
+    return "fp8" if engine_name == "sglang" and is_sparse(cfg) and blackwell and "fp8" in profile.formats.kv else "bf16"
+
+
+def make_engine(
+    name: str, cfg: ModelConfig, profile: Profile, layout: Layout, overrides: Mapping[str, Any] | None = None
+) -> Engine:
+    """The engine's description with the settings it derives from the device and the model."""
+    memory = profile.number("chip.memory.capacity_bytes")
+    engine = engines.load(name, overrides, device_memory_bytes=memory)
+    given = overrides or {}
+    sparse = engine.eager_sparse_layer_host_seconds if cfg.indexer else 0.0
+    launches = (engine.eager_layer_host_seconds + sparse) * cfg.num_layers / layout.pp
+    derived: dict[str, Any] = {"eager_step_host_seconds": engine.eager_step_host_seconds + launches}
+    if name == "sglang":
+        derived["page_tokens"] = engine.page_tokens if cfg.indexer else 1  # pages of 64 only for sparse models
+        derived["chunked_prefill_tokens"] = max(1, engine.chunked_prefill_tokens // layout.dp)
+        if memory:
+            derived["memory_fraction"] = _sglang_memory_fraction(engine, layout, memory)
+    return engines.load(name, {**derived, **given}, device_memory_bytes=memory)
+
+
+def _sglang_memory_fraction(engine: Engine, layout: Layout, memory_bytes: float) -> float:
+    """What SGLang takes for --mem-fraction-static when it is not given (0.5.9, server_args.py): all but a reserve
+    in MiB for activations, graphs and communication. 0.897 on one H200 node; recipes often pass 0.85."""
+    graphs = engine.graph_batch_sizes[-1] if engine.graph_batch_sizes else 0
+    reserve = 512 + 1.5 * engine.chunked_prefill_tokens + 2 * graphs + 1024 * layout.devices / 8
+    return round(max(0.05, 1 - max(reserve, 10240) * 2**20 / memory_bytes), 3)
+
+
+def model_override(cfg: ModelConfig, path: str, value: str) -> ModelConfig:
+    """`--set model.<field>=value`. Only `model.index_topk`: another selection, or 0 for dense attention."""
+    if path != "model.index_topk" or cfg.indexer is None:
+        raise UsageError(f"--set {path}: only model.index_topk can be set, and only for a model with an indexer")
+    try:
+        topk = int(value)
+    except ValueError:
+        raise UsageError(f"--set {path}={value}: not a whole number") from None
+    if topk < 0:
+        raise UsageError(f"--set {path}={value}: must be 0 (dense) or more")
+    if topk:
+        return dataclasses.replace(cfg, indexer=dataclasses.replace(cfg.indexer, topk=topk))
+    layers = tuple(dataclasses.replace(kind, indexer="none") for kind in cfg.layers)
+    return dataclasses.replace(cfg, name=f"{cfg.name} (dense)", indexer=None, layers=layers)
+
+
+def default_expert_load(cfg: ModelConfig) -> str:
+    """How tokens fall on experts when nobody measured it: evenly at random for routers without groups, and a
+    power law where routing is limited to a few groups, which concentrates a batch on fewer experts (0.8
+    describes DeepSeek-V3's decode steps on H200 under both SGLang and TensorRT-LLM)."""
+    return "power_law:0.8" if cfg.moe and cfg.moe.n_group > 1 else "uniform"
+
+
+def split_settings(settings: list[str]) -> tuple[dict[str, Any], list[tuple[str, str]], dict[str, Any]]:
+    """`--set field=value` options by what they change: the profile, the model, the engine.
+
+    Raises `UsageError` or `InvalidOverride` for one that is no `field=value`.
+    """
+    chip: dict[str, Any] = {}
+    of_model: list[tuple[str, str]] = []
+    of_engine: dict[str, Any] = {}
+    for setting in settings:
+        field, equals, value = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--set {setting}: write it as field=value")
+        if field.startswith("model."):
+            of_model.append((field, value))
+        elif field.startswith("engine."):
+            of_engine[field.removeprefix("engine.")] = _parsed(value)
+        else:
+            path, number = hw_profiles.parse_override(setting)
+            chip[path] = number
+    return chip, of_model, of_engine
+
+
+def _parsed(value: str) -> Any:
+    """An engine setting's value: a TOML value where it is one, else the text itself."""
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value
+
+
+def memory(spec: Spec) -> Ledger:
+    """The ledger of a deployment's fullest device. Raises `CapacityError` where it does not fit."""
+    return fullest(memories(spec), spec.cfg, spec.layout, spec.engine.page_tokens)
+
+
+def memories(spec: Spec) -> list[Ledger]:
+    """The ledger of each pipeline stage's devices, fitting or not."""
+    profile = spec.profile
+    capacity = profile.require("chip.memory.capacity_bytes").value
+    runtime = profile.number("overhead.runtime_reserved_bytes")
+    buffers = profile.number("overhead.collective_buffer_bytes")
+    return stage_ledgers(
+        spec.cfg,
+        spec.layout,
+        spec.formats,
+        spec.engine,
+        usable_bytes=profile.number("chip.memory.usable_bytes") or capacity,
+        capacity_bytes=capacity,
+        communication_bytes=(buffers or _COMMUNICATION_BYTES) if spec.layout.devices > 1 else 0.0,
+        runtime_bytes=runtime or _RUNTIME_BYTES,
+        mtp=spec.drafts > 0,
+        redundant_slots=spec.redundant_slots,
+    )
+
+
+class Tables:
+    """What builds of several deployments share: price books and their tables.
+
+    coarse: tables with fewer knots, for comparing many layouts.
+    """
+
+    def __init__(self, coarse: bool = False):
+        self.coarse = coarse
+        self._books: dict[Any, tuple[PriceBook, dict[Any, Any]]] = {}
+        self._loads: dict[Any, load.ExpertLoad] = {}
+
+    def book(self, profile: Profile, engine: str, wide: str) -> tuple[PriceBook, dict[Any, Any]]:
+        """The price book of a chip under an engine, and the tables made from it so far."""
+        table = {"vllm-ascend": "vllm", "glm5": "sglang"}.get(engine, engine)
+        key = (id(profile), table, wide)
+        if key not in self._books:
+            curves = {path: curve.knots for path, curve in profile.curves.items() if curve.grade == "measured"}
+            chip = Chip.from_fields(profile.name, profile.number, curves)
+            # the profile is kept, so that its id stays its own
+            self._books[key] = open_book(chip, table, profile.prices_path, wide), {"profile": profile}
+        return self._books[key]
+
+    def load(self, name: str, experts: int) -> load.ExpertLoad:
+        if (name, experts) not in self._loads:
+            self._loads[name, experts] = load.parse(name, experts)
+        return self._loads[name, experts]
+
+
+def pricer_of(spec: Spec, tables: Tables) -> GraphPricer:
+    """The prices of a deployment's steps. Raises `ProfileError` or `PriceError`."""
+    book, shared = tables.book(spec.profile, spec.engine.name, spec.formats.wide)
+    experts = spec.expert_load
+    if not isinstance(experts, load.ExpertLoad):
+        experts = tables.load(experts or default_expert_load(spec.cfg), spec.cfg.moe.experts if spec.cfg.moe else 1)
+    return GraphPricer(
+        spec.cfg,
+        spec.layout,
+        spec.formats,
+        _programs(spec.cfg, dataclasses.replace(spec.layout, pp=1), spec.drafts > 0),
+        book,
+        experts,
+        spec.engine.sparse_layer_seconds,
+        shared,
+        tables.coarse,
+    )
+
+
+def build(spec: Spec, tables: Tables | None = None) -> Built:
+    """Traces, prices and sizes a deployment.
+
+    Raises `UsageError`, `CapacityError`, `ProfileError` or `PriceError`, each in one line (a model that does
+    not fit prints its ledger below it).
+    """
+    spec.layout.check(spec.cfg)
+    if spec.drafts and not spec.cfg.mtp_layers:
+        raise UsageError(f"{spec.cfg.name} has no MTP layer to draft with: leave out --mtp")
+    if spec.accept_length is not None and not spec.drafts:
+        raise UsageError(f"--accept {spec.accept_length:g} says nothing without drafts: add --mtp")
+    held = memory(spec) if spec.pool_tokens is None else None
+    pricer = pricer_of(spec, tables or Tables())
+    pool = spec.pool_tokens or (held.pool_tokens if held else 0)
+    deployment = Deployment(
+        spec.engine,
+        pricer,
+        pool_tokens=pool,
+        devices=spec.layout.devices,
+        ranks=spec.layout.dp,
+        speculation=speculation(spec.drafts, spec.accept_length),
+    )
+    return Built(spec, held, pricer, deployment)
+
+
+def speculation(drafts: int, accept_length: float | None = None) -> Speculation | None:
+    """Drafts a step, and how many of them are taken on average."""
+    return Speculation.from_mean(drafts, accept_length or _default_acceptance(drafts)) if drafts else None
+
+
+def _default_acceptance(drafts: int) -> float:
+    """Tokens a step: GLM-5's report gives 2.76 at 4 speculative steps (arXiv 2602.15763), which is what a
+    geometric acceptance of 0.65 gives; the same chance is taken for other draft lengths."""
+    chance = 0.65
+    return (1 - chance ** (drafts + 1)) / (1 - chance)

@@ -1,0 +1,289 @@
+"""Scoring the simulator against measured deployments.
+
+Two kinds of file, told apart by their columns: end-to-end rows of a serving benchmark (`ttft_ms`,
+`tpot_ms`), and single step times (`measured_s`). Each row is predicted from its columns and from the server
+settings its benchmark is known to pass; nothing is fitted here. A row that cannot be priced is listed with
+the reason and counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import hw_profiles
+from foundation.errors import Failure, UsageError
+from model.config import ModelConfig, load_config, preset_names
+from runtime.layout import Formats, Layout, formats
+from runtime.pricing.bands import band, half_width
+from runtime.pricing.pricer import relative_error
+from runtime.serving import bench_serving, simulate
+from runtime.serving.pricing import BatchShape
+from runtime.simulation.build import Built, Spec, build, default_kv, make_engine
+
+END_TO_END = (
+    "model",
+    "system",
+    "precision",
+    "engine",
+    "isl",
+    "osl",
+    "concurrency",
+    "tp",
+    "dp",
+    "ep",
+    "ttft_ms",
+    "tpot_ms",
+)
+STEP = (
+    "device",
+    "model",
+    "num_queries",
+    "query_len",
+    "context",
+    "world",
+    "tp",
+    "dp",
+    "ep",
+    "mtp",
+    "q_linear",
+    "q_attn",
+    "measured_s",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One scored row. `predicted` and `bands` by quantity: "ttft_ms", "tpot_ms" or "step_s"."""
+
+    name: str
+    measured: Mapping[str, float]
+    predicted: Mapping[str, float]
+    bands: Mapping[str, list[float]]
+    saturated: bool
+    evidence: str
+    skipped: str | None = None
+
+    def error(self, quantity: str) -> float:
+        return abs(self.predicted[quantity] / self.measured[quantity] - 1)
+
+    def inside(self, quantity: str) -> bool:
+        low, high = self.bands[quantity]
+        return low <= self.measured[quantity] <= high
+
+
+def read_rows(path: Path) -> tuple[str, list[dict[str, str]]]:
+    """("end-to-end" or "step", rows). Raises `UsageError` naming what is wrong with the file."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns, rows = reader.fieldnames or [], list(reader)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path}: not a CSV file ({error})") from None
+    if not columns:
+        raise UsageError(f"{path}: an empty file; its first line must name the columns")
+    kind = "step" if "measured_s" in columns else "end-to-end"
+    needed = STEP if kind == "step" else END_TO_END
+    if missing := [column for column in needed if column not in columns]:
+        raise UsageError(f"{path}: no column {', '.join(missing)} (an {kind} file needs: {', '.join(needed)})")
+    if not rows:
+        raise UsageError(f"{path}: no rows below the header")
+    if all(fault := [_fault(kind, row) for row in rows]):
+        raise UsageError(f"{path}: no row can be read; the first: {fault[0]}")
+    return kind, rows
+
+
+def _fault(kind: str, row: Mapping[str, Any]) -> str:
+    """What is wrong with a row's cells, or ""."""
+    needed, measured = (STEP, ("measured_s",)) if kind == "step" else (END_TO_END, ("ttft_ms", "tpot_ms"))
+    for column in needed:
+        if not (row[column] or "").strip():
+            return f"column {column} is empty"
+    for column in measured:
+        try:
+            value = float(row[column])
+        except ValueError:
+            return f"{column} is {row[column]!r}, not a number"
+        if not (math.isfinite(value) and value > 0):
+            return f"{column} is {row[column]}: a measured time is above zero"
+    return ""
+
+
+def preset_of(name: str) -> ModelConfig:
+    """A model by preset name, or by its Hugging Face name ("deepseek-ai/DeepSeek-V3.1")."""
+    short = name.split("/")[-1].lower()
+    aliases = {"deepseek-v3.1": "deepseek-v3", "deepseek-v3-0324": "deepseek-v3", "deepseek-r1-0528": "deepseek-r1",
+               "deepseek-v3.2-exp": "deepseek-v3.2", "kimi-k2-instruct": "kimi-k2"}  # fmt: skip
+    short = aliases.get(short, short)
+    return load_config(short if short in preset_names() else name)
+
+
+def launch_settings(row: Mapping[str, str], cfg: ModelConfig, profile: hw_profiles.Profile) -> dict[str, Any]:
+    """What the benchmark's launch scripts pass to the server (InferenceX, latest versions of the scripts)."""
+    concurrency, isl, osl = (int(row[key]) for key in ("concurrency", "isl", "osl"))
+    blackwell = profile.number("chip.peak.fp4_flops_per_s") is not None
+    if row["engine"] == "sglang" and cfg.indexer and blackwell:
+        sizes = [size for size in (1, 2, 4, *range(8, concurrency, 8)) if size < concurrency] + [concurrency]
+        return {"chunked_prefill_tokens": 32768, "max_step_tokens": 32768, "max_running_requests": concurrency,
+                "graph_batch_sizes": sizes, "memory_fraction": 0.85, "prefix_cache": False}  # fmt: skip
+    if row["engine"] == "sglang" and cfg.indexer:
+        return {"memory_fraction": 0.85}
+    if row["engine"] == "sglang":
+        running = 512 if (isl, osl) == (1024, 1024) else 256
+        return {"chunked_prefill_tokens": 32768, "max_step_tokens": 32768, "max_running_requests": running,
+                "memory_fraction": 0.82, "prefix_cache": False, "stream_interval_tokens": 10}  # fmt: skip
+    if row["engine"] == "trtllm":
+        tokens = max(8192, math.ceil((concurrency + isl + 64) / 64) * 64)
+        return {"memory_fraction": 0.75, "max_step_tokens": tokens, "prefix_cache": False,
+                "stream_interval_tokens": 10}  # fmt: skip
+    return {}
+
+
+def _end_to_end(row: Mapping[str, str]) -> Row:
+    cfg, profile = preset_of(row["model"]), hw_profiles.load(row["system"])
+    tp, dp, ep = (int(row[key]) for key in ("tp", "dp", "ep"))
+    layout = Layout(tp=tp, dp=dp, ep=ep)
+    engine = make_engine(row["engine"], cfg, profile, layout, launch_settings(row, cfg, profile))
+    kv = "fp8" if row["engine"] == "trtllm" else default_kv(cfg, profile, engine.name)
+    built = build(Spec(cfg, profile, layout, formats(row["precision"], kv), engine))
+    load = bench_serving(int(row["concurrency"]), int(row["isl"]), int(row["osl"]))
+    report = simulate(load, built.deployment)
+    predicted = {"ttft_ms": 1e3 * report.ttft.mean, "tpot_ms": 1e3 * report.tpot.mean}
+    halves = report_half_widths(built, report)
+    return Row(
+        name=f"{row['model']} {row['system']} {row['engine']} {row['isl']}/{row['osl']} c{row['concurrency']}",
+        measured={key: float(row[key]) for key in predicted},
+        predicted=predicted,
+        bands={key: band(value, halves[key.removesuffix("_ms")]) for key, value in predicted.items()},
+        saturated=report.saturated,
+        evidence=report.evidence,
+    )
+
+
+def report_half_widths(built: Built, report: Any, replicas: int = 1) -> dict[str, float]:
+    """Half-widths of the bands of a report's "tpot" and "ttft": the price errors of a step as the run had them
+    on average."""
+    deployment = built.deployment
+    batch = max(1, round(report.mean_in_system / (deployment.ranks * replicas)))
+    rows, _ = deployment.engine.decode_rows(min(batch, deployment.engine.max_running_requests))
+    isl, osl = (
+        round(statistics.fmean(getattr(r, name) for r in report.requests))
+        for name in ("prompt_tokens", "output_tokens")
+    )
+    queries = deployment.speculation.query_tokens if deployment.speculation else 1
+    decode = BatchShape(np.full(rows, isl + osl // 2), queries, decode_rows=rows, graphed=True)
+    prefill = BatchShape(prefill_chunks=[(isl, 0)])
+    shapes = {"tpot": decode, "ttft": prefill}
+    return {
+        kind: half_width(
+            kind,
+            relative_error(built.pricer.price(shape)),
+            built.pricer.book.measured,
+            report.extrapolated,
+            report.saturated,
+        )
+        for kind, shape in shapes.items()
+    }
+
+
+_DEVICES = {"ATLAS_800_A3_560T_128G_DIE": "ascend-910c-die-560t", "ATLAS_800_A3_752T_128G_DIE": "ascend-910c-die"}
+_LINEAR = {
+    "W8A8_DYNAMIC": ("w8a8-int8", "w8a8-int8"),
+    "W4A8_DYNAMIC": ("w8a8-int8", "w4a8"),
+    "DISABLED": ("bf16", "bf16"),
+}
+
+
+def _step(row: Mapping[str, str]) -> Row:
+    cfg = preset_of(row["model"])
+    profile = hw_profiles.load(_DEVICES.get(row["device"], row["device"]))
+    tp, dp, ep, world, drafts = (int(row[key]) for key in ("tp", "dp", "ep", "world", "mtp"))
+    if row["q_linear"] not in _LINEAR:
+        raise UsageError(f"q_linear {row['q_linear']!r}: known are {', '.join(_LINEAR)}")
+    weights, experts = _LINEAR[row["q_linear"]]
+    layout = Layout(tp=tp, dp=dp, ep=ep if ep == tp * dp else 1, pp=max(1, world // (tp * dp)))
+    kv = {"INT8": "int8", "FP8": "fp8"}.get(row["q_attn"], "bf16")
+    engine = make_engine("vllm-ascend", cfg, profile, layout)
+    drafts = drafts if cfg.mtp_layers else 0  # drafted by something else than the model: verification alone is priced
+    # a pool is not part of a single step
+    spec = Spec(cfg, profile, layout, Formats(weights, experts, kv), engine, drafts=drafts, pool_tokens=1_000_000)
+    built = build(spec)
+    queries, length, context = (int(row[key]) for key in ("num_queries", "query_len", "context"))
+    local = math.ceil(queries / dp)
+    if context:
+        contexts = np.full(local, context)
+        shape = BatchShape(decode_contexts=contexts, query_tokens=length, decode_rows=local, graphed=True)
+    else:
+        shape = BatchShape(prefill_chunks=[(length, 0)] * local)
+    price = built.pricer.price(shape)
+    half = half_width("step", relative_error(price), built.pricer.book.measured, price.extrapolated, False)
+    return Row(
+        name=row.get("name") or row["model"],
+        measured={"step_s": float(row["measured_s"])},
+        predicted={"step_s": price.seconds},
+        bands={"step_s": band(price.seconds, half)},
+        saturated=False,
+        evidence=price.evidence,
+    )
+
+
+def score(path: Path, progress: Any = lambda done, total: None) -> list[Row]:
+    """Scores every row of a file. Raises `UsageError` for a malformed file; rows that cannot be priced
+    come back with `skipped` set."""
+    kind, rows = read_rows(path)
+    scored = []
+    for number, row in enumerate(rows):
+        try:
+            if fault := _fault(kind, row):
+                raise UsageError(fault)
+            scored.append(_step(row) if kind == "step" else _end_to_end(row))
+        except Failure as error:
+            reason = str(error).splitlines()[0]
+            scored.append(Row(f"row {number + 1}: {row['model']}", {}, {}, {}, False, "assumed", reason))
+        except (ValueError, KeyError) as error:
+            scored.append(Row(f"row {number + 1}: {row['model']}", {}, {}, {}, False, "assumed", f"malformed: {error}"))
+        progress(number + 1, len(rows))
+    return scored
+
+
+def by_group(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+    """`summary` for each model, chip and engine of an end-to-end file; empty for step times."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if "tpot_ms" in row.predicted:
+            groups.setdefault(" ".join(row.name.split()[:3]), []).append(row)
+    return {name: summary(group) for name, group in groups.items()}
+
+
+def summary(rows: Iterable[Row]) -> dict[str, Any]:
+    """Errors over the scored rows; TTFT errors leave saturated rows out, which are given apart."""
+    rows = list(rows)
+    priced = [row for row in rows if row.skipped is None]
+    result: dict[str, Any] = {"rows": len(priced), "skipped": sum(row.skipped is not None for row in rows)}
+    for quantity, name in (("tpot_ms", "tpot"), ("ttft_ms", "ttft"), ("step_s", "step")):
+        held = [row for row in priced if quantity in row.predicted]
+        plain = [row for row in held if name != "ttft" or not row.saturated]
+        if not plain:
+            continue
+        errors = [row.error(quantity) for row in plain]
+        result[f"{name}_mape"] = statistics.fmean(errors)
+        result[f"{name}_median_error"] = statistics.median(errors)
+        result[f"{name}_inside_band"] = statistics.fmean(row.inside(quantity) for row in held)
+        widths = [row.bands[quantity][1] / row.predicted[quantity] - 1 for row in held]
+        result[f"{name}_median_half_width"] = statistics.median(widths)
+    held = [row.inside(quantity) for row in priced for quantity in row.predicted]
+    if held:
+        result["inside_band"] = statistics.fmean(held)
+    if saturated := [row for row in priced if row.saturated]:
+        result["saturated_rows"] = len(saturated)
+        result["saturated_ttft_mape"] = statistics.fmean(row.error("ttft_ms") for row in saturated)
+    return result
