@@ -21,7 +21,7 @@ _MAGIC, _ARTIFACT_VERSION = b"GLM5ART\n", 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Device:
+class DeviceInfo:
     """One device. `memory_bytes` is None where the runtime does not tell."""
 
     id: int
@@ -40,7 +40,7 @@ class Capabilities:
     """
 
     platform: str
-    devices: tuple[Device, ...]
+    devices: tuple[DeviceInfo, ...]
     dtypes: frozenset[str]
     preferred_dtype: str
     fp8_weights: bool

@@ -16,7 +16,7 @@ import numpy as np
 from jax import export
 
 from backends.errors import ArtifactError, BackendUnavailable
-from backends.interface import Artifact, Backend, Device, Executable, Program
+from backends.interface import Artifact, Backend, DeviceInfo, Executable, Program
 from model import ops
 
 FORMAT = "stablehlo-jax-export"
@@ -36,8 +36,8 @@ class XlaBackend(Backend):
         except RuntimeError as error:
             return [], str(error).splitlines()[0]
 
-    def devices(self) -> tuple[Device, ...]:
-        return tuple(Device(d.id, d.device_kind, _memory_bytes(d)) for d in self._found[0])
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        return tuple(DeviceInfo(d.id, d.device_kind, _memory_bytes(d)) for d in self._found[0])
 
     @property
     def device(self) -> Any:

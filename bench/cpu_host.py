@@ -27,7 +27,7 @@ from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.load import load_engine
-from runtime.execution.local.request import Request
+from runtime.execution.local.request import Prompt
 from runtime.layout import Layout, formats
 from runtime.porting.calibrate import Effort, measure, profile
 from runtime.serving.pricing import BatchShape
@@ -72,7 +72,7 @@ def host_seconds(folder: Path, batch: int) -> float:
     logits = np.zeros((batch, engine.cfg.vocab_size), np.float32)
     engine.programs.step = lambda *_: (logits, None)  # type: ignore[method-assign]
     begin = time.perf_counter()
-    engine.generate([Request((1,) * 16, max_tokens=steps) for _ in range(batch)])
+    engine.generate([Prompt((1,) * 16, max_tokens=steps) for _ in range(batch)])
     return (time.perf_counter() - begin) / engine.steps
 
 

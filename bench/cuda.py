@@ -32,7 +32,7 @@ from model.weights import Quantized, Weight, layer_weights, outer_weights, param
 from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.load import embedded_checkpoint, load_engine
 from runtime.execution.local.programs import Programs
-from runtime.execution.local.request import Request
+from runtime.execution.local.request import Prompt
 
 LARGE: dict[str, Any] = {
     "model_type": "glm_moe_dsa", "vocab_size": 32768, "hidden_size": 2048, "intermediate_size": 8192,
@@ -75,7 +75,7 @@ def parity(cuda: Backend, cpu: Backend) -> dict[str, Any]:
     """Largest logit differences between the backends, and whether greedy tokens agree."""
     opened = Checkpoint(embedded_checkpoint())
     prompt = tuple(int(t) for t in np.random.default_rng(1).integers(1, opened.config.vocab_size, 150))
-    request = Request(prompt, max_tokens=32, keep_logits=True)
+    request = Prompt(prompt, max_tokens=32, keep_logits=True)
     figures: dict[str, Any] = {}
     with jax.default_matmul_precision("highest"):
         reference = load_engine(opened, cpu, dtype="float32").generate([request])[0]

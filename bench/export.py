@@ -31,7 +31,7 @@ from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.load import embedded_checkpoint, load_engine
 from runtime.execution.package.executor import executor_of
 from runtime.execution.package.generate import Package
-from runtime.execution.package.runner import Batch as PackageBatch
+from runtime.execution.package.runner import StepBatch as PackageBatch
 from runtime.layout import Layout
 from runtime.porting.export import options as cutting
 from runtime.porting.export import package

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from runtime.training import config as configs
 from runtime.training import metrics
-from runtime.training.config import Stage, TrainConfig
+from runtime.training.config import TrainConfig, TrainingStage
 from runtime.training.trainer import train
 
 NAMES = ("muon-split", "muon", "adamw")
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the runs here, and go on from what is there")
     arguments = parser.parse_args()
     base = configs.read(arguments.config)
-    stage = Stage("dense", arguments.steps, rows=16, length=64, mix=MIX)
+    stage = TrainingStage("dense", arguments.steps, rows=16, length=64, mix=MIX)
     print("| optimizer | loss, nats a token | largest attention logit |\n|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         for name in NAMES:

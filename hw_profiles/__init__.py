@@ -8,7 +8,7 @@ from hw_profiles.checks import check
 from hw_profiles.errors import InvalidOverride, InvalidProfile, MissingFigure, ProfileError, UnknownProfile
 from hw_profiles.fields import FIELDS, KV_FORMATS, RATE_OF_SCHEME, WEIGHT_SCHEMES, is_profile_path
 from hw_profiles.loader import load, names, parse_override
-from hw_profiles.schema import Curve, Figure, Formats, Grade, Profile, weakest
+from hw_profiles.schema import ChipFormats, Curve, Figure, Grade, Profile, weakest
 from hw_profiles.writer import dumps
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "WEIGHT_SCHEMES",
     "Curve",
     "Figure",
-    "Formats",
+    "ChipFormats",
     "Grade",
     "InvalidOverride",
     "InvalidProfile",

@@ -20,7 +20,7 @@ from hw_profiles.fields import (
     suggest,
     wrong_value,
 )
-from hw_profiles.schema import GRADES, Curve, Figure, Formats, Profile
+from hw_profiles.schema import GRADES, ChipFormats, Curve, Figure, Profile
 
 SCHEMA = 1
 _TEXTS = ("name", "vendor", "family", "kind", "description")
@@ -179,7 +179,7 @@ class _Parser:
             return {field: value}
         return {}
 
-    def formats(self, entry: Any) -> Formats | None:
+    def formats(self, entry: Any) -> ChipFormats | None:
         if not isinstance(entry, dict):
             self.wrong("formats", "needs a [formats] table with weights, kv and source")
             return None
@@ -193,7 +193,7 @@ class _Parser:
             else:
                 self.wrong(f"formats.{key}", f"must list some of {', '.join(allowed)}, got {show(value)}")
         origin = self.origin("formats", entry)
-        return Formats(**lists, **origin) if len(self.problems) == before else None
+        return ChipFormats(**lists, **origin) if len(self.problems) == before else None
 
     def origin(self, field: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         """source, date, grade and note: from the figure itself, else from the source it names."""

@@ -1,4 +1,4 @@
-"""The nouns: `Figure` (one sourced number), `Curve` (efficiency over size), `Formats`, `Profile`.
+"""The nouns: `Figure` (one sourced number), `Curve` (efficiency over size), `ChipFormats`, `Profile`.
 
 All are frozen. A profile is a flat map from dotted field (see `fields.py`) to figure, so that a field has
 one spelling in the TOML, in code, on the command line and in error messages.
@@ -87,7 +87,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Formats:
+class ChipFormats:
     """Number formats that run with the chip's own arithmetic: `weights` (schemes) and `kv` (cache)."""
 
     weights: tuple[str, ...]
@@ -112,7 +112,7 @@ class Profile:
     family: str
     kind: ChipKind
     description: str
-    formats: Formats
+    formats: ChipFormats
     figures: Mapping[str, Figure]
     curves: Mapping[str, Curve] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from hw_profiles.schema import Curve, Figure, Formats, Profile
+from hw_profiles.schema import ChipFormats, Curve, Figure, Profile
 
 
 def dumps(profile: Profile) -> str:
@@ -43,7 +43,7 @@ def _figure(figure: Figure) -> str:
     return "{ " + ", ".join(f"{key} = {_value(value)}" for key, value in parts.items()) + " }"
 
 
-def _origin(item: Figure | Curve | Formats) -> dict[str, str]:
+def _origin(item: Figure | Curve | ChipFormats) -> dict[str, str]:
     origin = {"source": item.source, "date": item.date, "grade": item.grade, "note": item.note}
     return {key: text for key, text in origin.items() if text}
 

@@ -25,7 +25,7 @@ from model.config import LayerType, ModelConfig
 from model.parallel import SINGLE, Parallel
 from model.weights import Quantized, Weight, layer_weights, outer_weights
 
-Spec = jax.ShapeDtypeStruct
+Abstract = jax.ShapeDtypeStruct
 LocalShape = Callable[[Any], tuple[int, ...]]
 
 
@@ -71,8 +71,8 @@ def abstract_weights(
         shape = local(weight)
         if keep_fp8 and weight.can_stay_fp8:
             scale = dataclasses.replace(weight, shape=shape).scale_shape
-            return Quantized(Spec(shape, ml_dtypes.float8_e4m3fn), Spec(scale, jnp.float32))
-        return Spec(shape, jnp.float32 if weight.float32 else dtype)
+            return Quantized(Abstract(shape, ml_dtypes.float8_e4m3fn), Abstract(scale, jnp.float32))
+        return Abstract(shape, jnp.float32 if weight.float32 else dtype)
 
     weights = outer_weights(cfg) if kind is None else layer_weights(cfg, kind)
     return {weight.name: spec(weight) for weight in weights}
@@ -87,7 +87,7 @@ def abstract_cache(
     local: LocalShape = _whole,
 ) -> graph.LayerCache:
     """The caches a layer of type `kind` owns, `[pages, page_size, ..]` each; `local(row)` as for weights."""
-    return {row.name: Spec((pages, page_size, *local(row)), dtype) for row in cache_rows(cfg, kind)}  # type: ignore[misc]
+    return {row.name: Abstract((pages, page_size, *local(row)), dtype) for row in cache_rows(cfg, kind)}  # type: ignore[misc]
 
 
 def abstract_batch(shape: StepShape) -> graph.Batch:
@@ -102,7 +102,7 @@ def abstract_batch(shape: StepShape) -> graph.Batch:
 
 
 def _ints(*shape: int) -> Any:
-    return Spec(shape, jnp.int32)
+    return Abstract(shape, jnp.int32)
 
 
 def trace_layer(
@@ -188,7 +188,7 @@ def trace_ends(
 
 
 def _hidden(cfg: ModelConfig, shape: StepShape, dtype: Any) -> Any:
-    return Spec((shape.sequences, shape.tokens, cfg.hidden_size), dtype)
+    return Abstract((shape.sequences, shape.tokens, cfg.hidden_size), dtype)
 
 
 def _trace(fn: Callable[..., Any], axes: Mapping[str, int], *args: Any) -> ClosedJaxpr:

@@ -26,7 +26,7 @@ from model.config import LayerType, Mla, ModelConfig, WeightFormat, from_hf, rea
 from model.errors import CheckpointError
 from model.quantised import Found, Matrix, Spelling, tensor_name
 from model.safetensors_file import SafetensorsFile, write
-from model.weights import FP8_BLOCK, Layout, Quantized, Weight, layer_weights, outer_weights
+from model.weights import FP8_BLOCK, Arrangement, Quantized, Weight, layer_weights, outer_weights
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 MODELSLIM_FILE = "quant_model_description.json"
@@ -73,14 +73,14 @@ def groups(cfg: ModelConfig, mtp: bool) -> dict[str, list[Group]]:
 def stored_shape(cfg: ModelConfig, weight: Weight) -> tuple[int, ...]:
     """The shape in the checkpoint of each of a weight's sources."""
     shape = weight.shape[1:] if weight.expert_count else weight.shape
-    match weight.layout:
-        case Layout.PLAIN:
+    match weight.arrangement:
+        case Arrangement.PLAIN:
             return shape
-        case Layout.MATRIX:
+        case Arrangement.MATRIX:
             return shape[::-1]
-        case Layout.GATE_UP:
+        case Arrangement.GATE_UP:
             return (shape[2], shape[0])
-        case Layout.HEAD_KEYS | Layout.HEAD_VALUES:
+        case Arrangement.HEAD_KEYS | Arrangement.HEAD_VALUES:
             mla = cfg.attention
             assert isinstance(mla, Mla)
             return (cfg.heads * (mla.nope_dim + mla.v_dim), mla.kv_lora_rank)
@@ -276,7 +276,7 @@ def _assemble_quantised(cfg: ModelConfig, weight: Weight, held: Iterable[Matrix]
     matrices = list(held)
     rows, columns = matrices[0].scale.shape
     lead = (weight.expert_count,) if weight.expert_count else ()
-    shape = (*lead, columns, 2, rows) if weight.layout is Layout.GATE_UP else (*lead, columns, rows)
+    shape = (*lead, columns, 2, rows) if weight.arrangement is Arrangement.GATE_UP else (*lead, columns, rows)
     first = matrices[0]
     values = _assemble(
         cfg, weight, (m.values for m in matrices), quantised.carried(first.values[:0]).dtype, weight.shape
@@ -288,18 +288,18 @@ def _assemble(
     cfg: ModelConfig, weight: Weight, tensors: Iterator[np.ndarray], dtype: np.dtype, shape: tuple[int, ...]
 ) -> np.ndarray:
     """One weight in the graph's layout from its checkpoint tensors, in order."""
-    if weight.layout is Layout.PLAIN:
+    if weight.arrangement is Arrangement.PLAIN:
         return np.ascontiguousarray(next(tensors).astype(dtype, copy=False))
     out = np.empty(shape, dtype)
     for view in out if weight.expert_count else (out,):
-        match weight.layout:
-            case Layout.MATRIX:
+        match weight.arrangement:
+            case Arrangement.MATRIX:
                 view[...] = next(tensors).T
-            case Layout.GATE_UP:
+            case Arrangement.GATE_UP:
                 view[:, 0, :], view[:, 1, :] = next(tensors).T, next(tensors).T
-            case Layout.HEAD_KEYS | Layout.HEAD_VALUES:
+            case Arrangement.HEAD_KEYS | Arrangement.HEAD_VALUES:
                 keys, values = _split_heads(cfg, next(tensors))
-                view[...] = keys if weight.layout is Layout.HEAD_KEYS else values.transpose(0, 2, 1)
+                view[...] = keys if weight.arrangement is Arrangement.HEAD_KEYS else values.transpose(0, 2, 1)
     return out
 
 
@@ -405,7 +405,7 @@ def _disassemble_all(cfg: ModelConfig, weights: Mapping[str, Any], fp8: bool) ->
         held = [weights["outer"]] if place == "outer" else weights[place]
         for group, values in zip(found, held, strict=True):
             for weight in group.weights:
-                if weight.layout is Layout.HEAD_VALUES:
+                if weight.arrangement is Arrangement.HEAD_VALUES:
                     continue  # written together with the key half
                 for name, tensor in _disassemble(cfg, group, weight, values):
                     if fp8 and weight.quantised and tensor.dtype != FP8 and not name.endswith(SCALE_SUFFIX):
@@ -419,7 +419,7 @@ def _disassemble(
 ) -> Iterator[tuple[str, np.ndarray]]:
     held = values[weight.name]
     names = list(group.tensors(weight))
-    if weight.layout is Layout.HEAD_KEYS:
+    if weight.arrangement is Arrangement.HEAD_KEYS:
         keys, up = np.asarray(held), np.asarray(values["v_up"]).transpose(0, 2, 1)
         yield names[0], np.concatenate([keys, up], axis=1).reshape(-1, keys.shape[2])
         return
@@ -432,8 +432,8 @@ def _disassemble(
     for suffix, array in parts:
         remaining = iter(names)
         for view in array if weight.expert_count else (array,):
-            if weight.layout is Layout.GATE_UP:
+            if weight.arrangement is Arrangement.GATE_UP:
                 yield next(remaining) + suffix, view[:, 0, :].T
                 yield next(remaining) + suffix, view[:, 1, :].T
             else:
-                yield next(remaining) + suffix, view.T if weight.layout is Layout.MATRIX else view
+                yield next(remaining) + suffix, view.T if weight.arrangement is Arrangement.MATRIX else view

@@ -1,6 +1,6 @@
 """Weights described before they exist: name, shape, logical axes, and where a checkpoint keeps them.
 
-The graph's layout differs from the checkpoint's in three ways, each a `Layout` below: matrices are
+The graph's layout differs from the checkpoint's in three ways, each a `Arrangement` below: matrices are
 `[in, out]` (the checkpoint stores `[out, in]`), `kv_b_proj` is split per head into its key half
 (absorbed into queries when decoding) and its value half, and experts are stacked. Free of JAX:
 parameter counts and byte ledgers need only shapes.
@@ -33,7 +33,7 @@ class Quantized(NamedTuple):
     scale: Any
 
 
-class Layout(Enum):
+class Arrangement(Enum):
     """How a weight is made from the checkpoint's tensors."""
 
     PLAIN = "as stored"
@@ -56,7 +56,7 @@ class Weight:
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     sources: tuple[str, ...]
-    layout: Layout
+    arrangement: Arrangement
     component: str
     quantised: bool = False
     float32: bool = False
@@ -70,13 +70,13 @@ class Weight:
     def can_stay_fp8(self) -> bool:
         """Whether the graph can use the FP8 blocks as stored. The halves of `kv_b_proj` cannot: a head's
         rows need not begin on a block, so they are dequantised when loaded (engines do the same)."""
-        return self.quantised and self.layout in (Layout.MATRIX, Layout.GATE_UP)
+        return self.quantised and self.arrangement in (Arrangement.MATRIX, Arrangement.GATE_UP)
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
         """Shape of the block scales that go with a weight kept in FP8: matrix dims over 128, rounded up."""
         blocks = [math.ceil(n / FP8_BLOCK) for n in self.shape]
-        if self.layout is Layout.GATE_UP:
+        if self.arrangement is Arrangement.GATE_UP:
             blocks[-2] = self.shape[-2]
         if self.expert_count:
             blocks[0] = self.shape[0]
@@ -84,7 +84,7 @@ class Weight:
 
 
 def _vector(name: str, size: int, source: str, component: str = "norms", float32: bool = False) -> Weight:
-    return Weight(name, (size,), (None,), (source,), Layout.PLAIN, component, float32=float32)
+    return Weight(name, (size,), (None,), (source,), Arrangement.PLAIN, component, float32=float32)
 
 
 def _matrix(
@@ -95,7 +95,7 @@ def _matrix(
     component: str,
     quantised: bool = True,
 ) -> Weight:
-    return Weight(name, shape, axes, (source,), Layout.MATRIX, component, quantised)
+    return Weight(name, shape, axes, (source,), Arrangement.MATRIX, component, quantised)
 
 
 def _mla(cfg: ModelConfig, mla: Mla) -> Iterator[Weight]:
@@ -114,7 +114,7 @@ def _mla(cfg: ModelConfig, mla: Mla) -> Iterator[Weight]:
         (h, mla.nope_dim, mla.kv_lora_rank),
         ("heads", None, None),
         kv_b,
-        Layout.HEAD_KEYS,
+        Arrangement.HEAD_KEYS,
         "attention",
         quantised=True,
     )
@@ -123,7 +123,7 @@ def _mla(cfg: ModelConfig, mla: Mla) -> Iterator[Weight]:
         (h, mla.kv_lora_rank, mla.v_dim),
         ("heads", None, None),
         kv_b,
-        Layout.HEAD_VALUES,
+        Arrangement.HEAD_VALUES,
         "attention",
         quantised=True,
     )
@@ -153,7 +153,7 @@ def _gqa(cfg: ModelConfig, gqa: Gqa) -> Iterator[Weight]:
         yield _matrix(name, (d, heads * gqa.head_dim), (None, axis), f"{a}{name}_proj.weight", "attention")
         if gqa.bias:
             width = heads * gqa.head_dim
-            yield Weight(f"{name}_bias", (width,), (axis,), (f"{a}{name}_proj.bias",), Layout.PLAIN, "attention")
+            yield Weight(f"{name}_bias", (width,), (axis,), (f"{a}{name}_proj.bias",), Arrangement.PLAIN, "attention")
     if gqa.qk_norm:
         yield _vector("q_norm", gqa.head_dim, a + "q_norm.weight")
         yield _vector("k_norm", gqa.head_dim, a + "k_norm.weight")
@@ -164,7 +164,7 @@ def _ffn(cfg: ModelConfig, prefix: str, name: str, width: int, component: str) -
     d = cfg.hidden_size
     sources = (prefix + "gate_proj.weight", prefix + "up_proj.weight")
     yield Weight(
-        f"{name}gate_up", (d, 2, width), (None, None, "ffn"), sources, Layout.GATE_UP, component, quantised=True
+        f"{name}gate_up", (d, 2, width), (None, None, "ffn"), sources, Arrangement.GATE_UP, component, quantised=True
     )
     yield _matrix(f"{name}down", (width, d), ("ffn", None), prefix + "down_proj.weight", component)
 
@@ -180,7 +180,7 @@ def _moe(cfg: ModelConfig) -> Iterator[Weight]:
         (moe.experts, d, 2, moe.intermediate),
         ("expert", None, None, "ffn"),
         (e + "gate_proj.weight", e + "up_proj.weight"),
-        Layout.GATE_UP,
+        Arrangement.GATE_UP,
         "experts",
         quantised=True,
         expert_count=moe.experts,
@@ -190,7 +190,7 @@ def _moe(cfg: ModelConfig) -> Iterator[Weight]:
         (moe.experts, moe.intermediate, d),
         ("expert", "ffn", None),
         (e + "down_proj.weight",),
-        Layout.MATRIX,
+        Arrangement.MATRIX,
         "experts",
         quantised=True,
         expert_count=moe.experts,
@@ -224,7 +224,7 @@ def layer_weights(cfg: ModelConfig, kind: LayerType) -> tuple[Weight, ...]:
 def outer_weights(cfg: ModelConfig) -> tuple[Weight, ...]:
     """Embedding, final norm and, unless tied to the embedding, the head."""
     d, v = cfg.hidden_size, cfg.vocab_size
-    embed = Weight("embed", (v, d), ("vocab", None), ("model.embed_tokens.weight",), Layout.PLAIN, "embedding")
+    embed = Weight("embed", (v, d), ("vocab", None), ("model.embed_tokens.weight",), Arrangement.PLAIN, "embedding")
     out = [embed, _vector("final_norm", d, "model.norm.weight")]
     if not cfg.tie_embeddings:
         out.append(_matrix("head", (d, v), (None, "vocab"), "lm_head.weight", "head", quantised=False))

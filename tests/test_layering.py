@@ -12,31 +12,39 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# runtime -> backends -> model; runtime, backends -> hw_profiles (DESIGN.md, "layout and direction")
+# runtime -> backends -> model; runtime, backends -> hw_profiles; all -> foundation (docs/structure.md, "Packages")
 MAY_IMPORT = {
-    "runtime": {"runtime", "backends", "model", "hw_profiles"},
-    "backends": {"backends", "model", "hw_profiles"},
-    "model": {"model"},
-    "hw_profiles": {"hw_profiles"},
+    "runtime": {"runtime", "backends", "model", "hw_profiles", "foundation"},
+    "backends": {"backends", "model", "hw_profiles", "foundation"},
+    "model": {"model", "foundation"},
+    "hw_profiles": {"hw_profiles", "foundation"},
+    "foundation": {"foundation"},
 }
+STANDARD_LIBRARY_ONLY = {"hw_profiles", "foundation"}
+# Inside runtime, from the ground up: a folder imports those before it, and itself.
+FLOORS = (
+    "deployment",
+    "serving",
+    "pricing",
+    "simulation",
+    "planning",
+    "execution",
+    "reports",
+    "training",
+    "porting",
+    "api",
+    "cli",
+)
 OURS = {*MAY_IMPORT, "tests", "bench"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # Only these modules, and those below them, may need JAX. Of backends, none is imported here.
 MODEL_WITHOUT_JAX = ("config", "weights", "cache", "quantised", "checkpoint", "tokenizer", "errors", "safetensors_file")
 RUNTIME_WITH_JAX = (
     "runtime.pricing.trace",
-    "runtime.porting.calibrate",
-    "runtime.execution.cluster.",
-    "runtime.execution.local.",
+    "runtime.execution.",
     "runtime.training.",
-    "runtime.porting.export.ascend",
-    "runtime.porting.export.options",
-    "runtime.porting.export.package",
-    "runtime.porting.export.shares",
-    "runtime.porting.export.units",
-    "runtime.porting.export.verify",
-    "runtime.porting.export.writers",
-    "runtime.execution.package.xla",
+    "runtime.porting.calibrate",
+    "runtime.porting.export.",
 )
 
 
@@ -79,6 +87,58 @@ def without_jax(name: str) -> bool:
     return package in ("runtime", "hw_profiles") and not f"{name}.".startswith(RUNTIME_WITH_JAX)
 
 
+def floor(module: str) -> int:
+    """The floor of a module of `runtime`; -1 for any other."""
+    parts = module.split(".")
+    return FLOORS.index(parts[1]) if parts[0] == "runtime" and len(parts) > 1 and parts[1] in FLOORS else -1
+
+
+def circles(root: Path) -> list[list[str]]:
+    """Groups of modules that import one another, wherever the imports stand (Tarjan's strongly connected parts)."""
+    known = modules(root)
+    edges: dict[str, set[str]] = {name: set() for name in known}
+    for name, path in known.items():
+        for _, target in imports(name, path):
+            while target and target not in known:
+                target = target.rpartition(".")[0]
+            if target and target != name:
+                edges[name].add(target)
+    order: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(name: str) -> None:
+        order[name] = low[name] = len(order)
+        stack.append(name)
+        for other in sorted(edges[name]):
+            if other not in order:
+                visit(other)
+            if other in stack:
+                low[name] = min(low[name], low[other])
+        if low[name] == order[name]:
+            part = []
+            while not part or part[-1] != name:
+                part.append(stack.pop())
+            if len(part) > 1:
+                found.append(sorted(part))
+
+    for name in sorted(edges):
+        if name not in order:
+            visit(name)
+    return found
+
+
+def class_names(root: Path) -> dict[str, list[str]]:
+    """Public classes that several modules define, with those modules."""
+    found: dict[str, list[str]] = {}
+    for name, path in modules(root).items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(name)
+    return {name: places for name, places in found.items() if len(places) > 1}
+
+
 def violations(root: Path) -> list[str]:
     """Imports that break the layering, as `file:line: what`."""
     found = []
@@ -89,8 +149,10 @@ def violations(root: Path) -> list[str]:
             where = f"{path.relative_to(root)}:{line}: {package} imports {target}"
             if top in OURS and top not in MAY_IMPORT[package]:
                 found.append(f"{where}: imports point down only")
-            elif package == "hw_profiles" and top not in OURS and top not in sys.stdlib_module_names:
-                found.append(f"{where}: hw_profiles is standard library only")
+            elif package in STANDARD_LIBRARY_ONLY and top not in OURS and top not in sys.stdlib_module_names:
+                found.append(f"{where}: {package} is standard library only")
+            elif floor(target) > floor(name):
+                found.append(f"{where}: {FLOORS[floor(name)]} is below {FLOORS[floor(target)]}")
             elif top in JAX and without_jax(name):
                 found.append(f"{where}: this module must stay free of JAX")
     return found
@@ -132,6 +194,21 @@ def test_imports_point_down() -> None:
     assert violations(ROOT) == []
 
 
+def test_imports_go_in_no_circle() -> None:
+    print("from the ground up:", *FLOORS)
+    assert circles(ROOT) == []
+
+
+def test_every_folder_of_runtime_has_a_floor() -> None:
+    folders = {path.parent.name for path in (ROOT / "runtime").glob("*/__init__.py")}
+    assert folders <= set(FLOORS)
+    assert [path.name for path in (ROOT / "runtime").glob("*.py")] == ["__init__.py"]
+
+
+def test_a_class_name_means_one_thing() -> None:
+    assert class_names(ROOT) == {}
+
+
 def test_planning_and_simulation_need_no_jax() -> None:
     assert failed_imports(ROOT) == []
 
@@ -140,19 +217,8 @@ def test_the_rules_cover_what_is_there() -> None:
     names = modules(ROOT)
     assert {f"model.{name}" for name in MODEL_WITHOUT_JAX} <= set(names)
     assert "model.graph" in names and not without_jax("model.graph")
-    assert (
-        without_jax("runtime.planning.search")
-        and without_jax("runtime.cli")
-        and without_jax("runtime.deployment.engines")
-    )
-    for name in (
-        "runtime.pricing.trace",
-        "runtime.trace_walk",
-        "runtime.execution.local",
-        "runtime.execution.local.pages",
-        "runtime.training.loss",
-    ):
-        assert not without_jax(name)
+    assert without_jax("runtime.planning.search") and without_jax("runtime.cli") and without_jax("runtime.deployment")
+    assert not any(map(without_jax, ("runtime.pricing.trace", "runtime.execution.local", "runtime.training.loss")))
 
 
 # --- the checkers can fail -----------------------------------------------------------------------
@@ -173,13 +239,17 @@ def tree(root: Path, path: str, source: str) -> Path:
         ("model/bad.py", "import importlib\nimportlib.import_module('backends.cpu')"),
         ("model/bad.py", "from .. import runtime"),
         ("model/deep/bad.py", "from ...backends import cpu"),
-        ("backends/bad.py", "from runtime import planner"),
+        ("backends/bad.py", "from runtime import planning"),
         ("backends/bad.py", "import tests.conftest"),
         ("runtime/bad.py", "from bench import step"),
+        ("runtime/deployment/bad.py", "from runtime.serving import kv_pool"),
+        ("runtime/pricing/bad.py", "def f():\n    from runtime.planning.search import search"),
+        ("foundation/bad.py", "from model import errors"),
+        ("foundation/bad.py", "import numpy"),
         ("hw_profiles/bad.py", "from model import config"),
         ("hw_profiles/bad.py", "import numpy"),
-        ("runtime/planner/bad.py", "import jax.numpy as jnp"),
-        ("runtime/planner/bad.py", "def f():\n    from jax import lax"),
+        ("runtime/planning/bad.py", "import jax.numpy as jnp"),
+        ("runtime/planning/bad.py", "def f():\n    from jax import lax"),
         ("runtime/pricing.py", "try:\n    import flax\nexcept ImportError:\n    pass"),
         ("model/config.py", "import jax"),
     ],
@@ -194,7 +264,7 @@ def test_a_violation_is_caught(tmp_path: Path, path: str, source: str) -> None:
     [
         ("runtime/cli.py", "import backends.cpu, model.config, hw_profiles\nfrom . import cost\nimport numpy"),
         ("runtime/pricing/trace.py", "import jax"),
-        ("runtime/engine/loop.py", "import jax\nfrom ..serving import kv_pool"),
+        ("runtime/execution/loop.py", "import jax\nfrom ..serving import kv_pool"),
         ("runtime/training/step.py", "import jax"),
         ("backends/cpu.py", "import jax\nfrom model import graph\nfrom hw_profiles import loader"),
         ("model/graph.py", "import jax\nfrom model.config import ModelConfig\nfrom . import ops"),
@@ -213,3 +283,16 @@ def test_jax_behind_another_module_is_caught(tmp_path: Path) -> None:
     assert violations(tmp_path) == []
     (found,) = failed_imports(tmp_path)
     assert found.startswith("runtime.planning.search: ModuleNotFoundError") and "jax" in found
+
+
+def test_a_circle_is_caught(tmp_path: Path) -> None:
+    tree(tmp_path, "model/a.py", "from model.b import f")
+    (tmp_path / "model" / "b.py").write_text("def f():\n    from model import a")
+    (tmp_path / "model" / "c.py").write_text("from model import a, b")
+    assert circles(tmp_path) == [["model.a", "model.b"]]
+
+
+def test_a_name_for_two_things_is_caught(tmp_path: Path) -> None:
+    tree(tmp_path, "model/a.py", "class Thing: ...\nclass _Own: ...")
+    tree(tmp_path, "backends/b.py", "class Thing: ...\nclass _Own: ...")
+    assert class_names(tmp_path) == {"Thing": ["backends.b", "model.a"]}

@@ -16,7 +16,7 @@ from runtime.pricing.bands import band, half_width
 from runtime.simulation.validation import (
     END_TO_END,
     STEP,
-    Row,
+    ScoredRow,
     by_group,
     launch_settings,
     preset_of,
@@ -32,7 +32,7 @@ GLM, SGLANG, TRTLLM = (f"{name}" for name in ("glm-5-fp8 h200-sxm sglang", "deep
 
 
 @cache
-def scored(path: Path) -> tuple[Row, ...]:
+def scored(path: Path) -> tuple[ScoredRow, ...]:
     return tuple(score(path))
 
 

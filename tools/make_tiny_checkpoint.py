@@ -21,7 +21,7 @@ import tokenizers
 
 from model.checkpoint import groups, save
 from model.config import ModelConfig, from_hf
-from model.weights import Layout, Weight, parameter_counts
+from model.weights import Arrangement, Weight, parameter_counts
 from runtime.training import vocabulary
 from runtime.training.vocabulary import SPECIAL, VISIBLE, stop_ids
 
@@ -39,7 +39,7 @@ WORDS = (
 # embedding, so that the MTP layer, which is given the token, drafts what the main stack then says; and
 # logits have a deviation of a few units.
 GAINS = dict.fromkeys(("o", "down", "experts_down", "shared_down"), 0.15) | {"head": 3.0, "embed_hidden": 0.1}
-FAN_IN_AXIS = {Layout.MATRIX: -2, Layout.GATE_UP: -3, Layout.HEAD_KEYS: -1, Layout.HEAD_VALUES: -2}
+FAN_IN_AXIS = {Arrangement.MATRIX: -2, Arrangement.GATE_UP: -3, Arrangement.HEAD_KEYS: -1, Arrangement.HEAD_VALUES: -2}
 
 CONFIG: dict[str, Any] = {
     "architectures": ["GlmMoeDsaForCausalLM"],
@@ -121,11 +121,11 @@ def uniform(rng: np.random.Generator, shape: tuple[int, ...], deviation: float) 
 
 def make_weight(rng: np.random.Generator, weight: Weight, rare: list[int]) -> np.ndarray:
     """A weight in the graph's layout, in the checkpoint's precision."""
-    if weight.layout is Layout.PLAIN:
+    if weight.arrangement is Arrangement.PLAIN:
         centre, deviation = (0.0, 1.0) if weight.name == "embed" else (float(weight.name.endswith("norm")), 0.1)
         array = centre + uniform(rng, weight.shape, deviation)
     else:
-        fan_in = weight.shape[FAN_IN_AXIS[weight.layout]]
+        fan_in = weight.shape[FAN_IN_AXIS[weight.arrangement]]
         array = uniform(rng, weight.shape, GAINS.get(weight.name, 1.0) * fan_in**-0.5)
     if weight.name == "head":
         array[:, rare] *= np.float32(0.25)

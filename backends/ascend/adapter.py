@@ -20,10 +20,10 @@ import jax
 import numpy as np
 
 from backends.ascend import compiler, om
-from backends.ascend.lowerings import Options
+from backends.ascend.lowerings import CannOptions
 from backends.ascend.writer import write
 from backends.errors import ArtifactError, BackendUnavailable
-from backends.interface import Artifact, Backend, Capabilities, Device, Executable, Program
+from backends.interface import Artifact, Backend, Capabilities, DeviceInfo, Executable, Program
 from backends.toolchains.walker import Graph, port
 
 FORMAT, PLATFORM = "onnx-atc", "ascend"
@@ -42,12 +42,12 @@ class AscendBackend(Backend):
         return None if self._devices else "CANN finds no device (see `npu-smi info`); emulate one with --backend sim"
 
     @functools.cached_property
-    def _devices(self) -> tuple[Device, ...]:
+    def _devices(self) -> tuple[DeviceInfo, ...]:
         acl, _ = om.find_acl()
         if acl is None:
             return ()
         count, error = acl.rt.get_device_count()
-        return tuple(Device(i, acl.get_soc_name() or "Ascend") for i in range(count if error == 0 else 0))
+        return tuple(DeviceInfo(i, acl.get_soc_name() or "Ascend") for i in range(count if error == 0 else 0))
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
@@ -65,7 +65,7 @@ class AscendBackend(Backend):
         closed, shape = jax.make_jaxpr(program.fn, return_shape=True)(*program.args)
         inputs = tuple(port(f"in.{i}", aval) for i, aval in enumerate(closed.in_avals))
         outputs = tuple(port(f"out.{i}", aval) for i, aval in enumerate(closed.out_avals))
-        made = write(Graph(program.name, closed, inputs, outputs), Options(fused="shipped"))
+        made = write(Graph(program.name, closed, inputs, outputs), CannOptions(fused="shipped"))
         header = {
             "tree": _describe(shape, iter(range(len(outputs)))),
             "inputs": [[p.name, list(p.shape), p.dtype] for p in inputs],
@@ -126,16 +126,16 @@ class AscendBackend(Backend):
 class _Program:
     """A loaded program: trees of buffers in, trees of buffers out."""
 
-    def __init__(self, session: om.Session, model: om.Model, header: dict[str, Any]):
+    def __init__(self, session: om.Session, model: om.OmModel, header: dict[str, Any]):
         self.session, self.model, self.tree = session, model, header["tree"]
         self.names = [name for name, _, _ in header["inputs"]]
         self.outputs = {name: (tuple(shape), _numpy(dtype)) for name, shape, dtype in header["outputs"]}
         self.kinds = {name: _numpy(dtype) for name, _, dtype in header["inputs"]}
 
     def __call__(self, *args: Any) -> Any:
-        given = jax.tree.leaves(args, is_leaf=lambda x: isinstance(x, om.Tensor))
+        given = jax.tree.leaves(args, is_leaf=lambda x: isinstance(x, om.OmTensor))
         values = {
-            name: x if isinstance(x, om.Tensor) else self.session.put(np.asarray(x, self.kinds[name]))
+            name: x if isinstance(x, om.OmTensor) else self.session.put(np.asarray(x, self.kinds[name]))
             for name, x in zip(self.names, given, strict=True)
         }
         return _rebuild(self.tree, list(self.model.run(values, self.outputs, {}).values()))

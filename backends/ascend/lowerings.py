@@ -4,7 +4,7 @@ A lowering returns its results, or declines: the op is then decomposed into oper
 kernel takes is in `cann_operators.toml`; each refusal is recorded with its reason, and the package's README lists them.
 
 Latents. CANN's attention reads the latent and its rope part from two caches (512 and 64 wide), where the graph has one
-of 576. A package with fused attention therefore keeps two: the one tensor exists only in `Lowerings.halves`, as the
+of 576. A package with fused attention therefore keeps two: the one tensor exists only in `CannLowerings.halves`, as the
 pair of its parts. An op that CANN has no kernel for is given the context's rows put together again.
 
 Padding. Queries of a chunk see keys up to their own position, which CANN counts back from the last key: the chunk's
@@ -28,7 +28,7 @@ FUSED: tuple[Fused, ...] = ("all", "shipped", "none")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class CannOptions:
     """fused: "all" of CANN's operators (the package brings a plugin), those that CANN itself maps from ONNX
     ("shipped"), or "none". family: the chip family ("ascend910b"), None where unknown. int8: the weights ("w.q_a")
     that are kept in int8 with a scale an output channel."""
@@ -46,13 +46,13 @@ class Declined(Exception):
     """Why a call is decomposed; without a message where nobody asked for anything else."""
 
 
-Rule = Callable[["Lowerings", OnnxTarget, OpCall[Ref]], Sequence[Ref]]
+CannRule = Callable[["CannLowerings", OnnxTarget, OpCall[Ref]], Sequence[Ref]]
 
 
-class Lowerings:
+class CannLowerings:
     """The lowerings of one graph, by `rules` (see `writer.py`). `declined` counts (op, reason)."""
 
-    def __init__(self, options: Options, rules: Mapping[str, Rule]):
+    def __init__(self, options: CannOptions, rules: Mapping[str, CannRule]):
         self.options = options
         self.declined: Counter[tuple[str, str]] = Counter()
         self.halves: dict[str, tuple[Ref, Ref]] = {}
@@ -61,7 +61,7 @@ class Lowerings:
         self.selections: set[str] = set()  # what LightningIndexer chose: -1 where there is nothing to choose
         self.table: Mapping[str, CustomOp] = {name: self._guarded(name, rule) for name, rule in rules.items()}
 
-    def _guarded(self, name: str, rule: Rule) -> CustomOp:
+    def _guarded(self, name: str, rule: CannRule) -> CustomOp:
         def lower(target: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref] | None:
             try:
                 return rule(self, target, call)

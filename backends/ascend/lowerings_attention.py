@@ -10,14 +10,14 @@ import numpy as np
 from backends.ascend import constraints
 from backends.ascend.catalog import cann_operators
 from backends.ascend.constraints import LATENT, ROPE
-from backends.ascend.lowerings import Declined, Lowerings, accept, require
+from backends.ascend.lowerings import CannLowerings, Declined, accept, require
 from backends.toolchains.onnx_target import OnnxTarget, Ref
 from backends.toolchains.walker import OpCall, walk
 
 _SELECTED = 2048  # GLM's selection, and as much of a context as is read as one
 
 
-def cache_write(lower: Lowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
+def cache_write(lower: CannLowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
     pages, rows, slots = call.operands
     if pages.name not in lower.halves:
         return [_write(lower, t, pages, rows, slots)]
@@ -28,14 +28,14 @@ def cache_write(lower: Lowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[
     return [joined(lower, nope, rope, pages)]
 
 
-def joined(lower: Lowerings, nope: Ref, rope: Ref, like: Ref) -> Ref:
+def joined(lower: CannLowerings, nope: Ref, rope: Ref, like: Ref) -> Ref:
     """A latent cache that exists as its two parts only."""
     ref = Ref(f"{nope.name}+{rope.name}", like.shape, like.dtype, like.shape)
     lower.halves[ref.name] = nope, rope
     return ref
 
 
-def _write(lower: Lowerings, t: OnnxTarget, pages: Ref, rows: Ref, slots: Ref) -> Ref:
+def _write(lower: CannLowerings, t: OnnxTarget, pages: Ref, rows: Ref, slots: Ref) -> Ref:
     operator = lower.operator("ScatterNdUpdate", pages.dtype)
     width, count = pages.shape[2:], math.prod(slots.shape)
     flat = t.reshape(pages, (pages.shape[0] * pages.shape[1], *width))
@@ -56,7 +56,7 @@ def cut_last(t: OnnxTarget, x: Ref, low: int, high: int) -> Ref:
     return t.node("Slice", x, t.ints([low]), t.ints([high]), t.ints([axis]), shape=shape, dtype=x.dtype)
 
 
-def index_scores(lower: Lowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
+def index_scores(lower: CannLowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
     """Nothing yet: LightningIndexer scores and selects at once, and `select_topk` has the operands from here."""
     query, _, pages, *_ = call.operands
     lower.operator("LightningIndexer", query.dtype)
@@ -66,7 +66,7 @@ def index_scores(lower: Lowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence
     return [scores]
 
 
-def select_topk(lower: Lowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
+def select_topk(lower: CannLowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
     """Scales are left out: the order of the scores does not depend on them."""
     scored = lower.scores.get(call.operands[0].name)
     if scored is None:
@@ -105,7 +105,7 @@ def _context_lengths(t: OnnxTarget, positions: Ref) -> Ref:
     return t.elementwise("Add", t.reshape(last, (b,)), t.constant(np.ones(b, np.int32)))
 
 
-def sparse_attention(lower: Lowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
+def sparse_attention(lower: CannLowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
     query, pages, page_table, selected, positions = call.operands
     try:
         _takes(lower, query, pages)
@@ -120,7 +120,7 @@ def sparse_attention(lower: Lowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequ
     return [_flash(lower, t, call, query, pages, page_table, selected, positions)]
 
 
-def latent_attention(lower: Lowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
+def latent_attention(lower: CannLowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
     """The selection of the whole context, where that is no more than CANN selects."""
     query, pages, page_table, positions = call.operands
     b, tokens = positions.shape
@@ -135,12 +135,12 @@ def latent_attention(lower: Lowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequ
     return [_flash(lower, t, call, query, pages, page_table, _seen(t, every, positions), positions)]
 
 
-def expanded_attention(lower: Lowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
+def expanded_attention(lower: CannLowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
     pages, page_table = call.operands[1:3]
     return _of_context(lower, t, call, pages, page_table, Declined())
 
 
-def _takes(lower: Lowerings, query: Ref, pages: Ref) -> None:
+def _takes(lower: CannLowerings, query: Ref, pages: Ref) -> None:
     """Raises `Declined` for what SparseFlashAttention does not take."""
     lower.operator("SparseFlashAttention", query.dtype)
     page, width = pages.shape[1:]
@@ -149,7 +149,7 @@ def _takes(lower: Lowerings, query: Ref, pages: Ref) -> None:
 
 
 def _flash(
-    lower: Lowerings, t: OnnxTarget, call: OpCall[Ref], query: Ref, pages: Ref, table: Ref, selected: Ref, at: Ref
+    lower: CannLowerings, t: OnnxTarget, call: OpCall[Ref], query: Ref, pages: Ref, table: Ref, selected: Ref, at: Ref
 ) -> Ref:
     b, tokens, heads, _ = query.shape
     nope, rope = lower.halves[pages.name]
@@ -196,14 +196,14 @@ def _in_context(t: OnnxTarget, selected: Ref, context: int) -> Ref:
     return t.elementwise("Where", none, last, selected, dtype="int32")
 
 
-def _whole_pool(lower: Lowerings, t: OnnxTarget, pages: Ref) -> Ref:
+def _whole_pool(lower: CannLowerings, t: OnnxTarget, pages: Ref) -> Ref:
     if pages.name not in lower.halves:
         return pages
     return t.node("Concat", *lower.halves[pages.name], shape=pages.shape, dtype=pages.dtype, axis=2)
 
 
 def _of_context(
-    lower: Lowerings, t: OnnxTarget, call: OpCall[Ref], pages: Ref, page_table: Ref, reason: Declined
+    lower: CannLowerings, t: OnnxTarget, call: OpCall[Ref], pages: Ref, page_table: Ref, reason: Declined
 ) -> Sequence[Ref]:
     """The decomposition over the context's own pages, put together from the two caches and numbered anew."""
     if pages.name not in lower.halves:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from backends.ascend.catalog import SHIPPED, cann_operators
-from backends.ascend.lowerings import Declined, Lowerings, require
+from backends.ascend.lowerings import CannLowerings, Declined, require
 from backends.toolchains.onnx_target import OnnxTarget, Ref
 from backends.toolchains.walker import OpCall, Port
 
@@ -15,7 +15,7 @@ GE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 27}  # ge::DataType, graph/t
 _SHIPPED_EPSILON = 1e-6  # CANN's own NPURmsNorm has it built in
 
 
-def rms_norm(lower: Lowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
+def rms_norm(lower: CannLowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
     x, weight = call.operands
     epsilon = float(call.attributes["eps"])
     results = [(x.shape, x.dtype), ((*x.shape[:-1], 1), "float32")]
@@ -28,7 +28,7 @@ def rms_norm(lower: Lowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref
     return lower.emit(t, operator, {"x": x, "gamma": t.cast(weight, x.dtype)}, results, **attributes)[:1]
 
 
-def linear(lower: Lowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
+def linear(lower: CannLowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
     """x [.., i] times an int8 weight [i, ..]; a weight in 16 or 32 bits is the decomposition's MatMul."""
     if len(call.operands) != 2 or call.operands[1].name not in lower.options.int8:
         raise Declined
@@ -52,14 +52,14 @@ def int8_inputs(t: OnnxTarget, weight: Ref, scale_shape: Sequence[int]) -> tuple
     return tuple(Ref(p.name, p.shape, p.dtype, p.shape) if p.name in found else t.input(p) for p in ports)  # type: ignore[return-value]
 
 
-def quantise_rows(lower: Lowerings, t: OnnxTarget, x: Ref) -> tuple[Ref, Ref]:
+def quantise_rows(lower: CannLowerings, t: OnnxTarget, x: Ref) -> tuple[Ref, Ref]:
     """x [n, i] as int8 with one float32 scale a row."""
     operator = lower.operator("DynamicQuant", x.dtype)
     values, scale = lower.emit(t, operator, {"x": x}, [(x.shape, "int8"), (x.shape[:-1], "float32")])
     return values, scale
 
 
-def _quantised(lower: Lowerings, t: OnnxTarget, x: Ref, values: Ref, scale: Ref) -> Ref:
+def _quantised(lower: CannLowerings, t: OnnxTarget, x: Ref, values: Ref, scale: Ref) -> Ref:
     shape = (x.shape[0], values.shape[1])
     product = cann_operators()["QuantBatchMatmulV3"]
     if lower.options.offers(product) and x.dtype in cann_operators()["DynamicQuant"].dtypes:

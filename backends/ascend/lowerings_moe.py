@@ -9,7 +9,7 @@ import numpy as np
 
 from backends.ascend import constraints
 from backends.ascend.catalog import cann_operators
-from backends.ascend.lowerings import Declined, Lowerings, accept, require
+from backends.ascend.lowerings import CannLowerings, Declined, accept, require
 from backends.ascend.lowerings_dense import GE_TYPES, int8_inputs, quantise_rows
 from backends.toolchains.onnx_target import OnnxTarget, Ref
 from backends.toolchains.walker import OpCall
@@ -17,7 +17,7 @@ from backends.toolchains.walker import OpCall
 _SIGMOID, _BEST_TWO, _COUNTS, _GATHER, _PLAIN = 1, 1, 1, 0, -1  # enumerations of the operators' READMEs
 
 
-def route(lower: Lowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
+def route(lower: CannLowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
     """Logits by a float32 MatMul, as the decomposition has them; choice and weights by MoeGatingTopK."""
     x, router, bias = call.operands
     a = call.attributes
@@ -45,7 +45,7 @@ def route(lower: Lowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
     return [indices, weights]
 
 
-def expert_ffn(lower: Lowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
+def expert_ffn(lower: CannLowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[Ref]:
     """Tokens sorted by expert, two grouped products, and the sum back in the tokens' order.
 
     An expert id of `count` or more lives elsewhere: all such become `count`, outside the active range, whose rows
@@ -81,7 +81,13 @@ def expert_ffn(lower: Lowerings, t: OnnxTarget, call: OpCall[Ref]) -> Sequence[R
 
 
 def _grouped(
-    lower: Lowerings, t: OnnxTarget, x: Ref, weight: Ref, matrix: tuple[int, int], outputs: Sequence[int], groups: Ref
+    lower: CannLowerings,
+    t: OnnxTarget,
+    x: Ref,
+    weight: Ref,
+    matrix: tuple[int, int],
+    outputs: Sequence[int],
+    groups: Ref,
 ) -> Ref:
     """x [n, i] sorted by group times weight [e, i, ..]: [n, o]."""
     operator = cann_operators()["GroupedMatmul"]

@@ -41,7 +41,7 @@ def find_acl() -> tuple[ModuleType | None, str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class OmTensor:
     """Device memory as an array; freed with its last reference."""
 
     pointer: int
@@ -78,7 +78,7 @@ class Session:
         except BackendError as error:
             raise BackendUnavailable(f"Ascend device {device}: {error}; see `npu-smi info`") from None
 
-    def put(self, array: np.ndarray) -> Tensor:
+    def put(self, array: np.ndarray) -> OmTensor:
         """A host array on the device."""
         array = np.ascontiguousarray(array)
         out = self.empty(array.shape, array.dtype)
@@ -88,7 +88,7 @@ class Session:
             _checked("acl.rt.memcpy", self.acl.rt.memcpy(out.pointer, raw.size, pointer, raw.size, _TO_DEVICE))
         return out
 
-    def get(self, tensor: Tensor) -> np.ndarray:
+    def get(self, tensor: OmTensor) -> np.ndarray:
         """A tensor as a host array."""
         raw = np.empty(tensor.bytes, np.uint8)
         if raw.size:
@@ -96,15 +96,15 @@ class Session:
             _checked("acl.rt.memcpy", self.acl.rt.memcpy(pointer, raw.size, tensor.pointer, raw.size, _TO_HOST))
         return raw.view(tensor.dtype).reshape(tensor.shape)
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> OmTensor:
         memory = _Memory(self.acl, math.prod(shape) * dtype.itemsize)
-        return Tensor(memory.pointer, tuple(shape), dtype, memory)
+        return OmTensor(memory.pointer, tuple(shape), dtype, memory)
 
-    def load(self, path: Path) -> Model:
-        return Model(self, path)
+    def load(self, path: Path) -> OmModel:
+        return OmModel(self, path)
 
 
-class Model:
+class OmModel:
     """A compiled graph on the session's device. Raises `ArtifactError` for a file that CANN does not load."""
 
     def __init__(self, session: Session, path: Path):
@@ -124,10 +124,10 @@ class Model:
 
     def run(
         self,
-        values: Mapping[str, Tensor],
+        values: Mapping[str, OmTensor],
         outputs: Mapping[str, tuple[tuple[int, ...], np.dtype]],
         aliases: Mapping[str, str],
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, OmTensor]:
         """Executes with inputs by name. `outputs`: shape and type of each, in the graph's order; `aliases`: output ->
         the input whose memory it takes. Raises `ArtifactError` for an input of another size than the graph's."""
         for name, size in self.inputs:
@@ -157,7 +157,7 @@ class Model:
 class _Dataset:
     """What acl.mdl.execute takes: a list of buffers."""
 
-    def __init__(self, acl: Any, tensors: list[Tensor]):
+    def __init__(self, acl: Any, tensors: list[OmTensor]):
         self.acl, self.handle, self.buffers = acl, acl.mdl.create_dataset(), []
         for tensor in tensors:
             buffer = acl.create_data_buffer(tensor.pointer, max(tensor.bytes, 1))

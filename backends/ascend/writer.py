@@ -11,13 +11,13 @@ import onnx
 from backends.ascend import lowerings_attention as attention
 from backends.ascend import lowerings_dense as dense
 from backends.ascend import lowerings_moe as moe
-from backends.ascend.lowerings import Lowerings, Options, Rule, is_latent, split_port
+from backends.ascend.lowerings import CannLowerings, CannOptions, CannRule, is_latent, split_port
 from backends.errors import Unsupported
 from backends.toolchains.onnx import tables
-from backends.toolchains.onnx_target import OnnxTarget, OpForm, Written, onnx_type
+from backends.toolchains.onnx_target import OnnxModel, OnnxTarget, OpForm, onnx_type
 from backends.toolchains.walker import Graph, walk
 
-RULES: Mapping[str, Rule] = {
+RULES: Mapping[str, CannRule] = {
     "glm.rms_norm": dense.rms_norm,
     "glm.linear": dense.linear,
     "glm.cache_write": attention.cache_write,
@@ -38,14 +38,14 @@ class AscendGraph:
     int8 weight is its values and its scale. `aliases`: output -> the input whose buffer it may take over. `declined`:
     (op, reason) of what no CANN operator took, and how often."""
 
-    written: Written
+    written: OnnxModel
     aliases: Mapping[str, str]
     declined: Counter[tuple[str, str]]
 
 
-def write(graph: Graph, options: Options = Options()) -> AscendGraph:
+def write(graph: Graph, options: CannOptions = CannOptions()) -> AscendGraph:
     """Raises `Unsupported` for a number format that ONNX opset 18 lacks, or a primitive without a rule."""
-    lower = Lowerings(options, RULES)
+    lower = CannLowerings(options, RULES)
     target = OnnxTarget(tables(), lower.table, functions=False, narrow_products=True)
     values = [lower.split_cache(target, port) for port in graph.inputs]
     results = walk(target, graph.jaxpr.jaxpr, graph.jaxpr.consts, values)
@@ -71,7 +71,7 @@ def write(graph: Graph, options: Options = Options()) -> AscendGraph:
     return AscendGraph(dataclasses.replace(written, ops=_named(written.ops)), aliases, lower.declined)
 
 
-def _describe(graph: onnx.GraphProto, lower: Lowerings) -> None:
+def _describe(graph: onnx.GraphProto, lower: CannLowerings) -> None:
     """Shapes and types of what CANN's nodes read and return, for checkers and readers of the file."""
     known = {info.name for infos in (graph.input, graph.output, graph.value_info) for info in infos}
     made = {name for node in graph.node for name in node.output}
@@ -80,7 +80,7 @@ def _describe(graph: onnx.GraphProto, lower: Lowerings) -> None:
             graph.value_info.append(onnx.helper.make_tensor_value_info(name, onnx_type(ref.dtype), list(ref.held)))
 
 
-def _undefined(written: Written, lower: Lowerings) -> set[str]:
+def _undefined(written: OnnxModel, lower: CannLowerings) -> set[str]:
     """Values that stand for something no node makes: a latent cache as one, scores without a selection."""
     graph = written.model.graph
     made = {name for node in graph.node for name in node.output} | {tensor.name for tensor in graph.initializer}

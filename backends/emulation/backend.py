@@ -8,7 +8,7 @@ import jax
 
 from backends.cpu import CpuBackend
 from backends.errors import BackendUnavailable
-from backends.spmd.cluster import Cluster, NumberFormats
+from backends.spmd.cluster import Cluster, Numerics
 from backends.spmd.grid import MOST_HOSTS, Grid
 from model.config import ModelConfig
 
@@ -44,7 +44,7 @@ class SimBackend(CpuBackend):
                 ) from None
 
     def cluster(
-        self, cfg: ModelConfig, grid: Grid, weights: dict[str, Any], formats: NumberFormats | None = None
+        self, cfg: ModelConfig, grid: Grid, weights: dict[str, Any], formats: Numerics | None = None
     ) -> Cluster:
         """A server's devices with their shares of the weights."""
         return Cluster(cfg, grid, weights, formats, self.mapped)

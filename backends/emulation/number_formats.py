@@ -18,7 +18,7 @@ from model import quantised
 from model.config import Mla, ModelConfig
 from model.ops import OPS, full_scale, swiglu_body
 from model.quantised import FORMATS, Matrix
-from model.weights import Layout, Quantized, Weight
+from model.weights import Arrangement, Quantized, Weight
 
 Lowering = Callable[..., Any]
 _PLAIN = {"float32": quantised.F32, "bfloat16": quantised.BF16}
@@ -151,9 +151,9 @@ def formats_of(cfg: ModelConfig, profile: Profile, scheme: str | None = None, kv
 
 
 def _to_matrix(weight: Weight, value: np.ndarray) -> np.ndarray:
-    if weight.layout is Layout.GATE_UP:  # [.., d, 2, f] -> [.., 2, f, d]
+    if weight.arrangement is Arrangement.GATE_UP:  # [.., d, 2, f] -> [.., 2, f, d]
         return np.moveaxis(value, -3, -1)
-    return value if weight.layout is Layout.HEAD_KEYS else np.swapaxes(value, -1, -2)
+    return value if weight.arrangement is Arrangement.HEAD_KEYS else np.swapaxes(value, -1, -2)
 
 
 def _from_matrix(weight: Weight, held: Matrix) -> Quantized:
@@ -161,9 +161,9 @@ def _from_matrix(weight: Weight, held: Matrix) -> Quantized:
     if held.factor is not None:
         scale = scale.astype(np.float32) * held.factor[..., None, None]
     values = held.values
-    if weight.layout is Layout.GATE_UP:
+    if weight.arrangement is Arrangement.GATE_UP:
         values, scale = np.moveaxis(values, -1, -3), np.moveaxis(scale, -1, -3)
-    elif weight.layout is not Layout.HEAD_KEYS:
+    elif weight.arrangement is not Arrangement.HEAD_KEYS:
         values, scale = np.swapaxes(values, -1, -2), np.swapaxes(scale, -1, -2)
     return Quantized(quantised.carried(np.ascontiguousarray(values)), np.ascontiguousarray(scale))
 

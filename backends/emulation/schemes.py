@@ -27,7 +27,7 @@ from backends.errors import Unsupported
 from hw_profiles import Profile
 from model.config import ModelConfig
 from model.quantised import FORMATS
-from model.weights import Layout, Weight
+from model.weights import Arrangement, Weight
 
 CacheFormat = Literal["f32", "bf16", "fp8", "int8"]
 Role = Literal["attention", "indexer", "index_key", "kv_up", "dense_ffn", "shared_experts", "experts", "wide"]
@@ -85,7 +85,7 @@ def role(weight: Weight) -> Role:
     """What a weight is for, as far as number formats care."""
     if not weight.quantised:
         return "wide"
-    if weight.layout in (Layout.HEAD_KEYS, Layout.HEAD_VALUES):
+    if weight.arrangement in (Arrangement.HEAD_KEYS, Arrangement.HEAD_VALUES):
         return "kv_up"
     if weight.name == "index_k":
         return "index_key"

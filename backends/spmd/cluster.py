@@ -28,7 +28,7 @@ Pages = list[dict[str, np.ndarray]]
 """A sequence's pages, by layer and cache name: [pages, page_size, ..]."""
 
 
-class NumberFormats(Protocol):
+class Numerics(Protocol):
     """An emulated chip's number formats; see `backends.spmd`."""
 
     @property
@@ -66,7 +66,7 @@ class Cluster:
         cfg: ModelConfig,
         grid: Grid,
         weights: Mapping[str, Any],
-        formats: NumberFormats | None = None,
+        formats: Numerics | None = None,
         mapped: bool | None = None,
         stages: Sequence[Stage] | None = None,
     ):

@@ -13,18 +13,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from backends.toolchains import onnx_ops, onnx_rules
-from backends.toolchains.onnx_target import CustomOp, OnnxTarget, Tables, Written
+from backends.toolchains.onnx_target import CustomOp, OnnxModel, OnnxTarget, RuleTables
 from backends.toolchains.walker import Graph, walk
 
 
-def tables() -> Tables:
+def tables() -> RuleTables:
     """How primitives, calls and the bodies of ops are written."""
-    return Tables(onnx_rules.RULES, onnx_rules.CALLS, onnx_ops.BODIES)
+    return RuleTables(onnx_rules.RULES, onnx_rules.CALLS, onnx_ops.BODIES)
 
 
 def write(
     graph: Graph, custom: Mapping[str, CustomOp] = {}, functions: bool = True, narrow_products: bool = False
-) -> Written:
+) -> OnnxModel:
     """The ONNX model of a graph.
 
     custom: op name ("glm.route") -> how to emit it; an op that is absent, or declined, is a model-local function,

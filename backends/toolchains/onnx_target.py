@@ -57,7 +57,7 @@ class OpForm:
 
 
 @dataclasses.dataclass(frozen=True)
-class Written:
+class OnnxModel:
     """A model, its inputs and outputs in order (a custom op may have added or replaced inputs), and its ops."""
 
     model: onnx.ModelProto
@@ -70,7 +70,7 @@ CustomOp = Callable[["OnnxTarget", OpCall[Ref]], Sequence[Ref] | None]
 """Emits an op as other nodes (`target.node(.., domain=..)`) and returns its results, or None to decline it."""
 
 
-class Tables(NamedTuple):
+class RuleTables(NamedTuple):
     """How a primitive, a call by name and the body of an op are written: `onnx_rules.py`, `onnx_ops.py`."""
 
     rules: Mapping[str, Callable[..., Any]]
@@ -98,7 +98,7 @@ class OnnxTarget(Target[Ref]):
 
     name = "onnx"
 
-    def __init__(self, tables: Tables, custom: Mapping[str, CustomOp], functions: bool, narrow_products: bool):
+    def __init__(self, tables: RuleTables, custom: Mapping[str, CustomOp], functions: bool, narrow_products: bool):
         self.rules, self.calls, self.bodies = tables.rules, tables.calls, tables.bodies
         self.custom, self.functions, self.narrow_products = custom, functions, narrow_products
         self.scope = _Scope("v", [])
@@ -286,7 +286,7 @@ class OnnxTarget(Target[Ref]):
 
     # --- the model
 
-    def finish(self, graph: Graph, results: Sequence[Ref]) -> Written:
+    def finish(self, graph: Graph, results: Sequence[Ref]) -> OnnxModel:
         nodes, renamed = self.scope.nodes, {}
         made = {name for node in nodes for name in node.output}
         for port, ref in zip(graph.outputs, results, strict=True):
@@ -317,7 +317,7 @@ class OnnxTarget(Target[Ref]):
             ir_version=IR_VERSION,
             producer_name="glm5-runtime",
         )
-        return Written(model, inputs, graph.outputs, self.ops)
+        return OnnxModel(model, inputs, graph.outputs, self.ops)
 
 
 def onnx_type(dtype: str) -> int:

@@ -21,17 +21,17 @@ PLATFORMS = ("cpu", "cuda")
 
 
 @dataclasses.dataclass(frozen=True)
-class Written:
+class StableHlo:
     """Of one platform: portable StableHLO bytecode, and the same as `jax.export` serializes it."""
 
     bytecode: bytes
     serialized: bytes
 
 
-def write(graph: Graph, platform: str) -> Written:
+def write(graph: Graph, platform: str) -> StableHlo:
     """The artifact of a graph; positional arguments and results in the graph's order."""
     exported = _export(graph, platform)
-    return Written(bytes(exported.mlir_module_serialized), bytes(exported.serialize()))
+    return StableHlo(bytes(exported.mlir_module_serialized), bytes(exported.serialize()))
 
 
 def text(graph: Graph, platform: str) -> str:

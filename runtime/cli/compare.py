@@ -35,7 +35,7 @@ def compare(
     from foundation.writing import replacing
     from runtime.porting import compare as runs
 
-    targets = [runs.Target.parse(part.strip(), formats) for part in profile.split(",") if part.strip()]
+    targets = [runs.Compared.parse(part.strip(), formats) for part in profile.split(",") if part.strip()]
     if not targets:
         raise UsageError("--profile names no accelerator; `glm5 profiles list` lists them")
     if html is not None and not html.absolute().parent.is_dir():

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from hw_profiles import (
     FIELDS,
+    ChipFormats,
     Curve,
     Figure,
-    Formats,
     Profile,
     ProfileError,
     check,
@@ -175,7 +175,7 @@ def _human(value: float, unit: str) -> str:
     return f"{value:.4g} {unit}"
 
 
-def _rows(profile: Profile) -> Iterator[tuple[str, str, str, Figure | Curve | Formats]]:
+def _rows(profile: Profile) -> Iterator[tuple[str, str, str, Figure | Curve | ChipFormats]]:
     """(field, value, range, where it comes from) in the order a person reads."""
     for field, figure in profile.figures.items():
         span = " to ".join(_human(value, figure.unit) for value in figure.range or ())

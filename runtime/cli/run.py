@@ -76,9 +76,9 @@ def run(
 ) -> None:
     """Generate text with a model on a backend."""
     arguments = dict(locals())
-    from runtime.execution.cluster.options import Options
+    from runtime.execution.cluster.options import SimOptions
 
-    emulated = Options(plan, profile, devices, tp, dp, ep, pp, formats, kv, engine, scale_memory, trace)
+    emulated = SimOptions(plan, profile, devices, tp, dp, ep, pp, formats, kv, engine, scale_memory, trace)
     if sum(option is not None for option in (prompt, prompt_ids, prompts)) > 1:
         raise UsageError("give one of --prompt, --prompt-ids and --prompts")
     if chat and prompt_ids is not None:
@@ -114,7 +114,7 @@ def run(
     from model.checkpoint import Checkpoint
     from model.tokenizer import ChatTemplate, Tokenizer
     from runtime.execution.local.load import embedded_checkpoint
-    from runtime.execution.local.request import Request
+    from runtime.execution.local.request import Prompt
     from runtime.execution.local.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, seed)
@@ -154,7 +154,7 @@ def run(
         encoded = [tuple(tokenizer.encode(text)) for text in texts]
     ends = {*opened.config.eos_token_ids, *(tokenizer.stop_token_ids if tokenizer else ())}
     stop = frozenset() if ignore_eos else frozenset(ends)
-    requests = [Request(ids, max_tokens, sampling, stop, dump_logits is not None) for ids in encoded]
+    requests = [Prompt(ids, max_tokens, sampling, stop, dump_logits is not None) for ids in encoded]
     streaming = not as_json and prompts is None
     stream = tokenizer.stream() if tokenizer and streaming else None
 
@@ -207,7 +207,7 @@ def _run_artifact(
     many: bool,
 ) -> None:
     """Tokens from an exported package alone: nothing of the model's code is imported."""
-    from runtime.execution.local.request import Request
+    from runtime.execution.local.request import Prompt
     from runtime.execution.package.generate import Package
 
     started = time.perf_counter()
@@ -223,7 +223,7 @@ def _run_artifact(
         if streaming:
             print(stream.put(token) if stream else f"{token} ", end="", flush=True)
 
-    completions = package.generate([Request(each, max_tokens, sampling, stop) for each in encoded], on_token)
+    completions = package.generate([Prompt(each, max_tokens, sampling, stop) for each in encoded], on_token)
     if streaming:
         print(stream.flush() if stream else "")
     for completion in completions:

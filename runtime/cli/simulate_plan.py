@@ -43,7 +43,7 @@ def simulated_plan(
 
     load: fields of its demand to change.
     """
-    from runtime.cli.simulate import result_of
+    from runtime.cli.simulated import result_of
     from runtime.deployment.plan import Plan
     from runtime.planning.predict import simulate_plan, whole
 

@@ -90,7 +90,7 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class GearUnits:
     """The units of one phase at one gear, by name."""
 
     phase: Phase
@@ -136,7 +136,7 @@ class DeviceShare:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelRef:
+class PackageModel:
     """Which model: enough to run a package. `config_sha256` is of the config.json's canonical JSON.
     `stop_token_ids` end an answer."""
 
@@ -168,13 +168,13 @@ class Manifest:
     what only one format has."""
 
     format: Format
-    model: ModelRef
+    model: PackageModel
     dtype: str
     formats: str
     page_size: int
     pool_pages: int
     axes: dict[str, int]
-    programs: tuple[Program, ...]
+    programs: tuple[GearUnits, ...]
     layers: tuple[Layer, ...]
     caches: dict[str, tuple[Value, ...]]
     weights: dict[str, tuple[WeightRef, ...]]
@@ -230,7 +230,7 @@ class Manifest:
         held = ["outer"] * (last or device.stage == 0) + [f"layers.{layer}" for layer in device.layers]
         return held + ["mtp"] * (last and self.mtp is not None)
 
-    def program(self, phase: Phase) -> tuple[Program, ...]:
+    def program(self, phase: Phase) -> tuple[GearUnits, ...]:
         """The programs of a phase, smallest gear first."""
         found = [program for program in self.programs if program.phase == phase]
         return tuple(sorted(found, key=lambda p: (p.gear.context_pages, p.gear.sequences, p.gear.tokens)))

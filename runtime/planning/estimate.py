@@ -24,7 +24,7 @@ from runtime.deployment.plan import Demand
 from runtime.planning.options import Option
 from runtime.serving.pricing import BatchShape
 from runtime.serving.replica import with_host_time
-from runtime.simulation.build import Tables, pricer_of, speculation
+from runtime.simulation.build import PriceTables, pricer_of, speculation
 
 _LONGEST_SWEEP = 4096
 _ALIGNED = 0.7
@@ -65,10 +65,10 @@ def mean_output(demand: Demand) -> float:
     return max(demand.osl * (1 + demand.length_ratio) / 2, 1.0)
 
 
-class Model:
+class OptionPrices:
     """The prices of one option under one demand."""
 
-    def __init__(self, option: Option, demand: Demand, tables: Tables):
+    def __init__(self, option: Option, demand: Demand, tables: PriceTables):
         self.option, self.demand = option, demand
         self.engine = option.spec.engine
         self.pricer = pricer_of(option.spec, tables)

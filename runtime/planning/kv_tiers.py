@@ -33,7 +33,7 @@ from runtime.serving.pricing import GRADES, BatchShape, StepPricer
 if TYPE_CHECKING:
     from runtime.deployment.engines import Engine
     from runtime.deployment.plan import Demand, Plan, Pool
-    from runtime.simulation.build import Tables
+    from runtime.simulation.build import PriceTables
 
 HOST_RATIO = 2.0
 """Host pool over device pool where nobody says: SGLang's --hicache-ratio default (docs, server_arguments.md)."""
@@ -42,7 +42,7 @@ _LATENCY_SECONDS = 10e-6  # of a copy over a link whose profile has no figure
 
 
 def plan_kv(
-    plan: Plan, cfg: ModelConfig, tables: Tables | None = None, profiles: Sequence[Profile] | None = None
+    plan: Plan, cfg: ModelConfig, tables: PriceTables | None = None, profiles: Sequence[Profile] | None = None
 ) -> tuple[PoolKv, ...]:
     """The tiers of each pool of a plan. tables: with these each pool's steps are priced for its break-even length.
     profiles: of the pools, where they are loaded already.

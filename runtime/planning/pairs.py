@@ -18,7 +18,7 @@ from runtime.deployment.ledger import stage_kv_bytes_per_token
 from runtime.deployment.plan import Transfer
 from runtime.layout import Formats, Layout
 from runtime.planning.contender import Contender, Part
-from runtime.planning.estimate import Estimate, Model, limits, mean_prompt, score
+from runtime.planning.estimate import Estimate, OptionPrices, limits, mean_prompt, score
 from runtime.planning.options import Option, Question
 
 RATIOS = tuple((a, b) for a in range(1, 8) for b in range(1, 8) if math.gcd(a, b) == 1 and a + b <= 8)
@@ -72,8 +72,8 @@ def transfer_of(question: Question, prefill: Option, decode: Option) -> Transfer
 class Pair:
     """n_p replicas of `prefill` feed n_d of `decode`."""
 
-    prefill: Model
-    decode: Model
+    prefill: OptionPrices
+    decode: OptionPrices
     replicas: tuple[int, int]
     transfer: Transfer
 
@@ -111,7 +111,7 @@ class Pair:
         return Estimate(max(1, round(flying)), rate, rate * model.output, ttft, tpot)
 
     def operating_points(self) -> list[Estimate]:
-        """As `Model.operating_points`."""
+        """As `OptionPrices.operating_points`."""
         demand, most = self.decode.demand, float(self.limit or self.decode.holds)
         if demand.rate is None and demand.concurrency is None and demand.objective == "throughput":
             return [self.steady(float(b)) for b in sorted({*(2**i for i in range(13) if 2**i < most), int(most)})]
@@ -137,7 +137,7 @@ class Pair:
 
 
 def pairs(
-    question: Question, prefills: list[Model], decodes: list[Model], devices: tuple[int, int] | int
+    question: Question, prefills: list[OptionPrices], decodes: list[OptionPrices], devices: tuple[int, int] | int
 ) -> Iterator[Contender]:
     """Contenders of every prefill and decode option and ratio that fits. devices: of both pools together, or of
     each where they are different chips."""

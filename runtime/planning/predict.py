@@ -21,7 +21,7 @@ from runtime.deployment.plan import Demand, Plan, Pool, Predicted, profile_of
 from runtime.pricing.bands import band
 from runtime.pricing.load import ExpertLoad
 from runtime.serving import Deployment, Disaggregated, Report, Uniform, Workload, closed_loop, open_loop, simulate
-from runtime.simulation.build import Built, Spec, Tables, make_engine, pricer_of, speculation
+from runtime.simulation.build import Built, PriceTables, Spec, make_engine, pricer_of, speculation
 from runtime.simulation.validation import report_half_widths
 
 DEFAULT_CONCURRENCY = 16
@@ -53,9 +53,9 @@ class Share:
     parts: int
 
 
-def share_of(plan: Plan, cfg: ModelConfig, tables: Tables | None = None, profiles: Any = None) -> Share:
+def share_of(plan: Plan, cfg: ModelConfig, tables: PriceTables | None = None, profiles: Any = None) -> Share:
     """The least deployment with the plan's layouts and pool ratio. Raises `ProfileError` or `PriceError`."""
-    tables = tables or Tables()
+    tables = tables or PriceTables()
     parts = math.gcd(*(pool.replicas for pool in plan.pools))
     built = []
     for number, pool in enumerate(plan.pools):
@@ -104,7 +104,7 @@ def simulate_plan(
     *,
     seed: int = 0,
     requests: int | None = None,
-    tables: Tables | None = None,
+    tables: PriceTables | None = None,
     profiles: list[Profile] | None = None,
     trace: Any = None,
     progress: Callable[[int, int], None] | None = None,

@@ -15,12 +15,12 @@ from runtime.deployment.errors import LoadError
 from runtime.deployment.plan import Experts, Rejected
 from runtime.planning.assign import moe_layers
 from runtime.planning.contender import Contender, Part
-from runtime.planning.estimate import Model, score
+from runtime.planning.estimate import OptionPrices, score
 from runtime.planning.experts import ExpertPlacement, place_experts
 from runtime.planning.experts.packing import Floats
 from runtime.planning.options import Option, Question, make_option
 from runtime.pricing.load import ExpertLoad
-from runtime.simulation.build import Tables
+from runtime.simulation.build import PriceTables
 
 SLOTS = (0, 1, 2, 4)
 """Redundant slots a device that are tried."""
@@ -85,7 +85,7 @@ def loaded(option: Option, matrix: Floats, name: str) -> Option:
 
 
 def spend(
-    question: Question, contender: Contender, matrix: Floats, name: str, tables: Tables
+    question: Question, contender: Contender, matrix: Floats, name: str, tables: PriceTables
 ) -> tuple[Contender, list[Rejected]]:
     """The contender with its experts placed and its slots decided, and the numbers of slots that lost."""
     parts, lost = [], []
@@ -95,13 +95,15 @@ def spend(
         lost += reasons
     if len(parts) > 1:
         return dataclasses.replace(contender, parts=tuple(parts)), lost
-    model, replicas = Model(parts[0].option, question.demand, tables), parts[0].replicas
+    model, replicas = OptionPrices(parts[0].option, question.demand, tables), parts[0].replicas
     best = min(model.operating_points(replicas), key=lambda point: score(point, question.demand))
     part = dataclasses.replace(parts[0], option=parts[0].option.limited(best.running_limit))
     return Contender((part,), best, (best, *model.sweep(replicas))), lost
 
 
-def _spend(question: Question, part: Part, matrix: Floats, name: str, tables: Tables) -> tuple[Part, list[Rejected]]:
+def _spend(
+    question: Question, part: Part, matrix: Floats, name: str, tables: PriceTables
+) -> tuple[Part, list[Rejected]]:
     option, layout = part.option, part.option.layout
     experts = matrix.shape[1]
     if not layout.by_expert:
@@ -133,7 +135,10 @@ def _spend(question: Question, part: Part, matrix: Floats, name: str, tables: Ta
         spec = dataclasses.replace(sized.spec, expert_load=ExpertLoad(name, slot_shares(placement, sample)))
         sized = dataclasses.replace(sized, spec=spec)
         best = min(
-            (score(e, question.demand) for e in Model(sized, question.demand, tables).operating_points(part.replicas)),
+            (
+                score(e, question.demand)
+                for e in OptionPrices(sized, question.demand, tables).operating_points(part.replicas)
+            ),
         )
         tried.append((best, extra, sized, float(placement.max_over_mean.mean())))
     best, extra, sized, _ = min(tried, key=lambda each: (each[0], each[1]))

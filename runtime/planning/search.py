@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from runtime.deployment.errors import NoPlanError
 from runtime.deployment.plan import Demand, Plan, Predicted, Rejected
 from runtime.planning.contender import Contender, Part, alternative, mark_front, plan_of, rank_key
-from runtime.planning.estimate import Model, score
+from runtime.planning.estimate import OptionPrices, score
 from runtime.planning.experts.packing import Floats
 from runtime.planning.kv_tiers import plan_kv
 from runtime.planning.options import Option, Question, Refused, make_option, options
@@ -31,7 +31,7 @@ from runtime.planning.predict import closed_loop_requests, predicted, simulate_p
 from runtime.planning.redundancy import checked, spend
 from runtime.pricing.price import PriceError
 from runtime.serving import ServingError
-from runtime.simulation.build import Tables
+from runtime.simulation.build import PriceTables
 
 REFINED = 6
 """Contenders whose chunk and expert slots are searched."""
@@ -73,7 +73,7 @@ def search(
 class _Search:
     def __init__(self, question: Question, chips: list[Chips], load: Floats | None, load_name: str, progress: Progress):
         self.question, self.chips, self.load, self.load_name, self.progress = question, chips, load, load_name, progress
-        self.coarse, self.full = Tables(coarse=True), Tables()
+        self.coarse, self.full = PriceTables(coarse=True), PriceTables()
         self.rejected: list[Rejected] = []
         self.refused: list[Refused] = []
         self.unpriced: list[Rejected] = []
@@ -155,7 +155,7 @@ class _Search:
 
     # --- parts of them
 
-    def _models(self, chips: Chips) -> list[Model]:
+    def _models(self, chips: Chips) -> list[OptionPrices]:
         fitting, refused, rejected = options(self.question, chips.profile, chips.count)
         self.refused += refused
         rejected += [Rejected(each.name, each.error.splitlines()[0]) for each in refused]
@@ -170,20 +170,22 @@ class _Search:
         self.rejected += self.unpriced
         return found
 
-    def _priced(self, option: Option) -> Model:
+    def _priced(self, option: Option) -> OptionPrices:
         """An option's prices, steps of either kind tried. Raises `PriceError`, e.g. for a link without a figure."""
-        model = Model(option, self.question.demand, self.coarse)
+        model = OptionPrices(option, self.question.demand, self.coarse)
         model.decode_seconds(1)
         model.prefill_seconds(0)
         return model
 
-    def _alone(self, model: Model, replicas: int) -> Contender:
+    def _alone(self, model: OptionPrices, replicas: int) -> Contender:
         points = model.operating_points(replicas)
         best = min(points, key=lambda point: score(point, self.question.demand))
         option = model.option.limited(best.running_limit)
         return Contender((Part("serve", option, replicas),), best, (best, *model.sweep(replicas)))
 
-    def _paired(self, prefills: list[Model], decodes: list[Model], devices: tuple[int, int] | int) -> list[Contender]:
+    def _paired(
+        self, prefills: list[OptionPrices], decodes: list[OptionPrices], devices: tuple[int, int] | int
+    ) -> list[Contender]:
         """Pairs of the best on either side: prompts, and tokens, a second and device."""
         demand = self.question.demand
         room = (devices, devices) if isinstance(devices, int) else devices
@@ -192,7 +194,7 @@ class _Search:
             key=lambda m: (-m.ranks / m.prefill_seconds(0)[0] / m.option.devices, m.option.name),
         )
 
-        def decoding(m: Model) -> tuple[float, str]:
+        def decoding(m: OptionPrices) -> tuple[float, str]:
             if demand.objective == "latency" or demand.concurrency is not None:
                 share = (demand.concurrency or 1) * m.option.devices / self.devices / m.ranks
             else:
@@ -207,7 +209,7 @@ class _Search:
         tokens = sorted((m for m in decodes if m.option.devices <= room[1]), key=decoding)
         return list(pairs(self.question, [self._for_prompts(m) for m in prompts[:PAIRED]], tokens[:PAIRED], devices))
 
-    def _for_prompts(self, model: Model) -> Model:
+    def _for_prompts(self, model: OptionPrices) -> OptionPrices:
         """The same layout with the chunk that computes a prompt soonest."""
         tried = [model]
         for settings in self._chunks(model.option, (2, 4, 8)):
@@ -238,7 +240,7 @@ class _Search:
             except (CapacityError, UsageError) as error:
                 self.rejected.append(Rejected(f"{option.name}, {settings}", str(error).splitlines()[0]))
                 continue
-            yield self._alone(Model(sized, demand, self.coarse), part.replicas)
+            yield self._alone(OptionPrices(sized, demand, self.coarse), part.replicas)
 
     def _resized(self, option: Option, settings: dict[str, Any]) -> Option:
         spec, own = option.spec, ("memory_fraction", "max_running_requests")  # found again for the new size

@@ -28,7 +28,7 @@ import numpy as np
 import hw_profiles
 from backends.interface import Backend, Program
 from foundation.errors import UsageError
-from hw_profiles import Curve, Figure, Formats, Profile
+from hw_profiles import ChipFormats, Curve, Figure, Profile
 from runtime.porting.calibrate_ops import measure_kernels
 
 SOURCE = "glm5 calibrate"
@@ -242,7 +242,7 @@ def profile(found: Calibration, backend: Backend, name: str, prices: str | None 
         "host" if host else device.kind,
         "host" if host else "accelerator",
         f"{device.kind} through the {backend.name} backend, {os.cpu_count()} host cores",
-        Formats(("bf16",), ("bf16",), SOURCE, today, "measured", "What the backend computes without conversion."),
+        ChipFormats(("bf16",), ("bf16",), SOURCE, today, "measured", "What the backend computes without conversion."),
         {path: figure(value, path, note) for path, (value, note) in values.items()},
         curves,
         prices=prices,

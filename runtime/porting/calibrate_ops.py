@@ -30,7 +30,7 @@ FORMATS = {"float32": "f32", "bfloat16": "bf16"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
+class Measurement:
     """Seconds of one op at one size, with the features its formula reads."""
 
     features: Mapping[str, float]
@@ -77,7 +77,7 @@ def _timed(
     return [statistics.median(kept) for kept in times]
 
 
-def _experts(backend: Backend, dtype: str, size: float, tokens: Sequence[int], rounds: int) -> list[Point]:
+def _experts(backend: Backend, dtype: str, size: float, tokens: Sequence[int], rounds: int) -> list[Measurement]:
     """Routed experts of each width over each number of tokens, every expert as likely as another."""
     points = []
     for width in _WIDTHS:
@@ -98,7 +98,7 @@ def _experts(backend: Backend, dtype: str, size: float, tokens: Sequence[int], r
                              "spread": 1.0, "hidden": float(width), "inter": float(width),
                              "weight_bytes": size, "act_bytes": size})  # fmt: skip
         times = _timed(backend, f"experts {width}", [_expert_layers] * len(cases), cases, rounds)
-        points += [Point(each, seconds / _LAYERS) for each, seconds in zip(features, times, strict=True)]
+        points += [Measurement(each, seconds / _LAYERS) for each, seconds in zip(features, times, strict=True)]
     return points
 
 
@@ -108,14 +108,14 @@ def _expert_layers(x: Any, experts: Any, weights: Any, layers: Any) -> Any:
     return x
 
 
-def _decoding(backend: Backend, dtype: str, size: float, sequences: Sequence[int], rounds: int) -> list[Point]:
+def _decoding(backend: Backend, dtype: str, size: float, sequences: Sequence[int], rounds: int) -> list[Measurement]:
     """Attention of one query a sequence over the chosen of 512 tokens."""
     cases = [(b, 1, keys, 512) for b in sequences for keys in (128, 512)]
     features = [{"sequences": float(b), "tokens": float(b), "context": float(keys)} for b, _, keys, _ in cases]
     return _attention(backend, dtype, size, cases, features, rounds)
 
 
-def _chunk(backend: Backend, dtype: str, size: float, tokens: Sequence[int], rounds: int) -> list[Point]:
+def _chunk(backend: Backend, dtype: str, size: float, tokens: Sequence[int], rounds: int) -> list[Measurement]:
     """Attention of a prompt's chunk, each query over the chosen of what stands before it."""
     cases = [(1, t, min(_SELECTED, t), t) for t in tokens]
     features = [{"sequences": 1.0, "tokens": float(t), "context": min(t / 2, _SELECTED)} for _, t, _, _ in cases]
@@ -129,7 +129,7 @@ def _attention(
     cases: Sequence[tuple[int, int, int, int]],
     features: Sequence[Mapping[str, float]],
     rounds: int,
-) -> list[Point]:
+) -> list[Measurement]:
     """Selection and `glm.sparse_attention` at (sequences, queries of each, keys chosen, tokens cached of each).
 
     The two are measured together, since a backend may pass the selection from one to the other in a form of its
@@ -168,14 +168,14 @@ def _attention(
         )
     times = _timed(backend, "attention", runs, arguments, rounds)
     fixed = {"heads": float(_HEADS), "kv_bytes": _LATENT * size, "qk": float(_LATENT), "v": float(_VALUE)}
-    return [Point({**each, **fixed}, seconds / _LAYERS) for each, seconds in zip(features, times, strict=True)]
+    return [Measurement({**each, **fixed}, seconds / _LAYERS) for each, seconds in zip(features, times, strict=True)]
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return rng.standard_normal(shape, dtype=np.float32).astype(jnp.dtype(dtype))
 
 
-def _fitted(family: str, points: Sequence[Point], peak: float, bandwidth: float) -> dict[str, Any]:
+def _fitted(family: str, points: Sequence[Measurement], peak: float, bandwidth: float) -> dict[str, Any]:
     """One entry of the `kernels` table."""
     names = [n for n in points[0].features if len({p.features[n] for p in points}) > 1]
     errors = []
@@ -206,7 +206,7 @@ _AXES = {"moe": ("inter", "rows"), "attention": ("sequences", "context")}
 _UNIT = 0.001
 
 
-def _ratio(family: str, points: Sequence[Point], peak: float, bandwidth: float) -> dict[str, Any]:
+def _ratio(family: str, points: Sequence[Measurement], peak: float, bandwidth: float) -> dict[str, Any]:
     """ln(measured / formula) on the grid of the measured sizes, which what is left of the fit goes into."""
     left = -_errors(family, points, _fit(family, points, peak, bandwidth), peak, bandwidth)
     axes = {name: sorted({p.features[name] for p in points}) for name in _AXES[family]}
@@ -218,14 +218,16 @@ def _ratio(family: str, points: Sequence[Point], peak: float, bandwidth: float) 
     return {"axes": axes, "ratio": np.round(grid / _UNIT).astype(int).ravel().tolist(), "ratio_unit": _UNIT}
 
 
-def _errors(family: str, points: Sequence[Point], constants: Constants, peak: float, bandwidth: float) -> np.ndarray:
+def _errors(
+    family: str, points: Sequence[Measurement], constants: Constants, peak: float, bandwidth: float
+) -> np.ndarray:
     """ln(formula / measured) of each point."""
     columns = {n: np.array([p.features[n] for p in points]) for n in points[0].features}
     seconds, _ = formula(columns, family, constants, peak, bandwidth)
     return np.log(seconds / np.array([p.seconds for p in points]))
 
 
-def _fit(family: str, points: Sequence[Point], peak: float, bandwidth: float) -> Constants:
+def _fit(family: str, points: Sequence[Measurement], peak: float, bandwidth: float) -> Constants:
     """Coordinate descent over log-spaced constants: least absolute error of the logarithm."""
     found = Constants(1e-5, 0.3, 0.5)
     scales = {"launch_s": np.geomspace(1e-7, 1e-2, 101), "compute_efficiency": np.geomspace(1e-3, 1.0, 61),

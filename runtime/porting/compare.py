@@ -38,7 +38,7 @@ from runtime.reports.compare import BASELINE
 if TYPE_CHECKING:
     from backends.emulation.fidelity import Observed
     from backends.emulation.number_formats import NumberFormats
-    from runtime.execution.local.engine import Engine, EngineConfig
+    from runtime.execution.local.engine import EngineConfig, LocalEngine
 
 _TEXT = Path(__file__).parents[1] / "data" / "compare.txt"
 _PROMPTS = ("A mixture of experts", "The capital of France is", "To serve a large model you need", "1, 2, 3, 4,")
@@ -48,7 +48,7 @@ Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class Compared:
     """A profile in one of its formats: `profile`, the scheme's name or None for its own, the cache's format."""
 
     label: str
@@ -57,7 +57,7 @@ class Target:
     kv: str | None = None
 
     @classmethod
-    def parse(cls, text: str, formats: str | None = None) -> Target:
+    def parse(cls, text: str, formats: str | None = None) -> Compared:
         """PROFILE[:FORMATS[:CACHE]], as in `ascend-910c:w4a8:int8`. `formats` is for those that name none."""
         name, *rest = text.split(":")
         if len(rest) > 2 or not name or not all(rest):
@@ -111,7 +111,7 @@ def _read(path: Path, option: str) -> str:
 
 def compare(
     checkpoint: Checkpoint,
-    targets: Sequence[Target],
+    targets: Sequence[Compared],
     texts: Texts,
     tokenizer: Tokenizer,
     max_tokens: int = 32,
@@ -184,7 +184,7 @@ def _observe(checkpoint: Checkpoint, formats: NumberFormats, sequences: Sequence
     return [observer.run(tokens) for tokens in sequences]
 
 
-def _engine(checkpoint: Checkpoint, formats: NumberFormats, limits: EngineConfig) -> Engine:
+def _engine(checkpoint: Checkpoint, formats: NumberFormats, limits: EngineConfig) -> LocalEngine:
     """An engine on the host that computes in these formats."""
     from backends.emulation.host import Converted, EmulatedCpu
     from runtime.execution.local.load import load_engine
@@ -198,14 +198,14 @@ def _continue(checkpoint: Checkpoint, texts: Texts, max_tokens: int) -> list[tup
     from runtime.execution.local.engine import EngineConfig
     from runtime.execution.local.load import load_engine
     from runtime.execution.local.programs import gear
-    from runtime.execution.local.request import Request
+    from runtime.execution.local.request import Prompt
 
     room = gear(max(len(ids) for _, ids in texts.prompts) + max_tokens)
     limits = EngineConfig(pool_tokens=len(texts.prompts) * 2 * room, least_batch=gear(len(texts.prompts)))
     limits = dataclasses.replace(limits, max_running=len(texts.prompts), least_context=room, least_chunk=room)
     engine = load_engine(checkpoint, registry.usable("cpu"), limits, "float32")
     stop = frozenset(checkpoint.config.eos_token_ids)
-    done = engine.generate([Request(ids, max_tokens, stop_ids=stop) for _, ids in texts.prompts])
+    done = engine.generate([Prompt(ids, max_tokens, stop_ids=stop) for _, ids in texts.prompts])
     return [(len(c.prompt_ids), tuple(c.prompt_ids) + tuple(c.token_ids)) for c in done]
 
 

@@ -41,7 +41,7 @@ _COPIED = {".json", ".jinja", ".txt", ".model"}  # tokenizer, template, generati
 
 
 @dataclasses.dataclass(frozen=True)
-class Written:
+class QuantizedCheckpoint:
     """What was written: bytes of all tensors before and after, matrices by format, and those kept from the source."""
 
     path: Path
@@ -72,7 +72,7 @@ def layout_of(scheme: Scheme, wanted: str | None = None) -> str | None:
 
 def quantize(
     source: Checkpoint, scheme: Scheme, out: Path, layout: str | None = None, shard_bytes: int = SHARD_BYTES
-) -> Written:
+) -> QuantizedCheckpoint:
     """Writes `source` in the formats of `scheme` to the new directory `out`.
 
     Matrices that the source stores in the wanted format keep their values and scales. One shard at a time is in
@@ -91,7 +91,7 @@ def quantize(
             Checkpoint(folder)  # what cannot be read back is not left behind
     except OSError as error:
         raise UsageError(f"{out} cannot be written: {error.strerror}") from None
-    return Written(out, chosen, writer.source_bytes, writer.bytes, dict(writer.matrices), writer.kept)
+    return QuantizedCheckpoint(out, chosen, writer.source_bytes, writer.bytes, dict(writer.matrices), writer.kept)
 
 
 class _Writer:

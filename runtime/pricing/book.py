@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from runtime.pricing.chip import ACTIVATION_BYTES, BYTES_PER_ELEMENT, Chip
-from runtime.pricing.grid import Array, Curve, Surface, log_knots
+from runtime.pricing.grid import Array, Polyline, Surface, log_knots
 from runtime.pricing.kernel import BOUNDS, Kernel, Rates, Timing, kernel_from_json
 from runtime.pricing.load import ExpertLoad
 from runtime.pricing.network import Network
-from runtime.pricing.price import Evidence, Price, PriceError
+from runtime.pricing.price import Price, PriceError, PriceEvidence
 
 PRICES = Path(__file__).resolve().parents[2] / "hw_profiles" / "prices"
 ENGINES = ("sglang", "trtllm", "vllm")
@@ -68,10 +68,10 @@ def read_prices(path: Path) -> Mapping[str, Any]:
 class Tabulated:
     """Seconds over one or two sizes, with the grade, and what bounds it where."""
 
-    table: Curve | Surface
+    table: Polyline | Surface
     bound_at: Callable[..., int]
     extrapolated_at: Callable[..., bool]
-    evidence: Evidence
+    evidence: PriceEvidence
     relative_error: float
 
     def seconds(self, *sizes: float) -> float:
@@ -178,7 +178,7 @@ class PriceBook:
         if key not in self._tables:
             timing = self.time(kernel, features(knots), weight_format)
             self._tables[key] = Tabulated(
-                Curve(knots, timing.seconds),
+                Polyline(knots, timing.seconds),
                 lambda x: int(timing.bound[_nearest(knots, x)]),
                 lambda x: bool(timing.extrapolated[_nearest(knots, x)]),
                 "transferred" if stand_in and kernel.evidence == "fitted" else kernel.evidence,

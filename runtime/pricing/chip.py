@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from runtime.pricing.price import Evidence, PriceError
+from runtime.pricing.price import PriceError, PriceEvidence
 
 BYTES_PER_ELEMENT: Mapping[str, float] = {
     "f32": 4.0,
@@ -91,7 +91,7 @@ class Chip:
     memory_efficiency: float | None = None
     compute_curve: Knots | None = None
     memory_curve: Knots | None = None
-    evidence: Evidence = "datasheet"
+    evidence: PriceEvidence = "datasheet"
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def peak(self, weight_format: str) -> float:

@@ -57,7 +57,7 @@ def log_knots(low: float, high: float, per_octave: int) -> Array:
     return low * 2.0 ** (np.arange(count) / per_octave)
 
 
-class Curve:
+class Polyline:
     """Seconds as a non-decreasing function of one size, linear in log-log between knots.
 
     Beyond the last knot it goes on with the last slope; below the first it is constant.
@@ -128,6 +128,6 @@ def _locate(knots: Sequence[float], size: float) -> tuple[int, float]:
     return i, max((x - knots[i]) / (knots[i + 1] - knots[i]), 0.0)
 
 
-def tabulate(knots: Array, price: Callable[[Array], Array]) -> Curve:
+def tabulate(knots: Array, price: Callable[[Array], Array]) -> Polyline:
     """A Curve of a vectorised price function."""
-    return Curve(knots, price(knots))
+    return Polyline(knots, price(knots))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from runtime.pricing.chip import Knots
 from runtime.pricing.grid import Array, RatioGrid
-from runtime.pricing.price import Bound, Evidence
+from runtime.pricing.price import Bound, PriceEvidence
 from runtime.pricing.work import FAMILIES, Features
 
 _CALIBRATED_ERROR, _CARRIED_ERROR = 0.2, 0.5
@@ -111,7 +111,7 @@ class Kernel:
     """Measured range of each feature."""
     relative_error: float = 0.5
     """90th percentile of the held-out relative error."""
-    evidence: Evidence = "assumed"
+    evidence: PriceEvidence = "assumed"
     source: str = ""
     rates: Rates | None = None
 
@@ -162,7 +162,7 @@ class Kernel:
         )
 
 
-def kernel_from_json(key: str, body: Mapping[str, Any], evidence: Evidence = "fitted") -> Kernel:
+def kernel_from_json(key: str, body: Mapping[str, Any], evidence: PriceEvidence = "fitted") -> Kernel:
     """Reads one entry of the `kernels` table; see `bench/fit_prices.py` for the writer."""
     grid = None
     if body.get("ratio"):

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from runtime.pricing.chip import Chip, Link
-from runtime.pricing.grid import Curve
-from runtime.pricing.price import Evidence, Price, PriceError
+from runtime.pricing.grid import Polyline
+from runtime.pricing.price import Price, PriceError, PriceEvidence
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 VOLUME: Mapping[str, float] = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
@@ -26,7 +26,7 @@ FREE = Price(0.0, "network", "measured", 0.0)
 
 @dataclass(frozen=True)
 class MeasuredCurve:
-    curve: Curve
+    curve: Polyline
     low: float
     high: float
     relative_error: float
@@ -34,7 +34,7 @@ class MeasuredCurve:
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> MeasuredCurve:
         sizes = np.asarray(body["bytes"], float)
-        curve = Curve(sizes, np.asarray(body["seconds"], float))
+        curve = Polyline(sizes, np.asarray(body["seconds"], float))
         return cls(curve, float(sizes[0]), float(sizes[-1]), float(body["error"]["left_out"][1]))
 
     def price(self, size: float) -> Price:
@@ -108,7 +108,7 @@ class Network:
         launch = self._chip.collective_launch_s if self._chip.collective_launch_s is not None else 10e-6
         rate = near.bandwidth_bytes_per_s * near.efficiency
         hops = np.ceil(np.log2(inside)) * (2.0 if op == "all_reduce" else 1.0)
-        evidence: Evidence = "transferred"
+        evidence: PriceEvidence = "transferred"
         if group <= inside:
             seconds = launch + hops * near.latency_s + VOLUME[op] * (group - 1) / group * total_bytes / rate
             return Price(float(seconds), "network", evidence, FORMULA_ERROR)

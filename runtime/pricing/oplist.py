@@ -36,7 +36,7 @@ class Dim:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class TensorUse:
     """An operand or result: symbolic shape, bytes an element, and the weight it is, if it is one."""
 
     shape: tuple[Dim, ...]
@@ -58,8 +58,8 @@ class TracedOp:
 
     name: str
     stage: str
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[TensorUse, ...]
+    outputs: tuple[TensorUse, ...]
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     axes: tuple[str, ...] = ()
 
@@ -142,7 +142,7 @@ FLOPS: dict[str, Callable[[TracedOp, Shapes, Shapes], int]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class OpList:
     """The op list of one layer type, of the embedding, of the head, or of an MTP step."""
 
     name: str

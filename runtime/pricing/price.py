@@ -11,9 +11,9 @@ import numpy as np
 from foundation.errors import Failure
 
 Bound = Literal["compute", "memory", "network", "overhead"]
-Evidence = Literal["measured", "fitted", "transferred", "datasheet", "assumed"]
+PriceEvidence = Literal["measured", "fitted", "transferred", "datasheet", "assumed"]
 
-EVIDENCE_ORDER: tuple[Evidence, ...] = ("measured", "fitted", "transferred", "datasheet", "assumed")
+EVIDENCE_ORDER: tuple[PriceEvidence, ...] = ("measured", "fitted", "transferred", "datasheet", "assumed")
 """Strongest first. A result carries the weakest grade of what went into it."""
 
 
@@ -32,7 +32,7 @@ class Price:
 
     seconds: float
     bound: Bound
-    evidence: Evidence
+    evidence: PriceEvidence
     relative_error: float
     extrapolated: bool = False
 
@@ -44,7 +44,7 @@ class Price:
         return Price(self.seconds * count, self.bound, self.evidence, self.relative_error, self.extrapolated)
 
 
-def weakest(grades: Iterable[Evidence]) -> Evidence:
+def weakest(grades: Iterable[PriceEvidence]) -> PriceEvidence:
     """The weakest grade among `grades`; 'measured' when there are none."""
     return EVIDENCE_ORDER[max((EVIDENCE_ORDER.index(g) for g in grades), default=0)]
 

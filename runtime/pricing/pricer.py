@@ -24,7 +24,7 @@ from runtime.pricing.attention import MlaLayer
 from runtime.pricing.book import BATCH_KNOTS, CONTEXT_KNOTS, PriceBook
 from runtime.pricing.grid import Surface
 from runtime.pricing.load import ExpertLoad
-from runtime.pricing.oplist import Program, Sizes, TracedOp
+from runtime.pricing.oplist import OpList, Sizes, TracedOp
 from runtime.pricing.price import Price, total, weakest
 from runtime.pricing.prices import Context, label, outside_attention, price
 from runtime.pricing.work import MlaShape
@@ -46,16 +46,16 @@ def coarse_grid() -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Programs:
+class OpLists:
     """The op lists a pricer needs, from `runtime.pricing.trace.trace` (any regime: only token-wise ops are read)."""
 
-    layers: dict[LayerType, Program]
-    embed: Program
-    head: Program
-    mtp: Program | None
+    layers: dict[LayerType, OpList]
+    embed: OpList
+    head: OpList
+    mtp: OpList | None
 
 
-class Table:
+class TokenTable:
     """Prices of a set of ops over `token_grid`: per label, and what bounds them."""
 
     def __init__(self, grid: np.ndarray, columns: list[dict[str, Price]]):
@@ -84,7 +84,7 @@ def main_kinds(cfg: ModelConfig) -> list[tuple[LayerType, int]]:
     return [(kind, n) for kind, n in cfg.layer_counts.items() if not kind.mtp]
 
 
-def _without_head(program: Program) -> Program:
+def _without_head(program: OpList) -> OpList:
     """An MTP step up to its head, which runs on fewer tokens than the rest and is priced apart."""
     body = itertools.takewhile(lambda op: "head" not in op.weights, program.ops)
     return dataclasses.replace(program, ops=tuple(body))
@@ -102,7 +102,7 @@ class GraphPricer:
         cfg: ModelConfig,
         layout: Layout,
         formats: Formats,
-        programs: Programs,
+        programs: OpLists,
         book: PriceBook,
         load: ExpertLoad,
         sparse_layer_seconds: float = 0.0,
@@ -135,12 +135,12 @@ class GraphPricer:
             self._shared[key] = make()
         return self._shared[key]
 
-    def _table(self, name: str, programs: Iterable[tuple[Program, int]]) -> Table:
+    def _table(self, name: str, programs: Iterable[tuple[OpList, int]]) -> TokenTable:
         layout, load = self.layout, self._context.load
         key = (name, layout.tp, layout.dp, layout.ep, id(load))
         return self._once(key, lambda: (load, self._tabulate(programs)))[1]  # held, so that its id stays its own
 
-    def _tabulate(self, programs: Iterable[tuple[Program, int]]) -> Table:
+    def _tabulate(self, programs: Iterable[tuple[OpList, int]]) -> TokenTable:
         chosen: list[tuple[TracedOp, int]] = [
             (op, n) for program, n in programs for op in program.ops if outside_attention(op, self.cfg)
         ]
@@ -152,7 +152,7 @@ class GraphPricer:
                 if found is not None:
                     parts.setdefault(label(op, self._context), []).append(found.times(n))
             columns.append({name: total(prices) for name, prices in parts.items()})
-        return Table(self._grid, columns)
+        return TokenTable(self._grid, columns)
 
     def _mla_layer(self, kind: LayerType) -> MlaLayer:
         mla, index = self.cfg.attention, self.cfg.indexer

@@ -28,10 +28,10 @@ from model.graph import Mode
 from model.ops import attributes_of
 from model.parallel import Parallel
 from model.weights import Weight, layer_weights
+from runtime.deployment.manifest import Phase
 from runtime.layout import Layout
-from runtime.pricing.oplist import Dim, Program, Sizes, Tensor, TracedOp
+from runtime.pricing.oplist import Dim, OpList, Sizes, TensorUse, TracedOp
 
-Phase = Literal["prefill", "decode"]
 PAGE_SIZE = 64
 _POOL_PAGES = 1021  # a fixed pool, so that its size is no function of the step's
 _STAGES = ("qkv", "indexer", "attention", "route", "dispatch", "experts", "combine")
@@ -52,10 +52,10 @@ class Traced:
     layout: Layout
     phase: Phase
     sparse: bool
-    layers: dict[LayerType, Program]
-    embed: Program
-    head: Program
-    mtp: Program | None
+    layers: dict[LayerType, OpList]
+    embed: OpList
+    head: OpList
+    mtp: OpList | None
 
 
 def trace(cfg: ModelConfig, layout: Layout, phase: Phase, sparse: bool = False, mtp: bool = True) -> Traced:
@@ -67,9 +67,9 @@ def trace(cfg: ModelConfig, layout: Layout, phase: Phase, sparse: bool = False, 
     layout.check(cfg)
     sparse = sparse and cfg.indexer is not None
 
-    def under(what: What, name: str) -> Program:
+    def under(what: What, name: str) -> OpList:
         points = _degrees(cfg, layout, routed=_routed(cfg, what))
-        return Program(name, tuple(op.under(layout) for op in _family(cfg, what, phase, sparse, points)))
+        return OpList(name, tuple(op.under(layout) for op in _family(cfg, what, phase, sparse, points)))
 
     layers = {kind: under(kind, kind.name) for kind in cfg.layer_counts if not kind.mtp}
     drafts = under("mtp", cfg.mtp_type.name) if mtp and cfg.mtp_layers else None
@@ -130,7 +130,7 @@ class _FamilyOp:
 
     def under(self, layout: Layout) -> TracedOp:
         tensors = [
-            Tensor(tuple([symbol.under(layout) for symbol in shape]), tensor.element_bytes, tensor.weight)
+            TensorUse(tuple([symbol.under(layout) for symbol in shape]), tensor.element_bytes, tensor.weight)
             for tensor, shape in zip(_tensors(self.op), self.shapes, strict=True)
         ]
         split = len(self.op.inputs)
@@ -325,7 +325,7 @@ def _walk(jaxpr: Any, weights: dict[Any, str], stage: str) -> Iterator[TracedOp]
         )
 
 
-def _tensor(var: Any, weights: dict[Any, str]) -> Tensor:
+def _tensor(var: Any, weights: dict[Any, str]) -> TensorUse:
     aval = var.aval
     weight = None if isinstance(var, jex.Literal) else weights.get(var)
-    return Tensor(tuple(aval.shape), jnp.dtype(aval.dtype).itemsize if hasattr(aval, "dtype") else 0, weight)
+    return TensorUse(tuple(aval.shape), jnp.dtype(aval.dtype).itemsize if hasattr(aval, "dtype") else 0, weight)

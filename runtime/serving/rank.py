@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Plan:
+class StepPlan:
     """What a rank computes in its next step: prompt chunks, and whether its slots decode.
 
     chunks: (request, new tokens, tokens in the cache before them).
@@ -74,7 +74,7 @@ class Rank:
         """Requests admitted and not finished."""
         return len(self.prefilling) + len(self.running)
 
-    def shape(self, plan: Plan, step: int = 0) -> BatchShape:
+    def shape(self, plan: StepPlan, step: int = 0) -> BatchShape:
         """What `plan` computes, `step` decode steps from now."""
         chunks = [(new, before) for _, new, before in plan.chunks]
         if not plan.decode:

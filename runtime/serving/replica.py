@@ -20,7 +20,7 @@ import numpy as np
 from runtime.serving import scheduler
 from runtime.serving.meter import Meter
 from runtime.serving.pricing import BatchShape, StepPricer
-from runtime.serving.rank import Plan, Rank
+from runtime.serving.rank import Rank, StepPlan
 from runtime.serving.request import Request
 
 LONGEST_RUN = 4096
@@ -31,7 +31,7 @@ LONGEST_RUN = 4096
 class Run:
     """Equal-looking steps in flight: one, or several that only decode. `ends`: [steps] seconds."""
 
-    plans: list[Plan]
+    plans: list[StepPlan]
     started_at: float
     ends: np.ndarray
 
@@ -114,7 +114,7 @@ class Replica:
                         finished.append(request)
         return finished, handed_off
 
-    def _plan(self, now: float) -> list[Plan]:
+    def _plan(self, now: float) -> list[StepPlan]:
         """With overlap scheduling a step that follows another was planned as that one started."""
         overlapped = self.engine.overlap_scheduling and self._last_end == now
         plans = [scheduler.plan(rank, self._last_start if overlapped else now, now) for rank in self.ranks]
@@ -122,15 +122,15 @@ class Replica:
             plans = [scheduler.plan(rank, now, now) for rank in self.ranks]
         return plans
 
-    def _busy(self, plans: list[Plan]) -> list[tuple[Rank, Plan]]:
+    def _busy(self, plans: list[StepPlan]) -> list[tuple[Rank, StepPlan]]:
         return [(rank, plan) for rank, plan in zip(self.ranks, plans, strict=True) if plan]
 
-    def _seconds(self, rank: Rank, plan: Plan, step: int) -> float:
+    def _seconds(self, rank: Rank, plan: StepPlan, step: int) -> float:
         """Step time on one rank, `step` decode steps from now."""
         shape = rank.shape(plan, step)
         return with_host_time(self.pricer.seconds(shape), host_seconds(rank, shape), self.engine.overlap_scheduling)
 
-    def _decode_run(self, plans: list[Plan], now: float, next_event: float) -> np.ndarray:
+    def _decode_run(self, plans: list[StepPlan], now: float, next_event: float) -> np.ndarray:
         """[steps] seconds of the decode steps up to the next scheduling event."""
         busy = self._busy(plans)
         steps = min(rank.steps_possible(LONGEST_RUN) for rank, _ in busy)
@@ -146,7 +146,7 @@ class Replica:
         until = int(np.searchsorted(now + np.cumsum(durations), next_event)) + 1 + extra
         return durations[:until]
 
-    def _record(self, plans: list[Plan], durations: np.ndarray, now: float, used_before: int) -> None:
+    def _record(self, plans: list[StepPlan], durations: np.ndarray, now: float, used_before: int) -> None:
         """Tells the meter about the run, as seen by the rank that computes the most tokens."""
         rank, plan = max(self._busy(plans), key=lambda busy: len(busy[0].kv) + sum(new for _, new, _ in busy[1].chunks))
         shape = rank.shape(plan, len(durations) // 2)

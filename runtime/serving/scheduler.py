@@ -15,11 +15,11 @@ import math
 
 import numpy as np
 
-from runtime.serving.rank import Plan, Rank
+from runtime.serving.rank import Rank, StepPlan
 from runtime.serving.request import Request
 
 
-def plan(rank: Rank, known_at: float, now: float) -> Plan:
+def plan(rank: Rank, known_at: float, now: float) -> StepPlan:
     """The rank's next step, made at `now` knowing the requests that were queued by `known_at`.
 
     Admits and preempts as the engine's policy says; an empty plan means that there is nothing to do.
@@ -29,13 +29,13 @@ def plan(rank: Rank, known_at: float, now: float) -> Plan:
     return _mixed(rank, known_at, now)
 
 
-def _prefill_first(rank: Rank, known_at: float, now: float) -> Plan:
+def _prefill_first(rank: Rank, known_at: float, now: float) -> StepPlan:
     """SGLang: fill a prefill batch up to the chunk size; decode only when there is none to run."""
     engine, page = rank.engine, rank.pool.page_tokens
     chunk_left = float(engine.chunked_prefill_tokens or math.inf)
     step_left = engine.max_step_tokens
     joining: list[Request] = []  # their prompts end in this batch, their answers begin
-    step = Plan()
+    step = StepPlan()
 
     def add(request: Request, tokens: int) -> None:
         nonlocal chunk_left, step_left
@@ -68,12 +68,12 @@ def _prefill_first(rank: Rank, known_at: float, now: float) -> Plan:
     return step
 
 
-def _mixed(rank: Rank, known_at: float, now: float) -> Plan:
+def _mixed(rank: Rank, known_at: float, now: float) -> StepPlan:
     """vLLM and in-flight batching: decode everything, then prompts in order, within one token budget."""
     engine = rank.engine
     preempted = _make_room(rank)
     rank.grow(1)
-    step = Plan()
+    step = StepPlan()
     budget = engine.max_step_tokens - len(rank.running) * rank.query_tokens
     longest = engine.chunked_prefill_tokens or math.inf
     for request in rank.prefilling:

@@ -20,7 +20,7 @@ from runtime.deployment.engines import Engine
 from runtime.deployment.ledger import Ledger, fullest, stage_ledgers
 from runtime.layout import Formats, Layout, is_sparse
 from runtime.pricing import Chip, PriceBook, load, open_book
-from runtime.pricing.pricer import GraphPricer, Programs
+from runtime.pricing.pricer import GraphPricer, OpLists
 from runtime.serving import Deployment, Speculation
 
 # Where a profile has no figure for what the driver and runtime keep back, and for collective buffers.
@@ -58,11 +58,11 @@ class Built:
 
 
 @lru_cache(maxsize=32)
-def _programs(cfg: ModelConfig, layout: Layout, mtp: bool = True) -> Programs:
+def _programs(cfg: ModelConfig, layout: Layout, mtp: bool = True) -> OpLists:
     from runtime.pricing.trace import trace
 
     traced = trace(cfg, layout, "decode", mtp=mtp)
-    return Programs(traced.layers, traced.embed, traced.head, traced.mtp)
+    return OpLists(traced.layers, traced.embed, traced.head, traced.mtp)
 
 
 def default_kv(cfg: ModelConfig, profile: Profile, engine_name: str) -> str:
@@ -179,7 +179,7 @@ def memories(spec: Spec) -> list[Ledger]:
     )
 
 
-class Tables:
+class PriceTables:
     """What builds of several deployments share: price books and their tables.
 
     coarse: tables with fewer knots, for comparing many layouts.
@@ -207,7 +207,7 @@ class Tables:
         return self._loads[name, experts]
 
 
-def pricer_of(spec: Spec, tables: Tables) -> GraphPricer:
+def pricer_of(spec: Spec, tables: PriceTables) -> GraphPricer:
     """The prices of a deployment's steps. Raises `ProfileError` or `PriceError`."""
     book, shared = tables.book(spec.profile, spec.engine.name, spec.formats.wide)
     experts = spec.expert_load
@@ -226,7 +226,7 @@ def pricer_of(spec: Spec, tables: Tables) -> GraphPricer:
     )
 
 
-def build(spec: Spec, tables: Tables | None = None) -> Built:
+def build(spec: Spec, tables: PriceTables | None = None) -> Built:
     """Traces, prices and sizes a deployment.
 
     Raises `UsageError`, `CapacityError`, `ProfileError` or `PriceError`, each in one line (a model that does
@@ -238,7 +238,7 @@ def build(spec: Spec, tables: Tables | None = None) -> Built:
     if spec.accept_length is not None and not spec.drafts:
         raise UsageError(f"--accept {spec.accept_length:g} says nothing without drafts: add --mtp")
     held = memory(spec) if spec.pool_tokens is None else None
-    pricer = pricer_of(spec, tables or Tables())
+    pricer = pricer_of(spec, tables or PriceTables())
     pool = spec.pool_tokens or (held.pool_tokens if held else 0)
     deployment = Deployment(
         spec.engine,

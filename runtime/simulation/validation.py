@@ -60,7 +60,7 @@ STEP = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ScoredRow:
     """One scored row. `predicted` and `bands` by quantity: "ttft_ms", "tpot_ms" or "step_s"."""
 
     name: str
@@ -148,7 +148,7 @@ def launch_settings(row: Mapping[str, str], cfg: ModelConfig, profile: hw_profil
     return {}
 
 
-def _end_to_end(row: Mapping[str, str]) -> Row:
+def _end_to_end(row: Mapping[str, str]) -> ScoredRow:
     cfg, profile = preset_of(row["model"]), hw_profiles.load(row["system"])
     tp, dp, ep = (int(row[key]) for key in ("tp", "dp", "ep"))
     layout = Layout(tp=tp, dp=dp, ep=ep)
@@ -159,7 +159,7 @@ def _end_to_end(row: Mapping[str, str]) -> Row:
     report = simulate(load, built.deployment)
     predicted = {"ttft_ms": 1e3 * report.ttft.mean, "tpot_ms": 1e3 * report.tpot.mean}
     halves = report_half_widths(built, report)
-    return Row(
+    return ScoredRow(
         name=f"{row['model']} {row['system']} {row['engine']} {row['isl']}/{row['osl']} c{row['concurrency']}",
         measured={key: float(row[key]) for key in predicted},
         predicted=predicted,
@@ -203,7 +203,7 @@ _LINEAR = {
 }
 
 
-def _step(row: Mapping[str, str]) -> Row:
+def _step(row: Mapping[str, str]) -> ScoredRow:
     cfg = preset_of(row["model"])
     profile = hw_profiles.load(_DEVICES.get(row["device"], row["device"]))
     tp, dp, ep, world, drafts = (int(row[key]) for key in ("tp", "dp", "ep", "world", "mtp"))
@@ -226,7 +226,7 @@ def _step(row: Mapping[str, str]) -> Row:
         shape = BatchShape(prefill_chunks=[(length, 0)] * local)
     price = built.pricer.price(shape)
     half = half_width("step", relative_error(price), built.pricer.book.measured, price.extrapolated, False)
-    return Row(
+    return ScoredRow(
         name=row.get("name") or row["model"],
         measured={"step_s": float(row["measured_s"])},
         predicted={"step_s": price.seconds},
@@ -236,7 +236,7 @@ def _step(row: Mapping[str, str]) -> Row:
     )
 
 
-def score(path: Path, progress: Any = lambda done, total: None) -> list[Row]:
+def score(path: Path, progress: Any = lambda done, total: None) -> list[ScoredRow]:
     """Scores every row of a file. Raises `UsageError` for a malformed file; rows that cannot be priced
     come back with `skipped` set."""
     kind, rows = read_rows(path)
@@ -248,23 +248,25 @@ def score(path: Path, progress: Any = lambda done, total: None) -> list[Row]:
             scored.append(_step(row) if kind == "step" else _end_to_end(row))
         except Failure as error:
             reason = str(error).splitlines()[0]
-            scored.append(Row(f"row {number + 1}: {row['model']}", {}, {}, {}, False, "assumed", reason))
+            scored.append(ScoredRow(f"row {number + 1}: {row['model']}", {}, {}, {}, False, "assumed", reason))
         except (ValueError, KeyError) as error:
-            scored.append(Row(f"row {number + 1}: {row['model']}", {}, {}, {}, False, "assumed", f"malformed: {error}"))
+            scored.append(
+                ScoredRow(f"row {number + 1}: {row['model']}", {}, {}, {}, False, "assumed", f"malformed: {error}")
+            )
         progress(number + 1, len(rows))
     return scored
 
 
-def by_group(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+def by_group(rows: Iterable[ScoredRow]) -> dict[str, dict[str, Any]]:
     """`summary` for each model, chip and engine of an end-to-end file; empty for step times."""
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[ScoredRow]] = {}
     for row in rows:
         if "tpot_ms" in row.predicted:
             groups.setdefault(" ".join(row.name.split()[:3]), []).append(row)
     return {name: summary(group) for name, group in groups.items()}
 
 
-def summary(rows: Iterable[Row]) -> dict[str, Any]:
+def summary(rows: Iterable[ScoredRow]) -> dict[str, Any]:
     """Errors over the scored rows; TTFT errors leave saturated rows out, which are given apart."""
     rows = list(rows)
     priced = [row for row in rows if row.skipped is None]

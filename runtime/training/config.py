@@ -79,7 +79,7 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """So many steps of one kind: `rows` sequences of `length` tokens, tasks by `mix`. With `draft_weight` the MTP
     layer learns too, `drafts` deep, on `draft_rows` of the sequences."""
 
@@ -119,7 +119,7 @@ class TrainConfig:
 
     raw_model: Mapping[str, Any]
     optimizer: OptimizerConfig
-    stages: tuple[Stage, ...]
+    stages: tuple[TrainingStage, ...]
     seed: int = 0
     save_every: int = 100
     log_every: int = 20
@@ -132,7 +132,7 @@ class TrainConfig:
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
-    def at(self, step: int) -> Stage:
+    def at(self, step: int) -> TrainingStage:
         """The stage of a step, counted from 0."""
         for stage in self.stages:
             if step < stage.steps:
@@ -206,7 +206,7 @@ def read(path: str | Path) -> TrainConfig:
     if not isinstance(stages, list) or not stages:
         raise UsageError(f"{path}: needs at least one [[stage]]")
     optimizer = _read(f"{path}: [optimizer]", OptimizerConfig, raw.get("optimizer", {}))
-    read_stages = tuple(_read(f"{path}: [[stage]] {i}", Stage, each) for i, each in enumerate(stages, 1))
+    read_stages = tuple(_read(f"{path}: [[stage]] {i}", TrainingStage, each) for i, each in enumerate(stages, 1))
     config = TrainConfig(
         _model(path, raw.get("model")), optimizer, read_stages, **{key: raw[key] for key in scalars if key in raw}
     )

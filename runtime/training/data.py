@@ -48,7 +48,7 @@ class Turn(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class Exercise:
     """A held-out question: a rendered prompt and the text that must come back. `call`: the tool call meant;
     `fact_at`: where in the prompt the fact stands that a question of `recall` is about."""
 
@@ -163,7 +163,7 @@ def sentence(rng: Rng, asked: bool) -> tuple[str, str]:
 # --- rows ----------------------------------------------------------------------------------------
 
 
-class Batch(NamedTuple):
+class TrainingBatch(NamedTuple):
     """tokens int32 [b,t]; weights float32 [b,t], of each token as something to predict; tasks int32 [b]."""
 
     tokens: np.ndarray
@@ -183,7 +183,7 @@ class Generator:
         self._user, self._assistant, self._observation, self._think = map(tokenizer.token_id, names)
         self._things = {tokenizer.encode(f":{thing}")[-1] for thing in words.THINGS}
 
-    def batch(self, step: int, rows: int, length: int, mix: Mapping[str, float]) -> Batch:
+    def batch(self, step: int, rows: int, length: int, mix: Mapping[str, float]) -> TrainingBatch:
         """The batch of a step: a function of the seed and the step alone."""
         rng = np.random.default_rng([self.seed, step])
         shares = np.array([mix.get(task, 0.0) for task in TASKS])
@@ -193,7 +193,7 @@ class Generator:
             ids, counts = self.row(rng, TASKS[task], length)
             tokens[row], weights[row] = ids, counts
         weights[:, 0] = 0.0  # nothing comes before it
-        return Batch(tokens, weights, tasks.astype(np.int32))
+        return TrainingBatch(tokens, weights, tasks.astype(np.int32))
 
     def row(self, rng: Rng, task: str, length: int) -> tuple[list[int], list[float]]:
         """Documents of one task until `length` tokens are full; the last is cut."""
@@ -270,15 +270,15 @@ class Generator:
 
     # --- questions
 
-    def questions(self, task: str, count: int, seed: int = 1) -> list[Question]:
+    def questions(self, task: str, count: int, seed: int = 1) -> list[Exercise]:
         """Held-out questions of a task; the same for the same seed."""
         rng = np.random.default_rng([self.seed, seed, TASKS.index(task), 2**31])
         return [self._question(rng, task) for _ in range(count)]
 
-    def _question(self, rng: Rng, task: str) -> Question:
+    def _question(self, rng: Rng, task: str) -> Exercise:
         if task == "sentences":
             given, follows = sentence(rng, True)
-            return Question(task, given, follows)
+            return Exercise(task, given, follows)
         tools, call, before, fact = None, None, [], ""
         if task == "recall":
             name, thing = _until(rng, True, lambda: (_one(rng, words.NAMES), _one(rng, words.THINGS)))
@@ -296,7 +296,7 @@ class Generator:
         asked = [*before, {"role": "user", "content": turn.question}]
         prompt = self.template.render(asked, tools, enable_thinking=False)
         full = self.template.render([*asked, turn.answer], tools, add_generation_prompt=False)
-        return Question(task, prompt, full.removeprefix(prompt), call, prompt.index(fact))
+        return Exercise(task, prompt, full.removeprefix(prompt), call, prompt.index(fact))
 
 
 _CALL = re.compile(r"<tool_call>([^<]+)((?:<arg_key>[^<]*</arg_key><arg_value>[^<]*</arg_value>)*)</tool_call>")

@@ -20,10 +20,10 @@ from backends.interface import Backend
 from foundation.errors import UsageError
 from model.checkpoint import Checkpoint, Put
 from model.tokenizer import ChatTemplate, Tokenizer
-from runtime.execution.local.engine import Engine, EngineConfig
+from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.load import load_engine
-from runtime.execution.local.request import Request
-from runtime.training.data import TASKS, Generator, Question, parse_call
+from runtime.execution.local.request import Prompt
+from runtime.training.data import TASKS, Exercise, Generator, parse_call
 
 SEED, SAMPLES = 1, 100
 
@@ -102,7 +102,7 @@ def evaluate(
     return ask(engine, opened.path, samples, tasks)
 
 
-def ask(engine: Engine, path: Path, samples: int = SAMPLES, tasks: Sequence[str] = TASKS) -> Evaluation:
+def ask(engine: LocalEngine, path: Path, samples: int = SAMPLES, tasks: Sequence[str] = TASKS) -> Evaluation:
     """Asks an engine that serves the checkpoint at `path` (its tokenizer and template are used)."""
     if unknown := [task for task in tasks if task not in TASKS]:
         raise UsageError(f"there is no task {unknown[0]!r}; there are {', '.join(TASKS)}")
@@ -116,7 +116,7 @@ def ask(engine: Engine, path: Path, samples: int = SAMPLES, tasks: Sequence[str]
     for task in tasks:
         questions = generator.questions(task, samples, SEED)
         requests = [
-            Request(tuple(tokenizer.encode(q.prompt)), len(tokenizer.encode(q.answer)) + 4, stop_ids=stops)
+            Prompt(tuple(tokenizer.encode(q.prompt)), len(tokenizer.encode(q.answer)) + 4, stop_ids=stops)
             for q in questions
         ]
         completions = engine.generate(requests)
@@ -134,7 +134,7 @@ def ask(engine: Engine, path: Path, samples: int = SAMPLES, tasks: Sequence[str]
     return Evaluation(scores, given / steps if steps else None, distance)
 
 
-def is_right(question: Question, text: str) -> bool:
+def is_right(question: Exercise, text: str) -> bool:
     """Whether a generated answer is the right one."""
     if question.call is None:
         return text.startswith(question.answer) if question.task == "sentences" else text == question.answer
@@ -143,6 +143,6 @@ def is_right(question: Question, text: str) -> bool:
     return found == {"name": question.call["name"], "arguments": arguments}
 
 
-def _distance(tokenizer: Tokenizer, question: Question) -> int:
+def _distance(tokenizer: Tokenizer, question: Exercise) -> int:
     """Tokens from a fact to where its answer begins."""
     return len(tokenizer.encode(question.prompt)) - len(tokenizer.encode(question.prompt[: question.fact_at]))

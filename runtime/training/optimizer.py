@@ -42,7 +42,7 @@ def dimension_numbers(params: Params, name: Name) -> dict[str, MuonDimensionNumb
     return {key: of(key, array) for key, array in params.items()}
 
 
-class Rates(NamedTuple):
+class LearningRates(NamedTuple):
     """Learning rates of matrices and of the rest, and the steps over which they rise and fall."""
 
     matrix: float
@@ -52,7 +52,7 @@ class Rates(NamedTuple):
     fall: int
 
 
-def schedule(peak: float, rates: Rates) -> optax.Schedule:
+def schedule(peak: float, rates: LearningRates) -> optax.Schedule:
     """Up in a line, level, and down in a line to a fiftieth."""
     return optax.join_schedules(
         [
@@ -63,7 +63,7 @@ def schedule(peak: float, rates: Rates) -> optax.Schedule:
     )
 
 
-def make(name: Name, rates: Rates, weight_decay: float, clip: float) -> optax.GradientTransformation:
+def make(name: Name, rates: LearningRates, weight_decay: float, clip: float) -> optax.GradientTransformation:
     """The optimizer of parameters by name, of gradients clipped to a global norm of `clip`. Matrices step by 0.2 root
     mean square times their rate, as AdamW does."""
 

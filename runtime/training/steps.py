@@ -13,13 +13,13 @@ from jax import Array
 
 from model.checkpoint import groups
 from model.config import Mla, ModelConfig
-from model.weights import Layout, Weight
+from model.weights import Arrangement, Weight
 from runtime.training import optimizer
-from runtime.training.config import Stage, TrainConfig
+from runtime.training.config import TrainConfig, TrainingStage
 from runtime.training.forward import Aim, Params, flatten, index_recall, is_balance, is_index, loss
 from runtime.training.state import State
 
-_FAN_IN = {Layout.MATRIX: -2, Layout.GATE_UP: -3, Layout.HEAD_KEYS: -1, Layout.HEAD_VALUES: -2}
+_FAN_IN = {Arrangement.MATRIX: -2, Arrangement.GATE_UP: -3, Arrangement.HEAD_KEYS: -1, Arrangement.HEAD_VALUES: -2}
 _GAINS: dict[str, float] = dict.fromkeys(
     ("o", "down", "experts_down", "shared_down", "head"), 0.3
 )  # the residual begins as the embedding
@@ -35,10 +35,10 @@ def initial_params(cfg: ModelConfig, seed: int) -> Params:
     def make(weight: Weight) -> np.ndarray:
         if weight.name == "embed":
             array = 0.35 * (rng.standard_normal(weight.shape) + common)
-        elif weight.layout is Layout.PLAIN:
+        elif weight.arrangement is Arrangement.PLAIN:
             array = np.full(weight.shape, float(weight.name.endswith("norm")))
         else:
-            fan_in = weight.shape[_FAN_IN[weight.layout]]
+            fan_in = weight.shape[_FAN_IN[weight.arrangement]]
             array = _GAINS.get(weight.name, 1.0) * fan_in**-0.5 * rng.standard_normal(weight.shape)
         return array.astype(np.float32)
 
@@ -86,7 +86,7 @@ class Optimizers:
         o = config.optimizer
 
         def make(steps: int, matrix: float, other: float) -> optax.GradientTransformation:
-            rates = optimizer.Rates(matrix, other, steps, round(o.rise * steps), round(o.fall * steps))
+            rates = optimizer.LearningRates(matrix, other, steps, round(o.rise * steps), round(o.fall * steps))
             return optimizer.make(o.name, rates, o.weight_decay, o.clip)
 
         self.main = make(config.count("dense", "sparse"), o.matrix_rate, o.other_rate)
@@ -106,7 +106,7 @@ def _only(params: Params, names: set[str]) -> Params:
 StepFn = Callable[[State, Any, Any], tuple[State, dict[str, Any]]]
 
 
-def compile_step(cfg: ModelConfig, stage: Stage, optimizers: Optimizers) -> StepFn:
+def compile_step(cfg: ModelConfig, stage: TrainingStage, optimizers: Optimizers) -> StepFn:
     """The jitted step of a stage: (state, tokens [b,t], weights [b,t]) -> (state, parts of the loss)."""
     aim = Aim(stage.attention, stage.draft_depths, stage.draft_rows, stage.draft_weight)
     routed = [f"layers.{i}.router_bias" for i, kind in enumerate(cfg.layers) if kind.ffn == "moe"]

@@ -17,8 +17,8 @@ import numpy as np
 
 from foundation.errors import UsageError
 from runtime.training import export, metrics, state, steps
-from runtime.training.config import Stage, TrainConfig
-from runtime.training.data import TASKS, Batch
+from runtime.training.config import TrainConfig, TrainingStage
+from runtime.training.data import TASKS, TrainingBatch
 from runtime.training.state import State
 
 CHECKPOINT = "checkpoint"
@@ -63,7 +63,7 @@ class _Run:
         self,
         config: TrainConfig,
         folder: Path,
-        batch: Callable[..., Batch],
+        batch: Callable[..., TrainingBatch],
         optimizers: steps.Optimizers,
         report: Report,
     ):
@@ -73,7 +73,7 @@ class _Run:
         begins = np.cumsum([0, *(stage.steps for stage in config.stages)])
         self._begins = [(int(at), stage.attention) for at, stage in zip(begins, config.stages, strict=False)]
 
-    def _make(self, step: int) -> Batch:
+    def _make(self, step: int) -> TrainingBatch:
         stage = self.config.at(step)
         return self._batch(step, stage.rows, stage.length, stage.mix)
 
@@ -82,7 +82,7 @@ class _Run:
         stage, begin = self.config.at(done), done
         end = next(at for at in np.cumsum([s.steps for s in self.config.stages]) if at > done)
         step = steps.compile_step(self.config.model, stage, self._optimizers)
-        window: list[tuple[Batch, dict[str, Any]]] = []
+        window: list[tuple[TrainingBatch, dict[str, Any]]] = []
         batch, since = self._make(done), time.perf_counter()
         while done < end:
             now, parts = step(now, batch.tokens, batch.weights)
@@ -106,7 +106,9 @@ class _Run:
                 metrics.page(self.folder, f"Training run {self.folder.name}", self._begins)
         return now, done
 
-    def _record(self, stage: Stage, step: int, window: list[tuple[Batch, dict[str, Any]]]) -> dict[str, Any]:
+    def _record(
+        self, stage: TrainingStage, step: int, window: list[tuple[TrainingBatch, dict[str, Any]]]
+    ) -> dict[str, Any]:
         """What the steps of a window say: means, but the largest logit of all, and loads summed over the window."""
         parts = [{k: v for k, v in p.items()} for _, p in window]
         tasks = np.concatenate([batch.tasks for batch, _ in window])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from backends.ascend.lowerings import Options
+from backends.ascend.lowerings import CannOptions
 from backends.ascend.writer import AscendGraph, write
 from backends.toolchains.walker import Graph, port
 from model import ops
@@ -159,7 +159,7 @@ def test_what_the_kernels_do_not_take_is_decomposed_and_said():
 @pytest.mark.parametrize("fused", ["shipped", "none"])
 def test_without_the_plugin_the_cache_is_one_and_attention_is_decomposed(fused: Any):
     inputs, fn = _attention_inputs(), _sparse(8)
-    made = write(_graph(fn, inputs, ["out", "cache.latent.out", "selected.out"]), Options(fused=fused))
+    made = write(_graph(fn, inputs, ["out", "cache.latent.out", "selected.out"]), CannOptions(fused=fused))
     assert not _customs(made)
     got = _run(made, inputs)
     np.testing.assert_allclose(got["out"], np.asarray(fn(**inputs)[0]), atol=2e-3)
@@ -233,7 +233,7 @@ def _int8(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_int8_experts_take_values_and_scales_in_the_place_of_a_weight():
     fn, inputs = _experts()
-    made = write(_graph(fn, inputs, ["out"]), Options(int8=frozenset({"w.gate_up", "w.down"})))
+    made = write(_graph(fn, inputs, ["out"]), CannOptions(int8=frozenset({"w.gate_up", "w.down"})))
     assert "NPUDynamicQuant" in _customs(made)
     for name in ("w.gate_up", "w.down"):
         inputs[f"{name}.values"], inputs[f"{name}.scale"] = _int8(inputs[name], 1)
@@ -252,7 +252,7 @@ def test_int8_products_with_each_set_of_operators(fused: Any, node: str | None):
     def product(**x: Any) -> tuple[Any, ...]:
         return (ops.linear(x["x"], x["w.q_a"]),)
 
-    made = write(_graph(product, inputs, ["out"]), Options(fused=fused, int8=frozenset({"w.q_a"})))
+    made = write(_graph(product, inputs, ["out"]), CannOptions(fused=fused, int8=frozenset({"w.q_a"})))
     assert _customs(made) - {"NPUDynamicQuant"} == ({node} if node else set())
     values, scale = _int8(inputs["w.q_a"], 0)
     got = _run(made, {"x": inputs["x"], "w.q_a.values": values, "w.q_a.scale": scale})["out"]
@@ -267,7 +267,7 @@ def test_a_chip_without_a_kernel_gets_the_decomposition():
     def norm(**x: Any) -> tuple[Any, ...]:
         return (ops.rms_norm(x["x"], x["weight"], eps=1e-5),)
 
-    made = write(_graph(norm, inputs, ["out"]), Options(family="ascend310p"))
+    made = write(_graph(norm, inputs, ["out"]), CannOptions(family="ascend310p"))
     assert not _customs(made)
     assert ("glm.rms_norm", "RmsNorm is not offered on ascend310p") in made.declined
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from model.checkpoint import groups, save
 from model.config import from_hf
-from model.weights import Layout, Weight
+from model.weights import Arrangement, Weight
 from runtime.cli.main import main
 from runtime.execution.local.load import embedded_checkpoint
 
@@ -66,7 +66,7 @@ def make_checkpoint(folder: Path) -> None:
     rng = np.random.default_rng(0)
 
     def make(weight: Weight) -> np.ndarray:
-        if weight.layout is Layout.PLAIN and weight.name != "embed":
+        if weight.layout is Arrangement.PLAIN and weight.name != "embed":
             centre = 1.0 if "norm" in weight.name else 0.0
             return (centre + 0.1 * rng.standard_normal(weight.shape)).astype(np.float32)
         return (0.1 * rng.standard_normal(weight.shape)).astype(np.float32)

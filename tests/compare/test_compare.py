@@ -106,13 +106,13 @@ def test_the_engine_computes_the_same(made: tuple[dict[str, Any], str], checkpoi
     from backends.emulation.number_formats import formats_of
     from model.checkpoint import Checkpoint
     from runtime.execution.local.engine import EngineConfig
-    from runtime.execution.local.request import Request
+    from runtime.execution.local.request import Prompt
 
-    opened, target = Checkpoint(checkpoint), compare.Target.parse("ascend-910c:w8a8")
+    opened, target = Checkpoint(checkpoint), compare.Compared.parse("ascend-910c:w8a8")
     held = formats_of(opened.config, target.profile, target.formats, target.kv)
     ids = tuple(range(300, 314))
     engine = compare._engine(opened, held, EngineConfig(pool_tokens=64, max_running=1, least_context=16))
-    served = engine.generate([Request(ids, 1, keep_logits=True)])[0].logits
+    served = engine.generate([Prompt(ids, 1, keep_logits=True)])[0].logits
     observed = Observer(opened.config, load(opened, held), held).run(np.array(ids)).logits
     assert served is not None
     noise = made[0]["profiles"][0]["logit_error"]

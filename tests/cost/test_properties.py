@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.pricing import GLM5, MlaLayer, attention, load, open_book
-from runtime.pricing.grid import Curve, RatioGrid, Surface
+from runtime.pricing.grid import Polyline, RatioGrid, Surface
 from tests.cost.chips import CHIPS, UNMEASURED
 
 BOOKS = {name: open_book(chip) for name, chip in {**CHIPS, "some-npu": UNMEASURED}.items()}
@@ -97,7 +97,7 @@ def test_ratio_grid_interpolates_and_holds_its_edges() -> None:
 
 def test_curve_and_surface_scalar_and_vector_calls_agree() -> None:
     knots = np.array([1.0, 4.0, 16.0])
-    curve = Curve(knots, np.array([1.0, 2.0, 1.5]))
+    curve = Polyline(knots, np.array([1.0, 2.0, 1.5]))
     sizes = np.array([0.5, 1.0, 3.0, 16.0, 99.0])
     assert curve.many(sizes) == pytest.approx([curve(x) for x in sizes])
     surface = Surface(knots, knots, np.arange(9.0).reshape(3, 3) + 1)

@@ -15,8 +15,8 @@ from model.config import LayerType, ModelConfig, load_config, preset_names
 from model.weights import Weight, layer_weights, outer_weights
 from runtime.layout import Layout, formats
 from runtime.pricing import Chip, PriceError, load, open_book
-from runtime.pricing.oplist import FLOPS, Program, Sizes, Tensor, TracedOp
-from runtime.pricing.pricer import GraphPricer, Programs
+from runtime.pricing.oplist import FLOPS, OpList, Sizes, TensorUse, TracedOp
+from runtime.pricing.pricer import GraphPricer, OpLists
 from runtime.pricing.prices import FUSED, PRICES, Context, price
 from runtime.pricing.trace import PAGE_SIZE, Traced, _flatten, _Tracer, trace
 from tests.cost.chips import CHIPS
@@ -33,7 +33,7 @@ def traced(model: str, layout: Layout, phase: Any, sparse: bool) -> Traced:
     return trace(load_config(model), layout, phase, sparse)
 
 
-def programs(found: Traced) -> dict[str, Program]:
+def programs(found: Traced) -> dict[str, OpList]:
     named = {kind.name: program for kind, program in found.layers.items()}
     named |= {"embed": found.embed, "head": found.head}
     return named | ({"mtp": found.mtp} if found.mtp else {})
@@ -127,14 +127,14 @@ def test_a_graph_with_an_unknown_op_cannot_be_priced() -> None:
     cfg, found = load_config("glm-5"), traced("glm-5", Layout(), "decode", False)
     kind, program = next(iter(found.layers.items()))
     strange = dataclasses.replace(program, ops=(*program.ops, TracedOp("glm.warp_drive", "", (), ())))
-    lists = Programs({**found.layers, kind: strange}, found.embed, found.head, found.mtp)
+    lists = OpLists({**found.layers, kind: strange}, found.embed, found.head, found.mtp)
     with pytest.raises(PriceError, match=r"glm\.warp_drive"):
         GraphPricer(cfg, Layout(), formats("fp8"), lists, open_book(CHIPS["h200-sxm"]), load.uniform(256))
 
 
 def test_a_chip_without_a_link_cannot_price_a_collective() -> None:
     cfg, found = load_config("glm-5"), traced("glm-5", Layout(tp=2), "decode", False)
-    lists = Programs(found.layers, found.embed, found.head, found.mtp)
+    lists = OpLists(found.layers, found.embed, found.head, found.mtp)
     alone = Chip("lonely", {"bf16": 1e14, "fp8": 2e14}, 1e12)
     with pytest.raises(PriceError, match="link.scale_up"):
         GraphPricer(cfg, Layout(tp=2), formats("fp8"), lists, open_book(alone), load.uniform(256))
@@ -191,6 +191,6 @@ def test_a_trace_names_every_weight_once(model: str) -> None:
     layout = Layout(tp=2, dp=2, ep=4)
     found = traced(model, layout, "decode", cfg.indexer is not None)
     for kind, program in found.layers.items():
-        named: dict[str, Tensor] = {x.weight: x for op in program.ops for x in op.inputs if x.weight}
+        named: dict[str, TensorUse] = {x.weight: x for op in program.ops for x in op.inputs if x.weight}
         held = {w.name: layout.local_shape(w) for w in layer_weights(cfg, kind)}
         assert {name: x.at(Sizes(1, 1, 1)) for name, x in named.items()} == held

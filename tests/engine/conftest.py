@@ -11,8 +11,8 @@ import pytest
 from backends import registry
 from model.checkpoint import Checkpoint, save
 from model.config import ModelConfig, from_hf
-from model.weights import Layout, Weight, layer_weights, outer_weights
-from runtime.execution.local.engine import Engine, EngineConfig
+from model.weights import Arrangement, Weight, layer_weights, outer_weights
+from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.load import load_engine
 
 DSA: dict[str, Any] = {
@@ -43,7 +43,7 @@ def random_weights(cfg: ModelConfig, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
 
     def make(weight: Weight) -> np.ndarray:
-        if weight.layout is Layout.PLAIN and len(weight.shape) == 1:
+        if weight.layout is Arrangement.PLAIN and len(weight.shape) == 1:
             centre = 1.0 if "norm" in weight.name else 0.0
             return (centre + 0.1 * rng.standard_normal(weight.shape)).astype(np.float32)
         return (0.08 * rng.standard_normal(weight.shape)).astype(np.float32)
@@ -73,7 +73,7 @@ SMALL = EngineConfig(
 
 
 @pytest.fixture(scope="session")
-def engines(checkpoints: dict[str, Path]) -> dict[tuple[str, int], Engine]:
+def engines(checkpoints: dict[str, Path]) -> dict[tuple[str, int], LocalEngine]:
     """Engines by (family, drafts); session-wide, so that each shape is compiled once."""
     return {
         (name, drafts): load_engine(

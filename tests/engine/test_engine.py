@@ -10,28 +10,28 @@ from hypothesis import strategies as st
 from backends import registry
 from foundation.errors import CapacityError, UsageError
 from model.checkpoint import Checkpoint
-from runtime.execution.local.engine import Engine, EngineConfig
+from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.load import load_engine
-from runtime.execution.local.request import Completion, Request
+from runtime.execution.local.request import Completion, Prompt
 from runtime.execution.local.sampling import Sampling
 from tests.engine.conftest import SMALL
 
 VOCAB = 160
-Engines = dict[tuple[str, int], Engine]
+Engines = dict[tuple[str, int], LocalEngine]
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(int(t) for t in np.random.default_rng([seed, length]).integers(1, VOCAB, length))
 
 
-def alone(engine: Engine, request: Request) -> Completion:
+def alone(engine: LocalEngine, request: Prompt) -> Completion:
     return engine.generate([request])[0]
 
 
 @pytest.mark.parametrize("family", ["dsa", "gqa", "mla"])
 def test_batched_tokens_equal_each_request_alone(engines: Engines, family: str) -> None:
     engine = engines[family, 0]
-    requests = [Request(prompt(n, n), max_tokens=6 + n % 5) for n in (3, 40, 17, 70, 1, 33)]
+    requests = [Prompt(prompt(n, n), max_tokens=6 + n % 5) for n in (3, 40, 17, 70, 1, 33)]
     together = engine.generate(requests)
     assert [c.token_ids for c in together] == [alone(engine, r).token_ids for r in requests]
     assert engine.pool.free_pages == engine.pool.pages
@@ -39,7 +39,7 @@ def test_batched_tokens_equal_each_request_alone(engines: Engines, family: str) 
 
 @pytest.mark.parametrize(("family", "drafts"), [("dsa", 3), ("gqa", 2), ("mla", 3)])
 def test_drafts_leave_greedy_tokens_as_they_are(engines: Engines, family: str, drafts: int) -> None:
-    requests = [Request(prompt(n, n), max_tokens=24) for n in (5, 50, 21)]
+    requests = [Prompt(prompt(n, n), max_tokens=24) for n in (5, 50, 21)]
     plain = engines[family, 0].generate(requests)
     drafted = engines[family, drafts].generate(requests)
     assert [c.token_ids for c in drafted] == [c.token_ids for c in plain]
@@ -51,21 +51,21 @@ def test_drafts_leave_greedy_tokens_as_they_are(engines: Engines, family: str, d
 
 @pytest.mark.parametrize(("family", "drafts"), [("dsa", 0), ("dsa", 3), ("gqa", 0)])
 def test_kept_logits_have_a_row_for_every_token(engines: Engines, family: str, drafts: int) -> None:
-    done = alone(engines[family, drafts], Request(prompt(45), max_tokens=7, keep_logits=True))
+    done = alone(engines[family, drafts], Prompt(prompt(45), max_tokens=7, keep_logits=True))
     assert done.logits is not None and done.logits.dtype == np.float32
     assert done.logits.shape == (45 + 7, VOCAB)
     assert tuple(done.logits[44:-1].argmax(-1)) == done.token_ids
     # the same sequence as one prompt: prefill gives the rows that decoding gave
-    whole = alone(engines[family, 0], Request(done.prompt_ids + done.token_ids, max_tokens=1, keep_logits=True))
+    whole = alone(engines[family, 0], Prompt(done.prompt_ids + done.token_ids, max_tokens=1, keep_logits=True))
     assert whole.logits is not None
     np.testing.assert_allclose(whole.logits[:52], done.logits, atol=1e-4)
 
 
 def test_preempted_sequences_continue_where_they_were(engines: Engines) -> None:
-    requests = [Request(prompt(30, n), max_tokens=30) for n in range(3)]
+    requests = [Prompt(prompt(30, n), max_tokens=30) for n in range(3)]
     shared = engines["dsa", 0]
     roomy, tight = (
-        Engine(shared.cfg, shared.programs, EngineConfig(**{**vars(SMALL), "pool_tokens": n})) for n in (1024, 112)
+        LocalEngine(shared.cfg, shared.programs, EngineConfig(**{**vars(SMALL), "pool_tokens": n})) for n in (1024, 112)
     )
     expected = [c.token_ids for c in roomy.generate(requests)]
     assert [c.token_ids for c in tight.generate(requests)] == expected
@@ -74,11 +74,11 @@ def test_preempted_sequences_continue_where_they_were(engines: Engines) -> None:
 
 
 def test_stop_token_ends_a_request_and_is_reported(engines: Engines) -> None:
-    free = alone(engines["dsa", 0], Request(prompt(12), max_tokens=20))
+    free = alone(engines["dsa", 0], Prompt(prompt(12), max_tokens=20))
     stop = free.token_ids[9]
     first = free.token_ids.index(stop)
     for drafts in (0, 3):
-        ended = alone(engines["dsa", drafts], Request(prompt(12), max_tokens=20, stop_ids=frozenset({stop})))
+        ended = alone(engines["dsa", drafts], Prompt(prompt(12), max_tokens=20, stop_ids=frozenset({stop})))
         assert ended.finish_reason == "stop" and ended.token_ids == free.token_ids[: first + 1]
     assert free.finish_reason == "length"
 
@@ -86,18 +86,18 @@ def test_stop_token_ends_a_request_and_is_reported(engines: Engines) -> None:
 def test_sampling_repeats_with_its_seed_and_ignores_its_neighbours(engines: Engines) -> None:
     engine = engines["gqa", 0]
     warm = Sampling(temperature=1.0, top_p=0.9, top_k=40, seed=5)
-    request = Request(prompt(9), max_tokens=16, sampling=warm)
+    request = Prompt(prompt(9), max_tokens=16, sampling=warm)
     first = alone(engine, request)
     assert first.token_ids == alone(engine, request).token_ids
-    assert engine.generate([request, Request(prompt(20), max_tokens=16)])[0].token_ids == first.token_ids
-    other = Request(prompt(9), max_tokens=16, sampling=Sampling(temperature=1.0, top_p=0.9, top_k=40, seed=6))
+    assert engine.generate([request, Prompt(prompt(20), max_tokens=16)])[0].token_ids == first.token_ids
+    other = Prompt(prompt(9), max_tokens=16, sampling=Sampling(temperature=1.0, top_p=0.9, top_k=40, seed=6))
     assert alone(engine, other).token_ids != first.token_ids
 
 
 def test_tokens_stream_in_order(engines: Engines) -> None:
     seen: dict[int, list[int]] = {0: [], 1: []}
     done = engines["dsa", 3].generate(
-        [Request(prompt(8), max_tokens=9), Request(prompt(30), max_tokens=5)], lambda i, t: seen[i].append(t)
+        [Prompt(prompt(8), max_tokens=9), Prompt(prompt(30), max_tokens=5)], lambda i, t: seen[i].append(t)
     )
     assert [tuple(seen[i]) for i in (0, 1)] == [c.token_ids for c in done]
 
@@ -113,8 +113,8 @@ def test_any_workload_ends_once_and_returns_its_pages(
 ) -> None:
     shared = engines["gqa", 0]
     config = EngineConfig(**{**vars(SMALL), "prefill_chunk": chunk, "pool_tokens": pool_tokens})
-    engine = Engine(shared.cfg, shared.programs, config)  # same programs and caches, another scheduler
-    requests = [Request(prompt(n, i), max_tokens=1 + n % 7) for i, n in enumerate(lengths)]
+    engine = LocalEngine(shared.cfg, shared.programs, config)  # same programs and caches, another scheduler
+    requests = [Prompt(prompt(n, i), max_tokens=1 + n % 7) for i, n in enumerate(lengths)]
     done = engine.generate(requests)
     assert [len(c.token_ids) for c in done] == [r.max_tokens for r in requests]
     assert [c.prompt_ids for c in done] == [r.prompt_ids for r in requests]
@@ -124,26 +124,26 @@ def test_any_workload_ends_once_and_returns_its_pages(
 @pytest.mark.parametrize(
     ("request_", "error", "says"),
     [
-        (Request(()), UsageError, "no tokens"),
-        (Request((1, VOCAB)), UsageError, f"token id {VOCAB} is out of range"),
-        (Request((-1,)), UsageError, "token id -1 is out of range"),
-        (Request((1,), max_tokens=0), UsageError, "max-tokens"),
-        (Request((1,) * 500, max_tokens=13), UsageError, "512 positions"),
+        (Prompt(()), UsageError, "no tokens"),
+        (Prompt((1, VOCAB)), UsageError, f"token id {VOCAB} is out of range"),
+        (Prompt((-1,)), UsageError, "token id -1 is out of range"),
+        (Prompt((1,), max_tokens=0), UsageError, "max-tokens"),
+        (Prompt((1,) * 500, max_tokens=13), UsageError, "512 positions"),
     ],
 )
 def test_requests_that_cannot_be_served_are_refused(
-    engines: Engines, request_: Request, error: type[Exception], says: str
+    engines: Engines, request_: Prompt, error: type[Exception], says: str
 ) -> None:
     with pytest.raises(error, match=says) as caught:
-        engines["dsa", 0].generate([Request(prompt(4)), request_])
+        engines["dsa", 0].generate([Prompt(prompt(4)), request_])
     assert "\n" not in str(caught.value)
 
 
 def test_prompt_beyond_the_page_pool_is_refused(engines: Engines) -> None:
     shared = engines["dsa", 0]
-    small = Engine(shared.cfg, shared.programs, EngineConfig(**{**vars(SMALL), "pool_tokens": 64}))
+    small = LocalEngine(shared.cfg, shared.programs, EngineConfig(**{**vars(SMALL), "pool_tokens": 64}))
     with pytest.raises(CapacityError, match="page pool's 64 tokens"):
-        small.generate([Request(prompt(60), max_tokens=8)])
+        small.generate([Prompt(prompt(60), max_tokens=8)])
 
 
 def test_mtp_needs_an_mtp_layer(checkpoints: dict, tmp_path) -> None:
@@ -165,7 +165,7 @@ def test_fp8_weights_stay_fp8_and_give_the_dequantised_tokens(checkpoints: dict,
     kept = load_engine(quantised, registry.usable("cpu"), SMALL, keep_fp8=True)
     widened = load_engine(quantised, registry.usable("cpu"), SMALL)
     assert str(kept.programs.weights["layers"][0]["q_a"].values.dtype) == "float8_e4m3fn"
-    request = Request(prompt(40), max_tokens=8, keep_logits=True)
+    request = Prompt(prompt(40), max_tokens=8, keep_logits=True)
     a, b = alone(kept, request), alone(widened, request)
     assert a.logits is not None and b.logits is not None
     np.testing.assert_allclose(a.logits, b.logits, atol=1e-4)

@@ -19,9 +19,9 @@ from model.checkpoint import Checkpoint
 from runtime.deployment.manifest import Gear, Manifest, check_files
 from runtime.deployment.tensors import TensorReader
 from runtime.execution.local.load import embedded_checkpoint
-from runtime.execution.package.ascend import Executor
+from runtime.execution.package.ascend import AscendExecutor
 from runtime.execution.package.executor import executor
-from runtime.execution.package.runner import Batch, Runner, stored_weights
+from runtime.execution.package.runner import Runner, StepBatch, stored_weights
 from runtime.layout import Layout
 from runtime.porting.export import package, verify
 from runtime.porting.export.ascend import AscendWriter
@@ -138,7 +138,7 @@ def test_cann_attention_from_prompt_to_tokens(tmp_path: Path, monkeypatch: pytes
             (program,) = runner.manifest.program(phase)  # type: ignore[arg-type]
             pages = np.arange(1, 13, dtype=np.int32).reshape(2, 6)[:, ::-1].copy()
             where, length = np.full(2, start, np.int32), np.full(2, tokens, np.int32)
-            out = runner.step(program, [Batch(ids, where, length, pages)])[0]["logits"]
+            out = runner.step(program, [StepBatch(ids, where, length, pages)])[0]["logits"]
             logits[ops] = np.asarray(out, np.float64)
         start += tokens
         worst = max(worst, float(np.abs(logits["all"] - logits["none"]).max()))
@@ -199,10 +199,10 @@ def test_int8_packages_run(int8: Path):
     assert cosine > 0.99
 
 
-def _batch(gear: Gear, token: int, start: int) -> Batch:
+def _batch(gear: Gear, token: int, start: int) -> StepBatch:
     one = np.ones(gear.sequences, np.int32)
     pages = np.arange(1, 1 + gear.sequences * gear.context_pages, dtype=np.int32)
-    return Batch(
+    return StepBatch(
         np.full((gear.sequences, gear.tokens), token, np.int32), one * start, one, pages.reshape(gear.sequences, -1)
     )
 
@@ -216,7 +216,7 @@ def test_the_runner_on_a_chip_keeps_buffers_by_name_and_in_place(fused: Path, tm
     weights = stored_weights(folder, manifest)
     assert weights is not None
     (program,) = manifest.program("decode")
-    chip = Runner(folder, manifest, Executor(om.Session(acl=FakeAcl())), weights)
+    chip = Runner(folder, manifest, AscendExecutor(om.Session(acl=FakeAcl())), weights)
     want = Runner(folder, manifest, ReferenceExecutor(), weights)
     before = {key: {name: t.pointer for name, t in held.items()} for key, held in chip.caches.items()}
     for position, token in enumerate((5, 9, 13)):

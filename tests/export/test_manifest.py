@@ -15,11 +15,11 @@ from runtime.deployment.manifest import (
     SCHEMA_VERSION,
     DeviceShare,
     Gear,
+    GearUnits,
     Layer,
     Manifest,
-    ModelRef,
     OpUse,
-    Program,
+    PackageModel,
     Step,
     Value,
     WeightRef,
@@ -30,14 +30,14 @@ from runtime.deployment.tensors import TensorReader, TensorWriter, numpy_dtype
 
 MANIFEST = Manifest(
     format="onnx",
-    model=ModelRef("m", "glm_moe_dsa", "0" * 64, 32, 8, 64, (1, 2), 4),
+    model=PackageModel("m", "glm_moe_dsa", "0" * 64, 32, 8, 64, (1, 2), 4),
     dtype="float32",
     formats="f32",
     page_size=16,
     pool_pages=5,
     axes={"tp": 2},
     programs=(
-        Program(
+        GearUnits(
             "decode",
             Gear(2, 1, 2),
             {

@@ -28,7 +28,7 @@ from runtime.planning.kv_tiers import (
     resident_requests,
 )
 from runtime.planning.predict import spec_of
-from runtime.simulation.build import Tables, make_engine, pricer_of
+from runtime.simulation.build import PriceTables, make_engine, pricer_of
 from tests.serving.pricers import LinearPricer
 
 H200 = "h200-sxm"
@@ -197,7 +197,7 @@ def test_a_pool_that_only_decodes_has_no_break_even() -> None:
 @pytest.fixture(scope="module")
 def h200_plan() -> Plan:
     plan = plan_for(load_config("glm-5-fp8"), Layout(8), hw_profiles.load(H200), formats("fp8", "bf16"))
-    return dataclasses.replace(plan, kv=plan_kv(plan, load_config("glm-5-fp8"), Tables(coarse=True)))
+    return dataclasses.replace(plan, kv=plan_kv(plan, load_config("glm-5-fp8"), PriceTables(coarse=True)))
 
 
 def test_the_curve_is_the_pricers(h200_plan: Plan) -> None:
@@ -205,7 +205,7 @@ def test_the_curve_is_the_pricers(h200_plan: Plan) -> None:
     cfg, profile = load_config("glm-5-fp8"), hw_profiles.load(H200)
     (kv,), (given_,) = h200_plan.kv, h200_plan.pools
     spec = spec_of(cfg, given_, profile)
-    pricer = pricer_of(spec, Tables(coarse=True))
+    pricer = pricer_of(spec, PriceTables(coarse=True))
     assert 64 < (kv.break_even_tokens or 0) <= 8192 and kv.evidence in ("datasheet", "assumed")
     for point in kv.curve[::4]:
         assert point.fetch_seconds == pytest.approx(1e-5 + point.tokens * 100_152 / 64e9)

@@ -21,13 +21,13 @@ from runtime.layout import Layout
 from runtime.planning.assign import moe_layers
 from runtime.planning.check import check
 from runtime.planning.contender import Contender, Part, mark_front, plan_of
-from runtime.planning.estimate import Estimate, Model
+from runtime.planning.estimate import Estimate, OptionPrices
 from runtime.planning.options import Question, make_option, options, schemes
 from runtime.planning.pairs import sequence_kv_bytes_per_token, transfer_of
 from runtime.planning.predict import predicted, simulate_plan
 from runtime.planning.search import Chips, search
 from runtime.planning.smallest import counts, smallest
-from runtime.simulation.build import Tables
+from runtime.simulation.build import PriceTables
 
 FP8 = "glm-5-fp8"
 LIGHT = Demand(isl=2048, osl=128, concurrency=8)
@@ -225,7 +225,7 @@ def test_the_estimate_is_near_the_simulation() -> None:
     asked = question(demand=Demand(concurrency=16))
     for layout in (Layout(tp=8), Layout(tp=8, ep=8), Layout(tp=4, dp=2, ep=8), Layout(tp=4, pp=2)):
         option = make_option(asked, hw_profiles.load("h200-sxm"), layout, "fp8", "bf16", {})
-        estimate = Model(option, asked.demand, Tables(coarse=True)).serving(16.0, 1)
+        estimate = OptionPrices(option, asked.demand, PriceTables(coarse=True)).serving(16.0, 1)
         plan = plan_of(Contender((Part("serve", option, 1),), estimate), asked, 8)
         report, _, _ = simulate_plan(plan, asked.cfg)
         assert estimate.tpot_seconds == pytest.approx(report.tpot.mean, rel=0.2)

@@ -10,7 +10,7 @@ import pytest
 from runtime.deployment.engines import Engine
 from runtime.serving import Deployment, Disaggregated, Request, Speculation, Workload, simulate
 from runtime.serving.kv_pool import KvPool
-from runtime.serving.rank import Plan, Rank
+from runtime.serving.rank import Rank, StepPlan
 from runtime.serving.scheduler import plan
 from runtime.serving.simulation import Simulation
 from tests.serving.helpers import plain_engine, run_checked
@@ -27,11 +27,11 @@ def queue(rank: Rank, *prompts: int, output: int = 100) -> list[Request]:
     return requests
 
 
-def chunks(step: Plan) -> list[tuple[int, int, int]]:
+def chunks(step: StepPlan) -> list[tuple[int, int, int]]:
     return [(request.id, new, before) for request, new, before in step.chunks]
 
 
-def finish(rank: Rank, step: Plan, now: float) -> None:
+def finish(rank: Rank, step: StepPlan, now: float) -> None:
     """Carries a planned step out."""
     if step.decode:
         rank.grow(1)
@@ -112,7 +112,7 @@ def test_sglang_looks_ahead_when_lengths_are_known() -> None:
     assert chunks(step) == [(0, 600, 0)]
     finish(rank, step, 1.0)
     for now in range(2, 260):
-        finish(rank, Plan(decode=True), float(now))
+        finish(rank, StepPlan(decode=True), float(now))
     rank.blocked = ""
     # 141 left for the first: 292 free - 2 x 141 > 2 tokens, and the end of the first gives back 859.
     assert first.pages == 600 and int(rank.left[0]) == 141

@@ -20,7 +20,7 @@ from runtime.execution.cluster.deploy import Clock
 from runtime.execution.cluster.session import Result, serve
 from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.load import load_engine
-from runtime.execution.local.request import Completion, Request
+from runtime.execution.local.request import Completion, Prompt
 from runtime.layout import Layout, formats
 from runtime.planning.assign import pool_of
 from runtime.serving import Deployment, Disaggregated
@@ -81,11 +81,11 @@ def plan_of(
     return Plan(ModelRef(cfg.name, config_hash(cfg)), Demand(), (pool,))
 
 
-def prompts_of(cfg: ModelConfig, lengths: Sequence[int], max_tokens: Sequence[int], seed: int = 0) -> list[Request]:
+def prompts_of(cfg: ModelConfig, lengths: Sequence[int], max_tokens: Sequence[int], seed: int = 0) -> list[Prompt]:
     """Random prompts of those lengths whose logits are kept."""
     rng = np.random.default_rng(seed)
     return [
-        Request(tuple(int(t) for t in rng.integers(0, cfg.vocab_size, length)), most, keep_logits=True)
+        Prompt(tuple(int(t) for t in rng.integers(0, cfg.vocab_size, length)), most, keep_logits=True)
         for length, most in zip(lengths, max_tokens, strict=True)
     ]
 
@@ -96,12 +96,12 @@ def _engine(path: Path) -> Any:
     return load_engine(Checkpoint(path), registry.usable("cpu"), shapes, "float32")
 
 
-def reference(checkpoint: Checkpoint, requests: list[Request]) -> list[Completion]:
+def reference(checkpoint: Checkpoint, requests: list[Prompt]) -> list[Completion]:
     """What the CPU backend makes of the requests, on one device."""
     return _engine(checkpoint.path).generate(requests)
 
 
-def emulated(checkpoint: Checkpoint, plan: Plan, requests: list[Request], mapped: bool | None = True) -> Result:
+def emulated(checkpoint: Checkpoint, plan: Plan, requests: list[Prompt], mapped: bool | None = True) -> Result:
     """What the plan's devices make of them, by default as axes on one, which needs no XLA host devices. Steps take
     what a made-up pricer says: here tokens are tested, not prices."""
     return serve(checkpoint, SimBackend(mapped), plan, requests, clock=ticking(checkpoint.config, plan))

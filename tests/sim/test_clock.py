@@ -18,7 +18,7 @@ from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from runtime.deployment.plan import Demand, ModelRef, Plan, Transfer, config_hash
 from runtime.execution.cluster.session import serve
-from runtime.execution.local.request import Request
+from runtime.execution.local.request import Prompt
 from runtime.layout import Layout, formats
 from runtime.planning.assign import pool_of
 from runtime.planning.predict import simulate_plan
@@ -41,7 +41,7 @@ def split_plan(cfg: ModelConfig, prefill: Layout, decode: Layout, scheme: str = 
     return Plan(ModelRef(cfg.name, config_hash(cfg)), Demand(), (first, second), moved)
 
 
-def same_lengths(cfg: ModelConfig) -> list[Request]:
+def same_lengths(cfg: ModelConfig) -> list[Prompt]:
     prompts = prompts_of(cfg, [PROMPT] * COUNT, [OUTPUT] * COUNT)
     return [dataclasses.replace(prompt, keep_logits=False) for prompt in prompts]
 

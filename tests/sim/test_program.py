@@ -20,7 +20,7 @@ from model.graph import Batch, Carried, Mode
 from runtime.deployment.ledger import stage_weight_bytes
 from runtime.execution.cluster.deploy import check_memory, grid_of
 from runtime.layout import Layout, formats
-from runtime.pricing.oplist import Program, Sizes
+from runtime.pricing.oplist import OpList, Sizes
 from runtime.pricing.trace import _COLLECTIVES, _POOL_PAGES, PAGE_SIZE, trace
 from tests.sim.servers import plan_of
 
@@ -69,7 +69,7 @@ def _walk(jaxpr: Any) -> Iterator[tuple[str, Shapes, Shapes, tuple[str, ...]]]:
             yield name, [v.aval.shape for v in eqn.invars], [v.aval.shape for v in eqn.outvars], axes
 
 
-def priced(programs: list[Program], sizes: Sizes) -> Seen:
+def priced(programs: list[OpList], sizes: Sizes) -> Seen:
     return [
         (op.name, [x.at(sizes) for x in op.inputs], [x.at(sizes) for x in op.outputs], op.axes)
         for program in programs

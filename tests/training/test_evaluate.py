@@ -14,10 +14,10 @@ from backends.registry import usable
 from foundation.errors import UsageError
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
-from runtime.execution.local.engine import Engine
+from runtime.execution.local.engine import LocalEngine
 from runtime.execution.local.load import embedded_checkpoint
-from runtime.execution.local.request import Completion, Request
-from runtime.training.data import TASKS, Question
+from runtime.execution.local.request import Completion, Prompt
+from runtime.training.data import TASKS, Exercise
 from runtime.training.evaluate import RandomIndexer, ask, evaluate, is_right
 from tests.cli.cli import glm5, refused
 
@@ -31,7 +31,7 @@ class Scripted:
     def __init__(self, answer: Callable[[str], str]):
         self.answer = answer
 
-    def generate(self, requests: list[Request]) -> list[Completion]:
+    def generate(self, requests: list[Prompt]) -> list[Completion]:
         out = []
         for request in requests:
             ids = [*TOKENIZER.encode(self.answer(TOKENIZER.decode(request.prompt_ids))), TOKENIZER.token_id("<|user|>")]
@@ -40,8 +40,8 @@ class Scripted:
         return out
 
 
-def scripted(answer: Callable[[str], str]) -> Engine:
-    return cast(Engine, Scripted(answer))
+def scripted(answer: Callable[[str], str]) -> LocalEngine:
+    return cast(LocalEngine, Scripted(answer))
 
 
 def add(prompt: str) -> str:
@@ -89,7 +89,7 @@ CALL = "<tool_call>send<arg_key>item</arg_key><arg_value>lamp</arg_value></tool_
     ],
 )
 def test_a_call_is_right_in_name_and_arguments(text: str, right: bool) -> None:
-    question = Question("tools", "", CALL, {"name": "send", "arguments": {"item": "lamp"}})
+    question = Exercise("tools", "", CALL, {"name": "send", "arguments": {"item": "lamp"}})
     assert is_right(question, text) == right
 
 

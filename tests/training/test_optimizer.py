@@ -13,7 +13,7 @@ from runtime.training import optimizer
 from runtime.training.config import TrainConfig
 from runtime.training.forward import Params
 
-RATES = optimizer.Rates(0.01, 0.01, steps=10, rise=0, fall=5)
+RATES = optimizer.LearningRates(0.01, 0.01, steps=10, rise=0, fall=5)
 SPLIT = {"layers.0.q_b": (1, 0, 2), "layers.0.k_up": (0, 2, 1), "layers.0.v_up": (0, 1, 2)}  # to [heads, in, out]
 
 
@@ -75,7 +75,7 @@ def test_experts_are_matrices_of_their_own(few: Params, gradients: Params) -> No
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
-    rates = optimizer.Rates(1.0, 1.0, steps=100, rise=10, fall=40)
+    rates = optimizer.LearningRates(1.0, 1.0, steps=100, rise=10, fall=40)
     at = [float(optimizer.schedule(1.0, rates)(step)) for step in range(101)]
     assert at[0] == pytest.approx(0.1) and at[10:61] == [1.0] * 51
     assert all(b < a for a, b in zip(at[60:], at[61:], strict=False)) and at[100] == pytest.approx(0.02)

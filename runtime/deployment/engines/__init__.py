@@ -6,6 +6,6 @@
 Standard library only; must not import the simulator (but for its errors), JAX or a chip.
 """
 
-from runtime.deployment.engines.loader import Engine, Evidence, load, names
+from runtime.deployment.engines.loader import Engine, Source, load, names
 
-__all__ = ["Engine", "Evidence", "load", "names"]
+__all__ = ["Engine", "Source", "load", "names"]

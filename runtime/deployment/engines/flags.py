@@ -13,7 +13,7 @@ Facts = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class LaunchTable:
     """An engine's flags and rules, as read."""
 
     name: str
@@ -73,10 +73,10 @@ def _document(name: str) -> dict[str, Any]:
 
 
 @lru_cache
-def table(name: str) -> Table:
+def table(name: str) -> LaunchTable:
     """The table of an engine."""
     body = _document(name)
-    return Table(
+    return LaunchTable(
         name=body["name"],
         program=tuple(body["program"]),
         runs_on=tuple(body["runs_on"]),

@@ -47,7 +47,7 @@ _POSITIVE = (
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Source:
     """Where one setting comes from."""
 
     source: str
@@ -132,7 +132,7 @@ class Engine:
     eager_layer_host_seconds: float = 0.0
     eager_sparse_layer_host_seconds: float = 0.0
     sparse_layer_seconds: float = 0.0
-    evidence: Mapping[str, Evidence] = field(default_factory=dict, repr=False, compare=False)
+    evidence: Mapping[str, Source] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -187,7 +187,7 @@ def load(name: str, overrides: Mapping[str, Any] | None = None, *, device_memory
     for key, value in (overrides or {}).items():
         _known(key)
         values[key] = _expand(value) if key == "graph_batch_sizes" else value
-        evidence[key] = Evidence("override", "", "A", "set by the caller")
+        evidence[key] = Source("override", "", "A", "set by the caller")
     missing = [each for each in _REQUIRED if each not in values]
     if missing:
         raise EngineError(f"{path.name} lacks {', '.join(missing)}: add each as {{value=, source=, date=, grade=}}")
@@ -210,10 +210,10 @@ _REQUIRED = tuple(f.name for f in fields(Engine) if f.name in _SETTINGS and f.de
 
 def _settings(
     file: str, document: dict[str, Any], device_memory_bytes: float | None
-) -> tuple[dict[str, Any], dict[str, Evidence]]:
+) -> tuple[dict[str, Any], dict[str, Source]]:
     """Flattens the sections into setting -> value and setting -> evidence."""
     values: dict[str, Any] = {}
-    evidence: dict[str, Evidence] = {}
+    evidence: dict[str, Source] = {}
     for section in (part for part in document.values() if isinstance(part, dict)):
         for key, entry in section.items():
             _known(key)
@@ -225,7 +225,7 @@ def _settings(
                 steps = entry["by_memory_gib"]
                 value = next((v for limit, v in steps if device_memory_bytes < limit * _GIB), steps[-1][1])
             values[key] = _expand(value) if key == "graph_batch_sizes" else value
-            evidence[key] = Evidence(entry["source"], str(entry["date"]), entry["grade"], entry.get("note", ""))
+            evidence[key] = Source(entry["source"], str(entry["date"]), entry["grade"], entry.get("note", ""))
     return values, evidence
 
 

@@ -20,7 +20,7 @@ from runtime.planning.predict import spec_of
 from runtime.serving import Deployment, Disaggregated
 from runtime.simulation.build import _COMMUNICATION_BYTES as COMMUNICATION_BYTES
 from runtime.simulation.build import _RUNTIME_BYTES as RUNTIME_BYTES
-from runtime.simulation.build import Spec, Tables, make_engine, memories, pricer_of
+from runtime.simulation.build import PriceTables, Spec, make_engine, memories, pricer_of
 
 
 def lay_out(
@@ -176,7 +176,7 @@ def clock_of(cfg: ModelConfig, plan: Plan) -> Clock:
 
     Float32 is the reference that any chip can be asked for; where it has no rate for it, steps are priced in bf16.
     """
-    tables, pools, formats = Tables(), [], []
+    tables, pools, formats = PriceTables(), [], []
     for pool in plan.pools:
         spec = spec_of(cfg, pool, profile_of(pool))
         if spec.formats.wide == "f32" and spec.profile.number("chip.peak.fp32_flops_per_s") is None:

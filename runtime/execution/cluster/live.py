@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from runtime.execution.cluster.timeline import Timeline
-from runtime.execution.cluster.worker import Live, OnToken, Server, Worker
-from runtime.execution.local.request import Completion
-from runtime.execution.local.request import Request as Prompt
+from runtime.execution.cluster.worker import Live, StepServer, Worker
+from runtime.execution.local.request import Completion, OnToken
+from runtime.execution.local.request import Prompt as Prompt
 from runtime.execution.local.request import Sequence as Tokens
 from runtime.serving import Deployment, Disaggregated, Report, Request, Workload
 from runtime.serving.pricing import BatchShape
 from runtime.serving.replica import Replica
 from runtime.serving.simulation import Simulation
 
-MakeServer = Callable[[int], Server]
+MakeServer = Callable[[int], StepServer]
 """A new server of a role: 0 is the first pool of the plan."""
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class SimOptions:
     """What the command line says about the devices. plan: a file; without one, a plan is made on the spot.
 
     scale_memory: share of the chips' memory that is there.

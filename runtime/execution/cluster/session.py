@@ -13,7 +13,7 @@ from foundation.errors import UsageError
 from model.config import ModelConfig
 from runtime.deployment.plan import Plan, Pool, profile_of
 from runtime.execution.cluster import deploy
-from runtime.execution.cluster.options import Options
+from runtime.execution.cluster.options import SimOptions
 from runtime.layout import Formats
 
 if TYPE_CHECKING:
@@ -21,17 +21,16 @@ if TYPE_CHECKING:
 
     from backends.emulation.backend import SimBackend
     from backends.interface import Backend
-    from backends.spmd.cluster import Cluster, NumberFormats
+    from backends.spmd.cluster import Cluster, Numerics
     from backends.spmd.processes import Processes
     from model.checkpoint import Checkpoint, Group
     from model.weights import Quantized, Weight
     from runtime.execution.cluster.live import Outcome
     from runtime.execution.cluster.timeline import Timeline
-    from runtime.execution.cluster.worker import OnToken
-    from runtime.execution.local.request import Completion, Request
+    from runtime.execution.local.request import Completion, OnToken, Prompt
 
 
-def prepare(cfg: ModelConfig, options: Options) -> Plan:
+def prepare(cfg: ModelConfig, options: SimOptions) -> Plan:
     """The plan to run, with room on every device for what it puts there. Nothing has been loaded yet.
 
     Raises `UsageError`, `PlanFileError`, `Unsupported` or `OutOfMemory`.
@@ -60,7 +59,7 @@ def prepare(cfg: ModelConfig, options: Options) -> Plan:
     return plan
 
 
-def _planned(cfg: ModelConfig, options: Options) -> Plan:
+def _planned(cfg: ModelConfig, options: SimOptions) -> Plan:
     assert options.plan is not None
     decided = [name for name in options.given if name not in ("--plan", "--devices", "--scale-memory", "--trace")]
     if decided:
@@ -71,7 +70,7 @@ def _planned(cfg: ModelConfig, options: Options) -> Plan:
     return plan
 
 
-def _on_the_spot(cfg: ModelConfig, options: Options) -> Plan:
+def _on_the_spot(cfg: ModelConfig, options: SimOptions) -> Plan:
     from backends.emulation.schemes import cache_of_profile, of_profile
     from runtime.simulation.build import default_kv
 
@@ -105,7 +104,7 @@ def serve(
     checkpoint: Checkpoint,
     backend: Backend | Processes,
     plan: Plan,
-    prompts: Sequence[Request],
+    prompts: Sequence[Prompt],
     on_token: OnToken = lambda index, token: None,
     trace: Path | None = None,
     clock: deploy.Clock | None = None,
@@ -198,7 +197,7 @@ class _Unread:
         self._weights = {}
 
 
-def number_formats(cfg: ModelConfig, pool: Pool) -> NumberFormats | None:
+def number_formats(cfg: ModelConfig, pool: Pool) -> Numerics | None:
     """What the pool's chip rounds; None where everything is float32. Raises `Unsupported`."""
     if pool.formats.wide == "f32":
         return None
@@ -210,7 +209,7 @@ def number_formats(cfg: ModelConfig, pool: Pool) -> NumberFormats | None:
     return formats_of(cfg, profile_of(pool), name, pool.formats.kv)
 
 
-def _pages(pool: Pool, prompts: Sequence[Request]) -> int:
+def _pages(pool: Pool, prompts: Sequence[Prompt]) -> int:
     """Pages a rank to have: the plan's, or what all prompts take together where that is less."""
     each = [-(-(len(p.prompt_ids) + p.max_tokens) // pool.page_tokens) for p in prompts]
     return min(pool.kv_pages, sum(each)) + any(p.keep_logits for p in prompts)
@@ -218,7 +217,7 @@ def _pages(pool: Pool, prompts: Sequence[Request]) -> int:
 
 def _timelines(cfg: ModelConfig, plan: Plan, clock: deploy.Clock) -> list[Timeline]:
     from runtime.execution.cluster.timeline import Timeline, segments
-    from runtime.pricing.pricer import GraphPricer, Programs
+    from runtime.pricing.pricer import GraphPricer, OpLists
     from runtime.pricing.trace import trace
 
     found, process = [], 0
@@ -226,7 +225,7 @@ def _timelines(cfg: ModelConfig, plan: Plan, clock: deploy.Clock) -> list[Timeli
         pricer = deployment.pricer
         assert isinstance(pricer, GraphPricer)
         traced = trace(cfg, pool.layout, "decode")
-        programs = Programs(traced.layers, traced.embed, traced.head, None)
+        programs = OpLists(traced.layers, traced.embed, traced.head, None)
         ops = segments(cfg, pool.layout, programs, pricer)
         found.append(Timeline(pool.layout, pricer, ops, pool.role, pool.devices[0].index, process))
         process += pool.replicas

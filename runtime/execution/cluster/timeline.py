@@ -22,8 +22,8 @@ from model.config import Mla, ModelConfig
 from model.weights import layer_weights, outer_weights
 from runtime.layout import Layout
 from runtime.pricing.load import uniform
-from runtime.pricing.oplist import Program
-from runtime.pricing.pricer import GraphPricer, Programs
+from runtime.pricing.oplist import OpList
+from runtime.pricing.pricer import GraphPricer, OpLists
 from runtime.pricing.prices import ATTENTION_STAGES, PRICES, Context, label
 from runtime.serving.pricing import BatchShape
 
@@ -39,14 +39,14 @@ class Segment:
     axes: tuple[str, ...] = ()
 
 
-def segments(cfg: ModelConfig, layout: Layout, programs: Programs, pricer: GraphPricer) -> list[Segment]:
+def segments(cfg: ModelConfig, layout: Layout, programs: OpLists, pricer: GraphPricer) -> list[Segment]:
     """The priced ops of a model's program in order, neighbours of one label taken together."""
     weights = {w.name: w for kind in cfg.layer_counts for w in layer_weights(cfg, kind)}
     weights |= {w.name: w for w in outer_weights(cfg)}
     load = uniform(cfg.moe.experts if cfg.moe else 1)
     context = Context(cfg, layout, pricer.formats, pricer.book, load, weights)
 
-    def of(program: Program, stage: int) -> Iterator[Segment]:
+    def of(program: OpList, stage: int) -> Iterator[Segment]:
         for op in program.ops:
             if op.stage in ATTENTION_STAGES and isinstance(cfg.attention, Mla) and not op.axes:
                 yield Segment(stage, "attention")

@@ -7,28 +7,27 @@ first chunk (or the arrival of its cache) until the simulator no longer has it i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
 
+from backends.spmd.cluster import Pages
 from foundation.errors import CapacityError
 from model.graph import Batch, Mode
 from runtime.execution.local.pool import PagePool
 from runtime.execution.local.programs import gear
-from runtime.execution.local.request import Sequence
+from runtime.execution.local.request import OnToken, Sequence
 from runtime.execution.local.sampling import choose
 from runtime.serving import Request
-from runtime.serving.rank import Plan, Rank
+from runtime.serving.rank import Rank, StepPlan
 
-Pages = list[dict[str, np.ndarray]]
-OnToken = Callable[[int, int], None]
 _LAUNCH_TOKENS = 2048  # tokens of a rank in one launch; a step with more is run in several, with the same result
 _LEAST_CONTEXT = 128  # tokens; shorter contexts share one program
 _SLACK = 8  # an existing program is used for up to this many times the work
 
 
-class Server(Protocol):
+class StepServer(Protocol):
     """What runs batches: `backends.spmd.cluster.Server`."""
 
     pages: int
@@ -51,7 +50,7 @@ class Live:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class WorkRow:
     """A sequence's tokens in a launch, the first of them at position `start`."""
 
     live: Live
@@ -62,16 +61,16 @@ class Row:
 class Worker:
     """Runs steps on a server of `ranks` ranks. `live` finds a request's sequence."""
 
-    def __init__(self, server: Server, ranks: int, live: dict[Request, Live], on_token: OnToken):
+    def __init__(self, server: StepServer, ranks: int, live: dict[Request, Live], on_token: OnToken):
         self.server, self.live, self.on_token = server, live, on_token
         self.pools = [PagePool(server.pages, server.page_size) for _ in range(ranks)]
         self._shapes: set[tuple[Mode, int, int, int]] = set()
 
-    def run(self, plans: list[Plan], ranks: list[Rank]) -> None:
+    def run(self, plans: list[StepPlan], ranks: list[Rank]) -> None:
         """Carries out one step of every rank, and shortens answers that stop."""
         self._reclaim(ranks)
-        chunks: list[list[tuple[Request, Row]]] = []
-        decodes: list[list[tuple[Request, Row]]] = []
+        chunks: list[list[tuple[Request, WorkRow]]] = []
+        decodes: list[list[tuple[Request, WorkRow]]] = []
         for number, (plan, rank) in enumerate(zip(plans, ranks, strict=True)):
             found = [self._chunk(number, *chunk) for chunk in plan.chunks]
             chunks.append([(request, row) for (request, *_), row in zip(plan.chunks, found, strict=True)])
@@ -109,15 +108,15 @@ class Worker:
         self.free(live)
         live.sequence.done = done
 
-    def _chunk(self, rank: int, request: Request, new: int, before: int) -> Row:
+    def _chunk(self, rank: int, request: Request, new: int, before: int) -> WorkRow:
         live = self.live[request]
         if before == 0:
             live.moving = None
             self.free(live)
         self._grow(rank, live, before + new)
-        return Row(live, live.sequence.tokens[before : before + new], before)
+        return WorkRow(live, live.sequence.tokens[before : before + new], before)
 
-    def _next(self, rank: int, request: Request) -> Row:
+    def _next(self, rank: int, request: Request) -> WorkRow:
         live = self.live[request]
         start = len(live.sequence.tokens) - 1
         if live.moving is not None:
@@ -125,11 +124,11 @@ class Worker:
             self.server.write(rank, live.sequence.pages, live.moving)
             live.moving = None
         self._grow(rank, live, start + 1)
-        return Row(live, live.sequence.tokens[-1:], start)
+        return WorkRow(live, live.sequence.tokens[-1:], start)
 
     # --- launches
 
-    def _launch(self, attention: str, work: list[list[tuple[Request, Row]]], ranks: list[Rank]) -> None:
+    def _launch(self, attention: str, work: list[list[tuple[Request, WorkRow]]], ranks: list[Rank]) -> None:
         most = max((len(row.tokens) for rows in work for _, row in rows), default=0)
         if not most:
             return
@@ -149,7 +148,7 @@ class Worker:
             if ended:
                 self._last_logits(ended, len(ranks))
 
-    def _take(self, request: Request, row: Row, logits: np.ndarray, keep: bool, rank: Rank) -> None:
+    def _take(self, request: Request, row: WorkRow, logits: np.ndarray, keep: bool, rank: Rank) -> None:
         """The outcome of a row: its next token where its known tokens end, and the logits that are asked for."""
         sequence = row.live.sequence
         sequence.done = row.start + len(row.tokens)
@@ -167,17 +166,17 @@ class Worker:
 
     def _last_logits(self, ended: Iterable[tuple[int, Live]], ranks: int) -> None:
         """The logits after a last token: nobody serves them, so they cost no virtual time."""
-        rows: list[list[Row]] = [[] for _ in range(ranks)]
+        rows: list[list[WorkRow]] = [[] for _ in range(ranks)]
         for number, live in ended:
             start = len(live.sequence.tokens) - 1
             self._grow(number, live, start + 1)
-            rows[number].append(Row(live, live.sequence.tokens[-1:], start))
+            rows[number].append(WorkRow(live, live.sequence.tokens[-1:], start))
         logits = self._step(Mode("absorbed", "all"), rows)
         for number, found in enumerate(rows):
             for place, row in enumerate(found):
                 row.live.sequence.logits[row.start] = np.array(logits[number][place][0])
 
-    def _step(self, mode: Mode, work: list[list[Row]]) -> np.ndarray:
+    def _step(self, mode: Mode, work: list[list[WorkRow]]) -> np.ndarray:
         """Logits [ranks, rows, (t,) vocab] of ragged rows."""
         page = self.server.page_size
         context = max(row.start + len(row.tokens) for rows in work for row in rows)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
 from collections.abc import Sequence as Many
 
 import numpy as np
@@ -22,7 +21,7 @@ from model.config import ModelConfig
 from model.graph import Batch, Mode
 from runtime.execution.local.pool import PagePool
 from runtime.execution.local.programs import Programs, gear
-from runtime.execution.local.request import Completion, Request, Sequence, check_request
+from runtime.execution.local.request import Completion, OnToken, Prompt, Sequence, check_request
 from runtime.execution.local.sampling import choose, verify
 
 
@@ -48,10 +47,7 @@ class EngineConfig:
         return -(-self.pool_tokens // self.page_size)
 
 
-OnToken = Callable[[int, int], None]  # request index, token id
-
-
-class Engine:
+class LocalEngine:
     """Serves requests with `programs`; single-threaded, one `generate` call at a time."""
 
     def __init__(self, cfg: ModelConfig, programs: Programs, config: EngineConfig):
@@ -60,7 +56,7 @@ class Engine:
         self.preemptions = 0
         self.steps = 0
 
-    def validate(self, request: Request) -> None:
+    def validate(self, request: Prompt) -> None:
         """Raises `UsageError` or `CapacityError` for a request that can never be served."""
         check_request(request, self.cfg)
         prompt = len(request.prompt_ids)
@@ -74,7 +70,7 @@ class Engine:
         """Seconds on a clock that stands still while programs are compiled."""
         return time.perf_counter() - self.programs.compile_s
 
-    def generate(self, requests: Many[Request], on_token: OnToken = lambda i, t: None) -> list[Completion]:
+    def generate(self, requests: Many[Prompt], on_token: OnToken = lambda i, t: None) -> list[Completion]:
         """Serves all requests; completions in the order of the requests."""
         for request in requests:
             self.validate(request)

@@ -12,7 +12,7 @@ from foundation.errors import CapacityError, UsageError
 from model.cache import cache_rows
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
-from runtime.execution.local.engine import Engine, EngineConfig
+from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.programs import Programs
 
 _MEMORY_FRACTION = 0.85  # of a device's memory, for weights and pages; the rest is for activations
@@ -30,7 +30,7 @@ def load_engine(
     dtype: str | None = None,
     keep_fp8: bool = False,
     pool_tokens: int | None = None,
-) -> Engine:
+) -> LocalEngine:
     """Loads the weights onto the backend's device and sizes the page pool.
 
     dtype: what to compute in; the backend's preference by default. keep_fp8: matrices stored in FP8 stay
@@ -67,7 +67,7 @@ def load_engine(
     programs = Programs(
         backend, checkpoint.config, weights, config.pages, config.page_size, dtype, drafts=config.drafts
     )
-    return Engine(checkpoint.config, programs, config)
+    return LocalEngine(checkpoint.config, programs, config)
 
 
 def token_bytes(cfg: ModelConfig, dtype: str, mtp: bool) -> int:

@@ -33,7 +33,7 @@ def gear(n: int, least: int = 1) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class ProgramShape:
     """A program's static shape: sequences, tokens each, pages each, and the graph's mode."""
 
     batch: int
@@ -63,7 +63,7 @@ class Programs:
         self._pages = pages + 1
         self.caches = [self._cache(kind) for kind in cfg.layers]
         self.mtp_cache = self._cache(cfg.mtp_type) if drafts else None
-        self._loaded: dict[tuple[str, Shape], Executable] = {}
+        self._loaded: dict[tuple[str, ProgramShape], Executable] = {}
         self.compile_s = 0.0  # spent on exporting and loading programs so far
 
     @property
@@ -91,7 +91,7 @@ class Programs:
 
     def _run(self, name: str, fn: Any, batch: Batch, mode: Mode, *args: Any) -> Any:
         sequences, tokens = batch.tokens.shape
-        shape = Shape(sequences, tokens, batch.page_table.shape[1], mode)
+        shape = ProgramShape(sequences, tokens, batch.page_table.shape[1], mode)
         executable = self._loaded.get((name, shape))
         if executable is None:
             begin = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -12,10 +13,12 @@ from model.config import ModelConfig
 from runtime.execution.local.sampling import Sampling
 
 FinishReason = Literal["stop", "length"]
+OnToken = Callable[[int, int], None]
+"""Told of each new token: index of the prompt, token id."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class Prompt:
     """A prompt to continue: at most `max_tokens` new tokens, ending early at one of `stop_ids`.
 
     keep_logits: return the logits after every token.
@@ -28,7 +31,7 @@ class Request:
     keep_logits: bool = False
 
 
-def check_request(request: Request, cfg: ModelConfig) -> None:
+def check_request(request: Prompt, cfg: ModelConfig) -> None:
     """Raises `UsageError` for a request that the model can never serve."""
     ids = request.prompt_ids
     if not ids:
@@ -68,7 +71,7 @@ class Completion:
 class Sequence:
     """A request in flight. `done` tokens of `tokens` are in the cache; `pages` are held for them."""
 
-    request: Request
+    request: Prompt
     index: int
     tokens: list[int]
     rng: np.random.Generator

@@ -14,7 +14,7 @@ from backends.ascend.plugin import LIBRARY, VENDOR
 from runtime.deployment.manifest import Step
 
 
-class Executor:
+class AscendExecutor:
     """See `runtime.execution.package.executor.Executor`. Raises `BackendUnavailable` without CANN."""
 
     name = "ascend"
@@ -23,7 +23,7 @@ class Executor:
     def __init__(self, session: om.Session | None = None) -> None:
         self.session = session or om.Session()
 
-    def load(self, path: Path, step: Step) -> Loaded:
+    def load(self, path: Path, step: Step) -> AscendLoaded:
         """`path` is FOLDER/GEAR/GRAPH.onnx; the compiled graph is FOLDER/om/GEAR/GRAPH.om."""
         folder = path.parent.parent
         compiled = folder / "om" / path.parent.name / f"{path.stem}.om"
@@ -33,25 +33,25 @@ class Executor:
             environment = {"ASCEND_CUSTOM_OPP_PATH": str(plugin.absolute())} if brought else {}
             soc = self.session.acl.get_soc_name()
             compiled = compiler.compile_graph(path, compiled.with_suffix(""), soc, environment)
-        return Loaded(self.session, self.session.load(compiled), step)
+        return AscendLoaded(self.session, self.session.load(compiled), step)
 
-    def put(self, array: np.ndarray) -> om.Tensor:
+    def put(self, array: np.ndarray) -> om.OmTensor:
         return self.session.put(array)
 
-    def get(self, buffer: om.Tensor) -> np.ndarray:
+    def get(self, buffer: om.OmTensor) -> np.ndarray:
         return self.session.get(buffer)
 
 
-class Loaded:
-    def __init__(self, session: om.Session, model: om.Model, step: Step):
+class AscendLoaded:
+    def __init__(self, session: om.Session, model: om.OmModel, step: Step):
         self.session, self.model, self.step = session, model, step
 
-    def bind(self, fixed: Mapping[str, Any]) -> Bound:
-        return Bound(self.model, self.step, fixed)
+    def bind(self, fixed: Mapping[str, Any]) -> AscendBound:
+        return AscendBound(self.model, self.step, fixed)
 
 
-class Bound:
-    def __init__(self, model: om.Model, step: Step, fixed: Mapping[str, Any]):
+class AscendBound:
+    def __init__(self, model: om.OmModel, step: Step, fixed: Mapping[str, Any]):
         self.model, self.fixed, self.aliases = model, fixed, step.aliases
         self.outputs = {value.name: (value.shape, _dtype(value.dtype)) for value in step.outputs}
         self.inputs = [value.name for value in step.inputs]

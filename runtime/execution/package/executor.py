@@ -12,7 +12,7 @@ import numpy as np
 
 from backends.errors import BackendUnavailable
 from foundation.errors import UsageError
-from runtime.deployment.manifest import Manifest, Program, Step
+from runtime.deployment.manifest import GearUnits, Manifest, Step
 
 
 class Bound(Protocol):
@@ -56,7 +56,7 @@ class Executor(Protocol):
 
     def load(self, path: Path, step: Step) -> Loaded: ...
 
-    def load_step(self, folder: Path, manifest: Manifest, program: Program) -> Loaded | None:
+    def load_step(self, folder: Path, manifest: Manifest, program: GearUnits) -> Loaded | None:
         """All graphs of a one-device package as one, with inputs and outputs as `link.py` names them; None where the
         runtime has no use for that."""
         ...
@@ -66,16 +66,13 @@ class Executor(Protocol):
     def get(self, buffer: Any) -> np.ndarray: ...
 
 
-# executor -> (module, the package it needs, the formats it runs)
+# executor -> (module, class, the package it needs, the formats it runs)
 _KNOWN = {
-    "ort": (
-        "runtime.execution.package.ort",
-        "onnxruntime",
-        ("onnx", "ascend"),
-    ),  # of ascend, what has no CANN operators
-    "ascend": ("runtime.execution.package.ascend", "numpy", ("ascend",)),  # says itself what is missing
-    "torch": ("runtime.execution.package.torch", "torch", ("torch",)),
-    "xla": ("runtime.execution.package.xla", "jax", ("stablehlo",)),
+    # of ascend packages ort runs what has no CANN operators; the ascend executor says itself what is missing
+    "ort": ("runtime.execution.package.ort", "OrtExecutor", "onnxruntime", ("onnx", "ascend")),
+    "ascend": ("runtime.execution.package.ascend", "AscendExecutor", "numpy", ("ascend",)),
+    "torch": ("runtime.execution.package.torch", "TorchExecutor", "torch", ("torch",)),
+    "xla": ("runtime.execution.package.xla", "XlaExecutor", "jax", ("stablehlo",)),
 }
 
 
@@ -86,16 +83,16 @@ def executor(name: str, fmt: str) -> Executor:
     """
     if name not in _KNOWN:
         raise UsageError(f"--backend {name} does not run exported packages; with --artifact: {', '.join(_KNOWN)}")
-    module, needs, formats = _KNOWN[name]
+    module, made, needs, formats = _KNOWN[name]
     if fmt not in formats:
-        able = ", ".join(each for each, known in _KNOWN.items() if fmt in known[2])
+        able = ", ".join(each for each, known in _KNOWN.items() if fmt in known[3])
         hint = f"use --backend {able}" if able else "it needs its own toolchain (see the package's README)"
         raise UsageError(f"--backend {name} runs {', '.join(formats)}, and this package is {fmt}; {hint}")
     if find_spec(needs) is None:
         raise BackendUnavailable(f"--backend {name} needs {needs}: pip install 'glm5-runtime[export]'")
-    return import_module(module).Executor()
+    return getattr(import_module(module), made)()
 
 
 def executor_of(fmt: str) -> str | None:
     """The executor that runs a format here, or None."""
-    return next((name for name, (_, _, formats) in _KNOWN.items() if fmt in formats), None)
+    return next((name for name, (*_, formats) in _KNOWN.items() if fmt in formats), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +11,12 @@ import tokenizers
 
 from backends.errors import ArtifactError
 from foundation.errors import UsageError
-from runtime.deployment.manifest import Manifest, Program, check_files
-from runtime.execution.local.request import Completion, Request
+from runtime.deployment.manifest import GearUnits, Manifest, check_files
+from runtime.execution.local.request import Completion, OnToken, Prompt
 from runtime.execution.local.request import Sequence as Running
 from runtime.execution.local.sampling import choose
 from runtime.execution.package.executor import executor
-from runtime.execution.package.runner import Batch, Runner, stored_weights
-
-OnToken = Callable[[int, int], None]  # request index, token id
+from runtime.execution.package.runner import Runner, StepBatch, stored_weights
 
 
 class Package:
@@ -47,16 +45,16 @@ class Package:
         """Spent on loading graphs so far."""
         return self.runner.load_s
 
-    def generate(self, requests: Sequence[Request], on_token: OnToken = lambda i, t: None) -> list[Completion]:
+    def generate(self, requests: Sequence[Prompt], on_token: OnToken = lambda i, t: None) -> list[Completion]:
         """Serves the requests one after another. Raises `UsageError` for one that no gear holds."""
         for request in requests:
             self._check(request)
         return [self._serve(request, index, on_token) for index, request in enumerate(requests)]
 
-    def _context(self, program: Program) -> int:
+    def _context(self, program: GearUnits) -> int:
         return program.gear.context_pages * self.manifest.page_size
 
-    def _check(self, request: Request) -> None:
+    def _check(self, request: Prompt) -> None:
         ids, model = request.prompt_ids, self.manifest.model
         if not ids:
             raise UsageError("the prompt has no tokens; give at least one")
@@ -71,17 +69,17 @@ class Package:
                 f"largest gear, a context of {largest}; shorten one of them, or export with a larger --context"
             )
 
-    def _program(self, tokens: int, context: int) -> Program:
+    def _program(self, tokens: int, context: int) -> GearUnits:
         """The gear that takes the next tokens at least waste: all of them if it can, over the least context."""
         holds = [p for p in self.manifest.programs if self._context(p) >= context + min(tokens, p.gear.tokens)]
 
-        def waste(program: Program) -> tuple[int, ...]:
+        def waste(program: GearUnits) -> tuple[int, ...]:
             gear = program.gear
             return (-min(tokens, gear.tokens), gear.tokens, self._context(program), gear.sequences)
 
         return min(holds, key=waste)
 
-    def _serve(self, request: Request, index: int, on_token: OnToken) -> Completion:
+    def _serve(self, request: Prompt, index: int, on_token: OnToken) -> Completion:
         running = Running(
             request,
             index,
@@ -105,18 +103,18 @@ class Package:
         """Seconds on a clock that stands still while graphs are loaded."""
         return time.perf_counter() - self.runner.load_s
 
-    def _step(self, program: Program, chunk: list[int], start: int) -> np.ndarray:
+    def _step(self, program: GearUnits, chunk: list[int], start: int) -> np.ndarray:
         """Feeds one sequence; the other rows, and the other dp ranks, are padding. Logits [vocab]."""
         gear = program.gear
         empty = np.zeros(gear.sequences, np.int32)
         tokens = np.zeros((gear.sequences, gear.tokens), np.int32)
         table = np.zeros((gear.sequences, gear.context_pages), np.int32)
-        padding = Batch(tokens, empty, empty, table)
+        padding = StepBatch(tokens, empty, empty, table)
         tokens, table, first, length = tokens.copy(), table.copy(), empty.copy(), empty.copy()
         tokens[0, : len(chunk)] = chunk
         table[0] = np.arange(1, 1 + gear.context_pages)
         first[0], length[0] = start, len(chunk)
-        batches = [Batch(tokens, first, length, table), *[padding] * (self.runner.dp - 1)]
+        batches = [StepBatch(tokens, first, length, table), *[padding] * (self.runner.dp - 1)]
         return self.runner.executor.get(self.runner.step(program, batches)[0]["logits"])[0]
 
 
@@ -141,11 +139,11 @@ class Text:
     def decode(self, ids: Sequence[int]) -> str:
         return self._inner.decode(list(ids), skip_special_tokens=False)
 
-    def stream(self) -> TextStream:
-        return TextStream(self)
+    def stream(self) -> PackageStream:
+        return PackageStream(self)
 
 
-class TextStream:
+class PackageStream:
     """Text as it comes: what is returned, joined, is the text of all ids. Half characters are held back."""
 
     def __init__(self, text: Text):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import onnx
 
-from runtime.deployment.manifest import OUT, Manifest, Program
+from runtime.deployment.manifest import OUT, GearUnits, Manifest
 
 
-def link(folder: Path, manifest: Manifest, program: Program) -> onnx.ModelProto:
+def link(folder: Path, manifest: Manifest, program: GearUnits) -> onnx.ModelProto:
     """The model of a step: the batch, weights and caches in; "logits.out", "hidden.out" and caches out."""
     runs = [("view", "view"), ("outer", "embed")]
     runs += [(f"layers.{layer.index}", layer.unit) for layer in manifest.layers]

@@ -12,10 +12,10 @@ import numpy as np
 import onnxruntime as ort
 
 from backends.errors import ArtifactError
-from runtime.deployment.manifest import Manifest, Program, Step
+from runtime.deployment.manifest import GearUnits, Manifest, Step
 
 
-class Executor:
+class OrtExecutor:
     """See `runtime.execution.package.executor.Executor`."""
 
     name = "ort"
@@ -28,8 +28,8 @@ class Executor:
         # A small model's step is a few hundred short kernels: threads that spin between them cost more than they give
         self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 
-    def load(self, path: Path, step: Step) -> Loaded:
-        return Loaded(self._session(str(path), path))
+    def load(self, path: Path, step: Step) -> OrtLoaded:
+        return OrtLoaded(self._session(str(path), path))
 
     def _session(self, model: str | bytes, where: Path) -> Any:
         try:
@@ -37,12 +37,12 @@ class Executor:
         except Exception as error:  # onnxruntime's exceptions have no public base
             raise ArtifactError(f"{where}: ONNX Runtime refuses it: {str(error).splitlines()[0]}") from None
 
-    def load_step(self, folder: Path, manifest: Manifest, program: Program) -> Loaded | None:
+    def load_step(self, folder: Path, manifest: Manifest, program: GearUnits) -> OrtLoaded | None:
         if find_spec("onnx") is None:
             return None
         from runtime.execution.package.link import link
 
-        return Loaded(self._session(link(folder, manifest, program).SerializeToString(), folder))
+        return OrtLoaded(self._session(link(folder, manifest, program).SerializeToString(), folder))
 
     def put(self, array: np.ndarray) -> Any:
         array = np.asarray(array, order="C")
@@ -54,15 +54,15 @@ class Executor:
         return buffer.numpy()
 
 
-class Loaded:
+class OrtLoaded:
     def __init__(self, session: Any):
         self.session = session
 
-    def bind(self, fixed: Mapping[str, Any]) -> Bound:
-        return Bound(self.session, fixed)
+    def bind(self, fixed: Mapping[str, Any]) -> OrtBound:
+        return OrtBound(self.session, fixed)
 
 
-class Bound:
+class OrtBound:
     """Writes to two sets of buffers in turn, so that a step allocates nothing and a cache is never read and written at
     once: what a call returns is overwritten by the second call after it."""
 

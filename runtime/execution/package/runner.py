@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from backends.errors import ArtifactError
-from runtime.deployment.manifest import OUT, DeviceShare, Manifest, Program, Step
+from runtime.deployment.manifest import OUT, DeviceShare, GearUnits, Manifest, Step
 from runtime.deployment.tensors import TensorReader, numpy_dtype
 from runtime.execution.package.executor import Bound, Executor, Loaded
 
-Rank = tuple[int, int]  # dp, tp
+Place = tuple[int, int]  # dp, tp
 Env = dict[str, Any]  # buffers by name
 
 
-class Batch(NamedTuple):
+class StepBatch(NamedTuple):
     """A step's inputs of one dp rank, int32: tokens [b,t]; start, length [b]; page_table [b,p]."""
 
     tokens: np.ndarray
@@ -97,7 +97,7 @@ class Runner:
 
     # --- a step
 
-    def step(self, program: Program, batches: Sequence[Batch]) -> list[Env]:
+    def step(self, program: GearUnits, batches: Sequence[StepBatch]) -> list[Env]:
         """Feeds each dp rank its batch. Returns each dp rank's results: "logits" and "hidden" buffers, and what led
         to them."""
         envs = self._envs(batches)
@@ -112,7 +112,7 @@ class Runner:
         self._unit(program, "head", self.stages[-1], envs, "outer")
         return [envs[dp, 0] for dp in range(self.dp)]
 
-    def _step_as_one(self, program: Program) -> Bound | None:
+    def _step_as_one(self, program: GearUnits) -> Bound | None:
         if id(program) not in self._whole:
             begin = time.perf_counter()
             loaded = self.executor.load_step(self.folder, self.manifest, program)
@@ -134,7 +134,7 @@ class Runner:
                 self.caches[place, owner] = {name: results[f"{owner}.{name}{OUT}"] for name in caches}
         return {**env, "logits": results["logits.out"], "hidden": results["hidden.out"]}
 
-    def draft(self, program: Program, batches: Sequence[Batch], hidden: Sequence[Any]) -> list[Env]:
+    def draft(self, program: GearUnits, batches: Sequence[StepBatch], hidden: Sequence[Any]) -> list[Env]:
         """The MTP layer: a batch of following tokens, and the hidden states of each dp rank's positions."""
         assert self.manifest.mtp is not None
         envs = self._envs(batches)
@@ -143,15 +143,15 @@ class Runner:
         self._unit(program, self.manifest.mtp, self.stages[-1], envs, "mtp")
         return [envs[dp, 0] for dp in range(self.dp)]
 
-    def _envs(self, batches: Sequence[Batch]) -> dict[Rank, Env]:
+    def _envs(self, batches: Sequence[StepBatch]) -> dict[Place, Env]:
         return {
             (dp, tp): {name: self.executor.put(value) for name, value in batches[dp]._asdict().items()}
             for dp in range(self.dp)
             for tp in range(self.tp)
         }
 
-    def _unit(self, program: Program, unit: str, stage: int, envs: Mapping[Rank, Env], owner: str | None) -> None:
-        made: dict[Rank, Env] = {rank: {} for rank in envs}
+    def _unit(self, program: GearUnits, unit: str, stage: int, envs: Mapping[Place, Env], owner: str | None) -> None:
+        made: dict[Place, Env] = {rank: {} for rank in envs}
         for number, step in enumerate(program.units[unit]):
             if step.kind != "graph":
                 self._exchange(step, made)
@@ -188,10 +188,10 @@ class Runner:
             self._bound[key] = self._loaded[file].bind(fixed)
         return self._bound[key]
 
-    def _exchange(self, step: Step, made: Mapping[Rank, Env]) -> None:
+    def _exchange(self, step: Step, made: Mapping[Place, Env]) -> None:
         source, result = step.inputs[0].name, step.outputs[0].name
         across = 0 if step.axis == "dp" else 1
-        groups: dict[int, list[Rank]] = {}
+        groups: dict[int, list[Place]] = {}
         for rank in sorted(made):
             groups.setdefault(rank[1 - across], []).append(rank)
         for group in groups.values():

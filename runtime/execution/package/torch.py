@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from backends.errors import ArtifactError
-from runtime.deployment.manifest import Manifest, Program, Step
+from runtime.deployment.manifest import GearUnits, Manifest, Step
 from runtime.execution.package.executor import Function
 
 _VIEWS = {  # numpy has no such types of its own
@@ -20,7 +20,7 @@ _VIEWS = {  # numpy has no such types of its own
 }
 
 
-class Executor:
+class TorchExecutor:
     """See `runtime.execution.package.executor.Executor`."""
 
     name = "torch"
@@ -40,7 +40,7 @@ class Executor:
 
         return Function(run, step)
 
-    def load_step(self, folder: Path, manifest: Manifest, program: Program) -> None:
+    def load_step(self, folder: Path, manifest: Manifest, program: GearUnits) -> None:
         return None
 
     def put(self, array: np.ndarray) -> Any:

@@ -10,11 +10,11 @@ import numpy as np
 from jax import export
 
 from backends.errors import ArtifactError
-from runtime.deployment.manifest import Manifest, Program, Step
+from runtime.deployment.manifest import GearUnits, Manifest, Step
 from runtime.execution.package.executor import Function
 
 
-class Executor:
+class XlaExecutor:
     """See `runtime.execution.package.executor.Executor`."""
 
     name = "xla"
@@ -31,7 +31,7 @@ class Executor:
         specs = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in step.inputs]
         return Function(run.lower(*specs).compile(), step)
 
-    def load_step(self, folder: Path, manifest: Manifest, program: Program) -> None:
+    def load_step(self, folder: Path, manifest: Manifest, program: GearUnits) -> None:
         return None
 
     def put(self, array: np.ndarray) -> Any:

@@ -17,7 +17,7 @@ from runtime.layout import checkpoint_scheme
 from runtime.planning.assign import node_devices
 from runtime.planning.kv_tiers import HOST_RATIO, device_bytes_per_token
 from runtime.planning.launch import experts, sglang, vllm
-from runtime.planning.launch.server import Part, Server
+from runtime.planning.launch.server import LaunchServer, NodeShare
 from runtime.planning.launch.words import Command, Shell, Word, plain
 from runtime.simulation.build import make_engine
 
@@ -112,7 +112,7 @@ def launch(
     if hosts and len(hosts) != nodes:
         raise LaunchError(f"--hosts names {len(hosts)} addresses, the plan has {nodes} nodes: name one each, in order")
     addresses: list[Word] = list(hosts) or [Shell(f"${{NODE{node}:?address of node {node}}}") for node in range(nodes)]
-    servers: list[Server] = []
+    servers: list[LaunchServer] = []
     files: dict[str, Any] = {}
     for pool in plan.pools:
         servers += _servers(plan, cfg, pool, engine or pool.engine, model, addresses, host_tier, files)
@@ -125,7 +125,7 @@ def launch(
     return Launch(title, tuple(commands), router, files, tuple(_remarks(plan, servers, names)))
 
 
-def _module(server: Server) -> Any:
+def _module(server: LaunchServer) -> Any:
     return sglang if server.table.name == "sglang" else vllm
 
 
@@ -138,7 +138,7 @@ def _servers(
     addresses: Sequence[Word],
     host_tier: bool,
     files: dict[str, Any],
-) -> list[Server]:
+) -> list[LaunchServer]:
     if engine not in ENGINES:
         raise LaunchError(f"no launch commands for {engine}: use --engine {', '.join(ENGINES)}")
     profile = profile_of(pool)
@@ -154,13 +154,13 @@ def _servers(
     per_node, first = node_devices(profile), pool.devices[0].index
     found = []
     for index in range(pool.replicas):
-        parts: dict[int, Part] = {}
+        parts: dict[int, NodeShare] = {}
         for device in pool.devices[index * pool.layout.devices : (index + 1) * pool.layout.devices]:
             old = parts.get(device.node)
             start = old.first if old else (device.index - first) % per_node
-            parts[device.node] = Part(device.node, start, old.count + 1 if old else 1, addresses[device.node])
+            parts[device.node] = NodeShare(device.node, start, old.count + 1 if old else 1, addresses[device.node])
         found.append(
-            Server(
+            LaunchServer(
                 table=table(engine),
                 cfg=cfg,
                 profile=profile,
@@ -187,7 +187,7 @@ def _checkpoint(cfg: ModelConfig, pool: Pool) -> str | None:
     return checkpoint(cfg.name.removesuffix("-fp8"), pool.scheme)
 
 
-def _remarks(plan: Plan, servers: Sequence[Server], names: set[str]) -> list[str]:
+def _remarks(plan: Plan, servers: Sequence[LaunchServer], names: set[str]) -> list[str]:
     found = []
     if any(isinstance(server.model, Shell) for server in servers):
         found.append("no checkpoint of this model is published in these formats: set MODEL to one of yours")

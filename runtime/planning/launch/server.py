@@ -9,7 +9,7 @@ from typing import Any
 from hw_profiles import Profile
 from model.config import ModelConfig
 from runtime.deployment.engines import Engine
-from runtime.deployment.engines.flags import Table
+from runtime.deployment.engines.flags import LaunchTable
 from runtime.deployment.errors import LaunchError
 from runtime.deployment.plan import Pool
 from runtime.layout import is_sparse
@@ -23,7 +23,7 @@ EXPRESSED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class NodeShare:
     """The devices of a replica on one node: `count` from local number `first` on."""
 
     node: int
@@ -33,7 +33,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Server:
+class LaunchServer:
     """One replica: an engine's process group.
 
     index: among the replicas of its pool. peer: the pool at the other end of a KV transfer. model: what the engine
@@ -41,14 +41,14 @@ class Server:
     where experts are in order. host_bytes: of the host tier a device, None where it is not asked for.
     """
 
-    table: Table
+    table: LaunchTable
     cfg: ModelConfig
     profile: Profile
     pool: Pool
     peer: Pool | None
     engine: Engine
     index: int
-    parts: tuple[Part, ...]
+    parts: tuple[NodeShare, ...]
     node_devices: int
     model: Word
     context_tokens: int
@@ -155,7 +155,7 @@ _SERVED = {"vllm": ("NVIDIA",), "vllm-ascend": ("Huawei",)}
 class Line:
     """A command line being written: each flag by its key in the table, so that each has a source."""
 
-    def __init__(self, server: Server, *before: Word):
+    def __init__(self, server: LaunchServer, *before: Word):
         self._table = server.table
         self.words: list[Word] = [*server.table.program, *before]
         self.sources: dict[str, str] = {}
@@ -171,10 +171,10 @@ class Line:
         """A flag with a whole number."""
         self.flag(key, str(value))
 
-    def command(self, server: Server, node: int, title: str) -> Command:
+    def command(self, server: LaunchServer, node: int, title: str) -> Command:
         return Command(title, node, self.environment, tuple(self.words), tuple(self.remarks), self.sources)
 
-    def extras(self, server: Server) -> None:
+    def extras(self, server: LaunchServer) -> None:
         """What the table adds."""
         documented = self._table.documented
         for words in self._table.extra_words(server.facts):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from runtime.planning.launch.server import Line, Server
+from runtime.planning.launch.server import LaunchServer, Line
 from runtime.planning.launch.words import Command, Shell, Word, joined
 
 _GB = 1e9
@@ -12,12 +12,12 @@ _RENDEZVOUS, _BOOTSTRAP = 20000, 8998
 _ASCEND_PAGE = 128  # sglang srt/hardware_backend/npu/utils.py set_default_server_args
 
 
-def commands(server: Server) -> list[Command]:
+def commands(server: LaunchServer) -> list[Command]:
     """One process a node."""
     return [_command(server, rank) for rank in range(len(server.parts))]
 
 
-def _command(server: Server, rank: int) -> Command:
+def _command(server: LaunchServer, rank: int) -> Command:
     pool, engine, part = server.pool, server.engine, server.parts[rank]
     layout = pool.layout
     line = Line(server)
@@ -86,19 +86,19 @@ def _command(server: Server, rank: int) -> Command:
     return line.command(server, part.node, title)
 
 
-def _disaggregated(server: Server, line: Line) -> None:
+def _disaggregated(server: LaunchServer, line: Line) -> None:
     line.flag("role", server.pool.role)
     line.flag("transfer", "ascend" if server.facts["vendor"] == "Huawei" else "mooncake")
     if server.pool.role == "prefill":
         line.whole("bootstrap", _BOOTSTRAP + server.slot)
 
 
-def router(servers: list[Server]) -> Command | None:
+def router(servers: list[LaunchServer]) -> Command | None:
     """SGLang's router before several servers. Sources: docs, advanced_features/pd_disaggregation.md and router.md."""
     if len(servers) == 1:
         return None
 
-    def address(server: Server) -> Word:
+    def address(server: LaunchServer) -> Word:
         return joined("http://", server.parts[0].host, f":{server.port}")
 
     words: list[Word] = ["python3", "-m", "sglang_router.launch_router"]

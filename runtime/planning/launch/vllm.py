@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from runtime.deployment.errors import LaunchError
-from runtime.planning.launch.server import Line, Server
+from runtime.planning.launch.server import LaunchServer, Line
 from runtime.planning.launch.words import Command, Shell, Word, joined, plain
 
 _GIB = 2**30
@@ -21,7 +21,7 @@ _NIXL_PORT = 5600
 _KV_PORT = {"prefill": 30000, "decode": 30100}
 
 
-def commands(server: Server) -> list[Command]:
+def commands(server: LaunchServer) -> list[Command]:
     """The processes of a replica, node by node."""
     layout = server.pool.layout
     group = layout.tp * layout.pp
@@ -38,7 +38,7 @@ def commands(server: Server) -> list[Command]:
     return [_command(server, 0, "ray")]
 
 
-def _wide_ranks(server: Server) -> LaunchError:
+def _wide_ranks(server: LaunchServer) -> LaunchError:
     layout, here = server.pool.layout, server.node_devices
     return LaunchError(
         f"{server.title}: {layout.dp} dp ranks of {layout.tp * layout.pp} devices, over nodes of {here}: "
@@ -46,7 +46,7 @@ def _wide_ranks(server: Server) -> LaunchError:
     )
 
 
-def _command(server: Server, rank: int, across: str) -> Command:
+def _command(server: LaunchServer, rank: int, across: str) -> Command:
     """across: how nodes share the replica: "" (one node), "nodes", "ranks" or "ray"."""
     layout, parts = server.pool.layout, server.parts
     line = Line(server, server.model)
@@ -84,7 +84,7 @@ def _command(server: Server, rank: int, across: str) -> Command:
     return _finish(server, line, rank, parts[rank].node, title)
 
 
-def _a_process_each(server: Server) -> list[Command]:
+def _a_process_each(server: LaunchServer) -> list[Command]:
     """vllm-ascend, disaggregated: a process a dp rank (GLM5.md), or a node where one rank spans nodes (GLM5.2.md)."""
     layout, parts = server.pool.layout, server.parts
     group = layout.tp * layout.pp
@@ -111,7 +111,7 @@ def _a_process_each(server: Server) -> list[Command]:
     return found
 
 
-def _parallel(server: Server, line: Line) -> None:
+def _parallel(server: LaunchServer, line: Line) -> None:
     layout = server.pool.layout
     line.whole("tensor", layout.tp)
     if layout.pp > 1:
@@ -125,7 +125,7 @@ def _parallel(server: Server, line: Line) -> None:
         line.flag("expert")
 
 
-def _visible(server: Server, line: Line, first: int, count: int) -> None:
+def _visible(server: LaunchServer, line: Line, first: int, count: int) -> None:
     if count < server.node_devices:
         chosen = ",".join(str(number) for number in range(first, first + count))
         line.environment[server.table.visible_devices] = chosen
@@ -137,7 +137,7 @@ def _visible(server: Server, line: Line, first: int, count: int) -> None:
         )
 
 
-def _limits(server: Server, line: Line) -> None:
+def _limits(server: LaunchServer, line: Line) -> None:
     engine = server.engine
     line.whole("context", server.context_tokens)
     line.whole("page", engine.page_tokens)
@@ -162,7 +162,7 @@ def _limits(server: Server, line: Line) -> None:
             )
 
 
-def _finish(server: Server, line: Line, rank: int, node: int, title: str) -> Command:
+def _finish(server: LaunchServer, line: Line, rank: int, node: int, title: str) -> Command:
     line.extras(server)
     if server.table.can("drafting"):
         _ascend(server, line, rank)
@@ -171,7 +171,7 @@ def _finish(server: Server, line: Line, rank: int, node: int, title: str) -> Com
     return line.command(server, node, title)
 
 
-def _cuda(server: Server, line: Line, rank: int) -> None:
+def _cuda(server: LaunchServer, line: Line, rank: int) -> None:
     pool = server.pool
     if pool.drafts:
         line.whole("draft_tokens", pool.drafts)
@@ -197,7 +197,7 @@ def _cuda(server: Server, line: Line, rank: int) -> None:
             line.remarks.append("host offloading beside a KV connector needs a release with multi-connector support")
 
 
-def _ascend(server: Server, line: Line, rank: int) -> None:
+def _ascend(server: LaunchServer, line: Line, rank: int) -> None:
     pool, table = server.pool, server.table
     if pool.drafts:
         line.flag("drafting", json.dumps({"num_speculative_tokens": pool.drafts, "method": "deepseek_mtp"}))
@@ -228,7 +228,7 @@ def _ascend(server: Server, line: Line, rank: int) -> None:
         line.flag("host_tier", json.dumps(connector))
 
 
-def _mooncake(server: Server) -> dict[str, Any]:
+def _mooncake(server: LaunchServer) -> dict[str, Any]:
     pool, peer = server.pool, server.peer
     assert peer is not None
     sides = {}
@@ -252,7 +252,7 @@ def _mooncake(server: Server) -> dict[str, Any]:
     }
 
 
-def router(servers: list[Server]) -> Command | None:
+def router(servers: list[LaunchServer]) -> Command | None:
     """The example proxy before disaggregated servers; vLLM ships no router for independent ones."""
     roles = {server.pool.role for server in servers}
     if "prefill" not in roles:
@@ -280,7 +280,7 @@ def router(servers: list[Server]) -> Command | None:
     )  # fmt: skip
 
 
-def _ends(server: Server) -> list[tuple[Word, int]]:
+def _ends(server: LaunchServer) -> list[tuple[Word, int]]:
     """Addresses that answer requests: one a server, or one a dp rank where each is a process of its own."""
     layout, parts = server.pool.layout, server.parts
     group = layout.tp * layout.pp
@@ -289,7 +289,7 @@ def _ends(server: Server) -> list[tuple[Word, int]]:
     return [(parts[rank * group // parts[0].count].host, server.port + rank) for rank in range(layout.dp)]
 
 
-def balancer_remark(servers: list[Server]) -> str | None:
+def balancer_remark(servers: list[LaunchServer]) -> str | None:
     """What to say of several servers that vLLM has no router for."""
     if len(servers) < 2 or router(servers):
         return None

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from backends.ascend import atc, catalog, plugin
-from backends.ascend.lowerings import FUSED, Options, is_latent, split_port
+from backends.ascend.lowerings import FUSED, CannOptions, is_latent, split_port
 from backends.emulation.schemes import SCHEMES
 from backends.errors import Unsupported
 from backends.toolchains.walker import Graph, Port
@@ -53,7 +53,7 @@ class AscendWriter:
         _refuse(request, profile, self.soc)
         family = catalog.family(self.soc) if self.soc else None
         self.int8 = {name: _int8_weights(request, kind) for name, kind in request.cut.unit_types.items()}
-        self.options = Options(fused=fused, family=family)
+        self.options = CannOptions(fused=fused, family=family)
         self.split = False
         self.custom: set[str] = set()
         self.declined: Counter[tuple[str, str]] = Counter()

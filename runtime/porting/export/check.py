@@ -38,7 +38,7 @@ class Refusal:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class CheckReport:
     """refusals: in order of file. graphs, nodes: what was looked at. plugin: operators that need the package's ATC
     plugin. family: the chip family that was assumed, None for any."""
 
@@ -50,7 +50,7 @@ class Report:
     family: str | None
 
 
-def check(folder: str | Path, soc_version: str | None = None) -> Report:
+def check(folder: str | Path, soc_version: str | None = None) -> CheckReport:
     """Checks a package of format onnx or ascend, for the chip it names or for `soc_version`.
 
     Raises `ArtifactError` where the folder is no package, `UsageError` for a format that ATC does not read,
@@ -75,7 +75,7 @@ def check(folder: str | Path, soc_version: str | None = None) -> Report:
             refusals += _model(name, model, manifest, family)
             nodes += len(model.graph.node)
             custom |= {node.op_type for node in model.graph.node if node.domain == PLUGIN}
-    return Report(
+    return CheckReport(
         tuple(sorted(refusals, key=lambda r: r.file)), len(graphs), nodes, _gear_counts(manifest),
         tuple(sorted(custom)), family,
     )  # fmt: skip

@@ -27,10 +27,10 @@ from model.config import ModelConfig
 from runtime.deployment.manifest import (
     FILE,
     Format,
+    GearUnits,
     Layer,
     Manifest,
-    ModelRef,
-    Program,
+    PackageModel,
     Step,
     hash_file,
 )
@@ -91,7 +91,7 @@ def export(request: ExportJob, out: Path, check: Check | None = None) -> Manifes
                     name: tuple(_step(writer, link, folder, f"{stem}/{_file_name(link)}") for link in chain)
                     for name, chain in units(what, phase, gear).items()
                 }
-                programs.append(Program(phase, gear, written))
+                programs.append(GearUnits(phase, gear, written))
         manifest = writer.finish(folder, _manifest(request, what, programs, folder, writer))
         if request.weights and not any(device.weights for device in manifest.devices):
             manifest = _write_weights(request, folder, manifest)
@@ -133,7 +133,7 @@ def _step(writer: Writer, link: Graph | Exchange, folder: Path, stem: str) -> St
     return Step(kind, values([link.value]), values([link.result]), axis=link.axis, dim=link.dim)
 
 
-def _manifest(request: ExportJob, what: Cut, programs: list[Program], folder: Path, writer: Writer) -> Manifest:
+def _manifest(request: ExportJob, what: Cut, programs: list[GearUnits], folder: Path, writer: Writer) -> Manifest:
     cfg, grid, checkpoint = request.cfg, request.grid, request.checkpoint
     found = shares.devices(cfg, grid)
     if request.device is not None:
@@ -164,10 +164,10 @@ def _manifest(request: ExportJob, what: Cut, programs: list[Program], folder: Pa
     )
 
 
-def model_ref(cfg: ModelConfig, checkpoint: Checkpoint | None) -> ModelRef:
+def model_ref(cfg: ModelConfig, checkpoint: Checkpoint | None) -> PackageModel:
     """Who the model is. The hash is of the config.json's canonical JSON, or of the preset's fields."""
     raw: Any = checkpoint.raw_config if checkpoint else dataclasses.asdict(cfg)
-    return ModelRef(
+    return PackageModel(
         name=checkpoint.path.resolve().name if checkpoint else cfg.name,
         model_type=cfg.model_type,
         config_sha256=hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest(),

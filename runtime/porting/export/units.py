@@ -123,7 +123,7 @@ def weight_refs(what: Cut, kind: LayerType | None) -> tuple[WeightRef, ...]:
                     whole=whole,
                     split=split,
                     sources=tuple(prefix + s + ("_scale_inv" if suffix == ".scale" else "") for s in weight.sources),
-                    layout=weight.layout.name,
+                    layout=weight.arrangement.name,
                 )
             )
     if "expert_slots" in abstracts:  # made of the placement, not of the checkpoint

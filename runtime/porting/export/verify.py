@@ -21,9 +21,9 @@ from model import graph
 from model.cache import cache_rows
 from model.checkpoint import Checkpoint
 from model.config import Gqa, ModelConfig
-from runtime.deployment.manifest import Manifest, Program
+from runtime.deployment.manifest import GearUnits, Manifest
 from runtime.execution.package.executor import executor, executor_of
-from runtime.execution.package.runner import Batch, Runner, stored_weights
+from runtime.execution.package.runner import Runner, StepBatch, stored_weights
 from runtime.porting.export import shares
 
 TOLERANCE = 1e-4
@@ -112,7 +112,7 @@ class Reference:
         draft = graph.mtp_step(self.cfg, weights, caches[main], batch, out.hidden, mode)
         return (out.logits, draft.logits), [*out.caches, *draft.caches]
 
-    def step(self, caches: Caches, batch: Batch, expanded: bool) -> tuple[list[np.ndarray], Caches]:
+    def step(self, caches: Caches, batch: StepBatch, expanded: bool) -> tuple[list[np.ndarray], Caches]:
         """Feeds the main stack, and the MTP layer with the same tokens: the logits of each, and the caches."""
         mode = graph.Mode("expanded" if expanded else "absorbed")
         logits, caches = self._step(self.weights, caches, graph.Batch(*map(jnp.asarray, batch)), mode=mode)
@@ -120,7 +120,7 @@ class Reference:
 
 
 def compare(
-    manifest: Manifest, program: Program, runner: Runner, reference: Reference, rng: np.random.Generator
+    manifest: Manifest, program: GearUnits, runner: Runner, reference: Reference, rng: np.random.Generator
 ) -> Verified:
     gear, size = program.gear, manifest.page_size
     context = gear.context_pages * size
@@ -138,7 +138,7 @@ def compare(
     if before:
         for rank in range(dp):
             tokens = rng.integers(0, manifest.model.vocab_size, (gear.sequences, before), dtype=np.int32)
-            first = Batch(tokens, np.zeros_like(starts[rank]), starts[rank], tables[rank])
+            first = StepBatch(tokens, np.zeros_like(starts[rank]), starts[rank], tables[rank])
             caches[rank] = reference.step(caches[rank], first, True)[1]
         for place, name, _, value in _pairs(runner, reference.cfg, caches):
             runner.caches[place][name] = runner.executor.put(np.array(value))
@@ -150,7 +150,7 @@ def compare(
             length = np.full(gear.sequences, gear.tokens, np.int32)
             if number == steps - 1 and gear.tokens > 1:  # a ragged last chunk
                 length -= (np.arange(gear.sequences, dtype=np.int32) + 1) % gear.tokens
-            batches.append(Batch(tokens, starts[rank], length, tables[rank]))
+            batches.append(StepBatch(tokens, starts[rank], length, tables[rank]))
         results = [runner.step(program, batches)]
         if reference.mtp:
             results.append(runner.draft(program, batches, [env["hidden"] for env in results[0]]))
