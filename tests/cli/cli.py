@@ -66,7 +66,7 @@ def make_checkpoint(folder: Path) -> None:
     rng = np.random.default_rng(0)
 
     def make(weight: Weight) -> np.ndarray:
-        if weight.layout is Arrangement.PLAIN and weight.name != "embed":
+        if weight.arrangement is Arrangement.PLAIN and weight.name != "embed":
             centre = 1.0 if "norm" in weight.name else 0.0
             return (centre + 0.1 * rng.standard_normal(weight.shape)).astype(np.float32)
         return (0.1 * rng.standard_normal(weight.shape)).astype(np.float32)

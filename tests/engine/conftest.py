@@ -43,7 +43,7 @@ def random_weights(cfg: ModelConfig, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
 
     def make(weight: Weight) -> np.ndarray:
-        if weight.layout is Arrangement.PLAIN and len(weight.shape) == 1:
+        if weight.arrangement is Arrangement.PLAIN and len(weight.shape) == 1:
             centre = 1.0 if "norm" in weight.name else 0.0
             return (centre + 0.1 * rng.standard_normal(weight.shape)).astype(np.float32)
         return (0.08 * rng.standard_normal(weight.shape)).astype(np.float32)

@@ -14,7 +14,7 @@ from hw_profiles import load
 from model.checkpoint import Checkpoint, groups
 from model.checkpoint import save as save_checkpoint
 from model.config import from_hf, load_config
-from model.weights import Arrangement as WeightLayout
+from model.weights import Arrangement
 from model.weights import Weight
 from runtime.deployment.manifest import FILE, Gear, Manifest, hash_file
 from runtime.execution.local.load import embedded_checkpoint
@@ -99,7 +99,7 @@ def glm_like(folder: Path) -> Path:
 
 def _random(rng: np.random.Generator, weight: Weight) -> np.ndarray:
     """Of the size that keeps activations near 1."""
-    if weight.layout is WeightLayout.PLAIN and weight.name != "embed":
+    if weight.arrangement is Arrangement.PLAIN and weight.name != "embed":
         centre = 1.0 if "norm" in weight.name else 0.0
         return (centre + 0.1 * rng.standard_normal(weight.shape)).astype(np.float32)
     inner = weight.shape[1] if weight.expert_count or weight.name in ("k_up", "v_up") else weight.shape[0]
