@@ -12,12 +12,12 @@ import numpy as np
 
 import hw_profiles
 from model.config import LayerType, ModelConfig, load_config
-from runtime.layout import Layout, formats
+from model.split import Layout
 from runtime.pricing.oplist import Sizes
 from runtime.pricing.trace import PAGE_SIZE, trace
 from runtime.serving import Uniform, bench_serving, closed_loop, simulate
 from runtime.serving.pricing import BatchShape
-from runtime.simulation.build import Built, Spec, build, make_engine, model_override
+from runtime.simulation.build import Built, build, model_override, spec_for
 
 CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536, 131072, 200704)
 SEARCHED = range(2048, 200705, 2048)
@@ -34,8 +34,7 @@ def deployment(
     kv: str = "bf16",
 ) -> Built:
     profile = hw_profiles.load(chip)
-    described = make_engine(engine, cfg, profile, layout)
-    return build(Spec(cfg, profile, layout, formats(scheme, kv), described, None, drafts, accept))
+    return build(spec_for(cfg, profile, layout, scheme, kv, engine, drafts=drafts, accept_length=accept))
 
 
 def decode(rows: int, context: int) -> BatchShape:

@@ -25,13 +25,13 @@ from backends import registry
 from bench.decode import DECODE_STEPS, PROMPT, Ours, make_checkpoint
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
+from model.split import Layout
 from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.load import load_engine
 from runtime.execution.local.request import Prompt
-from runtime.layout import Layout, formats
 from runtime.porting.calibrate import Effort, measure, profile
 from runtime.serving.pricing import BatchShape
-from runtime.simulation.build import Spec, build, make_engine
+from runtime.simulation.build import build, spec_for
 
 REPEATS = 3
 CONTEXT = PROMPT + DECODE_STEPS // 2
@@ -60,7 +60,7 @@ def predicted(cfg: ModelConfig, folder: Path, effort: Effort) -> tuple[dict[str,
     (folder / "host.prices.json").write_text(json.dumps(found.kernels))
     (folder / "host.toml").write_text(hw_profiles.dumps(profile(found, backend, "host", "host.prices.json")))
     host, layout = hw_profiles.load(str(folder / "host.toml")), Layout()
-    pricer = build(Spec(cfg, host, layout, formats("f32"), make_engine("glm5", cfg, host, layout))).pricer
+    pricer = build(spec_for(cfg, host, layout, "f32", engine="glm5")).pricer
     prices = {name: pricer.price(shape) for name, shape in STEPS.items()}
     return {name: price.seconds for name, price in prices.items()}, {n: p.by_op for n, p in prices.items()}
 

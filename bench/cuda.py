@@ -55,7 +55,7 @@ def random_weights(cfg: ModelConfig, backend: Backend, fp8: bool) -> tuple[dict[
         return backend.put(array)
 
     def make(weight: Weight) -> Any:
-        if fp8 and weight.can_stay_fp8:
+        if fp8 and weight.stays_narrow:
             values = rng.integers(0x30, 0x3F, weight.shape, np.uint8).view(ml_dtypes.float8_e4m3fn)
             scale = np.full(weight.scale_shape, 0.01, np.float32)
             return Quantized(put(values), put(scale))

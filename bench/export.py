@@ -26,13 +26,13 @@ from backends import registry
 from model.checkpoint import Checkpoint
 from model.config import load_config
 from model.graph import Batch, Mode
+from model.split import Layout
 from runtime.deployment.manifest import Manifest
 from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.load import embedded_checkpoint, load_engine
 from runtime.execution.package.executor import executor_of
 from runtime.execution.package.generate import Package
 from runtime.execution.package.runner import StepBatch as PackageBatch
-from runtime.layout import Layout
 from runtime.porting.export import options as cutting
 from runtime.porting.export import package
 from runtime.porting.export.job import ExportJob

@@ -16,8 +16,8 @@ from typing import Any
 
 import hw_profiles
 from model.config import load_config
+from model.split import Layout
 from runtime.deployment.plan import Demand, Plan, Predicted
-from runtime.layout import Layout
 from runtime.planning.contender import Contender, Part, plan_of
 from runtime.planning.estimate import Estimate
 from runtime.planning.options import Question, make_option

@@ -12,7 +12,8 @@ from typing import Literal
 ChipKind = Literal["accelerator", "host"]
 RATE_FORMATS = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "fp4", "int4")
 WEIGHT_SCHEMES = (
-    "bf16", "fp16", "fp8-block", "fp8-tensor", "mxfp8", "mxfp4", "nvfp4", "w8a8-int8", "w4a8", "w4a16",
+    "bf16", "fp16", "fp8-block", "fp8-tensor", "fp8-channel", "mxfp8", "mxfp4", "nvfp4", "nvfp4a16", "w8a8-int8",
+    "w4a8", "w4a16", "w4afp8",
 )  # fmt: skip
 KV_FORMATS = ("bf16", "fp8", "int8")
 TOPOLOGIES = ("switch", "full-mesh", "clos", "bridge", "pcie")
@@ -23,12 +24,15 @@ RATE_OF_SCHEME = {
     "fp16": "fp16",
     "fp8-block": "fp8",
     "fp8-tensor": "fp8",
+    "fp8-channel": "fp8",
     "mxfp8": "fp8",
     "mxfp4": "fp4",
     "nvfp4": "fp4",
+    "nvfp4a16": "bf16",
     "w8a8-int8": "int8",
     "w4a8": "int8",
     "w4a16": "bf16",
+    "w4afp8": "fp8",
 }
 
 

@@ -69,7 +69,7 @@ def abstract_weights(
 
     def spec(weight: Weight) -> Any:
         shape = local(weight)
-        if keep_fp8 and weight.can_stay_fp8:
+        if keep_fp8 and weight.stays_narrow:
             scale = dataclasses.replace(weight, shape=shape).scale_shape
             return Quantized(Abstract(shape, ml_dtypes.float8_e4m3fn), Abstract(scale, jnp.float32))
         return Abstract(shape, jnp.float32 if weight.float32 else dtype)

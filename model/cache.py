@@ -9,14 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
 
 from model.config import LayerType, Mla, ModelConfig
-
-CacheFormat = Literal["bf16", "bf16_kv_fp8_index", "fp8"]
-CACHE_FORMATS: tuple[CacheFormat, ...] = ("bf16", "bf16_kv_fp8_index", "fp8")
-
-_SCALE_GROUP, _SCALE_BYTES = 128, 4  # one float32 scale for every 128 FP8 values
+from model.formats import CacheFormats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,34 +37,37 @@ def cache_rows(cfg: ModelConfig, kind: LayerType) -> tuple[CacheRow, ...]:
     return (CacheRow("key", shape), CacheRow("value", shape))
 
 
-def _fp8_bytes(width: int) -> int:
-    return width + _SCALE_BYTES * math.ceil(width / _SCALE_GROUP)
+def row_bytes(cfg: ModelConfig, row: CacheRow, formats: CacheFormats) -> int:
+    """Bytes of one token's row."""
+    rope = cfg.attention.rope_dim if row.name == "latent" and isinstance(cfg.attention, Mla) else 0
+    return formats.of(row.name).bytes(row.width, rope)
 
 
-def row_bytes(cfg: ModelConfig, row: CacheRow, fmt: CacheFormat) -> int:
-    """Bytes of one token's row.
-
-    FP8 latents follow vLLM's `fp8_ds_mla` record: FP8 values and a float32 scale for each 128 of them,
-    the rotary key in bfloat16 (512 + 16 + 128 = 656 for GLM-5). FP8 GQA caches have per-tensor scales.
-    """
-    if fmt == "bf16" or (fmt == "bf16_kv_fp8_index" and row.name != "index"):
-        return 2 * row.width
-    if row.name == "latent":
-        assert isinstance(cfg.attention, Mla)
-        return _fp8_bytes(cfg.attention.kv_lora_rank) + 2 * cfg.attention.rope_dim
-    return _fp8_bytes(row.width) if row.name == "index" else row.width
-
-
-def layer_bytes_per_token(cfg: ModelConfig, kind: LayerType, fmt: CacheFormat) -> dict[str, int]:
+def layer_bytes_per_token(cfg: ModelConfig, kind: LayerType, formats: CacheFormats) -> dict[str, int]:
     """Bytes a token takes in each cache of a layer of this type."""
-    return {row.name: row_bytes(cfg, row, fmt) for row in cache_rows(cfg, kind)}
+    return {row.name: row_bytes(cfg, row, formats) for row in cache_rows(cfg, kind)}
 
 
-def bytes_per_token(cfg: ModelConfig, fmt: CacheFormat, mtp: bool = False) -> dict[str, int]:
+def bytes_per_token(cfg: ModelConfig, formats: CacheFormats, mtp: bool = False) -> dict[str, int]:
     """Bytes a token takes over all main layers (with `mtp`: over the MTP layers instead), by cache."""
     total: dict[str, int] = {}
     for kind, count in cfg.layer_counts.items():
         if kind.mtp == mtp:
-            for name, size in layer_bytes_per_token(cfg, kind, fmt).items():
+            for name, size in layer_bytes_per_token(cfg, kind, formats).items():
                 total[name] = total.get(name, 0) + size * count
     return total
+
+
+def known_forms(cfg: ModelConfig) -> dict[str, CacheFormats]:
+    """The forms in which engines keep this model's cache, by name; which one does, its engine and chip decide.
+
+    fp8: with an indexer, FlashMLA's 656-byte record for sparse attention on Hopper; fp8_uniform: FP8 throughout, as
+    dense attention has it everywhere, and sparse attention on Blackwell.
+    """
+    scaled = {"index": "fp8_scaled"}
+    forms = {
+        "bf16": CacheFormats.plain("bf16"),
+        "bf16_kv_fp8_index": CacheFormats("bf16", heads="bf16", **scaled),
+        "fp8": CacheFormats("fp8_ds_mla" if cfg.indexer else "fp8", heads="fp8", **scaled),
+    }
+    return forms | ({"fp8_uniform": CacheFormats("fp8", heads="fp8", **scaled)} if cfg.indexer else {})

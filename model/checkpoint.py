@@ -22,17 +22,18 @@ import ml_dtypes
 import numpy as np
 
 from model import quantised
-from model.config import LayerType, Mla, ModelConfig, WeightFormat, from_hf, read_config
+from model.config import LayerType, Mla, ModelConfig, from_hf, load_config, read_config
 from model.errors import CheckpointError
-from model.quantised import Found, Matrix, Spelling, tensor_name
+from model.formats import E4M3, FORMATS, FP8_BLOCK
+from model.quantised import Matrix
 from model.safetensors_file import SafetensorsFile, write
-from model.weights import FP8_BLOCK, Arrangement, Quantized, Weight, layer_weights, outer_weights
+from model.spelling import Found, Spelling, spelling, tensor_name
+from model.weights import Arrangement, Quantized, Weight, layer_weights, outer_weights
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-MODELSLIM_FILE = "quant_model_description.json"
 SCALE_SUFFIX = "_scale_inv"
 SHARD_BYTES = 5_000_000_000
-FP8 = quantised.E4M3
+FP8 = E4M3
 _PLAIN_TYPES = ("F32", "F16", "BF16")
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 # Copies of shared tensors that some releases store, and buffers that older ones do.
@@ -88,7 +89,7 @@ def stored_shape(cfg: ModelConfig, weight: Weight) -> tuple[int, ...]:
 
 def quantise_blocks(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A matrix `[out, in]` as e4m3 values and float32 scales `[out/128, in/128]` (value * scale)."""
-    held = quantised.quantise("fp8-block", matrix)
+    held = quantised.quantise(FORMATS["fp8-block"], matrix)
     return held.values, held.scale
 
 
@@ -108,8 +109,7 @@ class Checkpoint:
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path}: no such checkpoint directory")
         self.raw_config = read_config(self.path / "config.json")
-        config = from_hf(self.raw_config, str(self.path / "config.json"))
-        self.config = dataclasses.replace(config, weight_format=self._modelslim_format() or config.weight_format)
+        self.config = load_config(self.path)
         self._check()
 
     @cached_property
@@ -131,27 +131,6 @@ class Checkpoint:
                 raise CheckpointError(f"{self.path / name}: tensor {tensor} is missing (the index promises it)")
         return {tensor: shards[name] for tensor, name in weight_map.items()}
 
-    def _modelslim_format(self) -> WeightFormat | None:
-        """msModelSlim leaves config.json plain and describes every tensor in a file of its own."""
-        described = self.path / MODELSLIM_FILE
-        if not described.exists():
-            return None
-        try:
-            types = {str(kind) for name, kind in json.loads(described.read_text()).items() if name.endswith(".weight")}
-        except (ValueError, AttributeError):
-            raise CheckpointError(f"{described}: not a description of a quantised checkpoint") from None
-        formats = {kind: name for name, kind in quantised.MODELSLIM_TYPES.items()}
-        if unknown := sorted(types - {*formats, "FLOAT"}):
-            raise CheckpointError(f"{described}: {unknown[0]} cannot be read; known: {', '.join(formats)}, FLOAT")
-        found = {formats[kind] for kind in types if kind in formats}
-        order: tuple[tuple[str, WeightFormat], ...] = (
-            ("w4a8", "w4a8"), ("mxfp4", "mxfp4"), ("mxfp8", "mxfp8"), ("w8a8-int8", "w8a8"),
-        )  # fmt: skip
-        for name, scheme in order:
-            if name in found:
-                return scheme
-        return "plain"
-
     @cached_property
     def has_mtp(self) -> bool:
         """Whether the MTP layers the config declares are stored (transformers drops them when saving)."""
@@ -172,7 +151,7 @@ class Checkpoint:
                             raise CheckpointError(f"{self.path}: tensor {name} has the unsupported dtype {kind}")
                         continue
                     if not weight.quantised:
-                        kind = "FP8" if found.format.startswith("fp8") else found.format
+                        kind = "FP8" if found.format.values == FP8 else found.format.name
                         raise CheckpointError(f"{self.path}: tensor {name} must not be stored in {kind}")
                     for suffix, shape in found.parts.items():
                         expected.add(tensor_name(name, suffix))
@@ -191,7 +170,10 @@ class Checkpoint:
 
     def spelling(self, name: str, shape: tuple[int, ...]) -> Spelling | None:
         """How a tensor is stored: its quantised format and parts, or None where it is plain."""
-        return quantised.spelling(name, shape, self._look)
+        try:
+            return spelling(name, shape, self._look)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: tensor {error}") from None
 
     def _expect(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._index:
@@ -234,9 +216,9 @@ class Checkpoint:
     ) -> np.ndarray | Quantized:
         """One weight of a group of `groups`, as `load` has it."""
         names = list(group.tensors(weight))
-        if keep_fp8 and weight.can_stay_fp8 and (first := self._spellings[names[0]]):
+        if keep_fp8 and weight.stays_narrow and (first := self._spellings[names[0]]):
             held = map(self._matrix, names)
-            if first.format == "nvfp4":  # its float32 factor is multiplied into the scales
+            if first.format.factor is not None:  # its float32 factor is multiplied into the scales
                 held = (Matrix(m.values, m.scale.astype(np.float32) * m.factor) for m in held)
             return _assemble_quantised(self.config, weight, held)
         kind = np.dtype(np.float32) if weight.float32 else _DTYPES[dtype]

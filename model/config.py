@@ -23,13 +23,11 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from model.errors import ConfigError
+from model.formats import Scheme, scheme
+from model.quantization_config import PLAIN, UnknownQuantization, modelslim_scheme_name, scheme_name
 
 IndexerKind = Literal["full", "shared", "none"]
 FfnKind = Literal["dense", "moe"]
-WeightFormat = Literal[
-    "plain", "fp8-block", "fp8-tensor", "int4-experts", "w8a8", "w4a8", "mxfp8", "mxfp4", "nvfp4"
-]  # fmt: skip
-"""What a checkpoint's matrices are stored in: plain floats, or a quantised scheme."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +172,8 @@ class Moe:
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A model, by dimensions. `layers` is the schedule of the main stack; `mtp_layers` counts the
-    multi-token-prediction layers stored behind it (as layers `num_layers`, ...)."""
+    multi-token-prediction layers stored behind it (as layers `num_layers`, ...). `weight_format`: the scheme that a
+    checkpoint's matrices are stored in, "plain" for floats."""
 
     name: str
     model_type: str
@@ -194,7 +193,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     tie_embeddings: bool
     dtype: str
-    weight_format: WeightFormat
+    weight_format: str
 
     @property
     def num_layers(self) -> int:
@@ -214,6 +213,16 @@ class ModelConfig:
         if self.mtp_layers:
             counts[self.mtp_type] = self.mtp_layers
         return counts
+
+    @property
+    def stored_scheme(self) -> Scheme:
+        """The number formats of its own checkpoint; plain floats count as 16 bits."""
+        return scheme("bf16" if self.weight_format == PLAIN else self.weight_format)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether attention selects what it reads."""
+        return self.indexer is not None
 
     @property
     def attention_scale(self) -> float:
@@ -283,7 +292,8 @@ def from_hf(raw: Mapping[str, Any], name: str = "config.json") -> ModelConfig:
     fields = _Fields(raw, name)
     model_type = raw.get("model_type")
     if model_type == "kimi_k25":
-        return from_hf({**fields.get("text_config", dict), "eos_token_id": raw.get("eos_token_id")}, name)
+        outer = {key: raw[key] for key in ("eos_token_id", "quantization_config") if raw.get(key) is not None}
+        return from_hf({**fields.get("text_config", dict), **outer}, name)
     if model_type not in MODEL_TYPES:
         raise fields.fail(f"unknown model_type {model_type!r}; known: {', '.join(MODEL_TYPES)}")
     family = _ALIASES.get(model_type, model_type)
@@ -297,7 +307,8 @@ def from_hf(raw: Mapping[str, Any], name: str = "config.json") -> ModelConfig:
         attention, rope, indexer = _gqa(fields, heads), None, None
     else:
         attention, rope, indexer = _mla(fields, family, heads), None, _indexer(fields, family)
-    rope = _rope(fields, family, attention)
+    rope, moe = _rope(fields, family, attention), _moe(fields)
+    schedule = _schedule(fields, family, indexer, moe)
     return ModelConfig(
         name=name,
         model_type=family,
@@ -307,9 +318,9 @@ def from_hf(raw: Mapping[str, Any], name: str = "config.json") -> ModelConfig:
         attention=attention,
         rope=rope,
         indexer=indexer,
-        moe=(moe := _moe(fields)),
+        moe=moe,
         dense_intermediate=fields.size("intermediate_size"),
-        layers=_schedule(fields, family, indexer, moe),
+        layers=schedule,
         # transformers 5 spells the same field `num_mtp_layers`
         mtp_layers=fields.get("num_nextn_predict_layers", int, fields.get("num_mtp_layers", int, 0), lambda v: v >= 0),
         # GLM carries the hidden state after the shared-head norm from draft to draft, DeepSeek before it.
@@ -319,7 +330,7 @@ def from_hf(raw: Mapping[str, Any], name: str = "config.json") -> ModelConfig:
         eos_token_ids=_eos(fields),
         tie_embeddings=fields.get("tie_word_embeddings", bool, False),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
-        weight_format=_weight_format(fields),
+        weight_format=_weight_format(fields, schedule),
     )
 
 
@@ -476,37 +487,15 @@ def _indexer_types(fields: _Fields, depth: int) -> list[str]:
     return ["full" if max(i - offset + 1, 0) % freq == 0 else "shared" for i in range(depth)]
 
 
-def _weight_format(fields: _Fields) -> WeightFormat:
+def _weight_format(fields: _Fields, layers: tuple[LayerType, ...]) -> str:
     quant = fields.get("quantization_config", dict, {})
-    if not quant:
-        return "plain"
-    method, layout = quant.get("quant_method"), str(quant.get("format"))
-    if method == "fp8" and quant.get("weight_block_size") == [128, 128]:
-        return "fp8-block"
-    if method == "compressed-tensors" and layout in _COMPRESSED_TENSORS:
-        return _COMPRESSED_TENSORS[layout]
-    if method == "compressed-tensors" and layout == "mixed-precision":
-        made = quant.get("config_groups")
-        inner = {str(g.get("format")) for g in made.values() if isinstance(g, dict)} if isinstance(made, dict) else {""}
-        if inner <= {"int-quantized", "pack-quantized"}:
-            return "w4a8"
-        if inner <= {"mxfp8-quantized", "mxfp4-pack-quantized"}:
-            return "mxfp4"
-    raise fields.fail(
-        f"quantization_config {method!r} with weight_block_size={quant.get('weight_block_size')} is not supported"
-        if method != "compressed-tensors"
-        else f"quantization_config of compressed-tensors with format={layout!r} is not supported"
-    )
+    try:
+        return scheme_name(quant, next((i for i, kind in enumerate(layers) if kind.ffn == "moe"), None))
+    except UnknownQuantization as error:
+        raise fields.fail(f"quantization_config {error} is not supported") from None
 
 
-_COMPRESSED_TENSORS: Mapping[str, WeightFormat] = {
-    "pack-quantized": "int4-experts",
-    "int-quantized": "w8a8",
-    "float-quantized": "fp8-tensor",
-    "mxfp8-quantized": "mxfp8",
-    "mxfp4-pack-quantized": "mxfp4",
-    "nvfp4-pack-quantized": "nvfp4",
-}
+MODELSLIM_FILE = "quant_model_description.json"
 
 
 # --- presets -----------------------------------------------------------------------------------
@@ -540,9 +529,21 @@ def load_config(name_or_path: str | Path) -> ModelConfig:
         file = resources.files("model") / "configs" / f"{name_or_path}.json"
         return from_hf(json.loads(file.read_text()), str(name_or_path))
     if path.is_dir():
-        return from_hf(read_config(path / "config.json"), str(path / "config.json"))
+        cfg = from_hf(read_config(path / "config.json"), str(path / "config.json"))
+        described = path / MODELSLIM_FILE
+        return dataclasses.replace(cfg, weight_format=_modelslim(described)) if described.exists() else cfg
     if path.suffix == ".json" or path.exists():
         return from_hf(read_config(path), str(path))
     raise ConfigError(
         f"no model named {str(name_or_path)!r} and no such directory; presets: {', '.join(preset_names())}"
     )
+
+
+def _modelslim(path: Path) -> str:
+    """The scheme of an msModelSlim checkpoint, which leaves config.json plain and describes every tensor in a file of
+    its own."""
+    types = {str(kind) for name, kind in read_config(path).items() if name.endswith(".weight")}
+    try:
+        return modelslim_scheme_name(types)
+    except UnknownQuantization as error:
+        raise ConfigError(f"{path}: {error}") from None

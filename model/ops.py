@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend import core as jex_core
 
-from model.weights import FP8_BLOCK, Quantized
+from model.quantised import shared_size
+from model.weights import Quantized
 
 PREFIX = "glm."
 
@@ -69,13 +70,12 @@ def _f32(x: Array) -> Array:
 
 
 def full_scale(scale: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """Scales repeated along `axis` to the matrix's own size: from one a 128-block or a smaller group (the last may be
-    shorter), or one in all."""
-    size, parts = shape[axis], scale.shape[axis]
-    if parts == size:
+    """Scales repeated along `axis` to the matrix's own size: from one an equal group, or a 128-block of which the last
+    may be shorter (`model.quantised.shared_size`)."""
+    each = shared_size(shape[axis], scale.shape[axis])
+    if each == 1:
         return scale
-    block = next((n for n in (FP8_BLOCK, 32, 16) if parts == -(-size // n)), size)
-    return lax.slice_in_dim(jnp.repeat(scale, block, axis=axis), 0, size, axis=axis)
+    return lax.slice_in_dim(jnp.repeat(scale, each, axis=axis), 0, shape[axis], axis=axis)
 
 
 def dequantise(values: Array, scale: Array, dtype: Any) -> Array:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from model import ops
+from model.split import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,16 @@ class Parallel:
     dp: str | None = None
     moe: Literal["tensor", "expert"] = "tensor"
     exchange: Literal["gather", "all_to_all"] = "gather"
+
+    @classmethod
+    def of(cls, layout: Layout) -> Parallel:
+        """The collectives of a device's program under a layout."""
+        return cls(
+            tp="tp" if layout.tp > 1 else None,
+            dp="dp" if layout.dp > 1 else None,
+            moe="expert" if layout.by_expert else "tensor",
+            exchange="all_to_all",
+        )
 
     def sum_heads(self, x: Array) -> Array:
         """Completes a product whose contracted dim is split over `tp`."""

@@ -18,8 +18,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from model.config import Gqa, LayerType, Mla, ModelConfig
-
-FP8_BLOCK = 128  # rows and columns that share one scale in a block-FP8 checkpoint
+from model.formats import FP8_BLOCK, Role
 
 
 class Quantized(NamedTuple):
@@ -67,10 +66,21 @@ class Weight:
         return math.prod(self.shape)
 
     @property
-    def can_stay_fp8(self) -> bool:
-        """Whether the graph can use the FP8 blocks as stored. The halves of `kv_b_proj` cannot: a head's
+    def stays_narrow(self) -> bool:
+        """Whether the graph can use a quantised matrix as stored. The halves of `kv_b_proj` cannot: a head's
         rows need not begin on a block, so they are dequantised when loaded (engines do the same)."""
         return self.quantised and self.arrangement in (Arrangement.MATRIX, Arrangement.GATE_UP)
+
+    @property
+    def role(self) -> Role:
+        """What it is for, as far as number formats care."""
+        if not self.quantised:
+            return "wide"
+        if self.arrangement in (Arrangement.HEAD_KEYS, Arrangement.HEAD_VALUES):
+            return "kv_up"
+        if self.name == "index_k":
+            return "index_key"
+        return self.component  # type: ignore[return-value]
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
@@ -229,6 +239,13 @@ def outer_weights(cfg: ModelConfig) -> tuple[Weight, ...]:
     if not cfg.tie_embeddings:
         out.append(_matrix("head", (d, v), (None, "vocab"), "lm_head.weight", "head", quantised=False))
     return tuple(out)
+
+
+def stage_outer(cfg: ModelConfig, layers: range) -> list[Weight]:
+    """The outer weights that the pipeline stage with these layers needs."""
+    first, last = layers.start == 0, layers.stop == cfg.num_layers
+    tied = last and cfg.tie_embeddings
+    return [w for w in outer_weights(cfg) if (first or tied if w.component == "embedding" else last)]
 
 
 def parameter_counts(cfg: ModelConfig) -> dict[str, dict[str, int]]:

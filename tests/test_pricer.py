@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 import hw_profiles
 from foundation.errors import UsageError
 from model.config import load_config
-from runtime.layout import Layout, formats
+from model.split import Layout
 from runtime.pricing.oplist import Sizes
 from runtime.pricing.price import PriceError, total
 from runtime.pricing.pricer import relative_error, token_grid
 from runtime.pricing.prices import label, outside_attention, price
 from runtime.serving.pricing import BOUNDS, GRADES, BatchShape, StepPrice
-from runtime.simulation.build import Built, Spec, build, make_engine
+from runtime.simulation.build import Built, build, spec_for
 
 H200, NPU = "h200-sxm", "ascend-910c-die"
 BANDWIDTH = "chip.memory.bandwidth_bytes_per_s"
@@ -39,9 +39,7 @@ def built(
     kv: str = "bf16",
 ) -> Built:
     cfg, profile = load_config(model), hw_profiles.load(chip, dict(overrides))
-    described = make_engine(engine, cfg, profile, layout)
-    spec = Spec(cfg, profile, layout, formats(scheme, kv), described, load, drafts, pool_tokens=10**6)
-    return build(spec)
+    return build(spec_for(cfg, profile, layout, scheme, kv, engine, expert_load=load, drafts=drafts, pool_tokens=10**6))
 
 
 def decode(rows: int, context: float, queries: int = 1) -> BatchShape:
@@ -225,8 +223,7 @@ def test_dense_twin_of_a_sparse_model_grows_with_its_context() -> None:
     cfg = model_override(load_config("glm-5-fp8"), "model.index_topk", "0")
     assert cfg.indexer is None and all(kind.indexer == "none" for kind in cfg.layers)
     profile, layout = hw_profiles.load(H200), Layout(tp=8)
-    engine = make_engine("sglang", cfg, profile, layout)
-    dense = build(Spec(cfg, profile, layout, formats("fp8"), engine, pool_tokens=10**6)).pricer
+    dense = build(spec_for(cfg, profile, layout, "fp8", "bf16", pool_tokens=10**6)).pricer
     sparse = built().pricer
     growth = [p.seconds(decode(32, 131072)) / p.seconds(decode(32, 8192)) for p in (sparse, dense)]
     assert growth[0] < 1.5 < growth[1]

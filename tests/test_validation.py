@@ -12,18 +12,10 @@ import pytest
 import hw_profiles
 from foundation.errors import UsageError
 from model.config import load_config
+from runtime.deployment.engines import Circumstances
+from runtime.deployment.engines.inferencex import launch_kv, launch_settings
 from runtime.pricing.bands import band, half_width
-from runtime.simulation.validation import (
-    END_TO_END,
-    STEP,
-    ScoredRow,
-    by_group,
-    launch_settings,
-    preset_of,
-    read_rows,
-    score,
-    summary,
-)
+from runtime.simulation.validation import END_TO_END, STEP, ScoredRow, by_group, preset_of, read_rows, score, summary
 
 DATA = Path(__file__).parent / "data"
 SILICON, ASCEND = DATA / "silicon_dev.csv", DATA / "ascend_step_dev.csv"
@@ -182,16 +174,18 @@ def test_progress_is_told(tmp_path: Path) -> None:
 
 def test_what_the_launch_scripts_pass() -> None:
     """docs/validation.md lists them; they depend on the engine, the chip's generation and the lengths."""
-    glm, v3 = load_config("glm-5-fp8"), load_config("deepseek-v3")
-    hopper, blackwell = hw_profiles.load("h200-sxm"), hw_profiles.load("b200-sxm")
-    row = {"engine": "sglang", "concurrency": "20", "isl": "1024", "osl": "1024"}
-    assert launch_settings(row, glm, hopper) == {"memory_fraction": 0.85}
-    new = launch_settings(row, glm, blackwell)
+    hopper, blackwell = (
+        Circumstances.of(load_config("glm-5-fp8"), hw_profiles.load(chip)) for chip in ("h200-sxm", "b200-sxm")
+    )
+    v3 = Circumstances.of(load_config("deepseek-v3"), hw_profiles.load("h200-sxm"))
+    assert launch_settings("sglang", hopper, 20, 1024, 1024) == {"memory_fraction": 0.85}
+    new = launch_settings("sglang", blackwell, 20, 1024, 1024)
     assert new["max_running_requests"] == 20 and new["graph_batch_sizes"] == [1, 2, 4, 8, 16, 20]
-    assert launch_settings(row, v3, hopper)["max_running_requests"] == 512
-    assert launch_settings({**row, "isl": "8192"}, v3, hopper)["max_running_requests"] == 256
-    assert launch_settings({**row, "engine": "trtllm", "isl": "8192"}, v3, hopper)["max_step_tokens"] == 8320
-    assert launch_settings({**row, "engine": "vllm"}, v3, hopper) == {}
+    assert launch_settings("sglang", v3, 20, 1024, 1024)["max_running_requests"] == 512
+    assert launch_settings("sglang", v3, 20, 8192, 1024)["max_running_requests"] == 256
+    assert launch_settings("trtllm", v3, 20, 8192, 1024)["max_step_tokens"] == 8320
+    assert launch_settings("vllm", v3, 20, 8192, 1024) == {}
+    assert (launch_kv("trtllm"), launch_kv("sglang")) == ("fp8", None)
 
 
 def test_models_by_their_hugging_face_names() -> None:

@@ -9,8 +9,9 @@ import jax
 from backends.cpu import CpuBackend
 from backends.errors import BackendUnavailable
 from backends.spmd.cluster import Cluster, Numerics
-from backends.spmd.grid import MOST_HOSTS, Grid
+from backends.spmd.shard import MOST_HOSTS
 from model.config import ModelConfig
+from model.split import Grid
 
 
 class SimBackend(CpuBackend):

@@ -8,15 +8,14 @@ chip's own formats; what this machine needs to emulate them is another matter.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from backends.errors import BackendError
-from backends.spmd.grid import Grid
-from backends.spmd.shard import local_shape
-from model.cache import cache_rows
+from model.cache import cache_rows, row_bytes
 from model.config import ModelConfig
-from model.weights import Weight, layer_weights, outer_weights
+from model.formats import Formats
+from model.split import Grid
+from model.weights import Weight, layer_weights, stage_outer
 
 
 class OutOfMemory(BackendError):
@@ -28,16 +27,15 @@ class Limits:
     """A device's memory, as the runtime's ledger has it.
 
     usable_bytes: what the chip offers. reserved: taken before the first tensor, by name (activations, collective
-    buffers, runtime). element_bytes: of one stored element of a weight. page_bytes: of one page of a cache row,
-    by cache name, in a layer. pages: of each layer's caches.
+    buffers, runtime). formats: what it holds weights and cache rows in. pages: of each layer's caches, of page_tokens.
     """
 
     chip: str
     usable_bytes: float
     reserved: Mapping[str, float]
-    element_bytes: Callable[[Weight], float]
-    page_bytes: Mapping[str, float]
+    formats: Formats
     pages: int
+    page_tokens: int
 
 
 class Memory:
@@ -83,20 +81,15 @@ def account(cfg: ModelConfig, grid: Grid, limits: Limits, first_device: int = 0)
         for layer in layers:
             for row in cache_rows(cfg, cfg.layers[layer]):
                 name = f"layers.{layer}.{row.name} ({limits.pages} pages)"
-                memory.take("KV pages", name, limits.page_bytes[row.name] * limits.pages)
+                local = dataclasses.replace(row, shape=grid.layout.local_row(row))
+                size = row_bytes(cfg, local, limits.formats.cache) * limits.page_tokens
+                memory.take("KV pages", name, size * limits.pages)
         found.append(memory)
     return found
 
 
-def stage_outer(cfg: ModelConfig, layers: range) -> list[Weight]:
-    """The outer weights that the stage with these layers needs."""
-    first, last = layers.start == 0, layers.stop == cfg.num_layers
-    tied = last and cfg.tie_embeddings
-    return [w for w in outer_weights(cfg) if (first or tied if w.component == "embedding" else last)]
-
-
 def _take_weight(memory: Memory, weight: Weight, name: str, grid: Grid) -> None:
-    memory.take("weights", name, math.prod(local_shape(weight, grid)) * memory.limits.element_bytes(weight))
+    memory.take("weights", name, grid.bytes(weight, memory.limits.formats.held(weight)))
 
 
 def _size(size: float) -> str:

@@ -10,66 +10,63 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from backends.emulation import rounding, schemes
+from backends.emulation import rounding
 from backends.emulation.products import product
-from backends.emulation.schemes import CacheFormat, Scheme
-from hw_profiles import Profile
+from foundation.errors import UsageError
 from model import quantised
 from model.config import Mla, ModelConfig
+from model.formats import BF16, F32, INT4, Formats, MatrixFormat, Scheme, matrix_format
 from model.ops import OPS, full_scale, swiglu_body
-from model.quantised import FORMATS, Matrix
+from model.quantised import Matrix
+from model.split import scale_shape
 from model.weights import Arrangement, Quantized, Weight
 
 Lowering = Callable[..., Any]
-_PLAIN = {"float32": quantised.F32, "bfloat16": quantised.BF16}
+_PLAIN = {"float32": F32, "bfloat16": BF16}
 
 
 @dataclasses.dataclass(frozen=True)
 class NumberFormats:
-    """What a chip's number formats do to a model: `weight` as it is loaded, `lowerings` of the ops.
-
-    `cache` is the format of the latent or key/value rows, `index` of the index keys.
-    """
+    """What a chip's number formats do to a model: `weight` as it is loaded, `lowerings` of the ops."""
 
     cfg: ModelConfig
-    scheme: Scheme
-    cache: CacheFormat = "bf16"
-    index: CacheFormat = "bf16"
+    formats: Formats
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.formats.scheme
 
     @property
     def dtype(self) -> str:
         """What activations and unquantised weights are held in."""
-        return "float32" if self.scheme.wide == "f32" else "bfloat16"
+        return "float32" if self.formats.wide == "f32" else "bfloat16"
 
     @property
     def name(self) -> str:
         """The scheme, and the cache's format where it is narrower than the activations."""
-        return self.scheme.name if self.cache == self.scheme.wide else f"{self.scheme.name}, {self.cache} cache"
+        kv = self.formats.kv
+        return self.scheme.name if kv == self.formats.wide else f"{self.scheme.name}, {kv} cache"
 
     def weight(self, weight: Weight, value: np.ndarray | Quantized, mtp: bool = False) -> np.ndarray | Quantized:
         """One whole weight on the host, as the checkpoint has it, to what the graph is given.
 
         A matrix that the checkpoint stores in the scheme's own format keeps its values and scales; any other is
-        dequantised and rounded. Scales that are shared by groups shorter than a block come one an element of the
-        contracted dim, so that a weight can be split anywhere. `mtp`: it belongs to the MTP layer.
+        dequantised and rounded. `mtp`: it belongs to the MTP layer.
         """
-        fmt = self.scheme.format_of(weight, mtp)
-        if fmt is None:
+        fmt = self.scheme.stored(weight, mtp)
+        if not fmt.narrow:
             plain = _widen(value) if isinstance(value, Quantized) else value
             return plain.astype(np.float32 if weight.float32 else _PLAIN[self.dtype], copy=False)
         if isinstance(value, Quantized) and _is_stored_as(fmt, weight, value):
             held = value
         else:
             matrix = _widen(value) if isinstance(value, Quantized) else np.asarray(value)
-            held = _from_matrix(weight, quantised.quantise(fmt, _to_matrix(weight, matrix)))
-        if not weight.can_stay_fp8:  # the halves of kv_b_proj, which are widened when loaded
+            try:
+                held = _from_matrix(weight, quantised.quantise(fmt, _to_matrix(weight, matrix)))
+            except ValueError as error:
+                raise UsageError(f"{weight.name} in {fmt.name}: {error}") from None
+        if not weight.stays_narrow:  # the halves of kv_b_proj, which are widened when loaded
             return _widen(held).astype(_PLAIN[self.dtype])
-        axis = 1 if weight.expert_count else 0
-        shared = FORMATS[fmt].shared
-        if isinstance(shared, int) and held.scale.shape[axis] not in (1, held.values.shape[axis]):
-            width = held.values.shape[axis]
-            spread = np.take(np.repeat(held.scale, shared, axis), range(width), axis)
-            return Quantized(held.values, spread)
         return held
 
     def lowerings(self, base: Mapping[str, Lowering] | None = None) -> dict[str, Lowering]:
@@ -79,22 +76,19 @@ class NumberFormats:
             plain_experts = out.get("glm.expert_ffn", OPS["glm.expert_ffn"].meaning)
             out["glm.linear"] = self._linear
             out["glm.expert_ffn"] = lambda *args: self._experts(*args) if len(args) > 5 else plain_experts(*args)
-        narrow = {"fp8", "int8"}
-        if self.cache in narrow or self.index in narrow:
+        cache, index = self.formats.cache, self.formats.cache.of("index")
+        narrow = [row for row in (cache.of("latent"), index, cache.of("key")) if row.narrow]
+        if narrow:
             write = out.get("glm.cache_write", OPS["glm.cache_write"].meaning)
             out["glm.cache_write"] = lambda pages, rows, slots, *, cache="": write(
                 pages, self._cache_row(rows, cache), slots, cache=cache
             )
-        if self.index in narrow:
+        if index.narrow:
             score = out.get("glm.index_scores", OPS["glm.index_scores"].meaning)
-            out["glm.index_scores"] = lambda query, *rest: score(rounding.index_row(query, self.index), *rest)
+            out["glm.index_scores"] = lambda query, *rest: score(rounding.index_row(query, index), *rest)
         return out
 
-    @property
-    def _fp8(self) -> str:
-        return "fp8-tensor" if "fp8-tensor" in self.scheme.formats else "fp8-block"
-
-    def _product(self, x: Array, values: Array, scale: Array) -> Array:
+    def _product(self, x: Array, values: Array, scale: Array, fmt: MatrixFormat) -> Array:
         """x [.., k] times values [k, ..] -> [.., ..] in x's type."""
         outer = values.shape[1:]
         for axis in range(1, values.ndim - 1):  # gate and up: one column dim, each column with its own scale
@@ -104,24 +98,27 @@ class NumberFormats:
             scale = full_scale(scale.astype(jnp.float32), values.shape, values.ndim - 1).astype(scale.dtype)
         flat = product(
             x.reshape(-1, x.shape[-1]), values.reshape(values.shape[0], -1),
-            scale.reshape(scale.shape[0], -1), self._fp8,
+            scale.reshape(scale.shape[0], -1), fmt,
         )  # fmt: skip
         return flat.astype(x.dtype).reshape(*x.shape[:-1], *outer)
 
     def _linear(self, x: Array, *weight: Array) -> Array:
         """See `model.ops.linear`."""
-        return self._product(x, *weight) if len(weight) == 2 else OPS["glm.linear"].meaning(x, *weight)
+        if len(weight) != 2:
+            return OPS["glm.linear"].meaning(x, *weight)
+        return self._product(x, *weight, matrix_format(self.scheme.dense))
 
     def _experts(self, x: Array, experts: Array, weights: Array, *matrices: Array) -> Array:
         """See `model.ops.expert_ffn`: experts one after another, each over all tokens. An expert's result is rounded
         to 16 bits before the weighted sum over the choices, as it is where experts live on other devices."""
         ids = jnp.arange(matrices[0].shape[0], dtype=experts.dtype)
+        fmt = matrix_format(self.scheme.experts)
 
         def add(total: Array, expert: tuple[Array, ...]) -> tuple[Array, None]:
             index, gate_up, gate_up_scale, down, down_scale = expert
             share = jnp.sum(jnp.where(experts == index, weights, 0.0), axis=1, dtype=jnp.float32)
-            hidden = swiglu_body(self._product(x, gate_up, gate_up_scale))
-            out = self._product(hidden, down, down_scale)
+            hidden = swiglu_body(self._product(x, gate_up, gate_up_scale, fmt))
+            out = self._product(hidden, down, down_scale, fmt)
             return total + out.astype(jnp.float32) * share[:, None], None
 
         start = jnp.zeros(x.shape, jnp.float32) + 0.0 * x.astype(jnp.float32)  # varies over a mesh as x does
@@ -129,22 +126,15 @@ class NumberFormats:
         return total.astype(x.dtype)
 
     def _cache_row(self, row: Array, cache: str) -> Array:
-        if cache == "index":
-            return rounding.index_row(row, self.index) if self.index in ("fp8", "int8") else row
-        if self.cache not in ("fp8", "int8"):
+        fmt = self.formats.cache.of(cache)
+        if not fmt.narrow:
             return row
+        if cache == "index":
+            return rounding.index_row(row, fmt)
         if cache == "latent":
             assert isinstance(self.cfg.attention, Mla)
-            return rounding.latent_row(row, self.cfg.attention.kv_lora_rank, self.cache)
-        return rounding.head_row(row, self.cache)
-
-
-def formats_of(cfg: ModelConfig, profile: Profile, scheme: str | None = None, kv: str | None = None) -> NumberFormats:
-    """The number formats of a profile. scheme: one it has units for, its own by default; kv: the cache's format, as
-    wide as the activations by default. Raises `Unsupported` in one line."""
-    chosen = schemes.of_profile(profile, scheme)
-    cache, index = schemes.cache_of_profile(profile, kv, chosen)
-    return NumberFormats(cfg, chosen, cache, index if cfg.indexer else chosen.wide)  # type: ignore[arg-type]
+            return rounding.latent_row(row, self.cfg.attention.kv_lora_rank, fmt)
+        return rounding.head_row(row, fmt)
 
 
 # --- weights in the graph's layout, to and from matrices [.., out, in] -----------------------------------
@@ -176,17 +166,12 @@ def _widen(held: Quantized) -> np.ndarray:
     return values.astype(np.float32) * scale
 
 
-def _is_stored_as(fmt: str, weight: Weight, held: Quantized) -> bool:
+def _is_stored_as(fmt: MatrixFormat, weight: Weight, held: Quantized) -> bool:
     """Whether a matrix of a checkpoint has the types of a format, and its scales the format's sharing."""
-    wanted, values, scale = FORMATS[fmt], np.asarray(held.values), np.asarray(held.scale)
-    scale_type = quantised.F32 if fmt == "nvfp4" else wanted.scale
-    if (values.dtype, scale.dtype) != (quantised.CARRIER.get(wanted.values, wanted.values), scale_type):
+    values, scale = np.asarray(held.values), np.asarray(held.scale)
+    scale_type = F32 if fmt.factor is not None else fmt.scale  # the factor has been multiplied into the scales
+    if (values.dtype, scale.dtype) != (quantised.CARRIER.get(fmt.values, fmt.values), scale_type):
         return False
-    if wanted.values == quantised.INT4 and (values.min() < -8 or values.max() > 7):
+    if fmt.values == INT4 and (values.min() < -8 or values.max() > 7):
         return False
-    axis = 1 if weight.expert_count else 0
-    if wanted.shared == "block":
-        return scale.shape == dataclasses.replace(weight, shape=values.shape).scale_shape
-    if isinstance(wanted.shared, int):
-        return scale.shape[axis] == -(-values.shape[axis] // wanted.shared)
-    return scale.shape[axis] == 1
+    return scale.shape == scale_shape(weight, fmt, values.shape)

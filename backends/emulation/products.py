@@ -11,24 +11,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from backends.emulation import rounding
+from model.formats import E8M0, FP8_BLOCK, MatrixFormat
 from model.ops import full_scale
-from model.quantised import BF16, CARRIER, E2M1, E4M3, E4M3_MAX, E8M0, INT8
+from model.quantised import shared_size
 
 _EXACT = 1024  # products of int8 numbers whose sum float32 holds: 1024 * 128 * 128 = 2^24
-_BLOCK = 128
-
-
-def format_name(values: Array, scale: Array, fp8: str) -> str:
-    """The format of a quantised matrix, from its types; `fp8` says what e4m3 with float32 scales means.
-
-    int8 and int4 (held in int8) with float32 scales are multiplied alike.
-    """
-    if values.dtype == INT8:
-        return "w4a16" if scale.dtype == BF16 else "w8a8-int8"
-    if values.dtype == E4M3:
-        return "mxfp8" if scale.dtype == E8M0 else fp8
-    assert values.dtype == CARRIER[E2M1], values.dtype
-    return "mxfp4" if scale.dtype == E8M0 else "nvfp4"
 
 
 def dot(x: Array, w: Array) -> Array:
@@ -46,31 +33,27 @@ def integer_dot(x: Array, w: Array) -> Array:
     return jnp.sum(sums.astype(jnp.int32), axis=0)
 
 
-def product(x: Array, values: Array, scale: Array, fp8: str = "fp8-block") -> Array:
+def product(x: Array, values: Array, scale: Array, fmt: MatrixFormat) -> Array:
     """x [n,k], values [k,o] and scale [k or its groups or 1, o or its blocks or 1] -> float32 [n,o].
 
-    x is rounded to the activations' format that goes with the matrix's (see `schemes.ACTIVATIONS`).
+    x is rounded to what `fmt.activations` says.
     """
-    name = format_name(values, scale, fp8)
     shape = (values.shape[0], values.shape[1])
-    wide = values.astype(jnp.float32)
-    match name:
-        case "w8a8-int8":
-            act = rounding.per_group(x, None, INT8, 127.0)
-            return integer_dot(act.values, wide).astype(jnp.float32) * _row(scale, shape) * act.scale
-        case "fp8-tensor":
-            act = rounding.per_group(x, None, E4M3, E4M3_MAX)
-            return dot(act.values, wide) * _row(scale, shape) * act.scale
-        case "fp8-block":
-            return _blockwise(x, wide, scale)
-        case "mxfp8" | "mxfp4":
-            # scales are powers of two: to multiply by them first changes nothing
-            act = rounding.restored(rounding.microscaled(x, E4M3 if name == "mxfp8" else E2M1), 32)
-            return dot(act, wide * _full(scale, shape))
-        case "nvfp4":
-            return dot(rounding.restored(rounding.nvfp4(x), 16), wide * _full(scale, shape))
-        case _:  # w4a16: the matrix is widened to the activations' type before the product
-            return dot(x.astype(jnp.float32), (wide * _full(scale, shape)).astype(x.dtype).astype(jnp.float32))
+    wide, act = values.astype(jnp.float32), fmt.activations
+    if act.scale is None:  # the matrix is widened to the activations' type before the product
+        return dot(x.astype(jnp.float32), (wide * _full(scale, shape)).astype(x.dtype).astype(jnp.float32))
+    if fmt.scale == E8M0:  # scales are powers of two: to multiply by them first changes nothing
+        rounded = rounding.restored(rounding.microscaled(x, act.values, act.shared or 1), act.shared)
+        return dot(rounded, wide * _full(scale, shape))
+    if fmt.factor is not None:
+        return dot(rounding.restored(rounding.nvfp4(x), act.shared), wide * _full(scale, shape))
+    token = rounding.per_group(x, act.shared, act.values, rounding.LARGEST[act.values])
+    if fmt.shared == "block":
+        return _blockwise(token, wide, scale, fmt)
+    if isinstance(fmt.shared, int):
+        return _groupwise(token.values, wide, scale) * token.scale
+    summed = integer_dot if fmt.accumulate == "int32" else dot
+    return summed(token.values, wide).astype(jnp.float32) * _row(scale, shape) * token.scale
 
 
 def _full(scale: Array, shape: tuple[int, int]) -> Array:
@@ -83,14 +66,26 @@ def _row(scale: Array, shape: tuple[int, int]) -> Array:
     return full_scale(scale[:1].astype(jnp.float32), (1, shape[1]), 1)
 
 
-def _blockwise(x: Array, values: Array, scale: Array) -> Array:
+def _blockwise(act: rounding.Rounded, values: Array, scale: Array, fmt: MatrixFormat) -> Array:
     """DeepSeek's FP8: activations in groups of 128, a float32 sum in each block, then both scales."""
-    act = rounding.per_group(x, _BLOCK, E4M3, E4M3_MAX)
-    parts = rounding.grouped(act.values, _BLOCK)
+    parts = rounding.grouped(act.values, FP8_BLOCK)
     blocks, size = parts.shape[1], values.shape[0]
     scale = full_scale(scale, (size, values.shape[1]), 1)
-    if scale.shape[0] == size and size > 1:  # a split cut the blocks: their scales come one an element
-        scale, values = jnp.ones((blocks, 1), jnp.float32), values * scale
-    rows = jnp.pad(values, [(0, blocks * _BLOCK - size), (0, 0)]).reshape(blocks, _BLOCK, -1)
+    if scale.shape[0] != blocks:  # a split cut the blocks: the scales of their parts come one an element
+        values, scale = values * full_scale(scale, values.shape, 0), jnp.ones((blocks, 1), jnp.float32)
+    return _sum_groups(parts, values, FP8_BLOCK, act.scale[:, :, None] * scale[None])
+
+
+def _groupwise(act: Array, values: Array, scale: Array) -> Array:
+    """A float32 sum in each group of the contracted dim, then the group's scales."""
+    each = shared_size(values.shape[0], scale.shape[0])
+    scale = full_scale(scale.astype(jnp.float32), (scale.shape[0], values.shape[1]), 1)
+    return _sum_groups(rounding.grouped(act, each), values, each, scale[None])
+
+
+def _sum_groups(parts: Array, values: Array, each: int, scale: Array) -> Array:
+    """parts [n, groups, each] times values [k, o], scale [n or 1, groups, o or 1] -> [n, o]."""
+    groups, size = parts.shape[1], values.shape[0]
+    rows = jnp.pad(values, [(0, groups * each - size), (0, 0)]).reshape(groups, each, -1)
     sums = jnp.einsum("nbk,bko->nbo", parts, rows, preferred_element_type=jnp.float32)
-    return jnp.sum(sums * (act.scale[:, :, None] * scale[None]), axis=1)
+    return jnp.sum(sums * scale, axis=1)

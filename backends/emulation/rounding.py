@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from model.quantised import E2M1, E2M1_MAX, E4M3, E4M3_MAX, INT8
+from model.formats import E2M1, E2M1_MAX, E4M3, E4M3_MAX, INT8, RowFormat
 
 _LEAST = 1e-10  # of a group's largest magnitude: vLLM's `per_token_group_quant_fp8`
+LARGEST = {INT8: 127.0, E4M3: E4M3_MAX}
+"""What the largest magnitude of a token, or of its groups, is scaled to."""
 _POWER_OF_TWO_EMAX = {E4M3: 8, E2M1: 2}
 
 
@@ -107,40 +109,41 @@ def restored(rounded: Rounded, group: int | None = None) -> Array:
 # --- cache rows ------------------------------------------------------------------------------------------
 
 
-def latent_row(row: Array, lora: int, cache: str) -> Array:
+def latent_row(row: Array, lora: int, fmt: RowFormat) -> Array:
     """An MLA row [.., lora + rope] as read back from the cache, in the row's own type.
 
-    fp8: vLLM's `fp8_ds_mla` record, e4m3 with a float32 scale for each 128 latents and the rotary key in 16 bits;
-    FlashMLA widens it to bfloat16 before multiplying. int8: a scale a token (msModelSlim's `fa3_quant`).
+    With scales (FlashMLA's FP8 record, vllm-ascend's packed INT8 one): a float32 for each 128 latents, found as the
+    program runs; the rotary key in 16 bits; kernels widen to bfloat16 before multiplying. Plain FP8: all of the row,
+    scale 1.
     """
+    if fmt.scale is None:
+        return head_row(row, fmt)
     latent, rope = row[..., :lora], row[..., lora:]
-    kept = (
-        restored(per_group(latent, 128, E4M3, E4M3_MAX), 128)
-        if cache == "fp8"
-        else restored(per_group(latent, None, INT8, 127.0))
-    )
+    kept = restored(per_group(latent, fmt.shared, fmt.values, LARGEST[fmt.values]), fmt.shared)
     return jnp.concatenate([kept.astype(row.dtype), rope], axis=-1)
 
 
-def head_row(row: Array, cache: str) -> Array:
-    """A key or value row [.., heads, width] as read back. fp8: e4m3 with scale 1, vLLM's default where a checkpoint
-    brings no calibrated scales. int8: a scale for each token and head."""
-    kept = to_type(_f32(row), E4M3) if cache == "fp8" else restored(per_group(row, None, INT8, 127.0))
+def head_row(row: Array, fmt: RowFormat) -> Array:
+    """A key or value row [.., heads, width] as read back. FP8: e4m3 with scale 1, vLLM's default where a checkpoint
+    brings no calibrated scales. INT8, whose scales are calibrated a channel: a scale for each token and head stands in.
+    """
+    kept = to_type(_f32(row), E4M3) if fmt.values == E4M3 else restored(per_group(row, None, INT8, 127.0))
     return kept.astype(row.dtype)
 
 
-def index_row(row: Array, cache: str) -> Array:
+def index_row(row: Array, fmt: RowFormat) -> Array:
     """An index query or key [.., width]: rotated, then rounded with one scale a row.
 
     Native kernels multiply both by a Hadamard matrix first, which spreads outliers and leaves their product as it
-    is. fp8: the scale is the least power of two that suffices (DeepSeek-V3.2's `scale_fmt` "ue8m0"). int8: amax / 127.
+    is. FP8: the scale is the least power of two that suffices (DeepSeek-V3.2's `scale_fmt` "ue8m0"). INT8: amax / 127,
+    in the scale's own type.
     """
     rotated = _f32(row)
     width = row.shape[-1]
     if width & (width - 1) == 0:
         rotated = jnp.einsum("...i,ij->...j", rotated, jnp.asarray(hadamard(width)))
     rotated = _f32(rotated.astype(row.dtype))
-    if cache == "int8":
+    if fmt.values == INT8:
         return restored(per_group(rotated, None, INT8, 127.0)).astype(row.dtype)
     largest = jnp.maximum(jnp.max(jnp.abs(rotated), axis=-1, keepdims=True), jnp.float32(_LEAST))
     scale = power_of_two(divide(largest, E4M3_MAX), 0, up=True)

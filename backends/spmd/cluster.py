@@ -14,15 +14,15 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from backends.emulation.memory import stage_outer
-from backends.spmd.grid import MOST_HOSTS, Grid, slot_layout
-from backends.spmd.shard import divisible, parts, split_dim
+from backends.spmd.shard import MOST_HOSTS, divisible
 from backends.spmd.stages import Hosts, Mapped, Stage
 from model import graph, ops
-from model.cache import cache_rows
+from model.cache import CacheRow, cache_rows
 from model.config import ModelConfig
 from model.graph import Batch, Mode
-from model.weights import Quantized, Weight, layer_weights
+from model.parallel import Parallel
+from model.split import Grid
+from model.weights import Quantized, Weight, layer_weights, stage_outer
 
 Pages = list[dict[str, np.ndarray]]
 """A sequence's pages, by layer and cache name: [pages, page_size, ..]."""
@@ -95,7 +95,7 @@ class Cluster:
             return {}
         placed = {"outer": {w.name: self._share(stage, w, outer[w.name]) for w in stage_outer(cfg, span)}, "layers": []}
         for layer in span:
-            slots = slot_layout(cfg, self.grid, layer)
+            slots = self.grid.placement(cfg, layer)
             shares: dict[str, Any] = {}
             for weight in layer_weights(cfg, cfg.layers[layer]):
                 chosen = slots[0] if slots and weight.expert_count else None
@@ -107,8 +107,8 @@ class Cluster:
 
     def _share(self, stage: Stage, weight: Weight, value: Any, slots: np.ndarray | None = None) -> Any:
         value = self.formats.weight(weight, value)
-        dim, axes = split_dim(weight, self.grid)
-        value = divisible(value, weight, dim, parts(axes, self.grid))
+        dim, axes = self.grid.layout.split(weight)
+        value = divisible(value, weight, dim, self.grid.layout.parts(axes))
         dtype = np.dtype("float32") if weight.float32 else jax.numpy.dtype(self.formats.dtype)
 
         def place(leaf: np.ndarray, dtype: Any) -> Any:
@@ -126,7 +126,7 @@ class Cluster:
 
         def body(weights: Any, caches: Any, batch: Batch, carried: Any = None) -> Any:
             out = graph.stage(
-                self.cfg, self.grid.stages[number], weights, caches, batch, carried, mode, self.grid.parallel
+                self.cfg, self.grid.stages[number], weights, caches, batch, carried, mode, Parallel.of(self.grid.layout)
             )
             return (out.carried, out.logits), out.caches
 
@@ -174,9 +174,8 @@ class Server:
     def _stage(self, number: int) -> Stage:
         return self.cluster.stages[number]
 
-    @staticmethod
-    def _by_head(shape: tuple[int, ...]) -> bool:
-        return len(shape) == 2  # KV heads are split over tp; latents and index keys are held whole
+    def _by_head(self, shape: tuple[int, ...]) -> bool:
+        return bool(self.cluster.grid.layout.row_split(CacheRow("", shape))[1])
 
     def step(self, batch: Batch, mode: Mode = Mode()) -> np.ndarray:
         """Feeds a batch (numpy, [dp x rows, ..]) through all stages: logits float32 [dp x rows, (t,) vocab]."""

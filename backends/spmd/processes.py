@@ -21,10 +21,10 @@ from jax.sharding import Mesh
 
 from backends.errors import BackendUnavailable
 from backends.spmd.cluster import Cluster, Float32
-from backends.spmd.grid import Grid
-from backends.spmd.shard import Axes, is_split, parts
+from backends.spmd.shard import is_split
 from backends.spmd.stages import Body, Hosts
 from model.config import ModelConfig
+from model.split import Axes, Grid
 
 _PATIENCE_SECONDS = 3600  # for collectives: a process may compile much longer than another; heartbeats see lost ones
 _HEARTBEAT_SECONDS = 20
@@ -99,7 +99,7 @@ class Spread(Hosts):
         return jax.make_array_from_callback(value.shape, self._sharding(*spec), share)
 
     def place(self, value: np.ndarray, dim: int, axes: Axes) -> Any:
-        return self._put(value, *([None] * dim + [axes] if is_split(value, dim, parts(axes, self.grid)) else []))
+        return self._put(value, *([None] * dim + [axes] if is_split(value, dim, self.grid.layout.parts(axes)) else []))
 
     def cache(self, value: np.ndarray, split_heads: bool) -> Any:
         return self._put(value, *(("dp", None, "tp") if split_heads else ("dp",))) if self.here else None

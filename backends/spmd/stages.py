@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from backends.errors import BackendUnavailable
-from backends.spmd.grid import Grid
-from backends.spmd.shard import Axes, is_split, parts
+from backends.spmd.shard import is_split
+from model.split import Axes, Grid
 
 Body = Callable[..., Any]
 _P = PartitionSpec
@@ -85,7 +85,7 @@ class Hosts:
         return NamedSharding(self.mesh, _P(*spec))
 
     def place(self, value: np.ndarray, dim: int, axes: Axes) -> Any:
-        spec = [None] * dim + [axes] if is_split(value, dim, parts(axes, self.grid)) else []
+        spec = [None] * dim + [axes] if is_split(value, dim, self.grid.layout.parts(axes)) else []
         return jax.device_put(value, self._sharding(*spec))
 
     def cache(self, value: np.ndarray, split_heads: bool) -> Any:
@@ -141,7 +141,7 @@ class Mapped:
         self.grid = grid
 
     def place(self, value: np.ndarray, dim: int, axes: Axes) -> Any:
-        shares = parts(axes, self.grid)
+        shares = self.grid.layout.parts(axes)
         if not is_split(value, dim, shares):
             return Held(jnp.asarray(value), ())
         sizes = [getattr(self.grid, axis) for axis in axes]

@@ -90,8 +90,8 @@ def export(
     from hw_profiles import load
     from model.checkpoint import Checkpoint
     from model.config import load_config
+    from model.split import Layout
     from runtime.execution.local.load import embedded_checkpoint
-    from runtime.layout import Layout
     from runtime.porting.export import options as cutting
     from runtime.porting.export import package
     from runtime.porting.export.job import ExportJob

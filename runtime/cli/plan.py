@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from foundation.errors import UsageError
+from model.formats import SCHEMES_HELP
 from runtime.cli.plan_check import plan_check
 from runtime.cli.plan_experts import plan_experts
 from runtime.cli.plan_launch import plan_launch
@@ -54,9 +55,7 @@ def plan(
     objective: Annotated[
         Literal["throughput", "latency", "min-devices"], typer.Option(help="What to make best within the targets.")
     ] = "throughput",
-    formats: Annotated[
-        str, typer.Option(help="auto, bf16, fp8, w8a8, w4a8 or w4a16; auto: none narrower than the checkpoint's.")
-    ] = "auto",
+    formats: Annotated[str, typer.Option(help=f"auto (none narrower than the checkpoint's), {SCHEMES_HELP}.")] = "auto",
     kv: Annotated[str, typer.Option(help="KV cache: auto, bf16, fp8 or int8.")] = "auto",
     mtp: Annotated[int, typer.Option(min=0, help="Drafts a step of multi-token prediction.")] = 0,
     expert_load: Annotated[

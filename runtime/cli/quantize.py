@@ -9,13 +9,12 @@ from typing import Annotated
 import typer
 
 from foundation.errors import UsageError
+from model.formats import SCHEMES_HELP
 
 
 def quantize(
     out: Annotated[Path, typer.Option(help="The directory to make.")],
-    formats: Annotated[
-        str | None, typer.Option(help="fp8, fp8-tensor, w8a8, w4a8, w4a16, mxfp8, mxfp4, nvfp4 or bf16.")
-    ] = None,
+    formats: Annotated[str | None, typer.Option(help=f"{SCHEMES_HELP}.")] = None,
     profile: Annotated[
         str | None, typer.Option(help="Take this accelerator's own formats, or check that it has those given.")
     ] = None,
@@ -33,16 +32,17 @@ def quantize(
         raise UsageError("give --formats, or --profile to take an accelerator's own")
 
     import hw_profiles
-    from backends.emulation import schemes
     from model.checkpoint import Checkpoint
+    from model.formats import scheme as named
+    from runtime.deployment.choice import chosen_scheme
     from runtime.execution.local.load import embedded_checkpoint
     from runtime.porting.quantize import quantize as write
 
     if profile is not None:
-        scheme = schemes.of_profile(hw_profiles.load(profile), formats)
+        scheme = chosen_scheme(hw_profiles.load(profile), formats)
     else:
         assert formats is not None
-        scheme = schemes.named(formats)
+        scheme = named(formats)
     if scheme.name == "f32":
         raise UsageError("formats f32: a checkpoint in float32 is the reference, not a chip's; give another")
     source = Checkpoint(checkpoint or embedded_checkpoint())

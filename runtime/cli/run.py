@@ -12,6 +12,7 @@ import typer
 
 from foundation.errors import UsageError
 from foundation.writing import replacing
+from model.formats import SCHEMES_HELP
 
 if TYPE_CHECKING:
     from model.tokenizer import Tokenizer
@@ -58,9 +59,7 @@ def run(
     dp: Annotated[int | None, typer.Option(min=1, help="With sim: attention data parallelism.")] = None,
     ep: Annotated[int | None, typer.Option(min=1, help="With sim: expert parallelism, 1 or tp x dp.")] = None,
     pp: Annotated[int | None, typer.Option(min=1, help="With sim: pipeline stages.")] = None,
-    formats: Annotated[
-        str | None, typer.Option(help="With sim: f32, bf16, fp8, w8a8, w4a8, w4a16 [default: the chip's own].")
-    ] = None,
+    formats: Annotated[str | None, typer.Option(help=f"With sim: {SCHEMES_HELP} [default: the chip's own].")] = None,
     kv: Annotated[str | None, typer.Option(help="With sim: KV cache in bf16, fp8 or int8.")] = None,
     engine: Annotated[
         str | None, typer.Option(help="With sim: whose scheduler and overheads; as of `glm5 simulate`.")
@@ -91,7 +90,7 @@ def run(
     if coordinator is not None or process is not None:
         from runtime.execution.cluster import processes
 
-        place = processes.Place.parse(coordinator, process)
+        place = processes.ProcessPlace.parse(coordinator, process)
         own = {"--artifact": artifact, "--mtp": mtp, "--keep-fp8": keep_fp8, "--pool-tokens": pool_tokens}
         wrong = [*(name for name, value in own.items() if value), *(n for n in emulated.given if n != "--plan")]
         if wrong or plan is None:
@@ -171,7 +170,7 @@ def run(
         if place:
             completions, more["processes"] = served.wall, place.count
         else:
-            more["clock"] = f"virtual, priced in {served.clock.formats[-1].weights}"
+            more["clock"] = f"virtual, priced in {served.clock.serving.spec.formats.weights}"
     else:
         from runtime.execution.local.engine import EngineConfig
         from runtime.execution.local.load import load_engine

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foundation.errors import UsageError
+from model.formats import SCHEMES_HELP
 from runtime.cli.simulated import progress_bar, result_of, show
 
 if TYPE_CHECKING:
@@ -27,9 +28,7 @@ def simulate(
     ep: Annotated[int, typer.Option(min=1, help="Expert parallelism: 1, or tp x dp.")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 1,
     engine: Annotated[str, typer.Option(help="sglang, vllm, trtllm, vllm-ascend, glm5, or a TOML file.")] = "sglang",
-    formats: Annotated[
-        str | None, typer.Option(help="f32, bf16, fp8, w8a8, w4a8 or w4a16 [default: the checkpoint's own].")
-    ] = None,
+    formats: Annotated[str | None, typer.Option(help=f"{SCHEMES_HELP} [default: the checkpoint's own].")] = None,
     kv: Annotated[str | None, typer.Option(help="KV cache: bf16, fp8 or int8 [default: the engine's choice].")] = None,
     isl: Annotated[int, typer.Option(min=1, help="Input tokens a request.")] = 8192,
     osl: Annotated[int, typer.Option(min=1, help="Output tokens a request.")] = 1024,
@@ -66,11 +65,10 @@ def simulate(
     """Simulate serving a load: latency, throughput, queueing, and how far to trust them."""
     import hw_profiles
     from model.config import load_config
-    from runtime.layout import Layout, checkpoint_scheme
-    from runtime.layout import formats as scheme
+    from model.split import Layout
     from runtime.serving import Trace
     from runtime.serving import simulate as run_load
-    from runtime.simulation.build import Spec, build, default_kv, make_engine, model_override, split_settings
+    from runtime.simulation.build import build, model_override, spec_for, split_settings
 
     for path in (trace, html):
         if path and not path.parent.is_dir():
@@ -99,18 +97,10 @@ def simulate(
         )
     if prefill_devices % layout.devices:
         raise UsageError(f"--prefill-devices {prefill_devices} is not a multiple of the layout's {layout.devices}")
-    described = make_engine(engine, cfg, found, layout, of_engine)
-    own = formats or checkpoint_scheme(cfg)
-    spec = Spec(
-        cfg,
-        found,
-        layout,
-        scheme(own, kv or default_kv(cfg, found, described.name)),
-        described,
-        expert_load,
-        mtp,
-        accept,
-    )
+    spec = spec_for(
+        cfg, found, layout, formats or cfg.stored_scheme, kv, engine, of_engine,
+        expert_load=expert_load, drafts=mtp, accept_length=accept,
+    )  # fmt: skip
     load = _workload(concurrency, rate, burstiness, trace_file, requests, isl, osl, length_ratio, seed)
     built = build(spec)
     deployment: Any = dataclasses.replace(built.deployment, replicas=devices // layout.devices, devices=devices)

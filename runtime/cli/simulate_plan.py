@@ -56,7 +56,7 @@ def simulated_plan(
         plan, plan.config(), seed=seed, requests=requests, trace=trace, progress=progress
     )
     of_all = whole(report, shares, plan)
-    built = share.built
+    built = share.serving
     result = result_of(built.spec, built, report, len(plan.devices), built.deployment.replicas)
     pools = {f"{pool.role}: {pool.name}": len(pool.devices) for pool in plan.pools}
     profile = " + ".join(dict.fromkeys(pool.profile for pool in plan.pools))

@@ -7,17 +7,17 @@ layout's split of them. Free of JAX.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from foundation.errors import CapacityError
-from model.cache import layer_bytes_per_token
+from model.cache import cache_rows, row_bytes
 from model.config import Gqa, LayerType, Mla, ModelConfig
-from model.weights import layer_weights, outer_weights
+from model.formats import CacheFormats, Formats
+from model.split import Layout, share_bytes
+from model.weights import layer_weights, outer_weights, stage_outer
 from runtime.deployment.engines import Engine
-from runtime.layout import Formats, Layout
 
 
 def stage_weight_bytes(
@@ -25,7 +25,8 @@ def stage_weight_bytes(
 ) -> dict[str, float]:
     """Bytes of weights on each device of a pipeline stage, by component.
 
-    The first stage holds the embedding, the last one the final norm, the head and, with `mtp`, the MTP layers.
+    The first stage holds the embedding (the last one too, where the head is tied to it), the last one the final norm,
+    the head and, with `mtp`, the MTP layers.
     redundant_slots: copies of experts that each device holds beside its own, in every MoE layer (not the MTP's).
     """
     held: dict[str, float] = {}
@@ -42,9 +43,9 @@ def stage_weight_bytes(
         copies = sum(count * expert_bytes(cfg, formats, kind) for kind, count in here.items())
         held["redundant_experts"] = redundant_slots * copies
     last = stage == layout.pp - 1
-    for component, size in _kind_weight_bytes(cfg, spread, formats, None).items():
-        if (stage == 0) if component == "embedding" else last:
-            add({component: size}, 1)
+    outer = {weight.component for weight in stage_outer(cfg, layout.stage_layers(cfg.num_layers)[stage])}
+    ends = _kind_weight_bytes(cfg, spread, formats, None)
+    add({component: size for component, size in ends.items() if component in outer}, 1)
     if last and mtp:
         add(_kind_weight_bytes(cfg, spread, formats, cfg.mtp_type), cfg.mtp_layers, "mtp")
     return held
@@ -55,7 +56,9 @@ def _kind_weight_bytes(cfg: ModelConfig, layout: Layout, formats: Formats, kind:
     """Bytes of one layer's weights on a device by component; None: the weights outside layers."""
     held: dict[str, float] = {}
     for weight in layer_weights(cfg, kind) if kind else outer_weights(cfg):
-        size = math.prod(layout.local_shape(weight)) * formats.weight_bytes(weight)
+        dim, axes = layout.split(weight)
+        fmt = formats.held(weight, mtp=kind is not None and kind.mtp)
+        size = share_bytes(weight, fmt, layout.local_shape(weight), dim, layout.parts(axes))
         held[weight.component] = held.get(weight.component, 0.0) + size
     return held
 
@@ -63,7 +66,10 @@ def _kind_weight_bytes(cfg: ModelConfig, layout: Layout, formats: Formats, kind:
 def expert_bytes(cfg: ModelConfig, formats: Formats, kind: LayerType) -> float:
     """Bytes of one whole routed expert of a layer; 0 for a dense layer."""
     routed = [weight for weight in layer_weights(cfg, kind) if weight.expert_count]
-    return sum(weight.size // weight.expert_count * formats.weight_bytes(weight) for weight in routed)
+    return sum(
+        share_bytes(weight, formats.held(weight, kind.mtp), (1, *weight.shape[1:]), 0, weight.expert_count)
+        for weight in routed
+    )
 
 
 def stage_kv_bytes_per_token(cfg: ModelConfig, layout: Layout, formats: Formats, stage: int, mtp: bool) -> float:
@@ -71,21 +77,21 @@ def stage_kv_bytes_per_token(cfg: ModelConfig, layout: Layout, formats: Formats,
 
     MLA latents and index keys are whole on every tp rank; KV heads of GQA are split over tp.
     """
-    return sum(stage_kv_bytes_by_cache(cfg, layout, formats, stage, mtp).values())
+    return sum(stage_kv_bytes_by_cache(cfg, layout, formats.cache, stage, mtp).values())
 
 
 def stage_kv_bytes_by_cache(
-    cfg: ModelConfig, layout: Layout, formats: Formats, stage: int, mtp: bool
+    cfg: ModelConfig, layout: Layout, cache: CacheFormats, stage: int, mtp: bool
 ) -> dict[str, float]:
     """`stage_kv_bytes_per_token` by cache: "latent" and "index", or "key" and "value"."""
     kinds = Counter(cfg.layers[layer] for layer in layout.stage_layers(cfg.num_layers)[stage])
     if mtp and stage == layout.pp - 1:
         kinds[cfg.mtp_type] += cfg.mtp_layers
-    split = layout.tp if isinstance(cfg.attention, Gqa) else 1
     held: dict[str, float] = {}
     for kind, count in kinds.items():
-        for name, size in layer_bytes_per_token(cfg, kind, formats.cache).items():
-            held[name] = held.get(name, 0.0) + count * size / split * formats.cache_factor
+        for row in cache_rows(cfg, kind):
+            local = dataclasses.replace(row, shape=layout.local_row(row))
+            held[row.name] = held.get(row.name, 0.0) + count * row_bytes(cfg, local, cache)
     return held
 
 
@@ -160,9 +166,14 @@ def stage_ledgers(
     runtime_bytes: float = 0.0,
     mtp: bool = False,
     redundant_slots: int = 0,
+    sized: CacheFormats | None = None,
 ) -> list[Ledger]:
     """The ledger of each stage's devices, with what `Engine.kv_bytes` gives the KV pool there (0 where the model
-    does not fit)."""
+    does not fit).
+
+    sized: the row formats that the engine divides the pool by, where those are not what it stores: the pool then takes
+    more or fewer bytes than it was given.
+    """
     step_tokens = engine.chunked_prefill_tokens or engine.max_step_tokens
     stages = []
     for stage in range(layout.pp):
@@ -176,6 +187,8 @@ def stage_ledgers(
             runtime_bytes=overhead,
         )
         per_token = stage_kv_bytes_per_token(cfg, layout, formats, stage, mtp)
+        if sized is not None and sized != formats.cache:
+            kv *= per_token / sum(stage_kv_bytes_by_cache(cfg, layout, sized, stage, mtp).values())
         stages.append(
             Ledger(
                 capacity_bytes,

@@ -21,11 +21,12 @@ import hw_profiles
 from foundation.writing import replacing
 from hw_profiles import Profile
 from model.config import ModelConfig, load_config
+from model.formats import Formats
+from model.split import Layout
 from runtime.deployment.document import from_json, to_json
 from runtime.deployment.errors import PlanFileError
 from runtime.deployment.kv import PoolKv
 from runtime.deployment.ledger import Ledger
-from runtime.layout import Formats, Layout
 
 SCHEMA_VERSION = 1
 _HASH = re.compile(r'^"hash": "([0-9a-f]{64})",$', re.MULTILINE)

@@ -7,86 +7,75 @@ one node. The KV pool of a replica is as long as its fullest stage allows; the o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import hw_profiles
 from hw_profiles import Profile
 from model.config import ModelConfig
+from model.split import Layout, slots_in_order
 from runtime.deployment.ledger import Ledger, fullest, stage_kv_bytes_by_cache
 from runtime.deployment.plan import Demand, Device, Experts, ModelRef, Plan, Pool, Role, config_hash
-from runtime.layout import SCHEMES, Formats, Layout
-from runtime.simulation.build import Spec, default_expert_load, make_engine, memories
+from runtime.pricing.load import ExpertLoad
+from runtime.simulation.build import Spec, default_expert_load, memories
 
 
 def pool_of(
-    cfg: ModelConfig,
-    layout: Layout,
-    profile: Profile,
-    formats: Formats,
-    *,
-    scheme: str | None = None,
-    engine: str = "sglang",
+    spec: Spec,
     replicas: int = 1,
-    settings: Mapping[str, Any] | None = None,
-    drafts: int = 0,
+    *,
     role: Role = "serve",
     experts: Experts | None = None,
-    redundant_slots: int = 0,
-    slot_load: tuple[float, ...] = (),
-    expert_load: str | None = None,
     first_device: int = 0,
     first_node: int = 0,
 ) -> Pool:
-    """A pool of replicas of one layout, with every device.
+    """A pool of replicas of one deployment, with every device.
 
-    experts: the placement, by default expert e in slot e. redundant_slots: a device, where `experts` has them.
-    first_device, first_node: numbers of the pool's first ones. Raises `UsageError` or `CapacityError`.
+    experts: the placement, by default expert e in slot e (with `spec.redundant_slots` it has them). first_device,
+    first_node: numbers of the pool's first ones. Raises `UsageError` or `CapacityError`.
     """
+    cfg, layout, profile, page_tokens = spec.cfg, spec.layout, spec.profile, spec.engine.page_tokens
     layout.check(cfg)
-    described = make_engine(engine, cfg, profile, layout, settings)
-    spec = Spec(cfg, profile, layout, formats, described, drafts=drafts, redundant_slots=redundant_slots)
     ledgers, pages = stage_pages(spec)
     stages = layout.stage_layers(cfg.num_layers)
     page_bytes = [
-        {name: size * described.page_tokens for name, size in held.items()}
-        for held in (stage_kv_bytes_by_cache(cfg, layout, formats, stage, drafts > 0) for stage in range(layout.pp))
+        {name: size * page_tokens for name, size in held.items()}
+        for held in (
+            stage_kv_bytes_by_cache(cfg, layout, spec.formats.cache, stage, spec.drafts > 0)
+            for stage in range(layout.pp)
+        )
     ]
-    per_node = node_devices(profile)
+    per_node, places = node_devices(profile), list(layout.places())
     devices = []
     for index in range(replicas * layout.devices):
         replica, within = divmod(index, layout.devices)
-        stage, rank = divmod(within, layout.stage_devices)
-        dp, tp = divmod(rank, layout.tp)
-        ranks = {"tp": tp, "dp": dp, "ep": rank if layout.by_expert else 0}
-        layers = (stages[stage].start, stages[stage].stop)
+        place = places[within]
+        ranks = {"tp": place.tp, "dp": place.dp, "ep": place.ep}
+        layers = (stages[place.stage].start, stages[place.stage].stop)
         node = first_node + index // per_node
         devices.append(
-            Device(first_device + index, node, replica, stage, ranks, layers, ledgers[stage], pages, page_bytes[stage])
-        )
+            Device(
+                first_device + index, node, replica, place.stage, ranks, layers, ledgers[place.stage], pages,
+                page_bytes[place.stage],
+            )
+        )  # fmt: skip
+    load = spec.expert_load
+    measured = isinstance(load, ExpertLoad)
     return Pool(
         role=role,
         profile=profile.name if profile.name in hw_profiles.names() else str(profile.path),
         profile_settings={path: f.value for path, f in sorted(profile.figures.items()) if f.source == "--set"},
         layout=layout,
-        scheme=scheme or scheme_of(formats),
-        formats=formats,
-        engine=engine,
-        settings=dict(settings or {}),
-        drafts=drafts,
+        scheme=spec.formats.scheme.name,
+        formats=spec.formats,
+        engine=spec.named or spec.engine.name,
+        settings=dict(spec.settings),
+        drafts=spec.drafts,
         replicas=replicas,
-        page_tokens=described.page_tokens,
+        page_tokens=page_tokens,
         devices=tuple(devices),
         experts=experts or in_order(cfg, layout),
-        expert_load=expert_load or default_expert_load(cfg),
-        slot_load=slot_load,
+        expert_load=load.name if measured else load or default_expert_load(cfg),
+        slot_load=tuple(float(share) for share in load.shares) if measured else (),
     )
-
-
-def scheme_of(formats: Formats) -> str:
-    """The name of the weight formats; both, where no scheme has this pair."""
-    pair = (formats.weights, formats.experts)
-    return next((name for name, parts in SCHEMES.items() if parts == pair), "/".join(pair))
 
 
 def stage_pages(spec: Spec) -> tuple[list[Ledger], int]:
@@ -111,36 +100,17 @@ def node_devices(profile: Profile) -> int:
     return int(profile.number("node.devices") or profile.number("link.scale_up.domain_devices") or 8)
 
 
-def moe_layers(cfg: ModelConfig) -> list[int]:
-    return [number for number, kind in enumerate(cfg.layers) if kind.ffn == "moe"]
-
-
 def in_order(cfg: ModelConfig, layout: Layout) -> Experts | None:
     """Expert e in slot e of every MoE layer; None where experts are split by tensor or there are none."""
-    if not layout.by_expert or cfg.moe is None:
-        return None
-    row = tuple(range(cfg.moe.experts))
-    return Experts(cfg.moe.experts // layout.ep, (row,) * len(moe_layers(cfg)))
+    slots = slots_in_order(cfg, layout)
+    return Experts(slots.per_device, slots.experts) if slots else None
 
 
-def plan_for(
-    cfg: ModelConfig,
-    layout: Layout,
-    profile: Profile,
-    formats: Formats,
-    *,
-    engine: str = "sglang",
-    replicas: int = 1,
-    settings: Mapping[str, Any] | None = None,
-    drafts: int = 0,
-    demand: Demand | None = None,
-) -> Plan:
-    """A plan for a layout that is given: every device with its ledger and pages, no search and no prediction.
+def plan_for(spec: Spec, replicas: int = 1, demand: Demand | None = None) -> Plan:
+    """A plan for a deployment that is given: every device with its ledger and pages, no search and no prediction.
 
     Raises `UsageError` where the model does not divide by the layout, `CapacityError` with the ledger where it
     does not fit.
     """
-    pool = pool_of(
-        cfg, layout, profile, formats, engine=engine, replicas=replicas, settings=settings or {}, drafts=drafts
-    )
-    return Plan(ModelRef(cfg.name, config_hash(cfg)), demand or Demand(), (pool,))
+    pool = pool_of(spec, replicas)
+    return Plan(ModelRef(spec.cfg.name, config_hash(spec.cfg)), demand or Demand(), (pool,))

@@ -7,15 +7,18 @@ wrong plan is found even where both sides would be wrong alike.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from foundation.errors import Failure
 from hw_profiles import Profile
 from model.config import ModelConfig
+from model.split import moe_layers
 from runtime.deployment.ledger import Ledger
 from runtime.deployment.plan import Device, Plan, Pool, profile_of
-from runtime.planning.assign import moe_layers, pool_of
+from runtime.planning.assign import pool_of
 from runtime.planning.kv_tiers import check_kv
+from runtime.simulation.planned import spec_of
 
 _TOLERANCE = 1e-9
 
@@ -39,21 +42,8 @@ def check(plan: Plan, cfg: ModelConfig) -> list[str]:
 
 def _pool(pool: Pool, cfg: ModelConfig, profile: Profile, where: str, device: int, node: int) -> list[str]:
     try:
-        again = pool_of(
-            cfg,
-            pool.layout,
-            profile,
-            pool.formats,
-            engine=pool.engine,
-            replicas=pool.replicas,
-            settings=pool.settings,
-            drafts=pool.drafts,
-            role=pool.role,
-            experts=pool.experts,
-            redundant_slots=pool.redundant_slots,
-            first_device=device,
-            first_node=node,
-        )
+        spec = dataclasses.replace(spec_of(cfg, pool, profile), pool_tokens=None)
+        again = pool_of(spec, pool.replicas, role=pool.role, experts=pool.experts, first_device=device, first_node=node)
     except Failure as error:
         return [f"{where}: {str(error).splitlines()[0]}"]
     wrong: list[str] = []

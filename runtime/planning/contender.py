@@ -64,27 +64,8 @@ def plan_of(contender: Contender, question: Question, devices: int) -> Plan:
     device = node = 0
     for part in contender.parts:
         spec = part.option.spec
-        load = spec.expert_load
-        measured = load is not None and not isinstance(load, str)
         pools.append(
-            pool_of(
-                spec.cfg,
-                spec.layout,
-                spec.profile,
-                spec.formats,
-                scheme=part.option.scheme,
-                engine=question.engine,
-                replicas=part.replicas,
-                settings=part.option.settings,
-                drafts=spec.drafts,
-                role=part.role,
-                experts=part.experts,
-                redundant_slots=spec.redundant_slots,
-                slot_load=tuple(float(share) for share in load.shares) if measured else (),  # pyright: ignore
-                expert_load=load.name if measured else load,  # pyright: ignore
-                first_device=device,
-                first_node=node,
-            )
+            pool_of(spec, part.replicas, role=part.role, experts=part.experts, first_device=device, first_node=node)
         )
         device += part.devices
         node += -(-part.devices // node_devices(spec.profile))

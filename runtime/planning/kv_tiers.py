@@ -26,7 +26,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hw_profiles import Profile
-from model.config import Gqa, ModelConfig
+from model.cache import cache_rows
+from model.config import ModelConfig
+from runtime.deployment.engines import engine_for
 from runtime.deployment.kv import Point, PoolKv, Sharding, Share, Tier
 from runtime.serving.pricing import GRADES, BatchShape, StepPricer
 
@@ -50,8 +52,8 @@ def plan_kv(
     Raises `ProfileError` or `PriceError`.
     """
     from runtime.deployment.plan import profile_of
-    from runtime.planning.predict import spec_of
     from runtime.simulation.build import pricer_of
+    from runtime.simulation.planned import spec_of
 
     found = []
     for number, pool in enumerate(plan.pools):
@@ -92,9 +94,7 @@ def pool_kv(
 
     host_ratio: host pool over device pool. A pool that only decodes has no break-even: it computes no prompts.
     """
-    from runtime.simulation.build import make_engine
-
-    engine = make_engine(pool.engine, cfg, profile, pool.layout, dict(pool.settings))
+    engine = engine_for(pool.engine, cfg, profile, pool.layout, dict(pool.settings))
     wanted = request_tokens(pool, demand)
     tiers = _tiers(pool, profile, host_ratio)
     points: list[Point] = []
@@ -138,15 +138,15 @@ def _replica(pool: Pool) -> Sequence:
 
 
 def _shares(cfg: ModelConfig, pool: Pool) -> tuple[Share, ...]:
-    tp = pool.layout.tp
-    split = isinstance(cfg.attention, Gqa)
     stages = {device.stage: device.kv_page_bytes for device in _replica(pool)}
+    rows = {row.name: row for kind in cfg.layer_counts for row in cache_rows(cfg, kind)}
     names = dict.fromkeys(name for held in stages.values() for name in held)
+    copies = {name: pool.layout.row_copies(rows[name]) for name in names}
     return tuple(
         Share(
             name,
-            sum(held.get(name, 0.0) for held in stages.values()) * (tp if split else 1) / pool.page_tokens,
-            1 if split else tp,
+            sum(held.get(name, 0.0) for held in stages.values()) * (pool.layout.tp / copies[name]) / pool.page_tokens,
+            copies[name],
         )
         for name in names
     )
@@ -172,7 +172,7 @@ def _tiers(pool: Pool, profile: Profile, host_ratio: float) -> tuple[Tier, ...]:
 
 def _shardings(cfg: ModelConfig, pool: Pool, engine: Engine, wanted: int) -> tuple[Sharding, ...]:
     """Every degree that divides the copies: with one copy there is nothing to deal out."""
-    copies = 1 if isinstance(cfg.attention, Gqa) else pool.layout.tp
+    copies = min(share.copies for share in _shares(cfg, pool))
     return tuple(
         Sharding(
             degree,

@@ -16,14 +16,16 @@ import hw_profiles
 from foundation.errors import CapacityError, UsageError
 from hw_profiles import Profile
 from model.config import ModelConfig
+from model.formats import KV, Scheme, matrix_format
+from model.formats import scheme as named_scheme
+from model.split import Layout
+from runtime.deployment.choice import missing_formats, offered_schemes
+from runtime.deployment.engines import load
 from runtime.deployment.engines.flags import unsupported
 from runtime.deployment.plan import Demand, Rejected
-from runtime.layout import SCHEMES, Layout, checkpoint_scheme, formats, is_sparse
 from runtime.planning.assign import stage_pages
-from runtime.simulation.build import Spec, make_engine, memories
+from runtime.simulation.build import Spec, memories, spec_for
 
-BITS: Mapping[str, int] = {"f32": 32, "bf16": 16, "fp8": 8, "w8a8": 8, "w4a8": 4, "w4a16": 4}
-"""Bits of a routed expert's weights, of which nearly all of a model consists."""
 _MARGIN, _MOST_FRACTION = 0.02, 0.95
 """Of a device's memory left free, and the most that recipes pass to an engine."""
 _PP = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -46,15 +48,24 @@ class Question:
     drafts: int = 0
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def spec(
+        self, profile: Profile, layout: Layout, formats: str | Scheme, kv: str, settings: Mapping[str, Any], **more: Any
+    ) -> Spec:
+        """A deployment that may answer it. settings: of the engine, beside those that are given."""
+        asked = {**self.settings, **settings}
+        return spec_for(self.cfg, profile, layout, formats, kv, self.engine, asked, drafts=self.drafts, **more)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Option:
-    """A replica, by its deployment. settings: the engine's, where they differ from its own."""
+    """A replica, by its deployment, and the pages of a rank of it."""
 
     spec: Spec
-    scheme: str
-    settings: Mapping[str, Any]
     pages: int
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self.spec.settings
 
     @property
     def layout(self) -> Layout:
@@ -75,36 +86,39 @@ class Option:
             return self
         engine = dataclasses.replace(self.spec.engine, max_running_requests=running)
         settings = {**self.settings, "max_running_requests": running}
-        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, engine=engine), settings=settings)
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, engine=engine, settings=settings))
 
     @cached_property
     def name(self) -> str:
         extra = [f"{key}={value}" for key, value in self.settings.items()]
         extra += [f"+{self.spec.redundant_slots} expert slots"] if self.spec.redundant_slots else []
-        return ", ".join([named(self.spec, self.scheme), *extra])
+        return ", ".join([named(self.spec), *extra])
 
 
-def named(spec: Spec, scheme: str) -> str:
-    return f"{spec.layout.name} on {spec.profile.name}, {scheme}, KV {spec.formats.kv}"
+def named(spec: Spec) -> str:
+    return f"{spec.layout.name} on {spec.profile.name}, {spec.formats.scheme.name}, KV {spec.formats.kv}"
 
 
 def make_option(
-    question: Question, profile: Profile, layout: Layout, scheme: str, kv: str, settings: Mapping[str, Any], **more: Any
+    question: Question,
+    profile: Profile,
+    layout: Layout,
+    scheme: str | Scheme,
+    kv: str,
+    settings: Mapping[str, Any],
+    **more: Any,
 ) -> Option:
     """An option, sized. more: fields of `Spec`. Raises `UsageError`, or `CapacityError` where it does not fit."""
     layout.check(question.cfg)
-    settings = {**question.settings, **settings}
-    engine = make_engine(question.engine, question.cfg, profile, layout, settings)
-    spec = Spec(question.cfg, profile, layout, formats(scheme, kv), engine, drafts=question.drafts, **more)
+    spec = question.spec(profile, layout, scheme, kv, settings, **more)
     try:
-        return Option(spec, scheme, settings, stage_pages(spec)[1])
+        return Option(spec, stage_pages(spec)[1])
     except CapacityError:
         fraction = _tight_fraction(spec)
-        if "memory_fraction" in settings or fraction <= engine.memory_fraction:
+        if "memory_fraction" in spec.settings or fraction <= spec.engine.memory_fraction:
             raise
-    settings = {**settings, "memory_fraction": fraction}
-    spec = dataclasses.replace(spec, engine=make_engine(question.engine, question.cfg, profile, layout, settings))
-    return Option(spec, scheme, settings, stage_pages(spec)[1])
+    spec = question.spec(profile, layout, scheme, kv, {**settings, "memory_fraction": fraction}, **more)
+    return Option(spec, stage_pages(spec)[1])
 
 
 def _tight_fraction(spec: Spec) -> float:
@@ -125,56 +139,60 @@ def _tight_fraction(spec: Spec) -> float:
     return max(0.0, math.floor(1000 * min(*fractions, _MOST_FRACTION)) / 1000)
 
 
-def schemes(question: Question, profile: Profile) -> tuple[list[str], list[Rejected]]:
+def schemes(question: Question, profile: Profile) -> tuple[list[Scheme], list[Rejected]]:
     """Formats to search on a chip, best first, and those left out: the one asked for, or those it computes in.
 
     None narrower than the checkpoint's own (to quantise further is the user's decision, not a planner's), and
     none that has no fewer bits and no higher rate than one before it. Raises `UsageError` where none is left.
     """
-    runs = [name for name, parts in SCHEMES.items() if {*parts} <= {*profile.formats.weights}]
+    own = question.cfg.stored_scheme
+    runs = [known for known in offered_schemes(profile) if known.wide != "f32"]
+    if own not in runs and not missing_formats(profile, own):
+        runs.append(own)  # one without a name of its own
+    known = ", ".join(each.name for each in runs) or "none"
     if question.scheme is not None:
-        if question.scheme not in SCHEMES:
-            raise UsageError(f"unknown formats {question.scheme!r}; known: auto, {', '.join(SCHEMES)}")
-        if question.scheme not in runs:
-            known = ", ".join(runs) or "none"
+        asked = named_scheme(question.scheme)
+        if asked.wide == "f32" or missing_formats(profile, asked):
             raise UsageError(f"{profile.name} does not compute in {question.scheme}; it runs {known}")
-        return [question.scheme], []
-    own = checkpoint_scheme(question.cfg)
-    order = sorted((name for name in runs if BITS[name] >= BITS[own]), key=lambda name: (name != own, BITS[name]))
-    kept: list[str] = []
+        return [asked], []
+    order = sorted((s for s in runs if s.bits >= own.bits), key=lambda s: (s != own, s.bits))
+    kept: list[Scheme] = []
     left_out = [
-        Rejected(f"{name} on {profile.name}", f"narrower than the checkpoint's {own}: ask for it with --formats {name}")
-        for name in runs
-        if BITS[name] < BITS[own]
+        Rejected(
+            f"{s.name} on {profile.name}",
+            f"narrower than the checkpoint's {own.name}: ask for it with --formats {s.name}",
+        )
+        for s in runs
+        if s.bits < own.bits
     ]
-    for name in order:
-        better = next((k for k in kept if BITS[k] <= BITS[name] and _rate(profile, k) >= _rate(profile, name)), None)
+    for each in order:
+        better = next((k for k in kept if k.bits <= each.bits and _rate(profile, k) >= _rate(profile, each)), None)
         if better is None:
-            kept.append(name)
+            kept.append(each)
         else:
-            reason = f"{better} takes no more bytes and computes no slower"
-            left_out.append(Rejected(f"{name} on {profile.name}", reason))
+            reason = f"{better.name} takes no more bytes and computes no slower"
+            left_out.append(Rejected(f"{each.name} on {profile.name}", reason))
     if not kept:
         raise UsageError(
-            f"{profile.name} computes in no format as wide as {question.cfg.name}'s {own}; narrower ones it runs: "
-            f"--formats {' or '.join(runs) or 'none'}"
+            f"{profile.name} computes in no format as wide as {question.cfg.name}'s {own.name}; narrower ones it runs: "
+            f"--formats {' or '.join(each.name for each in runs) or 'none'}"
         )
     return kept, left_out
 
 
-def _rate(profile: Profile, scheme: str) -> float:
+def _rate(profile: Profile, scheme: Scheme) -> float:
     """Peak FLOP/s of a scheme's expert products."""
-    rate = hw_profiles.RATE_OF_SCHEME[SCHEMES[scheme][1]]
+    rate = hw_profiles.RATE_OF_SCHEME[matrix_format(scheme.experts).base]
     return profile.number(f"chip.peak.{rate}_flops_per_s") or profile.number("chip.peak.bf16_flops_per_s") or 0.0
 
 
 def kv_formats(question: Question, profile: Profile) -> list[str]:
     """Cache formats to search: the chip's that the engine can keep. Raises `UsageError` for one that the chip does
     not have."""
-    known = [name for name in ("bf16", "fp8", "int8") if name in profile.formats.kv]
+    known = [name for name in KV if name in profile.formats.kv]
     if question.kv is None:
-        sparse = is_sparse(question.cfg)
-        kept = [name for name in known if not unsupported(question.engine, profile.vendor, "", name, sparse)]
+        kind, sparse = load(question.engine).kind, question.cfg.sparse
+        kept = [name for name in known if not unsupported(kind, profile.vendor, "", name, sparse)]
         return kept or ["bf16"]
     if question.kv not in (known or ["bf16"]):
         raise UsageError(f"{profile.name} keeps no {question.kv} cache; it has {', '.join(known)}")
@@ -222,7 +240,7 @@ def options(question: Question, profile: Profile, devices: int) -> tuple[list[Op
             kept = 0
             for pp in stages:
                 layout = dataclasses.replace(base, pp=pp)
-                name = f"{layout.name} on {profile.name}, {scheme}, KV {kv}"
+                name = f"{layout.name} on {profile.name}, {scheme.name}, KV {kv}"
                 try:
                     option = make_option(question, profile, layout, scheme, kv, {})
                 except UsageError as error:
@@ -242,8 +260,6 @@ def options(question: Question, profile: Profile, devices: int) -> tuple[list[Op
     return found, refused, [Rejected(name, reason) for name, reason in rejected.items()]
 
 
-def _excess(question: Question, profile: Profile, layout: Layout, scheme: str, kv: str) -> float:
+def _excess(question: Question, profile: Profile, layout: Layout, scheme: Scheme, kv: str) -> float:
     """Bytes by which the weights and all else but the cache exceed the fullest device."""
-    engine = make_engine(question.engine, question.cfg, profile, layout, question.settings)
-    spec = Spec(question.cfg, profile, layout, formats(scheme, kv), engine, drafts=question.drafts)
-    return max(held.kv_bytes - held.free_bytes for held in memories(spec))
+    return max(held.kv_bytes - held.free_bytes for held in memories(question.spec(profile, layout, scheme, kv, {})))

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from foundation.errors import UsageError
-from model.config import Gqa, ModelConfig
+from model.cache import cache_rows
 from runtime.deployment.ledger import stage_kv_bytes_per_token
 from runtime.deployment.plan import Transfer
-from runtime.layout import Formats, Layout
 from runtime.planning.contender import Contender, Part
 from runtime.planning.estimate import Estimate, OptionPrices, limits, mean_prompt, score
 from runtime.planning.options import Option, Question
+from runtime.simulation.build import Spec
 
 RATIOS = tuple((a, b) for a in range(1, 8) for b in range(1, 8) if math.gcd(a, b) == 1 and a + b <= 8)
 """Prefill to decode replicas."""
@@ -27,11 +27,13 @@ _BUSIEST = 0.9
 """Share of the prefill pool's capacity beyond which its queue is taken to grow without end."""
 
 
-def sequence_kv_bytes_per_token(cfg: ModelConfig, layout: Layout, formats: Formats, drafts: int) -> float:
+def sequence_kv_bytes_per_token(spec: Spec) -> float:
     """Bytes of a token's cache over all layers, each held once: what has to be sent."""
-    split = layout.tp if isinstance(cfg.attention, Gqa) else 1
-    stages = (stage_kv_bytes_per_token(cfg, layout, formats, stage, drafts > 0) for stage in range(layout.pp))
-    return split * sum(stages)
+    whole = dataclasses.replace(spec.layout, tp=1, dp=1, ep=1)
+    stages = (
+        stage_kv_bytes_per_token(spec.cfg, whole, spec.formats, stage, spec.drafts > 0) for stage in range(whole.pp)
+    )
+    return sum(stages)
 
 
 def transfer_of(question: Question, prefill: Option, decode: Option) -> Transfer:
@@ -43,8 +45,8 @@ def transfer_of(question: Question, prefill: Option, decode: Option) -> Transfer
     A decode pool with another cache format rewrites it: read and written once.
     """
     a, b = prefill.spec, decode.spec
-    sent = sequence_kv_bytes_per_token(a.cfg, a.layout, a.formats, a.drafts)
-    kept = sequence_kv_bytes_per_token(b.cfg, b.layout, b.formats, b.drafts)
+    sent = sequence_kv_bytes_per_token(a)
+    kept = sequence_kv_bytes_per_token(b)
     ways = []
     near = a.profile.name == b.profile.name and (a.profile.number("link.scale_up.domain_devices") or 0) >= (
         2 * (a.layout.devices + b.layout.devices)
@@ -59,9 +61,10 @@ def transfer_of(question: Question, prefill: Option, decode: Option) -> Transfer
         ways.append(rate * spec.layout.tp * spec.layout.pp)
     latency = max(spec.profile.number(f"link.{level}.latency_s") or 5e-6 for spec in (a, b))
     inside = b.profile.number("link.scale_up.bandwidth_bytes_per_s")
-    exchange = kept / inside if inside and b.layout.tp > 1 and not isinstance(b.cfg.attention, Gqa) else 0.0
+    copied = any(b.layout.row_copies(row) > 1 for kind in b.cfg.layer_counts for row in cache_rows(b.cfg, kind))
+    exchange = kept / inside if inside and copied else 0.0
     convert = 0.0
-    if a.formats.kv != b.formats.kv:
+    if a.formats.cache != b.formats.cache:
         convert = (sent + kept) / b.layout.pp / b.profile.value("chip.memory.bandwidth_bytes_per_s")
     tokens = question.demand.isl
     per_token = sent / min(ways) + exchange + convert

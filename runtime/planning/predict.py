@@ -1,8 +1,8 @@
 """What the serving simulator expects of a plan.
 
 Equal replicas see equal shares of the load, so one is simulated (of two pools: as many of each as their ratio
-takes) under its share, and throughputs are scaled up. Both `glm5 plan` and `glm5 simulate --plan` go through
-`simulate_plan`, so that they give the same figures.
+takes) under its share, and throughputs are scaled up (`runtime.simulation.planned`). Both `glm5 plan` and
+`glm5 simulate --plan` go through `simulate_plan`, so that they give the same figures.
 """
 
 from __future__ import annotations
@@ -12,73 +12,17 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from foundation.errors import UsageError
 from hw_profiles import Profile
 from model.config import ModelConfig
-from runtime.deployment.plan import Demand, Plan, Pool, Predicted, profile_of
+from runtime.deployment.plan import Demand, Plan, Predicted
 from runtime.pricing.bands import band
-from runtime.pricing.load import ExpertLoad
-from runtime.serving import Deployment, Disaggregated, Report, Uniform, Workload, closed_loop, open_loop, simulate
-from runtime.simulation.build import Built, PriceTables, Spec, make_engine, pricer_of, speculation
+from runtime.serving import Report, Uniform, Workload, closed_loop, open_loop, simulate
+from runtime.simulation.build import PriceTables
+from runtime.simulation.planned import Deployed, deployed
 from runtime.simulation.validation import report_half_widths
 
 DEFAULT_CONCURRENCY = 16
-
-
-def spec_of(cfg: ModelConfig, pool: Pool, profile: Profile) -> Spec:
-    """The deployment of one replica of a pool."""
-    load = ExpertLoad(pool.expert_load, np.array(pool.slot_load)) if pool.slot_load else pool.expert_load
-    engine = make_engine(pool.engine, cfg, profile, pool.layout, pool.settings)
-    return Spec(
-        cfg,
-        profile,
-        pool.layout,
-        pool.formats,
-        engine,
-        load,
-        pool.drafts,
-        pool_tokens=pool.pool_tokens,
-        redundant_slots=pool.redundant_slots,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """A deployment that stands for a plan: `parts` like it make up the whole."""
-
-    built: Built
-    deployment: Deployment | Disaggregated
-    parts: int
-
-
-def share_of(plan: Plan, cfg: ModelConfig, tables: PriceTables | None = None, profiles: Any = None) -> Share:
-    """The least deployment with the plan's layouts and pool ratio. Raises `ProfileError` or `PriceError`."""
-    tables = tables or PriceTables()
-    parts = math.gcd(*(pool.replicas for pool in plan.pools))
-    built = []
-    for number, pool in enumerate(plan.pools):
-        profile = profiles[number] if profiles else profile_of(pool)
-        spec = spec_of(cfg, pool, profile)
-        replicas = pool.replicas // parts
-        deployment = Deployment(
-            spec.engine,
-            pricer_of(spec, tables),
-            pool_tokens=pool.pool_tokens,
-            devices=replicas * pool.layout.devices,
-            replicas=replicas,
-            ranks=pool.layout.dp,
-            speculation=speculation(pool.drafts) if pool.role != "prefill" else None,
-        )
-        built.append(Built(spec, pool.devices[0].ledger, deployment.pricer, deployment))  # pyright: ignore
-    if plan.transfer is None:
-        return Share(built[0], built[0].deployment, parts)
-    moved = plan.transfer.kv_bytes_per_token
-    per_token = moved / plan.transfer.link_bandwidth_bytes_per_s + plan.transfer.conversion_seconds_per_token
-    prefill, decode = (each.deployment for each in built)
-    both = Disaggregated(prefill, decode, moved, moved / per_token, plan.transfer.link_latency_seconds)
-    return Share(built[1], both, parts)
 
 
 def workload(demand: Demand, parts: int, seed: int = 0, requests: int | None = None) -> tuple[Workload, float]:
@@ -108,14 +52,14 @@ def simulate_plan(
     profiles: list[Profile] | None = None,
     trace: Any = None,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Report, Share, float]:
+) -> tuple[Report, Deployed, float]:
     """(report of one share, the share, how many such shares the whole load is).
 
     Raises `CapacityError` for a request that the plan could never serve.
     """
     if plan.demand.concurrency is not None and plan.demand.rate is not None:
         raise UsageError("a plan's demand has a concurrency or a rate, not both")
-    share = share_of(plan, cfg, tables, profiles)
+    share = deployed(plan, cfg, tables, profiles)
     load, shares = workload(plan.demand, share.parts, seed, requests)
     report = simulate(load, share.deployment, seed=seed, trace=trace, progress=progress)
     return report, share, shares
@@ -134,10 +78,10 @@ def whole(report: Report, shares: float, plan: Plan) -> Report:
     )
 
 
-def predicted(plan: Plan, report: Report, share: Share, shares: float) -> Predicted:
+def predicted(plan: Plan, report: Report, share: Deployed, shares: float) -> Predicted:
     """The plan's figures from a share's report."""
     of_all = whole(report, shares, plan)
-    halves = report_half_widths(share.built, report, share.built.deployment.replicas)
+    halves = report_half_widths(share.serving, report, share.serving.deployment.replicas)
     figures = {name: getattr(report, name).in_ms() for name in ("ttft", "tpot", "e2e")}
     demand = plan.demand
     met = report.saturated_by != "arrivals"

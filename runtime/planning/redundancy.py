@@ -11,9 +11,9 @@ import dataclasses
 import numpy as np
 
 from foundation.errors import CapacityError
+from model.split import moe_layers
 from runtime.deployment.errors import LoadError
 from runtime.deployment.plan import Experts, Rejected
-from runtime.planning.assign import moe_layers
 from runtime.planning.contender import Contender, Part
 from runtime.planning.estimate import OptionPrices, score
 from runtime.planning.experts import ExpertPlacement, place_experts
@@ -120,7 +120,7 @@ def _spend(
                 question,
                 option.spec.profile,
                 layout,
-                option.scheme,
+                option.spec.formats.scheme,
                 option.spec.formats.kv,
                 {k: v for k, v in option.settings.items() if k != "max_running_requests" or k in question.settings},
                 redundant_slots=extra,

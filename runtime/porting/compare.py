@@ -27,12 +27,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import hw_profiles
-from backends.emulation import schemes
+from backends.emulation.table import format_table
 from foundation.errors import UsageError
 from hw_profiles import Profile
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
+from model.formats import CacheFormats, Formats
 from model.tokenizer import Tokenizer
+from runtime.deployment.choice import chip_formats
 from runtime.reports.compare import BASELINE
 
 if TYPE_CHECKING:
@@ -123,12 +125,14 @@ def compare(
     max_tokens: greedy tokens a prompt is continued by. questions: of each task of `glm5 eval` (0: not asked).
     Raises `Unsupported` before anything runs where a profile has no units for the formats asked of it.
     """
-    from backends.emulation.number_formats import NumberFormats, formats_of
+    from backends.emulation.number_formats import NumberFormats
 
     cfg = checkpoint.config
-    wanted = [(target, formats_of(cfg, target.profile, target.formats, target.kv)) for target in targets]
-    plain = NumberFormats(cfg, schemes.SCHEMES["f32"], "f32", "f32")
-    wide = NumberFormats(cfg, schemes.SCHEMES["bf16"])
+    wanted = [
+        (target, NumberFormats(cfg, chip_formats(cfg, target.profile, target.formats, target.kv))) for target in targets
+    ]
+    plain = NumberFormats(cfg, Formats("f32", "f32", "f32", CacheFormats.plain("f32")))
+    wide = NumberFormats(cfg, Formats())
     progress("float32, the reference")
     continued = _continue(checkpoint, texts, max_tokens)
     sequences = texts.windows + [_padded(ids, texts.length) for _, ids in continued]
@@ -140,14 +144,14 @@ def compare(
         row = _row(cfg, texts, continued, tokenizer, reference, found)
         if questions:
             row["tasks"] = _answers(checkpoint, formats, questions)
-        table = schemes.table(cfg, formats.scheme, formats.cache, formats.index)
+        table = format_table(cfg, formats.formats)
         rows.append(
             {
                 "label": label,
                 "profile": profile.name if profile else None,
                 "formats": formats.scheme.name,
-                "cache": formats.cache,
-                "index_cache": formats.index if cfg.indexer else None,
+                "cache": formats.formats.kv,
+                "index_cache": formats.formats.cache.of("index").kind if cfg.indexer else None,
                 **row,
                 "table": [dataclasses.asdict(line) for line in table],
             }

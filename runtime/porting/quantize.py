@@ -21,13 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from backends.emulation.schemes import Scheme
 from foundation.errors import UsageError
 from model import quantised
 from model.checkpoint import (
     FP8_CONFIG,
     INDEX_FILE,
-    MODELSLIM_FILE,
     SHARD_BYTES,
     Checkpoint,
     groups,
@@ -35,7 +33,23 @@ from model.checkpoint import (
     stored_shape,
     write_shards,
 )
-from model.quantised import BF16, FORMATS, LAYOUTS, MODELSLIM_TYPES
+from model.config import MODELSLIM_FILE
+from model.formats import (
+    BF16,
+    BITS,
+    E2M1,
+    E4M3,
+    E8M0,
+    FORMATS,
+    FP8_BLOCK,
+    INT4,
+    INT8,
+    MatrixFormat,
+    Scheme,
+    matrix_format,
+)
+from model.quantization_config import MODELSLIM_TYPES
+from model.spelling import spell, tensor_name
 
 _COPIED = {".json", ".jinja", ".txt", ".model"}  # tokenizer, template, generation settings
 
@@ -57,21 +71,25 @@ def layout_of(scheme: Scheme, wanted: str | None = None) -> str | None:
 
     Raises `UsageError` for a layout that has no name for one of the formats.
     """
-    narrow = [fmt for fmt in (scheme.experts, scheme.dense) if fmt in FORMATS]
+    narrow = [fmt for fmt in map(matrix_format, (scheme.experts, scheme.dense)) if fmt.narrow]
     if not narrow:
         if wanted:
             raise UsageError(f"formats {scheme.name} are plain: --layout does not apply")
         return None
-    usable = [layout for layout in LAYOUTS[narrow[0]] if all(layout in LAYOUTS[fmt] for fmt in narrow)]
+    usable = [layout for layout in narrow[0].layouts if all(layout in fmt.layouts for fmt in narrow)]
     if wanted is None:
         return usable[0]
     if wanted not in usable:
         raise UsageError(f"formats {scheme.name} are written as {' or '.join(usable)}, not as {wanted!r}")
-    return wanted
+    return wanted  # type: ignore[return-value]
 
 
 def quantize(
-    source: Checkpoint, scheme: Scheme, out: Path, layout: str | None = None, shard_bytes: int = SHARD_BYTES
+    source: Checkpoint,
+    scheme: Scheme,
+    out: Path,
+    layout: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> QuantizedCheckpoint:
     """Writes `source` in the formats of `scheme` to the new directory `out`.
 
@@ -109,7 +127,7 @@ class _Writer:
         for place, found in groups(self.source.config, self.source.has_mtp).items():
             for group in found:
                 for weight in group.weights:
-                    fmt = self.scheme.format_of(weight, mtp=place == "mtp")
+                    fmt = self.scheme.stored(weight, mtp=place == "mtp")
                     shape = stored_shape(self.source.config, weight)
                     for name in group.tensors(weight):
                         if name in done:  # kv_b_proj makes two weights
@@ -117,28 +135,28 @@ class _Writer:
                         done.add(name)
                         for tensor, array in self._stored(name, shape, fmt).items():
                             self.bytes += array.nbytes
-                            self.types[tensor] = MODELSLIM_TYPES.get(fmt or "", "FLOAT")
+                            self.types[tensor] = MODELSLIM_TYPES.get(fmt.name, "FLOAT")
                             yield tensor, array
 
-    def _stored(self, name: str, shape: tuple[int, ...], fmt: str | None) -> dict[str, np.ndarray]:
+    def _stored(self, name: str, shape: tuple[int, ...], fmt: MatrixFormat) -> dict[str, np.ndarray]:
         held = self.source.spelling(name, shape)
         parts = held.parts if held else {"": shape}
-        self.source_bytes += sum(self.source.array(quantised.tensor_name(name, suffix)).nbytes for suffix in parts)
-        if fmt is None:
+        self.source_bytes += sum(self.source.array(tensor_name(name, suffix)).nbytes for suffix in parts)
+        if not fmt.narrow:
             if len(shape) == 2 and "embed_tokens" not in name:
                 self.plain_modules.append(name.removesuffix(".weight"))
             return {name: self.source.plain(name).astype(BF16) if held else self.source.array(name)}
-        self.matrices[fmt] += 1
-        if held and held.format == fmt:
-            self.kept += 1
-            matrix = held.read(name, self.source.array)
-        else:
-            matrix = quantised.quantise(fmt, self.source.plain(name))
+        self.matrices[fmt.name] += 1
         assert self.layout is not None
         try:
-            return quantised.spell(name, fmt, self.layout, matrix)
+            if held and held.format.stored_as(fmt):
+                self.kept += 1
+                matrix = held.read(name, self.source.array)
+            else:
+                matrix = quantised.quantise(fmt, self.source.plain(name))
+            return spell(name, fmt, self.layout, matrix)
         except ValueError as error:
-            raise UsageError(str(error)) from None
+            raise UsageError(f"{name}: {error}") from None
 
 
 def _write_config(folder: Path, source: Checkpoint, writer: _Writer) -> None:
@@ -161,28 +179,41 @@ def _write_config(folder: Path, source: Checkpoint, writer: _Writer) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def _args(bits: int, kind: str, strategy: str, dynamic: bool, **more: Any) -> dict[str, Any]:
-    return {"num_bits": bits, "type": kind, "symmetric": True, "strategy": strategy, "dynamic": dynamic, **more}
+def _group_config(fmt: MatrixFormat) -> dict[str, Any]:
+    """What compressed-tensors 0.20 says of a format: the weights, the activations, and how they are packed.
+
+    NVFP4's activations need a calibrated scale, which rounding alone does not give: weights only.
+    """
+    integer = fmt.values in (INT8, INT4)
+    weights = _args(fmt.bits, integer, *_strategy(fmt.shared, fmt.factor is not None), False)
+    if fmt.scale in (E8M0, E4M3):
+        weights["scale_dtype"] = "torch.uint8" if fmt.scale == E8M0 else "torch.float8_e4m3fn"
+    if fmt.shared == "block":
+        weights["block_structure"] = [FP8_BLOCK, FP8_BLOCK]
+    acts: dict[str, Any] | None = None
+    if fmt.activations.scale is not None and fmt.factor is None:
+        kind = fmt.activations
+        acts = _args(BITS[kind.values], kind.values == INT8, *_strategy(kind.shared or "token", False), True)
+        if kind.scale == E8M0:
+            acts["scale_dtype"] = "torch.uint8"
+    packed = {INT4: "pack-quantized", INT8: "int-quantized", E2M1: "mxfp4-pack-quantized", E4M3: "float-quantized"}
+    layout = packed[fmt.values]
+    if fmt.scale == E8M0 and fmt.values == E4M3:
+        layout = "mxfp8-quantized"
+    if fmt.factor is not None:
+        layout = "nvfp4-pack-quantized"
+    return {"weights": weights, "input_activations": acts, "format": layout}
 
 
-_INT8_TOKENS = _args(8, "int", "token", True)
-_MX = {"group_size": 32, "scale_dtype": "torch.uint8"}
-_COMPRESSED: Mapping[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
-    "fp8-tensor": ("float-quantized", _args(8, "float", "tensor", False), _args(8, "float", "token", True)),
-    "w8a8-int8": ("int-quantized", _args(8, "int", "channel", False), _INT8_TOKENS),
-    "w4a8": ("pack-quantized", _args(4, "int", "channel", False), _INT8_TOKENS),
-    "w4a16": ("pack-quantized", _args(4, "int", "group", False, group_size=32), None),
-    "mxfp8": ("mxfp8-quantized", _args(8, "float", "group", False, **_MX), _args(8, "float", "group", True, **_MX)),
-    "mxfp4": (
-        "mxfp4-pack-quantized", _args(4, "float", "group", False, **_MX), _args(4, "float", "group", True, **_MX),
-    ),
-    # activations need a calibrated scale that rounding alone does not give: weights only
-    "nvfp4": (
-        "nvfp4-pack-quantized",
-        _args(4, "float", "tensor_group", False, group_size=16, scale_dtype="torch.float8_e4m3fn"),
-        None,
-    ),
-}  # fmt: skip
+def _strategy(shared: str | int | None, tensor_group: bool) -> tuple[str, int | None]:
+    if isinstance(shared, int):
+        return "tensor_group" if tensor_group else "group", shared
+    return {"row": "channel"}.get(str(shared), str(shared)), None
+
+
+def _args(bits: int, integer: bool, strategy: str, group: int | None, dynamic: bool) -> dict[str, Any]:
+    made = {"num_bits": bits, "type": "int" if integer else "float", "symmetric": True, "strategy": strategy}
+    return {**made, "dynamic": dynamic} | ({"group_size": group} if group else {})
 
 
 def compressed_tensors_config(scheme: Scheme, plain_modules: list[str]) -> dict[str, Any]:
@@ -190,11 +221,11 @@ def compressed_tensors_config(scheme: Scheme, plain_modules: list[str]) -> dict[
     targets = {scheme.experts: ["re:.*mlp\\.experts\\..*"], scheme.dense: ["re:^(?!.*mlp\\.experts\\.).*"]}
     if scheme.dense == scheme.experts:
         targets = {scheme.dense: ["Linear"]}
-    made = []
-    for fmt, names in targets.items():
-        if fmt in _COMPRESSED:
-            layout, weights, activations = _COMPRESSED[fmt]
-            made.append({"targets": names, "weights": weights, "input_activations": activations, "format": layout})
+    made = [
+        {"targets": names, **_group_config(fmt)}
+        for name, names in targets.items()
+        if (fmt := matrix_format(name)).narrow
+    ]
     layouts = [group["format"] for group in made]
     return {
         "quant_method": "compressed-tensors",

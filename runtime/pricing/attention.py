@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from model.formats import ROWS
 from runtime.pricing.book import BATCH_KNOTS, TOKEN_KNOTS, PriceBook, Tabulated, element_bytes
 from runtime.pricing.kernel import Kernel
 from runtime.pricing.price import Price, PriceError, total
@@ -22,28 +23,43 @@ from runtime.pricing.work import MEASURED_BLOCKS, MlaShape
 
 Mode = Literal["index", "skip", "dense"]
 """Sparse with its own indexer; sparse with an earlier layer's choice; or attending to everything."""
-KV_BYTES: Mapping[str, float] = {"f32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0}
-INDEX_KEY_BYTES = 132.0
-"""128 elements in 8 bits and one fp32 scale."""
 
 
 @dataclass(frozen=True, slots=True)
 class MlaLayer:
-    """One MLA layer on one device: `heads` are local (total / tensor parallelism)."""
+    """One MLA layer on one device: `heads` are local (total / tensor parallelism); latent and index are what rows of
+    its caches are stored in (names of `model.formats.ROWS`)."""
 
     shape: MlaShape
     heads: int
     mode: Mode = "index"
-    kv_format: str = "bf16"
+    latent: str = "bf16"
     weight_format: str = "fp8-block"
+    index: str = "fp8_scaled"
 
     def __post_init__(self) -> None:
-        if self.kv_format not in KV_BYTES:
-            raise PriceError(f"unknown KV format {self.kv_format!r}; known: {', '.join(KV_BYTES)}")
+        for name in (self.latent, self.index):
+            if name not in ROWS:
+                raise PriceError(f"unknown row format {name!r}; known: {', '.join(ROWS)}")
         if self.mode != "dense" and not self.shape.index_heads:
             raise PriceError(f"mode {self.mode!r} needs an indexer, and this attention has none")
         if self.heads < 1:
             raise PriceError(f"{self.heads} attention heads on a device; tensor parallelism is too wide")
+
+    @property
+    def kv_format(self) -> str:
+        """What kernels are told apart by: "bf16", "fp8", "int8" or "f32"."""
+        return ROWS[self.latent].kind
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of a token's latent."""
+        return ROWS[self.latent].bytes(self.shape.kv_lora + self.shape.rope, self.shape.rope)
+
+    @property
+    def index_kv_bytes(self) -> int:
+        """Bytes of a token's index key."""
+        return ROWS[self.index].bytes(self.shape.index_dim)
 
 
 def block_kernel(book: PriceBook, layer: MlaLayer, phase: Literal["decode", "prefill"]) -> Kernel | None:
@@ -110,8 +126,8 @@ def _block_features(layer: MlaLayer, prefill: bool = False) -> dict[str, Any]:
         **layer.shape.features(),
         **element_bytes(layer.weight_format),
         "heads": float(layer.heads),
-        "kv_bytes": (layer.shape.kv_lora + layer.shape.rope) * KV_BYTES[layer.kv_format],
-        "index_kv_bytes": INDEX_KEY_BYTES,
+        "kv_bytes": float(layer.kv_bytes),
+        "index_kv_bytes": float(layer.index_kv_bytes),
         "selected": float(layer.shape.index_topk) if sparse else 1e12,
         "indexer": float(layer.mode == "index"),
         "absorbed": float(sparse or not prefill),
@@ -196,7 +212,7 @@ def _decode_parts(book: PriceBook, layer: MlaLayer, sequences: float, context: f
     keys = min(context, layer.shape.index_topk) if layer.mode != "dense" else context
     parts["attention"] = mla_decode(book, layer, sequences, keys)
     if layer.mode == "index":
-        parts["index_scores"] = index_scores(book, layer.shape, sequences, context, sequences, decode=True)
+        parts["index_scores"] = index_scores(book, layer, sequences, context, sequences, decode=True)
         parts["select_topk"] = select_topk(book, layer.shape, sequences, context)
     return parts
 
@@ -209,7 +225,7 @@ def _prefill_parts(book: PriceBook, layer: MlaLayer, tokens: float, keys: float,
     else:
         parts["attention"] = mla_prefill(book, layer, tokens, keys, sequences)
     if layer.mode == "index":
-        parts["index_scores"] = index_scores(book, layer.shape, tokens, keys, sequences)
+        parts["index_scores"] = index_scores(book, layer, tokens, keys, sequences)
         parts["select_topk"] = select_topk(book, layer.shape, tokens, keys)
     return parts
 
@@ -219,9 +235,9 @@ def mla_decode(book: PriceBook, layer: MlaLayer, sequences: float, context: floa
     s = layer.shape
     kv = "fp8" if layer.kv_format == "int8" else layer.kv_format
     kernel, _ = book.kernel("mla_decode", kv)
-    fixed = {"heads": float(layer.heads), "kv_bytes": (s.kv_lora + s.rope) * KV_BYTES[layer.kv_format],
+    fixed = {"heads": float(layer.heads), "kv_bytes": float(layer.kv_bytes),
              "qk": float(s.kv_lora + s.rope), "v": float(s.kv_lora)}  # fmt: skip
-    return book.surface(("mla_decode", layer.heads, s, layer.kv_format), kernel, "bf16", BATCH_KNOTS,
+    return book.surface(("mla_decode", layer.heads, s, layer.latent), kernel, "bf16", BATCH_KNOTS,
                         lambda b, c: {"sequences": b, "tokens": b, "context": c, **fixed}
                         ).price(sequences, context)  # fmt: skip
 
@@ -249,7 +265,7 @@ def sparse_prefill(book: PriceBook, layer: MlaLayer, tokens: float, keys: float,
     return table.price(tokens, min(keys, s.index_topk))
 
 
-def index_scores(book: PriceBook, shape: MlaShape, tokens: float, context: float, sequences: float,
+def index_scores(book: PriceBook, layer: MlaLayer, tokens: float, context: float, sequences: float,
                  *, decode: bool = False) -> Price:  # fmt: skip
     """Index scores of `tokens` queries over `context` keys each.
 
@@ -257,17 +273,18 @@ def index_scores(book: PriceBook, shape: MlaShape, tokens: float, context: float
     attention and is graded 'transferred'.
     """
     kernel, _ = book.kernel("index_scores", "fp8")
-    fixed = {**shape.features(), "index_kv_bytes": INDEX_KEY_BYTES}
+    shape = layer.shape
+    fixed = {**shape.features(), "index_kv_bytes": float(layer.index_kv_bytes)}
     if decode:
         stream, _ = book.kernel("gqa_decode", "bf16")
         launch = book.kernel("memory", "any")[0].constants.launch_s
         rate = stream.constants.memory_efficiency
         constants = replace(kernel.constants, launch_s=launch, memory_efficiency=rate)
         kernel = replace(kernel, constants=constants, grid=None, low={}, high={}, evidence="transferred")
-        table = book.surface(("index_decode", shape), kernel, "fp8-block", BATCH_KNOTS,
+        table = book.surface(("index_decode", shape, layer.index), kernel, "fp8-block", BATCH_KNOTS,
                              lambda b, c: {"tokens": b, "context": c, "sequences": b, **fixed})  # fmt: skip
     else:
-        table = book.surface(("index_prefill", shape, sequences), kernel, "fp8-block", TOKEN_KNOTS,
+        table = book.surface(("index_prefill", shape, layer.index, sequences), kernel, "fp8-block", TOKEN_KNOTS,
                              lambda t, c: {"tokens": t, "context": c, "sequences": sequences, **fixed})  # fmt: skip
     return table.price(tokens, context)
 
@@ -283,16 +300,16 @@ def select_topk(book: PriceBook, shape: MlaShape, tokens: float, context: float)
 
 
 def gqa(book: PriceBook, phase: Literal["decode", "prefill"], heads: int, kv_heads: int, tokens: float, context: float,
-        sequences: float | None = None, head_dim: int = 128, kv_format: str = "bf16") -> Price:  # fmt: skip
+        sequences: float | None = None, head_dim: int = 128, row: str = "bf16") -> Price:  # fmt: skip
     """Grouped-query attention kernel alone; local heads. Decode: `tokens` sequences over `context` keys each.
 
     Prefill: `tokens` queries over a mean of `context` keys, in `sequences` sequences. Fitted for head size
-    128 and 4 to 16 query heads a KV head.
+    128 and 4 to 16 query heads a KV head. row: what a token's keys and values are stored in.
     """
-    element = KV_BYTES[kv_format]
-    name = "fp8" if phase == "decode" and kv_format in ("fp8", "int8") else "bf16"
+    kept = ROWS[row]
+    name = "fp8" if phase == "decode" and kept.narrow else "bf16"
     kernel, _ = book.kernel(f"gqa_{phase}", name)
-    fixed = {"heads": float(heads), "kv_bytes": kv_heads * 2.0 * head_dim * element,
+    fixed = {"heads": float(heads), "kv_bytes": kv_heads * 2.0 * kept.bytes(head_dim),
              "qk": float(head_dim), "v": float(head_dim)}  # fmt: skip
     rows = BATCH_KNOTS if phase == "decode" else TOKEN_KNOTS
     count = None if phase == "decode" else float(sequences or 1.0)
@@ -300,5 +317,5 @@ def gqa(book: PriceBook, phase: Literal["decode", "prefill"], heads: int, kv_hea
     def features(t: Any, c: Any) -> Mapping[str, Any]:
         return {"tokens": t, "context": c, "sequences": t if count is None else np.minimum(count, t), **fixed}
 
-    key = (f"gqa_{phase}", heads, kv_heads, head_dim, kv_format, count)
+    key = (f"gqa_{phase}", heads, kv_heads, head_dim, row, count)
     return book.surface(key, kernel, "bf16", rows, features).price(tokens, context)

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from runtime.pricing.chip import ACTIVATION_BYTES, BYTES_PER_ELEMENT, Chip
+from model.formats import matrix_format
+from runtime.pricing.chip import Chip, rate_of
 from runtime.pricing.grid import Array, Polyline, Surface, log_knots
 from runtime.pricing.kernel import BOUNDS, Kernel, Rates, Timing, kernel_from_json
 from runtime.pricing.load import ExpertLoad
@@ -34,12 +35,15 @@ CONTEXT_KNOTS = log_knots(1.0, 2.0**21, 2)
 FALLBACK_FORMAT: Mapping[str, tuple[str, ...]] = {
     "fp8-block": ("fp8-tensor", "bf16"),
     "fp8-tensor": ("fp8-block", "bf16"),
+    "fp8-channel": ("fp8-tensor", "fp8-block", "bf16"),
     "w8a8-int8": ("fp8-tensor", "bf16"),
     "mxfp8": ("fp8-block", "fp8-tensor", "bf16"),
     "w4a8": ("fp8-tensor", "fp8-block", "bf16"),
     "nvfp4": ("fp8-tensor", "fp8-block", "bf16"),
     "mxfp4": ("nvfp4", "fp8-tensor", "fp8-block", "bf16"),
     "w4a16": ("bf16",),
+    "nvfp4a16": ("w4a16", "bf16"),
+    "w4afp8": ("fp8-block", "fp8-tensor", "bf16"),
     "fp16": ("bf16",),
     "f32": ("bf16",),
     "fp8": ("bf16",),
@@ -146,7 +150,8 @@ class PriceBook:
         Order: this engine's table, another engine's, the joint fit; then the same for the fallback formats.
         Raises PriceError when nothing is known for the family.
         """
-        for number, name in enumerate((weight_format, *FALLBACK_FORMAT.get(weight_format, ()))):
+        base = weight_format.partition("-g")[0]  # one table for every group size
+        for number, name in enumerate((base, *FALLBACK_FORMAT.get(base, ()))):
             for engine in (self.engine, *ENGINES, "any"):
                 for key in (f"{family}/{name}/{engine}{suffix}", f"{family}/{name}/{engine}"):
                     if key in self._kernels:
@@ -163,7 +168,7 @@ class PriceBook:
     @property
     def wide_bytes(self) -> float:
         """Bytes of one element of what no scheme quantises."""
-        return BYTES_PER_ELEMENT[self.wide]
+        return matrix_format(self.wide).bytes_per_element
 
     def time(self, kernel: Kernel, features: Mapping[str, Any], weight_format: str = "bf16") -> Timing:
         if self.wide != "bf16":  # then everything is computed in it
@@ -268,10 +273,10 @@ class PriceBook:
 
 
 def element_bytes(weight_format: str) -> dict[str, float]:
-    if weight_format not in BYTES_PER_ELEMENT:
-        known = ", ".join(BYTES_PER_ELEMENT)
-        raise PriceError(f"unknown number format {weight_format!r}; known: {known}")
-    return {"weight_bytes": BYTES_PER_ELEMENT[weight_format], "act_bytes": ACTIVATION_BYTES[weight_format]}
+    """Bytes of one element of a matrix and of its activations. Raises `PriceError` for an unknown format."""
+    rate_of(weight_format)
+    fmt = matrix_format(weight_format)
+    return {"weight_bytes": fmt.bytes_per_element, "act_bytes": fmt.activations.bytes_per_element}
 
 
 def _nearest(knots: Array, size: float) -> int:

@@ -1,6 +1,7 @@
 """The handful of chip figures a price needs, with the unit in every name.
 
-Deliberately independent of the profile loader: `Chip.from_fields` takes a look-up by dotted name.
+Deliberately independent of the profile loader (only the names of formats and their rates are shared):
+`Chip.from_fields` takes a look-up by dotted name.
 """
 
 from __future__ import annotations
@@ -8,54 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from foundation.errors import UsageError
+from hw_profiles.fields import RATE_OF_SCHEME
+from model.formats import matrix_format
 from runtime.pricing.price import PriceError, PriceEvidence
 
-BYTES_PER_ELEMENT: Mapping[str, float] = {
-    "f32": 4.0,
-    "bf16": 2.0,
-    "fp16": 2.0,
-    "fp8-block": 1.0 + 4.0 / (128 * 128),
-    "fp8-tensor": 1.0,
-    "w8a8-int8": 1.0,
-    "w4a8": 0.5 + 2.0 / 128,
-    "w4a16": 0.5 + 2.0 / 128,
-    "nvfp4": 0.5 + 1.0 / 16,
-    "mxfp8": 1.0 + 1.0 / 32,
-    "mxfp4": 0.5 + 1.0 / 32,
-}
-"""Bytes of one stored weight, scales included."""
-
-ACTIVATION_BYTES: Mapping[str, float] = {
-    "f32": 4.0,
-    "bf16": 2.0,
-    "fp16": 2.0,
-    "fp8-block": 1.0 + 4.0 / 128,
-    "fp8-tensor": 1.0,
-    "w8a8-int8": 1.0,
-    "w4a8": 1.0,
-    "w4a16": 2.0,
-    "nvfp4": 0.5 + 1.0 / 16,
-    "mxfp8": 1.0 + 1.0 / 32,
-    "mxfp4": 0.5 + 1.0 / 32,
-}
-
-PEAK_FIELD: Mapping[str, str] = {
-    "f32": "fp32",
-    "bf16": "bf16",
-    "fp16": "bf16",
-    "fp8-block": "fp8",
-    "fp8-tensor": "fp8",
-    "w8a8-int8": "int8",
-    "w4a8": "int8",
-    "w4a16": "bf16",
-    "nvfp4": "fp4",
-    "mxfp8": "fp8",
-    "mxfp4": "fp4",
-}
-"""Which peak rate a weight format computes at."""
-
-
 Knots = tuple[tuple[float, float], ...]
+
+
+def rate_of(weight_format: str) -> str:
+    """Which peak rate a weight format computes at: "fp32", "bf16", "fp8", "int8" or "fp4". Raises `PriceError`."""
+    try:
+        base = matrix_format(weight_format).base
+    except UsageError as error:
+        raise PriceError(str(error)) from None
+    return "fp32" if base == "f32" else RATE_OF_SCHEME[base].replace("fp16", "bf16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +69,7 @@ class Chip:
         float32 does not: the tensor cores' rate says nothing about it.
         Raises PriceError when no usable rate is known.
         """
-        if weight_format not in PEAK_FIELD:
-            raise PriceError(f"unknown number format {weight_format!r}; known: {', '.join(PEAK_FIELD)}")
-        own = PEAK_FIELD[weight_format]
+        own = rate_of(weight_format)
         for name in (own,) if own == "fp32" else (own, "bf16"):
             rate = self.peak_flops_per_s.get(name)
             if rate:

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import numpy as np
 
 from model.config import LayerType, Mla, ModelConfig
+from model.formats import Formats
+from model.split import Layout
 from model.weights import layer_weights, outer_weights
-from runtime.layout import Formats, Layout
 from runtime.pricing import attention
 from runtime.pricing.attention import MlaLayer
 from runtime.pricing.book import BATCH_KNOTS, CONTEXT_KNOTS, PriceBook
@@ -138,9 +139,12 @@ class GraphPricer:
     def _table(self, name: str, programs: Iterable[tuple[OpList, int]]) -> TokenTable:
         layout, load = self.layout, self._context.load
         key = (name, layout.tp, layout.dp, layout.ep, id(load))
-        return self._once(key, lambda: (load, self._tabulate(programs)))[1]  # held, so that its id stays its own
+        context = dataclasses.replace(self._context, mtp=name == "mtp")
+        return self._once(key, lambda: (load, self._tabulate(programs, context)))[
+            1
+        ]  # held, so that its id stays its own
 
-    def _tabulate(self, programs: Iterable[tuple[OpList, int]]) -> TokenTable:
+    def _tabulate(self, programs: Iterable[tuple[OpList, int]], context: Context) -> TokenTable:
         chosen: list[tuple[TracedOp, int]] = [
             (op, n) for program, n in programs for op in program.ops if outside_attention(op, self.cfg)
         ]
@@ -148,9 +152,9 @@ class GraphPricer:
         for tokens in self._grid:
             parts: dict[str, list[Price]] = {}
             for op, n in chosen:
-                found = price(op, Sizes(int(tokens), 1, 1), self._context)
+                found = price(op, Sizes(int(tokens), 1, 1), context)
                 if found is not None:
-                    parts.setdefault(label(op, self._context), []).append(found.times(n))
+                    parts.setdefault(label(op, context), []).append(found.times(n))
             columns.append({name: total(prices) for name, prices in parts.items()})
         return TokenTable(self._grid, columns)
 
@@ -162,7 +166,14 @@ class GraphPricer:
             *((index.heads, index.head_dim, index.topk) if index else ()),
         )  # fmt: skip
         heads = self.cfg.heads // self.layout.tp
-        return MlaLayer(shape, heads, _MODES[kind.indexer], self.formats.kv, self.formats.weights)  # type: ignore[arg-type]
+        weights = self._attention_format(kind)
+        rows = self.formats.cache
+        return MlaLayer(shape, heads, _MODES[kind.indexer], rows.latent, weights, rows.index)  # type: ignore[arg-type]
+
+    def _attention_format(self, kind: LayerType) -> str:
+        """What the projections of a layer's attention are multiplied in."""
+        (out,) = (weight for weight in layer_weights(self.cfg, kind) if weight.name == "o")
+        return self.formats.held(out, kind.mtp).name
 
     def _decode_price(self, kind: LayerType, sequences: float, context: float) -> Price:
         if isinstance(self.cfg.attention, Mla):
@@ -179,10 +190,9 @@ class GraphPricer:
     ) -> Price:
         gqa, tp = self.cfg.attention, self.layout.tp
         assert not isinstance(gqa, Mla)
-        kv = "fp8" if self.formats.kv == "int8" else self.formats.kv
         return attention.gqa(
             self.book, phase, self.cfg.heads // tp, gqa.kv_heads // tp, tokens, context, sequences,
-            head_dim=gqa.head_dim, kv_format=kv,
+            head_dim=gqa.head_dim, row=self.formats.cache.heads,
         )  # type: ignore[arg-type]  # fmt: skip
 
     def _decode_surface(self, kind: LayerType) -> Callable[[float, float], float]:
@@ -190,7 +200,7 @@ class GraphPricer:
             block = attention.decode_block(self.book, self._mla_layer(kind))
             if block:
                 return block.seconds
-        return self._once(("decode", kind, self.layout.tp, self.formats.kv), lambda: self._filled_surface(kind))
+        return self._once(("decode", kind, self.layout.tp, self.formats.cache), lambda: self._filled_surface(kind))
 
     def _filled_surface(self, kind: LayerType) -> Surface:
         step = 4 if self._coarse else 2

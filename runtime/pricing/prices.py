@@ -14,8 +14,9 @@ import math
 from collections.abc import Callable, Mapping
 
 from model.config import Mla, ModelConfig
+from model.formats import Formats
+from model.split import Layout
 from model.weights import Weight
-from runtime.layout import Formats, Layout
 from runtime.pricing.book import PriceBook
 from runtime.pricing.load import ExpertLoad
 from runtime.pricing.oplist import Sizes, TracedOp
@@ -41,10 +42,15 @@ class Context:
     book: PriceBook
     load: ExpertLoad
     weights: Mapping[str, Weight]
+    mtp: bool = False
+
+    def held(self, weight: str) -> str:
+        """The format that a weight is multiplied in. mtp: the program is the MTP layer's."""
+        return self.formats.held(self.weights[weight], self.mtp).name
 
     def format_of(self, op: TracedOp) -> str:
         """The format that an op's matrix is multiplied in."""
-        return self.formats.of(self.weights[op.weights[0]]) if op.weights else self.book.wide
+        return self.held(op.weights[0]) if op.weights else self.book.wide
 
 
 Pricer = Callable[[TracedOp, Sizes, Context], Price]
@@ -80,7 +86,7 @@ def _experts(op: TracedOp, sizes: Sizes, context: Context) -> Price:
     assert moe is not None
     tokens, width = op.inputs[0].at(sizes)
     spread = {"moe_ep": layout.ep} if layout.by_expert else {"moe_tp": layout.stage_devices}
-    fmt = context.formats.of(context.weights["experts_gate_up"])
+    fmt = context.held("experts_gate_up")
     dispatched = layout.by_expert and layout.dp > 1
     return context.book.moe(
         tokens, width, moe.intermediate, moe.top_k, context.load, weight_format=fmt, dispatched=dispatched, **spread
@@ -93,11 +99,11 @@ def _gqa(op: TracedOp, sizes: Sizes, context: Context) -> Price:
     b, t, heads, width = op.inputs[0].at(sizes)
     kv_heads, page = op.inputs[1].at(sizes)[2], op.inputs[1].at(sizes)[1]
     keys = op.inputs[3].at(sizes)[1] * page
-    kv = "fp8" if context.formats.kv == "int8" else context.formats.kv
+    row = context.formats.cache.heads
     if t == 1:
-        return attention.gqa(context.book, "decode", heads, kv_heads, b, keys, head_dim=width, kv_format=kv)
+        return attention.gqa(context.book, "decode", heads, kv_heads, b, keys, head_dim=width, row=row)
     mean = max(keys - t / 2, 1.0)
-    return attention.gqa(context.book, "prefill", heads, kv_heads, b * t, mean, b, head_dim=width, kv_format=kv)
+    return attention.gqa(context.book, "prefill", heads, kv_heads, b * t, mean, b, head_dim=width, row=row)
 
 
 def _in_block(op: TracedOp, sizes: Sizes, context: Context) -> Price:

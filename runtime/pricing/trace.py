@@ -27,9 +27,9 @@ from model.config import LayerType, ModelConfig
 from model.graph import Mode
 from model.ops import attributes_of
 from model.parallel import Parallel
+from model.split import Layout
 from model.weights import Weight, layer_weights
 from runtime.deployment.manifest import Phase
-from runtime.layout import Layout
 from runtime.pricing.oplist import Dim, OpList, Sizes, TensorUse, TracedOp
 
 PAGE_SIZE = 64
@@ -179,13 +179,7 @@ TraceAt = Callable[[Sizes], jex.ClosedJaxpr]
 class _Tracer:
     def __init__(self, cfg: ModelConfig, layout: Layout, phase: Phase, sparse: bool):
         self.cfg, self.layout, self.phase, self.sparse = cfg, layout, phase, sparse
-        self.axes = {name: n for name, n in (("dp", layout.dp), ("tp", layout.tp)) if n > 1}
-        self.par = Parallel(
-            tp="tp" if layout.tp > 1 else None,
-            dp="dp" if layout.dp > 1 else None,
-            moe="expert" if layout.by_expert else "tensor",
-            exchange="all_to_all",
-        )
+        self.axes, self.par = layout.axes, Parallel.of(layout)
         self.mode = Mode("expanded" if phase == "prefill" else "absorbed")
 
     def points(self) -> tuple[Sizes, Sizes, Sizes]:
@@ -211,9 +205,7 @@ class _Tracer:
     def _local(self, described: Weight | CacheRow) -> tuple[int, ...]:
         if isinstance(described, Weight):
             return self.layout.local_shape(described)
-        if len(described.shape) == 2:  # KV heads are split over tp; latents and index keys are held whole
-            return (described.shape[0] // self.layout.tp, described.shape[1])
-        return described.shape
+        return self.layout.local_row(described)
 
     def layer(self, kind: LayerType) -> TraceAt:
         cfg, local = self.cfg, self._local

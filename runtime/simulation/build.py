@@ -15,16 +15,16 @@ import hw_profiles
 from foundation.errors import UsageError
 from hw_profiles import Profile
 from model.config import ModelConfig
-from runtime.deployment import engines
-from runtime.deployment.engines import Engine
+from model.formats import Formats, Scheme, scheme
+from model.split import Layout
+from runtime.deployment.engines import Engine, engine_for, formats_for, sized_cache
 from runtime.deployment.ledger import Ledger, fullest, stage_ledgers
-from runtime.layout import Formats, Layout, is_sparse
 from runtime.pricing import Chip, PriceBook, load, open_book
 from runtime.pricing.pricer import GraphPricer, OpLists
 from runtime.serving import Deployment, Speculation
 
-# Where a profile has no figure for what the driver and runtime keep back, and for collective buffers.
-_RUNTIME_BYTES, _COMMUNICATION_BYTES = 2.0e9, 0.5e9
+RUNTIME_BYTES, COMMUNICATION_BYTES = 2.0e9, 0.5e9
+"""Where a profile has no figure for what the driver and runtime keep back, and for collective buffers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Spec:
     """A deployment, by name.
 
     expert_load: how tokens fall on experts, by name (see `runtime.pricing.load.parse`) or as a load over the expert
-    slots in their order. redundant_slots: copies of experts a device, in each MoE layer.
+    slots in their order. redundant_slots: copies of experts a device, in each MoE layer. named, settings: the engine as
+    it was asked for, a name or a TOML file, and what of it was set by hand (see `spec_for`).
     """
 
     cfg: ModelConfig
@@ -45,6 +46,27 @@ class Spec:
     accept_length: float | None = None
     pool_tokens: int | None = None
     redundant_slots: int = 0
+    named: str = ""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def spec_for(
+    cfg: ModelConfig,
+    profile: Profile,
+    layout: Layout,
+    formats: str | Scheme,
+    kv: str | None = None,
+    engine: str = "sglang",
+    settings: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Spec:
+    """A deployment from what a person names: a scheme, a cache format (None: the engine's choice) and an engine.
+
+    more: the other fields of `Spec`. Raises `UsageError` or `EngineError`.
+    """
+    described = engine_for(engine, cfg, profile, layout, settings)
+    held = formats_for(described, cfg, profile, scheme(formats) if isinstance(formats, str) else formats, kv)
+    return Spec(cfg, profile, layout, held, described, named=engine, settings=dict(settings or {}), **more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,42 +85,6 @@ def _programs(cfg: ModelConfig, layout: Layout, mtp: bool = True) -> OpLists:
 
     traced = trace(cfg, layout, "decode", mtp=mtp)
     return OpLists(traced.layers, traced.embed, traced.head, traced.mtp)
-
-
-def default_kv(cfg: ModelConfig, profile: Profile, engine_name: str) -> str:
-    """The cache format an engine picks when told nothing.
-
-    SGLang keeps sparse models' caches in bf16 on Hopper and in FP8 from Blackwell on (0.5.9,
-    server_args.py); other models, and other engines, keep the model's own 16 bits.
-    """
-    blackwell = profile.number("chip.peak.fp4_flops_per_s") is not None
-    return "fp8" if engine_name == "sglang" and is_sparse(cfg) and blackwell and "fp8" in profile.formats.kv else "bf16"
-
-
-def make_engine(
-    name: str, cfg: ModelConfig, profile: Profile, layout: Layout, overrides: Mapping[str, Any] | None = None
-) -> Engine:
-    """The engine's description with the settings it derives from the device and the model."""
-    memory = profile.number("chip.memory.capacity_bytes")
-    engine = engines.load(name, overrides, device_memory_bytes=memory)
-    given = overrides or {}
-    sparse = engine.eager_sparse_layer_host_seconds if cfg.indexer else 0.0
-    launches = (engine.eager_layer_host_seconds + sparse) * cfg.num_layers / layout.pp
-    derived: dict[str, Any] = {"eager_step_host_seconds": engine.eager_step_host_seconds + launches}
-    if name == "sglang":
-        derived["page_tokens"] = engine.page_tokens if cfg.indexer else 1  # pages of 64 only for sparse models
-        derived["chunked_prefill_tokens"] = max(1, engine.chunked_prefill_tokens // layout.dp)
-        if memory:
-            derived["memory_fraction"] = _sglang_memory_fraction(engine, layout, memory)
-    return engines.load(name, {**derived, **given}, device_memory_bytes=memory)
-
-
-def _sglang_memory_fraction(engine: Engine, layout: Layout, memory_bytes: float) -> float:
-    """What SGLang takes for --mem-fraction-static when it is not given (0.5.9, server_args.py): all but a reserve
-    in MiB for activations, graphs and communication. 0.897 on one H200 node; recipes often pass 0.85."""
-    graphs = engine.graph_batch_sizes[-1] if engine.graph_batch_sizes else 0
-    reserve = 512 + 1.5 * engine.chunked_prefill_tokens + 2 * graphs + 1024 * layout.devices / 8
-    return round(max(0.05, 1 - max(reserve, 10240) * 2**20 / memory_bytes), 3)
 
 
 def model_override(cfg: ModelConfig, path: str, value: str) -> ModelConfig:
@@ -172,10 +158,11 @@ def memories(spec: Spec) -> list[Ledger]:
         spec.engine,
         usable_bytes=profile.number("chip.memory.usable_bytes") or capacity,
         capacity_bytes=capacity,
-        communication_bytes=(buffers or _COMMUNICATION_BYTES) if spec.layout.devices > 1 else 0.0,
-        runtime_bytes=runtime or _RUNTIME_BYTES,
+        communication_bytes=(buffers or COMMUNICATION_BYTES) if spec.layout.devices > 1 else 0.0,
+        runtime_bytes=runtime or RUNTIME_BYTES,
         mtp=spec.drafts > 0,
         redundant_slots=spec.redundant_slots,
+        sized=sized_cache(spec.engine, spec.cfg, profile, spec.formats),
     )
 
 
@@ -190,15 +177,14 @@ class PriceTables:
         self._books: dict[Any, tuple[PriceBook, dict[Any, Any]]] = {}
         self._loads: dict[Any, load.ExpertLoad] = {}
 
-    def book(self, profile: Profile, engine: str, wide: str) -> tuple[PriceBook, dict[Any, Any]]:
+    def book(self, profile: Profile, engine: Engine, wide: str) -> tuple[PriceBook, dict[Any, Any]]:
         """The price book of a chip under an engine, and the tables made from it so far."""
-        table = {"vllm-ascend": "vllm", "glm5": "sglang"}.get(engine, engine)
-        key = (id(profile), table, wide)
+        key = (id(profile), engine.prices, wide)
         if key not in self._books:
             curves = {path: curve.knots for path, curve in profile.curves.items() if curve.grade == "measured"}
             chip = Chip.from_fields(profile.name, profile.number, curves)
             # the profile is kept, so that its id stays its own
-            self._books[key] = open_book(chip, table, profile.prices_path, wide), {"profile": profile}
+            self._books[key] = open_book(chip, engine.prices, profile.prices_path, wide), {"profile": profile}
         return self._books[key]
 
     def load(self, name: str, experts: int) -> load.ExpertLoad:
@@ -209,7 +195,7 @@ class PriceTables:
 
 def pricer_of(spec: Spec, tables: PriceTables) -> GraphPricer:
     """The prices of a deployment's steps. Raises `ProfileError` or `PriceError`."""
-    book, shared = tables.book(spec.profile, spec.engine.name, spec.formats.wide)
+    book, shared = tables.book(spec.profile, spec.engine, spec.formats.wide)
     experts = spec.expert_load
     if not isinstance(experts, load.ExpertLoad):
         experts = tables.load(experts or default_expert_load(spec.cfg), spec.cfg.moe.experts if spec.cfg.moe else 1)

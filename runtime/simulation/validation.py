@@ -21,12 +21,15 @@ import numpy as np
 import hw_profiles
 from foundation.errors import Failure, UsageError
 from model.config import ModelConfig, load_config, preset_names
-from runtime.layout import Formats, Layout, formats
+from model.split import Layout
+from runtime.deployment.engines import Circumstances
+from runtime.deployment.engines import load as load_engine
+from runtime.deployment.engines.inferencex import launch_kv, launch_settings
 from runtime.pricing.bands import band, half_width
 from runtime.pricing.pricer import relative_error
 from runtime.serving import bench_serving, simulate
 from runtime.serving.pricing import BatchShape
-from runtime.simulation.build import Built, Spec, build, default_kv, make_engine
+from runtime.simulation.build import Built, build, spec_for
 
 END_TO_END = (
     "model",
@@ -127,34 +130,14 @@ def preset_of(name: str) -> ModelConfig:
     return load_config(short if short in preset_names() else name)
 
 
-def launch_settings(row: Mapping[str, str], cfg: ModelConfig, profile: hw_profiles.Profile) -> dict[str, Any]:
-    """What the benchmark's launch scripts pass to the server (InferenceX, latest versions of the scripts)."""
-    concurrency, isl, osl = (int(row[key]) for key in ("concurrency", "isl", "osl"))
-    blackwell = profile.number("chip.peak.fp4_flops_per_s") is not None
-    if row["engine"] == "sglang" and cfg.indexer and blackwell:
-        sizes = [size for size in (1, 2, 4, *range(8, concurrency, 8)) if size < concurrency] + [concurrency]
-        return {"chunked_prefill_tokens": 32768, "max_step_tokens": 32768, "max_running_requests": concurrency,
-                "graph_batch_sizes": sizes, "memory_fraction": 0.85, "prefix_cache": False}  # fmt: skip
-    if row["engine"] == "sglang" and cfg.indexer:
-        return {"memory_fraction": 0.85}
-    if row["engine"] == "sglang":
-        running = 512 if (isl, osl) == (1024, 1024) else 256
-        return {"chunked_prefill_tokens": 32768, "max_step_tokens": 32768, "max_running_requests": running,
-                "memory_fraction": 0.82, "prefix_cache": False, "stream_interval_tokens": 10}  # fmt: skip
-    if row["engine"] == "trtllm":
-        tokens = max(8192, math.ceil((concurrency + isl + 64) / 64) * 64)
-        return {"memory_fraction": 0.75, "max_step_tokens": tokens, "prefix_cache": False,
-                "stream_interval_tokens": 10}  # fmt: skip
-    return {}
-
-
 def _end_to_end(row: Mapping[str, str]) -> ScoredRow:
     cfg, profile = preset_of(row["model"]), hw_profiles.load(row["system"])
     tp, dp, ep = (int(row[key]) for key in ("tp", "dp", "ep"))
     layout = Layout(tp=tp, dp=dp, ep=ep)
-    engine = make_engine(row["engine"], cfg, profile, layout, launch_settings(row, cfg, profile))
-    kv = "fp8" if row["engine"] == "trtllm" else default_kv(cfg, profile, engine.name)
-    built = build(Spec(cfg, profile, layout, formats(row["precision"], kv), engine))
+    kind = load_engine(row["engine"]).kind
+    sizes = (int(row[key]) for key in ("concurrency", "isl", "osl"))
+    settings = launch_settings(kind, Circumstances.of(cfg, profile), *sizes)
+    built = build(spec_for(cfg, profile, layout, row["precision"], launch_kv(kind), row["engine"], settings))
     load = bench_serving(int(row["concurrency"]), int(row["isl"]), int(row["osl"]))
     report = simulate(load, built.deployment)
     predicted = {"ttft_ms": 1e3 * report.ttft.mean, "tpot_ms": 1e3 * report.tpot.mean}
@@ -196,11 +179,7 @@ def report_half_widths(built: Built, report: Any, replicas: int = 1) -> dict[str
 
 
 _DEVICES = {"ATLAS_800_A3_560T_128G_DIE": "ascend-910c-die-560t", "ATLAS_800_A3_752T_128G_DIE": "ascend-910c-die"}
-_LINEAR = {
-    "W8A8_DYNAMIC": ("w8a8-int8", "w8a8-int8"),
-    "W4A8_DYNAMIC": ("w8a8-int8", "w4a8"),
-    "DISABLED": ("bf16", "bf16"),
-}
+_LINEAR = {"W8A8_DYNAMIC": "w8a8", "W4A8_DYNAMIC": "w4a8", "DISABLED": "bf16"}
 
 
 def _step(row: Mapping[str, str]) -> ScoredRow:
@@ -209,13 +188,12 @@ def _step(row: Mapping[str, str]) -> ScoredRow:
     tp, dp, ep, world, drafts = (int(row[key]) for key in ("tp", "dp", "ep", "world", "mtp"))
     if row["q_linear"] not in _LINEAR:
         raise UsageError(f"q_linear {row['q_linear']!r}: known are {', '.join(_LINEAR)}")
-    weights, experts = _LINEAR[row["q_linear"]]
     layout = Layout(tp=tp, dp=dp, ep=ep if ep == tp * dp else 1, pp=max(1, world // (tp * dp)))
     kv = {"INT8": "int8", "FP8": "fp8"}.get(row["q_attn"], "bf16")
-    engine = make_engine("vllm-ascend", cfg, profile, layout)
     drafts = drafts if cfg.mtp_layers else 0  # drafted by something else than the model: verification alone is priced
     # a pool is not part of a single step
-    spec = Spec(cfg, profile, layout, Formats(weights, experts, kv), engine, drafts=drafts, pool_tokens=1_000_000)
+    linear = _LINEAR[row["q_linear"]]
+    spec = spec_for(cfg, profile, layout, linear, kv, "vllm-ascend", drafts=drafts, pool_tokens=1_000_000)
     built = build(spec)
     queries, length, context = (int(row[key]) for key in ("num_queries", "query_len", "context"))
     local = math.ceil(queries / dp)

@@ -61,9 +61,10 @@ def refused(*words: object) -> str:
     return err.removeprefix("glm5: ").rstrip("\n")
 
 
-def make_checkpoint(folder: Path) -> None:
-    """A random checkpoint of `CONFIG`, in float32 and two shards or more, with the embedded tokenizer and template."""
-    rng = np.random.default_rng(0)
+def make_checkpoint(folder: Path, **changed: Any) -> None:
+    """A random checkpoint of `CONFIG` with keys changed, in float32 and two shards or more, with the embedded
+    tokenizer and template."""
+    config, rng = {**CONFIG, **changed}, np.random.default_rng(0)
 
     def make(weight: Weight) -> np.ndarray:
         if weight.arrangement is Arrangement.PLAIN and weight.name != "embed":
@@ -73,8 +74,8 @@ def make_checkpoint(folder: Path) -> None:
 
     made = {
         place: [{weight.name: make(weight) for weight in group.weights} for group in found]
-        for place, found in groups(from_hf(CONFIG), mtp=True).items()
+        for place, found in groups(from_hf(config), mtp=True).items()
     }
-    save(folder, CONFIG, {**made, "outer": made["outer"][0]}, shard_bytes=500_000)
+    save(folder, config, {**made, "outer": made["outer"][0]}, shard_bytes=500_000)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(embedded_checkpoint() / name, folder / name)

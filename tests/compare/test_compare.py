@@ -103,13 +103,14 @@ def test_the_engine_computes_the_same(made: tuple[dict[str, Any], str], checkpoi
     """A prompt through the serving engine, paged and chunked, in the chip's formats: the logits of the one pass that
     the comparison makes, but for what another order of 16-bit roundings does."""
     from backends.emulation.fidelity import Observer, load
-    from backends.emulation.number_formats import formats_of
+    from backends.emulation.number_formats import NumberFormats
     from model.checkpoint import Checkpoint
+    from runtime.deployment.choice import chip_formats
     from runtime.execution.local.engine import EngineConfig
     from runtime.execution.local.request import Prompt
 
     opened, target = Checkpoint(checkpoint), compare.Compared.parse("ascend-910c:w8a8")
-    held = formats_of(opened.config, target.profile, target.formats, target.kv)
+    held = NumberFormats(opened.config, chip_formats(opened.config, target.profile, target.formats, target.kv))
     ids = tuple(range(300, 314))
     engine = compare._engine(opened, held, EngineConfig(pool_tokens=64, max_running=1, least_context=16))
     served = engine.generate([Prompt(ids, 1, keep_logits=True)])[0].logits

@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.config import LayerType, ModelConfig, load_config, preset_names
+from model.split import Layout
 from model.weights import Weight, layer_weights, outer_weights
-from runtime.layout import Layout, formats
 from runtime.pricing import Chip, PriceError, load, open_book
 from runtime.pricing.oplist import FLOPS, OpList, Sizes, TensorUse, TracedOp
 from runtime.pricing.pricer import GraphPricer, OpLists
 from runtime.pricing.prices import FUSED, PRICES, Context, price
 from runtime.pricing.trace import PAGE_SIZE, Traced, _flatten, _Tracer, trace
 from tests.cost.chips import CHIPS
+from tests.plans import formats
 
 MODELS = ("glm-5", "glm-5.2", "deepseek-v3", "deepseek-v3.2", "glm-4.5", "glm-4.7-flash", "kimi-k2")
 LAYOUTS = (Layout(), Layout(tp=4), Layout(tp=2, dp=2), Layout(tp=4, dp=2, ep=8))

@@ -13,8 +13,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from model.split import Layout
 from runtime.deployment.manifest import FILE, Manifest
-from runtime.layout import Layout
 from runtime.porting.export.check import check
 from tests.cli.cli import glm5 as run
 from tests.export.ascend_packages import edit, export, graph_file, save

@@ -16,13 +16,13 @@ from backends.ascend import catalog, lowerings, lowerings_attention, lowerings_d
 from backends.errors import ArtifactError, BackendUnavailable, Unsupported
 from foundation.errors import UsageError
 from model.checkpoint import Checkpoint
+from model.split import Layout
 from runtime.deployment.manifest import Gear, Manifest, check_files
 from runtime.deployment.tensors import TensorReader
 from runtime.execution.local.load import embedded_checkpoint
 from runtime.execution.package.ascend import AscendExecutor
 from runtime.execution.package.executor import executor
 from runtime.execution.package.runner import Runner, StepBatch, stored_weights
-from runtime.layout import Layout
 from runtime.porting.export import package, verify
 from runtime.porting.export.ascend import AscendWriter
 from runtime.porting.export.ascend_files import rank_table

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 from jax import lax
 
-from backends.spmd.grid import Grid
 from backends.toolchains.cut import Exchange, cut
 from backends.toolchains.walker import Graph
 from model.config import load_config
+from model.split import Grid, Layout
 from runtime.deployment.manifest import Gear
 from runtime.execution.package.executor import executor
 from runtime.execution.package.runner import collective
-from runtime.layout import Layout
 from runtime.porting.export import options as cutting
 from runtime.porting.export import units
 

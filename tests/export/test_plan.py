@@ -7,12 +7,12 @@ from pathlib import Path
 
 import hw_profiles
 from model.checkpoint import Checkpoint
+from model.split import Layout
 from runtime.deployment.manifest import Manifest
 from runtime.deployment.plan import Experts, Plan
 from runtime.deployment.tensors import TensorReader
-from runtime.layout import Layout, formats
-from runtime.planning.assign import plan_for
 from tests.cli.cli import glm5, make_checkpoint, refused
+from tests.plans import formats, plan_for
 
 SLOTS = (3, 1, 0, 2, 0, 3)  # three a device; experts 0 and 3 are on both devices
 

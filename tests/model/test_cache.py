@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from model.cache import CACHE_FORMATS, CacheFormat, CacheRow, bytes_per_token, cache_rows, layer_bytes_per_token
-from model.config import LayerType, load_config, preset_names
+from model.cache import CacheRow, bytes_per_token, cache_rows, known_forms, layer_bytes_per_token
+from model.config import LayerType, ModelConfig, load_config, preset_names
+from model.formats import CacheFormats
 
 FULL = LayerType("mla", "full", "moe")
 SHARED = LayerType("mla", "shared", "moe")
 
 
-# facts/glm5.md 1.6: 656 bytes a layer in vLLM's fp8_ds_mla record, 132 bytes for each indexer of its own.
+def form(cfg: ModelConfig, name: str) -> CacheFormats:
+    return known_forms(cfg)[name]
+
+
+# 656 bytes a layer in vLLM's fp8_ds_mla record, 132 bytes for each indexer of its own.
 # 8 x H200 ran GLM-5.3-FP8 with exactly 53,940 bytes a token (vLLM recipes, pull request 893).
 @pytest.mark.parametrize(
     ("name", "fmt", "expected"),
@@ -25,6 +30,9 @@ SHARED = LayerType("mla", "shared", "moe")
         ("glm-5.2", "fp8", 53940),
         ("glm-5.3", "fp8", 78 * 656 + 21 * 132),
         ("deepseek-v3.2", "fp8", 48068),
+        # dense MLA in FP8 is 576 bytes: a DeepSeek-R1 log has 524,288 tokens in 17.16 GiB, 35,144 a token
+        ("deepseek-v3", "fp8", 35136),
+        ("glm-5.2", "fp8_uniform", 47700),  # on Blackwell: sgl-project/sglang#30310
         ("deepseek-v3", "bf16", 61 * 1152),
         ("kimi-k2", "bf16", 61 * 1152),
         ("glm-4.7-flash", "bf16", 47 * 1152),
@@ -32,14 +40,16 @@ SHARED = LayerType("mla", "shared", "moe")
         ("glm-4.5-air", "fp8", 46 * 2 * 8 * 128),
     ],
 )
-def test_bytes_per_token(name: str, fmt: CacheFormat, expected: int) -> None:
-    assert sum(bytes_per_token(load_config(name), fmt).values()) == expected
+def test_bytes_per_token(name: str, fmt: str, expected: int) -> None:
+    cfg = load_config(name)
+    assert sum(bytes_per_token(cfg, form(cfg, fmt)).values()) == expected
 
 
 def test_the_mtp_layer_is_counted_apart() -> None:
-    """facts/glm5.md 1.6: 62,252 bytes a token with the MTP layer."""
+    """62,252 bytes a token with the MTP layer."""
     cfg = load_config("glm-5")
-    main, mtp = bytes_per_token(cfg, "fp8"), bytes_per_token(cfg, "fp8", mtp=True)
+    fp8 = form(cfg, "fp8")
+    main, mtp = bytes_per_token(cfg, fp8), bytes_per_token(cfg, fp8, mtp=True)
     assert sum(main.values()) + sum(mtp.values()) == 62252
     assert mtp == {"latent": 656, "index": 132}
 
@@ -48,8 +58,8 @@ def test_layers_that_share_a_selection_own_no_index_cache() -> None:
     cfg = load_config("glm-5.2")
     assert cache_rows(cfg, FULL) == (CacheRow("latent", (576,)), CacheRow("index", (128,)))
     assert cache_rows(cfg, SHARED) == (CacheRow("latent", (576,)),)
-    assert layer_bytes_per_token(cfg, SHARED, "fp8") == {"latent": 656}
-    assert bytes_per_token(cfg, "fp8") == {"latent": 78 * 656, "index": 21 * 132}
+    assert layer_bytes_per_token(cfg, SHARED, form(cfg, "fp8")) == {"latent": 656}
+    assert bytes_per_token(cfg, form(cfg, "fp8")) == {"latent": 78 * 656, "index": 21 * 132}
 
 
 def test_dense_mla_and_gqa_caches() -> None:
@@ -61,8 +71,8 @@ def test_dense_mla_and_gqa_caches() -> None:
 @pytest.mark.parametrize("name", preset_names())
 def test_totals_are_sums_over_the_schedule(name: str) -> None:
     cfg = load_config(name)
-    for fmt in CACHE_FORMATS:
+    for fmt in known_forms(cfg).values():
         layers = [sum(layer_bytes_per_token(cfg, kind, fmt).values()) for kind in cfg.layers]
         assert sum(bytes_per_token(cfg, fmt).values()) == sum(layers)
-    sizes = [sum(bytes_per_token(cfg, fmt).values()) for fmt in ("fp8", "bf16_kv_fp8_index", "bf16")]
+    sizes = [sum(bytes_per_token(cfg, form(cfg, fmt)).values()) for fmt in ("fp8", "bf16_kv_fp8_index", "bf16")]
     assert sizes == sorted(sizes)

@@ -19,7 +19,8 @@ from model import checkpoint as checkpoint_module
 from model.checkpoint import Checkpoint, dequantise_blocks, groups, quantise_blocks, save
 from model.config import from_hf
 from model.errors import CheckpointError
-from model.weights import FP8_BLOCK, Quantized
+from model.formats import FP8_BLOCK
+from model.weights import Quantized
 from tests.model.oracle import (
     CASES,
     FAMILIES,

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.cache import CACHE_FORMATS, bytes_per_token
+from model.cache import bytes_per_token, known_forms
 from model.config import (
     MODEL_TYPES,
     Gqa,
@@ -244,7 +244,7 @@ def unusable(cfg: ModelConfig) -> str | None:
     if len(cfg.layers) < 200 and any(cfg.index_source(i) < 0 for i in range(cfg.num_layers)):
         return "a shared indexer with nothing to share"
     parameter_counts(cfg)
-    for fmt in CACHE_FORMATS:
+    for fmt in known_forms(cfg).values():
         bytes_per_token(cfg, fmt)
     return None
 

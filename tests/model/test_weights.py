@@ -9,7 +9,8 @@ import pytest
 
 from model.checkpoint import groups
 from model.config import ModelConfig, load_config, preset_names
-from model.weights import FP8_BLOCK, Arrangement, layer_weights, outer_weights, parameter_counts
+from model.formats import FP8_BLOCK
+from model.weights import Arrangement, layer_weights, outer_weights, parameter_counts
 from tests.model.oracle import CASES, FAMILIES, Oracle
 from tests.model.test_config import raw_preset
 
@@ -113,7 +114,7 @@ def test_descriptions_are_consistent(name: str) -> None:
             assert len(weight.axes) == len(weight.shape)
             assert (weight.expert_count > 0) == all("{e}" in source for source in weight.sources)
             assert len(weight.sources) == (2 if weight.arrangement is Arrangement.GATE_UP else 1)
-            if weight.can_stay_fp8:
+            if weight.stays_narrow:
                 # a scale per block of the matrix: rows and columns are the first and the last of its dims
                 matrix = weight.shape[1:] if weight.expert_count else weight.shape
                 scales = weight.scale_shape[1:] if weight.expert_count else weight.scale_shape

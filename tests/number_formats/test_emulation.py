@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 
 import hw_profiles
-from backends.emulation import products, rounding, schemes
+from backends.emulation import products, rounding
 from backends.emulation.fidelity import Observer, load
-from backends.emulation.number_formats import NumberFormats, formats_of
+from backends.emulation.number_formats import NumberFormats
 from model import graph, quantised
 from model.checkpoint import Checkpoint, groups, save
 from model.config import from_hf
+from model.formats import BF16, FORMATS, INT4, ROWS, SCHEMES, CacheFormats, Formats, matrix_format
+from model.formats import scheme as scheme_named
 from model.ops import OPS
-from model.quantised import FORMATS
+from model.split import scale_shape
 from model.weights import Quantized, Weight, layer_weights
+from runtime.deployment.choice import chip_formats
 from tests.engine.conftest import DSA, GQA, random_weights
 
 torch = pytest.importorskip("torch", exc_type=ImportError)
@@ -30,10 +33,11 @@ CFG = from_hf(DSA)
 TOKENS = np.random.default_rng(1).integers(0, 160, 64).astype(np.int32)
 
 
-def formats(scheme: str, cache: str = "bf16", index: str = "bf16") -> NumberFormats:
-    if scheme == "f32":
-        cache = index = "f32"
-    return NumberFormats(CFG, schemes.SCHEMES[scheme], cache, index)  # type: ignore[arg-type]
+def formats(name: str, cache: CacheFormats = CacheFormats()) -> NumberFormats:
+    found = scheme_named(name)
+    if name == "f32":
+        cache = CacheFormats.plain("f32")
+    return NumberFormats(CFG, Formats(found.dense, found.experts, "f32" if name == "f32" else "bf16", cache))
 
 
 def bits(x: Any) -> np.ndarray:
@@ -43,7 +47,7 @@ def bits(x: Any) -> np.ndarray:
 # --- weights ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", list(schemes.SCHEMES))
+@pytest.mark.parametrize("scheme", [*SCHEMES, "w4a16-g16"])
 def test_weights_keep_their_shape_and_nearly_their_value(scheme: str) -> None:
     held, weights = formats(scheme), random_weights(CFG)
     for weight in layer_weights(CFG, CFG.layers[1]):
@@ -51,16 +55,23 @@ def test_weights_keep_their_shape_and_nearly_their_value(scheme: str) -> None:
         out = held.weight(weight, value)
         if isinstance(out, Quantized):
             assert out.values.shape == weight.shape
-            sizes = zip(out.scale.shape, weight.shape, strict=True)  # what the sharder of a simulated device takes
-            assert all(n in (1, size, -(-size // 128)) for n, size in sizes)
+            assert out.scale.shape == scale_shape(weight, held.scheme.held(weight), weight.shape)
             scale = out.scale.astype(np.float32)
             for axis in range(value.ndim):
                 scale = quantised.spread(scale, value.shape[axis], axis)
             out = out.values.astype(np.float32) * scale
         # of the largest element; an MX scale is a power of two that the largest element may exceed
-        coarse = {"mxfp4": 0.35, "nvfp4": 0.2, "w4a8": 0.08, "w4a16": 0.08, "mxfp8": 0.13}
+        coarse = {
+            "mxfp4": 0.35,
+            "nvfp4": 0.2,
+            "nvfp4a16": 0.2,
+            "w4a8": 0.08,
+            "w4a16": 0.08,
+            "w4afp8": 0.08,
+            "mxfp8": 0.13,
+        }
         error = np.abs(out.astype(np.float32) - value).max() / np.abs(value).max()
-        assert error <= (0.0 if scheme == "f32" else coarse.get(held.scheme.format_of(weight) or "", 0.04)), weight.name
+        assert error <= (0.0 if scheme == "f32" else coarse.get(held.scheme.stored(weight).base, 0.04)), weight.name
 
 
 def test_scales_of_the_checkpoint_are_used(tmp_path: Path) -> None:
@@ -76,7 +87,7 @@ def test_scales_of_the_checkpoint_are_used(tmp_path: Path) -> None:
             assert isinstance(out, Quantized)
             assert out.values is doubled.values and out.scale is doubled.scale
             wide = formats("bf16").weight(weight, value)
-            assert isinstance(wide, np.ndarray) and wide.dtype == quantised.BF16
+            assert isinstance(wide, np.ndarray) and wide.dtype == BF16
 
 
 def test_another_format_of_the_checkpoint_is_rounded_again(tmp_path: Path) -> None:
@@ -86,7 +97,7 @@ def test_another_format_of_the_checkpoint_is_rounded_again(tmp_path: Path) -> No
     value, plain = opened.load(keep_fp8=True)["layers"][1]["o"], opened.load()["layers"][1]["o"]
     out = formats("w8a8").weight(weight, value)
     assert isinstance(out, Quantized)
-    wanted = quantised.quantise("w8a8-int8", plain.T)
+    wanted = quantised.quantise(FORMATS["w8a8-int8"], plain.T)
     np.testing.assert_array_equal(out.values, wanted.values.T)
     np.testing.assert_array_equal(out.scale, wanted.scale.T)
 
@@ -98,7 +109,7 @@ def weight_of(name: str) -> Weight:
     return next(w for kind in CFG.layers for w in layer_weights(CFG, kind) if w.name == name)
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "fp8-tensor", "w8a8", "mxfp8"])
+@pytest.mark.parametrize("scheme", ["fp8", "fp8-tensor", "fp8-channel", "w8a8", "mxfp8"])
 def test_gate_and_up_are_two_matrices(scheme: str) -> None:
     held, rng = formats(scheme), np.random.default_rng(2)
     weight = weight_of("gate_up")
@@ -107,9 +118,12 @@ def test_gate_and_up_are_two_matrices(scheme: str) -> None:
     out = held.lowerings()["glm.linear"](x, *jnp_operands(held.weight(weight, value)))
     assert out.shape == (2, 3, *weight.shape[1:]) and out.dtype == jnp.bfloat16
     for part in (0, 1):
-        alone = quantised.quantise(schemes.SCHEMES[scheme].dense, value[:, part].T)
+        alone = quantised.quantise(matrix_format(SCHEMES[scheme].dense), value[:, part].T)
         wanted = products.product(
-            x.reshape(-1, weight.shape[0]), jnp.asarray(alone.values.T), jnp.asarray(alone.scale.T), held._fp8
+            x.reshape(-1, weight.shape[0]),
+            jnp.asarray(alone.values.T),
+            jnp.asarray(alone.scale.T),
+            matrix_format(SCHEMES[scheme].dense),
         )
         np.testing.assert_array_equal(
             bits(out[..., part, :].reshape(-1, weight.shape[2])), bits(wanted.astype(jnp.bfloat16))
@@ -120,7 +134,7 @@ def jnp_operands(value: Any) -> tuple[Any, ...]:
     return tuple(map(jnp.asarray, value)) if isinstance(value, Quantized) else (jnp.asarray(value),)
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "w4a8", "nvfp4"])
+@pytest.mark.parametrize("scheme", ["fp8", "w4a8", "nvfp4", "w4afp8", "w4a16-g16"])
 def test_experts_one_by_one(scheme: str) -> None:
     """Against a loop over tokens and choices with the product of each expert alone; some experts live elsewhere."""
     held, rng = formats(scheme), np.random.default_rng(3)
@@ -134,28 +148,47 @@ def test_experts_one_by_one(scheme: str) -> None:
     out = held.lowerings()["glm.expert_ffn"](
         x, jnp.asarray(chosen), jnp.asarray(share), *map(jnp.asarray, (g, gs, d, ds))
     )
-    wanted = np.zeros(x.shape, np.float32)
+    wanted, fmt = np.zeros(x.shape, np.float32), matrix_format(held.scheme.experts)
     for token in range(5):
         for expert, weight in zip(chosen[token], share[token], strict=True):
             if expert < count:
-                hidden = held._product(x[token : token + 1], jnp.asarray(g[expert]), jnp.asarray(gs[expert]))
+                hidden = held._product(x[token : token + 1], jnp.asarray(g[expert]), jnp.asarray(gs[expert]), fmt)
                 hidden = OPS["glm.swiglu"].meaning(hidden)
-                part = held._product(hidden, jnp.asarray(d[expert]), jnp.asarray(ds[expert]))
+                part = held._product(hidden, jnp.asarray(d[expert]), jnp.asarray(ds[expert]), fmt)
                 wanted[token] += np.asarray(part[0], np.float32) * weight
     # compiled together, SwiGLU keeps more bits than op by op, which tips some roundings of what follows
     error = np.asarray(out, np.float32) - wanted
     assert np.sqrt(np.mean(error**2) / np.mean(wanted**2)) < 0.02
 
 
-def test_blocks_that_a_split_cut() -> None:
-    """Scales that come one an element give what whole blocks give, to float32's rounding."""
-    rng = np.random.default_rng(4)
-    held = quantised.quantise("fp8-block", rng.standard_normal((96, 300)).astype(np.float32))
+@pytest.mark.parametrize("each", [1, 4])
+def test_blocks_that_a_split_cut(each: int) -> None:
+    """Scales that come one for each few elements give what whole blocks give, to float32's rounding."""
+    rng, fmt = np.random.default_rng(4), FORMATS["fp8-block"]
+    held = quantised.quantise(fmt, rng.standard_normal((96, 300)).astype(np.float32))
     x = jnp.asarray(rng.standard_normal((7, 300)), jnp.float32)
     values, scale = jnp.asarray(held.values.T), np.asarray(held.scale.T)
-    full = np.repeat(scale, 128, 0)[:300]
-    whole = products.product(x, values, jnp.asarray(scale))
-    np.testing.assert_allclose(products.product(x, values, jnp.asarray(full)), whole, rtol=1e-5, atol=1e-4)
+    whole = products.product(x, values, jnp.asarray(scale), fmt)
+    cut = np.repeat(scale, 128, 0)[:300:each]
+    np.testing.assert_allclose(products.product(x, values, jnp.asarray(cut), fmt), whole, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["w4afp8", "w4a16-g16", "w4a16", "nvfp4a16"])
+def test_grouped_products_by_hand(name: str) -> None:
+    """Against the dequantised matrix and activations that torch rounds: FP8 a token, or 16 bits as they are."""
+    rng, fmt = np.random.default_rng(14), matrix_format(name)
+    held = quantised.quantise(fmt, rng.standard_normal((40, 256)).astype(np.float32))
+    x = jnp.asarray(rng.standard_normal((5, 256)), jnp.bfloat16)
+    scale = held.scale.astype(np.float32) * (1 if held.factor is None else held.factor)
+    found = products.product(x, jnp.asarray(quantised.carried(held.values.T)), jnp.asarray(scale.T), fmt)
+    rows = torch.from_numpy(np.array(x, np.float32))
+    matrix = torch.from_numpy(quantised.dequantise(held))
+    if name == "w4afp8":
+        one = rows.abs().amax(-1, keepdim=True) / 448
+        rows = (rows / one).to(torch.float8_e4m3fn).float() * one
+    else:
+        matrix = matrix.to(torch.bfloat16).float()
+    np.testing.assert_allclose(np.asarray(found), (rows @ matrix.T).numpy(), rtol=2e-5, atol=2e-5)
 
 
 # --- caches ----------------------------------------------------------------------------------------------
@@ -164,7 +197,7 @@ def test_blocks_that_a_split_cut() -> None:
 def test_fp8_latents_are_flashmlas_record() -> None:
     """e4m3 with a float32 scale for 128 latents, widened to bfloat16; the rotary part untouched. torch's arithmetic."""
     row = jnp.asarray(np.random.default_rng(5).standard_normal((3, 4, 256 + 16)), jnp.bfloat16)
-    found = rounding.latent_row(row, 256, "fp8")
+    found = rounding.latent_row(row, 256, ROWS["fp8_ds_mla"])
     t = torch.from_numpy(np.array(row, np.float32))
     groups_ = t[..., :256].reshape(3, 4, 2, 128)
     scale = groups_.abs().amax(-1, keepdim=True) / 448
@@ -173,22 +206,32 @@ def test_fp8_latents_are_flashmlas_record() -> None:
     np.testing.assert_array_equal(bits(found[..., 256:]), bits(row[..., 256:]))
 
 
-def test_int8_latents_have_a_scale_a_token() -> None:
-    row = jnp.asarray(np.random.default_rng(6).standard_normal((3, 40)), jnp.bfloat16)
-    found = rounding.latent_row(row, 32, "int8")
-    t = torch.from_numpy(np.array(row, np.float32))[:, :32]
+def test_int8_latents_are_ascends_packed_record() -> None:
+    """A float32 scale for each 128 latents, the rotary part in 16 bits (vllm-ascend `sfa_v1.py`)."""
+    row = jnp.asarray(np.random.default_rng(6).standard_normal((3, 256 + 8)), jnp.bfloat16)
+    found = rounding.latent_row(row, 256, ROWS["int8_packed"])
+    t = torch.from_numpy(np.array(row, np.float32))[:, :256].reshape(3, 2, 128)
     scale = t.abs().amax(-1, keepdim=True) / 127
-    np.testing.assert_array_equal(bits(found[:, :32]), bits(((t / scale).round() * scale).to(torch.bfloat16).float()))
+    kept = ((t / scale).round() * scale).to(torch.bfloat16).float().reshape(3, 256)
+    np.testing.assert_array_equal(bits(found[:, :256]), bits(kept.numpy()))
+    np.testing.assert_array_equal(bits(found[:, 256:]), bits(row[:, 256:]))
 
 
-@pytest.mark.parametrize("cache", ["fp8", "int8"])
+def test_plain_fp8_latents_have_no_scale() -> None:
+    """Dense attention, and sparse attention on Blackwell: the whole row in e4m3, its rotary part too."""
+    row = jnp.asarray(np.random.default_rng(16).standard_normal((3, 256 + 8)), jnp.bfloat16)
+    wanted = torch.from_numpy(np.array(row, np.float32)).to(torch.float8_e4m3fn).float()
+    np.testing.assert_array_equal(bits(rounding.latent_row(row, 256, ROWS["fp8"])), bits(wanted.numpy()))
+
+
+@pytest.mark.parametrize("cache", ["fp8_scaled", "int8_scaled"])
 def test_index_rows_keep_their_products(cache: str) -> None:
     """The rotation cancels in query . key; what is left is the rounding."""
     rng = np.random.default_rng(7)
     query, key = (jnp.asarray(rng.standard_normal((64, 32)), jnp.float32) for _ in range(2))
     exact = np.asarray(query) @ np.asarray(key).T
-    found = np.asarray(rounding.index_row(query, cache)) @ np.asarray(rounding.index_row(key, cache)).T
-    assert np.sqrt(np.mean((found - exact) ** 2) / np.mean(exact**2)) < (0.05 if cache == "fp8" else 0.012)
+    found = np.asarray(rounding.index_row(query, ROWS[cache])) @ np.asarray(rounding.index_row(key, ROWS[cache])).T
+    assert np.sqrt(np.mean((found - exact) ** 2) / np.mean(exact**2)) < (0.05 if cache == "fp8_scaled" else 0.012)
 
 
 def test_index_scales_are_powers_of_two_for_fp8() -> None:
@@ -197,10 +240,10 @@ def test_index_scales_are_powers_of_two_for_fp8() -> None:
     rotated = row @ rounding.hadamard(32)
     scale = np.exp2(np.ceil(np.log2(np.abs(rotated).max(-1, keepdims=True) / 448)))
     wanted = torch.from_numpy(rotated / scale).to(torch.float8_e4m3fn).float().numpy() * scale
-    found = np.asarray(rounding.index_row(jnp.asarray(row), "fp8"))
+    found = np.asarray(rounding.index_row(jnp.asarray(row), ROWS["fp8_scaled"]))
     close = np.isclose(found, wanted, rtol=1e-6)
     assert close.mean() > 0.99  # the rotation sums in another order, which may tip a tie
-    np.testing.assert_array_equal(found, found.astype(quantised.BF16).astype(np.float32))
+    np.testing.assert_array_equal(found, found.astype(BF16).astype(np.float32))
 
 
 def test_hadamard_is_orthonormal() -> None:
@@ -208,17 +251,17 @@ def test_hadamard_is_orthonormal() -> None:
 
 
 def test_cache_rows_go_to_their_own_formats() -> None:
-    held = formats("fp8", "fp8", "fp8")
+    held = formats("fp8", CacheFormats("fp8_ds_mla", "fp8_scaled", "fp8"))
     write = held.lowerings()["glm.cache_write"]
     rng = np.random.default_rng(9)
     pages, slots = jnp.zeros((2, 4, 48), jnp.bfloat16), jnp.asarray([[4, 5]], jnp.int32)
     row = jnp.asarray(rng.standard_normal((1, 2, 48)), jnp.bfloat16)
-    np.testing.assert_array_equal(
-        bits(write(pages, row, slots, cache="latent")[1, :2]), bits(rounding.latent_row(row, 32, "fp8")[0])
-    )
+    found = write(pages, row, slots, cache="latent")[1, :2]
+    np.testing.assert_array_equal(bits(found), bits(rounding.latent_row(row, 32, ROWS["fp8_ds_mla"])[0]))
     key = jnp.asarray(rng.standard_normal((1, 2, 32)), jnp.bfloat16)
     np.testing.assert_array_equal(
-        bits(write(pages[..., :32], key, slots, cache="index")[1, :2]), bits(rounding.index_row(key, "fp8")[0])
+        bits(write(pages[..., :32], key, slots, cache="index")[1, :2]),
+        bits(rounding.index_row(key, ROWS["fp8_scaled"])[0]),
     )
 
 
@@ -268,7 +311,7 @@ def _rows(checkpoint: Checkpoint) -> list[list[tuple[str, int]]]:
 )
 def test_a_run_in_a_chips_formats(dsa: Checkpoint, reference: Any, profile: str, scheme: str, kv: str) -> None:
     """Finite, unlike float32, and still the same model: random weights change some selections and experts."""
-    found = observe(dsa, formats_of(dsa.config, hw_profiles.load(profile), scheme, kv))
+    found = observe(dsa, NumberFormats(dsa.config, chip_formats(dsa.config, hw_profiles.load(profile), scheme, kv)))
     error = np.sqrt(np.mean((found.logits - reference.logits) ** 2) / np.mean(reference.logits**2))
     assert 1e-3 < error < 0.8, error
     first = np.sqrt(np.mean((found.hidden[0] - reference.hidden[0]) ** 2) / np.mean(reference.hidden[0] ** 2))
@@ -281,8 +324,8 @@ def test_other_attention(tmp_path: Path) -> None:
     cfg = from_hf(raw)
     save(tmp_path / "ck", raw, random_weights(cfg))
     opened = Checkpoint(tmp_path / "ck")
-    plain = NumberFormats(cfg, schemes.SCHEMES["f32"], "f32", "f32")
-    held = formats_of(cfg, hw_profiles.load("ascend-910c"), "w8a8", "int8")
+    plain = NumberFormats(cfg, Formats("f32", "f32", "f32", CacheFormats.plain("f32")))
+    held = NumberFormats(cfg, chip_formats(cfg, hw_profiles.load("ascend-910c"), "w8a8", "int8"))
     a, b = observe(opened, plain), observe(opened, held)
     assert 1e-4 < np.sqrt(np.mean((a.logits - b.logits) ** 2) / np.mean(a.logits**2)) < 0.3
     assert not a.selected
@@ -298,4 +341,4 @@ def test_no_weight_is_left_in_the_checkpoints_type(dsa: Checkpoint) -> None:
     }
     assert {kind for name, kind in found if name != "router_bias"} == {"bfloat16"}
     assert ("router_bias", "float32") in found
-    assert {FORMATS["w4a8"].values} == {quantised.INT4}
+    assert {FORMATS["w4a8"].values} == {INT4}

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from backends.emulation.schemes import SCHEMES
-from model import quantised
 from model.checkpoint import Checkpoint, groups, stored_shape
-from model.quantised import INT4, LAYOUTS, Matrix, dequantise, quantise, spell
+from model.formats import BF16, E4M3, FORMATS, INT4, SCHEMES, CheckpointLayout, matrix_format, scheme
+from model.quantised import Matrix, dequantise, quantise
+from model.spelling import spell
 from model.weights import Quantized
 from runtime.porting.quantize import compressed_tensors_config, layout_of
 from tests.cli.cli import glm5, make_checkpoint, refused
 
-WRITTEN = [(name, layout) for name, s in SCHEMES.items() if s.experts in LAYOUTS for layout in LAYOUTS[s.experts]
-           if s.dense not in LAYOUTS or layout in LAYOUTS[s.dense]]  # fmt: skip
+
+def layouts(name: str) -> list[str]:
+    """Those that can hold both formats of a scheme."""
+    formats = [fmt for fmt in map(matrix_format, scheme(name).formats) if fmt.narrow]
+    return [
+        layout for layout in get_args(CheckpointLayout) if formats and all(layout in fmt.layouts for fmt in formats)
+    ]
+
+
+WRITTEN = [(name, layout) for name in [*SCHEMES, "w4a16-g16"] for layout in layouts(name)]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("quantize") / "source"
-    make_checkpoint(path)
+    make_checkpoint(path, hidden_size=128, moe_intermediate_size=128)  # the largest group that a format has
     return path
 
 
@@ -43,14 +51,14 @@ def test_round_trip(source: Path, tmp_path: Path, formats: str, layout: str) -> 
     for place, found in groups(before.config, True).items():
         for group in found:
             for weight in group.weights:
-                fmt = SCHEMES[formats].format_of(weight, place == "mtp")
+                fmt = scheme(formats).stored(weight, place == "mtp")
                 for name in group.tensors(weight):
                     held = after.spelling(name, stored_shape(after.config, weight))
-                    assert (held.format if held else None) == fmt, name
-                    wanted = dequantise(quantise(fmt, before.plain(name))) if fmt else before.plain(name)
+                    assert held.format.stored_as(fmt) if held else not fmt.narrow, name
+                    wanted = dequantise(quantise(fmt, before.plain(name))) if fmt.narrow else before.plain(name)
                     np.testing.assert_array_equal(after.plain(name), wanted)
-                    if fmt and weight.name != "v_up":  # kv_b_proj makes two weights
-                        counted[fmt] = counted.get(fmt, 0) + 1
+                    if fmt.narrow and weight.name != "v_up":  # kv_b_proj makes two weights
+                        counted[fmt.name] = counted.get(fmt.name, 0) + 1
     assert (result["matrices"], result["kept_from_source"]) == (counted, 0)
     assert result["bytes"] < result["source_bytes"]
     assert all((tmp_path / "out" / name).exists() for name in ("tokenizer.json", "chat_template.jinja"))
@@ -71,12 +79,14 @@ def test_kept_quantised(source: Path, tmp_path: Path) -> None:
     held, plain = opened.load(keep_fp8=True)["layers"][1], opened.load()["layers"][1]
     experts = held["experts_gate_up"]
     assert isinstance(experts, Quantized)
-    assert (experts.values.shape, experts.scale.shape) == ((4, 64, 2, 32), (4, 1, 2, 32))
+    assert (experts.values.shape, experts.scale.shape) == ((4, 128, 2, 128), (4, 1, 2, 128))
     assert experts.values.dtype == np.int8 and np.abs(experts.values).max() <= 8
     np.testing.assert_array_equal(experts.values.astype(np.float32) * experts.scale, plain["experts_gate_up"])
 
 
-@pytest.mark.parametrize("formats", ["w8a8", "w4a8", "w4a16", "mxfp8", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize(
+    "formats", ["fp8", "fp8-channel", "w8a8", "w4a8", "w4a16", "w4a16-g16", "w4afp8", "mxfp8", "mxfp4", "nvfp4"]
+)
 def test_compressed_tensors_reads_it(source: Path, tmp_path: Path, formats: str) -> None:
     """The library's own decompressors give the weights that we read; its own schema takes the config."""
     torch = pytest.importorskip("torch", exc_type=ImportError)
@@ -95,7 +105,7 @@ def test_compressed_tensors_reads_it(source: Path, tmp_path: Path, formats: str)
     for suffix in ("", "_packed", "_scale", "_shape", "_global_scale"):
         if name + suffix in opened.tensor_names:
             array = opened.array(name + suffix)
-            narrow = {quantised.E4M3: torch.float8_e4m3fn, quantised.BF16: torch.bfloat16}.get(array.dtype)
+            narrow = {E4M3: torch.float8_e4m3fn, BF16: torch.bfloat16}.get(array.dtype)
             tensor = torch.from_numpy(np.array(array.view(np.uint8) if narrow == torch.float8_e4m3fn else
                                                array.view(np.uint16) if narrow else array))  # fmt: skip
             state["weight" + suffix] = tensor.view(narrow) if narrow else tensor
@@ -108,7 +118,7 @@ def test_msmodelslims_packing_by_hand() -> None:
     """`w4a8_pack_int4`: rows 2i and 2i+1 of a column in a byte, the even row low; scale_bias: 8 x row sums."""
     values = np.array([[1, -1], [-8, 7], [2, 3], [0, -2]]).astype(np.int8).astype(INT4)
     scale = np.array([[0.5], [1.0], [2.0], [4.0]], np.float32)
-    stored = spell("mlp.experts.0.up_proj.weight", "w4a8", "msmodelslim", Matrix(values, scale))
+    stored = spell("mlp.experts.0.up_proj.weight", FORMATS["w4a8"], "msmodelslim", Matrix(values, scale))
     assert stored["mlp.experts.0.up_proj.weight"].view(np.uint8).tolist() == [[0x81, 0x7F], [0x02, 0xE3]]
     assert stored["mlp.experts.0.up_proj.scale_bias"].tolist() == [[0.0], [-8.0], [80.0], [-64.0]]
     assert not stored["mlp.experts.0.up_proj.weight_offset"].any()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from foundation.errors import UsageError
 from model.config import load_config
-from runtime.layout import Layout
+from model.split import Layout
 from runtime.pricing.oplist import Sizes, TracedOp
 from runtime.pricing.trace import PAGE_SIZE, _fit, _flatten, _Point, _Tracer, trace
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 import hw_profiles
 from foundation.errors import CapacityError, UsageError
 from model.config import load_config
+from model.split import Layout
+from runtime.deployment.engines import engine_for as make_engine
 from runtime.deployment.kv import PoolKv, Tier
 from runtime.deployment.plan import Demand, Plan, Pool
-from runtime.layout import Layout, formats
-from runtime.planning.assign import plan_for, pool_of
 from runtime.planning.kv_tiers import (
     break_even,
     check_kv,
@@ -27,8 +27,9 @@ from runtime.planning.kv_tiers import (
     prefill_seconds,
     resident_requests,
 )
-from runtime.planning.predict import spec_of
-from runtime.simulation.build import PriceTables, make_engine, pricer_of
+from runtime.simulation.build import PriceTables, pricer_of
+from runtime.simulation.planned import spec_of
+from tests.plans import formats, plan_for, pool_of
 from tests.serving.pricers import LinearPricer
 
 H200 = "h200-sxm"

@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 import hw_profiles
 from foundation.errors import CapacityError, UsageError
 from model.config import load_config
+from model.split import Layout
 from runtime.deployment.engines.flags import holds, table, unsupported
 from runtime.deployment.errors import LaunchError
 from runtime.deployment.plan import Demand, ModelRef, Plan, Pool, config_hash
-from runtime.layout import Layout, formats
-from runtime.planning.assign import in_order, pool_of
+from runtime.planning.assign import in_order
 from runtime.planning.launch import ENGINES, Command, Launch, launch
 from tests.cli.cli import glm5, refused
+from tests.plans import formats, pool_of
 
 PRODUCT = {"sglang": ("h200-sxm", "fp8"), "vllm": ("h200-sxm", "fp8"), "vllm-ascend": ("ascend-910c-die", "w8a8")}
 

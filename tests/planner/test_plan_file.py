@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 import hw_profiles
 from foundation.errors import CapacityError, UsageError
 from model.config import load_config
+from model.split import Layout
 from runtime.deployment.errors import PlanFileError
 from runtime.deployment.plan import Plan
 from runtime.deployment.schema import plan_schema
-from runtime.layout import Layout, formats
-from runtime.planning.assign import plan_for
+from tests.plans import formats, plan_for
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "plan.schema.json"
 

@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 import hw_profiles
 from foundation.errors import UsageError
 from model.config import load_config, preset_names
+from model.split import Layout, moe_layers
 from runtime.deployment.errors import LoadError, NoPlanError
 from runtime.deployment.plan import Alternative, Demand, Plan
-from runtime.layout import Layout
-from runtime.planning.assign import moe_layers
 from runtime.planning.check import check
 from runtime.planning.contender import Contender, Part, mark_front, plan_of
 from runtime.planning.estimate import Estimate, OptionPrices
@@ -111,7 +110,7 @@ def test_any_search_ends_in_a_sound_plan_or_a_reason(model: str, chip: str, coun
 
 def test_one_h200_node_holds_glm5_fp8_with_room_for_the_cache() -> None:
     """A real 8 x H200 server leaves 25.94 GiB a rank beside 94.46 GiB of weights (vllm-project/recipes PR 893)."""
-    from runtime.planning.assign import plan_for
+    from tests.plans import plan_for
 
     plan = plan_for(load_config(FP8), Layout(tp=8), hw_profiles.load("h200-sxm"), question_formats("fp8"), drafts=3)
     held = plan.devices[0].ledger
@@ -122,7 +121,7 @@ def test_one_h200_node_holds_glm5_fp8_with_room_for_the_cache() -> None:
 
 
 def question_formats(scheme: str) -> Any:
-    from runtime.layout import formats
+    from tests.plans import formats
 
     return formats(scheme)
 
@@ -271,8 +270,8 @@ def test_a_transfer_moves_each_layer_of_the_cache_once_and_converts_it() -> None
     asked, h200 = question(), hw_profiles.load("h200-sxm")
     wide = make_option(asked, h200, Layout(tp=8), "fp8", "bf16", {})
     narrow = make_option(asked, h200, Layout(tp=4, pp=2), "fp8", "fp8", {})
-    assert sequence_kv_bytes_per_token(asked.cfg, Layout(tp=8), wide.spec.formats, 0) == 100_152
-    assert sequence_kv_bytes_per_token(asked.cfg, Layout(tp=4, pp=2), narrow.spec.formats, 0) == 61_464
+    assert sequence_kv_bytes_per_token(wide.spec) == 100_152
+    assert sequence_kv_bytes_per_token(narrow.spec) == 61_464
     same, other = transfer_of(asked, wide, wide), transfer_of(asked, wide, narrow)
     assert same.bytes == 100_152 * 2048 and same.link_bandwidth_bytes_per_s == 8 * 50e9
     rewriting = (100_152 + 61_464) / 2 / 4.8e12
@@ -339,8 +338,7 @@ def test_check_finds_what_does_not_add_up() -> None:
 
 
 def test_check_finds_an_expert_that_nobody_holds() -> None:
-    from runtime.layout import formats
-    from runtime.planning.assign import plan_for
+    from tests.plans import formats, plan_for
 
     cfg = load_config(FP8)
     plan = plan_for(cfg, Layout(tp=8, ep=8), hw_profiles.load("h200-sxm"), formats("fp8"))

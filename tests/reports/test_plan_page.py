@@ -15,6 +15,7 @@ import pytest
 import hw_profiles
 from foundation.errors import UsageError
 from model.config import load_config
+from model.split import Layout
 from runtime.deployment.kv import Point
 from runtime.deployment.plan import (
     Alternative,
@@ -27,12 +28,11 @@ from runtime.deployment.plan import (
     Transfer,
     config_hash,
 )
-from runtime.layout import Layout, formats
-from runtime.planning.assign import plan_for, pool_of
 from runtime.planning.kv_tiers import plan_kv
 from runtime.planning.launch import launch
 from runtime.reports.plan import page, write_page
 from runtime.reports.plan_devices import ranges
+from tests.plans import formats, plan_for, pool_of
 from tests.reports.test_serving_page import checked
 
 CFG = load_config("glm-5-fp8")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.deployment.engines import load, names
+from runtime.deployment.engines import Circumstances, load, names
 from runtime.deployment.errors import EngineError
 
 GIB = 2**30
@@ -27,17 +27,20 @@ def test_every_setting_has_a_source_a_date_and_a_grade(name: str) -> None:
 
 
 def test_defaults_follow_the_devices_memory() -> None:
-    chunks = [load("sglang", device_memory_bytes=gib * GIB).chunked_prefill_tokens for gib in (16, 40, 80, 141, 180)]
+    chunks = [
+        load("sglang", at=Circumstances(memory_bytes=gib * GIB)).chunked_prefill_tokens
+        for gib in (16, 40, 80, 141, 180)
+    ]
     assert chunks == [2048, 4096, 8192, 8192, 16384]
-    assert load("vllm-ascend", device_memory_bytes=64 * GIB).max_step_tokens == 2048
-    assert load("vllm", device_memory_bytes=141 * GIB).max_running_requests == 1024
+    assert load("vllm-ascend", at=Circumstances(memory_bytes=64 * GIB)).max_step_tokens == 2048
+    assert load("vllm", at=Circumstances(memory_bytes=141 * GIB)).max_running_requests == 1024
 
 
 def test_overrides_win_and_are_recorded() -> None:
     engine = load(
         "sglang",
         {"chunked_prefill_tokens": 32768, "graph_batch_sizes": [1, "4:8:4"]},
-        device_memory_bytes=8 * GIB,
+        at=Circumstances(memory_bytes=8 * GIB),
     )
     assert engine.chunked_prefill_tokens == 32768 and engine.graph_batch_sizes == (1, 4, 8)
     assert engine.evidence["chunked_prefill_tokens"].source == "override"

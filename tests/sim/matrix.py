@@ -13,11 +13,11 @@ import json
 import sys
 import time
 
-from backends.spmd.grid import MOST_HOSTS
+from backends.spmd.shard import MOST_HOSTS
 from foundation.errors import UsageError
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
-from runtime.layout import Layout
+from model.split import Layout
 from tests.sim.servers import RANDOM, emulated, logit_error, plan_of, prompts_of, reference
 
 LENGTHS, MOST = (70, 9, 1), (5, 3, 6)

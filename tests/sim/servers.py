@@ -15,17 +15,17 @@ from backends import registry
 from backends.emulation.backend import SimBackend
 from model.checkpoint import Checkpoint, save
 from model.config import ModelConfig, from_hf
+from model.split import Layout
 from runtime.deployment.plan import Demand, Experts, ModelRef, Plan, config_hash, profile_of
-from runtime.execution.cluster.deploy import Clock
 from runtime.execution.cluster.session import Result, serve
 from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.load import load_engine
 from runtime.execution.local.request import Completion, Prompt
-from runtime.layout import Layout, formats
-from runtime.planning.assign import pool_of
 from runtime.serving import Deployment, Disaggregated
-from runtime.simulation.build import make_engine
+from runtime.simulation.build import Built
+from runtime.simulation.planned import Deployed, spec_of
 from tests.engine.conftest import CONFIGS, random_weights
+from tests.plans import formats, pool_of
 from tests.serving.pricers import LinearPricer
 
 CHIP = "h200-sxm"
@@ -107,21 +107,23 @@ def emulated(checkpoint: Checkpoint, plan: Plan, requests: list[Prompt], mapped:
     return serve(checkpoint, SimBackend(mapped), plan, requests, clock=ticking(checkpoint.config, plan))
 
 
-def ticking(cfg: ModelConfig, plan: Plan) -> Clock:
+def ticking(cfg: ModelConfig, plan: Plan) -> Deployed:
     """A clock that needs no tables."""
+    specs = [spec_of(cfg, pool, profile_of(pool)) for pool in plan.pools]
     pools = [
         Deployment(
-            make_engine(pool.engine, cfg, profile_of(pool), pool.layout, pool.settings),
+            spec.engine,
             LinearPricer(),
             pool_tokens=pool.pool_tokens,
             devices=len(pool.devices),
             replicas=pool.replicas,
             ranks=pool.layout.dp,
         )
-        for pool in plan.pools
+        for spec, pool in zip(specs, plan.pools, strict=True)
     ]
     whole = pools[0] if len(pools) == 1 else Disaggregated(pools[0], pools[1], 1.0, 1e9)
-    return Clock(whole, tuple(pools), tuple(pool.formats for pool in plan.pools))
+    built = (Built(spec, None, LinearPricer(), pool) for spec, pool in zip(specs, pools, strict=True))  # type: ignore[arg-type]
+    return Deployed(tuple(built), whole, 1)
 
 
 def logit_error(ours: Completion, theirs: Completion) -> float:

@@ -16,12 +16,12 @@ import hw_profiles
 from backends.emulation.backend import SimBackend
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
+from model.split import Layout
 from runtime.deployment.plan import Demand, ModelRef, Plan, Transfer, config_hash
 from runtime.execution.cluster.session import serve
 from runtime.execution.local.request import Prompt
-from runtime.layout import Layout, formats
-from runtime.planning.assign import pool_of
 from runtime.planning.predict import simulate_plan
+from tests.plans import formats, pool_of
 from tests.sim.servers import CHIP, assert_same, emulated, plan_of, prompts_of, reference
 
 PROMPT, OUTPUT, COUNT = 40, 6, 5

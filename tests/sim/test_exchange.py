@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from backends.spmd.cluster import Cluster
-from backends.spmd.grid import Grid, Slots
 from model import graph
 from model.cache import cache_rows
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.graph import Batch
+from model.split import Grid, Layout, Slots, moe_layers
 
 STEPS = 3
 
@@ -44,7 +44,7 @@ def test_every_device_sends_to_every_other(tiny: Checkpoint, checkpoints: dict[s
     assert cfg.moe is not None
     rng = np.random.default_rng(0)
     row = tuple(int(e) for e in rng.permutation(np.arange(dp) % cfg.moe.experts))
-    grid = Grid(1, dp, (range(cfg.num_layers),), Slots(1, (row,) * sum(kind.ffn == "moe" for kind in cfg.layers)))
+    grid = Grid.of(cfg, Layout(dp=dp, ep=dp), Slots(1, (row,) * len(moe_layers(cfg))))
     server = Cluster(cfg, grid, checkpoint.load("float32", mtp=False), mapped=True).server(1, 16)
     tokens = rng.integers(0, cfg.vocab_size, (dp, STEPS)).astype(np.int32)
     logits: Any = None

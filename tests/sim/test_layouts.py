@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from foundation.errors import UsageError
 from model.checkpoint import Checkpoint
-from runtime.layout import Layout
+from model.split import Layout
 from tests.sim.servers import assert_same, emulated, plan_of, prompts_of, reference
 
 Checkpoints = dict[str, Checkpoint]

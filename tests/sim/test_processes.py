@@ -16,11 +16,11 @@ import pytest
 
 import hw_profiles
 from model.config import from_hf
+from model.split import Layout
 from runtime.deployment.plan import Demand, ModelRef, Plan, Transfer, config_hash
 from runtime.execution.cluster import processes
-from runtime.layout import Layout, formats
-from runtime.planning.assign import plan_for, pool_of
 from tests.cli.cli import CONFIG, glm5, make_checkpoint, refused
+from tests.plans import formats, plan_for, pool_of
 from tests.sim.servers import CHIP
 
 CFG = from_hf(CONFIG)

@@ -17,11 +17,12 @@ from backends.spmd.stages import Held
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.graph import Batch, Carried, Mode
-from runtime.deployment.ledger import stage_weight_bytes
+from model.split import Layout
+from runtime.deployment.ledger import stage_kv_bytes_per_token, stage_weight_bytes
 from runtime.execution.cluster.deploy import check_memory, grid_of
-from runtime.layout import Layout, formats
 from runtime.pricing.oplist import OpList, Sizes
 from runtime.pricing.trace import _COLLECTIVES, _POOL_PAGES, PAGE_SIZE, trace
+from tests.plans import formats
 from tests.sim.servers import plan_of
 
 Shapes = list[tuple[int, ...]]
@@ -107,12 +108,11 @@ def test_bytes_counted_are_the_ledgers(tiny: Checkpoint, layout: Layout, scheme:
     cfg, held = tiny.config, formats(scheme)
     redundant = 1 if layout.by_expert else 0
     (pool,) = plan_of(cfg, layout, redundant).pools
-    limits = Limits("chip", 1e12, {}, held.weight_bytes, {"latent": 5.0, "index": 7.0}, 11)
+    limits = Limits("chip", 1e12, {}, held, 11, 16)
     for stage, memory in enumerate(account(cfg, grid_of(cfg, pool), limits)):
         ledger = stage_weight_bytes(cfg, layout, held, stage, False, redundant)
         assert memory.held["weights"] == pytest.approx(sum(ledger.values()))
-        kinds = [cfg.layers[layer] for layer in layout.stage_layers(cfg.num_layers)[stage]]
-        pages = sum(5.0 + 7.0 * (kind.indexer == "full") for kind in kinds) * 11
+        pages = stage_kv_bytes_per_token(cfg, layout, held, stage, False) * 16 * 11
         assert memory.held["KV pages"] == pages
         assert memory.free_bytes == 1e12 - sum(memory.held.values())
 

@@ -17,10 +17,10 @@ import hw_profiles
 from foundation.errors import UsageError
 from model.checkpoint import Checkpoint
 from model.config import from_hf
+from model.split import Layout
 from runtime.execution.cluster.deploy import lay_out
-from runtime.layout import Layout, formats
-from runtime.planning.assign import plan_for
 from tests.cli.cli import CONFIG, glm5, make_checkpoint, refused
+from tests.plans import formats, plan_for
 from tests.sim.servers import CHIP, plan_of
 
 SIM = ("run", "--backend", "sim")
@@ -104,7 +104,7 @@ def test_memory_runs_out_tensor_by_tensor(tiny: Checkpoint) -> None:
 
     cfg = tiny.config
     (pool,) = plan_of(cfg, Layout(tp=2, ep=2)).pools
-    whole = Limits("chip", 1e9, {"activations": 1e5}, formats("bf16").weight_bytes, {"latent": 160.0, "index": 64.0}, 9)
+    whole = Limits("chip", 1e9, {"activations": 1e5}, formats("bf16"), 9, 16)
     (memory,) = account(cfg, grid_of(cfg, pool), whole)
     used = 1e9 - memory.free_bytes
     assert account(cfg, grid_of(cfg, pool), dataclasses.replace(whole, usable_bytes=used))

@@ -1,11 +1,29 @@
 """Serving engines as data: one TOML per engine, every number with its source.
 
-    from runtime.deployment.engines import load
-    engine = load("sglang", overrides={"chunked_prefill_tokens": 32768}, device_memory_bytes=150e9)
+    from runtime.deployment.engines import engine_for, load
+    engine = load("sglang", {"chunked_prefill_tokens": 32768})          as it starts up anywhere
+    engine = engine_for("sglang", cfg, profile, layout)                 on a chip, for a model and layout
 
-Standard library only; must not import the simulator (but for its errors), JAX or a chip.
+    KIND.toml        settings of a release, each with its source     loader.py: Engine
+    defaults.py      the defaults that are formulas, by kind         engine_for, formats_for
+    launch/KIND.toml flags of its command line                       flags.py: LaunchTable
+    inferencex.py    what a public benchmark passes to it
+
+To describe another engine, add a TOML file (and, where a default is a formula, a function in defaults.py). Must not
+import the simulator or JAX.
 """
 
-from runtime.deployment.engines.loader import Engine, Source, load, names
+from runtime.deployment.engines.defaults import default_kv, engine_for, formats_for, sized_cache
+from runtime.deployment.engines.loader import Circumstances, Engine, Source, load, names
 
-__all__ = ["Engine", "Source", "load", "names"]
+__all__ = [
+    "Circumstances",
+    "Engine",
+    "Source",
+    "default_kv",
+    "engine_for",
+    "formats_for",
+    "load",
+    "names",
+    "sized_cache",
+]

@@ -1,4 +1,4 @@
-"""What a TOML file of `runtime/data/launch` says about an engine. The files' own heads explain their sections."""
+"""What a TOML file of `launch/` says about an engine. The files' own heads explain their sections."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
 from typing import Any
+
+from runtime.deployment.engines.loader import holds
 
 Facts = Mapping[str, Any]
 
@@ -62,13 +64,8 @@ class LaunchTable:
         return {flag: self.sources[source] for flag, source in found.items()}
 
 
-def holds(when: Facts, facts: Facts) -> bool:
-    """Whether every condition is met: a list holds the fact, anything else is the fact."""
-    return all(facts[key] in want if isinstance(want, list) else facts[key] == want for key, want in when.items())
-
-
 def _document(name: str) -> dict[str, Any]:
-    path = resources.files("runtime") / "data" / "launch" / f"{name}.toml"
+    path = resources.files("runtime.deployment.engines") / "launch" / f"{name}.toml"
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
@@ -102,7 +99,7 @@ def unsupported(engine: str, vendor: str, scheme: str, kv: str, sparse: bool) ->
 
     sparse: the model has an indexer.
     """
-    if not (resources.files("runtime") / "data" / "launch" / f"{engine}.toml").is_file():
+    if not (resources.files("runtime.deployment.engines") / "launch" / f"{engine}.toml").is_file():
         return None
     known = {"vendor": vendor, "scheme": scheme, "kv": kv, "sparse": sparse}
     rules = (rule for rule in table(engine).refuse if rule["when"].keys() <= known.keys())

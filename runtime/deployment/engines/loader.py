@@ -1,9 +1,12 @@
 """Reads an engine description and checks it.
 
-A TOML file holds `name`, `description` and sections of settings; each setting is
-`{value=, source=, date=, grade=, note=}`. Sections only group for the reader: `Engine` is flat.
+A TOML file holds `kind` (which engine it describes: defaults that are formulas and launch flags go by it, never by the
+file's name), `release`, `prices` (whose operator tables price it), `name`, `description` and sections of settings; each
+setting is `{value=, source=, date=, grade=, note=}`. Sections only group for the reader: `Engine` is flat.
 A value may depend on the device: `by_memory_gib = [[limit, value], ...]` gives the value for devices
-whose memory is below `limit` GiB (first match); `value` is what holds when the memory is not given.
+whose memory is below `limit` GiB (first match); `value` is what holds when the memory is not given. Or on the chip and
+model: `cases = [{when = {..}, value = ..}, ..]`, the first whose conditions hold (see `Circumstances`).
+The section `cache` says what rows are stored in; its values are names of `model.formats.ROWS`, `kv` one of `KV`.
 Grades: A read from the engine's own source or documentation, B measured by others, C assumed.
 """
 
@@ -18,6 +21,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from hw_profiles import Profile
+from model.config import ModelConfig
+from model.formats import KV, ROWS
 from runtime.deployment.errors import EngineError
 
 _GIB = 2**30
@@ -47,6 +53,58 @@ _POSITIVE = (
 
 
 @dataclass(frozen=True)
+class Circumstances:
+    """What an engine's defaults depend on, beside its release; None: not known, so no condition on it holds.
+
+    sparse: the model's attention selects what it reads. family: of the chip, as profiles name it. fp8: the chip keeps
+    caches in FP8. memory_bytes: of a device. kv: what the KV cache was asked to be kept in.
+    """
+
+    sparse: bool | None = None
+    family: str | None = None
+    fp8: bool | None = None
+    memory_bytes: float | None = None
+    kv: str | None = None
+
+    @classmethod
+    def of(cls, cfg: ModelConfig, profile: Profile) -> Circumstances:
+        return cls(
+            cfg.sparse, profile.family, "fp8" in profile.formats.kv, profile.number("chip.memory.capacity_bytes")
+        )
+
+
+def holds(when: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    """Whether every condition is met: a list holds the fact, anything else is the fact."""
+    return all(facts[key] in want if isinstance(want, list) else facts[key] == want for key, want in when.items())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value by circumstances: the first of `cases` (conditions, value) that holds, else `value`."""
+
+    value: Any
+    cases: tuple[tuple[Mapping[str, Any], Any], ...] = ()
+
+    def under(self, at: Circumstances) -> Any:
+        return next((value for when, value in self.cases if holds(when, vars(at))), self.value)
+
+
+@dataclass(frozen=True)
+class CacheRules:
+    """What an engine stores a token's rows in.
+
+    kv: what it picks when told nothing. latent, index, heads: row formats. sized_latent: the one that the pool is sized
+    with, where an engine counts another than it stores.
+    """
+
+    kv: Choice = Choice("bf16")
+    latent: Choice = Choice("bf16", (({"kv": "fp8"}, "fp8"), ({"kv": "int8"}, "int8")))
+    index: Choice = Choice("bf16", (({"kv": "fp8"}, "fp8_scaled"), ({"kv": "int8"}, "int8_scaled")))
+    heads: Choice = Choice("bf16", (({"kv": "fp8"}, "fp8"), ({"kv": "int8"}, "int8")))
+    sized_latent: Choice | None = None
+
+
+@dataclass(frozen=True)
 class Source:
     """Where one setting comes from."""
 
@@ -59,6 +117,8 @@ class Source:
 @dataclass(frozen=True)
 class Engine:
     """One serving engine's policy and overheads. Tokens, seconds and fractions of one.
+
+    kind, release: which engine this is. prices: whose operator tables price it.
 
     Scheduling
     policy: "prefill-first": while a prompt waits and is admitted, steps compute prompts only and decoding
@@ -82,6 +142,7 @@ class Engine:
 
     Memory
     page_tokens, prefix_cache: the KV pool's unit, and whether prompts are kept for reuse.
+    cache: what rows are stored in.
     memory_fraction, memory_fraction_of: see `kv_bytes`.
 
     Graphs
@@ -129,6 +190,10 @@ class Engine:
     new_token_ratio_decay_steps: int = 1
     max_new_tokens_clip: int = 4096
     retract_decode_steps: int = 0
+    kind: str = ""
+    release: str = ""
+    prices: str = "sglang"
+    cache: CacheRules = CacheRules()
     eager_layer_host_seconds: float = 0.0
     eager_sparse_layer_host_seconds: float = 0.0
     sparse_layer_seconds: float = 0.0
@@ -172,18 +237,18 @@ def names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
-def load(name: str, overrides: Mapping[str, Any] | None = None, *, device_memory_bytes: float | None = None) -> Engine:
+def load(name: str, overrides: Mapping[str, Any] | None = None, at: Circumstances = Circumstances()) -> Engine:
     """The engine called `name`, or described by the TOML file at that path.
 
-    overrides: setting -> value, as `{"chunked_prefill_tokens": 32768}`.
-    device_memory_bytes: settles the defaults that the engine derives from the device's memory.
+    overrides: setting -> value, as `{"chunked_prefill_tokens": 32768}`. at: settles the defaults that depend on the
+    device or the model.
     Raises EngineError: unknown engine or setting, incomplete or malformed file, absurd value.
     """
     path = Path(name) if name.endswith(".toml") else _FOLDER / f"{name}.toml"
     if not path.is_file():
         raise EngineError(f"unknown engine {name!r}: choose one of {', '.join(names())}, or give a .toml path")
     document = _document(path, path.stat().st_mtime_ns)
-    values, evidence = _settings(path.name, document, device_memory_bytes)
+    values, evidence = _settings(path.name, document, at)
     for key, value in (overrides or {}).items():
         _known(key)
         values[key] = _expand(value) if key == "graph_batch_sizes" else value
@@ -192,7 +257,9 @@ def load(name: str, overrides: Mapping[str, Any] | None = None, *, device_memory
     if missing:
         raise EngineError(f"{path.name} lacks {', '.join(missing)}: add each as {{value=, source=, date=, grade=}}")
     engine_name = document.get("name", path.stem)
-    return Engine(engine_name, document.get("description", ""), **values, evidence=evidence)
+    known: dict[str, Any] = {key: str(document[key]) for key in ("kind", "release", "prices") if key in document}
+    rules = _cache_rules(path.name, document.get("cache", {}))
+    return Engine(engine_name, document.get("description", ""), **values, **known, cache=rules, evidence=evidence)
 
 
 @lru_cache(maxsize=32)
@@ -204,29 +271,49 @@ def _document(path: Path, modified_ns: int) -> dict[str, Any]:
         raise EngineError(f"{path.name} is not valid TOML: {error}") from None
 
 
-_SETTINGS = tuple(f.name for f in fields(Engine) if f.name not in ("name", "description", "evidence"))
+_OWN = ("name", "description", "kind", "release", "prices", "cache", "evidence")
+_SETTINGS = tuple(f.name for f in fields(Engine) if f.name not in _OWN)
 _REQUIRED = tuple(f.name for f in fields(Engine) if f.name in _SETTINGS and f.default is MISSING)
 
 
-def _settings(
-    file: str, document: dict[str, Any], device_memory_bytes: float | None
-) -> tuple[dict[str, Any], dict[str, Source]]:
+def _settings(file: str, document: dict[str, Any], at: Circumstances) -> tuple[dict[str, Any], dict[str, Source]]:
     """Flattens the sections into setting -> value and setting -> evidence."""
     values: dict[str, Any] = {}
     evidence: dict[str, Source] = {}
-    for section in (part for part in document.values() if isinstance(part, dict)):
+    for section in (part for key, part in document.items() if isinstance(part, dict) and key != "cache"):
         for key, entry in section.items():
             _known(key)
-            absent = [part for part in ("value", "source", "date", "grade") if part not in entry]
-            if absent:
-                raise EngineError(f"{file}: {key} lacks {', '.join(absent)}")
-            value = entry["value"]
-            if device_memory_bytes is not None and "by_memory_gib" in entry:
+            value = _choice(file, key, entry).under(at)
+            if at.memory_bytes is not None and "by_memory_gib" in entry:
                 steps = entry["by_memory_gib"]
-                value = next((v for limit, v in steps if device_memory_bytes < limit * _GIB), steps[-1][1])
+                value = next((v for limit, v in steps if at.memory_bytes < limit * _GIB), steps[-1][1])
             values[key] = _expand(value) if key == "graph_batch_sizes" else value
             evidence[key] = Source(entry["source"], str(entry["date"]), entry["grade"], entry.get("note", ""))
     return values, evidence
+
+
+def _choice(file: str, key: str, entry: Any) -> Choice:
+    absent = [part for part in ("value", "source", "date", "grade") if part not in entry]
+    if absent:
+        raise EngineError(f"{file}: {key} lacks {', '.join(absent)}")
+    facts = [f.name for f in fields(Circumstances)]
+    for case in entry.get("cases", []):
+        if unknown := sorted(case["when"].keys() - set(facts)):
+            raise EngineError(f"{file}: {key} has a case of {unknown[0]!r}; cases can be of {', '.join(facts)}")
+    return Choice(entry["value"], tuple((case["when"], case["value"]) for case in entry.get("cases", [])))
+
+
+def _cache_rules(file: str, section: Mapping[str, Any]) -> CacheRules:
+    known = [f.name for f in fields(CacheRules)]
+    if unknown := sorted(section.keys() - set(known)):
+        raise EngineError(f"{file}: unknown cache {unknown[0]!r}; known: {', '.join(known)}")
+    rules = {key: _choice(file, f"cache.{key}", entry) for key, entry in section.items()}
+    for key, rule in rules.items():
+        names = KV if key == "kv" else ROWS
+        for value in (rule.value, *(value for _, value in rule.cases)):
+            if value not in names:
+                raise EngineError(f"{file}: cache.{key} {value!r} is unknown; known: {', '.join(names)}")
+    return CacheRules(**rules)
 
 
 def _expand(sizes: Any) -> tuple[int, ...]:

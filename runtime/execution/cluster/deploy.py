@@ -8,19 +8,15 @@ from typing import Any
 
 import hw_profiles
 from backends.emulation.memory import Limits, Memory, account
-from backends.spmd.grid import Grid, Slots
 from foundation.errors import CapacityError, UsageError
 from hw_profiles import Profile
-from model.cache import layer_bytes_per_token
-from model.config import Gqa, ModelConfig
-from runtime.deployment.plan import Plan, Pool, profile_of
-from runtime.layout import Formats, Layout
+from model.config import ModelConfig
+from model.split import Grid, Layout, Slots, slots_in_order
+from runtime.deployment.engines import engine_for
+from runtime.deployment.plan import Plan, Pool
 from runtime.planning.assign import plan_for
-from runtime.planning.predict import spec_of
-from runtime.serving import Deployment, Disaggregated
-from runtime.simulation.build import _COMMUNICATION_BYTES as COMMUNICATION_BYTES
-from runtime.simulation.build import _RUNTIME_BYTES as RUNTIME_BYTES
-from runtime.simulation.build import PriceTables, Spec, make_engine, memories, pricer_of
+from runtime.simulation.build import COMMUNICATION_BYTES, RUNTIME_BYTES, Spec, memories
+from runtime.simulation.planned import Deployed, deployed
 
 
 def lay_out(
@@ -82,54 +78,35 @@ def unscaled_settings(
     name: str, cfg: ModelConfig, profile: str, layout: Layout, memory: Profile, given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The engine's settings as it derives them from the whole chip, where another size of memory would change them."""
-    whole = make_engine(name, cfg, hw_profiles.load(profile), layout, given)
-    shrunk = make_engine(name, cfg, memory, layout, given)
+    whole = engine_for(name, cfg, hw_profiles.load(profile), layout, given)
+    shrunk = engine_for(name, cfg, memory, layout, given)
     names = [field.name for field in dataclasses.fields(whole) if field.name not in ("name", "description", "evidence")]
     changed = {n: getattr(whole, n) for n in names if getattr(whole, n) != getattr(shrunk, n)}
     return {**given, **changed}
 
 
-def spot_plan(
-    cfg: ModelConfig,
-    profile: Profile,
-    layout: Layout,
-    formats: Formats,
-    replicas: int,
-    engine: str,
-    settings: Mapping[str, Any],
-) -> Plan:
-    """A plan for a layout, made on the spot. Raises `OutOfMemory`, naming the tensor that does not fit."""
+def spot_plan(spec: Spec, replicas: int) -> Plan:
+    """A plan for a deployment, made on the spot. Raises `OutOfMemory`, naming the tensor that does not fit."""
     try:
-        return plan_for(cfg, layout, profile, formats, engine=engine, replicas=replicas, settings=settings)
+        return plan_for(spec, replicas)
     except CapacityError as error:
-        spec = Spec(cfg, profile, layout, formats, make_engine(engine, cfg, profile, layout, settings))
         for stage in memories(spec):
             reserved = {
                 "activations": stage.activation_bytes,
                 "collective buffers": stage.communication_bytes,
                 "the runtime": stage.runtime_bytes,
             }
-            page = _page_bytes(cfg, layout, formats, spec.engine.page_tokens)
-            limits = Limits(profile.name, stage.usable_bytes, reserved, formats.weight_bytes, page, 1)
-            account(cfg, _grid(cfg, layout, None), limits)
+            limits = Limits(spec.profile.name, stage.usable_bytes, reserved, spec.formats, 1, spec.engine.page_tokens)
+            account(spec.cfg, Grid.of(spec.cfg, spec.layout), limits)
         raise CapacityError(str(error).splitlines()[0]) from None
 
 
 def grid_of(cfg: ModelConfig, pool: Pool) -> Grid:
     """The devices of one server of a pool."""
+    spans = {device.stage: device.layers for device in pool.devices}
+    stages = tuple(range(*spans[stage]) for stage in range(pool.layout.pp))
     slots = Slots(pool.experts.slots_per_device, pool.experts.slot_expert) if pool.experts else None
-    return _grid(cfg, pool.layout, slots, pool)
-
-
-def _grid(cfg: ModelConfig, layout: Layout, slots: Slots | None, pool: Pool | None = None) -> Grid:
-    stages = layout.stage_layers(cfg.num_layers)
-    if pool is not None:
-        spans = {device.stage: device.layers for device in pool.devices}
-        stages = [range(*spans[stage]) for stage in range(layout.pp)]
-    if slots is None and layout.by_expert and cfg.moe:
-        row = tuple(range(cfg.moe.experts))
-        slots = Slots(cfg.moe.experts // layout.ep, (row,) * sum(kind.ffn == "moe" for kind in cfg.layers))
-    return Grid(layout.tp, layout.dp, tuple(stages), slots)
+    return Grid(pool.layout, stages, slots or slots_in_order(cfg, pool.layout))
 
 
 def check_memory(cfg: ModelConfig, plan: Plan, factor: float = 1.0) -> list[list[Memory]]:
@@ -145,57 +122,12 @@ def check_memory(cfg: ModelConfig, plan: Plan, factor: float = 1.0) -> list[list
             "collective buffers": held.communication_bytes * factor,
             "the runtime": held.runtime_bytes * factor,
         }
-        page = _page_bytes(cfg, pool.layout, pool.formats, pool.page_tokens)
         usable = held.usable_bytes * factor
-        limits = Limits(pool.profile, usable, reserved, pool.formats.weight_bytes, page, pool.kv_pages)
+        limits = Limits(pool.profile, usable, reserved, pool.formats, pool.kv_pages, pool.page_tokens)
         found.append(account(cfg, grid_of(cfg, pool), limits, pool.devices[0].index))
     return found
 
 
-def _page_bytes(cfg: ModelConfig, layout: Layout, formats: Formats, page_tokens: int) -> dict[str, float]:
-    """Bytes of a page of each cache, in one layer."""
-    split = layout.tp if isinstance(cfg.attention, Gqa) else 1
-    found: dict[str, float] = {}
-    for kind in cfg.layer_counts:
-        for name, size in layer_bytes_per_token(cfg, kind, formats.cache).items():
-            found[name] = size / split * formats.cache_factor * page_tokens
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Clock:
-    """What prices a plan's steps: the simulator's deployment, and the deployment and formats of each pool."""
-
-    deployment: Deployment | Disaggregated
-    pools: tuple[Deployment, ...]
-    formats: tuple[Formats, ...]
-
-
-def clock_of(cfg: ModelConfig, plan: Plan) -> Clock:
-    """All of a plan's servers, priced as `glm5 simulate --plan` prices them. Raises `ProfileError` or `PriceError`.
-
-    Float32 is the reference that any chip can be asked for; where it has no rate for it, steps are priced in bf16.
-    """
-    tables, pools, formats = PriceTables(), [], []
-    for pool in plan.pools:
-        spec = spec_of(cfg, pool, profile_of(pool))
-        if spec.formats.wide == "f32" and spec.profile.number("chip.peak.fp32_flops_per_s") is None:
-            spec = dataclasses.replace(spec, formats=Formats())
-        formats.append(spec.formats)
-        pools.append(
-            Deployment(
-                spec.engine,
-                pricer_of(spec, tables),
-                pool_tokens=pool.pool_tokens,
-                devices=len(pool.devices),
-                replicas=pool.replicas,
-                ranks=pool.layout.dp,
-            )
-        )
-    if plan.transfer is None:
-        return Clock(pools[0], tuple(pools), tuple(formats))
-    link = plan.transfer
-    per_token = link.kv_bytes_per_token / link.link_bandwidth_bytes_per_s + link.conversion_seconds_per_token
-    rate = link.kv_bytes_per_token / per_token
-    moving = Disaggregated(pools[0], pools[1], link.kv_bytes_per_token, rate, link.link_latency_seconds)
-    return Clock(moving, tuple(pools), tuple(formats))
+def clock_of(cfg: ModelConfig, plan: Plan) -> Deployed:
+    """All of a plan's servers, priced as `glm5 simulate --plan` prices them. Raises `ProfileError` or `PriceError`."""
+    return deployed(plan, cfg, whole=True, stand_in=True)

@@ -39,7 +39,7 @@ class ProcessLost(Failure):
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProcessPlace:
     """Which of the processes this one is, and where process 0 listens."""
 
     coordinator: str
@@ -47,7 +47,7 @@ class Place:
     count: int
 
     @classmethod
-    def parse(cls, coordinator: str | None, process: str | None) -> Place:
+    def parse(cls, coordinator: str | None, process: str | None) -> ProcessPlace:
         """From the words of the command line. Raises `UsageError`."""
         if coordinator is None or process is None:
             raise UsageError("--coordinator and --process go together: where process 0 listens, and which this is")
@@ -82,7 +82,7 @@ _OF_RUNTIME = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|RESOURCE
 _BUG = 1  # exit code of a child that has printed a traceback
 
 
-def supervise(place: Place, work: Callable[..., None], arguments: dict[str, Any]) -> None:
+def supervise(place: ProcessPlace, work: Callable[..., None], arguments: dict[str, Any]) -> None:
     """Runs `work(**arguments)` in a child process, and raises here what it raises there if that is expected.
 
     Raises `ProcessLost` where the child ended otherwise: another process is gone.
@@ -108,11 +108,11 @@ def supervise(place: Place, work: Callable[..., None], arguments: dict[str, Any]
         raise _lost(place, f"exit code {child.exitcode}" if child.exitcode > 0 else f"signal {-child.exitcode}")
 
 
-def _lost(place: Place, reason: str) -> ProcessLost:
+def _lost(place: ProcessPlace, reason: str) -> ProcessLost:
     return ProcessLost(f"{place} ends, because another process was lost or its device failed ({reason})")
 
 
-def _await_coordinator(place: Place) -> None:
+def _await_coordinator(place: ProcessPlace) -> None:
     """Raises `UsageError` where nothing comes to listen there."""
     host, _, port = place.coordinator.rpartition(":")
     until = time.monotonic() + JOIN_SECONDS
@@ -129,7 +129,7 @@ def _await_coordinator(place: Place) -> None:
         time.sleep(0.2)
 
 
-def _child(place: Place, sender: Connection, work: Callable[..., None], arguments: dict[str, Any]) -> None:
+def _child(place: ProcessPlace, sender: Connection, work: Callable[..., None], arguments: dict[str, Any]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # What the distributed runtime and gloo print is not for the reader; answers are process 0's to give.
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -164,7 +164,7 @@ def _end_with_parent() -> None:
     os._exit(_BUG)
 
 
-def connect(place: Place, backend: Backend, dtype: str | None, plan: Plan, asked: object) -> Processes:
+def connect(place: ProcessPlace, backend: Backend, dtype: str | None, plan: Plan, asked: object) -> Processes:
     """Joins the other processes; in the child only. asked: what all must have been asked for alike, with a `repr`.
 
     Raises `UsageError` where not all processes join, or one was asked for something else.

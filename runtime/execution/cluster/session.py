@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from foundation.errors import UsageError
 from model.config import ModelConfig
+from runtime.deployment.choice import check_kv, chosen_scheme
 from runtime.deployment.plan import Plan, Pool, profile_of
 from runtime.execution.cluster import deploy
 from runtime.execution.cluster.options import SimOptions
-from runtime.layout import Formats
+from runtime.simulation.build import spec_for
+from runtime.simulation.planned import Deployed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,20 +73,15 @@ def _planned(cfg: ModelConfig, options: SimOptions) -> Plan:
 
 
 def _on_the_spot(cfg: ModelConfig, options: SimOptions) -> Plan:
-    from backends.emulation.schemes import cache_of_profile, of_profile
-    from runtime.simulation.build import default_kv
-
     if options.profile is None:
         raise UsageError("--backend sim emulates a chip: name it with --profile (`glm5 profiles list`), or give --plan")
     profile = deploy.scaled(options.profile, options.scale_memory)
-    chosen = of_profile(profile, options.formats)
+    chosen = chosen_scheme(profile, options.formats)
+    check_kv(profile, options.kv)
     engine = options.engine or "sglang"
-    kv = options.kv or (None if chosen.wide == "f32" else default_kv(cfg, profile, engine))
-    cache_of_profile(profile, kv, chosen)
     layout, replicas = deploy.lay_out(cfg, options.devices or 1, options.tp, options.dp, options.ep, options.pp)
     settings = deploy.unscaled_settings(engine, cfg, options.profile, layout, profile, {})
-    held = Formats(chosen.dense, chosen.experts, kv or chosen.wide)
-    return deploy.spot_plan(cfg, profile, layout, held, replicas, engine, settings)
+    return deploy.spot_plan(spec_for(cfg, profile, layout, chosen, options.kv, engine, settings), replicas)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +91,7 @@ class Result:
 
     outcome: Outcome
     wall: list[Completion]
-    clock: deploy.Clock
+    clock: Deployed
     load_s: float
     compile_s: float
     run_s: float
@@ -107,7 +104,7 @@ def serve(
     prompts: Sequence[Prompt],
     on_token: OnToken = lambda index, token: None,
     trace: Path | None = None,
-    clock: deploy.Clock | None = None,
+    clock: Deployed | None = None,
 ) -> Result:
     """Runs the prompts on the plan's devices: emulated ones, or those of several processes.
 
@@ -198,15 +195,15 @@ class _Unread:
 
 
 def number_formats(cfg: ModelConfig, pool: Pool) -> Numerics | None:
-    """What the pool's chip rounds; None where everything is float32. Raises `Unsupported`."""
+    """What the pool's chip rounds; None where everything is float32. Raises `UsageError`."""
     if pool.formats.wide == "f32":
         return None
-    from backends.emulation.number_formats import formats_of
-    from backends.emulation.schemes import SCHEMES
+    from backends.emulation.number_formats import NumberFormats
 
-    wanted = (pool.formats.weights, pool.formats.experts)
-    name = next((name for name, each in SCHEMES.items() if (each.dense, each.experts) == wanted), "/".join(wanted))
-    return formats_of(cfg, profile_of(pool), name, pool.formats.kv)
+    profile = profile_of(pool)
+    chosen_scheme(profile, pool.formats.scheme.name)
+    check_kv(profile, pool.formats.kv)
+    return NumberFormats(cfg, pool.formats)
 
 
 def _pages(pool: Pool, prompts: Sequence[Prompt]) -> int:
@@ -215,15 +212,14 @@ def _pages(pool: Pool, prompts: Sequence[Prompt]) -> int:
     return min(pool.kv_pages, sum(each)) + any(p.keep_logits for p in prompts)
 
 
-def _timelines(cfg: ModelConfig, plan: Plan, clock: deploy.Clock) -> list[Timeline]:
+def _timelines(cfg: ModelConfig, plan: Plan, clock: Deployed) -> list[Timeline]:
     from runtime.execution.cluster.timeline import Timeline, segments
-    from runtime.pricing.pricer import GraphPricer, OpLists
+    from runtime.pricing.pricer import OpLists
     from runtime.pricing.trace import trace
 
     found, process = [], 0
-    for pool, deployment in zip(plan.pools, clock.pools, strict=True):
-        pricer = deployment.pricer
-        assert isinstance(pricer, GraphPricer)
+    for pool, built in zip(plan.pools, clock.pools, strict=True):
+        pricer = built.pricer
         traced = trace(cfg, pool.layout, "decode")
         programs = OpLists(traced.layers, traced.embed, traced.head, None)
         ops = segments(cfg, pool.layout, programs, pricer)

@@ -19,8 +19,8 @@ import numpy as np
 
 from foundation.writing import replacing
 from model.config import Mla, ModelConfig
+from model.split import Layout
 from model.weights import layer_weights, outer_weights
-from runtime.layout import Layout
 from runtime.pricing.load import uniform
 from runtime.pricing.oplist import OpList
 from runtime.pricing.pricer import GraphPricer, OpLists

@@ -10,16 +10,15 @@ from typing import Any
 
 from foundation.writing import replacing
 from model.config import ModelConfig
+from runtime.deployment.engines import engine_for, load
 from runtime.deployment.engines.flags import checkpoint, table
 from runtime.deployment.errors import LaunchError
 from runtime.deployment.plan import Plan, Pool, profile_of
-from runtime.layout import checkpoint_scheme
 from runtime.planning.assign import node_devices
 from runtime.planning.kv_tiers import HOST_RATIO, device_bytes_per_token
 from runtime.planning.launch import experts, sglang, vllm
 from runtime.planning.launch.server import LaunchServer, NodeShare
 from runtime.planning.launch.words import Command, Shell, Word, plain
-from runtime.simulation.build import make_engine
 
 ENGINES = ("sglang", "vllm", "vllm-ascend")
 _MODEL = Shell("${MODEL:?the checkpoint to load}")
@@ -139,14 +138,15 @@ def _servers(
     host_tier: bool,
     files: dict[str, Any],
 ) -> list[LaunchServer]:
-    if engine not in ENGINES:
+    kind = load(engine).kind
+    if kind not in ENGINES:
         raise LaunchError(f"no launch commands for {engine}: use --engine {', '.join(ENGINES)}")
     profile = profile_of(pool)
-    described = make_engine(engine, cfg, profile, pool.layout, pool.settings if engine == pool.engine else None)
+    described = engine_for(engine, cfg, profile, pool.layout, pool.settings if engine == pool.engine else None)
     placement = None
     if pool.experts and not experts.in_order(pool.experts):
         placement = f"experts-{pool.role}.json"
-        write = {"sglang": experts.sglang, "vllm-ascend": experts.vllm_ascend}.get(engine)
+        write = {"sglang": experts.sglang, "vllm-ascend": experts.vllm_ascend}.get(kind)
         if write:
             files[placement] = write(pool.experts, cfg)
     host_bytes = HOST_RATIO * pool.pool_tokens * device_bytes_per_token(pool) if host_tier else None
@@ -161,7 +161,7 @@ def _servers(
             parts[device.node] = NodeShare(device.node, start, old.count + 1 if old else 1, addresses[device.node])
         found.append(
             LaunchServer(
-                table=table(engine),
+                table=table(kind),
                 cfg=cfg,
                 profile=profile,
                 pool=pool,
@@ -182,7 +182,7 @@ def _servers(
 def _checkpoint(cfg: ModelConfig, pool: Pool) -> str | None:
     """The published checkpoint in the pool's formats, or the directory that the model was read from if it has them."""
     config = Path(cfg.name)
-    if config.name == "config.json" and checkpoint_scheme(cfg) == pool.scheme:
+    if config.name == "config.json" and cfg.stored_scheme.name == pool.scheme:
         return str(config.parent)
     return checkpoint(cfg.name.removesuffix("-fp8"), pool.scheme)
 

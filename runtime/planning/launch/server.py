@@ -12,7 +12,6 @@ from runtime.deployment.engines import Engine
 from runtime.deployment.engines.flags import LaunchTable
 from runtime.deployment.errors import LaunchError
 from runtime.deployment.plan import Pool
-from runtime.layout import is_sparse
 from runtime.planning.launch.words import Command, Word
 
 EXPRESSED = (
@@ -84,7 +83,7 @@ class LaunchServer:
             "model_type": self.cfg.model_type,
             "scheme": self.pool.scheme,
             "kv": self.pool.formats.kv,
-            "sparse": is_sparse(self.cfg),
+            "sparse": self.cfg.sparse,
             "fp4": self.profile.number("chip.peak.fp4_flops_per_s") is not None,
             "by_expert": layout.by_expert,
             "groups": layout.dp > 1,

@@ -19,12 +19,12 @@ import numpy as np
 
 from backends.ascend import atc, catalog, plugin
 from backends.ascend.lowerings import FUSED, CannOptions, is_latent, split_port
-from backends.emulation.schemes import SCHEMES
 from backends.errors import Unsupported
 from backends.toolchains.walker import Graph, Port
 from foundation.errors import UsageError
 from hw_profiles import Profile
 from model.config import LayerType
+from model.formats import FORMATS, SCHEMES
 from model.weights import layer_weights
 from runtime.deployment.manifest import DeviceShare, Manifest, Step, Value, WeightRef
 from runtime.deployment.tensors import TensorWriter
@@ -179,9 +179,8 @@ def _int8_weights(request: ExportJob, kind: LayerType) -> frozenset[str]:
     scheme = SCHEMES.get(request.scheme)
     if scheme is None:
         return frozenset()
-    return frozenset(
-        f"w.{weight.name}" for weight in layer_weights(request.cfg, kind) if scheme.format_of(weight, kind.mtp) == _INT8
-    )
+    found = (weight for weight in layer_weights(request.cfg, kind) if scheme.stored(weight, kind.mtp).name == _INT8)
+    return frozenset(f"w.{weight.name}" for weight in found)
 
 
 def _contracted(name: str) -> int:
@@ -207,7 +206,7 @@ def _quantised(name: str, array: np.ndarray, int8: frozenset[str]) -> dict[str, 
     from model.quantised import quantise
 
     dim = _contracted(name)
-    matrix = quantise(_INT8, np.moveaxis(array, dim, -1).astype(np.float32))
+    matrix = quantise(FORMATS[_INT8], np.moveaxis(array, dim, -1).astype(np.float32))
     return {".values": np.ascontiguousarray(np.moveaxis(matrix.values, -1, dim)), ".scale": matrix.scale[..., 0]}
 
 

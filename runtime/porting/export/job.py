@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from backends.spmd.grid import Grid
 from backends.toolchains.walker import Graph, Port
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
+from model.split import Grid
 from runtime.deployment.manifest import Format, Gear, Manifest, OpUse, Phase, Step, Value
 from runtime.porting.export.units import Cut
 

@@ -6,11 +6,11 @@ import dataclasses
 from importlib.util import find_spec
 from pathlib import Path
 
-from backends.spmd.grid import Grid, Slots
 from foundation.errors import UsageError
 from model.config import ModelConfig
+from model.formats import SCHEMES
+from model.split import Grid, Layout
 from runtime.deployment.manifest import Gear
-from runtime.layout import SCHEMES, Layout, checkpoint_scheme
 from runtime.porting.export.job import ExportJob
 
 SCHEMES_OF = {"stablehlo": ("f32", "bf16", "fp8"), "torch": ("f32", "bf16", "fp8"), "onnx": ("f32", "bf16")}
@@ -31,11 +31,7 @@ class Placed:
 def from_layout(cfg: ModelConfig, layout: Layout) -> Placed:
     """Raises `UsageError` where the model does not divide."""
     layout.check(cfg)
-    slots = None
-    if layout.by_expert and cfg.moe:
-        row = tuple(range(cfg.moe.experts))
-        slots = Slots(cfg.moe.experts // layout.ep, (row,) * sum(kind.ffn == "moe" for kind in cfg.layers))
-    return Placed(Grid(layout.tp, layout.dp, tuple(layout.stage_layers(cfg.num_layers)), slots), layout.name)
+    return Placed(Grid.of(cfg, layout), layout.name)
 
 
 def from_plan(cfg: ModelConfig, path: Path) -> Placed:
@@ -49,7 +45,7 @@ def from_plan(cfg: ModelConfig, path: Path) -> Placed:
 
 def preset_scheme(cfg: ModelConfig) -> str:
     """The number formats a model's own checkpoint has."""
-    return checkpoint_scheme(cfg)
+    return cfg.stored_scheme.name
 
 
 def check(request: ExportJob) -> None:

@@ -18,12 +18,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from backends.spmd.grid import Grid
 from backends.toolchains.cut import Exchange
 from backends.toolchains.walker import Graph
 from foundation.errors import UsageError
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
+from model.split import Grid
 from runtime.deployment.manifest import (
     FILE,
     Format,
@@ -36,7 +36,7 @@ from runtime.deployment.manifest import (
 )
 from runtime.porting.export import shares
 from runtime.porting.export.job import ExportJob, Writer, values
-from runtime.porting.export.units import Cut, caches, placement, units, weight_refs
+from runtime.porting.export.units import Cut, caches, units, weight_refs
 
 TOKENIZER = "tokenizer.json"
 
@@ -188,7 +188,7 @@ def _stops(checkpoint: Checkpoint | None) -> tuple[int, ...]:
 
 
 def _slots(cfg: ModelConfig, grid: Grid) -> dict[str, tuple[int, ...]]:
-    placed = {str(layer): placement(cfg, grid, layer) for layer in range(cfg.num_layers)}
+    placed = {str(layer): grid.placement(cfg, layer) for layer in range(cfg.num_layers)}
     return {layer: tuple(int(e) for e in found[0]) for layer, found in placed.items() if found is not None}
 
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from backends.spmd.grid import Grid
-from backends.spmd.shard import is_split, parts, split_dim
+from backends.spmd.shard import is_split
 from model.checkpoint import Checkpoint, groups
 from model.config import ModelConfig
+from model.split import Grid
 from model.weights import Quantized, Weight
 from runtime.deployment.manifest import DeviceShare, Manifest
 from runtime.deployment.tensors import TensorWriter
-from runtime.porting.export.units import placement
 
 Sink = Callable[[DeviceShare, str, np.ndarray], None]
 
@@ -23,27 +22,20 @@ Sink = Callable[[DeviceShare, str, np.ndarray], None]
 def devices(cfg: ModelConfig, grid: Grid) -> tuple[DeviceShare, ...]:
     """The devices of a grid, in the order stage, dp rank, tp rank."""
     return tuple(
-        DeviceShare(
-            index=(stage * grid.dp + dp) * grid.tp + tp,
-            stage=stage,
-            ranks={"dp": dp, "tp": tp},
-            layers=tuple(grid.stages[stage]),
-        )
-        for stage in range(len(grid.stages))
-        for dp in range(grid.dp)
-        for tp in range(grid.tp)
+        DeviceShare(place.index, place.stage, {"dp": place.dp, "tp": place.tp}, tuple(grid.stages[place.stage]))
+        for place in grid.layout.places()
     )
 
 
 def share(array: np.ndarray, weight: Weight, grid: Grid, device: DeviceShare) -> np.ndarray:
     """A device's part of a weight's values, or of its block scales."""
-    dim, axes = split_dim(weight, grid)
-    count = parts(axes, grid)
+    dim, axes = grid.layout.split(weight)
+    count = grid.layout.parts(axes)
     if not is_split(array, dim, count):
         return array
     place = 0
     for axis in axes:  # the outermost axis first
-        place = place * getattr(grid, axis) + device.ranks[axis]
+        place = place * grid.layout.axes[axis] + device.ranks[axis]
     size = array.shape[dim] // count
     return array[(slice(None),) * dim + (slice(place * size, (place + 1) * size),)]
 
@@ -60,7 +52,7 @@ def each_share(
     def deal(weight: Weight, value: np.ndarray | Quantized) -> np.ndarray | Quantized:
         owner = next(order)
         layer = int(owner.partition(".")[2]) if owner.startswith("layers.") else None
-        placed = placement(cfg, grid, layer) if weight.expert_count else None
+        placed = grid.placement(cfg, layer) if weight.expert_count else None
         parts = {".values": value.values, ".scale": value.scale} if isinstance(value, Quantized) else {"": value}
         for suffix, array in parts.items():
             if placed is not None:
@@ -95,7 +87,7 @@ def _order(cfg: ModelConfig, mtp: bool) -> Iterator[str]:
 def slot_table(cfg: ModelConfig, grid: Grid, layer: int | None, width: int) -> np.ndarray:
     """int32 [experts, width]: the slots of each expert of a layer, repeated in turn."""
     assert cfg.moe is not None
-    placed = placement(cfg, grid, layer)
+    placed = grid.placement(cfg, layer)
     table = np.arange(cfg.moe.experts, dtype=np.int32)[:, None] if placed is None else placed[1]
     return np.ascontiguousarray(table[:, np.arange(width) % table.shape[1]])
 

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
-from backends.spmd.grid import Grid, Slots, slot_layout
-from backends.spmd.shard import local_shape, split_dim
 from backends.toolchains.cut import Exchange, cut
 from backends.toolchains.walker import Graph
 from model import abstract, graph, ops
 from model.cache import CacheRow, cache_rows
-from model.config import Gqa, LayerType, ModelConfig
+from model.config import LayerType, ModelConfig
+from model.formats import FORMATS
+from model.parallel import Parallel
+from model.split import Grid, scale_shape
 from model.weights import Quantized, Weight, layer_weights, outer_weights
 from runtime.deployment.manifest import OUT, Gear, Phase, Value, WeightRef
 
@@ -46,7 +47,7 @@ class Cut:
     @property
     def axes(self) -> dict[str, int]:
         """Mesh axes of more than one device."""
-        return {name: n for name, n in (("dp", self.grid.dp), ("tp", self.grid.tp)) if n > 1}
+        return self.grid.layout.axes
 
     @property
     def unit_types(self) -> dict[str, LayerType]:
@@ -56,16 +57,14 @@ class Cut:
     def table_width(self, kind: LayerType) -> int:
         """Columns of the table of expert slots that layers of a type are given; 0 where slot e is expert e."""
         layers = [None] if kind.mtp else [i for i, other in enumerate(self.cfg.layers) if other == kind]
-        placed = [placement(self.cfg, self.grid, layer) for layer in layers]
+        placed = [self.grid.placement(self.cfg, layer) for layer in layers]
         return max((each[1].shape[1] for each in placed if each is not None), default=0)
 
     def local(self, described: Weight | CacheRow) -> tuple[int, ...]:
         """One device's share of a weight or of a cache's row."""
         if isinstance(described, Weight):
-            return local_shape(described, self.grid)
-        if isinstance(self.cfg.attention, Gqa):  # KV heads are split over tp; latents and index keys are held whole
-            return (described.shape[0] // self.grid.tp, *described.shape[1:])
-        return described.shape
+            return self.grid.local_shape(described)
+        return self.grid.layout.local_row(described)
 
     def weights(self, kind: LayerType | None) -> dict[str, Any]:
         """Abstract weights of a layer type, or with None the outer ones."""
@@ -79,19 +78,6 @@ class Cut:
 
     def shape(self, gear: Gear) -> abstract.StepShape:
         return abstract.StepShape(gear.sequences, gear.tokens, gear.context_pages, self.page_size, self.pool_pages)
-
-
-def placement(cfg: ModelConfig, grid: Grid, layer: int | None) -> tuple[np.ndarray, np.ndarray] | None:
-    """The expert in each slot, and the slots of each expert, of a layer (None: the MTP layer, which no plan places:
-    its experts are in order, and where a device has spare slots, in turn). None where slot e is expert e."""
-    if layer is not None:
-        return slot_layout(cfg, grid, layer)
-    if grid.slots is None or cfg.moe is None or cfg.mtp_type.ffn != "moe":
-        return None
-    total = grid.slots.per_device * grid.stage_devices
-    row = tuple(slot % cfg.moe.experts for slot in range(total))
-    slots = Slots(grid.slots.per_device, (row,))
-    return None if total == cfg.moe.experts else (np.array(row), slots.table(0, cfg.moe.experts))
 
 
 def caches(what: Cut) -> dict[str, tuple[Value, ...]]:
@@ -112,7 +98,7 @@ def weight_refs(what: Cut, kind: LayerType | None) -> tuple[WeightRef, ...]:
     owner = "outer" if kind is None else "w"
     refs = []
     for weight in outer_weights(what.cfg) if kind is None else layer_weights(what.cfg, kind):
-        dim, axes = split_dim(weight, what.grid)
+        dim, axes = what.grid.layout.split(weight)
         split = tuple(axes if d == dim else () for d in range(len(weight.shape)))
         for suffix, leaf, whole in _leaves(weight, abstracts[weight.name]):
             refs.append(
@@ -134,13 +120,16 @@ def weight_refs(what: Cut, kind: LayerType | None) -> tuple[WeightRef, ...]:
 
 def _leaves(weight: Weight, value: Any) -> list[tuple[str, Any, tuple[int, ...]]]:
     if isinstance(value, Quantized):
-        return [(".values", value.values, weight.shape), (".scale", value.scale, weight.scale_shape)]
+        return [
+            (".values", value.values, weight.shape),
+            (".scale", value.scale, scale_shape(weight, FORMATS["fp8-block"], weight.shape)),
+        ]
     return [("", value, weight.shape)]
 
 
 def units(what: Cut, phase: Phase, gear: Gear) -> dict[str, Chain]:
     """Every unit's chain at a gear, by name: "view", "embed", the layer types, "head", and MTP's where there is one."""
-    cfg, shape, par, axes = what.cfg, what.shape(gear), what.grid.parallel, what.axes
+    cfg, shape, par, axes = what.cfg, what.shape(gear), Parallel.of(what.grid.layout), what.axes
     mode = graph.Mode("expanded" if phase == "prefill" else "absorbed")
     out: dict[str, Chain] = {"view": _view(what, shape), "embed": _end(what, shape, "embed")}
     for name, kind in what.unit_types.items():
@@ -184,7 +173,7 @@ def _view(what: Cut, shape: abstract.StepShape) -> Chain:
 
 
 def _end(what: Cut, shape: abstract.StepShape, end: Literal["embed", "head"]) -> Chain:
-    cfg, par, outer = what.cfg, what.grid.parallel, what.weights(None)
+    cfg, par, outer = what.cfg, Parallel.of(what.grid.layout), what.weights(None)
     batch = abstract.abstract_batch(shape)
 
     def embed(outer: Any, tokens: Any) -> Any:

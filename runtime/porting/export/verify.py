@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backends.spmd.grid import Grid
 from foundation.errors import Failure, UsageError
 from model import graph
 from model.cache import cache_rows
 from model.checkpoint import Checkpoint
 from model.config import Gqa, ModelConfig
+from model.split import Grid
 from runtime.deployment.manifest import GearUnits, Manifest
 from runtime.execution.package.executor import executor, executor_of
 from runtime.execution.package.runner import Runner, StepBatch, stored_weights
