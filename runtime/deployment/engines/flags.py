@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
+from foundation.reading import read_toml
+
 Facts = Mapping[str, Any]
+
+_FOLDER = Path(str(resources.files("runtime"))) / "data" / "launch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +72,7 @@ def holds(when: Facts, facts: Facts) -> bool:
 
 
 def _document(name: str) -> dict[str, Any]:
-    path = resources.files("runtime") / "data" / "launch" / f"{name}.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    return read_toml(_FOLDER / f"{name}.toml")
 
 
 @lru_cache
@@ -102,7 +105,7 @@ def unsupported(engine: str, vendor: str, scheme: str, kv: str, sparse: bool) ->
 
     sparse: the model has an indexer.
     """
-    if not (resources.files("runtime") / "data" / "launch" / f"{engine}.toml").is_file():
+    if not (_FOLDER / f"{engine}.toml").is_file():
         return None
     known = {"vendor": vendor, "scheme": scheme, "kv": kv, "sparse": sparse}
     rules = (rule for rule in table(engine).refuse if rule["when"].keys() <= known.keys())
