@@ -3,7 +3,7 @@
     from runtime.deployment.engines import load
     engine = load("sglang", overrides={"chunked_prefill_tokens": 32768}, device_memory_bytes=150e9)
 
-Standard library only; must not import the simulator (but for its errors), JAX or a chip.
+Must not import the simulator (but for its errors), JAX or a chip.
 """
 
 from runtime.deployment.engines.loader import Engine, Source, load, names

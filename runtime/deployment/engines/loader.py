@@ -10,14 +10,14 @@ Grades: A read from the engine's own source or documentation, B measured by othe
 from __future__ import annotations
 
 import difflib
-import math
-import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from foundation.reading import Unreadable, read_toml
+from runtime.deployment.document import Fault, place, validated
 from runtime.deployment.errors import EngineError
 
 _GIB = 2**30
@@ -28,13 +28,6 @@ Admission = Literal["estimate", "prompt", "max-length"]
 MemoryOf = Literal["free-before-load", "device", "free-after-peak"]
 Victim = Literal["least-output", "last"]
 
-_CHOICES = {
-    "policy": ("prefill-first", "mixed"),
-    "admission": ("estimate", "prompt", "max-length"),
-    "memory_fraction_of": ("free-before-load", "device", "free-after-peak"),
-    "preemption_victim": ("least-output", "last"),
-    "preempted_go": ("front", "back"),
-}
 _FRACTIONS = ("memory_fraction", "watermark_fraction", "new_token_ratio", "new_token_ratio_min")
 _POSITIVE = (
     "max_step_tokens",
@@ -54,6 +47,18 @@ class Source:
     date: str
     grade: str
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting as its file has it."""
+
+    value: Any
+    source: str
+    date: str
+    grade: str
+    note: str = ""
+    by_memory_gib: tuple[tuple[float, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ def load(name: str, overrides: Mapping[str, Any] | None = None, *, device_memory
     if not path.is_file():
         raise EngineError(f"unknown engine {name!r}: choose one of {', '.join(names())}, or give a .toml path")
     document = _document(path, path.stat().st_mtime_ns)
-    values, evidence = _settings(path.name, document, device_memory_bytes)
+    values, evidence = _settings(document, device_memory_bytes)
     for key, value in (overrides or {}).items():
         _known(key)
         values[key] = _expand(value) if key == "graph_batch_sizes" else value
@@ -191,53 +196,66 @@ def load(name: str, overrides: Mapping[str, Any] | None = None, *, device_memory
     missing = [each for each in _REQUIRED if each not in values]
     if missing:
         raise EngineError(f"{path.name} lacks {', '.join(missing)}: add each as {{value=, source=, date=, grade=}}")
-    engine_name = document.get("name", path.stem)
-    return Engine(engine_name, document.get("description", ""), **values, evidence=evidence)
+    values = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in values.items()}  # 1e4 tokens
+    about = {"name": document.get("name", path.stem), "description": document.get("description", "")}
+    engine = validated(Engine, {**about, **values}, EngineError, path.name, say=_say)
+    return replace(engine, evidence=evidence)
 
 
 @lru_cache(maxsize=32)
 def _document(path: Path, modified_ns: int) -> dict[str, Any]:
     """The file as read; planning loads an engine for each of hundreds of layouts."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise EngineError(f"{path.name} is not valid TOML: {error}") from None
+        document = read_toml(path)
+    except Unreadable as error:
+        what = f" is not valid TOML: {error}" if error.reason == "syntax" else f": {error}"
+        raise EngineError(f"{path.name}{what}") from None
+    sections = {name: part for name, part in document.items() if isinstance(part, dict)}
+    return document | validated(dict[str, dict[str, Setting]], sections, EngineError, path.name, say=_say)
+
+
+def _say(where: str, fault: Fault) -> str:
+    """A fault in the shape of a setting, or in an engine's values."""
+    if fault.missing:
+        return f"{where}: {fault.path[-1]} lacks {', '.join(fault.missing)}"
+    if fault.unknown:
+        return f"{where}: {fault.path[-1]} does not take {fault.unknown[0]}; it takes {', '.join(fault.known)}"
+    wrong = fault.wrong.replace("must be int", "must be a number without a fraction")
+    return f"{where}: {place(fault.path)} = {fault.shown} {wrong}"
 
 
 _SETTINGS = tuple(f.name for f in fields(Engine) if f.name not in ("name", "description", "evidence"))
 _REQUIRED = tuple(f.name for f in fields(Engine) if f.name in _SETTINGS and f.default is MISSING)
 
 
-def _settings(
-    file: str, document: dict[str, Any], device_memory_bytes: float | None
-) -> tuple[dict[str, Any], dict[str, Source]]:
+def _settings(document: dict[str, Any], device_memory_bytes: float | None) -> tuple[dict[str, Any], dict[str, Source]]:
     """Flattens the sections into setting -> value and setting -> evidence."""
     values: dict[str, Any] = {}
     evidence: dict[str, Source] = {}
     for section in (part for part in document.values() if isinstance(part, dict)):
         for key, entry in section.items():
             _known(key)
-            absent = [part for part in ("value", "source", "date", "grade") if part not in entry]
-            if absent:
-                raise EngineError(f"{file}: {key} lacks {', '.join(absent)}")
-            value = entry["value"]
-            if device_memory_bytes is not None and "by_memory_gib" in entry:
-                steps = entry["by_memory_gib"]
+            value = entry.value
+            if device_memory_bytes is not None and entry.by_memory_gib:
+                steps = entry.by_memory_gib
                 value = next((v for limit, v in steps if device_memory_bytes < limit * _GIB), steps[-1][1])
             values[key] = _expand(value) if key == "graph_batch_sizes" else value
-            evidence[key] = Source(entry["source"], str(entry["date"]), entry["grade"], entry.get("note", ""))
+            evidence[key] = Source(entry.source, entry.date, entry.grade, entry.note)
     return values, evidence
 
 
 def _expand(sizes: Any) -> tuple[int, ...]:
     """[1, 2, "8:32:8"] -> (1, 2, 8, 16, 24, 32); ranges include their end."""
     expanded: set[int] = set()
-    for size in sizes:
-        if isinstance(size, str):
-            first, last, step = (int(part) for part in size.split(":"))
-            expanded.update(range(first, last + 1, step))
-        else:
-            expanded.add(int(size))
+    try:
+        for size in sizes:
+            if isinstance(size, str):
+                first, last, step = (int(part) for part in size.split(":"))
+                expanded.update(range(first, last + 1, step))
+            else:
+                expanded.add(int(size))
+    except (TypeError, ValueError):
+        raise EngineError(f'graph_batch_sizes = {sizes!r} must hold sizes and ranges as "first:last:step"') from None
     return tuple(sorted(expanded))
 
 
@@ -249,23 +267,16 @@ def _known(key: str) -> None:
 
 
 def _check(engine: Engine) -> None:
-    """Raises EngineError for a value outside its range or of the wrong kind."""
+    """Raises EngineError for a value outside its range."""
 
     def refuse(key: str, why: str) -> None:
         raise EngineError(f"engine {engine.name}: {key} = {getattr(engine, key)!r} {why}")
 
-    for key, choices in _CHOICES.items():
-        if getattr(engine, key) not in choices:
-            refuse(key, f"must be one of {', '.join(choices)}")
-    for key in ("overlap_scheduling", "prefix_cache"):
-        if not isinstance(getattr(engine, key), bool):
-            refuse(key, "must be true or false")
-    skip = (*_CHOICES, "overlap_scheduling", "prefix_cache", "graph_batch_sizes")
-    for key in (each for each in _SETTINGS if each not in skip):
+    for key in _SETTINGS:
         value = getattr(engine, key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        if isinstance(value, int | float) and value < 0:
             refuse(key, "must be a number, zero or more")
-        if key in _POSITIVE and (value < 1 or value != int(value)):
+        if key in _POSITIVE and value < 1:
             refuse(key, "must be a whole number, one or more")
         if key in _FRACTIONS and value > 1:
             refuse(key, "must be a fraction, at most 1")
