@@ -3,7 +3,6 @@
 Failure
 ├── UsageError      a request, option or combination that cannot be served
 ├── CapacityError   a pool's pages or a device's memory are too few for what was asked
-├── Unreadable      a text from outside that cannot be read or parsed; readers turn it into an error of their own
 └── of one package: ProfileError (hw_profiles), ModelError (model), BackendError (backends), and in runtime
     PlanError, ServingError, PriceError, ValidationError, VerificationError, ProcessLost
 """

@@ -1,7 +1,7 @@
 """The gate for text from outside: files are read here, and JSON and TOML are parsed.
 
-What is wrong is an `Unreadable`: one line that does not name the file. The caller names it, says what to change, and
-raises an error of its own.
+What is wrong is an `Unreadable`: one line that does not name the file. Whoever reads names it, says what to change, and
+raises a `Failure` of its own; an `Unreadable` that nobody took is a bug.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from foundation.errors import Failure
-
 MOST_BYTES = 1 << 28  # 268 MB: more than any plan, manifest or index of shards
 
 Reason = Literal["absent", "file", "size", "encoding", "syntax"]
 
 
-class Unreadable(Failure):
+class Unreadable(Exception):
     """A text that cannot be read: why, `what` that is in words, and on which line where that is known.
 
     reason: "absent": no such file. "file": a directory, or refused by the system. "size": larger than allowed.

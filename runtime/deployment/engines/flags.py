@@ -1,19 +1,19 @@
-"""What a TOML file of `runtime/data/launch` says about an engine. The files' own heads explain their sections."""
+"""What a TOML file of `launch/` says about an engine. The files' own heads explain their sections."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from foundation.reading import read_toml
+from foundation.reading import Unreadable, read_toml
+from runtime.deployment.errors import EngineError
 
 Facts = Mapping[str, Any]
 
-_FOLDER = Path(str(resources.files("runtime"))) / "data" / "launch"
+_FOLDER = Path(__file__).parent / "launch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +72,16 @@ def holds(when: Facts, facts: Facts) -> bool:
 
 
 def _document(name: str) -> dict[str, Any]:
-    return read_toml(_FOLDER / f"{name}.toml")
+    path = _FOLDER / f"{name}.toml"
+    try:
+        return read_toml(path)
+    except Unreadable as error:
+        raise EngineError(f"{path}: {error}") from None
 
 
 @lru_cache
 def table(name: str) -> LaunchTable:
-    """The table of an engine."""
+    """The table of an engine. Raises `EngineError` where there is none."""
     body = _document(name)
     return LaunchTable(
         name=body["name"],
