@@ -1,10 +1,10 @@
 """Find a profile by name or path, read it, and apply `--set` overrides."""
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
+from foundation.reading import Unreadable, read_toml
 from hw_profiles.errors import InvalidOverride, InvalidProfile, UnknownProfile
 from hw_profiles.fields import CURVES, FIELDS, LABELS, show, suggest, wrong_value
 from hw_profiles.parse import parse, wrong_knots
@@ -41,15 +41,13 @@ def load(name_or_path: str | Path, overrides: Mapping[str, Override] | None = No
     """
     path = _find(str(name_or_path))
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UnknownProfile(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InvalidProfile(f"{path.name}: is not UTF-8 text") from None
-    except RecursionError:
-        raise InvalidProfile(f"{path.name}: is not valid TOML: nested too deep") from None
-    except ValueError as error:  # TOMLDecodeError, or an integer too long to convert
-        raise InvalidProfile(f"{path.name}: is not valid TOML: {str(error).splitlines()[0]}") from None
+        document = read_toml(path)
+    except Unreadable as error:
+        if error.reason == "syntax":
+            raise InvalidProfile(f"{path.name}: is not valid TOML: {error}") from None
+        if error.reason == "encoding":
+            raise InvalidProfile(f"{path.name}: is {error}") from None
+        raise UnknownProfile(f"{path}: cannot be read: {error}") from None
     profile = parse(document, path.name, path)
     return _override(profile, overrides) if overrides else profile
 

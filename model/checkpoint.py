@@ -21,6 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from foundation.reading import Unreadable, read_json
 from model import quantised
 from model.config import LayerType, Mla, ModelConfig, from_hf, load_config, read_config
 from model.errors import CheckpointError
@@ -122,9 +123,9 @@ class Checkpoint:
             shard = SafetensorsFile(single)
             return dict.fromkeys(shard.names, shard)
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = read_json(index)["weight_map"]
             shards = {name: SafetensorsFile(self.path / name) for name in sorted(set(weight_map.values()))}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (Unreadable, ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{index}: not a safetensors index (no valid `weight_map`)") from None
         for tensor, name in weight_map.items():
             if tensor not in shards[name].names:

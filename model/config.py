@@ -22,6 +22,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
+from foundation.reading import Unreadable, read_json
 from model.errors import ConfigError
 from model.formats import Scheme, scheme
 from model.quantization_config import PLAIN, UnknownQuantization, modelslim_scheme_name, scheme_name
@@ -510,13 +511,12 @@ def preset_names() -> tuple[str, ...]:
 def read_config(path: Path) -> dict[str, Any]:
     """The parsed JSON object at `path`; raises `ConfigError` in one line."""
     try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file (a checkpoint directory holds a config.json)") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        raw = read_json(path)
+    except Unreadable as error:
+        if error.reason == "absent":
+            raise ConfigError(f"{path}: no such file (a checkpoint directory holds a config.json)") from None
+        what = f"not valid JSON ({error})" if error.reason in ("syntax", "encoding") else error
+        raise ConfigError(f"{path}: {what}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: holds a {type(raw).__name__}, not an object")
     return raw

@@ -17,6 +17,7 @@ import jinja2
 import tokenizers
 from jinja2.exceptions import SecurityError
 
+from foundation.reading import Unreadable, parse_json, read_text
 from model.errors import TokenizerError
 from model.template_sandbox import Sandbox, limited
 
@@ -32,11 +33,11 @@ def _one_line(error: BaseException) -> str:
 def _read_text(path: Path) -> str | None:
     """The text of a file, None where there is none."""
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path}: cannot be read ({_one_line(error)})") from None
+        return read_text(path)
+    except Unreadable as error:
+        if error.reason == "absent":
+            return None
+        raise TokenizerError(f"{path}: cannot be read ({error})") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -45,9 +46,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: not valid JSON ({_one_line(error)})") from None
+        raw = parse_json(text)
+    except Unreadable as error:
+        raise TokenizerError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(raw, dict):
         raise TokenizerError(f"{path}: holds a {type(raw).__name__}, not an object")
     return raw

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foundation.errors import UsageError
+from foundation.reading import Unreadable, read_text
 from foundation.writing import replacing
 from model.formats import SCHEMES_HELP
 
@@ -242,11 +243,9 @@ def _parse_ids(text: str) -> tuple[int, ...]:
 
 def _read_prompts(path: Path) -> list[str]:
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise UsageError(f"--prompts {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"--prompts {path}: not UTF-8 text") from None
+        lines = [line for line in read_text(path).splitlines() if line.strip()]
+    except Unreadable as error:
+        raise UsageError(f"--prompts {path}: {error}") from None
     if not lines:
         raise UsageError(f"--prompts {path}: no prompt in it")
     return lines

@@ -10,6 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import ClassVar
 
 from foundation.errors import CapacityError
 from model.cache import cache_rows, row_bytes
@@ -118,6 +119,8 @@ def activation_bytes(cfg: ModelConfig, layout: Layout, step_tokens: int) -> floa
 @dataclasses.dataclass(frozen=True)
 class Ledger:
     """A device's memory, bytes. `free_bytes` is what the engine's fraction leaves unused."""
+
+    DERIVED: ClassVar = ("free_bytes",)  # written beside the fields
 
     capacity_bytes: float
     usable_bytes: float

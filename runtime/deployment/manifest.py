@@ -21,12 +21,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import types
-import typing
 from pathlib import Path
 from typing import Any, Literal
 
 from backends.errors import ArtifactError
+from foundation.reading import Unreadable, parse_json, read_text
+from runtime.deployment.document import Fault, place, validated
 
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
@@ -196,27 +196,25 @@ class Manifest:
     def from_json(cls, text: str, where: str = FILE) -> Manifest:
         """Raises `ArtifactError` for another version, missing, unknown or mistyped fields."""
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
             version = raw["schema_version"]
-        except (ValueError, KeyError, TypeError):
+        except (Unreadable, KeyError, TypeError):
             raise ArtifactError(f"{where}: not a manifest, or it is truncated; export it again") from None
         if version != SCHEMA_VERSION:
             raise ArtifactError(
                 f"{where}: manifest version {version!r}, this release reads {SCHEMA_VERSION}; export it again"
             )
-        try:
-            return _build(cls, raw, "manifest")
-        except _Malformed as error:
-            raise ArtifactError(f"{where}: {error}; export it again") from None
+        return validated(cls, raw, ArtifactError, where, say=_say)
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
         """The manifest of a package folder; the other files are not touched (see `check_files`)."""
         path = Path(folder) / FILE
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError):
+            text = read_text(path)
+        except Unreadable:
             raise ArtifactError(f"{folder}: no exported package (it has no readable {FILE})") from None
+        return cls.from_json(text, str(path))
 
     @property
     def owner_units(self) -> dict[str, str]:
@@ -234,6 +232,17 @@ class Manifest:
         """The programs of a phase, smallest gear first."""
         found = [program for program in self.programs if program.phase == phase]
         return tuple(sorted(found, key=lambda p: (p.gear.context_pages, p.gear.sequences, p.gear.tokens)))
+
+
+def _say(where: str, fault: Fault) -> str:
+    at = place(("manifest", *fault.path))
+    if fault.missing:
+        what = f"{at} lacks the field `{fault.missing[0]}`"
+    elif fault.unknown:
+        what = f"{at} has the unknown field `{fault.unknown[0]}`"
+    else:
+        what = f"{at} {fault.wrong}, not {fault.shown}"
+    return f"{where}: {what}; export it again"
 
 
 def hash_file(path: Path) -> File:
@@ -256,48 +265,3 @@ def check_files(folder: str | Path, manifest: Manifest) -> None:
             raise ArtifactError(f"{path}: {size} bytes where the manifest says {expected.bytes}; export it again")
         if hash_file(path).sha256 != expected.sha256:
             raise ArtifactError(f"{path}: altered (its hash is not the manifest's); export the package again")
-
-
-class _Malformed(Exception):
-    """A field that does not fit the schema."""
-
-
-def _build(kind: Any, raw: Any, where: str) -> Any:
-    """`raw` JSON as a value of the annotated type `kind`."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return raw
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(raw, dict):
-            raise _Malformed(f"{where} must be an object")
-        hints = typing.get_type_hints(kind)
-        fields = {field.name: field for field in dataclasses.fields(kind)}
-        if unknown := sorted(set(raw) - set(fields)):
-            raise _Malformed(f"{where} has the unknown field `{unknown[0]}`")
-        missing = [
-            name
-            for name, field in fields.items()
-            if name not in raw and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        ]
-        if missing:
-            raise _Malformed(f"{where} lacks the field `{missing[0]}`")
-        return kind(**{name: _build(hints[name], value, f"{where}.{name}") for name, value in raw.items()})
-    if origin is Literal:
-        if raw not in arguments:
-            raise _Malformed(f"{where} must be one of {', '.join(map(repr, arguments))}, not {raw!r}")
-        return raw
-    if origin in (typing.Union, types.UnionType):
-        if raw is None and type(None) in arguments:
-            return None
-        return _build(next(a for a in arguments if a is not type(None)), raw, where)
-    if origin is tuple:
-        if not isinstance(raw, list):
-            raise _Malformed(f"{where} must be a list")
-        return tuple(_build(arguments[0], value, f"{where}[{i}]") for i, value in enumerate(raw))
-    if origin is dict:
-        if not isinstance(raw, dict):
-            raise _Malformed(f"{where} must be an object")
-        return {key: _build(arguments[1], value, f"{where}.{key}") for key, value in raw.items()}
-    if (kind is int and isinstance(raw, bool)) or not isinstance(raw, kind):  # type: ignore[arg-type]
-        raise _Malformed(f"{where} must be {getattr(kind, '__name__', kind)}, not {raw!r}")
-    return raw

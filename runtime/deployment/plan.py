@@ -18,17 +18,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import hw_profiles
+from foundation.reading import Unreadable, parse_json, read_text
 from foundation.writing import replacing
 from hw_profiles import Profile
 from model.config import ModelConfig, load_config
 from model.formats import Formats
 from model.split import Layout
-from runtime.deployment.document import from_json, to_json
+from runtime.deployment.document import to_json, validated
 from runtime.deployment.errors import PlanFileError
 from runtime.deployment.kv import PoolKv
 from runtime.deployment.ledger import Ledger
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _HASH = re.compile(r'^"hash": "([0-9a-f]{64})",$', re.MULTILINE)
 
 Role = Literal["serve", "prefill", "decode"]
@@ -298,11 +299,11 @@ class Plan:
         for another model.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise PlanFileError(f"{path}: cannot be read: {error.strerror or error}") from None
-        except UnicodeDecodeError:
-            raise PlanFileError(f"{path}: damaged, it is not UTF-8 text; make the plan anew") from None
+            text = read_text(path)
+        except Unreadable as error:
+            if error.reason == "encoding":
+                raise PlanFileError(f"{path}: damaged, it is not UTF-8 text; make the plan anew") from None
+            raise PlanFileError(f"{path}: cannot be read: {error}") from None
         plan = cls.parse(text, str(path))
         if cfg is not None:
             plan.require_model(cfg, str(path))
@@ -312,12 +313,10 @@ class Plan:
     def parse(cls, text: str, where: str = "plan") -> Plan:
         """The plan in a text. Raises `PlanFileError`, see `read`."""
         try:
-            document = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            line = getattr(error, "lineno", 1)
-            raise PlanFileError(
-                f"{where}: cut short or damaged, not JSON from line {line}; make the plan anew"
-            ) from None
+            document = parse_json(text)
+        except Unreadable as error:
+            found = f"not JSON from line {error.line}" if error.line else str(error)
+            raise PlanFileError(f"{where}: cut short or damaged, {found}; make the plan anew") from None
         if not isinstance(document, dict) or "schema_version" not in document or "pools" not in document:
             raise PlanFileError(f"{where}: no plan (a plan has schema_version and pools); `glm5 plan --out` writes one")
         if document["schema_version"] != SCHEMA_VERSION:
@@ -335,10 +334,7 @@ class Plan:
                 "make the plan anew"
             )
         body = {key: value for key, value in document.items() if key not in ("hash", "formats")}
-        try:
-            return from_json(cls, body)
-        except PlanFileError as error:
-            raise PlanFileError(f"{where}: {error}") from None
+        return validated(cls, body, PlanFileError, where, complete=True)
 
     def require_model(self, cfg: ModelConfig, where: str = "plan") -> None:
         """Raises `PlanFileError` unless the plan is for this model."""

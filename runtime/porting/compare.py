@@ -29,6 +29,7 @@ import numpy as np
 import hw_profiles
 from backends.emulation.table import format_table
 from foundation.errors import UsageError
+from foundation.reading import Unreadable, read_text
 from hw_profiles import Profile
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
@@ -104,11 +105,9 @@ def read_texts(
 
 def _read(path: Path, option: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{option} {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{option} {path}: not UTF-8 text") from None
+        return read_text(path)
+    except Unreadable as error:
+        raise UsageError(f"{option} {path}: {error}") from None
 
 
 def compare(

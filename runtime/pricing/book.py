@@ -7,7 +7,6 @@ tables they are used ('fitted'); otherwise the joint fit over NVIDIA generations
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from foundation.reading import Unreadable, read_json
 from model.formats import matrix_format
 from runtime.pricing.chip import Chip, rate_of
 from runtime.pricing.grid import Array, Polyline, Surface, log_knots
@@ -60,10 +60,10 @@ STAND_IN_ERROR = 0.35
 def read_prices(path: Path) -> Mapping[str, Any]:
     """The body of one coefficients file. Raises PriceError when it is not one."""
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        body = read_json(path)
+    except Unreadable as error:
         raise PriceError(f"prices file {path}: {error}") from None
-    if body.get("schema") != 1 or "kernels" not in body:
+    if not isinstance(body, dict) or body.get("schema") != 1 or "kernels" not in body:
         raise PriceError(f"prices file {path}: not a schema-1 price table")
     return body
 

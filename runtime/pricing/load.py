@@ -8,13 +8,13 @@ medians; `power_law_rows` in the price files.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from foundation.reading import Unreadable, read_json
 from runtime.pricing.grid import Array
 from runtime.pricing.price import PriceError
 
@@ -125,10 +125,8 @@ def parse(text: str, experts: int) -> ExpertLoad:
     if not path.is_file():
         raise PriceError(f"expert load {text!r}: not uniform, balanced, power_law:ALPHA or a file of counts")
     try:
-        load = from_counts(json.loads(path.read_text(encoding="utf-8")), path.name)
-    except (json.JSONDecodeError, TypeError, ValueError) as error:
-        if isinstance(error, PriceError):
-            raise
+        load = from_counts(read_json(path), path.name)
+    except (Unreadable, TypeError, ValueError):
         raise PriceError(f"expert load {text!r}: not a JSON list of numbers") from None
     if len(load.shares) != experts:
         raise PriceError(f"expert load {text!r}: {len(load.shares)} counts for {experts} experts")

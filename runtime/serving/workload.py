@@ -5,7 +5,6 @@ A `Workload` makes all its requests up front from a seed, so a run is a pure fun
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,12 @@ from typing import Protocol
 
 import numpy as np
 
+from foundation.reading import Unreadable, parse_json, read_text
 from runtime.serving.errors import TraceFileError, WorkloadError
 from runtime.serving.request import Request
 
 MOONCAKE_BLOCK_TOKENS = 512
+MOST_TRACE_BYTES = 1 << 32
 
 
 class Lengths(Protocol):
@@ -171,8 +172,8 @@ def mooncake_trace(path: str | Path, *, limit: int | None = None, speed: float =
         raise WorkloadError(f"trace speed {speed}: give a finite factor above zero")
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path, MOST_TRACE_BYTES).splitlines()
+    except Unreadable as error:
         raise TraceFileError(f"cannot read the trace {path}: {error}") from None
     made: list[Request] = []
     for number, line in enumerate(lines, start=1):
@@ -192,9 +193,9 @@ def mooncake_trace(path: str | Path, *, limit: int | None = None, speed: float =
 def _trace_request(line: str, where: str, speed: float) -> Request:
     """One request from one line of JSON; raises TraceFileError that starts with `where`."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TraceFileError(f"{where}: not JSON ({error.msg})") from None
+        row = parse_json(line)
+    except Unreadable as error:
+        raise TraceFileError(f"{where}: not JSON ({error.what})") from None
     if not isinstance(row, dict):
         raise TraceFileError(f"{where}: expected an object with timestamp, input_length and output_length")
     for key, least in (("timestamp", 0), ("input_length", 1), ("output_length", 1)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import math
 import statistics
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ import numpy as np
 
 import hw_profiles
 from foundation.errors import Failure, UsageError
+from foundation.reading import Unreadable, read_text
 from model.config import ModelConfig, load_config, preset_names
 from model.split import Layout
 from runtime.deployment.engines import Circumstances
@@ -85,12 +87,12 @@ class ScoredRow:
 def read_rows(path: Path) -> tuple[str, list[dict[str, str]]]:
     """("end-to-end" or "step", rows). Raises `UsageError` naming what is wrong with the file."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns, rows = reader.fieldnames or [], list(reader)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff")))
+        columns, rows = reader.fieldnames or [], list(reader)
+    except Unreadable as error:
+        what = f"not a CSV file ({error})" if error.reason == "encoding" else error
+        raise UsageError(f"{path}: {what}") from None
+    except csv.Error as error:
         raise UsageError(f"{path}: not a CSV file ({error})") from None
     if not columns:
         raise UsageError(f"{path}: an empty file; its first line must name the columns")

@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import tomllib
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from foundation.errors import UsageError
+from foundation.reading import Unreadable, read_toml
 from model.config import ModelConfig, from_hf
 from model.errors import ConfigError
+from runtime.deployment.document import Fault, place, validated
 from runtime.training.data import TASKS
 
 DEFAULT = Path(__file__).parent / "tiny.toml"  # makes the embedded checkpoint
@@ -120,9 +120,9 @@ class TrainConfig:
     raw_model: Mapping[str, Any]
     optimizer: OptimizerConfig
     stages: tuple[TrainingStage, ...]
-    seed: int = 0
-    save_every: int = 100
-    log_every: int = 20
+    seed: int
+    save_every: int
+    log_every: int
 
     @property
     def model(self) -> ModelConfig:
@@ -151,72 +151,66 @@ class TrainConfig:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-_T = TypeVar("_T")
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """The tables of the file, before each is read."""
+
+    model: Mapping[str, Any]
+    optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    stage: tuple[Mapping[str, Any], ...] = ()
+    seed: int = 0
+    save_every: int = 100
+    log_every: int = 20
+
+    def problem(self) -> str | None:
+        for key, least in (("seed", 0), ("save_every", 1), ("log_every", 1)):
+            if getattr(self, key) < least:
+                return f"`{key}` must be a whole number, {least} or more, not {getattr(self, key)}"
+        return None if self.stage else "needs at least one [[stage]]"
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    origin = typing.get_origin(kind)
-    if origin is Literal:
-        return value in typing.get_args(kind)
-    if origin in (Mapping, dict) or False:
-        return isinstance(value, dict) and all(_fits(item, float) for item in value.values())
-    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+_Read = TypeVar("_Read", _File, OptimizerConfig, TrainingStage)
 
 
-def _read(where: str, kind: type[_T], raw: Any) -> _T:
+def _read(where: str, kind: type[_Read], raw: Any) -> _Read:
     """A dataclass from a TOML table, strictly."""
-    if not isinstance(raw, dict):
-        raise UsageError(f"{where} must be a table")
-    known = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for key, value in raw.items():
-        if key not in fields:
-            raise UsageError(f"{where}: unknown key `{key}`; it takes {', '.join(fields)}")
-        if not _fits(value, known[key]):
-            options = typing.get_args(known[key]) if typing.get_origin(known[key]) is Literal else ()
-            wanted = " or ".join(map(repr, options)) or getattr(known[key], "__name__", str(known[key]))
-            raise UsageError(f"{where}: `{key}` must be {wanted}, not {value!r}")
-    for name, field in fields.items():
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING and name not in raw:
-            raise UsageError(f"{where}: missing key `{name}`")
-    made = kind(**{key: float(v) if known[key] is float else v for key, v in raw.items()})
-    if problem := made.problem():  # type: ignore[attr-defined]
+    made: _Read = validated(kind, raw, UsageError, where, say=_say)
+    if problem := made.problem():
         raise UsageError(f"{where}: {problem}")
     return made
+
+
+def _say(where: str, fault: Fault) -> str:
+    if fault.missing:
+        return f"{where}: missing key `{fault.missing[0]}`"
+    if fault.unknown:
+        return f"{where}: unknown key `{fault.unknown[0]}`; it takes {', '.join(fault.known)}"
+    wrong = "must be " + " or ".join(map(repr, fault.choices)) if fault.choices else fault.wrong
+    return f"{where}: `{place(fault.path)}` {wrong}, not {fault.shown}"
 
 
 def read(path: str | Path) -> TrainConfig:
     """The run that a TOML file describes. Raises `UsageError`, one line, for anything it cannot mean."""
     path = Path(path)
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid TOML ({error})") from None
-    scalars = ("seed", "save_every", "log_every")
-    known = ("model", "optimizer", "stage", *scalars)
-    if unknown := [key for key in raw if key not in known]:
-        raise UsageError(f"{path}: unknown key `{unknown[0]}`; it takes {', '.join(known)}")
-    for key in scalars:
-        least = 0 if key == "seed" else 1
-        if key in raw and not (type(raw[key]) is int and raw[key] >= least):
-            raise UsageError(f"{path}: `{key}` must be a whole number, {least} or more, not {raw[key]!r}")
-    stages = raw.get("stage")
-    if not isinstance(stages, list) or not stages:
-        raise UsageError(f"{path}: needs at least one [[stage]]")
-    optimizer = _read(f"{path}: [optimizer]", OptimizerConfig, raw.get("optimizer", {}))
-    read_stages = tuple(_read(f"{path}: [[stage]] {i}", TrainingStage, each) for i, each in enumerate(stages, 1))
+        raw = read_toml(path)
+    except Unreadable as error:
+        what = f"not valid TOML ({error})" if error.reason in ("syntax", "encoding") else error
+        raise UsageError(f"{path}: {what}") from None
+    file = _read(str(path), _File, raw)
     config = TrainConfig(
-        _model(path, raw.get("model")), optimizer, read_stages, **{key: raw[key] for key in scalars if key in raw}
+        _model(path, file.model),
+        _read(f"{path}: [optimizer]", OptimizerConfig, file.optimizer),
+        tuple(_read(f"{path}: [[stage]] {i}", TrainingStage, each) for i, each in enumerate(file.stage, 1)),
+        file.seed,
+        file.save_every,
+        file.log_every,
     )
     _check(path, config)
     return config
 
 
-def _model(path: Path, raw: Any) -> dict[str, Any]:
-    if not isinstance(raw, dict):
-        raise UsageError(f"{path}: needs a table [model]")
+def _model(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(raw) - MODEL_KEYS):
         raise UsageError(f"{path}: [model]: unknown key `{unknown[0]}`")
     full = {**MODEL_DEFAULTS, **raw}

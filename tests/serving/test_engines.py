@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.deployment import engines
 from runtime.deployment.engines import Circumstances, load, names
 from runtime.deployment.errors import EngineError
 
@@ -74,11 +75,46 @@ def test_each_memory_fraction_is_of_something_else() -> None:
         ({"max_step_tokens": "many"}, "must be a number"),
         ({"prefix_cache": 1}, "must be true or false"),
         ({"graph_batch_sizes": [0]}, "sizes of one or more"),
+        ({"graph_batch_sizes": 3}, "graph_batch_sizes = 3 must hold sizes and ranges"),
+        ({"graph_batch_sizes": ["1:8"]}, "must hold sizes and ranges"),
+        ({"chunked_prefill_tokens": 2.5}, "chunked_prefill_tokens = 2.5 must be a number without a fraction"),
+        ({"memory_fraction": float("nan")}, "memory_fraction = nan must be a finite number"),
+        ({"page_tokens": True}, "page_tokens = True must be a number"),
     ],
 )
 def test_absurd_settings_are_refused(overrides: dict, message: str) -> None:
     with pytest.raises(EngineError, match=message):
         load("sglang", overrides)
+
+
+def test_a_whole_number_may_be_written_with_a_point() -> None:
+    engine = load("sglang", {"max_step_tokens": 1e4, "memory_fraction": 1})
+    assert (engine.max_step_tokens, type(engine.max_step_tokens)) == (10_000, int) and engine.memory_fraction == 1.0
+
+
+SETTING = "policy = { value = 'mixed', source = 's', date = 2026-01-01, grade = 'C' }"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (SETTING, "policy = 3", "mine.toml: scheduling.policy = 3 must be an object"),
+        ("policy", "polcy", "unknown engine setting 'polcy': did you mean policy"),
+        ("value = 'mixed',", "", "mine.toml: policy lacks value"),
+        ("grade = 'C'", "grade = 'C', why = ''", "mine.toml: policy does not take why; it takes value, source, date"),
+        ("'s'", "3", "mine.toml: scheduling.policy.source = 3 must be text"),
+        ("'C'", "'C', by_memory_gib = [[1]]", "scheduling.policy.by_memory_gib[0] = [1] must hold 2 values"),
+        ("'mixed'", "'random'", "mine.toml: policy = 'random' must be one of prefill-first, mixed"),
+    ],
+)
+def test_a_malformed_file_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in SETTING
+    described = (Path(engines.__file__).parent / "vllm.toml").read_text()
+    kept = "\n".join(line for line in described.splitlines() if not line.startswith("policy"))
+    (tmp_path / "mine.toml").write_text(kept.replace("[scheduling]", f"[scheduling]\n{SETTING.replace(old, new)}", 1))
+    with pytest.raises(EngineError) as caught:
+        load(str(tmp_path / "mine.toml"))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_unknown_engines_and_broken_files_are_refused(tmp_path: Path) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
 from functools import lru_cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
+from foundation.reading import Unreadable, read_toml
 from runtime.deployment.engines.loader import holds
+from runtime.deployment.errors import EngineError
 
 Facts = Mapping[str, Any]
+
+_FOLDER = Path(__file__).parent / "launch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +68,16 @@ class LaunchTable:
 
 
 def _document(name: str) -> dict[str, Any]:
-    path = resources.files("runtime.deployment.engines") / "launch" / f"{name}.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    path = _FOLDER / f"{name}.toml"
+    try:
+        return read_toml(path)
+    except Unreadable as error:
+        raise EngineError(f"{path}: {error}") from None
 
 
 @lru_cache
 def table(name: str) -> LaunchTable:
-    """The table of an engine."""
+    """The table of an engine. Raises `EngineError` where there is none."""
     body = _document(name)
     return LaunchTable(
         name=body["name"],
@@ -99,7 +105,7 @@ def unsupported(engine: str, vendor: str, scheme: str, kv: str, sparse: bool) ->
 
     sparse: the model has an indexer.
     """
-    if not (resources.files("runtime.deployment.engines") / "launch" / f"{engine}.toml").is_file():
+    if not (_FOLDER / f"{engine}.toml").is_file():
         return None
     known = {"vendor": vendor, "scheme": scheme, "kv": kv, "sparse": sparse}
     rules = (rule for rule in table(engine).refuse if rule["when"].keys() <= known.keys())

@@ -13,17 +13,17 @@ Grades: A read from the engine's own source or documentation, B measured by othe
 from __future__ import annotations
 
 import difflib
-import math
-import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from foundation.reading import Unreadable, read_toml
 from hw_profiles import Profile
 from model.config import ModelConfig
 from model.formats import KV, ROWS
+from runtime.deployment.document import Fault, place, validated
 from runtime.deployment.errors import EngineError
 
 _GIB = 2**30
@@ -34,13 +34,6 @@ Admission = Literal["estimate", "prompt", "max-length"]
 MemoryOf = Literal["free-before-load", "device", "free-after-peak"]
 Victim = Literal["least-output", "last"]
 
-_CHOICES = {
-    "policy": ("prefill-first", "mixed"),
-    "admission": ("estimate", "prompt", "max-length"),
-    "memory_fraction_of": ("free-before-load", "device", "free-after-peak"),
-    "preemption_victim": ("least-output", "last"),
-    "preempted_go": ("front", "back"),
-}
 _FRACTIONS = ("memory_fraction", "watermark_fraction", "new_token_ratio", "new_token_ratio_min")
 _POSITIVE = (
     "max_step_tokens",
@@ -79,14 +72,26 @@ def holds(when: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
+class Case:
+    """A value where every condition holds."""
+
+    when: Mapping[str, Any]
+    value: Any
+
+
+@dataclass(frozen=True)
 class Choice:
-    """A value by circumstances: the first of `cases` (conditions, value) that holds, else `value`."""
+    """A value by circumstances: that of the first case that holds, else `value`."""
 
     value: Any
-    cases: tuple[tuple[Mapping[str, Any], Any], ...] = ()
+    cases: tuple[Case, ...] = ()
 
     def under(self, at: Circumstances) -> Any:
-        return next((value for when, value in self.cases if holds(when, vars(at))), self.value)
+        return next((case.value for case in self.cases if holds(case.when, vars(at))), self.value)
+
+
+def _by_kv(fp8: str, int8: str) -> Choice:
+    return Choice("bf16", (Case({"kv": "fp8"}, fp8), Case({"kv": "int8"}, int8)))
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,9 @@ class CacheRules:
     """
 
     kv: Choice = Choice("bf16")
-    latent: Choice = Choice("bf16", (({"kv": "fp8"}, "fp8"), ({"kv": "int8"}, "int8")))
-    index: Choice = Choice("bf16", (({"kv": "fp8"}, "fp8_scaled"), ({"kv": "int8"}, "int8_scaled")))
-    heads: Choice = Choice("bf16", (({"kv": "fp8"}, "fp8"), ({"kv": "int8"}, "int8")))
+    latent: Choice = _by_kv("fp8", "int8")
+    index: Choice = _by_kv("fp8_scaled", "int8_scaled")
+    heads: Choice = _by_kv("fp8", "int8")
     sized_latent: Choice | None = None
 
 
@@ -112,6 +117,22 @@ class Source:
     date: str
     grade: str
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting as its file has it."""
+
+    value: Any
+    source: str
+    date: str
+    grade: str
+    note: str = ""
+    cases: tuple[Case, ...] = ()
+    by_memory_gib: tuple[tuple[float, Any], ...] = ()
+
+    def under(self, at: Circumstances) -> Any:
+        return Choice(self.value, self.cases).under(at)
 
 
 @dataclass(frozen=True)
@@ -256,23 +277,36 @@ def load(name: str, overrides: Mapping[str, Any] | None = None, at: Circumstance
     missing = [each for each in _REQUIRED if each not in values]
     if missing:
         raise EngineError(f"{path.name} lacks {', '.join(missing)}: add each as {{value=, source=, date=, grade=}}")
-    engine_name = document.get("name", path.stem)
-    known: dict[str, Any] = {key: str(document[key]) for key in ("kind", "release", "prices") if key in document}
-    rules = _cache_rules(path.name, document.get("cache", {}))
-    return Engine(engine_name, document.get("description", ""), **values, **known, cache=rules, evidence=evidence)
+    values = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in values.items()}  # 1e4 tokens
+    about = {"name": path.stem, "description": ""} | {key: document[key] for key in _ABOUT if key in document}
+    engine = validated(Engine, {**about, **values}, EngineError, path.name, say=_say)
+    return replace(engine, cache=_cache_rules(path.name, document.get("cache", {})), evidence=evidence)
 
 
 @lru_cache(maxsize=32)
 def _document(path: Path, modified_ns: int) -> dict[str, Any]:
     """The file as read; planning loads an engine for each of hundreds of layouts."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise EngineError(f"{path.name} is not valid TOML: {error}") from None
+        document = read_toml(path)
+    except Unreadable as error:
+        what = f" is not valid TOML: {error}" if error.reason == "syntax" else f": {error}"
+        raise EngineError(f"{path.name}{what}") from None
+    sections = {name: part for name, part in document.items() if isinstance(part, dict)}
+    return document | validated(dict[str, dict[str, Setting]], sections, EngineError, path.name, say=_say)
 
 
-_OWN = ("name", "description", "kind", "release", "prices", "cache", "evidence")
-_SETTINGS = tuple(f.name for f in fields(Engine) if f.name not in _OWN)
+def _say(where: str, fault: Fault) -> str:
+    """A fault in the shape of a setting, or in an engine's values."""
+    if fault.missing:
+        return f"{where}: {fault.path[-1]} lacks {', '.join(fault.missing)}"
+    if fault.unknown:
+        return f"{where}: {fault.path[-1]} does not take {fault.unknown[0]}; it takes {', '.join(fault.known)}"
+    wrong = fault.wrong.replace("must be int", "must be a number without a fraction")
+    return f"{where}: {place(fault.path)} = {fault.shown} {wrong}"
+
+
+_ABOUT = ("name", "description", "kind", "release", "prices")
+_SETTINGS = tuple(f.name for f in fields(Engine) if f.name not in (*_ABOUT, "cache", "evidence"))
 _REQUIRED = tuple(f.name for f in fields(Engine) if f.name in _SETTINGS and f.default is MISSING)
 
 
@@ -283,48 +317,49 @@ def _settings(file: str, document: dict[str, Any], at: Circumstances) -> tuple[d
     for section in (part for key, part in document.items() if isinstance(part, dict) and key != "cache"):
         for key, entry in section.items():
             _known(key)
-            value = _choice(file, key, entry).under(at)
-            if at.memory_bytes is not None and "by_memory_gib" in entry:
-                steps = entry["by_memory_gib"]
+            _conditions(file, key, entry)
+            value = entry.under(at)
+            if at.memory_bytes is not None and entry.by_memory_gib:
+                steps = entry.by_memory_gib
                 value = next((v for limit, v in steps if at.memory_bytes < limit * _GIB), steps[-1][1])
             values[key] = _expand(value) if key == "graph_batch_sizes" else value
-            evidence[key] = Source(entry["source"], str(entry["date"]), entry["grade"], entry.get("note", ""))
+            evidence[key] = Source(entry.source, entry.date, entry.grade, entry.note)
     return values, evidence
 
 
-def _choice(file: str, key: str, entry: Any) -> Choice:
-    absent = [part for part in ("value", "source", "date", "grade") if part not in entry]
-    if absent:
-        raise EngineError(f"{file}: {key} lacks {', '.join(absent)}")
-    facts = [f.name for f in fields(Circumstances)]
-    for case in entry.get("cases", []):
-        if unknown := sorted(case["when"].keys() - set(facts)):
-            raise EngineError(f"{file}: {key} has a case of {unknown[0]!r}; cases can be of {', '.join(facts)}")
-    return Choice(entry["value"], tuple((case["when"], case["value"]) for case in entry.get("cases", [])))
+def _conditions(file: str, key: str, setting: Setting) -> None:
+    """Raises EngineError for a case of what is no circumstance."""
+    known = [f.name for f in fields(Circumstances)]
+    for case in setting.cases:
+        if unknown := sorted(case.when.keys() - set(known)):
+            raise EngineError(f"{file}: {key} has a case of {unknown[0]!r}; cases can be of {', '.join(known)}")
 
 
-def _cache_rules(file: str, section: Mapping[str, Any]) -> CacheRules:
+def _cache_rules(file: str, section: Mapping[str, Setting]) -> CacheRules:
     known = [f.name for f in fields(CacheRules)]
     if unknown := sorted(section.keys() - set(known)):
         raise EngineError(f"{file}: unknown cache {unknown[0]!r}; known: {', '.join(known)}")
-    rules = {key: _choice(file, f"cache.{key}", entry) for key, entry in section.items()}
-    for key, rule in rules.items():
+    for key, rule in section.items():
+        _conditions(file, f"cache.{key}", rule)
         names = KV if key == "kv" else ROWS
-        for value in (rule.value, *(value for _, value in rule.cases)):
+        for value in (rule.value, *(case.value for case in rule.cases)):
             if value not in names:
                 raise EngineError(f"{file}: cache.{key} {value!r} is unknown; known: {', '.join(names)}")
-    return CacheRules(**rules)
+    return CacheRules(**{key: Choice(rule.value, rule.cases) for key, rule in section.items()})
 
 
 def _expand(sizes: Any) -> tuple[int, ...]:
     """[1, 2, "8:32:8"] -> (1, 2, 8, 16, 24, 32); ranges include their end."""
     expanded: set[int] = set()
-    for size in sizes:
-        if isinstance(size, str):
-            first, last, step = (int(part) for part in size.split(":"))
-            expanded.update(range(first, last + 1, step))
-        else:
-            expanded.add(int(size))
+    try:
+        for size in sizes:
+            if isinstance(size, str):
+                first, last, step = (int(part) for part in size.split(":"))
+                expanded.update(range(first, last + 1, step))
+            else:
+                expanded.add(int(size))
+    except (TypeError, ValueError):
+        raise EngineError(f'graph_batch_sizes = {sizes!r} must hold sizes and ranges as "first:last:step"') from None
     return tuple(sorted(expanded))
 
 
@@ -336,23 +371,16 @@ def _known(key: str) -> None:
 
 
 def _check(engine: Engine) -> None:
-    """Raises EngineError for a value outside its range or of the wrong kind."""
+    """Raises EngineError for a value outside its range."""
 
     def refuse(key: str, why: str) -> None:
         raise EngineError(f"engine {engine.name}: {key} = {getattr(engine, key)!r} {why}")
 
-    for key, choices in _CHOICES.items():
-        if getattr(engine, key) not in choices:
-            refuse(key, f"must be one of {', '.join(choices)}")
-    for key in ("overlap_scheduling", "prefix_cache"):
-        if not isinstance(getattr(engine, key), bool):
-            refuse(key, "must be true or false")
-    skip = (*_CHOICES, "overlap_scheduling", "prefix_cache", "graph_batch_sizes")
-    for key in (each for each in _SETTINGS if each not in skip):
+    for key in _SETTINGS:
         value = getattr(engine, key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        if isinstance(value, int | float) and value < 0:
             refuse(key, "must be a number, zero or more")
-        if key in _POSITIVE and (value < 1 or value != int(value)):
+        if key in _POSITIVE and value < 1:
             refuse(key, "must be a whole number, one or more")
         if key in _FRACTIONS and value > 1:
             refuse(key, "must be a fraction, at most 1")

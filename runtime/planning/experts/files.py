@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from foundation.reading import Unreadable, read_json
 from foundation.writing import replacing
 from runtime.deployment.errors import LoadError, PreviousError
 from runtime.planning.experts.packing import Floats, Packing
@@ -44,13 +45,15 @@ def read_placement(path: Path, load: Floats, nodes: int = 1, groups: int = 1) ->
     Raises: PreviousError if the file is no such file or does not fit `load` [layers, experts].
     """
     try:
-        document: Any = json.loads(path.read_text())
+        document: Any = read_json(path)
         rows = document["placement"]
         room = np.array([len(device) for device in rows[0]])
         same = all([len(device) for device in layer] == room.tolist() for layer in rows)
         flat = np.array([[e for device in layer for e in device] for layer in rows], dtype=np.int64)
-    except OSError as error:
-        raise PreviousError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except Unreadable as error:
+        what = "no `placement` of [layers][devices][slots] in it"
+        what = what if error.reason in ("syntax", "encoding") else f"cannot be read: {error}"
+        raise PreviousError(f"{path}: {what}") from None
     except (ValueError, KeyError, TypeError, IndexError):
         raise PreviousError(f"{path}: no `placement` of [layers][devices][slots] in it") from None
     layers, experts = load.shape

@@ -3,7 +3,7 @@
     launch         plan, engine -> Launch: commands, a router, files      (compose.py)
 
 One `Command` a server process (words.py), grouped by node. `Table` (table.py) is what a TOML file of
-`runtime/data/launch` says about an engine: every flag it may be given, with the document it was read in, and what
+`deployment/engines/launch` says about an engine: every flag it may be given, with the document it was read in, and what
 it cannot express. server.py is one replica as an engine sees it; sglang.py and vllm.py turn it into words;
 experts.py writes the files of expert placements. Nothing here runs an engine. Must not import JAX.
 """
