@@ -99,6 +99,13 @@ def dequantise_blocks(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return quantised.dequantise(Matrix(values, scale))
 
 
+def held_type(weight: Weight, dtype: str) -> np.dtype:
+    """What a weight is held in where the rest is in `dtype`. Raises `CheckpointError` for what is no choice."""
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"weights are held in {' or '.join(_DTYPES)}, not {dtype!r}")
+    return _DTYPES["float32" if weight.float32 else dtype]
+
+
 class Checkpoint:
     """A checkpoint directory whose names and shapes have been checked against its config.
 
@@ -222,7 +229,7 @@ class Checkpoint:
             if first.format.factor is not None:  # its float32 factor is multiplied into the scales
                 held = (Matrix(m.values, m.scale.astype(np.float32) * m.factor) for m in held)
             return _assemble_quantised(self.config, weight, held)
-        kind = np.dtype(np.float32) if weight.float32 else _DTYPES[dtype]
+        kind = held_type(weight, dtype)
         return _assemble(self.config, weight, map(self.plain, names), kind, weight.shape)
 
     @property

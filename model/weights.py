@@ -42,6 +42,13 @@ class Arrangement(Enum):
     HEAD_VALUES = "value half of kv_b_proj, to [h, lora, v]"
 
 
+_MATRIX_DIMS = {
+    Arrangement.MATRIX: (-2, -1), Arrangement.GATE_UP: (-3, -1), Arrangement.HEAD_KEYS: (-1, -2),
+    Arrangement.HEAD_VALUES: (-2, -1),
+}  # fmt: skip
+_INDEXER = "self_attn.indexer."  # where checkpoints keep an indexer's weights
+
+
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """One weight of the graph.
@@ -49,6 +56,7 @@ class Weight:
     `sources` are checkpoint tensor names below the layer's prefix; where `expert_count` is set they hold
     an `{e}` and the graph's weight has a leading expert dimension. `quantised` says that a block-FP8
     checkpoint stores the matrix in FP8. `component` groups it in reports. `float32` weights never narrow.
+    `heads`: how many heads' matrices a projection to queries, keys or values holds, 0 for all else.
     """
 
     name: str
@@ -60,10 +68,29 @@ class Weight:
     quantised: bool = False
     float32: bool = False
     expert_count: int = 0
+    heads: int = 0
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def of_indexer(self) -> bool:
+        return self.sources[0].startswith(_INDEXER)
+
+    @property
+    def matrix_dims(self) -> tuple[int, int] | None:
+        """Of a matrix, the dims from the end that it contracts and that it gives; the others count matrices. None for
+        vectors, and for the embedding, a table of rows."""
+        return _MATRIX_DIMS.get(self.arrangement)
+
+    @property
+    def initial(self) -> tuple[float, float]:
+        """Mean and deviation of random values to begin with: gains 1, biases 0, matrices that keep the size of what
+        they are given, embeddings of size 1."""
+        if self.matrix_dims:
+            return 0.0, self.shape[self.matrix_dims[0]] ** -0.5
+        return (0.0, 1.0) if len(self.shape) > 1 else (float(self.sources[0].endswith(".weight")), 0.0)
 
     @property
     def stays_narrow(self) -> bool:
@@ -104,18 +131,20 @@ def _matrix(
     source: str,
     component: str,
     quantised: bool = True,
+    heads: int = 0,
 ) -> Weight:
-    return Weight(name, shape, axes, (source,), Arrangement.MATRIX, component, quantised)
+    return Weight(name, shape, axes, (source,), Arrangement.MATRIX, component, quantised, heads=heads)
 
 
 def _mla(cfg: ModelConfig, mla: Mla) -> Iterator[Weight]:
     d, h, a = cfg.hidden_size, cfg.heads, "self_attn."
     if mla.q_lora_rank is None:
-        yield _matrix("q", (d, h * mla.qk_dim), (None, "heads"), a + "q_proj.weight", "attention")
+        yield _matrix("q", (d, h * mla.qk_dim), (None, "heads"), a + "q_proj.weight", "attention", heads=h)
     else:
         yield _matrix("q_a", (d, mla.q_lora_rank), (None, None), a + "q_a_proj.weight", "attention")
         yield _vector("q_a_norm", mla.q_lora_rank, a + "q_a_layernorm.weight")
-        yield _matrix("q_b", (mla.q_lora_rank, h * mla.qk_dim), (None, "heads"), a + "q_b_proj.weight", "attention")
+        shape = (mla.q_lora_rank, h * mla.qk_dim)
+        yield _matrix("q_b", shape, (None, "heads"), a + "q_b_proj.weight", "attention", heads=h)
     yield _matrix("kv_a", (d, mla.latent_dim), (None, None), a + "kv_a_proj_with_mqa.weight", "attention")
     yield _vector("kv_a_norm", mla.kv_lora_rank, a + "kv_a_layernorm.weight")
     kv_b = (a + "kv_b_proj.weight",)
@@ -127,6 +156,7 @@ def _mla(cfg: ModelConfig, mla: Mla) -> Iterator[Weight]:
         Arrangement.HEAD_KEYS,
         "attention",
         quantised=True,
+        heads=h,
     )
     yield Weight(
         "v_up",
@@ -136,12 +166,13 @@ def _mla(cfg: ModelConfig, mla: Mla) -> Iterator[Weight]:
         Arrangement.HEAD_VALUES,
         "attention",
         quantised=True,
+        heads=h,
     )
     yield _matrix("o", (h * mla.v_dim, d), ("heads", None), a + "o_proj.weight", "attention")
 
 
 def _indexer(cfg: ModelConfig, mla: Mla) -> Iterator[Weight]:
-    index, a = cfg.indexer, "self_attn.indexer."
+    index, a = cfg.indexer, _INDEXER
     assert index is not None and mla.q_lora_rank is not None
     d = cfg.hidden_size
     yield _matrix(
@@ -160,7 +191,8 @@ def _gqa(cfg: ModelConfig, gqa: Gqa) -> Iterator[Weight]:
         ("k", gqa.kv_heads, "kv_heads"),
         ("v", gqa.kv_heads, "kv_heads"),
     ):
-        yield _matrix(name, (d, heads * gqa.head_dim), (None, axis), f"{a}{name}_proj.weight", "attention")
+        shape = (d, heads * gqa.head_dim)
+        yield _matrix(name, shape, (None, axis), f"{a}{name}_proj.weight", "attention", heads=heads)
         if gqa.bias:
             width = heads * gqa.head_dim
             yield Weight(f"{name}_bias", (width,), (axis,), (f"{a}{name}_proj.bias",), Arrangement.PLAIN, "attention")

@@ -46,6 +46,18 @@ RUNTIME_WITH_JAX = (
     "runtime.porting.calibrate",
     "runtime.porting.export.",
 )
+# Only these may import Flax and optax, which come with the `train` extra, and what imports those.
+TRAIN_EXTRA = (
+    "model.module",
+    "runtime.training.export",
+    "runtime.training.forward",
+    "runtime.training.optimizer",
+    "runtime.training.params",
+    "runtime.training.state",
+    "runtime.training.steps",
+    "runtime.training.trainer",
+    "runtime.cli.train",  # when it is called
+)
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -91,6 +103,14 @@ def floor(module: str) -> int:
     """The floor of a module of `runtime`; -1 for any other."""
     parts = module.split(".")
     return FLOORS.index(parts[1]) if parts[0] == "runtime" and len(parts) > 1 and parts[1] in FLOORS else -1
+
+
+def without_extra(name: str, target: str) -> bool:
+    """Whether a module that the core must be able to import asks for something of the `train` extra."""
+    if name in TRAIN_EXTRA:
+        return False
+    extra = any(f"{target}.".startswith(f"{module}.") for module in TRAIN_EXTRA[:-1])
+    return extra or target.partition(".")[0] in ("flax", "optax", "orbax")
 
 
 def circles(root: Path) -> list[list[str]]:
@@ -155,6 +175,8 @@ def violations(root: Path) -> list[str]:
                 found.append(f"{where}: {FLOORS[floor(name)]} is below {FLOORS[floor(target)]}")
             elif top in JAX and without_jax(name):
                 found.append(f"{where}: this module must stay free of JAX")
+            elif without_extra(name, target):
+                found.append(f"{where}: this module must do without the `train` extra")
     return found
 
 
@@ -215,7 +237,7 @@ def test_planning_and_simulation_need_no_jax() -> None:
 
 def test_the_rules_cover_what_is_there() -> None:
     names = modules(ROOT)
-    assert {f"model.{name}" for name in MODEL_WITHOUT_JAX} <= set(names)
+    assert {f"model.{name}" for name in MODEL_WITHOUT_JAX} | set(TRAIN_EXTRA) <= set(names)
     assert "model.graph" in names and not without_jax("model.graph")
     assert without_jax("runtime.planning.search") and without_jax("runtime.cli") and without_jax("runtime.deployment")
     assert not any(map(without_jax, ("runtime.pricing.trace", "runtime.execution.local", "runtime.training.loss")))
@@ -252,6 +274,9 @@ def tree(root: Path, path: str, source: str) -> Path:
         ("runtime/planning/bad.py", "def f():\n    from jax import lax"),
         ("runtime/pricing.py", "try:\n    import flax\nexcept ImportError:\n    pass"),
         ("model/config.py", "import jax"),
+        ("model/graph.py", "from flax import nnx"),
+        ("backends/bad.py", "from model.module import Model"),
+        ("runtime/training/evaluate.py", "from runtime.training import steps"),
     ],
 )
 def test_a_violation_is_caught(tmp_path: Path, path: str, source: str) -> None:
@@ -265,7 +290,7 @@ def test_a_violation_is_caught(tmp_path: Path, path: str, source: str) -> None:
         ("runtime/cli.py", "import backends.cpu, model.config, hw_profiles\nfrom . import cost\nimport numpy"),
         ("runtime/pricing/trace.py", "import jax"),
         ("runtime/execution/loop.py", "import jax\nfrom ..serving import kv_pool"),
-        ("runtime/training/step.py", "import jax"),
+        ("runtime/training/steps.py", "import jax, optax\nfrom flax import nnx\nfrom model.module import Model"),
         ("backends/cpu.py", "import jax\nfrom model import graph\nfrom hw_profiles import loader"),
         ("model/graph.py", "import jax\nfrom model.config import ModelConfig\nfrom . import ops"),
         ("hw_profiles/loader.py", "import tomllib, json\nfrom hw_profiles.errors import ProfileError"),

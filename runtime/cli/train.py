@@ -21,8 +21,8 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line a record instead of a bar.")] = False,
 ) -> None:
     """Train a small GLM-5 on generated text, with Muon Split and sparse attention."""
-    if importlib.util.find_spec("optax") is None:
-        raise UsageError('training needs optax: pip install "glm5-runtime[train]"')
+    if missing := [name for name in ("flax", "optax") if importlib.util.find_spec(name) is None]:
+        raise UsageError(f'training needs {missing[0]}: pip install "glm5-runtime[train]"')
     from rich import progress as bars
     from rich.console import Console
 

@@ -8,18 +8,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import tokenizers
 
 from foundation.errors import UsageError
-from model.checkpoint import groups, save
+from model.module import Model
 from model.tokenizer import ChatTemplate, Tokenizer
 from model.weights import parameter_counts
 from runtime.training import vocabulary
 from runtime.training.config import TrainConfig
 from runtime.training.data import Generator
-from runtime.training.forward import Params, unflatten
 
 TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 
@@ -60,29 +57,23 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write(folder: Path, config: TrainConfig, params: Params, made: tokenizers.Tokenizer, config_name: str) -> None:
+def raw_config(config: TrainConfig, made: tokenizers.Tokenizer) -> dict[str, Any]:
+    """The checkpoint's config.json."""
+    stops = vocabulary.stop_ids(made)
+    return {**config.raw_model, "eos_token_id": stops, "pad_token_id": stops[0]}
+
+
+def write(folder: Path, config: TrainConfig, model: Model, made: tokenizers.Tokenizer, config_name: str) -> None:
     """Writes the checkpoint directory `folder`, in the place of an earlier one. Raises `UsageError` where the disk
     does not take it; the earlier one then stays."""
-    cfg = config.model
     stops = vocabulary.stop_ids(made)
-    raw = {**config.raw_model, "eos_token_id": stops, "pad_token_id": stops[0]}
-    narrow = {
-        place: [
-            {
-                weight.name: np.asarray(held[weight.name]).astype(np.float32 if weight.float32 else ml_dtypes.bfloat16)
-                for weight in group.weights
-            }
-            for group, held in zip(found, _layers(unflatten(cfg, params), place), strict=True)
-        ]
-        for place, found in groups(cfg, mtp=True).items()
-    }
     try:
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             new, old = Path(temporary) / "new", Path(temporary) / "old"
-            save(new, raw, {**narrow, "outer": narrow["outer"][0]})
+            model.save(new, "bfloat16")
             (new / "tokenizer.json").write_text(made.to_str(pretty=True) + "\n", encoding="utf-8")
             shutil.copyfile(TEMPLATE, new / "chat_template.jinja")
-            _write_json(new / "tokenizer_config.json", vocabulary.tokenizer_config(cfg.max_positions))
+            _write_json(new / "tokenizer_config.json", vocabulary.tokenizer_config(config.model.max_positions))
             _write_json(new / "generation_config.json", {"eos_token_id": stops, "pad_token_id": stops[0]})
             (new / "README.md").write_text(_card(folder.name, config, config_name), encoding="utf-8")
             if folder.exists():
@@ -90,10 +81,6 @@ def write(folder: Path, config: TrainConfig, params: Params, made: tokenizers.To
             new.rename(folder)
     except OSError as error:
         raise UsageError(f"{folder} cannot be written: {error.strerror}") from None
-
-
-def _layers(weights: dict[str, Any], place: str) -> list[dict[str, Any]]:
-    return [weights["outer"]] if place == "outer" else weights[place]
 
 
 def _card(name: str, config: TrainConfig, config_name: str) -> str:

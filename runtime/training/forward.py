@@ -19,50 +19,19 @@ Shapes: b sequences, t tokens, c context (= t), h heads, e experts, n = b * t.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array, lax
 
 from model import graph, ops
-from model.cache import cache_rows
 from model.config import LayerType, Mla, ModelConfig
+from model.module import MODE, IndexerParam, Model, fresh
 
 Attention = Literal["dense", "warmup", "sparse"]
-Params = dict[str, Array]  # "layers.0.q_b" -> array, in the graph's layout but for `q_b`, which is [lora, h, qk]
-
-
-# --- parameters by name ----------------------------------------------------------------------------
-
-
-def flatten(cfg: ModelConfig, weights: Mapping[str, Any]) -> Params:
-    """Weights as the graph takes them to parameters by name."""
-    places = [("outer", weights["outer"])]
-    places += [(f"{place}.{i}", layer) for place in ("layers", "mtp") for i, layer in enumerate(weights[place])]
-    flat = {f"{place}.{name}": array for place, layer in places for name, array in layer.items()}
-    return {k: v.reshape(v.shape[0], cfg.heads, -1) if k.endswith(".q_b") else v for k, v in flat.items()}
-
-
-def unflatten(cfg: ModelConfig, params: Params) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    out: dict[str, Any] = {"outer": {}, "layers": [{} for _ in cfg.layers], "mtp": [{} for _ in range(cfg.mtp_layers)]}
-    for key, value in params.items():
-        place, *index, name = key.split(".")
-        held = out[place][int(index[0])] if index else out[place]
-        held[name] = value.reshape(value.shape[0], -1) if name == "q_b" else value
-    return out
-
-
-def is_index(name: str) -> bool:
-    """Whether a parameter belongs to an indexer."""
-    return name.rpartition(".")[2].startswith("index_")
-
-
-def is_balance(name: str) -> bool:
-    """Whether a parameter is a router's bias, which balances loads and has no gradient."""
-    return name.endswith(".router_bias")
 
 
 # --- the graph, with gauges ------------------------------------------------------------------------
@@ -203,32 +172,22 @@ def staged(cfg: ModelConfig, attention: Attention, length: int) -> ModelConfig:
     return cfg
 
 
-def forward(
-    cfg: ModelConfig, params: Params, tokens: Array, attention: Attention, drafts: int = 0, draft_rows: int = 0
-) -> Passed:
+def forward(model: Model, tokens: Array, attention: Attention, drafts: int = 0, draft_rows: int = 0) -> Passed:
     """The graph over tokens [b,t]. With `drafts`, the MTP layer's depths too, for the first `draft_rows` sequences:
     depth k gives at position i the logits of token i + 1 + k, each depth carrying the hidden state of the last."""
-    cfg = staged(cfg, attention, tokens.shape[1])
-    weights = unflatten(cfg, params)
-    index_weights = frozenset(id(value) for name, value in params.items() if is_index(name))
-    gauges = Gauges(attention, index_weights)
-    mode = graph.Mode("expanded", "all")
+    cfg = staged(model.config, attention, tokens.shape[1])
+    weights = model.weights()
+    gauges = Gauges(attention, frozenset(map(id, jax.tree.leaves(nnx.state(model, IndexerParam)))))
 
-    def run(fn: Callable[..., Any], cache_of: list[LayerType], tokens: Array, *more: Any) -> graph.StepOutput:
-        b, t = tokens.shape
-        table = jnp.arange(1, b + 1, dtype=jnp.int32)[:, None]
-        batch = graph.Batch(tokens, jnp.zeros(b, jnp.int32), jnp.full(b, t, jnp.int32), table)
-        caches = [
-            {row.name: jnp.zeros((b + 1, t, *row.shape), jnp.float32) for row in cache_rows(cfg, kind)}
-            for kind in cache_of
-        ]
+    def run(fn: Callable[..., Any], kinds: Sequence[LayerType], tokens: Array, *more: Any) -> graph.StepOutput:
+        caches, batch = fresh(cfg, kinds, tokens, jnp.float32)
         return ops.substitute(fn, gauges.lowerings(), inline=True)(weights, caches, batch, *more)
 
-    out = run(lambda w, c, batch: graph.step(cfg, w, c, batch, mode), list(cfg.layers), tokens)
+    out = run(lambda w, c, batch: graph.step(cfg, w, c, batch, MODE), cfg.layers, tokens)
     hidden, said = out.hidden[:draft_rows], []
     for depth in range(1, drafts + 1):
         ahead = jnp.roll(tokens[:draft_rows], -depth, axis=1)
-        draft = run(lambda w, c, batch, h: graph.mtp_step(cfg, w, c[0], batch, h, mode), [cfg.mtp_type], ahead, hidden)
+        draft = run(lambda w, c, batch, h: graph.mtp_step(cfg, w, c[0], batch, h, MODE), [cfg.mtp_type], ahead, hidden)
         hidden = draft.hidden
         said.append(draft.logits)
     return Passed(out.logits, said, gauges)
@@ -256,9 +215,9 @@ class Aim:
     draft_weight: float = 0.0
 
 
-def loss(cfg: ModelConfig, aim: Aim, params: Params, tokens: Array, weights: Array) -> tuple[Array, dict[str, Any]]:
+def loss(model: Model, aim: Aim, tokens: Array, weights: Array) -> tuple[Array, dict[str, Any]]:
     """The loss of a batch, and its parts. `row_loss`, `row_count` [b]: surprise over the answers of each sequence."""
-    passed = forward(cfg, params, tokens, aim.attention, aim.drafts, aim.draft_rows)
+    passed = forward(model, tokens, aim.attention, aim.drafts, aim.draft_rows)
     gauges = passed.gauges
     losses, counts = surprise(passed.logits, tokens, weights, 1)
     language = jnp.sum(losses) / jnp.sum(counts)
@@ -281,10 +240,10 @@ def loss(cfg: ModelConfig, aim: Aim, params: Params, tokens: Array, weights: Arr
     }
 
 
-def index_recall(cfg: ModelConfig, params: Params, tokens: Array) -> Array:
+def index_recall(model: Model, tokens: Array) -> Array:
     """Of the positions that dense attention weighs most, the share that the indexers select: the mean over indexers
     and the queries whose past is longer than the selection."""
-    gauges = forward(cfg, params, tokens, "warmup").gauges
+    cfg, gauges = model.config, forward(model, tokens, "warmup").gauges
     assert cfg.indexer is not None and isinstance(cfg.attention, Mla)
     k, t, shares = cfg.indexer.topk, tokens.shape[1], []
     for scores, target in zip(gauges.scores, gauges.targets(), strict=True):

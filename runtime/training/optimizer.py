@@ -15,31 +15,44 @@ import optax
 from jax import Array
 from optax.contrib import MuonDimensionNumbers, muon
 
-from runtime.training.forward import Params
+from model.module import MatrixParam, Model, PerHeadParam
+from model.weights import Arrangement, Weight
+from runtime.training.params import Params, variables
 
 Name = Literal["muon-split", "muon", "adamw"]
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # optax's own: a quintic that is steep at 0
-_BY_ADAM = ("embed", "head", "router", "index_k_bias")
-# Reduction and output axes of the weights that are not plain [in, out] matrices; axes not named are a batch.
-_STACKED = {
-    "gate_up": (0, 2), "shared_gate_up": (0, 2), "experts_gate_up": (1, 3), "experts_down": (1, 2),
-}  # fmt: skip
-_BY_HEAD = {"q_b": (0, 2), "k_up": (2, 1), "v_up": (1, 2)}
-_WHOLE = {"q_b": (0, (1, 2)), "k_up": (2, (0, 1)), "v_up": (1, (0, 2))}
 
 
-def dimension_numbers(params: Params, name: Name) -> dict[str, MuonDimensionNumbers | None]:
-    """How Muon reads each parameter; None where it is AdamW's."""
+class MatrixView(NamedTuple):
+    """How Muon reads a weight: its shape with a dim for heads, and which dims, from the end, are a matrix's (the others
+    are a batch)."""
 
-    def of(key: str, array: Any) -> MuonDimensionNumbers | None:
-        leaf = key.rpartition(".")[2]
-        if name == "adamw" or leaf in _BY_ADAM or getattr(array, "ndim", 0) < 2:
-            return None
-        axes = ({**_STACKED, **(_BY_HEAD if name == "muon-split" else _WHOLE)}).get(leaf, (0, 1))
-        return MuonDimensionNumbers(*axes)
+    shape: tuple[int, ...]
+    numbers: MuonDimensionNumbers
 
-    return {key: of(key, array) for key, array in params.items()}
+
+def matrix_views(model: Model, name: Name) -> dict[str, MatrixView]:
+    """Of each matrix by name. What is not among them is AdamW's."""
+    if name == "adamw":
+        return {}
+    views = {
+        key: MatrixView(variable.weight.shape, MuonDimensionNumbers(*variable.weight.matrix_dims))
+        for key, variable in variables(model, MatrixParam).items()
+    }
+    for key, variable in variables(model, PerHeadParam).items():
+        views[key] = _by_head(variable.weight, split=name == "muon-split")
+    return views
+
+
+def _by_head(weight: Weight, split: bool) -> MatrixView:
+    """A matrix a head, or with heads side by side in what the one matrix gives."""
+    if weight.arrangement is Arrangement.MATRIX:
+        shape, head, dims = (weight.shape[0], weight.heads, -1), -2, (-3, -1)
+    else:
+        shape, head, dims = weight.shape, -3, weight.matrix_dims
+    assert dims is not None
+    return MatrixView(shape, MuonDimensionNumbers(dims[0], dims[1] if split else (head, dims[1])))
 
 
 class LearningRates(NamedTuple):
@@ -63,12 +76,18 @@ def schedule(peak: float, rates: LearningRates) -> optax.Schedule:
     )
 
 
-def make(name: Name, rates: LearningRates, weight_decay: float, clip: float) -> optax.GradientTransformation:
-    """The optimizer of parameters by name, of gradients clipped to a global norm of `clip`. Matrices step by 0.2 root
-    mean square times their rate, as AdamW does."""
+def make(
+    model: Model, name: Name, rates: LearningRates, weight_decay: float, clip: float
+) -> optax.GradientTransformation:
+    """The optimizer of a model's parameters by name, all or some, of gradients clipped to a global norm of `clip`.
+    Matrices step by 0.2 root mean square times their rate, as AdamW does."""
+    views = matrix_views(model, name)
 
     def numbers(params: Any) -> Any:
-        return dimension_numbers(params, name)
+        return {key: views[key].numbers if key in views else None for key in params}
+
+    def viewed(params: Params) -> Params:
+        return {key: array.reshape(views[key].shape) if key in views else array for key, array in params.items()}
 
     by_muon = muon(
         schedule(rates.matrix, rates),
@@ -80,14 +99,18 @@ def make(name: Name, rates: LearningRates, weight_decay: float, clip: float) -> 
         adam_learning_rate=schedule(rates.other, rates),
         muon_weight_dimension_numbers=numbers,
     )
-    made = optax.chain(optax.clip_by_global_norm(clip), by_muon)
+    made: Any = optax.chain(optax.clip_by_global_norm(clip), by_muon)  # of params as `viewed`
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
         # optax raises floats to counts and adds vectors to matrices, which strict JAX refuses
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            return made.update(updates, state, params)
+            stepped, state = made.update(viewed(updates), state, viewed(params))
+        return {key: array.reshape(updates[key].shape) for key, array in stepped.items()}, state
 
-    return optax.GradientTransformation(made.init, update)
+    def init(params: Any) -> Any:
+        return made.init(viewed(params))
+
+    return optax.GradientTransformation(init, update)
 
 
 def rebalance(bias: Array, load: Array, rate: float) -> Array:

@@ -2,44 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
+from flax.nnx.filterlib import Filter
 from jax import Array
 
 from model.checkpoint import groups
-from model.config import Mla, ModelConfig
-from model.weights import Arrangement, Weight
+from model.config import Mla, ModelConfig, from_hf
+from model.module import IndexerParam, Model, RouterBias
+from model.weights import Weight
 from runtime.training import optimizer
 from runtime.training.config import TrainConfig, TrainingStage
-from runtime.training.forward import Aim, Params, flatten, index_recall, is_balance, is_index, loss
+from runtime.training.forward import Aim, loss
+from runtime.training.params import named, put
 from runtime.training.state import State
 
-_FAN_IN = {Arrangement.MATRIX: -2, Arrangement.GATE_UP: -3, Arrangement.HEAD_KEYS: -1, Arrangement.HEAD_VALUES: -2}
 _GAINS: dict[str, float] = dict.fromkeys(
     ("o", "down", "experts_down", "shared_down", "head"), 0.3
 )  # the residual begins as the embedding
 
+# What is trained by gradient. Routers' biases are no `nnx.Param`.
+MAIN: Filter = nnx.All(nnx.Param, nnx.Not(IndexerParam))
+TRAINED: Mapping[str, Filter] = {"dense": MAIN, "warmup": IndexerParam, "sparse": nnx.Param}
 
-def initial_params(cfg: ModelConfig, seed: int) -> Params:
-    """Random float32 weights: norms 1, biases 0, matrices that keep the size of what they are given; and heads of the
-    first layer that look a few tokens back (`_look_back`)."""
+
+def initial_model(raw_config: Mapping[str, Any], seed: int) -> Model:
+    """A model of a config.json's fields, in float32: random as `Weight.initial` has it, but what writes to the residual
+    begins small, embeddings have a part in common, and heads of the first layer look a few tokens back (`_look_back`).
+    """
+    cfg = from_hf(raw_config)
     rng = np.random.default_rng([seed, 1])
 
     common = rng.standard_normal(cfg.hidden_size)
 
     def make(weight: Weight) -> np.ndarray:
+        mean, deviation = weight.initial
         if weight.name == "embed":
             array = 0.35 * (rng.standard_normal(weight.shape) + common)
-        elif weight.arrangement is Arrangement.PLAIN:
-            array = np.full(weight.shape, float(weight.name.endswith("norm")))
+        elif deviation:
+            array = _GAINS.get(weight.name, 1.0) * deviation * rng.standard_normal(weight.shape)
         else:
-            fan_in = weight.shape[_FAN_IN[weight.arrangement]]
-            array = _GAINS.get(weight.name, 1.0) * fan_in**-0.5 * rng.standard_normal(weight.shape)
+            array = np.full(weight.shape, mean)
         return array.astype(np.float32)
 
     made = {
@@ -47,7 +55,7 @@ def initial_params(cfg: ModelConfig, seed: int) -> Params:
         for place, found in groups(cfg, mtp=True).items()
     }
     _look_back(cfg, made["layers"][0], common / np.linalg.norm(common))
-    return jax.tree.map(jnp.asarray, flatten(cfg, {**made, "outer": made["outer"][0]}))
+    return Model(cfg, {**made, "outer": made["outer"][0]}, raw_config=raw_config)
 
 
 def _look_back(cfg: ModelConfig, layer: dict[str, np.ndarray], common: np.ndarray) -> None:
@@ -73,72 +81,62 @@ def _look_back(cfg: ModelConfig, layer: dict[str, np.ndarray], common: np.ndarra
         by_head[0, head, mla.nope_dim + 1 :: 2] = np.sin(angle) * sharpness / latent
 
 
-def trained(params: Params, attention: str) -> set[str]:
-    """Names of the parameters that a stage of this kind trains by gradient."""
-    wanted = {"dense": (False,), "warmup": (True,), "sparse": (False, True)}[attention]
-    return {name for name in params if not is_balance(name) and is_index(name) in wanted}
-
-
 class Optimizers:
-    """Of the main weights and of the indexers: each counts its own steps."""
+    """Of a model's main weights and of its indexers: each counts its own steps."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, model: Model):
         o = config.optimizer
 
         def make(steps: int, matrix: float, other: float) -> optax.GradientTransformation:
             rates = optimizer.LearningRates(matrix, other, steps, round(o.rise * steps), round(o.fall * steps))
-            return optimizer.make(o.name, rates, o.weight_decay, o.clip)
+            return optimizer.make(model, o.name, rates, o.weight_decay, o.clip)
 
         self.main = make(config.count("dense", "sparse"), o.matrix_rate, o.other_rate)
         self.index = make(config.count("warmup", "sparse"), o.index_rate, o.index_rate)
         self.balance_rate = o.balance_rate
 
-    def begin(self, params: Params) -> State:
+    def begin(self, model: Model) -> State:
         """The state before the first step."""
-        main, index = trained(params, "dense"), trained(params, "warmup")
-        return State(params, self.main.init(_only(params, main)), self.index.init(_only(params, index)))
+        return State(model, self.main.init(named(model, MAIN)), self.index.init(named(model, IndexerParam)))
 
 
-def _only(params: Params, names: set[str]) -> Params:
-    return {name: value for name, value in params.items() if name in names}
+def _move(model: Model, gradients: Any, wanted: Filter, by: optax.GradientTransformation, state: Any) -> Any:
+    """Moves the wanted parameters where there are gradients of them; the new state of the optimizer `by`."""
+    found, params = named(gradients, wanted), named(model, wanted)
+    if not found:
+        return state
+    updates, state = by.update(found, state, params)
+    put(model, optax.apply_updates(params, updates))  # type: ignore[arg-type]
+    return state
 
 
 StepFn = Callable[[State, Any, Any], tuple[State, dict[str, Any]]]
 
 
-def compile_step(cfg: ModelConfig, stage: TrainingStage, optimizers: Optimizers) -> StepFn:
+def compile_step(stage: TrainingStage, optimizers: Optimizers) -> StepFn:
     """The jitted step of a stage: (state, tokens [b,t], weights [b,t]) -> (state, parts of the loss)."""
     aim = Aim(stage.attention, stage.draft_depths, stage.draft_rows, stage.draft_weight)
-    routed = [f"layers.{i}.router_bias" for i, kind in enumerate(cfg.layers) if kind.ffn == "moe"]
-    routed += ["mtp.0.router_bias"] * (aim.drafts if cfg.mtp_type.ffn == "moe" else 0)
 
     def run(state: State, tokens: Array, weights: Array) -> tuple[State, dict[str, Any]]:
-        names = trained(state.params, stage.attention)
-        frozen = {name: value for name, value in state.params.items() if name not in names}
-
-        def of(free: Params) -> tuple[Array, dict[str, Any]]:
-            return loss(cfg, aim, {**frozen, **free}, tokens, weights)
-
-        free = _only(state.params, names)
-        (_, parts), gradients = jax.value_and_grad(of, has_aux=True)(free)
-        loads: dict[str, Array] = {}
-        for name, load in zip(routed, parts.pop("loads"), strict=True):
-            loads[name] = loads[name] + load if name in loads else load
-        params, main, index = dict(state.params), state.main, state.index
-        main_names, index_names = names & trained(params, "dense"), names & trained(params, "warmup")
-        if main_names:
-            updates, main = optimizers.main.update(_only(gradients, main_names), main, _only(params, main_names))
-            params.update(optax.apply_updates(_only(params, main_names), updates))  # type: ignore[arg-type]
-            for name, load in loads.items():
-                params[name] = optimizer.rebalance(params[name], load, optimizers.balance_rate)
-        if index_names:
-            updates, index = optimizers.index.update(_only(gradients, index_names), index, _only(params, index_names))
-            params.update(optax.apply_updates(_only(params, index_names), updates))  # type: ignore[arg-type]
-        return State(params, main, index), {**parts, "loads": loads}
+        model, main, index = state
+        wanted = nnx.DiffState(0, TRAINED[stage.attention])
+        gradients, parts = nnx.grad(lambda m: loss(m, aim, tokens, weights), argnums=wanted, has_aux=True)(model)
+        main = _move(model, gradients, MAIN, optimizers.main, main)
+        index = _move(model, gradients, IndexerParam, optimizers.index, index)
+        parts["loads"] = loads = _by_router(model, aim.drafts, parts["loads"])
+        if stage.attention != "warmup":
+            biases = named(model, RouterBias)
+            put(model, {k: optimizer.rebalance(biases[k], load, optimizers.balance_rate) for k, load in loads.items()})
+        return State(model, main, index), parts
 
     return jax.jit(run, donate_argnums=0)
 
 
-def compile_recall(cfg: ModelConfig) -> Callable[[Params, Any], Array]:
-    """The jitted `index_recall`."""
-    return jax.jit(lambda params, tokens: index_recall(cfg, params, tokens))
+def _by_router(model: Model, drafts: int, loads: list[Array]) -> dict[str, Array]:
+    """Loads by the names of routers' biases: a pass asks those of the main layers once, the MTP layer's each draft."""
+    mtp = nnx.PathContains("mtp")
+    asked = [*named(model, nnx.All(RouterBias, nnx.Not(mtp))), *list(named(model, nnx.All(RouterBias, mtp))) * drafts]
+    out: dict[str, Array] = {}
+    for name, load in zip(asked, loads, strict=True):
+        out[name] = out[name] + load if name in out else load
+    return out

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from foundation.errors import UsageError
 from runtime.training import export, metrics, state, steps
 from runtime.training.config import TrainConfig, TrainingStage
 from runtime.training.data import TASKS, TrainingBatch
+from runtime.training.forward import index_recall
 from runtime.training.state import State
 
 CHECKPOINT = "checkpoint"
@@ -35,8 +37,9 @@ def train(
     """
     made = export.make_tokenizer(config)
     generator = export.make_generator(config, made)
-    optimizers = steps.Optimizers(config)
-    now, done = optimizers.begin(steps.initial_params(config.model, config.seed)), 0
+    model = steps.initial_model(export.raw_config(config, made), config.seed)
+    optimizers = steps.Optimizers(config, model)
+    now, done = optimizers.begin(model), 0
     if (folder / state.FILE).exists():
         if not resume:
             raise UsageError(f"{folder} holds a run already; --resume continues it, another --out begins one")
@@ -48,9 +51,9 @@ def train(
         run = _Run(config, folder, generator.batch, optimizers, report)
         while done < config.steps:
             now, done = run.stage(now, done)
-            export.write(folder / CHECKPOINT, config, now.params, made, source.name)
+            export.write(folder / CHECKPOINT, config, now.model, made, source.name)
         if not (folder / CHECKPOINT).exists():  # killed between the last step and its checkpoint
-            export.write(folder / CHECKPOINT, config, now.params, made, source.name)
+            export.write(folder / CHECKPOINT, config, now.model, made, source.name)
     except OSError as error:
         raise UsageError(
             f"{folder} cannot be written: {error.strerror}; --resume goes on from the last state"
@@ -69,7 +72,7 @@ class _Run:
     ):
         self.config, self.folder, self.report = config, folder, report
         self._batch, self._optimizers = batch, optimizers
-        self._recall = steps.compile_recall(config.model)
+        self._recall = jax.jit(index_recall)
         begins = np.cumsum([0, *(stage.steps for stage in config.stages)])
         self._begins = [(int(at), stage.attention) for at, stage in zip(begins, config.stages, strict=False)]
 
@@ -81,7 +84,7 @@ class _Run:
         """From step `done` to the end of its stage."""
         stage, begin = self.config.at(done), done
         end = next(at for at in np.cumsum([s.steps for s in self.config.stages]) if at > done)
-        step = steps.compile_step(self.config.model, stage, self._optimizers)
+        step = steps.compile_step(stage, self._optimizers)
         window: list[tuple[TrainingBatch, dict[str, Any]]] = []
         batch, since = self._make(done), time.perf_counter()
         while done < end:
@@ -95,7 +98,7 @@ class _Run:
                 elapsed = time.perf_counter() - since
                 record["tokens_per_s"] = len(window) * stage.rows * stage.length / elapsed
                 if stage.length > _topk(self.config):
-                    record["index_recall"] = float(self._recall(now.params, window[-1][0].tokens[:4]))
+                    record["index_recall"] = float(self._recall(now.model, window[-1][0].tokens[:4]))
                 metrics.append(self.folder, record)
                 self.report(done, record)
                 window, since = [], time.perf_counter()

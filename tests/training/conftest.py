@@ -1,12 +1,12 @@
-"""A small config and its first weights, once a session."""
+"""A small config and its first model, once a session."""
 
 from __future__ import annotations
 
 import pytest
 
+from model.module import Model
 from runtime.training import config, steps
 from runtime.training.config import TrainConfig
-from runtime.training.forward import Params
 from tests.training import small
 
 
@@ -16,5 +16,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 
 @pytest.fixture(scope="session")
-def params(tiny: TrainConfig) -> Params:
-    return steps.initial_params(tiny.model, seed=0)
+def model(tiny: TrainConfig) -> Model:
+    return steps.initial_model(tiny.raw_model, seed=0)

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from foundation.errors import UsageError
 from model.checkpoint import Checkpoint
 from model.tokenizer import ChatTemplate, Tokenizer
-from runtime.training import config, metrics, state, trainer
+from runtime.training import config, metrics, state, steps, trainer
 from tests.cli.cli import refused
 from tests.cli.test_run import use_compilation_cache
 from tests.training import small
@@ -141,11 +141,23 @@ def test_a_full_disk_keeps_the_last_good_state(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UsageError, match="cannot be written: No space left on device"):
         trainer.train(read, folder, source)
     monkeypatch.undo()
-    from runtime.training import steps
-
-    like = steps.Optimizers(read).begin(steps.initial_params(read.model, read.seed))
+    model = steps.initial_model(read.raw_model, read.seed)
+    like = steps.Optimizers(read, model).begin(model)
     assert state.read(folder, like, read.hash)[1] == 4  # the state of the first save
     assert not [file for file in folder.iterdir() if file.name.endswith(".tmp")]
+
+
+def test_a_state_of_an_earlier_version_is_read(whole: Path, tmp_path: Path) -> None:
+    """Which kept the heads of `q_b` in a dim of their own."""
+    read, stored = config.read(whole.parent / "small.toml"), load_file(whole / state.FILE)
+    earlier = {name: a.reshape(16, 2, 16) if "params" in name and "q_b" in name else a for name, a in stored.items()}
+    save_file(earlier, tmp_path / state.FILE, {"step": "12", "config": read.hash})
+    model = steps.initial_model(read.raw_model, seed=0)
+    found, done = state.read(tmp_path, steps.Optimizers(read, model).begin(model), read.hash)
+    assert done == 12
+    state.write(tmp_path, found, done, read.hash)
+    again = load_file(tmp_path / state.FILE)
+    assert again.keys() == stored.keys() and all(np.array_equal(again[name], stored[name]) for name in stored)
 
 
 def test_a_broken_state_is_one_line(tmp_path: Path) -> None:
