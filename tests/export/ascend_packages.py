@@ -14,8 +14,7 @@ from hw_profiles import load
 from model.checkpoint import Checkpoint, groups
 from model.checkpoint import save as save_checkpoint
 from model.config import from_hf, load_config
-from model.weights import Arrangement
-from model.weights import Weight
+from model.weights import Arrangement, Weight
 from runtime.deployment.manifest import FILE, Gear, Manifest, hash_file
 from runtime.execution.local.load import embedded_checkpoint
 from runtime.layout import Layout
