@@ -25,8 +25,9 @@ HEAD = """# Commands
 
 <!-- made by `python -m tools.docs_cli`; do not edit -->
 
-What `glm5 COMMAND --help` says. A command that cannot do what it was asked exits with 2 and one line on stderr that
-says what to change (`profiles check`: a line a problem); a traceback is a bug.
+What `glm5 COMMAND --help` says; `glm5 --version` prints the version. A command that cannot do what it was asked, or
+would not read an option that it was given, exits with 2 and one line on stderr that says what to change (`profiles
+check`: a line a problem); a traceback is a bug.
 """
 
 

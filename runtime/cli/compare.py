@@ -35,9 +35,12 @@ def compare(
     from foundation.writing import replacing
     from runtime.porting import compare as runs
 
-    targets = [runs.Compared.parse(part.strip(), formats) for part in profile.split(",") if part.strip()]
+    parts = [part.strip() for part in profile.split(",") if part.strip()]
+    targets = [runs.Compared.parse(part, formats) for part in parts]
     if not targets:
         raise UsageError("--profile names no accelerator; `glm5 profiles list` lists them")
+    if formats is not None and all(":" in part for part in parts):
+        raise UsageError(f"--formats {formats}: every profile names formats of its own; leave out one of the two")
     if html is not None and not html.absolute().parent.is_dir():
         raise UsageError(f"--html {html}: no such folder")
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from foundation.errors import UsageError
+
 
 def evaluate(
     checkpoint: Annotated[
@@ -26,6 +28,11 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Ask a trained checkpoint questions that its training held out, and count the exact answers."""
+    if show_wrong and as_json:
+        raise UsageError("--show-wrong prints for a person: leave it out, or leave out --json")
+    if random_indexer and keep_fp8:
+        raise UsageError("--keep-fp8 does not go with --random-indexer, whose weights are in --dtype: leave it out")
+
     from backends import registry
     from runtime.execution.local.load import embedded_checkpoint
     from runtime.training.data import TASKS

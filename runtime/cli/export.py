@@ -11,6 +11,7 @@ import typer
 
 from foundation.errors import UsageError
 from runtime.cli import export_check
+from runtime.cli.given import given, refuse_before
 
 if TYPE_CHECKING:
     from runtime.deployment.manifest import Manifest
@@ -70,7 +71,8 @@ def export(
 ) -> None:
     """Export the graph of each layer type, with a manifest that says how they fit together."""
     if context.invoked_subcommand is not None:
-        return
+        return refuse_before(context)
+    said = given(context)
     if not format or out is None:
         raise UsageError(f"export needs --format ({', '.join(FORMATS)}) and --out DIR")
     if format not in FORMATS:
@@ -81,10 +83,12 @@ def export(
         raise UsageError(f"--weights {weights}: none or external")
     if model and checkpoint:
         raise UsageError("give one of --model (graphs only) and --checkpoint (with weights)")
-    if format != "ascend" and (profile or soc_version or cann_ops != "all"):
+    if format != "ascend" and not said.keys().isdisjoint(("profile", "soc_version", "cann_ops")):
         raise UsageError("--profile, --soc-version and --cann-ops are for --format ascend")
-    if plan and (tp, dp, ep, pp) != (1, 1, 1, 1):
+    if plan and not said.keys().isdisjoint(("tp", "dp", "ep", "pp")):
         raise UsageError("--plan decides the layout: leave out --tp, --dp, --ep and --pp")
+    if phase == "decode" and "chunk" in said:
+        raise UsageError("--chunk is of a prefill step, and --phase is decode: add --phase prefill or both")
     started = time.perf_counter()
 
     from hw_profiles import load
@@ -126,9 +130,9 @@ def export(
 
         verifier.refuse(format, scheme, opened, device)
         assert opened is not None
-        given = opened
+        source = opened
         manifest = package.export(
-            request, out, lambda folder, m: reports.extend(verifier.verify(folder, m, given, placed.grid))
+            request, out, lambda folder, m: reports.extend(verifier.verify(folder, m, source, placed.grid))
         )
     else:
         manifest = package.export(request, out)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -17,6 +17,7 @@ from runtime.cli.compare import compare
 from runtime.cli.eval import evaluate
 from runtime.cli.quantize import quantize
 from runtime.cli.train import train
+from runtime.cli.version import version
 
 app = typer.Typer(
     help="GLM-5-class models on any backend: run, describe, plan, simulate.",
@@ -38,6 +39,21 @@ app.command("eval")(evaluate)
 app.add_typer(profiles.app, name="profiles")
 app.add_typer(plan.app, name="plan")
 app.add_typer(export.app, name="export")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"glm5 {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def glm5(
+    show: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version, and exit.")
+    ] = False,
+) -> None:
+    """What goes before a verb."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

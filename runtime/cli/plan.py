@@ -11,6 +11,7 @@ import typer
 
 from foundation.errors import UsageError
 from model.formats import SCHEMES_HELP
+from runtime.cli.given import refuse_before
 from runtime.cli.plan_check import plan_check
 from runtime.cli.plan_experts import plan_experts
 from runtime.cli.plan_launch import plan_launch
@@ -75,7 +76,7 @@ def plan(
     serving together or with prefill and decode apart; the best by a steady-state estimate are simulated.
     """
     if context.invoked_subcommand is not None:
-        return
+        return refuse_before(context)
     for path in (out, html):
         if path and (path.is_dir() or not path.parent.is_dir()):
             raise UsageError(f"{path} cannot be written: name a file in a directory that exists")
@@ -133,6 +134,8 @@ def _search(
     if len(profiles) > 2:
         raise UsageError(f"{len(profiles)} profiles: give one, or two to prefill on one and decode on the other")
     named = [_split(text) for text in profiles]
+    if devices is not None and all(count is not None for _, count in named):
+        raise UsageError(f"--devices {devices}: --profile {profiles[0]} has a number already; leave out one of the two")
     default = 384 if smallest_wanted else 8
     chips = [Chips(hw_profiles.load(name, chip), count or devices or default) for name, count in named]
     question = Question(

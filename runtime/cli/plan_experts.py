@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from foundation.errors import UsageError
+from runtime.cli.given import given
 from runtime.deployment.errors import PreviousError
 from runtime.planning.experts import (
     ExpertPlacement,
@@ -26,6 +28,7 @@ from runtime.planning.experts import (
 
 
 def plan_experts(
+    context: typer.Context,
     load: Annotated[Path, typer.Option(help="Expert loads: .npy of layers × experts, any unit.")],
     devices: Annotated[int, typer.Option(help="Devices that share the experts.")],
     slots: Annotated[
@@ -45,6 +48,8 @@ def plan_experts(
     no placement in these slots can beat, gap the distance to it. An expert's load is split evenly over its
     replicas; uneven_split is what remains if the engine may split it as it likes.
     """
+    if sglang is None and "dense_layers" in given(context):
+        raise UsageError("--dense-layers is of SGLang's file: add --sglang")
     report, placement = _answer(load, devices, slots, nodes, groups, previous, max_moves)
     if sglang is not None:
         write_json(sglang_init_expert_location(placement, dense_layers), sglang)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 
 from foundation.errors import UsageError
 from model.formats import SCHEMES_HELP
+from runtime.cli.given import given
 from runtime.cli.simulated import progress_bar, result_of, show
 
 if TYPE_CHECKING:
@@ -75,6 +77,8 @@ def simulate(
             raise UsageError(f"{path}: there is no directory {path.parent}")
         if path and path.is_dir():
             raise UsageError(f"{path} is a directory: name a file to write")
+    if requests is not None and requests < 1:
+        raise UsageError(f"--requests must be at least 1, not {requests}")
     if plan is not None:
         from runtime.cli.simulate_plan import load_beside_plan, simulated_plan
 
@@ -84,6 +88,7 @@ def simulate(
             result, report = simulated_plan(plan, load, requests, seed, recorder, progress)
         _give(result, report, recorder, trace, html, as_json)
         return
+    _refuse_unread(given(context), rate, trace_file)
     chip, of_model, of_engine = split_settings(settings or [])
     cfg = load_config(model)
     for path, value in of_model:
@@ -129,6 +134,16 @@ def _give(
         show(result, report)
 
 
+def _refuse_unread(said: Mapping[str, str], rate: float | None, trace_file: Path | None) -> None:
+    """Raises `UsageError` for an option that the load asked for does not read."""
+    if trace_file is not None:
+        for name in ("isl", "osl", "length_ratio", "burstiness"):
+            if name in said:
+                raise UsageError(f"{said[name]} does not go with --trace-file, whose requests decide it: leave it out")
+    elif rate is None and "burstiness" in said:
+        raise UsageError("--burstiness is of an open loop: add --rate")
+
+
 def _workload(
     concurrency: int | None,
     rate: float | None,
@@ -144,8 +159,6 @@ def _workload(
 
     if sum(option is not None for option in (concurrency, rate, trace_file)) > 1:
         raise UsageError("give one of --concurrency, --rate and --trace-file")
-    if requests is not None and requests < 1:
-        raise UsageError(f"--requests must be at least 1, not {requests}")
     if trace_file is not None:
         return mooncake_trace(trace_file, limit=requests)
     prompt, output = Uniform(isl, ratio), Uniform(osl, ratio)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from foundation.errors import UsageError
+from runtime.cli.given import given, refuse_unread
 
 if TYPE_CHECKING:
     from runtime.serving import Report
@@ -22,15 +23,8 @@ _LOAD = frozenset({"isl", "osl", "concurrency", "rate"})
 
 def load_beside_plan(context: typer.Context) -> dict[str, Any]:
     """What was said of the load. Raises `UsageError` for an option that would change what the plan decided."""
-    load = {}
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        source = context.get_parameter_source(name)
-        if name in _FREE or source is None or source.name != "COMMANDLINE":
-            continue
-        if name not in _LOAD:
-            raise UsageError(f"--{name.replace('_', '-')} does not go with --plan, which decides it: make another plan")
-        load[name] = context.params[name]
+    refuse_unread(context, _FREE | _LOAD, lambda _: "does not go with --plan, which decides it: make another plan")
+    load = {name: context.params[name] for name in given(context) if name in _LOAD}
     if "concurrency" in load and "rate" in load:
         raise UsageError("--concurrency and --rate: give one of them")
     return load

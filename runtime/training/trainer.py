@@ -23,7 +23,7 @@ from runtime.training.data import TASKS, TrainingBatch
 from runtime.training.forward import index_recall
 from runtime.training.state import State
 
-CHECKPOINT = "checkpoint"
+CHECKPOINT, _CONFIG = "checkpoint", "config.toml"
 Report = Callable[[int, dict[str, Any]], None]  # (steps done, the step's record)
 
 
@@ -32,9 +32,11 @@ def train(
 ) -> Path:
     """Trains in `folder`; the checkpoint's path. `source` is the config's file, for the record.
 
-    Raises `UsageError` where the folder holds a run already (unless resumed) or one of another config, and where the
-    disk does not take what is written; the last good state then stays.
+    Raises `UsageError` where the folder holds a run already (unless resumed), none to resume, or one of another config,
+    and where the disk does not take what is written; the last good state then stays.
     """
+    if resume and not any((folder / name).exists() for name in (state.FILE, _CONFIG)):
+        raise UsageError(f"--resume: {folder} holds no run; leave it out to begin one there")
     made = export.make_tokenizer(config)
     generator = export.make_generator(config, made)
     model = steps.initial_model(export.raw_config(config, made), config.seed)
@@ -46,7 +48,7 @@ def train(
         now, done = state.read(folder, now, config.hash)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / "config.toml")
+        shutil.copyfile(source, folder / _CONFIG)
         metrics.truncate(folder, done)
         run = _Run(config, folder, generator.batch, optimizers, report)
         while done < config.steps:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
+import tomllib
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +42,23 @@ def test_a_wrong_command_line(words: list[str], text: str) -> None:
 def test_no_command_prints_the_help() -> None:
     code, out, err = glm5()
     assert (code, out) == (2, "") and err.startswith("Usage: glm5 ")
+
+
+def test_the_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of the installed package; of the source tree without one; and a word where there is neither."""
+    from runtime.cli import version
+
+    code, out, err = glm5("--version")
+    assert (code, err) == (0, "") and re.fullmatch(r"glm5 \d+\.\d+\.\d+\n", out)
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert glm5("--version") == (0, f"glm5 {project['version']}\n", "")
+    monkeypatch.setattr(version, "_PROJECT", tmp_path / "none.toml")
+    assert glm5("--version") == (0, "glm5 unknown\n", "")
 
 
 def test_a_bug_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,6 +172,7 @@ def test_the_summary(checkpoint: Path) -> None:
         (("--profile", "h200-sxm:fp8:fp8:x"), ("PROFILE",)),
         (("--profile", "ascend-910c:fp8"), ("ascend-910c", "fp8-block", "w4a8")),
         (("--profile", "h200-sxm", "--formats", "nvfp4"), ("h200-sxm", "nvfp4")),
+        (("--profile", "h200-sxm:fp8,ascend-910c:w8a8:int8", "--formats", "bf16"), ("--formats bf16", "leave out one")),
         (("--profile", "h200-sxm", "--text", "/nowhere"), ("--text", "/nowhere")),
         (("--profile", "h200-sxm", "--prompts", "/nowhere"), ("--prompts", "/nowhere")),
         (("--profile", "h200-sxm", "--max-tokens", "9999"), ("9999", "positions")),

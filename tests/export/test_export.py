@@ -76,6 +76,11 @@ def test_a_package_computes_what_the_graph_does(
     assert len(off) == 4 and max(off) <= 1e-4
 
 
+def chunk(phase: str) -> tuple[object, ...]:
+    """A prefill step's chunk, where there is one."""
+    return () if phase == "decode" else ("--chunk", 32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("format", RUNTIME)
 @pytest.mark.parametrize(
@@ -83,7 +88,7 @@ def test_a_package_computes_what_the_graph_does(
 )
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_the_embedded_checkpoint(tmp_path: Path, format: str, layout: tuple[object, ...], phase: str) -> None:
-    sizes = ("--phase", phase, "--batch", 2, "--chunk", 32, "--context", 256, "--page-size", 16)
+    sizes = ("--phase", phase, *chunk(phase), "--batch", 2, "--context", 256, "--page-size", 16)
     off = verified("--format", format, *sizes, *layout, "--out", tmp_path / "p")
     assert len(off) == 2 and max(off) <= 1e-4
 
@@ -115,7 +120,7 @@ def test_tokens_are_those_of_the_cpu_backend(small: Path, package: Path) -> None
 @pytest.mark.parametrize("format", RUNTIME)
 @pytest.mark.parametrize("phase", ["prefill", "decode", "both"])
 def test_tokens_of_every_format_and_phase(tmp_path: Path, format: str, phase: str) -> None:
-    sizes = ("--phase", phase, "--chunk", 32, "--context", 256, "--page-size", 16)
+    sizes = ("--phase", phase, *chunk(phase), "--context", 256, "--page-size", 16)
     assert glm5("export", "--format", format, *sizes, "--out", tmp_path / "p").code == 0
     words = ("--prompt", "A mixture of experts", "--max-tokens", 90, "--json")
     expected = glm5("run", *words).json
@@ -209,6 +214,10 @@ def test_stablehlo_names_no_path_of_this_machine(small: Path, tmp_path: Path) ->
         (("--format", "onnx", "--weights", "maybe", "--out", "OUT"), "none or external"),
         (("--format", "onnx", "--plan", "nowhere.json", "--out", "OUT"), "nowhere.json: cannot be read"),
         (("--format", "onnx", "--plan", "p.json", "--tp", "2", "--out", "OUT"), "--plan decides the layout"),
+        (("--format", "onnx", "--plan", "p.json", "--tp", "1", "--out", "OUT"), "--plan decides the layout"),
+        (("--format", "onnx", "--cann-ops", "all", "--out", "OUT"), "are for --format ascend"),
+        (("--format", "onnx", "--chunk", "128", "--out", "OUT"), "add --phase prefill or both"),
+        (("check", "OUT"), "--checkpoint stands before `check`, which does not read it"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

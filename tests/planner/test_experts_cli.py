@@ -55,6 +55,7 @@ def test_previous(load_file: Path, tmp_path: Path) -> None:
         assert report["moves"]["worst"] <= budget
         assert report["max_over_mean"]["mean"] <= report["previous_max_over_mean"]["mean"]
     assert call(*words, "--previous", previous).code == 2
+    assert "--dense-layers is of SGLang's file: add --sglang" in call(*words, "--dense-layers", 0).err
     previous.write_text(first.out[:200])
     for bad in (previous, load_file, tmp_path / "none.json"):
         result = call(*words, "--previous", bad, "--max-moves", 1)

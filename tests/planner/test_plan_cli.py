@@ -45,6 +45,9 @@ def test_what_a_person_sees(plan: Path) -> None:
         (("--engine", "vllm"), "--engine does not go with --plan"),
         (("--concurrency", 0), "at least 1"),
         (("--concurrency", 4, "--rate", 1), "give one of them"),
+        (("--tp", 1), "--tp does not go with --plan"),
+        (("--set", "chip.memory.capacity_bytes=1e12"), "--set does not go with --plan"),
+        (("--requests", 0), "--requests must be at least 1"),
     ],
 )
 def test_what_a_plan_decides_cannot_be_said_again(plan: Path, words: tuple[object, ...], said: str) -> None:
@@ -79,6 +82,10 @@ def test_an_edited_plan_is_refused(plan: Path, tmp_path: Path) -> None:
         (("--out", "/no/such/folder/plan.json"), "cannot be written"),
         (("--model", "glm-4.5", "--mtp", 1, "--expert-load", "none.npy"), "none.npy: cannot be read"),
         (("--objective", "min-devices", "--profile", "h200-sxm", "--profile", "h20-96gb"), "one kind of chip"),
+        (("--profile", "h200-sxm:8", "--devices", 8), "--devices 8: --profile h200-sxm:8 has a number already"),
+        (("--profile", "h200-sxm:8", "--profile", "h20-96gb:8", "--devices", 16), "has a number already"),
+        (("--model", "glm-5-fp8", "check", "plan.json"), "--model stands before `check`, which does not read it"),
+        (("--engine", "sglang", "launch", "plan.json"), "--engine stands before `launch`, which does not read it"),
     ],
 )
 def test_a_mistake_is_one_line(words: tuple[object, ...], said: str) -> None:

@@ -98,6 +98,8 @@ def test_what_cannot_be_asked() -> None:
         ask(scripted(add), PATH, 5, ["poetry"])
     assert "no task 'poetry'" in refused("eval", "--task", "poetry")
     assert "no such checkpoint directory" in refused("eval", "--checkpoint", "nowhere")
+    assert "--show-wrong prints for a person" in refused("eval", "--show-wrong", "--json")
+    assert "--keep-fp8 does not go with --random-indexer" in refused("eval", "--keep-fp8", "--random-indexer")
 
 
 def test_a_random_indexer_is_the_same_size_and_nothing_else_changes() -> None:

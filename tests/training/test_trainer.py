@@ -117,6 +117,13 @@ def test_a_folder_with_a_run_is_not_overwritten(whole: Path, tmp_path: Path) -> 
     assert (whole / state.FILE).read_bytes() == before
 
 
+def test_what_is_not_there_is_not_resumed(tmp_path: Path) -> None:
+    source = small.write(tmp_path)
+    line = refused("train", "--config", source, "--out", tmp_path / "run", "--resume")
+    assert line == f"--resume: {tmp_path / 'run'} holds no run; leave it out to begin one there"
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_may_be_resumed(whole: Path) -> None:
     source = whole.parent / "small.toml"
     before = records(whole)

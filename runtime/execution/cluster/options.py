@@ -27,7 +27,7 @@ class SimOptions:
     trace: Path | None = None
 
     @property
-    def given(self) -> list[str]:
-        """The options that were given, as they are spelled."""
-        spelled = [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value is not None]
-        return [name for name in spelled if name != "--scale-memory" or self.scale_memory != 1.0]
+    def decided(self) -> list[str]:
+        """The options given that a plan decides, as they are spelled."""
+        own = ("profile", "tp", "dp", "ep", "pp", "formats", "kv", "engine")
+        return [f"--{name}" for name in own if getattr(self, name) is not None]

@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from backends.errors import BackendUnavailable
 from foundation.errors import Failure, UsageError
@@ -71,19 +71,13 @@ class ProcessPlace:
         return f"process {self.index} of {self.count}"
 
 
-def supervised() -> bool:
-    """Whether this is the child process that `supervise` has started."""
-    return multiprocessing.current_process().name == _CHILD
-
-
-_CHILD = "glm5-process"
 # How what XLA raises begins, which may be a ValueError as well as its own: a peer is gone, or a device is.
 _OF_RUNTIME = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED|UNAVAILABLE|UNKNOWN): ")
 _BUG = 1  # exit code of a child that has printed a traceback
 
 
-def supervise(place: ProcessPlace, work: Callable[..., None], arguments: dict[str, Any]) -> None:
-    """Runs `work(**arguments)` in a child process, and raises here what it raises there if that is expected.
+def supervise(place: ProcessPlace, work: Callable[[], None]) -> None:
+    """Runs `work`, which is pickled, in a child process, and raises here what it raises there if that is expected.
 
     Raises `ProcessLost` where the child ended otherwise: another process is gone.
     """
@@ -91,7 +85,7 @@ def supervise(place: ProcessPlace, work: Callable[..., None], arguments: dict[st
         _await_coordinator(place)
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
-    child = spawn.Process(target=_child, name=_CHILD, args=(place, sender, work, arguments))
+    child = spawn.Process(target=_child, name="glm5-process", args=(place, sender, work))
     child.start()
     sender.close()
     try:
@@ -129,7 +123,7 @@ def _await_coordinator(place: ProcessPlace) -> None:
         time.sleep(0.2)
 
 
-def _child(place: ProcessPlace, sender: Connection, work: Callable[..., None], arguments: dict[str, Any]) -> None:
+def _child(place: ProcessPlace, sender: Connection, work: Callable[[], None]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # What the distributed runtime and gloo print is not for the reader; answers are process 0's to give.
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -138,7 +132,7 @@ def _child(place: ProcessPlace, sender: Connection, work: Callable[..., None], a
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     try:
-        work(**arguments)
+        work()
         leave()
         code = 0
     except Failure as error:

@@ -63,9 +63,8 @@ def prepare(cfg: ModelConfig, options: SimOptions) -> Plan:
 
 def _planned(cfg: ModelConfig, options: SimOptions) -> Plan:
     assert options.plan is not None
-    decided = [name for name in options.given if name not in ("--plan", "--devices", "--scale-memory", "--trace")]
-    if decided:
-        raise UsageError(f"{', '.join(decided)}: the plan decides that; leave it out, or leave out --plan")
+    if options.decided:
+        raise UsageError(f"{', '.join(options.decided)}: the plan decides that; leave it out, or leave out --plan")
     plan = Plan.read(options.plan, cfg)
     if options.devices is not None and options.devices != len(plan.devices):
         raise UsageError(f"--devices {options.devices}: {options.plan} is a plan for {len(plan.devices)} devices")
