@@ -10,6 +10,7 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import hw_profiles
@@ -30,6 +31,7 @@ from runtime.deployment.plan import (
 )
 from runtime.planning.kv_tiers import plan_kv
 from runtime.planning.launch import launch
+from runtime.pricing.load import ExpertLoad
 from runtime.reports.plan import page, write_page
 from runtime.reports.plan_devices import ranges
 from tests.plans import formats, plan_for, pool_of
@@ -57,13 +59,13 @@ PREDICTED = Predicted(
 )  # fmt: skip
 
 
-def placement() -> tuple[Experts, tuple[float, ...]]:
+def placement() -> tuple[Experts, ExpertLoad]:
     """Experts over 32 devices, one redundant slot each, and the load of every slot, busiest device first."""
     rows = tuple(
         tuple([(e + n) % 256 for e in range(256)] + [(7 * n + d // 2) % 256 for d in range(32)]) for n in range(75)
     )
     share = [2.0 - device / 31 for device in range(32) for _ in range(9)]
-    return Experts(9, rows, 1.3311, 1.91, 1.25), tuple(load / sum(share) for load in share)
+    return Experts(9, rows, 1.3311, 1.91, 1.25), ExpertLoad("measured", np.array(share) / sum(share))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def full() -> Plan:
     experts, loads = placement()
     decode = pool_of(
         CFG, Layout(2, 16, 32), hw_profiles.load("ascend-910c-die"), formats("w8a8", "int8"), role="decode",
-        engine="vllm-ascend", experts=experts, redundant_slots=1, slot_load=loads, expert_load="measured", drafts=2,
+        engine="vllm-ascend", experts=experts, redundant_slots=1, expert_load=loads, drafts=2,
         first_device=8, first_node=1,
     )  # fmt: skip
     plan = Plan(
