@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,7 +17,10 @@ from runtime.cli.plan_experts import plan_experts
 from runtime.cli.plan_launch import plan_launch
 
 if TYPE_CHECKING:
+    from hw_profiles.loader import Override
     from runtime.deployment.plan import Plan
+    from runtime.planning.options import Question
+    from runtime.planning.search import Chips
 
 app = typer.Typer(help="Plan a deployment: layout, experts and KV cache, assigned to devices.")
 app.command("experts")(plan_experts)
@@ -85,17 +88,34 @@ def plan(
     for name, value in (("--rate", rate), ("--ttft-ms", ttft_ms), ("--tpot-ms", tpot_ms)):
         if value is not None and not 0 < value < 1e9:
             raise UsageError(f"{name} {value:g}: give a number above zero")
+    from model.config import load_config
     from runtime.deployment.plan import Demand
+    from runtime.planning.options import Question
+    from runtime.simulation.build import split_settings
 
-    demand = Demand(isl, osl, length_ratio, concurrency, rate, ttft_ms, tpot_ms, objective)
-    found = _search(model, profile or ["h200-sxm"], devices, demand, formats, kv, mtp, expert_load, engine, settings)
+    of_chip, of_model, of_engine = split_settings(settings or [])
+    if of_model:
+        raise UsageError(f"--set {of_model[0][0]}: a plan is for a model as it is; give a config.json with the change")
+    cfg = load_config(model)
+    if mtp and not cfg.mtp_layers:
+        raise UsageError(f"{cfg.name} has no MTP layer to draft with: leave out --mtp")
+    question = Question(
+        cfg,
+        Demand(isl, osl, length_ratio, concurrency, rate, ttft_ms, tpot_ms, objective),
+        engine,
+        None if formats == "auto" else formats,
+        None if kv == "auto" else kv,
+        mtp,
+        of_engine,
+    )
+    chips = _chips(profile or ["h200-sxm"], devices, 384 if objective == "min-devices" else 8, of_chip)
+    found = _answer(question, chips, expert_load)
     if out:
         found.write(out)
     if html:
-        from model.config import load_config
         from runtime.reports.plan import write_page
 
-        write_page(html, found, load_config(model))
+        write_page(html, found, cfg)
     if as_json:
         print(found.text, end="")
     else:
@@ -104,57 +124,31 @@ def plan(
         show(found)
 
 
-def _search(
-    model: str,
-    profiles: list[str],
-    devices: int | None,
-    demand: Any,
-    formats: str,
-    kv: str,
-    drafts: int,
-    expert_load: Path | None,
-    engine: str,
-    settings: list[str] | None,
-) -> Plan:
+def _chips(names: list[str], devices: int | None, default: int, settings: Mapping[str, Override]) -> list[Chips]:
+    """The chips of --profile, with their numbers. Raises `UsageError` or `ProfileError`."""
     import hw_profiles
-    from model.config import load_config
-    from runtime.planning.experts import read_load
-    from runtime.planning.options import Question
-    from runtime.planning.search import Chips, search
-    from runtime.planning.smallest import smallest
-    from runtime.simulation.build import split_settings
+    from runtime.planning.search import Chips
 
-    chip, of_model, of_engine = split_settings(settings or [])
-    if of_model:
-        raise UsageError(f"--set {of_model[0][0]}: a plan is for a model as it is; give a config.json with the change")
-    cfg = load_config(model)
-    if drafts and not cfg.mtp_layers:
-        raise UsageError(f"{cfg.name} has no MTP layer to draft with: leave out --mtp")
-    smallest_wanted = demand.objective == "min-devices"
-    if len(profiles) > 2:
-        raise UsageError(f"{len(profiles)} profiles: give one, or two to prefill on one and decode on the other")
-    named = [_split(text) for text in profiles]
+    if len(names) > 2:
+        raise UsageError(f"{len(names)} profiles: give one, or two to prefill on one and decode on the other")
+    named = [_split(text) for text in names]
     if devices is not None and all(count is not None for _, count in named):
-        raise UsageError(f"--devices {devices}: --profile {profiles[0]} has a number already; leave out one of the two")
-    default = 384 if smallest_wanted else 8
-    chips = [Chips(hw_profiles.load(name, chip), count or devices or default) for name, count in named]
-    question = Question(
-        cfg,
-        demand,
-        engine,
-        None if formats == "auto" else formats,
-        None if kv == "auto" else kv,
-        drafts,
-        of_engine,
-    )
+        raise UsageError(f"--devices {devices}: --profile {names[0]} has a number already; leave out one of the two")
+    return [Chips(hw_profiles.load(name, settings), count or devices or default) for name, count in named]
+
+
+def _answer(question: Question, chips: list[Chips], expert_load: Path | None) -> Plan:
+    from runtime.planning.experts import read_load
+    from runtime.planning.search import search
+    from runtime.planning.smallest import smallest
+
     load = read_load(expert_load) if expert_load else None
     load_name = expert_load.name if expert_load else ""
-    say = _progress()
-    if smallest_wanted:
-        if len(chips) > 1:
-            raise UsageError("min-devices counts one kind of chip: give one --profile")
-        return smallest(question, chips[0].profile, chips[0].count, load, load_name, say)
-    return search(question, chips, load, load_name, say)
+    if question.demand.objective != "min-devices":
+        return search(question, chips, load, load_name, _progress())
+    if len(chips) > 1:
+        raise UsageError("min-devices counts one kind of chip: give one --profile")
+    return smallest(question, chips[0].profile, chips[0].count, load, load_name, _progress())
 
 
 def _split(text: str) -> tuple[str, int | None]:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
+import hw_profiles
 from model.checkpoint import Checkpoint, groups, stored_shape
 from model.formats import BF16, E4M3, FORMATS, INT4, SCHEMES, CheckpointLayout, matrix_format, scheme
 from model.quantised import Matrix, dequantise, quantise
@@ -26,6 +27,7 @@ def layouts(name: str) -> list[str]:
     ]
 
 
+slow = pytest.mark.slow
 WRITTEN = [(name, layout) for name in [*SCHEMES, "w4a16-g16"] for layout in layouts(name)]
 
 
@@ -69,6 +71,24 @@ def test_round_trip(source: Path, tmp_path: Path, formats: str, layout: str) -> 
         np.testing.assert_array_equal(
             Checkpoint(tmp_path / "again").array(name).view(np.uint8), after.array(name).view(np.uint8)
         )
+
+
+@pytest.mark.parametrize(
+    ("formats", "layout"),
+    [
+        pytest.param(*each, marks=() if each in (("nvfp4", "compressed-tensors"), ("w4a8", "msmodelslim")) else slow)
+        for each in WRITTEN
+    ],
+)
+def test_it_can_be_planned(source: Path, tmp_path: Path, formats: str, layout: str) -> None:
+    """In a format that the chip computes in and that is none narrower than what is stored."""
+    quantize(source, tmp_path / "out", formats, layout)
+    load = ("--isl", 64, "--osl", 16, "--concurrency", 2, "--devices", 1)
+    for profile in ("h200-sxm", "ascend-910c-die"):
+        plan = glm5("plan", "--model", tmp_path / "out", "--profile", profile, *load, "--json").json
+        planned, stored = plan["formats"]["experts"], Checkpoint(tmp_path / "out").config.stored_scheme.experts
+        assert planned in hw_profiles.load(profile).formats.weights
+        assert matrix_format(planned).bits >= matrix_format(stored).bits
 
 
 def test_kept_quantised(source: Path, tmp_path: Path) -> None:

@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 
+import hw_profiles
+from model.config import load_config
+from model.split import Layout
 from runtime.deployment import engines
-from runtime.deployment.engines import Circumstances, load, names
+from runtime.deployment.choice import chosen_scheme
+from runtime.deployment.engines import Circumstances, engine_for, formats_for, load, names
 from runtime.deployment.errors import EngineError
+from runtime.execution.local.engine import EngineConfig
+from runtime.execution.local.load import MEMORY_FRACTION
+from runtime.execution.local.programs import gear
+from tests.cli.cli import glm5
 
 GIB = 2**30
 
@@ -35,6 +43,39 @@ def test_defaults_follow_the_devices_memory() -> None:
     assert chunks == [2048, 4096, 8192, 8192, 16384]
     assert load("vllm-ascend", at=Circumstances(memory_bytes=64 * GIB)).max_step_tokens == 2048
     assert load("vllm", at=Circumstances(memory_bytes=141 * GIB)).max_running_requests == 1024
+
+
+@pytest.mark.parametrize("engine", names())
+def test_a_copy_of_a_description_is_the_engine(engine: str, tmp_path: Path) -> None:
+    """Defaults that are formulas go by the file's `kind`, whatever it is called."""
+    copy = tmp_path / "mine.toml"
+    copy.write_bytes((Path(engines.__file__).parent / f"{engine}.toml").read_bytes())
+    for model in ("deepseek-v3", "glm-5-fp8", "glm-4.5"):
+        cfg = load_config(model)
+        for chip in ("h200-sxm", "b200-sxm", "ascend-910c-die"):
+            profile, layout = hw_profiles.load(chip), Layout(tp=8)
+            own, copied = (engine_for(name, cfg, profile, layout) for name in (engine, str(copy)))
+            assert own == copied
+            scheme = chosen_scheme(profile)
+            assert formats_for(own, cfg, profile, scheme) == formats_for(copied, cfg, profile, scheme)
+
+
+def test_the_copy_of_a_description_simulates_as_the_engine(tmp_path: Path) -> None:
+    copy = tmp_path / "mine.toml"
+    copy.write_bytes((Path(engines.__file__).parent / "sglang.toml").read_bytes())
+    words = ("simulate", "--model", "deepseek-v3", "--tp", 8, "--requests", 8, "--json", "--engine")
+    own, copied = (glm5(*words, name).json for name in ("sglang", copy))
+    assert own == copied
+
+
+def test_our_own_engine_is_described_as_it_is() -> None:
+    """The limits in glm5.toml are the engine's defaults, and its batch sizes those that steps are padded to."""
+    engine, config = load("glm5"), EngineConfig()
+    assert engine.chunked_prefill_tokens == engine.max_step_tokens == config.prefill_chunk
+    assert (engine.max_running_requests, engine.page_tokens) == (config.max_running, config.page_size)
+    assert engine.memory_fraction == MEMORY_FRACTION
+    padded = {gear(n, config.least_batch) for n in range(1, config.max_running + 1)}
+    assert engine.graph_batch_sizes == tuple(sorted(padded))
 
 
 def test_overrides_win_and_are_recorded() -> None:

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.programs import Programs
 
-_MEMORY_FRACTION = 0.85  # of a device's memory, for weights and pages; the rest is for activations
+MEMORY_FRACTION = 0.85  # of a device's memory, for weights and pages; the rest is for activations
 
 
 def embedded_checkpoint() -> Path:
@@ -54,7 +54,7 @@ def load_engine(
 
     weights = checkpoint.load(dtype, keep_fp8, put, mtp=config.drafts > 0)
     if pool_tokens is None and offered.devices[0].memory_bytes:
-        spare = int(offered.devices[0].memory_bytes * _MEMORY_FRACTION) - weight_bytes
+        spare = int(offered.devices[0].memory_bytes * MEMORY_FRACTION) - weight_bytes
         row = token_bytes(checkpoint.config, dtype, config.drafts > 0)
         pool_tokens = min(spare // row, config.max_running * checkpoint.config.max_positions)
         if pool_tokens < config.page_size:
