@@ -17,8 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+import hw_profiles
 from bench.fit.solve import Points
-from runtime.pricing.chip import ACTIVATION_BYTES, BYTES_PER_ELEMENT, PEAK_FIELD
+from model.formats import ROWS, matrix_format
+from runtime.pricing.book import element_bytes
+from runtime.pricing.chip import rate_of
 from runtime.pricing.work import MEASURED_BLOCKS, MlaShape
 
 PACKAGE = "aiconfigurator-core"
@@ -47,7 +50,8 @@ SYSTEMS = (
     System("a100-sxm-80gb", "a100_sxm", {"bf16": 312e12, "int8": 624e12}, 2.039e12, OLD),
 )
 GEMM_FORMATS = {"bfloat16": "bf16", "fp8_block": "fp8-block", "fp8": "fp8-tensor", "nvfp4": "nvfp4", "sq": "w8a8-int8"}
-MOE_FORMATS = {"bfloat16": "bf16", "fp8_block": "fp8-block", "fp8": "fp8-tensor", "nvfp4": "nvfp4", "int4_wo": "w4a16"}
+MOE_FORMATS = {"bfloat16": "bf16", "fp8_block": "fp8-block", "fp8": "fp8-tensor", "nvfp4": "nvfp4",
+               "int4_wo": "w4a16-g128"}  # fmt: skip
 KV_FORMATS = {"bfloat16": "bf16", "fp8": "fp8"}
 MODELS = {
     "zai-org/GLM-5": "glm5",
@@ -107,6 +111,7 @@ class Tables:
     def __init__(self, system: System) -> None:
         self.system = system
         self.root = data_root() / system.folder
+        self.family = hw_profiles.load(system.profile).family
 
     def read(self, relative: str) -> pd.DataFrame | None:
         path = self.root / relative
@@ -119,14 +124,10 @@ class Tables:
                 yield engine, f"{self.system.folder}/{relative}", table
 
     def points(self, features: dict[str, Any], milliseconds: pd.Series, groups: Any, weight_format: str) -> Points:
-        peak = self.system.peaks.get(PEAK_FIELD[weight_format]) or self.system.peaks["bf16"]
+        peak = self.system.peaks.get(rate_of(weight_format)) or self.system.peaks["bf16"]
         seconds = milliseconds.to_numpy(float) * 1e-3
         columns = {k: v.to_numpy(float) if isinstance(v, pd.Series) else v for k, v in features.items()}
         return Points(columns, seconds, np.asarray(groups), peak, self.system.bandwidth)
-
-
-def _bytes(weight_format: str) -> dict[str, float]:
-    return {"weight_bytes": BYTES_PER_ELEMENT[weight_format], "act_bytes": ACTIVATION_BYTES[weight_format]}
 
 
 def gemm_jobs(t: Tables) -> Iterator[Job]:
@@ -138,7 +139,7 @@ def gemm_jobs(t: Tables) -> Iterator[Job]:
             small = rows[(rows.m == 1) & (rows.n * rows.k < 2**22)]
             if len(small) and small.latency.median() > 0.04:
                 continue  # measured by launching from Python: a host floor, not a kernel
-            features = {"m": rows.m, "n": rows.n, "k": rows.k, **_bytes(name)}
+            features = {"m": rows.m, "n": rows.n, "k": rows.k, **element_bytes(name)}
             points = t.points(features, rows.latency, rows.n * 100003 + rows.k, name)
             free = ("launch_s", "compute_efficiency", "memory_efficiency", "step_s")
             yield Job(f"gemm/{name}/{engine}", "gemm", points, free, GEMM_AXES, source)
@@ -163,7 +164,7 @@ def moe_features(rows: pd.DataFrame, weight_format: str) -> dict[str, Any]:
     active = np.minimum(local, np.maximum(computed, 1.0))
     return {"rows": computed, "touched": pairs, "active": active, "rows_per_expert": computed / active,
             "spread": pairs / computed, "hidden": rows.hidden_size.astype(float),
-            "inter": rows.inter_size / rows.moe_tp_size, **_bytes(weight_format)}  # fmt: skip
+            "inter": rows.inter_size / rows.moe_tp_size, **element_bytes(weight_format)}  # fmt: skip
 
 
 def usable_moe(table: pd.DataFrame) -> pd.DataFrame:
@@ -200,12 +201,13 @@ def moe_jobs(t: Tables) -> Iterator[Job]:
                 free = ("launch_s", "compute_efficiency", "memory_efficiency", "step_s")
                 note = "permute, two GEMMs, activation and weighted sum; no router, no collective"
                 same = skewed[skewed.kernel_source.isin(set(part.kernel_source))]
-                yield Job(f"moe/{name}/{engine}{suffix}", "moe", points, free, MOE_AXES, source, note, skewed=same)
+                key = f"moe/{matrix_format(name).base}/{engine}{suffix}"
+                yield Job(key, "moe", points, free, MOE_AXES, source, note, skewed=same)
 
 
-def _latent(kv: str) -> float:
-    """Bytes of latent KV a token and layer. Tables label 576 elements of the KV type."""
-    return 576.0 * (2.0 if kv == "bf16" else 1.0)
+def _latent(kv: str, scaled: bool = False) -> float:
+    """Bytes of latent KV a token and layer, of 512 and 64 dims; scaled: FlashMLA's sparse record of FP8."""
+    return float(ROWS["fp8_ds_mla" if scaled and kv == "fp8" else kv].bytes(576, 64))
 
 
 def attention_jobs(t: Tables) -> Iterator[Job]:
@@ -251,12 +253,14 @@ def _shape_groups(rows: pd.DataFrame) -> pd.Series:
     return rows.batch_size * 1009 + rows.num_heads
 
 
-def block_features(rows: pd.DataFrame, phase: str, model: str, fmt: str, weight: str, dense: bool, indexer: bool):
+def block_features(
+    rows: pd.DataFrame, phase: str, model: str, latent_bytes: float, weight: str, dense: bool, indexer: bool
+):
     """Features of `mla_block` rows."""
     shape = SHAPES[model]
-    base = _attention_features(rows, phase, _latent(fmt), 0.0, 0.0)
+    base = _attention_features(rows, phase, latent_bytes, 0.0, 0.0)
     selected = float(shape.index_topk) if shape.index_heads and not dense else 1e12
-    return {**base, **shape.features(), **_bytes(weight), "selected": selected, "index_kv_bytes": 132.0,
+    return {**base, **shape.features(), **element_bytes(weight), "selected": selected, "index_kv_bytes": 132.0,
             "indexer": float(indexer), "absorbed": float(phase == "decode" or not dense)}  # fmt: skip
 
 
@@ -305,7 +309,8 @@ def _blocks(t: Tables, table: pd.DataFrame, phase: str, engine: str, source: str
             continue
         sparse = model != "dsv3"
         mode = "dense" if is_dense else ("skip" if skips else "index" if sparse else "dense")
-        features = block_features(rows, phase, str(model), fmt, weight, mode == "dense", mode == "index")
+        latent_bytes = _latent(fmt, scaled=sparse and t.family == "hopper" and engine in ("sglang", "vllm"))
+        features = block_features(rows, phase, str(model), latent_bytes, weight, mode == "dense", mode == "index")
         points = t.points(features, rows.latency, _shape_groups(rows) * 7 + rows.isl, weight)
         yield Job(f"block_{phase}/{model}/{mode}/{fmt}/{weight}/{engine}", "mla_block", points, free, axes, source,
                   "normed input to output projection; no norm, no collective", fixed)  # fmt: skip

@@ -32,13 +32,13 @@ def engine_for(
 
 
 def _sglang(engine: Engine, layout: Layout, at: Circumstances) -> dict[str, Any]:
-    """SGLang 0.5.9, server_args.py: each rank of attention data parallelism gets its share of a chunk, and
+    """SGLang 0.5.9, server_args.py: each rank of attention data parallelism gets its share of a chunk; before that
     --mem-fraction-static is all but a reserve in MiB for activations, graphs and communication: 0.897 on one H200 node;
     recipes often pass 0.85."""
     derived: dict[str, Any] = {"chunked_prefill_tokens": max(1, engine.chunked_prefill_tokens // layout.dp)}
     if at.memory_bytes:
         graphs = engine.graph_batch_sizes[-1] if engine.graph_batch_sizes else 0
-        reserve = 512 + 1.5 * derived["chunked_prefill_tokens"] + 2 * graphs + 1024 * layout.devices / 8
+        reserve = 512 + 1.5 * engine.chunked_prefill_tokens + 2 * graphs + 1024 * layout.devices / 8
         derived["memory_fraction"] = round(max(0.05, 1 - max(reserve, 10240) * 2**20 / at.memory_bytes), 3)
     return derived
 
