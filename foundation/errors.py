@@ -4,7 +4,7 @@ Failure
 ├── UsageError      a request, option or combination that cannot be served
 ├── CapacityError   a pool's pages or a device's memory are too few for what was asked
 └── of one package: ProfileError (hw_profiles), ModelError (model), BackendError (backends), and in runtime
-    PlanError, ServingError, PriceError, ValidationError, VerificationError, ProcessLost
+    EngineError, PlanError, ServingError, PriceError, VerificationError, ProcessLost
 """
 
 

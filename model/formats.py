@@ -6,8 +6,9 @@
     Formats        a deployment's: a scheme, and the row formats of its caches
 
 The ledger, prices, emulation, quantiser, exporter, planner and help texts read these records; a chip's profile lists
-by name the matrix formats that it computes in. To add a format: a record here, its spelling in `spelling.py`, its
-product in `backends/emulation/products.py`, and its name in `hw_profiles/fields.py` (tests name what is missing).
+by name the matrix formats that it computes in. To add a format: a record and a scheme here, its name and rate in
+`hw_profiles/fields.py`, whose kernel stands in for its price in `runtime/pricing/book.py`, and its spelling in
+`spelling.py` and `quantization_config.py`; `backends/emulation/products.py` only where scales are applied in a new way.
 
 A matrix `[.., out, in]` becomes values of a narrow type and scales, so that matrix = values * scales. Rounding is to
 nearest, ties to even, with saturation; weights are rounded as they are (no smoothing, rotation or search). Sources:

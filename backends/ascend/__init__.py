@@ -7,9 +7,9 @@
   traced graph into the ONNX that ATC is given (caches in the layout that CANN's attention reads).
 - `plugin.py` writes the ATC plugin that registers the operators which CANN itself does not map from ONNX, and
   `atc.py` the `atc` command lines.
-- `adapter.py` is the backend: it compiles and runs packages where CANN is installed. `compiler.py` and `runner.py` are
+- `adapter.py` is the backend: it compiles and runs packages where CANN is installed. `compiler.py` and `om.py` are
   what it does there.
 
 Life of a graph: traced layer type -> `writer.write` -> ONNX file of the package -> `atc` on a host with CANN -> .om ->
-loaded through pyACL by `runner.py`. Nothing here was run on an Ascend device: see docs/ascend.md.
+loaded through pyACL by `om.py`. Nothing here was run on an Ascend device: see docs/ascend.md.
 """

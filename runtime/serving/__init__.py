@@ -1,6 +1,6 @@
 """Discrete-event simulation of a serving deployment: what latency, throughput and queueing a load will see.
 
-    engine = load("sglang", device_memory_bytes=150e9)
+    engine = load("sglang")                     # runtime.deployment.engines
     deployment = Deployment(engine, pricer, pool_tokens=330_000, devices=8)
     report = simulate(bench_serving(16, 8192, 1024), deployment)
 

@@ -1,5 +1,37 @@
-"""The serving engine: prompts in, tokens out, on any backend.
+"""The serving engine: prompts in, tokens out, on one device of any backend.
+
+    from runtime.execution.local import Prompt, load_engine
+    [answer] = load_engine(Checkpoint(DIR), backend).generate([Prompt(ids, max_tokens=8)])
 
 Owns: the page pool, sampling, compiled programs by shape, continuous batching and speculative decoding.
-Imports JAX through `programs` only; reads the model through `model` and devices through `backends`.
+Imports JAX through `programs` only; reads the model through `model` and devices through `backends`. The names below
+are imported when they are asked for.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime.execution.local.engine import EngineConfig, LocalEngine
+    from runtime.execution.local.load import load_engine
+    from runtime.execution.local.request import Completion, Prompt
+    from runtime.execution.local.sampling import Sampling
+
+__all__ = ["Completion", "EngineConfig", "LocalEngine", "Prompt", "Sampling", "load_engine"]
+
+_MODULES = {
+    "Completion": "request",
+    "EngineConfig": "engine",
+    "LocalEngine": "engine",
+    "Prompt": "request",
+    "Sampling": "sampling",
+    "load_engine": "load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

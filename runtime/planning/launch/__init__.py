@@ -2,9 +2,9 @@
 
     launch         plan, engine -> Launch: commands, a router, files      (compose.py)
 
-One `Command` a server process (words.py), grouped by node. `Table` (table.py) is what a TOML file of
-`deployment/engines/launch` says about an engine: every flag it may be given, with the document it was read in, and what
-it cannot express. server.py is one replica as an engine sees it; sglang.py and vllm.py turn it into words;
+One `Command` a server process (words.py), grouped by node. `LaunchTable` (deployment/engines/flags.py) is what a TOML
+file of `deployment/engines/launch` says about an engine: every flag it may be given, with the document it was read in,
+and what it cannot express. server.py is one replica as an engine sees it; sglang.py and vllm.py turn it into words;
 experts.py writes the files of expert placements. Nothing here runs an engine. Must not import JAX.
 """
 

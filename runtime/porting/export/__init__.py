@@ -1,5 +1,11 @@
-"""Exported packages: what is cut, what a package holds, writing it whole, and checking it against the graph.
+"""Exported packages: what is cut, writing it whole, and checking it against the graph.
 
-Owns `manifest.py` (what a package says of itself; free of JAX), `cut.py` (which graphs a model under a layout has),
-`package.py` (writing and reading a folder) and `verify.py`. Running a package is `runtime/artifact`.
+    a model, a layout or plan, formats  -> ExportJob                      options.py, job.py
+    each layer type, traced and cut     -> chains of graphs               units.py
+    a graph                             -> files of a format              writers.py, ascend.py
+    a checkpoint                        -> each device's weight file      shares.py
+    all of it                           -> a folder and its manifest      package.py
+
+`verify.py` runs the finished package beside the graph; `check.py` says what ATC would refuse. A package's nouns are
+`runtime.deployment.manifest`; running one is `runtime.execution.package`.
 """
