@@ -359,6 +359,11 @@ class RowFormat:
         """What a person calls it: "fp8", "int8", "bf16" or "f32"."""
         return {E4M3: "fp8", INT8: "int8", BF16: "bf16", F32: "f32"}[self.values]
 
+    @property
+    def label(self) -> str:
+        """For people."""
+        return {E4M3: "FP8 e4m3", INT8: "INT8", BF16: "bfloat16", F32: "float32"}[self.values]
+
     def bytes(self, width: int, rope: int = 0) -> int:
         """Of a row of `width` elements, of which the last `rope` are a latent's rotary part."""
         plain = width - rope

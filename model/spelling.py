@@ -172,10 +172,11 @@ def spell(name: str, fmt: MatrixFormat, layout: str, held: Matrix) -> dict[str, 
         case _, "mxfp4", _:
             packed = _pack_pairs(values.view(np.uint8))
             suffixes = {"" if layout == "msmodelslim" else "_packed": packed, "_scale": scale.view(np.uint8)}
-        case _:
-            assert factor is not None
+        case _, "nvfp4" | "nvfp4a16", _ if factor is not None:
             suffixes = {"_packed": _pack_pairs(values.view(np.uint8)), "_scale": scale}
             suffixes["_global_scale"] = (np.float32(1.0) / factor).reshape(1).astype(np.float32)
+        case _:
+            raise ValueError(f"{layout} has no spelling for {fmt.name}")
     return {tensor_name(name, suffix): array for suffix, array in suffixes.items()}
 
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-from model.config import ModelConfig
+from model.config import Mla, ModelConfig
 from model.formats import FORMATS, Formats, MatrixFormat
 from model.weights import layer_weights, outer_weights
 
@@ -36,12 +36,13 @@ with 16-bit operands, or 16 bits (products of 16-bit operands summed in float32)
 
 @dataclasses.dataclass(frozen=True)
 class FormatRow:
-    """A line of the table that says what runs in which format."""
+    """A line of the table that says what runs in which format; kept_in: that of the weights or rows, for people."""
 
     op: str
     role: str
     weights: tuple[str, ...]
     format: str
+    kept_in: str
     activations: str
 
 
@@ -61,12 +62,12 @@ def format_table(cfg: ModelConfig, formats: Formats) -> list[FormatRow]:
     rows = []
     for (op, kind, stored), names in groups.items():
         computed = {"glm.head_linear": wide, "glm.route": FORMATS["f32"]}.get(op, stored)
-        rows.append(FormatRow(op, kind, tuple(names), stored.name, computed.activations.text))
+        rows.append(FormatRow(op, kind, tuple(names), stored.name, stored.label, computed.activations.text))
     head = tuple(w.name for w in outer_weights(cfg) if w.name == "head")
-    rows.append(FormatRow("glm.linear", "wide", head or ("embed",), wide.name, wide.activations.text))
-    rows.append(FormatRow("glm.cache_write", "cache", (), formats.kv, ""))
+    rows.append(FormatRow("glm.linear", "wide", head or ("embed",), wide.name, wide.label, wide.activations.text))
+    kept = formats.cache.of("latent" if isinstance(cfg.attention, Mla) else "key")
+    rows.append(FormatRow("glm.cache_write", "cache", (), kept.kind, kept.label, ""))
     if cfg.indexer:
-        rows.append(
-            FormatRow("glm.index_scores", "index cache", (), formats.cache.of("index").kind, "as the index keys")
-        )
+        kept = formats.cache.of("index")
+        rows.append(FormatRow("glm.index_scores", "index cache", (), kept.kind, kept.label, "as the index keys"))
     return rows

@@ -125,7 +125,7 @@ def walk(target: Target[T], jaxpr: jex.Jaxpr, consts: Sequence[Any], values: Seq
         else:
             raise Unsupported(
                 f"{target.name} has no rule for the primitive `{name}`; "
-                f"add one to backends/export/{target.name}.py or export stablehlo"
+                f"add one to the rules in backends/toolchains/ or export stablehlo"
             )
         env.update(zip(eqn.outvars, out, strict=True))
     return [read(v) for v in jaxpr.outvars]

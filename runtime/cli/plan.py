@@ -15,6 +15,7 @@ from runtime.cli.given import refuse_before
 from runtime.cli.plan_check import plan_check
 from runtime.cli.plan_experts import plan_experts
 from runtime.cli.plan_launch import plan_launch
+from runtime.deployment.engines import ENGINES_HELP
 
 if TYPE_CHECKING:
     from hw_profiles.loader import Override
@@ -65,7 +66,7 @@ def plan(
     expert_load: Annotated[
         Path | None, typer.Option(help="Tokens of each expert: .npy of MoE layers x experts. Decides redundant slots.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="sglang, vllm, trtllm, vllm-ascend, glm5, or a TOML file.")] = "sglang",
+    engine: Annotated[str, typer.Option(help=ENGINES_HELP)] = "sglang",
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Override chip.*, link.*, overhead.* or engine.*: field=value.")
     ] = None,

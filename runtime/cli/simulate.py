@@ -14,6 +14,7 @@ from foundation.errors import UsageError
 from model.formats import SCHEMES_HELP
 from runtime.cli.given import given
 from runtime.cli.simulated import progress_bar, result_of, show
+from runtime.deployment.engines import ENGINES_HELP
 
 if TYPE_CHECKING:
     from runtime.serving import Report, Workload
@@ -29,7 +30,7 @@ def simulate(
     dp: Annotated[int, typer.Option(min=1, help="Attention data parallelism.")] = 1,
     ep: Annotated[int, typer.Option(min=1, help="Expert parallelism: 1, or tp x dp.")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 1,
-    engine: Annotated[str, typer.Option(help="sglang, vllm, trtllm, vllm-ascend, glm5, or a TOML file.")] = "sglang",
+    engine: Annotated[str, typer.Option(help=ENGINES_HELP)] = "sglang",
     formats: Annotated[str | None, typer.Option(help=f"{SCHEMES_HELP} [default: the checkpoint's own].")] = None,
     kv: Annotated[str | None, typer.Option(help="KV cache: bf16, fp8 or int8 [default: the engine's choice].")] = None,
     isl: Annotated[int, typer.Option(min=1, help="Input tokens a request.")] = 8192,

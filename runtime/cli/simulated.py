@@ -66,10 +66,11 @@ def show(result: dict[str, Any], report: Report) -> None:
     console = Console()
     for name, count in result.get("pools", {}).items():
         console.print(f"{count} devices, {name}")
+    narrow = dict.fromkeys(result["formats"][name] for name in ("weights", "experts"))
     layout = " ".join(f"{k}{v}" for k, v in result["layout"].items() if v > 1) or "one device"
     console.print(
         f"[bold]{result['model']}[/] on {result['devices']} x {result['profile']}, {layout}, {result['engine']}, "
-        f"weights {result['formats']['weights']}, KV {result['formats']['kv']}"
+        f"weights {' and '.join(narrow)}, KV {result['formats']['kv']}"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("ms")

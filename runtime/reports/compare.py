@@ -25,20 +25,6 @@ _COLUMNS = (
     ("Selection", "selection", "context positions picked by the indexer that float32 picked too"),
     ("First other token", "first", "where greedy text first leaves float32's, the earliest of the prompts"),
 )
-_FORMATS = {
-    "f32": "float32",
-    "bf16": "bfloat16",
-    "fp8-block": "FP8 e4m3, 128 × 128 blocks",
-    "fp8-tensor": "FP8 e4m3, one scale a matrix",
-    "w8a8-int8": "INT8, a scale an output channel",
-    "w4a8": "INT4, a scale an output channel",
-    "w4a16": "INT4, a scale for 32 weights",
-    "mxfp8": "MXFP8, a scale for 32 weights",
-    "mxfp4": "MXFP4, a scale for 32 weights",
-    "nvfp4": "NVFP4, a scale for 16 weights",
-    "fp8": "FP8 e4m3",
-    "int8": "INT8",
-}
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -288,7 +274,7 @@ def _formats(result: Mapping[str, Any]) -> str:
             continue
         lines = "".join(
             f"<tr><th>{escape(_role(line['role']))}</th><td><code>{escape(line['op'])}</code></td>"
-            f"<td>{escape(', '.join(line['weights']))}</td><td>{escape(_FORMATS[line['format']])}</td>"
+            f"<td>{escape(', '.join(line['weights']))}</td><td>{escape(line['kept_in'])}</td>"
             f"<td>{escape(line['activations'])}</td></tr>"
             for line in row["table"]
         )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import hw_profiles
+from model.formats import FORMATS
 from runtime.pricing import (
     DEEPSEEK_V3,
     GLM5,
@@ -27,7 +28,7 @@ from runtime.pricing import (
     open_book,
     total,
 )
-from runtime.pricing.book import PRICES
+from runtime.pricing.book import FALLBACK_FORMAT, PRICES
 from tests.cost.chips import CHIPS, UNMEASURED
 
 GOLDEN = list(csv.DictReader((Path(__file__).parent / "golden.csv").read_text().splitlines()))
@@ -193,3 +194,7 @@ TRANSFER = json.loads((PRICES / "transfer.json").read_text())
 def test_no_jax() -> None:
     code = "import sys, runtime.pricing; sys.exit('jax' in sys.modules or 'scipy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_format_has_a_kernel_that_stands_in() -> None:
+    assert set(FORMATS) - {"bf16"} <= set(FALLBACK_FORMAT)

@@ -14,9 +14,10 @@ import the simulator or JAX.
 """
 
 from runtime.deployment.engines.defaults import default_kv, engine_for, formats_for, sized_cache
-from runtime.deployment.engines.loader import Circumstances, Engine, Source, load, names
+from runtime.deployment.engines.loader import ENGINES_HELP, Circumstances, Engine, Source, load, names
 
 __all__ = [
+    "ENGINES_HELP",
     "Circumstances",
     "Engine",
     "Source",

@@ -258,6 +258,10 @@ def names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
+ENGINES_HELP = f"{', '.join(names())}, or a TOML file."
+"""How help texts list them."""
+
+
 def load(name: str, overrides: Mapping[str, Any] | None = None, at: Circumstances = Circumstances()) -> Engine:
     """The engine called `name`, or described by the TOML file at that path.
 
