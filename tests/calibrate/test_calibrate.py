@@ -14,7 +14,7 @@ import pytest
 import hw_profiles
 from backends import registry
 from foundation.errors import UsageError
-from runtime.porting.calibrate import Calibration, Effort, Gemm, Stream, measure, profile
+from runtime.porting.calibrate import QUICK, Calibration, Effort, Gemm, Stream, measure, profile
 from runtime.pricing import Chip, open_book
 
 SMALL = Effort(widths=(64, 128), rows=(1, 32), tokens=(1, 8), rounds=1, cold_bytes=1e6, program_flops=1e8)
@@ -125,12 +125,13 @@ def command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[i
 
 
 def test_the_command_writes_a_profile_that_passes_its_check(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    found: Calibration, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.porting.calibrate.QUICK", SMALL)
+    asked: list[Effort] = []
+    monkeypatch.setattr("runtime.porting.calibrate.measure", lambda _, effort, *__: asked.append(effort) or found)
     out = tmp_path / "box.toml"
     code, text, _ = command(["calibrate", "--quick", "--out", str(out), "--json"], capsys)
-    assert code == 0
+    assert code == 0 and asked == [QUICK]
     said = json.loads(text)
     assert said["profile"] == str(out) and said["dispatch_s"] > 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["box.prices.json", "box.toml"]

@@ -17,23 +17,23 @@ from runtime.execution.local.load import load_engine
 
 DSA: dict[str, Any] = {
     "model_type": "glm_moe_dsa", "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96,
-    "moe_intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "moe_intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
     "n_shared_experts": 1, "n_routed_experts": 8, "num_experts_per_tok": 3, "max_position_embeddings": 512,
     "q_lora_rank": 48, "kv_lora_rank": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16, "v_head_dim": 32,
     "index_topk": 16, "index_head_dim": 32, "index_n_heads": 16, "first_k_dense_replace": 1,
-    "indexer_types": ["full", "full", "shared", "full"], "num_nextn_predict_layers": 1,
+    "indexer_types": ["full", "full", "shared"], "num_nextn_predict_layers": 1,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "eos_token_id": [7],
 }  # fmt: skip
 GQA: dict[str, Any] = {
     "model_type": "glm4_moe", "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32,
-    "moe_intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "moe_intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "n_shared_experts": 1, "n_routed_experts": 8, "num_experts_per_tok": 3, "max_position_embeddings": 512,
     "first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": True, "num_nextn_predict_layers": 1,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "eos_token_id": 7,
 }  # fmt: skip
 DENSE_MLA: dict[str, Any] = {
     **{k: v for k, v in DSA.items() if not k.startswith("index")},
-    "model_type": "deepseek_v3", "n_group": 4, "topk_group": 2, "num_nextn_predict_layers": 1,
+    "model_type": "deepseek_v3", "n_group": 4, "topk_group": 2, "num_hidden_layers": 2, "num_nextn_predict_layers": 1,
 }  # fmt: skip
 CONFIGS = {"dsa": DSA, "gqa": GQA, "mla": DENSE_MLA}
 

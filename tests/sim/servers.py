@@ -35,7 +35,7 @@ RANDOM = Path(__file__).parents[1] / "data" / "random-glm5"
 SMALL: dict[str, dict[str, Any]] = {
     "dsa": {**CONFIGS["dsa"], "num_hidden_layers": 3, "indexer_types": ["full", "shared", "full"]},
     "mla": {**CONFIGS["mla"], "num_hidden_layers": 3},
-    "gqa": CONFIGS["gqa"],
+    "gqa": {**CONFIGS["gqa"], "num_hidden_layers": 3},
 }
 
 
