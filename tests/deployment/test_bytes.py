@@ -167,6 +167,7 @@ ODD: dict[str, Any] = {
     "num_hidden_layers": 5, "num_attention_heads": 8, "n_routed_experts": 8, "q_lora_rank": 80, "kv_lora_rank": 160,
     "v_head_dim": 40,
 }  # fmt: skip
+INDEXERS = ["full", "shared", "full", "shared", "shared"]
 OWN: dict[str, dict[str, Any]] = {"dsa": {}, "gqa": {}, "mla": {"tie_word_embeddings": True}}
 
 
@@ -176,7 +177,7 @@ def raw(family: str, **sizes: Any) -> dict[str, Any]:
     layers = sizes["num_hidden_layers"]
     found = {**CONFIGS[family], **OWN[family], **sizes}
     if family == "dsa":
-        found["indexer_types"] = ["full", "shared", "full", "shared", "shared"][:layers]
+        found["indexer_types"] = INDEXERS[:layers]
     found["num_key_value_heads"] = found["num_attention_heads"]
     if family == "gqa":
         found |= {"num_attention_heads": 2 * found["num_attention_heads"], "head_dim": sizes.get("v_head_dim", 32)}
@@ -464,11 +465,37 @@ def server_of(cluster: Cluster) -> Server:
         return cluster.server(3, 4)
 
 
+OVER_TP = {
+    "q", "q_b", "k_up", "v_up", "o", "k", "v", "q_bias", "k_bias", "v_bias", "gate_up", "down", "shared_gate_up",
+    "shared_down", "embed", "head",
+}  # fmt: skip
+
+
+def check_shares(cluster: Cluster, stage: int, leaves: list[Leaf], redundant: int) -> None:
+    """Who holds what: heads, widths and vocabulary over tp, experts over all devices of a stage, the rest everywhere;
+    the ends of the model on its ends, a tied head's embedding on both; indexers where a layer has its own."""
+    cfg, layout = cluster.cfg, cluster.grid.layout
+    for weight, values, _ in leaves:
+        whole, parts = int(np.prod(weight.shape)), layout.tp if weight.name in OVER_TP else 1
+        if weight.name.startswith("experts_"):
+            parts = layout.tp * layout.dp
+            whole += whole // weight.shape[0] * redundant * parts
+        assert values.size * parts == whole, weight.name
+    span, ends = cluster.grid.stages[stage], {"embed"} if stage == 0 else set()
+    if stage == layout.pp - 1:
+        ends |= {"final_norm", "embed" if cfg.tie_embeddings else "head"}
+    assert set(cluster.weights[stage]["outer"]) == ends
+    own_indexer = [layer for layer in span if cfg.indexer and INDEXERS[layer] == "full"]
+    assert sum(weight.name == "index_k" for weight, *_ in leaves) == len(own_indexer)
+
+
 def check_weights(cfg: ModelConfig, weights: dict[str, Any], name: str, layout: Layout, redundant: int) -> None:
     cluster = cluster_of(cfg, weights, name, placed(cfg, layout, redundant))
     for stage in range(layout.pp):
         ledger = stage_weight_bytes(cfg, layout, formats(name), stage, False, redundant)
-        assert count_leaves(name, leaves_of(cluster, stage)) == merged(ledger), (name, layout.name, stage)
+        leaves = list(leaves_of(cluster, stage))
+        assert count_leaves(name, leaves) == merged(ledger), (name, layout.name, stage)
+        check_shares(cluster, stage, leaves, redundant)
 
 
 LAYOUTS = [
@@ -653,6 +680,9 @@ def test_cache_rows_are_the_ledgers(family: str, form: str) -> None:
         for stage in range(layout.pp):
             ledger = stage_kv_bytes_by_cache(cfg, layout, CACHES[form], stage, False)
             assert token_bytes(server, stage) == ledger, (layout.name, stage)
+            indexed = [layer for layer, caches in zip(cluster.grid.stages[stage], server.caches[stage], strict=True)
+                       if "index" in caches]  # fmt: skip
+            assert indexed == [n for n in cluster.grid.stages[stage] if family == "dsa" and INDEXERS[n] == "full"]
 
 
 @pytest.mark.parametrize(
