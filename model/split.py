@@ -170,7 +170,8 @@ def scale_shape(
     """Shape of the scales that go with a share of a weight in a format.
 
     shape: of the share's values; dim, cut: the dim that was cut to get it, and into how many parts. Where a cut would
-    go through a block or group, its scale is repeated for as many elements as block and share have in common.
+    go through a block or group, its scale is repeated for as many elements as block and share have in common; one that
+    covers the whole dim serves every share.
     """
     contracted, out = (1 if weight.expert_count else 0), len(shape) - 1
     per_scale = {contracted: 1, out: 1}
@@ -185,7 +186,8 @@ def scale_shape(
             per_scale = {contracted: group, out: 1}
     entries = list(shape)
     for axis, size in per_scale.items():
-        each = math.gcd(size, shape[axis]) if cut > 1 and axis == dim and shape[axis] % size else size
+        through = cut > 1 and axis == dim and shape[axis] % size and shape[axis] * cut > size
+        each = math.gcd(size, shape[axis]) if through else size
         entries[axis] = -(-shape[axis] // each)
     return tuple(entries)
 

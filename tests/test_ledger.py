@@ -49,7 +49,8 @@ def test_stages_hold_the_model_once(model: str, tp: int, dp: int, pp: int, split
     stages = [stage_weight_bytes(cfg, layout, narrow, stage, mtp) for stage in range(pp)]
     whole = stage_weight_bytes(cfg, single, narrow, 0, mtp)
     for part, size in whole.items():
-        assert sum(stage.get(part, 0.0) for stage in stages) == pytest.approx(size, rel=1e-12), part
+        twice = part == "embedding" and "mtp" in whole and pp > 1  # the last stage embeds what the MTP layer is given
+        assert sum(stage.get(part, 0.0) for stage in stages) == pytest.approx(size * (1 + twice), rel=1e-12), part
     layers = [w for kind in cfg.layers for w in layer_weights(cfg, kind)] + list(outer_weights(cfg))
     drafting = layer_weights(cfg, cfg.mtp_type) * cfg.mtp_layers if mtp else ()
     expected = sum(Grid.of(cfg, single).bytes(w, narrow.held(w)) for w in layers)

@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from backends.cpu import CpuBackend
 from backends.emulation.number_formats import NumberFormats
-from model.checkpoint import Checkpoint, Convert, Put
+from model.checkpoint import Checkpoint, Group, groups
+from model.weights import Quantized, Weight
 
 
 class Converted(Checkpoint):
@@ -18,15 +21,11 @@ class Converted(Checkpoint):
         super().__init__(path)
         self._formats = formats
 
-    def load(
-        self,
-        dtype: str = "float32",
-        keep_fp8: bool = False,
-        put: Put = lambda weight, array: array,
-        mtp: bool = True,
-        convert: Convert | None = None,
-    ) -> dict[str, Any]:
-        return super().load("float32", self._formats.dtype != "float32", put, mtp, convert or self._formats.weight)
+    def read(
+        self, group: Group, weight: Weight, dtype: str = "float32", keep_fp8: bool = False
+    ) -> np.ndarray | Quantized:
+        value = super().read(group, weight, "float32", self._formats.dtype != "float32")
+        return self._formats.weight(weight, value, mtp=group in groups(self.config, self.has_mtp)["mtp"])
 
 
 class EmulatedCpu(CpuBackend):

@@ -103,7 +103,7 @@ def restored(rounded: Rounded, group: int | None = None) -> Array:
     """float32 [.., k]: values times their scales."""
     width = rounded.values.shape[-1]
     parts = grouped(rounded.values, group or width)
-    return _ungrouped(parts * rounded.scale[..., None], width)
+    return _ungrouped(parts * _f32(rounded.scale)[..., None], width)
 
 
 # --- cache rows ------------------------------------------------------------------------------------------
@@ -132,22 +132,28 @@ def head_row(row: Array, fmt: RowFormat) -> Array:
 
 
 def index_row(row: Array, fmt: RowFormat) -> Array:
-    """An index query or key [.., width]: rotated, then rounded with one scale a row.
+    """An index query or key [.., width]: rotated, then rounded with a scale for each `fmt.shared` elements, or one a
+    row.
 
     Native kernels multiply both by a Hadamard matrix first, which spreads outliers and leaves their product as it
     is. FP8: the scale is the least power of two that suffices (DeepSeek-V3.2's `scale_fmt` "ue8m0"). INT8: amax / 127,
     in the scale's own type.
     """
+    assert fmt.scale is not None
     rotated = _f32(row)
     width = row.shape[-1]
     if width & (width - 1) == 0:
         rotated = jnp.einsum("...i,ij->...j", rotated, jnp.asarray(hadamard(width)))
     rotated = _f32(rotated.astype(row.dtype))
     if fmt.values == INT8:
-        return restored(per_group(rotated, None, INT8, 127.0)).astype(row.dtype)
-    largest = jnp.maximum(jnp.max(jnp.abs(rotated), axis=-1, keepdims=True), jnp.float32(_LEAST))
-    scale = power_of_two(divide(largest, E4M3_MAX), 0, up=True)
-    return (to_type(rotated / scale, E4M3) * scale).astype(row.dtype)
+        rounded = per_group(rotated, fmt.shared, INT8, 127.0)
+    else:
+        parts = grouped(rotated, fmt.shared or width)
+        largest = jnp.maximum(jnp.max(jnp.abs(parts), axis=-1), jnp.float32(_LEAST))
+        scale = power_of_two(divide(largest, E4M3_MAX), 0, up=True)
+        rounded = Rounded(_ungrouped(to_type(parts / scale[..., None], E4M3), width), scale)
+    kept = Rounded(rounded.values, rounded.scale.astype(fmt.scale))
+    return restored(kept, fmt.shared).astype(row.dtype)
 
 
 def hadamard(width: int) -> Any:

@@ -26,9 +26,9 @@ def stage_weight_bytes(
 ) -> dict[str, float]:
     """Bytes of weights on each device of a pipeline stage, by component.
 
-    The first stage holds the embedding (the last one too, where the head is tied to it), the last one the final norm,
-    the head and, with `mtp`, the MTP layers.
-    redundant_slots: copies of experts that each device holds beside its own, in every MoE layer (not the MTP's).
+    The first stage holds the embedding, the last one the final norm, the head and, with `mtp`, the MTP layers. The last
+    one holds the embedding too where the head is tied to it or the MTP layers, which embed their own tokens, are there.
+    redundant_slots: copies of experts that each device holds beside its own, in every MoE layer, the MTP's too.
     """
     held: dict[str, float] = {}
     spread = dataclasses.replace(layout, pp=1)
@@ -40,15 +40,16 @@ def stage_weight_bytes(
     here = Counter(cfg.layers[layer] for layer in layout.stage_layers(cfg.num_layers)[stage])
     for kind, count in here.items():
         add(_kind_weight_bytes(cfg, spread, formats, kind), count)
+    outer = {weight.component for weight in stage_outer(cfg, layout.stage_layers(cfg.num_layers)[stage])}
+    if mtp and cfg.mtp_layers and stage == layout.pp - 1:
+        outer.add("embedding")
+        add(_kind_weight_bytes(cfg, spread, formats, cfg.mtp_type), cfg.mtp_layers, "mtp")
+        here[cfg.mtp_type] = cfg.mtp_layers
     if redundant_slots:
         copies = sum(count * expert_bytes(cfg, formats, kind) for kind, count in here.items())
         held["redundant_experts"] = redundant_slots * copies
-    last = stage == layout.pp - 1
-    outer = {weight.component for weight in stage_outer(cfg, layout.stage_layers(cfg.num_layers)[stage])}
     ends = _kind_weight_bytes(cfg, spread, formats, None)
     add({component: size for component, size in ends.items() if component in outer}, 1)
-    if last and mtp:
-        add(_kind_weight_bytes(cfg, spread, formats, cfg.mtp_type), cfg.mtp_layers, "mtp")
     return held
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.spmd.shard import is_split
+from backends.spmd.shard import divisible, is_split
 from model.checkpoint import Checkpoint, groups
 from model.config import ModelConfig
 from model.split import Grid
@@ -53,6 +53,8 @@ def each_share(
         owner = next(order)
         layer = int(owner.partition(".")[2]) if owner.startswith("layers.") else None
         placed = grid.placement(cfg, layer) if weight.expert_count else None
+        dim, axes = grid.layout.split(weight)
+        value = divisible(value, weight, dim, grid.layout.parts(axes))  # scales of blocks that a cut goes through
         parts = {".values": value.values, ".scale": value.scale} if isinstance(value, Quantized) else {"": value}
         for suffix, array in parts.items():
             if placed is not None:

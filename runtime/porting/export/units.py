@@ -66,9 +66,18 @@ class Cut:
             return self.grid.local_shape(described)
         return self.grid.layout.local_row(described)
 
+    def local_scale(self, weight: Weight) -> tuple[int, ...]:
+        """One device's block scales of a weight, with those repeated that belong to blocks a cut goes through."""
+        dim, axes = self.grid.layout.split(weight)
+        return scale_shape(weight, FORMATS["fp8-block"], self.local(weight), dim, self.grid.layout.parts(axes))
+
     def weights(self, kind: LayerType | None) -> dict[str, Any]:
         """Abstract weights of a layer type, or with None the outer ones."""
         found = abstract.abstract_weights(self.cfg, kind, self.dtype, self.keep_fp8, self.local)
+        for weight in outer_weights(self.cfg) if kind is None else layer_weights(self.cfg, kind):
+            if isinstance(held := found[weight.name], Quantized):
+                scale = jax.ShapeDtypeStruct(self.local_scale(weight), held.scale.dtype)
+                found[weight.name] = Quantized(held.values, scale)
         if kind is not None and self.cfg.moe and (width := self.table_width(kind)):
             found["expert_slots"] = jax.ShapeDtypeStruct((self.cfg.moe.experts, width), jnp.int32)
         return found
@@ -101,6 +110,8 @@ def weight_refs(what: Cut, kind: LayerType | None) -> tuple[WeightRef, ...]:
         dim, axes = what.grid.layout.split(weight)
         split = tuple(axes if d == dim else () for d in range(len(weight.shape)))
         for suffix, leaf, whole in _leaves(weight, abstracts[weight.name]):
+            if suffix == ".scale" and weight.axes[dim] != "expert" and whole[dim] > 1:  # repeated where blocks are cut
+                whole = (*whole[:dim], leaf.shape[dim] * what.grid.layout.parts(axes), *whole[dim + 1 :])
             refs.append(
                 WeightRef(
                     name=f"{owner}.{weight.name}{suffix}",
