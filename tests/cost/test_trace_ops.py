@@ -57,7 +57,7 @@ def described(op: TracedOp) -> tuple[Any, ...]:
     return op.name, op.stage, op.axes, dict(op.attributes), [(x.element_bytes, x.weight) for x in tensors]
 
 
-@settings(max_examples=12)
+@settings(max_examples=5)
 @given(
     model=st.sampled_from(MODELS),
     layout=st.sampled_from(LAYOUTS),

@@ -71,16 +71,30 @@ def any_option(model: str, chip: str, count: int, draw: Any) -> Contender | str:
 # --- every preset on every chip in every number ------------------------------------------------------
 
 
-@settings(max_examples=25)
-@given(
+questions = given(
     model=st.sampled_from(preset_names()),
     chip=st.sampled_from(hw_profiles.names()),
     count=st.integers(1, 384),
     data=st.data(),
 )
+
+
+@settings(max_examples=6)
+@questions
 def test_any_model_on_any_number_of_any_chip_fits_and_adds_up_or_says_why(
     model: str, chip: str, count: int, data: st.DataObject
 ) -> None:
+    check_any(model, chip, count, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=40)
+@questions
+def test_many_models_on_chips(model: str, chip: str, count: int, data: st.DataObject) -> None:
+    check_any(model, chip, count, data)
+
+
+def check_any(model: str, chip: str, count: int, data: st.DataObject) -> None:
     found = any_option(model, chip, count, lambda each: data.draw(st.sampled_from(each)))
     if isinstance(found, str):
         assert found.strip() and len(found.splitlines()[0]) > 20
