@@ -11,10 +11,12 @@ from backends.cpu import CpuBackend
 from backends.emulation.number_formats import NumberFormats
 from backends.errors import BackendUnavailable
 from backends.spmd.cluster import Cluster, Plain
-from backends.spmd.shard import MOST_HOSTS
 from backends.spmd.stages import Hosts, Mapped, Stage
 from model.config import ModelConfig
 from model.split import Grid
+
+MOST_HOSTS = 64
+"""Devices that are XLA host devices of their own; with more, rendezvous of all threads gets slow, then hangs."""
 
 
 class SimBackend(CpuBackend):

@@ -86,16 +86,18 @@ def meant(checkpoint: Checkpoint) -> np.ndarray:
         {row.name: np.zeros((*size, *row.shape), np.float32) for row in cache_rows(cfg, kind)} for kind in cfg.layers
     ]
     weights = checkpoint.load("float32", mtp=False)
-    step = jax.jit(
-        lambda *args: graph.step(cfg, *args, EXPANDED).logits, compiler_options={"xla_backend_optimization_level": 0}
-    )
-    return np.asarray(step(weights, caches, batch))
+
+    def step(weights: Any, caches: Any, batch: Batch) -> Any:
+        return graph.step(cfg, weights, caches, batch, EXPANDED).logits
+
+    quick = {"xla_backend_optimization_level": 0}
+    return np.asarray(jax.jit(step, compiler_options=quick)(weights, caches, batch))
 
 
 def test_kernels_of_the_backend_are_in_the_program(checkpoints: Checkpoints, exported: list[Artifact]) -> None:
     """And where it has none, the ops are."""
     checkpoint = checkpoints["dsa"]
-    found, plain = (logits_of(on_processes(checkpoint, backend())) for backend in (CpuBackend, Plainly))
+    found, plain = (logits_of(on_processes(checkpoint, backend)) for backend in (CpuBackend(), Plainly()))
     own, meanings = map(composites, exported)
     kernels = set(CpuBackend().lowerings())
     assert kernels <= meanings and own == meanings - kernels
