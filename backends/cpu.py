@@ -6,7 +6,8 @@ Kernels of its own, where XLA's form of the decomposition is slow on a CPU:
   matrices are sliced out once and meet its rows in a product of the next size up from a few fixed ones.
 - Selection for a chunk of queries. A sort of every row is far slower than bisection on the bits of the scores;
   bisection gives a mask, which is what the attention below wants. So `select_topk` and `sparse_attention` agree
-  between themselves on a mask, bool [b,t,c], in place of positions, whenever `_masks` says so.
+  between themselves on a mask, bool [b,t,c], in place of positions, whenever `_masks` says so. Where a selection
+  leaves its program, for the next pipeline stage, it does so as positions (`settle`).
 - Sparse attention of a chunk. Gathering a set of rows for every query costs more than masked attention over the
   whole context, until the context is many times the selection.
 - Cache writes. XLA rewrites a scatter of one row into a form that copies the whole cache, while a loop of
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -54,6 +56,12 @@ class CpuBackend(XlaBackend):
             "glm.select_topk": select_topk,
             "glm.sparse_attention": sparse_attention,
         }
+
+    def settle(self, value: Any, meant: jax.ShapeDtypeStruct) -> Any:
+        if value.dtype != jnp.bool_ or meant.dtype == jnp.bool_:
+            return value
+        # entries of a mask before others, the lowest positions first: a row that sees few keeps all it sees
+        return lax.top_k(value.astype(jnp.int32), meant.shape[-1])[1].astype(meant.dtype)
 
 
 def cache_write(pages: Array, rows: Array, slots: Array, *, cache: str = "") -> Array:

@@ -2,8 +2,10 @@
 
 Data flows one way: a `Program` (a function of the graph with abstract arguments) is exported to an
 `Artifact` (bytes), and an artifact is loaded into an executable; what runs is what was exported.
-Capabilities are asked before anything is compiled, and never the backend's name. A host without the
-device can still export for it: `devices` is empty there and `load` says why it cannot run.
+A program of several devices takes the same way: it is one device's function, into which the backend puts its
+kernels, and what spreads it over all of them. Capabilities are asked before anything is compiled, and never the
+backend's name. A host without the device can still export for it: `devices` is empty there and `load` says why it
+cannot run.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from backends.errors import ArtifactError, Unsupported
 
-_MAGIC, _ARTIFACT_VERSION = b"GLM5ART\n", 1
+_MAGIC, _ARTIFACT_VERSION = b"GLM5ART\n", 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,13 @@ class Program:
     """A function to compile: `fn(*args)` with `args` a tuple of trees of `jax.ShapeDtypeStruct`.
 
     `donate`: positions of arguments whose buffers the outputs may take over. `needs`: the capabilities
-    without which it cannot run ("float32", "bfloat16", "fp8_weights").
+    without which it cannot run ("float32", "bfloat16", "fp8_weights"). `optimise`: False where it is over so soon
+    that optimising it would take longer than that saves.
+
+    `spread`: for several devices. `fn` is then what each of them runs, finding the others by the names of axes, and
+    `spread(fn)` is the function of `args` that all of them run together. `mesh`: their axes with sizes, outermost
+    first, where they are devices of the backend; `args` then carry shardings over it. Without a mesh one device
+    stands for all.
     """
 
     name: str
@@ -61,11 +70,14 @@ class Program:
     args: tuple[Any, ...]
     donate: tuple[int, ...] = ()
     needs: frozenset[str] = frozenset()
+    optimise: bool = True
+    spread: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-    """An exported program: `payload` in the platform's format, with what loading it must know."""
+    """An exported program: `payload` in the platform's format, with what loading it must know (see `Program`)."""
 
     name: str
     platform: str
@@ -73,6 +85,13 @@ class Artifact:
     donate: tuple[int, ...]
     versions: Mapping[str, str]
     payload: bytes
+    optimise: bool = True
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def devices(self) -> int:
+        """How many run it together."""
+        return math.prod(self.mesh.values())
 
     def to_bytes(self) -> bytes:
         """A self-checking file: magic, header length, JSON header with the payload's hash, payload."""
@@ -83,6 +102,8 @@ class Artifact:
             "format": self.format,
             "donate": list(self.donate),
             "versions": dict(self.versions),
+            "optimise": self.optimise,
+            "mesh": dict(self.mesh),
             "sha256": hashlib.sha256(self.payload).hexdigest(),
         }
         encoded = json.dumps(header).encode()
@@ -98,16 +119,21 @@ class Artifact:
             size = int.from_bytes(data[len(_MAGIC) : start], "little")
             header = json.loads(data[start : start + size])
             payload = data[start + size :]
+            if (version := header["version"]) != _ARTIFACT_VERSION:
+                raise ArtifactError(
+                    f"artifact version {version}, this release reads {_ARTIFACT_VERSION}; export it again"
+                )
             whole = header["sha256"] == hashlib.sha256(payload).hexdigest()
-            fields = [header[key] for key in ("version", "name", "platform", "format", "donate", "versions")]
+            name, platform, fmt = header["name"], header["platform"], header["format"]
+            found = cls(
+                name, platform, fmt, tuple(header["donate"]), header["versions"], payload, header["optimise"],
+                header["mesh"],
+            )  # fmt: skip
         except (ValueError, KeyError, TypeError):
             raise ArtifactError("not an artifact, or its header is damaged; export it again") from None
-        version, name, platform, fmt, donate, versions = fields
-        if version != _ARTIFACT_VERSION:
-            raise ArtifactError(f"artifact version {version}, this release reads {_ARTIFACT_VERSION}; export it again")
         if not whole:
             raise ArtifactError(f"artifact {name} is truncated or altered (hash mismatch); export it again")
-        return cls(name, platform, fmt, tuple(donate), versions, payload)
+        return found
 
 
 class Executable(Protocol):
@@ -141,6 +167,8 @@ class Backend(ABC):
 
     def check(self, program: Program) -> None:
         """Raises `Unsupported` where the program needs a capability that is not offered."""
+        if program.spread and not (self.spreads or self.emulates):
+            raise Unsupported(f"backend {self.name} cannot run {program.name}: it runs programs of one device only")
         offered = self.capabilities()
         have = offered.dtypes | ({"fp8_weights"} if offered.fp8_weights else set())
         if missing := sorted(program.needs - have):
@@ -154,8 +182,11 @@ class Backend(ABC):
         """Compiles the program for the platform, as far as can be done without the device."""
 
     @abstractmethod
-    def load(self, artifact: Artifact) -> Executable:
-        """Raises `BackendUnavailable` without a device, `ArtifactError` for another platform's artifact."""
+    def load(self, artifact: Artifact, devices: Sequence[Any] = ()) -> Executable:
+        """Raises `BackendUnavailable` without a device, `ArtifactError` for another platform's artifact.
+
+        devices: the runtime's own, in the order of the artifact's mesh, where it has one.
+        """
 
     @abstractmethod
     def put(self, array: Any) -> Any:

@@ -1,11 +1,13 @@
 """What the XLA/PJRT adapters share: export through `jax.export`, load and run through `jax.jit`.
 
 An artifact holds serialized StableHLO for one platform (a composite whose body holds a matrix product
-cannot be exported for several at once).
+cannot be exported for several at once). A program with a mesh is exported for one without devices
+(`jax.sharding.AbstractMesh`), and meets its devices when it is loaded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from importlib import metadata
 from typing import Any
@@ -14,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from backends.errors import ArtifactError, BackendUnavailable
 from backends.interface import Artifact, Backend, DeviceInfo, Executable, Program
 from model import ops
 
 FORMAT = "stablehlo-jax-export"
+_NOT_OPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class XlaBackend(Backend):
@@ -49,8 +53,11 @@ class XlaBackend(Backend):
 
     def export(self, program: Program) -> Artifact:
         self.check(program)
-        fn = jax.jit(ops.substitute(program.fn, self.lowerings()))
-        exported = export.export(fn, platforms=[self.platform])(*program.args)
+        fn = ops.substitute(program.fn, self.lowerings(), settle=self.settle)
+        whole = program.spread(fn) if program.spread else fn
+        # where an argument is over a mesh is written down only if the program keeps it
+        compiled = jax.jit(whole, keep_unused=bool(program.mesh))
+        exported = export.export(compiled, platforms=[self.platform])(*program.args)
         return Artifact(
             name=program.name,
             platform=self.platform,
@@ -58,22 +65,43 @@ class XlaBackend(Backend):
             donate=program.donate,
             versions={name: metadata.version(name) for name in ("jax", "jaxlib")},
             payload=bytes(exported.serialize()),
+            optimise=program.optimise,
+            mesh=program.mesh,
         )
 
-    def load(self, artifact: Artifact) -> Executable:
+    def settle(self, value: Any, meant: jax.ShapeDtypeStruct) -> Any:
+        """A result of a program in the form that the op contract gives it, where `lowerings` agree on another."""
+        return value
+
+    def load(self, artifact: Artifact, devices: Sequence[Any] = ()) -> Executable:
         if artifact.platform != self.platform or artifact.format != FORMAT:
             raise ArtifactError(
                 f"artifact {artifact.name} is {artifact.format} for {artifact.platform}; "
                 f"backend {self.name} loads {FORMAT} for {self.platform}"
             )
-        device = self.device
         exported = export.deserialize(bytearray(artifact.payload))
+        placed = self._shardings(artifact, exported, devices)
         run = jax.jit(exported.call, donate_argnums=artifact.donate)
-        args = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.SingleDeviceSharding(device)),
-            jax.tree.unflatten(exported.in_tree, exported.in_avals)[0],
-        )
-        return run.lower(*args).compile()
+        avals = [
+            jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+            for a, sharding in zip(exported.in_avals, placed, strict=True)
+        ]
+        args = jax.tree.unflatten(exported.in_tree, avals)[0]
+        return run.lower(*args).compile(None if artifact.optimise else _NOT_OPTIMISED)
+
+    def _shardings(
+        self, artifact: Artifact, exported: export.Exported, devices: Sequence[Any]
+    ) -> Sequence[Sharding | None]:
+        """Where each argument's leaves are."""
+        if not artifact.mesh:
+            return [SingleDeviceSharding(self.device)] * len(exported.in_avals)
+        if len(devices) != artifact.devices:
+            raise BackendUnavailable(
+                f"{artifact.name} runs on {artifact.devices} devices together; backend {self.name} is given "
+                f"{len(devices)}"
+            )
+        chosen = np.array(devices, dtype=object).reshape(tuple(artifact.mesh.values()))
+        return exported.in_shardings_jax(Mesh(chosen, tuple(artifact.mesh)))
 
     def put(self, array: Any) -> Any:
         return jax.device_put(array, self.device)

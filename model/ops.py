@@ -373,21 +373,30 @@ swiglu_body = OPS["glm.swiglu"].meaning
 # --- inlining ------------------------------------------------------------------------------------
 
 Lowerings = Mapping[str, Callable[..., Any]]
+Settle = Callable[[Any, jax.ShapeDtypeStruct], Any]
 
 
 def substitute(
-    fn: Callable[..., Any], lowerings: Lowerings = MappingProxyType({}), inline: bool = False
+    fn: Callable[..., Any],
+    lowerings: Lowerings = MappingProxyType({}),
+    inline: bool = False,
+    settle: Settle | None = None,
 ) -> Callable[..., Any]:
     """`fn` with every op named in `lowerings` computed by it instead (attributes as keywords).
 
     With `inline`, all other ops are replaced by their decompositions too, so that the result can be
     differentiated and batched. Looks inside `jit`; the graph uses no other control flow around ops.
+
+    Lowerings may agree on another form of what passes between them. `settle(value, meant)` makes of what leaves
+    `fn` that which the contract says, of the shape and type of `meant`.
     """
 
     @functools.wraps(fn)
     def run(*args: Any) -> Any:
         closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
         flat = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), lowerings, inline)
+        if settle:
+            flat = [settle(value, meant) for value, meant in zip(flat, jax.tree.leaves(shape), strict=True)]
         return jax.tree.unflatten(jax.tree.structure(shape), flat)
 
     return run

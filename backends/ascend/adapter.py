@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import json
 import tempfile
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class AscendBackend(Backend):
             payload=len(encoded).to_bytes(8, "little") + encoded + made.written.model.SerializeToString(),
         )
 
-    def load(self, artifact: Artifact) -> Executable:
+    def load(self, artifact: Artifact, devices: Sequence[Any] = ()) -> Executable:
         if artifact.platform != PLATFORM or artifact.format != FORMAT:
             raise ArtifactError(
                 f"artifact {artifact.name} is {artifact.format} for {artifact.platform}; "

@@ -1,17 +1,22 @@
-"""The adapter: the host CPU, and on it as many emulated devices as a plan has."""
+"""The adapters: the host CPU, and on it as many emulated devices as a plan has."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from backends.cpu import CpuBackend
+from backends.emulation.number_formats import NumberFormats
 from backends.errors import BackendUnavailable
-from backends.spmd.cluster import Cluster, Numerics
-from backends.spmd.shard import MOST_HOSTS
+from backends.spmd.cluster import Cluster, Plain
+from backends.spmd.stages import Hosts, Mapped, Stage
 from model.config import ModelConfig
 from model.split import Grid
+
+MOST_HOSTS = 64
+"""Devices that are XLA host devices of their own; with more, rendezvous of all threads gets slow, then hangs."""
 
 
 class SimBackend(CpuBackend):
@@ -45,7 +50,37 @@ class SimBackend(CpuBackend):
                 ) from None
 
     def cluster(
-        self, cfg: ModelConfig, grid: Grid, weights: dict[str, Any], formats: Numerics | None = None
+        self, cfg: ModelConfig, grid: Grid, weights: dict[str, Any], formats: NumberFormats | None = None
     ) -> Cluster:
-        """A server's devices with their shares of the weights."""
-        return Cluster(cfg, grid, weights, formats, self.mapped)
+        """A server's devices with their shares of the weights. Without formats everything is float32.
+
+        Raises `BackendUnavailable` where JAX was started with fewer host devices than it takes.
+        """
+        devices = EmulatedDevices(formats)
+        return Cluster(cfg, grid, weights, devices, self._stages(grid, devices), formats or Plain())
+
+    def _stages(self, grid: Grid, backend: EmulatedDevices) -> list[Stage]:
+        if grid.devices > MOST_HOSTS if self.mapped is None else self.mapped:
+            return [Mapped(grid, backend) for _ in grid.stages]
+        devices = jax.devices("cpu")
+        if len(devices) < grid.devices:
+            raise BackendUnavailable(
+                f"{grid.devices} emulated devices need as many XLA host devices, and JAX was started with "
+                f"{len(devices)}: set XLA_FLAGS=--xla_force_host_platform_device_count=N"
+            )
+        size = grid.stage_devices
+        return [Hosts(grid, devices[first : first + size]) for first in range(0, grid.devices, size)]
+
+
+class EmulatedDevices(SimBackend):
+    """What a server's emulated devices compute: the chip's number formats, and otherwise what the ops mean.
+
+    None of the CPU's kernels, which are loops: `vmap` would run each for all devices at once, as gathers and scatters.
+    """
+
+    def __init__(self, formats: NumberFormats | None):
+        super().__init__()
+        self._formats = formats
+
+    def lowerings(self) -> Mapping[str, Callable[..., Any]]:
+        return self._formats.lowerings() if self._formats else {}

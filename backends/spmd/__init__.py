@@ -1,45 +1,22 @@
-"""The simulator backend: one process runs every device of a deployment, each with its own share.
+"""One program on many devices: a plan's servers, emulated on one machine or on devices of several processes.
 
-A `Grid` says which devices there are: `tp` x `dp` of them hold one pipeline stage, `pp` stages hold the model.
-Each device runs the graph of `model.graph` on local shapes with explicit collectives (`model.parallel`), the
-program that `runtime.pricing.trace` hands to the cost model. Two ways to run it, chosen by size:
+A `Grid` (`model.split`) says which devices there are: `tp` x `dp` of them hold one pipeline stage, `pp` stages hold the
+model. Each device runs the graph of `model.graph` on local shapes with explicit collectives (`model.parallel`), the
+program that `runtime.pricing.trace` hands to the cost model.
 
-    hosts    up to 64 devices: XLA host devices, one a device of the grid, under `shard_map`
-    mapped   beyond: the same body under `vmap` with named axes, all devices on one
+    weights, whole, on the host     cluster.py    `Cluster`: cut by their logical axes, once, into shares
+      -> shares                     shard.py      whose block scales can be cut with them,
+      -> placed                     stages.py     on the devices of each `Stage`
+    one device's `Program`          cluster.py    `graph.stage` of a stage's layers, a program for each shape
+      -> that of all devices        stages.py     `Hosts`: an XLA device each, by `shard_map`; `Mapped`: axes of `vmap`
+      -> what runs                  a backend     exports it with its own kernels, and loads it on the devices
+    a batch -> logits               cluster.py    `Server`: caches, and steps through all stages
+    several processes               processes.py  `Processes`: joined by JAX; `Spread`: `Hosts`, some of others
 
-What it stands on is plain data (`grid.py`): backends do not import the runtime, which builds it from a plan.
+Who makes a `Cluster` brings the backend, the stages' devices, and `Numerics`, what weights and activations are held in:
+`Processes` brings a backend that runs on devices of its own, in one type throughout; `SimBackend`
+(`backends.emulation`) brings emulated devices that compute in a chip's number formats. Nothing here asks which it is.
 
-    grid.py      Grid, Slots: devices, stages, who holds which expert
-    shard.py     weights and caches, split by their logical axes
-    stages.py    the program of each stage: hosts or mapped
-    memory.py    Memory: bytes of each device against its limit; going over names the tensor
-    cluster.py   Cluster: weights, caches and programs of one server, stepped by the runtime
-    backend.py   SimBackend, the adapter
-
-Number formats
---------------
-An emulated chip's formats are one object, made by `backends.emulation` and used here at three places only.
-Nothing in this folder looks at what a format does:
-
-    class NumberFormats(Protocol):
-        dtype: str
-            What activations and unquantised weights are held in: "float32" or "bfloat16".
-
-        def weight(self, weight: model.weights.Weight, value: np.ndarray | Quantized) -> np.ndarray | Quantized:
-            One *whole* weight on the host, before it is split over devices: as `Checkpoint.load("float32",
-            keep_fp8=True)` has it (float32, or `Quantized` where the checkpoint stores FP8 blocks) to what the
-            graph is given. An unquantised one is then cast to `dtype`. A quantised one is `Quantized(values,
-            scale)`: values have the weight's shape, and each dim of scale is the weight's dim, 1, or the number of
-            128-blocks of it (ceil). The sharder splits the scale along with the values; blocks that a split would
-            cut are repeated to full first, so that a lowering may see a full dim where it gave blocks.
-
-        def lowerings(self) -> Mapping[str, Callable[..., Any]]:
-            By op name ("glm.linear", ..): what one device computes instead of the op's decomposition, given local
-            shapes, positional arrays and the attributes as keywords, as `model.ops.substitute` calls it. A
-            quantised weight arrives as two operands, an unquantised one as one, so that is how a lowering tells
-            which products the chip does in the narrow format (the dtype of the values says which format).
-            `glm.cache_write` gets `cache="latent" | "index" | "key" | "value"` as an attribute: rows may be
-            rounded to the cache's format before they are written (the pages stay in `dtype`).
-
-`None` instead of an object is float32 throughout.
+From the ground up: shard, stages, cluster, processes. Imports `backends.interface`, `backends.errors` and `model`; no
+adapter, and not the runtime, which makes grids of plans.
 """

@@ -1,7 +1,8 @@
 """A server's devices at work: weights split over them once, programs compiled by shape, caches by server.
 
-`Cluster` is what equal servers (replicas) share; a `Server` has its own caches. A step feeds all ranks at once:
-`Batch` rows are `dp` equal blocks, one a rank, and page numbers count within the rank, whose page 0 is nobody's.
+`Cluster` is what equal servers (replicas) share: one device's program of each stage, which the stage has a backend
+compile for all its devices. A `Server` has its own caches. A step feeds all ranks at once: `Batch` rows are `dp` equal
+blocks, one a rank, and page numbers count within the rank, whose page 0 is nobody's.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from backends.spmd.shard import MOST_HOSTS, divisible
-from backends.spmd.stages import Hosts, Mapped, Stage
-from model import graph, ops
+from backends.interface import Backend, Executable, Program
+from backends.spmd.shard import divisible
+from backends.spmd.stages import Stage
+from model import graph
 from model.cache import CacheRow, cache_rows
 from model.config import ModelConfig
 from model.graph import Batch, Mode
@@ -26,39 +28,45 @@ from model.weights import Quantized, Weight, layer_weights, stage_outer
 
 Pages = list[dict[str, np.ndarray]]
 """A sequence's pages, by layer and cache name: [pages, page_size, ..]."""
+_SMALL_BYTES = 256e6
+"""Weights of a stage up to here keep a program busy for milliseconds: optimising it takes longer than that saves."""
 
 
 class Numerics(Protocol):
-    """An emulated chip's number formats; see `backends.spmd`."""
+    """What a server's devices hold weights and activations in."""
 
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """Of activations, caches and unquantised weights: "float32" or "bfloat16"."""
+        ...
 
-    def weight(self, weight: Weight, value: Any) -> Any: ...
+    def weight(self, weight: Weight, value: Any) -> Any:
+        """One whole weight on the host, before it is split: as the checkpoint was asked for it (an array, or
+        `Quantized` FP8 blocks) to what the graph is given. An unquantised one is then cast to `dtype`.
 
-    def lowerings(self) -> Mapping[str, Callable[..., Any]]: ...
+        Of a `Quantized(values, scale)`, values have the weight's shape, and each dim of scale is the weight's, 1, or
+        the number of its 128-blocks (ceil). The scale is split along with the values; blocks that a cut would go
+        through are repeated to full first, so that a kernel may see a full dim where there were blocks.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Float32:
-    """Everything in float32; the checkpoint is to be loaded so, FP8 blocks dequantised."""
+class Plain:
+    """Everything in one type; the checkpoint is to be loaded so, FP8 blocks dequantised."""
 
     dtype: str = "float32"
 
     def weight(self, weight: Weight, value: Any) -> Any:
         return value
 
-    def lowerings(self) -> Mapping[str, Callable[..., Any]]:
-        return {}
-
 
 class Cluster:
     """The weights of a server on its devices, and its programs.
 
     weights: whole, on the host, as `model.checkpoint.Checkpoint.load` returns them; emptied as they are placed.
-    mapped: run all devices as axes on one; by default where there are more than `MOST_HOSTS`. stages: the devices
-    of each stage, where they are not this process's.
-    Raises `Unsupported` where the grid does not fit the model.
+    backend: exports and loads every program; the kernels are its own. stages: the devices of each stage.
+    Raises `Unsupported` where the grid does not fit the model, or the backend lacks what a program needs.
     """
 
     def __init__(
@@ -66,22 +74,17 @@ class Cluster:
         cfg: ModelConfig,
         grid: Grid,
         weights: Mapping[str, Any],
-        formats: Numerics | None = None,
-        mapped: bool | None = None,
-        stages: Sequence[Stage] | None = None,
+        backend: Backend,
+        stages: Sequence[Stage],
+        formats: Numerics,
     ):
         grid.check(cfg)
-        self.cfg, self.grid, self.formats = cfg, grid, formats or Float32()
-        self.mapped = grid.devices > MOST_HOSTS and stages is None if mapped is None else mapped
-        self.stages: Sequence[Stage] = stages or [
-            Mapped(grid) if self.mapped else Hosts(grid, number * grid.stage_devices)
-            for number in range(len(grid.stages))
-        ]
+        self.cfg, self.grid, self.backend, self.stages, self.formats = cfg, grid, backend, stages, formats
         outer = weights["outer"]
         self.weights = [self._place(number, outer, weights["layers"]) for number in range(len(grid.stages))]
         outer.clear()
-        self._programs: dict[Any, Callable[..., Any]] = {}
-        self.compile_s = 0.0
+        self._programs: dict[Any, Executable] = {}
+        self.compile_s = 0.0  # spent on exporting and loading programs so far
 
     def server(self, pages: int, page_size: int) -> Server:
         """Empty caches of `pages` pages a rank and layer."""
@@ -130,27 +133,43 @@ class Cluster:
             )
             return (out.carried, out.logits), out.caches
 
-        return ops.substitute(body, self.formats.lowerings(), inline=self.stages[number].inline)
+        return body
 
-    def program(self, number: int, mode: Mode, *args: Any) -> Callable[..., Any]:
-        """The compiled program of a stage for the shapes of its arguments."""
+    def program(self, number: int, mode: Mode, *args: Any) -> Executable:
+        """The loaded program of a stage for the shapes of its arguments."""
         batch, (first, *_) = args[2], args[1]
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves((batch, first)))
         key = (self._same_as(number), mode, shapes)
         if key not in self._programs:
             begin = time.perf_counter()
-            self._programs[key] = self.stages[number].program(self.body(number, mode), *args)
+            self._programs[key] = self.stages[number].compile(self.backend, self._program(number, mode, args))
             self.compile_s += time.perf_counter() - begin
         return self._programs[key]
 
+    def _program(self, number: int, mode: Mode, args: tuple[Any, ...]) -> Program:
+        """One device's, of arguments as the stage has placed them."""
+        weights = jax.tree.leaves(args[0], is_leaf=_is_quantised)
+        return Program(
+            name=f"stage {number} of {len(self.stages)}, {mode.attention}",
+            fn=self.body(number, mode),
+            args=args,
+            donate=(1,),  # the caches
+            needs=frozenset({self.formats.dtype} | ({"fp8_weights"} if any(map(_is_quantised, weights)) else set())),
+            optimise=sum(leaf.nbytes for leaf in jax.tree.leaves(args[0])) > _SMALL_BYTES,
+        )
+
     def _same_as(self, number: int) -> Any:
         """What makes two stages' programs one: their layers' types and slots, where they run on the same devices."""
-        if not self.mapped:
+        if self.stages[number].alone:
             return number
         span, last = self.grid.stages[number], self.cfg.num_layers
         tables = tuple(w["expert_slots"].array.shape for w in self.weights[number]["layers"] if "expert_slots" in w)
         following = self.cfg.layers[span.stop].indexer if span.stop < last else None
         return self.cfg.layers[span.start : span.stop], span.start == 0, following, tables
+
+
+def _is_quantised(leaf: Any) -> bool:
+    return isinstance(leaf, Quantized)
 
 
 class Server:

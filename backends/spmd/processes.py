@@ -8,21 +8,20 @@ holds the stage's first device, so that every process goes on from the same bits
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from backends.errors import BackendUnavailable
-from backends.spmd.cluster import Cluster, Float32
+from backends.interface import Backend, Executable, Program
+from backends.spmd.cluster import Cluster, Plain
 from backends.spmd.shard import is_split
-from backends.spmd.stages import Body, Hosts
+from backends.spmd.stages import Hosts
 from model.config import ModelConfig
 from model.split import Axes, Grid
 
@@ -78,17 +77,11 @@ def agree(fingerprint: bytes) -> int | None:
     return next((index for index, each in enumerate(every) if not np.array_equal(each, every[0])), None)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plain(Float32):
-    """A backend's own numbers: everything in one type."""
-
-
 class Spread(Hosts):
     """The devices of one stage, some of which may be other processes'."""
 
     def __init__(self, grid: Grid, devices: Sequence[Any]):
-        self.grid = grid
-        self.mesh = Mesh(np.array(devices, dtype=object).reshape(grid.dp, grid.tp), ("dp", "tp"))
+        super().__init__(grid, devices)
         self.source: int = devices[0].process_index
         self.here = any(device.process_index == jax.process_index() for device in devices)
 
@@ -114,11 +107,11 @@ class Spread(Hosts):
         return send(jax.tree.map(self._whole, value) if self.here else None, self.source)
 
     def _whole(self, value: Any) -> np.ndarray:
-        replicated = jax.jit(_same, out_shardings=self._sharding())(value)
+        replicated = jax.jit(_same, out_shardings=self._sharding())(value)  # moves data only: no op of the graph
         return np.asarray(replicated.addressable_data(0))
 
-    def program(self, body: Body, weights: Any, caches: Any, *rest: Any) -> Callable[..., Any]:
-        compiled = super().program(body, weights, caches, *rest) if self.here else _pass_by
+    def compile(self, backend: Backend, program: Program) -> Executable:
+        compiled = super().compile(backend, program) if self.here else _pass_by
         multihost_utils.sync_global_devices("compiled")
         return compiled
 
@@ -132,14 +125,14 @@ def _pass_by(weights: Any, caches: Any, *rest: Any) -> Any:
 
 
 class Processes:
-    """The devices of all processes. dtype: what they compute in, "float32" or "bfloat16"."""
+    """The devices of all processes, and the backend they are of. dtype: what they compute in."""
 
-    def __init__(self, devices: Sequence[Any], dtype: str):
-        self.devices, self.dtype = devices, dtype
+    def __init__(self, backend: Backend, devices: Sequence[Any], dtype: str):
+        self.backend, self.devices, self.dtype = backend, devices, dtype
 
     def cluster(self, cfg: ModelConfig, grid: Grid, weights: Mapping[str, Any], first: int) -> Cluster:
         """A server on the devices from `first` on; weights are read where they are placed only."""
         size = grid.stage_devices
         starts = range(first, first + grid.devices, size)
         stages = [Spread(grid, self.devices[start : start + size]) for start in starts]
-        return Cluster(cfg, grid, weights, Plain(self.dtype), stages=stages)
+        return Cluster(cfg, grid, weights, self.backend, stages, Plain(self.dtype))

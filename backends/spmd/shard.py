@@ -10,9 +10,6 @@ import numpy as np
 from model.quantised import shared_size
 from model.weights import Quantized, Weight
 
-MOST_HOSTS = 64
-"""Devices that are XLA host devices of their own; with more, rendezvous of all threads gets slow, then hangs."""
-
 
 def divisible(value: np.ndarray | Quantized, weight: Weight, dim: int, shares: int) -> np.ndarray | Quantized:
     """A value whose leaves can all be cut into equal `shares` along `dim`, or are the same for every share.

@@ -1,42 +1,34 @@
-"""The devices of one pipeline stage as JAX sees them: where shares live, and the program that runs on all of them.
+"""The devices of one pipeline stage as JAX sees them: where shares live, and how one device's program is spread over
+all of them.
 
-`Hosts` gives every device of the stage its own XLA host device; `Mapped` runs them as the named axes of `vmap`
-on one. Both run the same body, which is one device's. A value is placed by saying along which dim it is split over
-which mesh axes; caches and batches are split over `dp` along their first dim.
+`Hosts` gives every device of the stage its own XLA device; `Mapped` runs them as the named axes of `vmap` on one.
+Both spread the same program, which is one device's; a backend exports and loads it. A value is placed by saying along
+which dim it is split over which mesh axes; caches and batches are split over `dp` along their first dim.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from backends.errors import BackendUnavailable
+from backends.interface import Backend, Executable, Program
 from backends.spmd.shard import is_split
+from model import ops
 from model.split import Axes, Grid
 
-Body = Callable[..., Any]
 _P = PartitionSpec
-_SMALL_BYTES = 256e6
-
-
-def _options(weights: Any) -> dict[str, Any] | None:
-    """How to compile: a program that a small model's weights keep busy for milliseconds is not worth optimising."""
-    if sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) > _SMALL_BYTES:
-        return None
-    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class Stage(Protocol):
-    """Places values on a stage's devices, and makes programs of one device's body."""
+    """Places values on a stage's devices, and has one device's programs compiled for all of them."""
 
-    inline: bool
-    """Whether ops must be replaced by their bodies (they have no batching rule)."""
+    alone: bool
+    """Whether its devices are no other stage's, so that a program loaded on them is its own."""
     here: bool
     """Whether this process has any of the stage's devices."""
 
@@ -60,26 +52,34 @@ class Stage(Protocol):
         """A tree that the stage has put out, as the next stage's `batch` takes it."""
         ...
 
-    def program(self, body: Body, weights: Any, caches: Any, *rest: Any) -> Callable[..., Any]:
-        """Compiles body(weights, caches, *rest) -> tree with leaves [rows, ..] and caches; donates the caches."""
+    def compile(self, backend: Backend, program: Program) -> Executable:
+        """What `backend` makes of one device's (weights, caches, *rest) -> (tree with leaves [rows, ..], caches) for
+        all of them. The program's `args` are values as they are placed here."""
         ...
 
 
-class Hosts:
-    """XLA host devices `first`, `first + 1`, ..: one for each device of the stage."""
+def sharded(program: Program, mesh: AbstractMesh) -> Program:
+    """One device's program as that of a mesh of them, whose arguments are split over it as `args` say."""
+    args = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)), program.args
+    )
+    specs = jax.tree.map(lambda a: a.sharding.spec, args)
 
-    inline = False
+    def spread(fn: Any) -> Any:
+        return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=(_P("dp"), specs[1]), check_vma=False)
+
+    return dataclasses.replace(program, args=args, spread=spread, mesh=dict(mesh.shape))
+
+
+class Hosts:
+    """An XLA device for each device of the stage."""
+
+    alone = True
     here = True
 
-    def __init__(self, grid: Grid, first: int):
-        devices = jax.devices("cpu")
-        if len(devices) < first + grid.stage_devices:
-            raise BackendUnavailable(
-                f"{first + grid.stage_devices} emulated devices need as many XLA host devices, and JAX was started "
-                f"with {len(devices)}: set XLA_FLAGS=--xla_force_host_platform_device_count=N"
-            )
-        chosen = np.array(devices[first : first + grid.stage_devices], dtype=object)
-        self.grid, self.mesh = grid, Mesh(chosen.reshape(grid.dp, grid.tp), ("dp", "tp"))
+    def __init__(self, grid: Grid, devices: Sequence[Any]):
+        self.grid, self.devices = grid, devices
+        self.mesh = Mesh(np.array(devices, dtype=object).reshape(grid.dp, grid.tp), ("dp", "tp"))
 
     def _sharding(self, *spec: Any) -> NamedSharding:
         return NamedSharding(self.mesh, _P(*spec))
@@ -100,21 +100,8 @@ class Hosts:
     def hand_on(self, value: Any) -> Any:
         return value
 
-    def program(self, body: Body, weights: Any, caches: Any, *rest: Any) -> Callable[..., Any]:
-        specs = [jax.tree.map(lambda a: a.sharding.spec, tree) for tree in (weights, caches)]
-        rows = _P("dp")
-
-        def run(weights: Any, caches: Any, *rest: Any) -> Any:
-            inside = jax.shard_map(
-                body,
-                mesh=self.mesh,
-                in_specs=(*specs, *(rows for _ in rest)),
-                out_specs=(rows, specs[1]),
-                check_vma=False,
-            )
-            return inside(weights, caches, *rest)
-
-        return jax.jit(run, donate_argnums=1).lower(weights, caches, *rest).compile(_options(weights))
+    def compile(self, backend: Backend, program: Program) -> Executable:
+        return backend.load(backend.export(sharded(program, self.mesh.abstract_mesh)), self.devices)
 
 
 @jax.tree_util.register_dataclass
@@ -134,33 +121,31 @@ class Mapped:
     """All devices of the stage on one, as the axes "dp" and "tp" of nested `vmap`s. What is equal on every device
     of an axis is held once."""
 
-    inline = True
+    alone = False
     here = True
 
-    def __init__(self, grid: Grid):
-        self.grid = grid
+    def __init__(self, grid: Grid, backend: Backend):
+        self.grid, self._put = grid, backend.put
 
     def place(self, value: np.ndarray, dim: int, axes: Axes) -> Any:
         shares = self.grid.layout.parts(axes)
         if not is_split(value, dim, shares):
-            return Held(jnp.asarray(value), ())
+            return Held(self._put(value), ())
         sizes = [getattr(self.grid, axis) for axis in axes]
         cut = value.reshape(*value.shape[:dim], *sizes, value.shape[dim] // shares, *value.shape[dim + 1 :])
-        return Held(jnp.asarray(np.moveaxis(cut, range(dim, dim + len(sizes)), range(len(sizes)))), axes)
+        return Held(self._put(np.moveaxis(cut, range(dim, dim + len(sizes)), range(len(sizes)))), axes)
 
     def cache(self, value: np.ndarray, split_heads: bool) -> Any:
         dp, tp = self.grid.dp, self.grid.tp
         ranks = value.reshape(dp, -1, *value.shape[1:])
         if not split_heads or tp == 1:
-            return Held(jnp.asarray(ranks), ("dp",))
+            return Held(self._put(ranks), ("dp",))
         heads = ranks.reshape(*ranks.shape[:3], tp, -1, *ranks.shape[4:])
-        return Held(jnp.asarray(np.moveaxis(heads, 3, 1)), ("dp", "tp"))
+        return Held(self._put(np.moveaxis(heads, 3, 1)), ("dp", "tp"))
 
     def batch(self, value: Any) -> Any:
         def rows(leaf: Any) -> Any:
-            return (
-                leaf if _is_held(leaf) else Held(jnp.asarray(leaf.reshape(self.grid.dp, -1, *leaf.shape[1:])), ("dp",))
-            )
+            return leaf if _is_held(leaf) else Held(self._put(leaf.reshape(self.grid.dp, -1, *leaf.shape[1:])), ("dp",))
 
         return jax.tree.map(rows, value, is_leaf=_is_held)
 
@@ -173,14 +158,24 @@ class Mapped:
     def hand_on(self, value: Any) -> Any:
         return value
 
-    def program(self, body: Body, weights: Any, caches: Any, *rest: Any) -> Callable[..., Any]:
-        def split(tree: Any, axis: str) -> Any:
-            return jax.tree.map(lambda held: 0 if axis in held.axes else None, tree, is_leaf=_is_held)
+    def compile(self, backend: Backend, program: Program) -> Executable:
+        run = backend.load(backend.export(self._mapped(program)))
 
-        def run(*args: Any) -> Any:
-            mapped = body
+        def step(weights: Any, caches: Any, *rest: Any) -> Any:
+            rows, new = run(*_arrays((weights, caches, *rest)))
+            held = jax.tree.map(lambda old, array: Held(array, old.axes), caches, new, is_leaf=_is_held)
+            return jax.tree.map(lambda array: Held(array, ("dp",)), rows), held
+
+        return step
+
+    def _mapped(self, program: Program) -> Program:
+        def over(axis: str) -> Any:
+            return jax.tree.map(lambda held: 0 if axis in held.axes else None, program.args, is_leaf=_is_held)
+
+        def spread(fn: Any) -> Any:
+            mapped = ops.substitute(fn, inline=True)  # what is left of the ops has no batching rule
             for axis in ("tp", "dp"):
-                ins = tuple(split(arg, axis) for arg in args)
+                ins = over(axis)
                 mapped = jax.vmap(
                     mapped,
                     in_axes=ins,
@@ -188,8 +183,11 @@ class Mapped:
                     axis_name=axis,
                     axis_size=getattr(self.grid, axis),
                 )
-            rows, new = mapped(*jax.tree.map(lambda held: held.array, args, is_leaf=_is_held))
-            held = jax.tree.map(lambda old, array: Held(array, old.axes), args[1], new, is_leaf=_is_held)
-            return jax.tree.map(lambda array: Held(array, ("dp",)), rows), held
+            return mapped
 
-        return jax.jit(run, donate_argnums=1).lower(weights, caches, *rest).compile(_options(weights))
+        args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), _arrays(program.args))
+        return dataclasses.replace(program, args=args, spread=spread)
+
+
+def _arrays(tree: Any) -> Any:
+    return jax.tree.map(lambda held: held.array, tree, is_leaf=_is_held)

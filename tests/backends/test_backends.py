@@ -12,11 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jax import export, lax
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from backends import registry
 from backends.cpu import cache_write, expert_ffn, select_topk, sparse_attention
 from backends.errors import ArtifactError, BackendUnavailable, UnknownBackend, Unsupported
 from backends.interface import Artifact, Program
+from backends.spmd.stages import sharded
 from model import ops
 
 CPU = registry.get("cpu")
@@ -60,6 +63,44 @@ def test_lowerings_are_part_of_the_artifact() -> None:
     backend = Doubling()
     run = backend.load(backend.export(Program("norm", norm, PAIR)))
     np.testing.assert_array_equal(run(np.full(4, 3, np.float32), np.ones(4, np.float32)), np.full(4, 6))
+
+
+def _on_mesh() -> Program:
+    """A norm and a sum over devices of one's share, whose last argument is not used."""
+    mesh = AbstractMesh((2, 2), ("dp", "tp"))
+
+    def share(weights: jax.Array, cache: jax.Array, x: jax.Array, unused: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return lax.psum(ops.rms_norm(x, weights, eps=1e-5), "tp"), cache + 1.0
+
+    def split(shape: tuple[int, ...], *spec: str | None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    args = (split((8,), "tp"), split((4, 4), "dp"), split((2, 8), "dp", "tp"), split((2,), "dp"))
+    return sharded(Program("norm", share, args, donate=(1,)), mesh)
+
+
+def test_a_program_of_several_devices_is_exported_without_any() -> None:
+    """For a chip that is not here, with the mesh and every argument's place on it in the artifact."""
+    cuda, program = registry.get("cuda"), _on_mesh()
+    artifact = Artifact.from_bytes(cuda.export(program).to_bytes())
+    assert artifact.mesh == {"dp": 2, "tp": 2} and artifact.devices == 4
+    exported = export.deserialize(bytearray(artifact.payload))
+    assert exported.nr_devices == 4
+    mesh = program.args[0].sharding.mesh
+    assert exported.in_shardings_jax(mesh) == tuple(each.sharding for each in program.args)
+    with pytest.raises(BackendUnavailable, match="norm runs on 4 devices together; backend cpu is given 1"):
+        CPU.load(CPU.export(program), jax.devices("cpu")[:1])
+
+
+def test_who_runs_one_device_only_says_so() -> None:
+    with pytest.raises(Unsupported, match="ascend cannot run norm: it runs programs of one device only"):
+        registry.get("ascend").export(_on_mesh())
+
+
+def test_an_artifact_of_another_version_is_refused() -> None:
+    whole = Artifact("p", "cpu", "f", (), {}, b"").to_bytes()
+    with pytest.raises(ArtifactError, match="artifact version 1, this release reads 2"):
+        Artifact.from_bytes(whole.replace(b'"version": 2', b'"version": 1'))
 
 
 def test_buffers_are_exchanged_with_torch_without_a_copy() -> None:

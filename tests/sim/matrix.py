@@ -13,7 +13,7 @@ import json
 import sys
 import time
 
-from backends.spmd.shard import MOST_HOSTS
+from backends.emulation.backend import MOST_HOSTS
 from foundation.errors import UsageError
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig

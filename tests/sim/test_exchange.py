@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from backends.spmd.cluster import Cluster
+from backends.emulation.backend import SimBackend
 from model import graph
 from model.cache import cache_rows
 from model.checkpoint import Checkpoint
@@ -45,7 +45,7 @@ def test_every_device_sends_to_every_other(tiny: Checkpoint, checkpoints: dict[s
     rng = np.random.default_rng(0)
     row = tuple(int(e) for e in rng.permutation(np.arange(dp) % cfg.moe.experts))
     grid = Grid.of(cfg, Layout(dp=dp, ep=dp), Slots(1, (row,) * len(moe_layers(cfg))))
-    server = Cluster(cfg, grid, checkpoint.load("float32", mtp=False), mapped=True).server(1, 16)
+    server = SimBackend(mapped=True).cluster(cfg, grid, checkpoint.load("float32", mtp=False)).server(1, 16)
     tokens = rng.integers(0, cfg.vocab_size, (dp, STEPS)).astype(np.int32)
     logits: Any = None
     for at in range(STEPS):

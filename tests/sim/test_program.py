@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from backends.emulation.backend import SimBackend
 from backends.emulation.memory import Limits, account
 from backends.spmd.cluster import Cluster
 from backends.spmd.stages import Held
@@ -53,7 +54,6 @@ def executed(cfg: ModelConfig, cluster: Cluster, number: int, mode: Mode, sizes:
         shared = sparse and cfg.layers[span.start].indexer == "shared"
         before = (Carried(x, ints(sizes.b, sizes.t, cfg.indexer.topk) if shared and cfg.indexer else None),)
     axes = [(axis, size) for axis, size in (("dp", cluster.grid.dp), ("tp", cluster.grid.tp)) if size > 1]
-    cluster.stages[number].inline = False  # type: ignore[misc]  # ops by name, as on host devices
     jaxpr = jax.make_jaxpr(cluster.body(number, mode), axis_env=axes)(*shares, batch, *before)
     return list(_walk(jaxpr.jaxpr))
 
@@ -89,7 +89,7 @@ def test_what_runs_is_what_is_priced(tiny: Checkpoint, layout: Layout, phase: An
     sparse = sizes.p * PAGE_SIZE > cfg.indexer.topk
     traced = trace(cfg, layout, phase, sparse, mtp=False)
     (pool,) = plan_of(cfg, layout).pools
-    cluster = Cluster(cfg, grid_of(cfg, pool), tiny.load("float32", mtp=False), mapped=True)
+    cluster = SimBackend(mapped=True).cluster(cfg, grid_of(cfg, pool), tiny.load("float32", mtp=False))
     mode = Mode("expanded" if phase == "prefill" else "absorbed", "all")
     for number, span in enumerate(layout.stage_layers(cfg.num_layers)):
         expected = [traced.embed] if number == 0 else []
@@ -133,7 +133,7 @@ def test_placed_weights_are_all_there(tiny: Checkpoint) -> None:
     """Every share of every weight, put together again, is the weight."""
     cfg, layout = tiny.config, Layout(tp=2, dp=2, ep=4, pp=2)
     (pool,) = plan_of(cfg, layout).pools
-    cluster = Cluster(cfg, grid_of(cfg, pool), tiny.load("float32", mtp=False), mapped=True)
+    cluster = SimBackend(mapped=True).cluster(cfg, grid_of(cfg, pool), tiny.load("float32", mtp=False))
     whole = tiny.load("float32", mtp=False)
     for number, span in enumerate(cluster.grid.stages):
         for layer, shares in zip(span, cluster.weights[number]["layers"], strict=True):

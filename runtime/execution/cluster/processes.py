@@ -188,7 +188,7 @@ def connect(place: ProcessPlace, backend: Backend, dtype: str | None, plan: Plan
         raise UsageError(
             f"process {different} was started with another plan, checkpoint, prompt or option than process 0"
         )
-    return Processes(devices, dtype)
+    return Processes(backend, devices, dtype)
 
 
 def leave() -> None:

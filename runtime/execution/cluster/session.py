@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from backends.emulation.backend import SimBackend
+    from backends.emulation.number_formats import NumberFormats
     from backends.interface import Backend
-    from backends.spmd.cluster import Cluster, Numerics
+    from backends.spmd.cluster import Cluster
     from backends.spmd.processes import Processes
     from model.checkpoint import Checkpoint, Group
     from model.weights import Quantized, Weight
@@ -193,7 +194,7 @@ class _Unread:
         self._weights = {}
 
 
-def number_formats(cfg: ModelConfig, pool: Pool) -> Numerics | None:
+def number_formats(cfg: ModelConfig, pool: Pool) -> NumberFormats | None:
     """What the pool's chip rounds; None where everything is float32. Raises `UsageError`."""
     if pool.formats.wide == "f32":
         return None
