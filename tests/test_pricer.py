@@ -1,8 +1,7 @@
-"""The step pricer: one answer both ways, never cheaper for more work, never slower for more chip, and fast."""
+"""The step pricer: one answer both ways, never cheaper for more work, and never slower for more chip."""
 
 from __future__ import annotations
 
-import time
 from functools import cache
 from typing import Any
 
@@ -229,14 +228,3 @@ def test_dense_twin_of_a_sparse_model_grows_with_its_context() -> None:
     assert growth[0] < 1.5 < growth[1]
     with pytest.raises(UsageError, match="only model.index_topk"):
         model_override(load_config("glm-4.5"), "model.index_topk", "0")
-
-
-def test_a_step_is_priced_in_tens_of_microseconds() -> None:
-    """A loose bound: a shared machine may be ten times slower than a quiet one."""
-    pricer = built().pricer
-    shapes = [decode(1 + i % 64, 1000 + 7 * i) for i in range(1000)]
-    pricer.seconds(shapes[0])
-    begun = time.perf_counter()
-    for shape in shapes:
-        pricer.seconds(shape)
-    assert (time.perf_counter() - begun) / 1000 < 1e-3

@@ -1,11 +1,10 @@
-"""The `glm5` command line as a whole: help at once, wrong command lines in one line."""
+"""The `glm5` command line as a whole: help without JAX, wrong command lines in one line."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
-import time
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -17,9 +16,7 @@ from tests.cli.cli import glm5, refused
 
 def test_help_starts_without_jax() -> None:
     code = "import sys; from runtime.cli.main import main\ntry: main(['--help'])\nfinally: print('jax' in sys.modules)"
-    began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - began < 3  # loosely: 0.3 s on an idle machine
     assert done.stdout.endswith("False\n") and done.stderr == ""
     assert all(f"  {verb} " in done.stdout for verb in ("run", "model", "backends", "profiles"))
 

@@ -1,11 +1,10 @@
-"""`glm5 model`: exact counts, in little time and memory."""
+"""`glm5 model`: exact counts, in little memory."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,10 +25,8 @@ finally:
 """  # noqa: E501
 
 
-def test_glm_5_in_seconds_without_jax() -> None:
-    began = time.perf_counter()
+def test_glm_5_in_little_memory_without_jax() -> None:
     done = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - began < 5
     peak_bytes, jax = done.stderr.split()
     assert int(peak_bytes) < 1e9 and jax == "False"
     result = json.loads(done.stdout)

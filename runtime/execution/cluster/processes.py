@@ -185,6 +185,7 @@ def connect(place: ProcessPlace, backend: Backend, dtype: str | None, plan: Plan
         raise UsageError(f"backend {backend.name} computes in {', '.join(sorted(offered.dtypes))}, not in {dtype}")
     different = agree(hashlib.sha256(repr((plan.hash, dtype, asked)).encode()).digest())
     if different is not None:
+        leave()  # before this one ends: JAX would end those that have not said so yet
         raise UsageError(
             f"process {different} was started with another plan, checkpoint, prompt or option than process 0"
         )
