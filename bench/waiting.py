@@ -2,7 +2,7 @@
 
     python -m bench.waiting [--rounds N] [--only WORD] [--json]
 
-Each figure is of a process of its own, on one core's worth of threads for BLAS; of a command, all of it from its
+Each figure is of a process of its own, in which BLAS has one thread; of a command, all of it from its
 start, of a call, only the call. CPU seconds, so that other work on the machine counts less; where a process waits for
 another they are wall-clock seconds, and the row says so. Medians, with the lowest and the highest.
 """
