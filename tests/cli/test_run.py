@@ -54,6 +54,7 @@ def plain(small: Path) -> dict[str, Any]:
     return run_ids(small, "--json").json
 
 
+@pytest.mark.slow
 def test_the_embedded_model_streams_what_its_drafts_confirm() -> None:
     streamed = glm5(*PROMPT)
     assert streamed.code == 0 and "[cpu: " in streamed.err and "made-up text" in streamed.err

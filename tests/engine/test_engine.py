@@ -37,7 +37,7 @@ def test_batched_tokens_equal_each_request_alone(engines: Engines, family: str) 
     assert engine.pool.free_pages == engine.pool.pages
 
 
-@pytest.mark.parametrize(("family", "drafts"), [("dsa", 3), ("gqa", 2), ("mla", 3)])
+@pytest.mark.parametrize(("family", "drafts"), [("dsa", 3), ("gqa", 2), pytest.param("mla", 3, marks=pytest.mark.slow)])
 def test_drafts_leave_greedy_tokens_as_they_are(engines: Engines, family: str, drafts: int) -> None:
     requests = [Prompt(prompt(n, n), max_tokens=24) for n in (5, 50, 21)]
     plain = engines[family, 0].generate(requests)
@@ -156,6 +156,7 @@ def test_mtp_needs_an_mtp_layer(checkpoints: dict, tmp_path) -> None:
         load_engine(Checkpoint(tmp_path / "no-mtp"), registry.usable("cpu"), config)
 
 
+@pytest.mark.slow
 def test_fp8_weights_stay_fp8_and_give_the_dequantised_tokens(checkpoints: dict, tmp_path) -> None:
     from model.checkpoint import save
 

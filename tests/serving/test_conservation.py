@@ -83,7 +83,7 @@ def check_ended(workload: Workload, simulation: Simulation) -> None:
         rank.pool.check([])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(workloads(), deployments(), st.integers(0, 3))
 def test_requests_tokens_pages_and_time_are_conserved(workload: Workload, deployment: Deployment, seed: int) -> None:
     simulation = Simulation(workload, deployment, seed)
@@ -97,7 +97,7 @@ def test_requests_tokens_pages_and_time_are_conserved(workload: Workload, deploy
     assert 0 <= report.kv.mean_fraction <= report.kv.peak_fraction + 1e-12 <= 1 + 1e-12
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(workloads(), deployments(), deployments(), st.sampled_from([1e3, 1e6, 1e9]))
 def test_disaggregation_conserves_them_too(
     workload: Workload, prefill: Deployment, decode: Deployment, bandwidth: float

@@ -30,7 +30,7 @@ def run(checkpoint: Checkpoint, layout: Layout, lengths: list[int], most: list[i
     ("family", "layout", "redundant"),
     [
         ("dsa", Layout(tp=2, dp=2, ep=4, pp=2), 1),
-        ("gqa", Layout(tp=2, dp=4, ep=8), 1),
+        pytest.param("gqa", Layout(tp=2, dp=4, ep=8), 1, marks=slow),
         pytest.param("mla", Layout(tp=4, ep=4), 1, marks=pytest.mark.slow),
         pytest.param("mla", Layout(tp=2, dp=4), 0, marks=pytest.mark.slow),
     ],
@@ -96,16 +96,10 @@ def admitted(checkpoint: Checkpoint, layout: Layout) -> bool:
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=2, **QUIET)
-@given(data=st.data())
-def test_random_layouts(checkpoints: Checkpoints, data: st.DataObject) -> None:
-    check_any(checkpoints, data, ("dsa", "gqa"))  # whose references other tests have compiled
-
-
 @pytest.mark.slow
 @settings(max_examples=60, **QUIET)
 @given(data=st.data())
-def test_many_random_layouts(checkpoints: Checkpoints, data: st.DataObject) -> None:
+def test_random_layouts(checkpoints: Checkpoints, data: st.DataObject) -> None:
     check_any(checkpoints, data)
 
 

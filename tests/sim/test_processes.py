@@ -95,6 +95,7 @@ def check(
     assert all(each["timings_s"]["ttft"] > 0 < each["timings_s"]["decode"] for each in found)
 
 
+@pytest.mark.slow
 def test_two_processes(started: list[subprocess.Popen[str]], small: Path, tmp_path: Path) -> None:
     """Tensor and expert parallelism across them."""
     plan = plan_at(tmp_path / "plan.json", Layout(tp=2, ep=2))

@@ -125,6 +125,7 @@ def test_a_selection_crosses_stages_as_the_contract_has_it(checkpoints: Checkpoi
     np.testing.assert_allclose(found, meant(checkpoint), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_number_formats_come_in_by_the_same_door(checkpoints: Checkpoints, exported: list[Artifact]) -> None:
     """What emulated devices run rounds where their chip does, and all of it was exported."""
     cfg = checkpoints["gqa"].config

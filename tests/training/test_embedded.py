@@ -40,7 +40,7 @@ def test_what_it_is() -> None:
     assert sum(file.stat().st_size for file in PATH.iterdir()) <= 8_000_000
 
 
-@pytest.mark.parametrize("text", ["learnt", "random"])
+@pytest.mark.parametrize("text", [pytest.param("learnt", marks=pytest.mark.slow), "random"])
 def test_transformers_gives_the_same_logits(text: str) -> None:
     """Past the selection, on text it knows and on tokens it has never seen together."""
     torch = pytest.importorskip("torch", exc_type=ImportError)
