@@ -37,7 +37,10 @@ def test_batched_tokens_equal_each_request_alone(engines: Engines, family: str) 
     assert engine.pool.free_pages == engine.pool.pages
 
 
-@pytest.mark.parametrize(("family", "drafts"), [("dsa", 3), ("gqa", 2), pytest.param("mla", 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("family", "drafts"),
+    [("dsa", 3), pytest.param("gqa", 2, marks=pytest.mark.slow), pytest.param("mla", 3, marks=pytest.mark.slow)],
+)
 def test_drafts_leave_greedy_tokens_as_they_are(engines: Engines, family: str, drafts: int) -> None:
     requests = [Prompt(prompt(n, n), max_tokens=24) for n in (5, 50, 21)]
     plain = engines[family, 0].generate(requests)

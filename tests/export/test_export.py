@@ -256,7 +256,7 @@ main(["export", "--format", "torch", "--phase", "both", "--out", sys.argv[2]])
 """
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("end", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_an_interrupted_export_leaves_nothing_that_looks_whole(tmp_path: Path, end: signal.Signals) -> None:
     """By a signal that arrives when the first graph is written."""
     command = [sys.executable, "-c", INTERRUPTED, str(int(end)), str(tmp_path / "p")]

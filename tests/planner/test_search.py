@@ -267,6 +267,7 @@ def test_the_front_is_what_nothing_beats(rates: list[tuple[float, float]]) -> No
 # --- prefill and decode apart ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_chips_prefill_on_one_and_decode_on_the_other() -> None:
     demand = Demand(isl=4096, osl=256, concurrency=16, tpot_ms=60)
     plan = search(question(demand=demand), chips(("h200-sxm", 8), ("ascend-910c-die", 16)))

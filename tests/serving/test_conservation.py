@@ -107,7 +107,7 @@ def test_disaggregation_conserves_them_too(
     check_ended(workload, simulation)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(workloads(), deployments(), st.integers(0, 3))
 def test_same_seed_same_result_and_workload_untouched(workload: Workload, deployment: Deployment, seed: int) -> None:
     before = copy.deepcopy([dataclasses.astuple(request) for request in workload.requests])
@@ -118,7 +118,7 @@ def test_same_seed_same_result_and_workload_untouched(workload: Workload, deploy
     np.testing.assert_equal([dataclasses.astuple(request) for request in workload.requests], before)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(workloads(), deployments())
 def test_interpolated_runs_equal_exact_ones_for_linear_prices(workload: Workload, deployment: Deployment) -> None:
     deployment = dataclasses.replace(deployment, pricer=LinearPricer())
