@@ -1,4 +1,6 @@
-"""Settings of every test: strict JAX on the CPU, and hypothesis without deadlines.
+"""Settings of every test: strict JAX on the CPU, hypothesis without deadlines.
+
+Programs of tests run for milliseconds, so LLVM does not optimise them: compiling takes a third of the time.
 
 JAX reads its settings from the environment when it is first imported, so they are set here, before any
 test module is: tests that need no JAX do not pay for it, and processes that tests start inherit them.
