@@ -11,7 +11,8 @@ from collections.abc import Callable
 import numpy as np
 
 import hw_profiles
-from model.config import LayerType, ModelConfig, load_config
+from model.config import LayerType, ModelConfig
+from model.hf_config import load_config
 from model.split import Layout
 from runtime.pricing.oplist import Sizes
 from runtime.pricing.trace import PAGE_SIZE, trace

@@ -26,8 +26,9 @@ import numpy as np
 from backends import registry
 from backends.interface import Backend
 from model.checkpoint import Checkpoint, save
-from model.config import ModelConfig, from_hf
+from model.config import ModelConfig
 from model.graph import Batch, Mode
+from model.hf_config import from_hf
 from model.weights import Quantized, Weight, layer_weights, outer_weights, parameter_counts
 from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.load import embedded_checkpoint, load_engine

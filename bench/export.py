@@ -24,8 +24,8 @@ import numpy as np
 
 from backends import registry
 from model.checkpoint import Checkpoint
-from model.config import load_config
 from model.graph import Batch, Mode
+from model.hf_config import load_config
 from model.split import Layout
 from runtime.deployment.manifest import Manifest
 from runtime.execution.local.engine import EngineConfig

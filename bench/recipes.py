@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import hw_profiles
-from model.config import load_config
+from model.hf_config import load_config
 from model.split import Layout
 from runtime.deployment.plan import Demand, Plan, Predicted
 from runtime.planning.contender import Contender, Part, plan_of

@@ -46,7 +46,7 @@ def measured(work: Callable[[], object], clock: Callable[[], float] = time.proce
 
 
 def trace() -> float:
-    from model.config import load_config
+    from model.hf_config import load_config
     from tests.model.test_trace import trace_model
 
     cfg = load_config("glm-5")
@@ -64,7 +64,7 @@ def open_checkpoint() -> float:
 
 def write_page() -> float:
     import hw_profiles
-    from model.config import load_config
+    from model.hf_config import load_config
     from model.split import Layout
     from runtime.reports.plan import page
     from tests.plans import formats, plan_for
@@ -123,7 +123,7 @@ def serve_step(requests: int) -> float:
 
 def notice_loss() -> float:
     """From the end of one of two processes in the middle of an answer to the end of the other."""
-    from model.config import from_hf
+    from model.hf_config import from_hf
     from model.split import Layout
     from tests.cli.cli import CONFIG, make_checkpoint
     from tests.sim.test_processes import plan_at, start

@@ -23,9 +23,10 @@ import numpy as np
 
 from foundation.reading import Unreadable, read_json
 from model import quantised
-from model.config import LayerType, Mla, ModelConfig, from_hf, load_config, read_config
+from model.config import LayerType, Mla, ModelConfig
 from model.errors import CheckpointError
 from model.formats import E4M3, FORMATS, FP8_BLOCK
+from model.hf_config import from_hf, load_config, read_config
 from model.quantised import Matrix
 from model.safetensors_file import SafetensorsFile, write
 from model.spelling import Found, Spelling, spelling, tensor_name

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 import hw_profiles
 from foundation.errors import CapacityError
-from model.config import ModelConfig, load_config
+from model.config import ModelConfig
 from model.formats import SCHEMES, Formats
+from model.hf_config import load_config
 from model.split import Grid, Layout
 from model.weights import layer_weights, outer_weights
 from runtime.deployment.engines import Engine

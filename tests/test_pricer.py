@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import hw_profiles
 from foundation.errors import UsageError
-from model.config import load_config
+from model.hf_config import load_config
 from model.split import Layout
 from runtime.pricing.oplist import Sizes
 from runtime.pricing.price import PriceError, total

@@ -14,8 +14,8 @@ from backends.errors import ArtifactError
 from foundation.errors import Failure, UsageError
 from foundation.reading import Reason, Unreadable, parse_json, parse_toml, read_json, read_text, read_toml
 from hw_profiles.errors import ProfileError
-from model.config import read_config
 from model.errors import ConfigError, TokenizerError
+from model.hf_config import read_config
 from model.tokenizer import Tokenizer
 from runtime.deployment import engines
 from runtime.deployment.errors import EngineError, PlanFileError, PreviousError

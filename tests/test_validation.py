@@ -11,7 +11,7 @@ import pytest
 
 import hw_profiles
 from foundation.errors import UsageError
-from model.config import load_config
+from model.hf_config import load_config
 from runtime.deployment.engines import Circumstances
 from runtime.deployment.engines.inferencex import launch_kv, launch_settings
 from runtime.pricing.bands import band, half_width

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from foundation.reading import read_toml
-from model.config import Mla, load_config
+from model.config import Mla
 from model.formats import FORMATS, ROWS, SCHEMES, MatrixFormat, matrix_format
+from model.hf_config import load_config
 from runtime.cli.model import engine_cache
 from runtime.deployment import engines
 

@@ -20,7 +20,8 @@ import numpy as np
 import tokenizers
 
 from model.checkpoint import groups, save
-from model.config import ModelConfig, from_hf
+from model.config import ModelConfig
+from model.hf_config import from_hf
 from model.weights import Arrangement, Weight, parameter_counts
 from runtime.training import vocabulary
 from runtime.training.vocabulary import SPECIAL, VISIBLE, stop_ids

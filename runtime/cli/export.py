@@ -93,7 +93,7 @@ def export(
 
     from hw_profiles import load
     from model.checkpoint import Checkpoint
-    from model.config import load_config
+    from model.hf_config import load_config
     from model.split import Layout
     from runtime.execution.local.load import embedded_checkpoint
     from runtime.porting.export import options as cutting

@@ -9,7 +9,8 @@ import typer
 
 from foundation.errors import UsageError
 from model.cache import bytes_per_token, known_forms
-from model.config import ModelConfig, load_config
+from model.config import ModelConfig
+from model.hf_config import load_config
 from model.weights import parameter_counts
 
 # The components that are not part of "parameters_total": they are counted apart.

@@ -89,7 +89,7 @@ def plan(
     for name, value in (("--rate", rate), ("--ttft-ms", ttft_ms), ("--tpot-ms", tpot_ms)):
         if value is not None and not 0 < value < 1e9:
             raise UsageError(f"{name} {value:g}: give a number above zero")
-    from model.config import load_config
+    from model.hf_config import load_config
     from runtime.deployment.plan import Demand
     from runtime.planning.options import Question
     from runtime.simulation.build import split_settings

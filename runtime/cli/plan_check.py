@@ -21,7 +21,7 @@ def plan_check(
     Exits with 2 where something does not: a file that is cut short, edited or for another model, a ledger that
     does not add up or exceeds its device, a layer, rank or expert that nobody holds.
     """
-    from model.config import load_config
+    from model.hf_config import load_config
     from runtime.deployment.plan import Plan
     from runtime.planning.check import check
 

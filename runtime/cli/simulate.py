@@ -67,7 +67,7 @@ def simulate(
 ) -> None:
     """Simulate serving a load: latency, throughput, queueing, and how far to trust them."""
     import hw_profiles
-    from model.config import load_config
+    from model.hf_config import load_config
     from model.split import Layout
     from runtime.serving import Trace
     from runtime.serving import simulate as run_load

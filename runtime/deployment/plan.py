@@ -21,8 +21,9 @@ import hw_profiles
 from foundation.reading import Unreadable, parse_json, read_text
 from foundation.writing import replacing
 from hw_profiles import Profile
-from model.config import ModelConfig, load_config
+from model.config import ModelConfig
 from model.formats import Formats
+from model.hf_config import load_config
 from model.split import Layout
 from runtime.deployment.document import to_json, validated
 from runtime.deployment.errors import PlanFileError

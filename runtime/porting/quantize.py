@@ -33,7 +33,6 @@ from model.checkpoint import (
     stored_shape,
     write_shards,
 )
-from model.config import MODELSLIM_FILE
 from model.formats import (
     BF16,
     BITS,
@@ -48,6 +47,7 @@ from model.formats import (
     Scheme,
     matrix_format,
 )
+from model.hf_config import MODELSLIM_FILE
 from model.quantization_config import MODELSLIM_TYPES
 from model.spelling import spell, tensor_name
 

@@ -22,7 +22,8 @@ import numpy as np
 import hw_profiles
 from foundation.errors import Failure, UsageError
 from foundation.reading import Unreadable, read_text
-from model.config import ModelConfig, load_config, preset_names
+from model.config import ModelConfig
+from model.hf_config import load_config, preset_names
 from model.split import Layout
 from runtime.deployment.engines import Circumstances
 from runtime.deployment.engines import load as load_engine

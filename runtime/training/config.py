@@ -15,8 +15,9 @@ from typing import Any, Literal, TypeVar
 
 from foundation.errors import UsageError
 from foundation.reading import Unreadable, read_toml
-from model.config import ModelConfig, from_hf
+from model.config import ModelConfig
 from model.errors import ConfigError
+from model.hf_config import from_hf
 from runtime.deployment.document import Fault, place, validated
 from runtime.training.data import TASKS
 

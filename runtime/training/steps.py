@@ -13,7 +13,8 @@ from flax.nnx.filterlib import Filter
 from jax import Array
 
 from model.checkpoint import groups
-from model.config import Mla, ModelConfig, from_hf
+from model.config import Mla, ModelConfig
+from model.hf_config import from_hf
 from model.module import IndexerParam, Model, RouterBias
 from model.weights import Weight
 from runtime.training import optimizer

@@ -157,7 +157,7 @@ def test_bad_input_is_one_line(arguments: list[str], capsys: pytest.CaptureFixtu
 
 
 def test_float32_is_twice_sixteen_bits() -> None:
-    from model.config import load_config
+    from model.hf_config import load_config
     from model.split import Layout
     from runtime.deployment.ledger import stage_kv_bytes_per_token, stage_weight_bytes
     from tests.plans import formats

@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 
 from model.checkpoint import groups, save
-from model.config import from_hf
+from model.hf_config import from_hf
 from model.weights import Arrangement, Weight
 from runtime.cli.main import main
 from runtime.execution.local.load import embedded_checkpoint

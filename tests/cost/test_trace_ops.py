@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.config import LayerType, ModelConfig, load_config, preset_names
+from model.config import LayerType, ModelConfig
+from model.hf_config import load_config, preset_names
 from model.split import Layout
 from model.weights import Weight, layer_weights, outer_weights
 from runtime.pricing import Chip, PriceError, load, open_book

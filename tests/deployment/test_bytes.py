@@ -33,8 +33,9 @@ from backends.spmd.cluster import Cluster, Server
 from backends.spmd.stages import Held
 from foundation.errors import UsageError
 from model.checkpoint import Checkpoint, save
-from model.config import ModelConfig, from_hf
+from model.config import ModelConfig
 from model.formats import BF16, FORMATS, ROWS, SCHEMES, CacheFormats, CheckpointLayout, Formats, matrix_format, scheme
+from model.hf_config import from_hf
 from model.ops import dequantise
 from model.quantised import Matrix, quantise
 from model.split import Grid, Layout, Slots, moe_layers, share_bytes

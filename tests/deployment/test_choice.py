@@ -7,8 +7,8 @@ import pytest
 import hw_profiles
 from backends.emulation.table import DECIDES, format_table
 from foundation.errors import UsageError
-from model.config import load_config
 from model.formats import SCHEMES
+from model.hf_config import load_config
 from model.ops import OPS
 from model.weights import layer_weights
 from runtime.deployment.choice import chip_formats, chosen_scheme, offered_schemes

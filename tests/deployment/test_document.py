@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import hw_profiles
 from backends.errors import ArtifactError
 from foundation.errors import Failure, UsageError
-from model.config import load_config
+from model.hf_config import load_config
 from model.split import Layout
 from runtime.deployment.document import Fault, place, schema, to_json, validated
 from runtime.deployment.errors import PlanFileError

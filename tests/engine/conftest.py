@@ -10,7 +10,8 @@ import pytest
 
 from backends import registry
 from model.checkpoint import Checkpoint, save
-from model.config import ModelConfig, from_hf
+from model.config import ModelConfig
+from model.hf_config import from_hf
 from model.weights import Arrangement, Weight, layer_weights, outer_weights
 from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.load import load_engine

@@ -9,7 +9,7 @@ from jax import lax
 
 from backends.toolchains.cut import Exchange, cut
 from backends.toolchains.walker import Graph
-from model.config import load_config
+from model.hf_config import load_config
 from model.split import Grid, Layout
 from runtime.deployment.manifest import Gear
 from runtime.execution.package.executor import executor

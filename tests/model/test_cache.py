@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from model.cache import CacheRow, bytes_per_token, cache_rows, known_forms, layer_bytes_per_token
-from model.config import LayerType, ModelConfig, load_config, preset_names
+from model.config import LayerType, ModelConfig
 from model.formats import CacheFormats
+from model.hf_config import load_config, preset_names
 
 FULL = LayerType("mla", "full", "moe")
 SHARED = LayerType("mla", "shared", "moe")

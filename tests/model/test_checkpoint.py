@@ -16,9 +16,9 @@ import pytest
 
 from model import checkpoint as checkpoint_module
 from model.checkpoint import Checkpoint, dequantise_blocks, groups, quantise_blocks, save
-from model.config import from_hf
 from model.errors import CheckpointError
 from model.formats import FP8_BLOCK
+from model.hf_config import from_hf
 from model.weights import Quantized
 from tests.model.oracle import (
     CASES,

@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model.checkpoint import Checkpoint, save
-from model.config import from_hf
 from model.errors import CheckpointError, ConfigError, ModelError
+from model.hf_config import from_hf
 from model.safetensors_file import SafetensorsFile, write
 from tests.model.oracle import CASES, random_weights
 

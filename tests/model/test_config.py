@@ -16,18 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.cache import bytes_per_token, known_forms
-from model.config import (
-    MODEL_TYPES,
-    Gqa,
-    LayerType,
-    Mla,
-    ModelConfig,
-    from_hf,
-    load_config,
-    preset_names,
-    read_config,
-)
+from model.config import Gqa, LayerType, Mla, ModelConfig
 from model.errors import ConfigError
+from model.hf_config import MODEL_TYPES, from_hf, load_config, preset_names, read_config
 from model.weights import layer_weights, outer_weights, parameter_counts
 from tests.model.oracle import CASES, Oracle
 

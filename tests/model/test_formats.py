@@ -6,8 +6,8 @@ import pytest
 
 from foundation.errors import UsageError
 from hw_profiles.fields import KV_FORMATS, WEIGHT_SCHEMES
-from model.config import load_config
 from model.formats import FORMATS, KV, ROWS, SCHEMES, Scheme, matrix_format, scheme, scheme_of
+from model.hf_config import load_config
 from model.weights import layer_weights, outer_weights
 
 GLM5 = load_config("glm-5")

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec
 
 from model import module
 from model.checkpoint import Checkpoint, save
-from model.config import from_hf, load_config, preset_names
 from model.errors import CheckpointError
+from model.hf_config import from_hf, load_config, preset_names
 from model.module import IndexerParam, MatrixParam, Model, PerHeadParam, RouterBias, VectorParam, param_type
 from model.weights import layer_weights, outer_weights, parameter_counts
 from tests.model.oracle import (

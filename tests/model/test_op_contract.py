@@ -15,7 +15,7 @@ from jax import export
 
 from model import graph, ops
 from model.cache import cache_rows
-from model.config import from_hf
+from model.hf_config import from_hf
 from model.weights import Quantized
 from tests.model.oracle import CASES, COMPILER_OPTIONS, on_device, random_weights
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from foundation.errors import UsageError
 from model.cache import cache_rows
-from model.config import load_config, preset_names
 from model.formats import FORMATS, FP8_BLOCK
+from model.hf_config import load_config, preset_names
 from model.split import Layout, Slots, scale_shape, share_bytes
 from model.weights import Arrangement, Weight, layer_weights, outer_weights
 

@@ -18,7 +18,8 @@ from jax.extend.core import jaxpr_as_fun
 
 from model import abstract, graph, ops
 from model.abstract import StepShape, trace_ends, trace_layer, trace_mtp
-from model.config import LayerType, ModelConfig, from_hf, load_config
+from model.config import LayerType, ModelConfig
+from model.hf_config import from_hf, load_config
 from model.parallel import Parallel
 from model.weights import Quantized, Weight, layer_weights, parameter_counts
 from tests.model.oracle import CASES, COMPILER_OPTIONS, compiled, on_device, random_weights

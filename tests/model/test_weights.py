@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from model.checkpoint import groups
-from model.config import ModelConfig, load_config, preset_names
+from model.config import ModelConfig
 from model.formats import FP8_BLOCK
+from model.hf_config import load_config, preset_names
 from model.weights import Arrangement, layer_weights, outer_weights, parameter_counts
 from tests.model.oracle import CASES, FAMILIES, Oracle
 from tests.model.test_config import raw_preset

@@ -16,9 +16,9 @@ from backends.emulation.fidelity import Observer, load
 from backends.emulation.number_formats import NumberFormats
 from model import graph, quantised
 from model.checkpoint import Checkpoint, groups, save
-from model.config import from_hf
 from model.formats import BF16, FORMATS, INT4, ROWS, SCHEMES, CacheFormats, Formats, matrix_format
 from model.formats import scheme as scheme_named
+from model.hf_config import from_hf
 from model.ops import OPS
 from model.split import scale_shape
 from model.weights import Quantized, Weight, layer_weights

@@ -197,7 +197,7 @@ def test_refusals(source: Path, tmp_path: Path, options: tuple[str, ...], mentio
 
 def test_what_does_not_divide_leaves_nothing(tmp_path: Path) -> None:
     from model.checkpoint import save
-    from model.config import from_hf
+    from model.hf_config import from_hf
     from tests.engine.conftest import DSA, random_weights
 
     save(tmp_path / "ck", DSA, random_weights(from_hf(DSA)))  # q_lora_rank is 48: no multiple of 32

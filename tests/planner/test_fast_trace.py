@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from foundation.errors import UsageError
-from model.config import load_config
+from model.hf_config import load_config
 from model.split import Layout
 from runtime.pricing.oplist import Sizes, TracedOp
 from runtime.pricing.trace import PAGE_SIZE, _fit, _flatten, _Point, _Tracer, trace

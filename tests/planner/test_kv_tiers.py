@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import hw_profiles
 from foundation.errors import CapacityError, UsageError
-from model.config import load_config
+from model.hf_config import load_config
 from model.split import Layout
 from runtime.deployment.engines import engine_for as make_engine
 from runtime.deployment.kv import PoolKv, Tier

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import hw_profiles
 from foundation.errors import CapacityError, UsageError
-from model.config import load_config
+from model.hf_config import load_config
 from model.split import Layout
 from runtime.deployment.engines.flags import holds, table, unsupported
 from runtime.deployment.errors import LaunchError

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import hw_profiles
 from foundation.errors import UsageError
-from model.config import load_config, preset_names
+from model.hf_config import load_config, preset_names
 from model.split import Layout, moe_layers
 from runtime.deployment.errors import LoadError, NoPlanError
 from runtime.deployment.plan import Alternative, Demand, Plan

@@ -14,7 +14,7 @@ import pytest
 
 import hw_profiles
 from foundation.errors import UsageError
-from model.config import load_config
+from model.hf_config import load_config
 from model.split import Layout
 from runtime.deployment.kv import Point
 from runtime.deployment.plan import (

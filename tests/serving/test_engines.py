@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import hw_profiles
-from model.config import load_config
+from model.hf_config import load_config
 from model.split import Layout
 from runtime.deployment import engines
 from runtime.deployment.choice import chosen_scheme

@@ -14,7 +14,8 @@ import hw_profiles
 from backends import registry
 from backends.emulation.backend import SimBackend
 from model.checkpoint import Checkpoint, save
-from model.config import ModelConfig, from_hf
+from model.config import ModelConfig
+from model.hf_config import from_hf
 from model.split import Layout
 from runtime.deployment.plan import Demand, Experts, ModelRef, Plan, config_hash, profile_of
 from runtime.execution.cluster.session import Result, serve

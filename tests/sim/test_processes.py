@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import hw_profiles
-from model.config import ModelConfig, from_hf
+from model.config import ModelConfig
+from model.hf_config import from_hf
 from model.split import Layout
 from runtime.deployment.plan import Demand, ModelRef, Plan, Transfer, config_hash
 from runtime.execution.cluster import processes

@@ -15,7 +15,7 @@ import pytest
 import hw_profiles
 from foundation.errors import UsageError
 from model.checkpoint import Checkpoint
-from model.config import from_hf
+from model.hf_config import from_hf
 from model.split import Layout
 from runtime.execution.cluster.deploy import lay_out
 from tests.cli.cli import CONFIG, glm5, make_checkpoint, refused
