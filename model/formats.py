@@ -409,8 +409,11 @@ class CacheFormats:
     heads: str = "bf16"
 
     def of(self, cache: str) -> RowFormat:
-        """Of a cache by name: "latent", "index", "key" or "value"."""
-        return ROWS[{"latent": self.latent, "index": self.index}.get(cache, self.heads)]
+        """Of a cache by name: "latent", "index", "key" or "value". Raises `UsageError` for a format that is none."""
+        name = {"latent": self.latent, "index": self.index}.get(cache, self.heads)
+        if name not in ROWS:
+            raise UsageError(f"unknown row format {name!r}; known: {', '.join(ROWS)}")
+        return ROWS[name]
 
     @classmethod
     def plain(cls, name: str) -> CacheFormats:

@@ -43,7 +43,7 @@ def check_kv(profile: Profile, kv: str | None) -> None:
     if kv in (None, "f32"):
         return
     if kv not in KV:
-        raise UsageError(f"unknown cache format {kv!r}; known: {', '.join(KV)}")
+        raise UsageError(f"unknown KV format {kv!r}; known: {', '.join(KV)}")
     if kv not in profile.formats.kv:
         raise UsageError(f"profile {profile.name} keeps caches in {', '.join(profile.formats.kv)}, not in {kv}")
 

@@ -158,6 +158,25 @@ def test_a_malformed_file_is_refused(tmp_path: Path, old: str, new: str, message
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('kind = "sglang"', 'kind = "sgl"', "mine.toml: kind = 'sgl' must be one of glm5, sglang"),
+        ('kind = "sglang"', "", "mine.toml: kind = None must be one of"),
+        ('prices = "sglang"', 'prices = "mine"', "mine.toml: prices = 'mine' must be one of sglang, trtllm, vllm"),
+        ('heads = {value = "bf16"', "heads = {value = [1]", "mine.toml: cache.heads [1] is unknown; known: f32"),
+        ("[cache]", "cache = 3\n[kept]", "mine.toml: "),
+    ],
+)
+def test_what_an_engine_is_of_is_known(tmp_path: Path, old: str, new: str, message: str) -> None:
+    described = (Path(engines.__file__).parent / "sglang.toml").read_text()
+    assert old in described
+    (tmp_path / "mine.toml").write_text(described.replace(old, new, 1))
+    with pytest.raises(EngineError) as caught:
+        load(str(tmp_path / "mine.toml"))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_unknown_engines_and_broken_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="unknown engine 'sgl': choose one of glm5, sglang"):
         load("sgl")

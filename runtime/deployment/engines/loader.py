@@ -1,7 +1,8 @@
 """Reads an engine description and checks it.
 
 A TOML file holds `kind` (which engine it describes: defaults that are formulas and launch flags go by it, never by the
-file's name), `release`, `prices` (whose operator tables price it), `name`, `description` and sections of settings; each
+file's name; "other" where those of none hold), `release`, `prices` (whose operator tables price it), `name`,
+`description` and sections of settings; each
 setting is `{value=, source=, date=, grade=, note=}`. Sections only group for the reader: `Engine` is flat.
 A value may depend on the device: `by_memory_gib = [[limit, value], ...]` gives the value for devices
 whose memory is below `limit` GiB (first match); `value` is what holds when the memory is not given. Or on the chip and
@@ -27,12 +28,15 @@ from runtime.deployment.document import Fault, place, validated
 from runtime.deployment.errors import EngineError
 
 _GIB = 2**30
+OTHER = "other"
 _FOLDER = Path(__file__).parent
 
 Policy = Literal["prefill-first", "mixed"]
 Admission = Literal["estimate", "prompt", "max-length"]
 MemoryOf = Literal["free-before-load", "device", "free-after-peak"]
 Victim = Literal["least-output", "last"]
+Tables = Literal["sglang", "trtllm", "vllm"]
+"""Engines whose operator tables price steps."""
 
 _FRACTIONS = ("memory_fraction", "watermark_fraction", "new_token_ratio", "new_token_ratio_min")
 _POSITIVE = (
@@ -213,7 +217,7 @@ class Engine:
     retract_decode_steps: int = 0
     kind: str = ""
     release: str = ""
-    prices: str = "sglang"
+    prices: Tables = "sglang"
     cache: CacheRules = CacheRules()
     eager_layer_host_seconds: float = 0.0
     eager_sparse_layer_host_seconds: float = 0.0
@@ -281,6 +285,9 @@ def load(name: str, overrides: Mapping[str, Any] | None = None, at: Circumstance
     missing = [each for each in _REQUIRED if each not in values]
     if missing:
         raise EngineError(f"{path.name} lacks {', '.join(missing)}: add each as {{value=, source=, date=, grade=}}")
+    kinds = (*names(), OTHER)
+    if document.get("kind") not in kinds:
+        raise EngineError(f"{path.name}: kind = {document.get('kind')!r} must be one of {', '.join(kinds)}")
     values = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in values.items()}  # 1e4 tokens
     about = {"name": path.stem, "description": ""} | {key: document[key] for key in _ABOUT if key in document}
     engine = validated(Engine, {**about, **values}, EngineError, path.name, say=_say)
@@ -339,7 +346,9 @@ def _conditions(file: str, key: str, setting: Setting) -> None:
             raise EngineError(f"{file}: {key} has a case of {unknown[0]!r}; cases can be of {', '.join(known)}")
 
 
-def _cache_rules(file: str, section: Mapping[str, Setting]) -> CacheRules:
+def _cache_rules(file: str, section: Any) -> CacheRules:
+    if not isinstance(section, Mapping):
+        raise EngineError(f"{file}: cache = {section!r} must be a section of settings")
     known = [f.name for f in fields(CacheRules)]
     if unknown := sorted(section.keys() - set(known)):
         raise EngineError(f"{file}: unknown cache {unknown[0]!r}; known: {', '.join(known)}")
@@ -347,7 +356,7 @@ def _cache_rules(file: str, section: Mapping[str, Setting]) -> CacheRules:
         _conditions(file, f"cache.{key}", rule)
         names = KV if key == "kv" else ROWS
         for value in (rule.value, *(case.value for case in rule.cases)):
-            if value not in names:
+            if not isinstance(value, str) or value not in names:
                 raise EngineError(f"{file}: cache.{key} {value!r} is unknown; known: {', '.join(names)}")
     return CacheRules(**{key: Choice(rule.value, rule.cases) for key, rule in section.items()})
 
