@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from backends.emulation import rounding
+from backends.emulation.backend import EmulatedDevices, SimBackend
 from backends.emulation.host import Converted, EmulatedCpu
 from backends.emulation.number_formats import NumberFormats
 from backends.spmd import stages
@@ -448,22 +449,27 @@ class Once:
 once = cache(Once)
 
 
+class InMemory(EmulatedDevices):
+    """Keeps arrays as they are."""
+
+    def put(self, array: Any) -> Any:
+        return array
+
+
 def cluster_of(
     cfg: ModelConfig, weights: dict[str, Any], name: str, grid: Grid, mapped: bool = True, rows: Any = CacheFormats()
 ) -> Cluster:
     """mapped: arrays are cut as the emulation's axes are and stay in host memory, so that nothing is compiled."""
     whole = {"outer": dict(weights["outer"]), "layers": [dict(layer) for layer in weights["layers"]]}
-    with pytest.MonkeyPatch.context() as patch:
-        if mapped:
-            patch.setattr(stages, "jnp", np)
-        return Cluster(cfg, grid, whole, once(cfg, formats(name, rows)), mapped=mapped)
+    if not mapped:
+        return SimBackend(mapped=False).cluster(cfg, grid, whole, once(cfg, formats(name, rows)))
+    devices = InMemory(None)
+    held = [stages.Mapped(grid, devices) for _ in grid.stages]
+    return Cluster(cfg, grid, whole, devices, held, once(cfg, formats(name, rows)))
 
 
 def server_of(cluster: Cluster) -> Server:
-    with pytest.MonkeyPatch.context() as patch:
-        if cluster.mapped:
-            patch.setattr(stages, "jnp", np)
-        return cluster.server(3, 4)
+    return cluster.server(3, 4)
 
 
 OVER_TP = {

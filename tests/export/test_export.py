@@ -247,6 +247,7 @@ INTERRUPTED = """
 import signal, sys
 from runtime.cli.main import main
 from runtime.porting.export import writers
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs behind
 write = writers.TorchWriter.write
 def interrupted(*arguments):
     write(*arguments)
