@@ -47,7 +47,7 @@ def trace_model(cfg: ModelConfig) -> dict[str, Any]:
 
 SCRIPT = """
 from pathlib import Path
-from model.config import load_config
+from model.hf_config import load_config
 from tests.model.test_trace import trace_model
 resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 before = resident()
