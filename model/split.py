@@ -23,8 +23,8 @@ import numpy as np
 from foundation.errors import UsageError
 from model.cache import CacheRow
 from model.config import Gqa, ModelConfig
-from model.formats import BITS, MatrixFormat
-from model.weights import FP8_BLOCK, Weight
+from model.formats import BITS, FP8_BLOCK, MatrixFormat
+from model.weights import Weight
 
 Axes = tuple[str, ...]
 """Mesh axes that a dim is cut over, outermost first: ("tp",), ("dp", "tp") or none."""

@@ -8,7 +8,6 @@ whichever typer is installed.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import typing
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import typer.main
 
 from runtime.cli.main import app
+from tools import page
 
 DEFAULT = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 
@@ -79,11 +79,5 @@ def render() -> str:
     return "\n".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("file", nargs="?", type=Path, default=DEFAULT, metavar="FILE")
-    parser.parse_args().file.write_text(render(), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    page.write(__doc__, DEFAULT, render)

@@ -8,7 +8,6 @@ keeps on a chip is what `glm5 model glm-5 --engine .. --profile ..` says.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from model.formats import FORMATS, ROWS, SCHEMES, MatrixFormat, matrix_format
 from model.hf_config import load_config
 from runtime.cli.model import engine_cache
 from runtime.deployment import engines
+from tools import page
 
 DEFAULT = Path(__file__).resolve().parent.parent / "docs" / "formats.md"
 ENGINES = Path(engines.__file__).parent
@@ -174,11 +174,5 @@ def render() -> str:
     return PAGE.format(*tables)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("file", nargs="?", type=Path, default=DEFAULT, metavar="FILE")
-    parser.parse_args().file.write_text(render(), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    page.write(__doc__, DEFAULT, render)

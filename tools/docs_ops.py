@@ -7,7 +7,6 @@ The meanings are the docstrings of `model/ops.py`; kernels are what the backends
 
 from __future__ import annotations
 
-import argparse
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from backends import registry
 from backends.toolchains.forms_table import forms
 from model.ops import OPS, Op
+from tools import page
 
 DEFAULT = Path(__file__).resolve().parent.parent / "docs" / "ops.md"
 
@@ -81,11 +81,5 @@ def render(ops: Mapping[str, Op] = OPS) -> str:
     return HEAD + "\n\n".join(sections) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("file", nargs="?", type=Path, default=DEFAULT, metavar="FILE")
-    parser.parse_args().file.write_text(render(), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    page.write(__doc__, DEFAULT, render)

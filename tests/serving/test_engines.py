@@ -133,6 +133,15 @@ def test_a_whole_number_may_be_written_with_a_point() -> None:
     assert (engine.max_step_tokens, type(engine.max_step_tokens)) == (10_000, int) and engine.memory_fraction == 1.0
 
 
+def refusal(path: Path, text: str) -> str:
+    """The one line with which a description is refused."""
+    path.write_text(text)
+    with pytest.raises(EngineError) as caught:
+        load(str(path))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 SETTING = "policy = { value = 'mixed', source = 's', date = 2026-01-01, grade = 'C' }"
 
 
@@ -152,10 +161,8 @@ def test_a_malformed_file_is_refused(tmp_path: Path, old: str, new: str, message
     assert old in SETTING
     described = (Path(engines.__file__).parent / "vllm.toml").read_text()
     kept = "\n".join(line for line in described.splitlines() if not line.startswith("policy"))
-    (tmp_path / "mine.toml").write_text(kept.replace("[scheduling]", f"[scheduling]\n{SETTING.replace(old, new)}", 1))
-    with pytest.raises(EngineError) as caught:
-        load(str(tmp_path / "mine.toml"))
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    text = kept.replace("[scheduling]", f"[scheduling]\n{SETTING.replace(old, new)}", 1)
+    assert message in refusal(tmp_path / "mine.toml", text)
 
 
 @pytest.mark.parametrize(
@@ -171,10 +178,7 @@ def test_a_malformed_file_is_refused(tmp_path: Path, old: str, new: str, message
 def test_what_an_engine_is_of_is_known(tmp_path: Path, old: str, new: str, message: str) -> None:
     described = (Path(engines.__file__).parent / "sglang.toml").read_text()
     assert old in described
-    (tmp_path / "mine.toml").write_text(described.replace(old, new, 1))
-    with pytest.raises(EngineError) as caught:
-        load(str(tmp_path / "mine.toml"))
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in refusal(tmp_path / "mine.toml", described.replace(old, new, 1))
 
 
 def test_unknown_engines_and_broken_files_are_refused(tmp_path: Path) -> None:

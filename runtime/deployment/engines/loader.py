@@ -28,7 +28,6 @@ from runtime.deployment.document import Fault, place, validated
 from runtime.deployment.errors import EngineError
 
 _GIB = 2**30
-OTHER = "other"
 _FOLDER = Path(__file__).parent
 
 Policy = Literal["prefill-first", "mixed"]
@@ -262,6 +261,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
+KINDS = (*names(), "other")
 ENGINES_HELP = f"{', '.join(names())}, or a TOML file."
 """How help texts list them."""
 
@@ -285,9 +285,8 @@ def load(name: str, overrides: Mapping[str, Any] | None = None, at: Circumstance
     missing = [each for each in _REQUIRED if each not in values]
     if missing:
         raise EngineError(f"{path.name} lacks {', '.join(missing)}: add each as {{value=, source=, date=, grade=}}")
-    kinds = (*names(), OTHER)
-    if document.get("kind") not in kinds:
-        raise EngineError(f"{path.name}: kind = {document.get('kind')!r} must be one of {', '.join(kinds)}")
+    if document.get("kind") not in KINDS:
+        raise EngineError(f"{path.name}: kind = {document.get('kind')!r} must be one of {', '.join(KINDS)}")
     values = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in values.items()}  # 1e4 tokens
     about = {"name": path.stem, "description": ""} | {key: document[key] for key in _ABOUT if key in document}
     engine = validated(Engine, {**about, **values}, EngineError, path.name, say=_say)
