@@ -92,7 +92,7 @@ def param_type(weight: Weight) -> type[nnx.Variable]:
 
 # --- the module ----------------------------------------------------------------------------------
 
-Layer = nnx.Dict[nnx.Variable]
+LayerVariables = nnx.Dict[nnx.Variable]
 
 
 class Model(nnx.Module):
@@ -161,13 +161,13 @@ class Model(nnx.Module):
         return _logits(self.config, self.weights(), jnp.asarray(tokens, jnp.int32))
 
     def _each(self, read: Callable[[nnx.Variable], Any]) -> dict[str, Any]:
-        def of(layer: Layer) -> dict[str, Any]:
+        def of(layer: LayerVariables) -> dict[str, Any]:
             return {name: read(variable) for name, variable in layer.items()}
 
         return {"outer": of(self.outer), "layers": list(map(of, self.layers)), "mtp": list(map(of, self.mtp))}
 
 
-def _variables(group: Group, held: Mapping[str, Any]) -> Layer:
+def _variables(group: Group, held: Mapping[str, Any]) -> LayerVariables:
     """The variables of a group of weights."""
     # the axes are logical, so no mesh has them: nothing can be placed by them at once
     return nnx.Dict(

@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from model.errors import CheckpointError
 
-DTYPES: dict[str, np.dtype] = {
+SAFETENSORS_DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -67,9 +67,9 @@ class SafetensorsFile:
 
     def dtype(self, name: str) -> np.dtype:
         stored = self.dtype_name(name)
-        if stored not in DTYPES:
+        if stored not in SAFETENSORS_DTYPES:
             raise CheckpointError(f"{self.path}: tensor {name} has the unsupported dtype {stored}")
-        return DTYPES[stored]
+        return SAFETENSORS_DTYPES[stored]
 
     def array(self, name: str) -> np.ndarray:
         begin, end = self._entries[name]["data_offsets"]

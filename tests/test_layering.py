@@ -151,13 +151,17 @@ def circles(root: Path) -> list[list[str]]:
     return found
 
 
-def class_names(root: Path) -> dict[str, list[str]]:
-    """Public classes that several modules define, with those modules."""
+def type_names(root: Path) -> dict[str, list[str]]:
+    """Public classes and aliases of types that several modules define, with those modules."""
     found: dict[str, list[str]] = {}
     for name, path in modules(root).items():
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                found.setdefault(node.name, []).append(name)
+            made = [node.name] if isinstance(node, ast.ClassDef) else []
+            if isinstance(node, ast.Assign):
+                made = [each.id for each in node.targets if isinstance(each, ast.Name)]
+            for each in made:
+                if not each.startswith("_") and each[0].isupper() and not each.isupper():
+                    found.setdefault(each, []).append(name)
     return {name: places for name, places in found.items() if len(places) > 1}
 
 
@@ -229,8 +233,8 @@ def test_every_folder_of_runtime_has_a_floor() -> None:
     assert [path.name for path in (ROOT / "runtime").glob("*.py")] == ["__init__.py"]
 
 
-def test_a_class_name_means_one_thing() -> None:
-    assert class_names(ROOT) == {}
+def test_a_type_name_means_one_thing() -> None:
+    assert type_names(ROOT) == {}
 
 
 def test_planning_and_simulation_need_no_jax() -> None:
@@ -321,5 +325,5 @@ def test_a_circle_is_caught(tmp_path: Path) -> None:
 
 def test_a_name_for_two_things_is_caught(tmp_path: Path) -> None:
     tree(tmp_path, "model/a.py", "class Thing: ...\nclass _Own: ...")
-    tree(tmp_path, "backends/b.py", "class Thing: ...\nclass _Own: ...")
-    assert class_names(tmp_path) == {"Thing": ["backends.b", "model.a"]}
+    tree(tmp_path, "backends/b.py", "Thing = tuple[int, int]\nclass _Own: ...")
+    assert type_names(tmp_path) == {"Thing": ["backends.b", "model.a"]}

@@ -18,7 +18,7 @@ from runtime.pricing.oplist import Sizes
 from runtime.pricing.price import PriceError, total
 from runtime.pricing.pricer import relative_error, token_grid
 from runtime.pricing.prices import label, outside_attention, price
-from runtime.serving.pricing import BOUNDS, GRADES, BatchShape, StepPrice
+from runtime.serving.pricing import BOUNDS, EVIDENCE_GRADES, BatchShape, StepPrice
 from runtime.simulation.build import Built, build, spec_for
 
 H200, NPU = "h200-sxm", "ascend-910c-die"
@@ -74,7 +74,7 @@ def test_the_quick_answer_is_the_full_one(case: str, shape: BatchShape) -> None:
     assert pricer.seconds(shape) == pytest.approx(full.seconds, rel=1e-9)
     assert sum(full.by_op.values()) == pytest.approx(full.seconds)
     assert sum(full.by_bound.values()) == pytest.approx(full.seconds)
-    assert set(full.by_bound) <= set(BOUNDS) and full.evidence in GRADES
+    assert set(full.by_bound) <= set(BOUNDS) and full.evidence in EVIDENCE_GRADES
     assert len(full.errors) == len(full.by_op) and 0 <= relative_error(full) < 1.5
 
 

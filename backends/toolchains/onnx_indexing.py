@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from backends.toolchains.forms import Along, Bounds, Pick, Take, gather_form, scatter_form, shape_of
 from backends.toolchains.onnx_target import OnnxTarget, Ref
-
-Rule = Callable[..., Any]
+from backends.toolchains.walker import Rule
 
 
 def _unwrapped(t: OnnxTarget, indices: Ref, size: int) -> Ref:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,7 @@ from backends.toolchains.forms import dtype_of, shape_of
 from backends.toolchains.onnx_indexing import dynamic_slice, gather, scatter
 from backends.toolchains.onnx_products import dot_general
 from backends.toolchains.onnx_target import OnnxTarget, Ref
-
-Rule = Callable[..., Any]
-
+from backends.toolchains.walker import Rule
 
 # --- elementwise ---------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from backends.toolchains.forms import Bounds, Pick, Take, gather_form, product_f
 from backends.toolchains.walker import Graph, Target, walk
 
 Tensor = torch.Tensor
-DTYPES = {
+TORCH_DTYPES = {
     name: getattr(torch, name)
     for name in ("float32", "float16", "bfloat16", "int8", "uint8", "int32", "int64", "bool", "float8_e4m3fn")
 }
@@ -30,7 +30,7 @@ def write(graph: Graph) -> bytes:
     Raises `Unsupported` for a primitive without a rule.
     """
     with FakeTensorMode():
-        example = tuple(torch.empty(port.shape, dtype=DTYPES[port.dtype]) for port in graph.inputs)
+        example = tuple(torch.empty(port.shape, dtype=TORCH_DTYPES[port.dtype]) for port in graph.inputs)
     program = torch.export.export(_Module(graph), example, strict=False)
     program._example_inputs = None  # fake tensors: not to be stored
     for node in program.graph.nodes:
@@ -60,14 +60,14 @@ class TorchTarget(Target[Tensor]):
         self.rules, self.calls = RULES, CALLS
 
     def constant(self, value: np.ndarray) -> Tensor:
-        dtype = DTYPES[value.dtype.name]
+        dtype = TORCH_DTYPES[value.dtype.name]
         if value.ndim == 0:
             return torch.full((), value.item(), dtype=dtype)
         return torch.tensor(value.astype(np.float64 if dtype.is_floating_point else value.dtype).tolist(), dtype=dtype)
 
 
 def _dtype(eqn: Any, place: int = 0) -> torch.dtype:
-    return DTYPES[np.dtype(eqn.outvars[place].aval.dtype).name]
+    return TORCH_DTYPES[np.dtype(eqn.outvars[place].aval.dtype).name]
 
 
 def _shape(eqn: Any) -> tuple[int, ...]:

@@ -12,11 +12,11 @@ import typer
 from foundation.errors import UsageError
 from runtime.cli import export_check
 from runtime.cli.given import given, refuse_before
+from runtime.deployment.manifest import PACKAGE_FORMATS
 
 if TYPE_CHECKING:
     from runtime.deployment.manifest import Manifest
 
-FORMATS = ("stablehlo", "onnx", "torch", "ascend")
 _BATCHES = {"ascend": "1,4,16"}  # three gears: ATC's documentation recommends three or four
 app = typer.Typer(help="Export the graph to other toolchains, or check a package.", invoke_without_command=True)
 app.command("check")(export_check.check)
@@ -74,9 +74,9 @@ def export(
         return refuse_before(context)
     said = given(context)
     if not format or out is None:
-        raise UsageError(f"export needs --format ({', '.join(FORMATS)}) and --out DIR")
-    if format not in FORMATS:
-        raise UsageError(f"--format {format}: unknown; known: {', '.join(FORMATS)}")
+        raise UsageError(f"export needs --format ({', '.join(PACKAGE_FORMATS)}) and --out DIR")
+    if format not in PACKAGE_FORMATS:
+        raise UsageError(f"--format {format}: unknown; known: {', '.join(PACKAGE_FORMATS)}")
     if phase not in ("prefill", "decode", "both"):
         raise UsageError(f"--phase {phase}: prefill, decode or both")
     if weights not in (None, "none", "external"):

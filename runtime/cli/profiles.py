@@ -30,7 +30,7 @@ from hw_profiles import (
 app = typer.Typer(help="Accelerator profiles: list, show, check, compare.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Name = Annotated[str, typer.Argument(help="A shipped profile's name, or the path of a TOML file.")]
+ProfileName = Annotated[str, typer.Argument(help="A shipped profile's name, or the path of a TOML file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a figure: field=value. Repeatable.")]
 
 # Columns of `list`: JSON key, heading, field, what a unit of the column is worth.
@@ -64,7 +64,7 @@ def list_profiles(as_json: Json = False) -> None:
 
 
 @app.command()
-def show(name: Name, overrides: Set = None, as_json: Json = False) -> None:
+def show(name: ProfileName, overrides: Set = None, as_json: Json = False) -> None:
     """Every figure of one profile with its source, date, grade and note, and what is absent."""
     with _expected_errors():
         profile = load(name, dict(parse_override(text) for text in overrides or ()))
@@ -94,7 +94,7 @@ def show(name: Name, overrides: Set = None, as_json: Json = False) -> None:
 
 
 @app.command("check")
-def check_file(name: Name, as_json: Json = False) -> None:
+def check_file(name: ProfileName, as_json: Json = False) -> None:
     """Say what is wrong with a profile, a line each, and exit with 2; or print OK."""
     problems: list[str] = []
     try:
@@ -112,7 +112,7 @@ def check_file(name: Name, as_json: Json = False) -> None:
 
 
 @app.command()
-def diff(first: Name, second: Name, as_json: Json = False) -> None:
+def diff(first: ProfileName, second: ProfileName, as_json: Json = False) -> None:
     """The figures of two profiles side by side, with the ratio second / first."""
     with _expected_errors():
         a, b = load(first), load(second)

@@ -22,7 +22,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from backends.errors import ArtifactError
 from foundation.reading import Unreadable, parse_json, read_text
@@ -33,7 +33,7 @@ FILE = "manifest.json"
 OUT = ".out"  # suffix of the new value of a name
 
 Format = Literal["stablehlo", "onnx", "torch", "ascend"]
-FORMATS: tuple[Format, ...] = ("stablehlo", "onnx", "torch", "ascend")
+PACKAGE_FORMATS: tuple[Format, ...] = get_args(Format)
 Phase = Literal["prefill", "decode"]
 StepKind = Literal["graph", "all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 

@@ -33,7 +33,7 @@ from runtime.deployment.ledger import Ledger
 SCHEMA_VERSION = 2
 _HASH = re.compile(r'^"hash": "([0-9a-f]{64})",$', re.MULTILINE)
 
-Role = Literal["serve", "prefill", "decode"]
+PoolRole = Literal["serve", "prefill", "decode"]
 Objective = Literal["throughput", "latency", "min-devices"]
 
 
@@ -115,7 +115,7 @@ class Pool:
         was measured.
     """
 
-    role: Role
+    role: PoolRole
     profile: str
     profile_settings: Mapping[str, float]
     layout: Layout
@@ -335,7 +335,13 @@ class Plan:
                 "make the plan anew"
             )
         body = {key: value for key, value in document.items() if key not in ("hash", "formats")}
-        return validated(cls, body, PlanFileError, where, complete=True)
+        plan = validated(cls, body, PlanFileError, where, complete=True)
+        for index, pool in enumerate(plan.pools):
+            if pool.scheme != (meant := pool.formats.scheme.name):
+                raise PlanFileError(f"{where}: pools[{index}].scheme is {pool.scheme!r}, its formats are {meant}'s")
+        if document.get("formats", to_json(plan.formats)) != to_json(plan.formats):
+            raise PlanFileError(f"{where}: formats: not those of pools[{len(plan.pools) - 1}]")
+        return plan
 
     def require_model(self, cfg: ModelConfig, where: str = "plan") -> None:
         """Raises `PlanFileError` unless the plan is for this model."""

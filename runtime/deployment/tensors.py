@@ -15,17 +15,10 @@ import ml_dtypes
 import numpy as np
 
 from backends.errors import ArtifactError
+from model.safetensors_file import SAFETENSORS_DTYPES
 
-DTYPES: dict[str, str] = {
-    "float32": "F32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "float8_e4m3fn": "F8_E4M3",
-    "int8": "I8",
-    "uint8": "U8",
-    "int32": "I32",
-    "int64": "I64",
-}
+SPELLING = {str(dtype): spelling for spelling, dtype in SAFETENSORS_DTYPES.items()}
+"""How safetensors spells a dtype."""
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -43,7 +36,7 @@ class TensorWriter:
         for name, (shape, dtype) in tensors.items():
             kind = numpy_dtype(dtype)
             size = math.prod(shape) * kind.itemsize
-            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+            header[name] = {"dtype": SPELLING[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
             self._places[name] = (end, tuple(shape), kind)
             end += size
         encoded = json.dumps(header).encode()
@@ -74,7 +67,7 @@ class TensorReader:
     """A safetensors file as memory-mapped arrays. Raises `ArtifactError` for a damaged one."""
 
     def __init__(self, path: Path):
-        self.path, kinds = path, {code: name for name, code in DTYPES.items()}
+        self.path, kinds = path, {code: name for name, code in SPELLING.items()}
         try:
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")

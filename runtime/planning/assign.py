@@ -13,7 +13,7 @@ from hw_profiles import Profile
 from model.config import ModelConfig
 from model.split import Layout, slots_in_order
 from runtime.deployment.ledger import Ledger, fullest, stage_kv_bytes_by_cache
-from runtime.deployment.plan import Demand, Device, Experts, ModelRef, Plan, Pool, Role, config_hash
+from runtime.deployment.plan import Demand, Device, Experts, ModelRef, Plan, Pool, PoolRole, config_hash
 from runtime.pricing.load import ExpertLoad
 from runtime.simulation.build import Spec, default_expert_load, memories
 
@@ -22,7 +22,7 @@ def pool_of(
     spec: Spec,
     replicas: int = 1,
     *,
-    role: Role = "serve",
+    role: PoolRole = "serve",
     experts: Experts | None = None,
     first_device: int = 0,
     first_node: int = 0,

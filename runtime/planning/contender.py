@@ -6,7 +6,7 @@ import dataclasses
 from functools import cached_property
 
 from hw_profiles import Profile
-from runtime.deployment.plan import Alternative, Experts, ModelRef, Plan, Pool, Role, Transfer, config_hash
+from runtime.deployment.plan import Alternative, Experts, ModelRef, Plan, Pool, PoolRole, Transfer, config_hash
 from runtime.planning.assign import node_devices, pool_of
 from runtime.planning.estimate import Estimate, score
 from runtime.planning.options import Option, Question
@@ -16,7 +16,7 @@ from runtime.planning.options import Option, Question
 class Part:
     """One pool of a contender."""
 
-    role: Role
+    role: PoolRole
     option: Option
     replicas: int
     experts: Experts | None = None

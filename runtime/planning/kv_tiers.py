@@ -30,7 +30,7 @@ from model.cache import cache_rows
 from model.config import ModelConfig
 from runtime.deployment.engines import engine_for
 from runtime.deployment.kv import Point, PoolKv, Sharding, Share, Tier
-from runtime.serving.pricing import GRADES, BatchShape, StepPricer
+from runtime.serving.pricing import EVIDENCE_GRADES, BatchShape, StepPricer
 
 if TYPE_CHECKING:
     from runtime.deployment.engines import Engine
@@ -103,7 +103,7 @@ def pool_kv(
     if pricer and len(tiers) > 1 and pool.role != "decode":
         points, found = break_even(pool, engine, pricer, tiers[1], min(cfg.max_positions, pool.pool_tokens))
         priced = pricer.price(BatchShape(prefill_chunks=[(pool.page_tokens, 0)]))
-        evidence = max(evidence, priced.evidence, key=GRADES.index)
+        evidence = max(evidence, priced.evidence, key=EVIDENCE_GRADES.index)
     return PoolKv(
         role=pool.role,
         page_tokens=pool.page_tokens,

@@ -26,7 +26,7 @@ from runtime.pricing.kernel import Constants, formula
 _EXPERTS, _TOP_K, _HEADS, _LATENT, _VALUE, _PAGE, _SELECTED = 32, 4, 8, 160, 128, 16, 128
 _WIDTHS = (256, 512)  # of the experts, and of the model around them
 _LAYERS = 4
-FORMATS = {"float32": "f32", "bfloat16": "bf16"}
+FORMAT_OF_DTYPE = {"float32": "f32", "bfloat16": "bf16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def measure_kernels(
     tokens: Sequence[int],
 ) -> dict[str, Any]:
     """The body of a coefficients file (`hw_profiles/prices/`): kernels `moe`, `mla_decode` and `sparse_prefill`."""
-    name, size = FORMATS[dtype], 4.0 if dtype == "float32" else 2.0
+    name, size = FORMAT_OF_DTYPE[dtype], 4.0 if dtype == "float32" else 2.0
     rates = peak_flops_per_s, bandwidth_bytes_per_s
     few = [count for count in tokens if count <= 16] or [min(tokens)]
     many = [count for count in tokens if count >= 16] or [max(tokens)]

@@ -47,8 +47,6 @@ _TEXT = Path(__file__).parents[1] / "data" / "compare.txt"
 _PROMPTS = ("A mixture of experts", "The capital of France is", "To serve a large model you need", "1, 2, 3, 4,")
 _LEAST = 1e-300  # of a probability, before its logarithm is taken
 
-Progress = Callable[[str], None]
-
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
@@ -117,7 +115,7 @@ def compare(
     tokenizer: Tokenizer,
     max_tokens: int = 32,
     questions: int = 0,
-    progress: Progress = lambda line: None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """The comparison as a JSON object; see the module's definitions.
 

@@ -21,7 +21,7 @@ from runtime.pricing.kernel import Kernel
 from runtime.pricing.price import Price, PriceError, total
 from runtime.pricing.work import MEASURED_BLOCKS, MlaShape
 
-Mode = Literal["index", "skip", "dense"]
+IndexMode = Literal["index", "skip", "dense"]
 """Sparse with its own indexer; sparse with an earlier layer's choice; or attending to everything."""
 
 
@@ -32,7 +32,7 @@ class MlaLayer:
 
     shape: MlaShape
     heads: int
-    mode: Mode = "index"
+    mode: IndexMode = "index"
     latent: str = "bf16"
     weight_format: str = "fp8-block"
     index: str = "fp8_scaled"

@@ -20,13 +20,13 @@ from foundation.reading import Unreadable, read_json
 from model.formats import matrix_format
 from runtime.pricing.chip import Chip, rate_of
 from runtime.pricing.grid import Array, Polyline, Surface, log_knots
-from runtime.pricing.kernel import BOUNDS, Kernel, Rates, Timing, kernel_from_json
+from runtime.pricing.kernel import KERNEL_BOUNDS, Kernel, Rates, Timing, kernel_from_json
 from runtime.pricing.load import ExpertLoad
 from runtime.pricing.network import Network
 from runtime.pricing.price import Price, PriceError, PriceEvidence
 
-PRICES = Path(__file__).resolve().parents[2] / "hw_profiles" / "prices"
-ENGINES = ("sglang", "trtllm", "vllm")
+PRICES_FOLDER = Path(__file__).resolve().parents[2] / "hw_profiles" / "prices"
+TABLED_ENGINES = ("sglang", "trtllm", "vllm")
 """Engines with operator tables, in the order they stand in for one another."""
 TOKEN_KNOTS = log_knots(1.0, 2.0**20, 3)
 BATCH_KNOTS = log_knots(1.0, 2.0**13, 2)
@@ -88,7 +88,7 @@ class Tabulated:
 
     def price(self, *sizes: float) -> Price:
         """The full price at one point, in about 10 microseconds."""
-        bound = BOUNDS[self.bound_at(*sizes)]
+        bound = KERNEL_BOUNDS[self.bound_at(*sizes)]
         return Price(self.table(*sizes), bound, self.evidence, self.relative_error, self.extrapolated_at(*sizes))
 
 
@@ -152,11 +152,11 @@ class PriceBook:
         """
         base = weight_format.partition("-g")[0]  # one table for every group size
         for number, name in enumerate((base, *FALLBACK_FORMAT.get(base, ()))):
-            for engine in (self.engine, *ENGINES, "any"):
+            for engine in (self.engine, *TABLED_ENGINES, "any"):
                 for key in (f"{family}/{name}/{engine}{suffix}", f"{family}/{name}/{engine}"):
                     if key in self._kernels:
                         return self._kernels[key], number > 0
-            for engine in (*ENGINES, "any"):
+            for engine in (*TABLED_ENGINES, "any"):
                 if (key := f"transfer:{family}/{name}/{engine}") in self._kernels:
                     return self._kernels[key], number > 0 and self._kernels[key].rates is None
         raise PriceError(f"no price for {family} in {weight_format}: neither measured nor transferred")
@@ -285,6 +285,6 @@ def _nearest(knots: Array, size: float) -> int:
 
 def open_book(chip: Chip, engine: str = "sglang", prices: Path | None = None, wide: str = "bf16") -> PriceBook:
     """A price book for a chip. `prices` defaults to `hw_profiles/prices/<chip.name>.json` if there is one."""
-    path = prices or PRICES / f"{chip.name}.json"
+    path = prices or PRICES_FOLDER / f"{chip.name}.json"
     measured = read_prices(path) if prices or path.is_file() else None
-    return PriceBook(chip, engine, measured, read_prices(PRICES / "transfer.json"), wide)
+    return PriceBook(chip, engine, measured, read_prices(PRICES_FOLDER / "transfer.json"), wide)

@@ -25,7 +25,7 @@ from runtime.pricing.work import FAMILIES, Features
 _CALIBRATED_ERROR, _CARRIED_ERROR = 0.2, 0.5
 """Errors of what calibration measured (the spread of its own points about the curves), and of kernels that
 borrow its rates."""
-BOUNDS: tuple[Bound, ...] = ("compute", "memory", "overhead")
+KERNEL_BOUNDS: tuple[Bound, ...] = ("compute", "memory", "overhead")
 
 
 @dataclass(frozen=True, slots=True)

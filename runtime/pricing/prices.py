@@ -2,7 +2,7 @@
 
 The attention of an MLA layer is priced as one measured block (`runtime.pricing.attention`), from the normed
 input to the output projection; the ops of the stages "qkv", "indexer" and "attention" are its parts and
-are not priced again. Every other op has an entry in `PRICES`. Plain primitives between ops (residual
+are not priced again. Every other op has an entry in `PRICERS`. Plain primitives between ops (residual
 additions, reshapes) are fused into their neighbours by every engine, and cost nothing here; one that is in
 no list is an error, so that a new graph cannot be priced by omission.
 """
@@ -110,7 +110,7 @@ def _in_block(op: TracedOp, sizes: Sizes, context: Context) -> Price:
     raise PriceError(f"{op.name} is priced with the attention block it belongs to, not alone")
 
 
-PRICES: dict[str, Pricer] = {
+PRICERS: dict[str, Pricer] = {
     "glm.embed": _embed,
     "glm.rms_norm": _elementwise,
     "glm.layer_norm": _elementwise,
@@ -178,8 +178,8 @@ def price(op: TracedOp, sizes: Sizes, context: Context) -> Price | None:
     """
     if op.axes:
         return collective(op, sizes, context)
-    if op.name in PRICES:
-        return PRICES[op.name](op, sizes, context)
+    if op.name in PRICERS:
+        return PRICERS[op.name](op, sizes, context)
     if op.name in FUSED:
         return None
     raise PriceError(f"op {op.name} of the traced graph has no price; add one to runtime/pricing/prices.py")

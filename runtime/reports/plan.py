@@ -16,7 +16,7 @@ from hw_profiles.errors import ProfileError
 from model.config import ModelConfig
 from runtime.deployment.errors import PlanError
 from runtime.deployment.plan import Alternative, Plan, Pool, Predicted
-from runtime.planning.launch import ENGINES, launch
+from runtime.planning.launch import LAUNCHED_ENGINES, launch
 from runtime.reports import svg
 from runtime.reports.page import EVIDENCE, SATURATED, cards, count, document, ms, section
 from runtime.reports.plan_devices import devices_section, layout_section
@@ -254,8 +254,8 @@ def _rejected(plan: Plan) -> str:
 def _launch(plan: Plan, cfg: ModelConfig) -> str:
     parts = []
     engines = list(dict.fromkeys(pool.engine for pool in plan.pools))
-    own = engines[0] if len(engines) == 1 and engines[0] in ENGINES else None
-    for engine in [None, *(name for name in ENGINES if name != own)]:
+    own = engines[0] if len(engines) == 1 and engines[0] in LAUNCHED_ENGINES else None
+    for engine in [None, *(name for name in LAUNCHED_ENGINES if name != own)]:
         label = f"{' and '.join(engines)}, as planned" if engine is None else engine
         try:
             made = launch(plan, cfg, engine)

@@ -10,7 +10,7 @@ Owns: loads, KV pools, schedulers, the event loop and the report. What a step co
 
 from runtime.serving.deployment import Deployment, Disaggregated
 from runtime.serving.errors import ServingError, TraceFileError, WorkloadError
-from runtime.serving.pricing import BOUNDS, GRADES, BatchShape, StepPrice, StepPricer
+from runtime.serving.pricing import BOUNDS, EVIDENCE_GRADES, BatchShape, StepPrice, StepPricer
 from runtime.serving.report import KvUse, Report, Stats
 from runtime.serving.request import Request
 from runtime.serving.simulation import simulate
@@ -30,7 +30,7 @@ from runtime.serving.workload import (
 
 __all__ = [
     "BOUNDS",
-    "GRADES",
+    "EVIDENCE_GRADES",
     "BatchShape",
     "Deployment",
     "Disaggregated",

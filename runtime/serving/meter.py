@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime.serving.pricing import GRADES, BatchShape, StepPricer
+from runtime.serving.pricing import EVIDENCE_GRADES, BatchShape, StepPricer
 from runtime.serving.rank import Rank
 from runtime.serving.trace import Trace
 
@@ -50,7 +50,7 @@ class Meter:
         self.kv_seconds = 0.0
         self.kv_peak = 0.0
         self.timeline: list[tuple[float, int, int, int, float]] = []
-        self.evidence = GRADES[0]
+        self.evidence = EVIDENCE_GRADES[0]
         self.sampled_steps = 0
         self.extrapolated_steps = 0
         self._runs: Counter[str] = Counter()
@@ -147,7 +147,7 @@ class Meter:
         sampled.by_bound["overhead"] += host
         self.sampled_steps += 1
         self.extrapolated_steps += price.extrapolated
-        self.evidence = max(self.evidence, price.evidence, key=GRADES.index)
+        self.evidence = max(self.evidence, price.evidence, key=EVIDENCE_GRADES.index)
 
     def _flush(self) -> None:
         """Moves buffered gaps into the histogram."""

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 BOUNDS = ("compute", "memory", "network", "overhead")
-GRADES = ("measured", "fitted", "datasheet", "assumed")
+EVIDENCE_GRADES = ("measured", "fitted", "datasheet", "assumed")
 """Evidence grades, strongest first; a result carries the weakest of what went into it."""
 
 _NO_CONTEXTS = np.zeros(0, dtype=np.int64)
@@ -61,7 +61,7 @@ class StepPrice:
     by_op: op name -> seconds, summing to `seconds`.
     by_bound: one of `BOUNDS` -> seconds, summing to `seconds`.
     extrapolated: an input lay outside the range its price was fitted on.
-    evidence: weakest grade that went in, one of `GRADES`.
+    evidence: weakest grade that went in, one of `EVIDENCE_GRADES`.
     errors: relative error of each entry of `by_op`, in its order (90th percentile, as a share).
     """
 

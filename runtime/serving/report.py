@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from runtime.serving.meter import Meter
-from runtime.serving.pricing import GRADES
+from runtime.serving.pricing import EVIDENCE_GRADES
 from runtime.serving.replica import Replica
 from runtime.serving.request import Request
 from runtime.serving.workload import Workload
@@ -177,7 +177,7 @@ def make_report(
         saturated_by=saturated_by,
         blocked_fraction=blocked,
         bottleneck=saturated_by or next(iter(dict(by_bound.most_common(1))), ""),
-        evidence=max((meter.evidence for meter in meters), key=GRADES.index),
+        evidence=max((meter.evidence for meter in meters), key=EVIDENCE_GRADES.index),
         extrapolated=sum(meter.extrapolated_steps for meter in meters) / sampled if sampled else 0.0,
         timeline=sorted(point for meter in meters for point in meter.timeline),
         requests=requests,

@@ -19,7 +19,7 @@ from model.module import MatrixParam, Model, PerHeadParam
 from model.weights import Arrangement, Weight
 from runtime.training.params import Params, variables
 
-Name = Literal["muon-split", "muon", "adamw"]
+OptimizerName = Literal["muon-split", "muon", "adamw"]
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # optax's own: a quintic that is steep at 0
 
@@ -32,7 +32,7 @@ class MatrixView(NamedTuple):
     numbers: MuonDimensionNumbers
 
 
-def matrix_views(model: Model, name: Name) -> dict[str, MatrixView]:
+def matrix_views(model: Model, name: OptimizerName) -> dict[str, MatrixView]:
     """Of each matrix by name. What is not among them is AdamW's."""
     if name == "adamw":
         return {}
@@ -77,7 +77,7 @@ def schedule(peak: float, rates: LearningRates) -> optax.Schedule:
 
 
 def make(
-    model: Model, name: Name, rates: LearningRates, weight_decay: float, clip: float
+    model: Model, name: OptimizerName, rates: LearningRates, weight_decay: float, clip: float
 ) -> optax.GradientTransformation:
     """The optimizer of a model's parameters by name, all or some, of gradients clipped to a global norm of `clip`.
     Matrices step by 0.2 root mean square times their rate, as AdamW does."""

@@ -24,11 +24,15 @@ from runtime.training.forward import index_recall
 from runtime.training.state import State
 
 CHECKPOINT, _CONFIG = "checkpoint", "config.toml"
-Report = Callable[[int, dict[str, Any]], None]  # (steps done, the step's record)
+StepReport = Callable[[int, dict[str, Any]], None]  # (steps done, the step's record)
 
 
 def train(
-    config: TrainConfig, folder: Path, source: Path, resume: bool = False, report: Report = lambda step, record: None
+    config: TrainConfig,
+    folder: Path,
+    source: Path,
+    resume: bool = False,
+    report: StepReport = lambda step, record: None,
 ) -> Path:
     """Trains in `folder`; the checkpoint's path. `source` is the config's file, for the record.
 
@@ -70,7 +74,7 @@ class _Run:
         folder: Path,
         batch: Callable[..., TrainingBatch],
         optimizers: steps.Optimizers,
-        report: Report,
+        report: StepReport,
     ):
         self.config, self.folder, self.report = config, folder, report
         self._batch, self._optimizers = batch, optimizers

@@ -28,7 +28,7 @@ from runtime.pricing import (
     open_book,
     total,
 )
-from runtime.pricing.book import FALLBACK_FORMAT, PRICES
+from runtime.pricing.book import FALLBACK_FORMAT, PRICES_FOLDER
 from tests.cost.chips import CHIPS, UNMEASURED
 
 GOLDEN = list(csv.DictReader((Path(__file__).parent / "golden.csv").read_text().splitlines()))
@@ -69,7 +69,7 @@ def test_quoted_rows_together_stay_within_ten_percent() -> None:
 
 
 def test_every_kernel_states_its_range_source_and_held_out_error() -> None:
-    for path in sorted(PRICES.glob("*.json")):
+    for path in sorted(PRICES_FOLDER.glob("*.json")):
         body = json.loads(path.read_text())
         assert body["data"]["licence"] == "Apache-2.0" and body["data"]["version"] and body["date"]
         assert path.stat().st_size < 200_000
@@ -81,14 +81,14 @@ def test_every_kernel_states_its_range_source_and_held_out_error() -> None:
 
 @pytest.mark.parametrize("family", ["gemm/", "moe/fp8-block", "mla_decode", "block_decode", "block_prefill/glm5/index"])
 def test_held_out_errors_of_the_h200_are_small(family: str) -> None:
-    kernels = json.loads((PRICES / "h200-sxm.json").read_text())["kernels"]
+    kernels = json.loads((PRICES_FOLDER / "h200-sxm.json").read_text())["kernels"]
     errors = [k["error"]["held_out_shapes"][0] for name, k in kernels.items() if name.startswith(family)]
     assert errors and max(errors) < 0.09
 
 
 @pytest.mark.parametrize("profile", sorted(CHIPS))
 def test_efficiencies_are_relative_to_the_rates_the_profile_has(profile: str) -> None:
-    used = json.loads((PRICES / f"{profile}.json").read_text())["relative_to"]
+    used = json.loads((PRICES_FOLDER / f"{profile}.json").read_text())["relative_to"]
     chip = Chip.from_fields(profile, hw_profiles.load(profile).number)
     assert chip.memory_bandwidth_bytes_per_s == used["memory_bandwidth_bytes_per_s"]
     for name, rate in used["peak_flops_per_s"].items():
@@ -188,7 +188,7 @@ def test_errors_say_what_is_wrong(call: Any, words: str) -> None:
         call(open_book(CHIPS["h200-sxm"]))
 
 
-TRANSFER = json.loads((PRICES / "transfer.json").read_text())
+TRANSFER = json.loads((PRICES_FOLDER / "transfer.json").read_text())
 
 
 def test_no_jax() -> None:

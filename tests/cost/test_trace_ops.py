@@ -18,7 +18,7 @@ from model.weights import Weight, layer_weights, outer_weights
 from runtime.pricing import Chip, PriceError, load, open_book
 from runtime.pricing.oplist import FLOPS, OpList, Sizes, TensorUse, TracedOp
 from runtime.pricing.pricer import GraphPricer, OpLists
-from runtime.pricing.prices import FUSED, PRICES, Context, price
+from runtime.pricing.prices import FUSED, PRICERS, Context, price
 from runtime.pricing.trace import PAGE_SIZE, Traced, _flatten, _Tracer, trace
 from tests.cost.chips import CHIPS
 from tests.plans import formats
@@ -108,7 +108,7 @@ def test_every_op_of_every_model_has_a_price_and_a_flop_rule(model: str) -> None
         for at in made + ([tracer.mtp] if cfg.mtp_layers else []):
             seen |= {op.name for op in _flatten(at(size)) if not op.axes}
     contract = {name for name in seen if name.startswith("glm.")}
-    assert contract <= set(PRICES)
+    assert contract <= set(PRICERS)
     assert contract - NO_PRODUCT <= set(FLOPS) and not contract & NO_PRODUCT & set(FLOPS)
     assert seen - contract <= FUSED
 

@@ -23,7 +23,7 @@ from runtime.deployment.engines.flags import holds, table, unsupported
 from runtime.deployment.errors import LaunchError
 from runtime.deployment.plan import Demand, ModelRef, Plan, Pool, config_hash
 from runtime.planning.assign import in_order
-from runtime.planning.launch import ENGINES, Command, Launch, launch
+from runtime.planning.launch import LAUNCHED_ENGINES, Command, Launch, launch
 from tests.cli.cli import glm5, refused
 from tests.plans import formats, pool_of
 
@@ -332,7 +332,7 @@ def test_limits_are_the_engines_per_rank_or_in_all() -> None:
     says(made("glm-5-fp8", given_).commands[0], "--max-num-seqs 24 --max-num-batched-tokens 4096")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", LAUNCHED_ENGINES)
 def test_a_request_longer_than_the_pool_is_never_admitted(engine: str) -> None:
     profile, scheme = PRODUCT[engine]
     layout = Layout(8) if engine != "vllm-ascend" else Layout(16)
@@ -428,7 +428,7 @@ def test_vllm_cannot_be_told_a_placement_and_says_so() -> None:
     assert any("reads no expert placement" in remark for remark in found.commands[0].remarks) and not found.files
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", LAUNCHED_ENGINES)
 def test_experts_in_order_need_no_file(engine: str) -> None:
     profile, scheme = PRODUCT[engine]
     found = made("glm-5-fp8", pool("glm-5-fp8", profile, Layout(8, 4, 32), scheme, engine=engine), model="m")
@@ -459,7 +459,7 @@ def test_refusals_say_what_to_change(engine: str, profile: str, scheme: str, kv:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", LAUNCHED_ENGINES)
 @pytest.mark.parametrize("profile", ["h200-sxm", "ascend-910c-die"])
 @pytest.mark.parametrize("kv", ["bf16", "fp8", "int8"])
 @pytest.mark.parametrize("scheme", ["bf16", "fp8", "w8a8", "w4a8"])
@@ -545,7 +545,7 @@ LAYOUTS = st.sampled_from(
 
 
 @settings(max_examples=120, deadline=None)
-@given(LAYOUTS, st.sampled_from(ENGINES), st.integers(0, 3), st.integers(1, 3), st.booleans(), st.booleans())
+@given(LAYOUTS, st.sampled_from(LAUNCHED_ENGINES), st.integers(0, 3), st.integers(1, 3), st.booleans(), st.booleans())
 def test_every_flag_has_a_source_and_every_device_a_process(
     layout: Layout, engine: str, drafts: int, replicas: int, apart: bool, host_tier: bool
 ) -> None:
@@ -620,7 +620,7 @@ def test_every_rule_of_a_table_can_be_reached_and_has_a_source() -> None:
         "kv": ["bf16", "fp8", "int8", "f32"], **{k: [True, False] for k in
         ("sparse", "fp4", "by_expert", "groups", "drafts", "nodes", "pp")},
     }  # fmt: skip
-    for engine in ENGINES:
+    for engine in LAUNCHED_ENGINES:
         read = table(engine)
         assert set(read.documented.values()) <= set(read.sources.values())
         for rule in (*read.extra, *read.environment, *read.remark, *read.refuse):

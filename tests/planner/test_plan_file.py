@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import cache
 from pathlib import Path
@@ -71,6 +72,22 @@ def test_an_edited_byte_is_refused(data: st.DataObject) -> None:
 def test_a_file_cut_short_is_refused(kept: int) -> None:
     with pytest.raises(PlanFileError, match=r"cut short"):
         Plan.parse(plan().text[:kept])
+
+
+def rehashed(old: str, new: str) -> str:
+    """The plan's text with a passage replaced, and its hash put right, as whoever sends it can."""
+    assert plan().text.count(old) == 1
+    blank = plan().text.replace(old, new).replace(plan().hash, "0" * 64)
+    return blank.replace("0" * 64, hashlib.sha256(blank.encode()).hexdigest(), 1)
+
+
+def test_formats_that_stand_twice_must_agree() -> None:
+    assert Plan.parse(rehashed('"scheme": "fp8"', '"scheme": "fp8"')) == plan()
+    with pytest.raises(PlanFileError, match=r"^plan: pools\[0\]\.scheme is 'w8a8', its formats are fp8's$"):
+        Plan.parse(rehashed('"scheme": "fp8"', '"scheme": "w8a8"'))
+    top = '"formats": {"weights": "fp8-block", "experts": "fp8-block",'
+    with pytest.raises(PlanFileError, match=r"^plan: formats: not those of pools\[0\]$"):
+        Plan.parse(rehashed(f"\n{top}", f"\n{top.replace('fp8-block', 'bf16')}"))
 
 
 def test_another_schema_version_is_refused() -> None:

@@ -24,7 +24,7 @@ from model.weights import layer_weights, outer_weights
 from runtime.pricing.load import uniform
 from runtime.pricing.oplist import OpList
 from runtime.pricing.pricer import GraphPricer, OpLists
-from runtime.pricing.prices import ATTENTION_STAGES, PRICES, Context, label
+from runtime.pricing.prices import ATTENTION_STAGES, PRICERS, Context, label
 from runtime.serving.pricing import BatchShape
 
 HOP = "pipeline"
@@ -50,7 +50,7 @@ def segments(cfg: ModelConfig, layout: Layout, programs: OpLists, pricer: GraphP
         for op in program.ops:
             if op.stage in ATTENTION_STAGES and isinstance(cfg.attention, Mla) and not op.axes:
                 yield Segment(stage, "attention")
-            elif op.axes or op.name in PRICES:
+            elif op.axes or op.name in PRICERS:
                 yield Segment(stage, label(op, context), op.axes)
 
     found = list(of(programs.embed, 0))

@@ -15,7 +15,7 @@ from foundation.errors import UsageError
 from runtime.deployment.manifest import GearUnits, Manifest, Step
 
 
-class Bound(Protocol):
+class BoundGraph(Protocol):
     """A graph with some inputs fixed: the others in, all outputs out, by name."""
 
     def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]: ...
@@ -24,7 +24,7 @@ class Bound(Protocol):
 class Loaded(Protocol):
     """A graph in memory."""
 
-    def bind(self, fixed: Mapping[str, Any]) -> Bound:
+    def bind(self, fixed: Mapping[str, Any]) -> BoundGraph:
         """With weights (and the device's rank) in place. An input that an output may take over (`Step.aliases`)
         must not be used again after a call."""
         ...
@@ -38,7 +38,7 @@ class Function:
         self._inputs = [value.name for value in step.inputs]
         self._outputs = [value.name for value in step.outputs]
 
-    def bind(self, fixed: Mapping[str, Any]) -> Bound:
+    def bind(self, fixed: Mapping[str, Any]) -> BoundGraph:
         held = dict(fixed)
 
         def call(values: Mapping[str, Any]) -> dict[str, Any]:

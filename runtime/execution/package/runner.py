@@ -16,9 +16,9 @@ import numpy as np
 from backends.errors import ArtifactError
 from runtime.deployment.manifest import OUT, DeviceShare, GearUnits, Manifest, Step
 from runtime.deployment.tensors import TensorReader, numpy_dtype
-from runtime.execution.package.executor import Bound, Executor, Loaded
+from runtime.execution.package.executor import BoundGraph, Executor, Loaded
 
-Place = tuple[int, int]  # dp, tp
+DpTp = tuple[int, int]  # dp, tp
 Env = dict[str, Any]  # buffers by name
 
 
@@ -74,9 +74,9 @@ class Runner:
             if owner != "outer"
         }
         self._loaded: dict[str, Loaded] = {}
-        self._bound: dict[Any, Bound] = {}
+        self._bound: dict[Any, BoundGraph] = {}
         self.load_s = 0.0  # spent on loading graphs so far
-        self._whole: dict[int, Bound | None] = {}  # a program's step as one graph
+        self._whole: dict[int, BoundGraph | None] = {}  # a program's step as one graph
         self._linked = linked and not manifest.axes and len(manifest.devices) == 1
 
     def _any(self, stage: int) -> DeviceShare:
@@ -112,7 +112,7 @@ class Runner:
         self._unit(program, "head", self.stages[-1], envs, "outer")
         return [envs[dp, 0] for dp in range(self.dp)]
 
-    def _step_as_one(self, program: GearUnits) -> Bound | None:
+    def _step_as_one(self, program: GearUnits) -> BoundGraph | None:
         if id(program) not in self._whole:
             begin = time.perf_counter()
             loaded = self.executor.load_step(self.folder, self.manifest, program)
@@ -126,7 +126,7 @@ class Runner:
             self.load_s += time.perf_counter() - begin
         return self._whole[id(program)]
 
-    def _run_whole(self, whole: Bound, env: Env) -> Env:
+    def _run_whole(self, whole: BoundGraph, env: Env) -> Env:
         held = {(owner, name): cache for (_, owner), caches in self.caches.items() for name, cache in caches.items()}
         results = whole({**env, **{f"{owner}.{name}": cache for (owner, name), cache in held.items()}})
         for (place, owner), caches in self.caches.items():
@@ -143,15 +143,15 @@ class Runner:
         self._unit(program, self.manifest.mtp, self.stages[-1], envs, "mtp")
         return [envs[dp, 0] for dp in range(self.dp)]
 
-    def _envs(self, batches: Sequence[StepBatch]) -> dict[Place, Env]:
+    def _envs(self, batches: Sequence[StepBatch]) -> dict[DpTp, Env]:
         return {
             (dp, tp): {name: self.executor.put(value) for name, value in batches[dp]._asdict().items()}
             for dp in range(self.dp)
             for tp in range(self.tp)
         }
 
-    def _unit(self, program: GearUnits, unit: str, stage: int, envs: Mapping[Place, Env], owner: str | None) -> None:
-        made: dict[Place, Env] = {rank: {} for rank in envs}
+    def _unit(self, program: GearUnits, unit: str, stage: int, envs: Mapping[DpTp, Env], owner: str | None) -> None:
+        made: dict[DpTp, Env] = {rank: {} for rank in envs}
         for number, step in enumerate(program.units[unit]):
             if step.kind != "graph":
                 self._exchange(step, made)
@@ -170,7 +170,7 @@ class Runner:
     def _cache(self, place: tuple[int, int, int], owner: str | None) -> Env:
         return self.caches[place, owner] if owner not in (None, "outer") else {}
 
-    def _graph(self, step: Step, key: tuple[Any, ...]) -> Bound:
+    def _graph(self, step: Step, key: tuple[Any, ...]) -> BoundGraph:
         """The step's graph with a device's weights and rank in place."""
         if key not in self._bound:
             file = step.files.get(self.executor.platform) or step.files["any"]
@@ -188,10 +188,10 @@ class Runner:
             self._bound[key] = self._loaded[file].bind(fixed)
         return self._bound[key]
 
-    def _exchange(self, step: Step, made: Mapping[Place, Env]) -> None:
+    def _exchange(self, step: Step, made: Mapping[DpTp, Env]) -> None:
         source, result = step.inputs[0].name, step.outputs[0].name
         across = 0 if step.axis == "dp" else 1
-        groups: dict[int, list[Place]] = {}
+        groups: dict[int, list[DpTp]] = {}
         for rank in sorted(made):
             groups.setdefault(rank[1 - across], []).append(rank)
         for group in groups.values():

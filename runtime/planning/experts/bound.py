@@ -24,7 +24,7 @@ from runtime.planning.experts.counts import replica_counts
 from runtime.planning.experts.packing import Floats, Ints
 
 TOPS = np.array([0.501, 0.65, 0.75, 0.82, 0.87, 0.92, 0.96, 0.985])  # t as a part of T
-PRICES = np.array([1.0, 2.5, 6.0])  # q as a multiple of p
+PRICE_RATIOS = np.array([1.0, 2.5, 6.0])  # q as a multiple of p
 FILLS = 8  # values of p tried
 
 
@@ -74,7 +74,7 @@ def filler_bound(load: Floats, device_slots: Ints, low: Floats, high: Floats) ->
     for part in (0.5, 0.5, 0.25):
         # step 1: the whole grid of p, t and q at one peak
         peak = low + part * (ceiling - low)
-        excess = _excess(ranked, slots, width, peak, fills, top, PRICES)
+        excess = _excess(ranked, slots, width, peak, fills, top, PRICE_RATIOS)
         flat = excess.reshape(len(load), -1)
         p, t, q = np.unravel_index(flat.argmax(axis=1), excess.shape[1:])
 
@@ -82,7 +82,7 @@ def filler_bound(load: Floats, device_slots: Ints, low: Floats, high: Floats) ->
         under, over = low, ceiling
         for _ in range(8):
             peak = (under + over) / 2
-            chosen = (fills[row, p][:, None], top[row, t][:, None], PRICES[q][:, None, None])
+            chosen = (fills[row, p][:, None], top[row, t][:, None], PRICE_RATIOS[q][:, None, None])
             no = _excess(ranked, slots, width, peak, *chosen)[:, 0, 0, 0] > 0
             under, over = np.where(no, peak, under), np.where(no, over, peak)
         low = under

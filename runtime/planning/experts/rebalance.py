@@ -11,7 +11,7 @@ from runtime.deployment.errors import PreviousError
 from runtime.planning.experts.bound import sharpen, simple_bound
 from runtime.planning.experts.packing import Floats, Ints, Packing
 from runtime.planning.experts.placement import ExpertPlacement, checked_load, place_experts, placement_of
-from runtime.planning.experts.search import STEP, best_replace, best_swap
+from runtime.planning.experts.search import LEAST_GAIN, best_replace, best_swap
 from runtime.planning.experts.solve import CLOSE
 
 
@@ -76,7 +76,7 @@ def _follow(packing: Packing, previous: ExpertPlacement, max_moves: int) -> None
         peak = packing.device_load[open_, hot]
         swapped, slot, other, other_slot = best_swap(packing, open_, hot, reach)
         replaced, taker, device, taken = best_replace(packing, open_, hot, reach=reach)
-        good = np.minimum(swapped, replaced) < peak * STEP
+        good = np.minimum(swapped, replaced) < peak * LEAST_GAIN
         cost = np.where(swapped < replaced, 2, 1)
         good &= cost <= left[open_]
         swaps, gives = good & (cost == 2), good & (cost == 1)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from runtime.planning.experts.packing import Floats, Ints, Packing
 
-STEP = 1.0 - 1e-6  # a step counts only if it lowers the peak by more than this factor
-CALLS = 6  # what a round costs whatever the number of layers, in layers
+LEAST_GAIN = 1.0 - 1e-6  # a step counts only if it lowers the peak by more than this factor
+ROUND_LAYERS = 6  # what a round costs whatever the number of layers, in layers
 LOCK = 8  # rounds for which an expert keeps a replica it was given
 PAIR_WORK = 1600  # slot pairs looked at per layer in a sweep of `even_out`
 
@@ -51,10 +51,10 @@ def even_out(packing: Packing, target: Floats, sweeps: int, layers: Ints | None 
         best = np.take_along_axis(flat, pick[:, :, None], axis=2)[:, :, 0]
 
         # step 3: exchange where the pair's larger load falls; layers without any are done
-        ok = best + (load_hot + load_cold) / 2 < load_hot * STEP
+        ok = best + (load_hot + load_cold) / 2 < load_hot * LEAST_GAIN
         at = np.nonzero(ok)
         packing.swap(open_[at[0]], hot[at], pick[at] // width, cold[at], pick[at] % width)
-        lowered[open_] = packing.device_load[open_].max(axis=1) < peak * STEP
+        lowered[open_] = packing.device_load[open_].max(axis=1) < peak * LEAST_GAIN
         open_ = open_[ok.any(axis=1)]
     return lowered
 
@@ -147,7 +147,7 @@ def search(packing: Packing, target: Floats, budget: float) -> None:
     unlock, clock = np.zeros(packing.load.shape, np.int64), 0
     open_ = np.flatnonzero(best > target)
     while len(open_) and budget > 0:
-        budget, clock = budget - len(open_) - CALLS, clock + 1
+        budget, clock = budget - len(open_) - ROUND_LAYERS, clock + 1
         # step 1: candidates, where pairing alone no longer helps
         stalled = ~even_out(packing, target, 1, open_)[open_]
         layers = open_[stalled]
@@ -157,7 +157,7 @@ def search(packing: Packing, target: Floats, budget: float) -> None:
         replaced, taker, device, taken = best_replace(packing, layers, hot, unlock[layers] > clock)
 
         # step 2: take the better one; where none improves, the replacement is a kick
-        swaps = (swapped <= replaced) & (swapped < peak * STEP)
+        swaps = (swapped <= replaced) & (swapped < peak * LEAST_GAIN)
         gives = ~swaps & np.isfinite(replaced)
         packing.swap(layers[swaps], hot[swaps], slot[swaps], other[swaps], other_slot[swaps])
         packing.replace(layers[gives], device[gives], taken[gives], taker[gives])

@@ -8,7 +8,7 @@ and what it cannot express. server.py is one replica as an engine sees it; sglan
 experts.py writes the files of expert placements. Nothing here runs an engine. Must not import JAX.
 """
 
-from runtime.planning.launch.compose import ENGINES, Launch, launch
+from runtime.planning.launch.compose import LAUNCHED_ENGINES, Launch, launch
 from runtime.planning.launch.words import Command, Shell
 
-__all__ = ["ENGINES", "Command", "Launch", "Shell", "launch"]
+__all__ = ["LAUNCHED_ENGINES", "Command", "Launch", "Shell", "launch"]

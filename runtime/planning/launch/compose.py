@@ -20,7 +20,7 @@ from runtime.planning.launch import experts, sglang, vllm
 from runtime.planning.launch.server import LaunchServer, NodeShare
 from runtime.planning.launch.words import Command, Shell, Word, plain
 
-ENGINES = ("sglang", "vllm", "vllm-ascend")
+LAUNCHED_ENGINES = ("sglang", "vllm", "vllm-ascend")
 _MODEL = Shell("${MODEL:?the checkpoint to load}")
 
 
@@ -139,8 +139,8 @@ def _servers(
     files: dict[str, Any],
 ) -> list[LaunchServer]:
     kind = load(engine).kind
-    if kind not in ENGINES:
-        raise LaunchError(f"no launch commands for {engine}: use --engine {', '.join(ENGINES)}")
+    if kind not in LAUNCHED_ENGINES:
+        raise LaunchError(f"no launch commands for {engine}: use --engine {', '.join(LAUNCHED_ENGINES)}")
     profile = profile_of(pool)
     described = engine_for(engine, cfg, profile, pool.layout, pool.settings if engine == pool.engine else None)
     placement = None
