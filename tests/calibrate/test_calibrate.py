@@ -17,7 +17,7 @@ from foundation.errors import UsageError
 from runtime.porting.calibrate import QUICK, Calibration, Effort, Gemm, Stream, measure, profile
 from runtime.pricing import Chip, open_book
 
-SMALL = Effort(widths=(64, 128), rows=(1, 32), tokens=(1, 8), rounds=1, cold_bytes=1e6, program_flops=1e8)
+SMALL = Effort(widths=(128,), rows=(1, 32), tokens=(1, 8), rounds=1, cold_bytes=1e6, program_flops=1e8)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def alone(engine: LocalEngine, request: Prompt) -> Completion:
     return engine.generate([request])[0]
 
 
-@pytest.mark.parametrize("family", ["dsa", "gqa", "mla"])
+@pytest.mark.parametrize("family", ["dsa", "gqa", pytest.param("mla", marks=pytest.mark.slow)])
 def test_batched_tokens_equal_each_request_alone(engines: Engines, family: str) -> None:
     engine = engines[family, 0]
     requests = [Prompt(prompt(n, n), max_tokens=6 + n % 5) for n in (3, 40, 17, 70, 1, 33)]
@@ -52,7 +52,7 @@ def test_drafts_leave_greedy_tokens_as_they_are(engines: Engines, family: str, d
     assert pool.free_pages == pool.pages
 
 
-@pytest.mark.parametrize(("family", "drafts"), [("dsa", 0), ("dsa", 3), ("gqa", 0)])
+@pytest.mark.parametrize(("family", "drafts"), [("dsa", 0), pytest.param("dsa", 3, marks=pytest.mark.slow), ("gqa", 0)])
 def test_kept_logits_have_a_row_for_every_token(engines: Engines, family: str, drafts: int) -> None:
     done = alone(engines[family, drafts], Prompt(prompt(45), max_tokens=7, keep_logits=True))
     assert done.logits is not None and done.logits.dtype == np.float32

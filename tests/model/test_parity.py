@@ -38,8 +38,12 @@ Oracles = Callable[[str], Oracle]
 CHUNK = 16  # width of a fed chunk: any size up to it is one compiled program
 # The two forms of attention are MLA's; GQA has one.
 PROGRAMS = [(name, "absorbed") for name in CASES]
-PROGRAMS += [(name, "expanded") for name in CASES if "kv_lora_rank" in CASES[name].fields]
 # Variants of a family differ in what they read, not in how they are stepped.
+PROGRAMS += [
+    (name, "expanded") if name in FAMILIES else pytest.param(name, "expanded", marks=pytest.mark.slow)
+    for name in CASES
+    if "kv_lora_rank" in CASES[name].fields
+]
 STEPPED = [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 DSA = tuple(name for name in CASES if "index_topk" in CASES[name].fields)
 
@@ -57,7 +61,10 @@ def test_the_comparison_is_fair(oracles: Oracles, name: str) -> None:
     assert LENGTH > 3 * TOPK
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [each if each in ("glm_moe_dsa", "glm4_moe") else pytest.param(each, marks=pytest.mark.slow) for each in FAMILIES],
+)
 def test_whole_prefill(oracles: Oracles, name: str) -> None:
     oracle = oracles(name)
     paged = Paged(oracle.config, oracle.weights)
@@ -123,7 +130,7 @@ def test_page_sizes(oracles: Oracles, name: str, page_size: int) -> None:
     assert distance(replay(paged, oracle.tokens, chunks, CHUNK, "expanded"), oracle) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["glm_moe_dsa", "deepseek_v32"])
+@pytest.mark.parametrize("name", ["glm_moe_dsa", pytest.param("deepseek_v32", marks=pytest.mark.slow)])
 def test_contexts_below_and_past_the_selection(oracles: Oracles, name: str) -> None:
     """A page table no wider than `index_topk` skips the selection: it must not matter."""
     oracle = oracles(name)
@@ -135,7 +142,7 @@ def test_contexts_below_and_past_the_selection(oracles: Oracles, name: str) -> N
     assert distance(selected, oracle) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", DSA)
+@pytest.mark.parametrize("name", ["glm_moe_dsa", *(pytest.param(name, marks=pytest.mark.slow) for name in DSA[1:])])
 def test_past_index_topk_the_selection_matters(oracles: Oracles, name: str) -> None:
     """What makes the tests above strong: with dense attention instead, logits past `index_topk` differ."""
     oracle = oracles(name)
@@ -188,7 +195,7 @@ def test_others_and_padding_do_not_matter(oracles: Oracles, name: str, data: st.
     [
         ("glm_moe_dsa", "absorbed"),
         pytest.param("deepseek_v32", "expanded", marks=pytest.mark.slow),
-        ("deepseek_v3", "expanded"),
+        pytest.param("deepseek_v3", "expanded", marks=pytest.mark.slow),
         pytest.param("glm4_moe_lite", "absorbed", marks=pytest.mark.slow),
         ("glm4_moe", "absorbed"),
     ],

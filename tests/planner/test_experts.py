@@ -65,7 +65,7 @@ def check(placement: ExpertPlacement, load: np.ndarray, room: list[int], placed_
     assert (placement.node_max_over_mean <= placement.max_over_mean * (1 + 1e-9)).all()
 
 
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(problems())
 def test_every_placement_is_whole(problem: tuple[np.ndarray, int, int, list[int]]) -> None:
     load, devices, nodes, room = problem

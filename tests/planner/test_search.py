@@ -79,7 +79,7 @@ questions = given(
 )
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @questions
 def test_any_model_on_any_number_of_any_chip_fits_and_adds_up_or_says_why(
     model: str, chip: str, count: int, data: st.DataObject

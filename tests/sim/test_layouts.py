@@ -103,9 +103,10 @@ def test_random_layouts(checkpoints: Checkpoints, data: st.DataObject) -> None:
     check_any(checkpoints, data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "rounding"),
-    [("w8a8", 4 / 127 / 12**0.5), pytest.param("fp8", 2**-4 / 3**0.5 * (3 / 8 / np.log(2)) ** 0.5, marks=slow)],
+    [("w8a8", 4 / 127 / 12**0.5), ("fp8", 2**-4 / 3**0.5 * (3 / 8 / np.log(2)) ** 0.5)],
 )
 def test_number_formats_reach_every_device(checkpoints: Checkpoints, scheme: str, rounding: float) -> None:
     """Split weights with their scales, in the chip's formats: as far from float32's logits as rounding takes them.

@@ -1,4 +1,4 @@
-"""A run small enough for a test: two layers, a few steps of each stage."""
+"""A run small enough for a test: three layers, a few steps of each stage."""
 
 from __future__ import annotations
 
@@ -36,20 +36,24 @@ rope_parameters = { rope_theta = 10000.0, rope_type = "default" }
 
 [optimizer]
 name = "muon-split"
-
+"""
+STAGES = {
+    "dense": """
 [[stage]]
 attention = "dense"
 steps = 4
 rows = 4
 length = 32
-
+""",
+    "warmup": """
 [[stage]]
 attention = "warmup"
 steps = 3
 rows = 4
 length = 32
 draft_rows = 2
-
+""",
+    "sparse": """
 [[stage]]
 attention = "sparse"
 steps = 5
@@ -57,12 +61,13 @@ rows = 4
 length = 32
 draft_rows = 2
 draft_weight = 0.3
-"""
+""",
+}
 
 
-def write(folder: Path, *replacements: tuple[str, str]) -> Path:
-    """The config as a file in `folder`, with texts replaced."""
-    text = CONFIG
+def write(folder: Path, *replacements: tuple[str, str], stages: tuple[str, ...] = tuple(STAGES)) -> Path:
+    """The config of those stages as a file in `folder`, with texts replaced."""
+    text = CONFIG + "".join(STAGES[name] for name in stages)
     for old, new in replacements:
         assert old in text, old
         text = text.replace(old, new)

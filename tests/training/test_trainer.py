@@ -42,13 +42,26 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     use_compilation_cache(before)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
-    source = small.write(folder)
+LAST = ("sparse",)  # the stage that trains everything
+ALL = tuple(small.STAGES)
+
+
+def made(folder: Path, stages: tuple[str, ...]) -> Path:
+    source = small.write(folder, stages=stages)
     trainer.train(config.read(source), folder / "run", source)
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody interrupted, of one stage."""
+    return made(tmp_path_factory.mktemp("whole"), LAST)
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody interrupted, of every stage."""
+    return made(tmp_path_factory.mktemp("staged"), ALL)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -62,10 +75,16 @@ def numbers(found: Any) -> list[float]:
     return [] if isinstance(found, str) else [float(found)]
 
 
-@pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 5, pytest.param(9, marks=pytest.mark.slow)])
-def test_a_killed_run_ends_as_if_it_had_not_been(whole: Path, tmp_path: Path, after: int) -> None:
-    """Killed in each kind of stage, between two states, with a record past the last of them."""
-    source = small.write(tmp_path)
+@pytest.mark.parametrize(
+    ("run", "after"),
+    [("whole", 1), ("whole", 4), *(pytest.param("staged", after, marks=pytest.mark.slow) for after in (1, 5, 9))],
+)
+def test_a_killed_run_ends_as_if_it_had_not_been(
+    request: pytest.FixtureRequest, tmp_path: Path, run: str, after: int
+) -> None:
+    """Killed before the first state and past one, in each kind of stage, with a record past the last state."""
+    whole: Path = request.getfixturevalue(run)
+    source = small.write(tmp_path, stages=LAST if run == "whole" else ALL)
     read = config.read(source)
 
     def kill(step: int, record: dict[str, Any]) -> None:
@@ -94,8 +113,9 @@ def test_the_checkpoint_opens_and_speaks(whole: Path) -> None:
     assert opened.load("bfloat16")["mtp"]
 
 
-def test_what_a_run_says(whole: Path) -> None:
-    found = metrics.load(whole)
+@pytest.mark.slow
+def test_what_a_run_says(staged: Path) -> None:
+    found = metrics.load(staged)
     assert [record["step"] for record in found] == [2, 4, 6, 7, 8, 10, 12]
     assert [record["stage"] for record in found] == ["dense"] * 2 + ["warmup"] * 2 + ["sparse"] * 3
     for record in found:
@@ -103,7 +123,7 @@ def test_what_a_run_says(whole: Path) -> None:
         assert set(record["task_loss"]) <= {"recall", "arithmetic", "copy", "tools", "sentences"}
         assert 0 <= record["index_recall"] <= 1
     assert found[0]["index_loss"] == 0 and found[3]["index_loss"] > 0 and found[-1]["draft_loss"] > 0
-    page = (whole / metrics.PAGE).read_text()
+    page = (staged / metrics.PAGE).read_text()
     for heading in ("by task", "attention logit", "Expert load", "Indexer recall"):
         assert heading in page
 
@@ -112,7 +132,7 @@ def test_a_folder_with_a_run_is_not_overwritten(whole: Path, tmp_path: Path) -> 
     source = whole.parent / "small.toml"
     before = (whole / state.FILE).read_bytes()
     assert "holds a run already; --resume continues it" in refused("train", "--config", source, "--out", whole)
-    other = small.write(tmp_path, ("hidden_size = 32", "hidden_size = 64"))
+    other = small.write(tmp_path, ("hidden_size = 32", "hidden_size = 64"), stages=LAST)
     assert "run of another config" in refused("train", "--config", other, "--out", whole, "--resume")
     assert (whole / state.FILE).read_bytes() == before
 
@@ -132,7 +152,7 @@ def test_a_finished_run_may_be_resumed(whole: Path) -> None:
 
 
 def test_a_full_disk_keeps_the_last_good_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = small.write(tmp_path)
+    source = small.write(tmp_path, stages=LAST)
     read, folder = config.read(source), tmp_path / "run"
     plain, writes = Path.write_bytes, 0
 
@@ -158,10 +178,10 @@ def test_a_state_of_an_earlier_version_is_read(whole: Path, tmp_path: Path) -> N
     """Which kept the heads of `q_b` in a dim of their own."""
     read, stored = config.read(whole.parent / "small.toml"), load_file(whole / state.FILE)
     earlier = {name: a.reshape(16, 2, 16) if "params" in name and "q_b" in name else a for name, a in stored.items()}
-    save_file(earlier, tmp_path / state.FILE, {"step": "12", "config": read.hash})
+    save_file(earlier, tmp_path / state.FILE, {"step": "5", "config": read.hash})
     model = steps.initial_model(read.raw_model, seed=0)
     found, done = state.read(tmp_path, steps.Optimizers(read, model).begin(model), read.hash)
-    assert done == 12
+    assert done == 5
     state.write(tmp_path, found, done, read.hash)
     again = load_file(tmp_path / state.FILE)
     assert again.keys() == stored.keys() and all(np.array_equal(again[name], stored[name]) for name in stored)
