@@ -1,23 +1,47 @@
 """Settings of every test: strict JAX on the CPU, hypothesis without deadlines.
 
-Programs of tests run for milliseconds, so LLVM does not optimise them: compiling takes a third of the time.
+Programs of tests run for milliseconds, so compiling is what they cost: LLVM does not optimise them, and what one test
+has compiled, the others and the commands that they start load from a folder of this run. (Set
+JAX_COMPILATION_CACHE_DIR to keep it from run to run.)
 
 JAX reads its settings from the environment when it is first imported, so they are set here, before any
 test module is: tests that need no JAX do not pay for it, and processes that tests start inherit them.
 """
 
 import os
+import shutil
 import sys
+import tempfile
+from importlib.metadata import version
 
 import hypothesis
+import pytest
 
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could set it strict")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+_XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if version("jaxlib").startswith("0.10."):  # XLA aborts on flags that a release does not have
+    _XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", _XLA_FLAGS)
 
 hypothesis.settings.register_profile("dev", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("dev"), derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+_compiled: str | None = None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _compiled
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of a run find the one that started them has set it
+        _compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="glm5-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _compiled is not None:
+        shutil.rmtree(_compiled, ignore_errors=True)

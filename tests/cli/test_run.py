@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from model.tokenizer import Tokenizer
 from runtime.execution.local.load import embedded_checkpoint
@@ -19,29 +16,6 @@ from tests.cli.cli import glm5, refused
 PROMPT = ("run", "--backend", "cpu", "--prompt", "The old fox runs by the wall. It", "--max-tokens", 12, "--ignore-eos")
 IDS = tuple(range(40, 60))  # more than the small checkpoint's indexer selects
 KEYS = {"backend", "prompt_ids", "token_ids", "text", "finish_reason", "timings_s", "accept_length"}
-
-
-def use_compilation_cache(settings: dict[str, Any]) -> dict[str, Any]:
-    """Sets JAX's settings of these names; returns what they were."""
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    return before
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Programs that several commands here need are compiled by the first."""
-    before = use_compilation_cache(
-        {
-            "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-            "jax_persistent_cache_min_compile_time_secs": 0.0,
-            "jax_persistent_cache_min_entry_size_bytes": 0,
-        }
-    )
-    yield
-    use_compilation_cache(before)
 
 
 def run_ids(small: Path, *words: object) -> Any:

@@ -24,7 +24,6 @@ from model.module import IndexerParam, MatrixParam, Model, PerHeadParam, RouterB
 from model.weights import layer_weights, outer_weights, parameter_counts
 from tests.model.oracle import (
     CASES,
-    COMPILER_OPTIONS,
     LENGTH,
     SEQUENCES,
     TOLERANCE,
@@ -76,7 +75,7 @@ def logits(model: Model, tokens: np.ndarray) -> np.ndarray:
 
 
 def run(model: Model, tokens: Any) -> np.ndarray:
-    return np.asarray(jax.jit(lambda m, t: m(t), compiler_options=COMPILER_OPTIONS)(model, tokens))
+    return np.asarray(jax.jit(lambda m, t: m(t))(model, tokens))
 
 
 def arrays(tree: Any, wanted: Any = ...) -> dict[str, np.ndarray]:
@@ -122,7 +121,7 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
 def test_random_weights_keep_the_size_of_what_they_are_given() -> None:
     cfg = from_hf(RAW)
     cfg = dataclasses.replace(cfg, layers=cfg.layers[1:], mtp_layers=0)
-    drawn = jax.jit(lambda: Model(cfg, rngs=nnx.Rngs(0)), compiler_options=COMPILER_OPTIONS)()
+    drawn = jax.jit(lambda: Model(cfg, rngs=nnx.Rngs(0)))()
     layer = {name: np.asarray(variable[...]) for name, variable in drawn.layers[0].items()}
     inputs = np.random.default_rng(0).standard_normal((1000, cfg.hidden_size))
     for matrix in (layer["q_a"], layer["kv_a"], layer["experts_gate_up"][3, :, 1], layer["router"]):
@@ -212,7 +211,7 @@ def test_transforms(model: Model, tokens: np.ndarray, logits: np.ndarray) -> Non
         return value, grads
 
     merged = nnx.merge(*nnx.split(nnx.clone(model), MatrixParam, RouterBias, ...))
-    value, grads = step.lower(merged, tokens).compile(COMPILER_OPTIONS)(merged, tokens)
+    value, grads = step.lower(merged, tokens).compile()(merged, tokens)
     assert float(value) == pytest.approx(float(np.mean(logits**2)), rel=1e-5)
     np.testing.assert_array_equal(merged.outer["final_norm"], 2 * model.outer["final_norm"][...])
     sizes = {name: float(np.abs(grad).max()) for name, grad in arrays(grads).items()}
@@ -222,7 +221,7 @@ def test_transforms(model: Model, tokens: np.ndarray, logits: np.ndarray) -> Non
 
 
 def test_batching(model: Model, tokens: np.ndarray, logits: np.ndarray) -> None:
-    mapped = jax.jit(jax.vmap(lambda t: model(t)), compiler_options=COMPILER_OPTIONS)(tokens[:, None])
+    mapped = jax.jit(jax.vmap(lambda t: model(t)))(tokens[:, None])
     np.testing.assert_allclose(mapped[:, 0], logits, atol=1e-5)
 
 

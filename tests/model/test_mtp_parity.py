@@ -20,7 +20,6 @@ from model import graph
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from tests.model.oracle import (
-    COMPILER_OPTIONS,
     FAMILIES,
     SEQUENCES,
     TOLERANCE,
@@ -86,7 +85,7 @@ class Drafts:
             jnp.asarray(tokens), jnp.full(full, self.start, jnp.int32), jnp.full(full, t, jnp.int32), self.table
         )
         mode = graph.Mode(attention, "all")  # type: ignore[arg-type]
-        step = jax.jit(lambda w, c, b, h: graph.mtp_step(self.cfg, w, c, b, h, mode), compiler_options=COMPILER_OPTIONS)
+        step = jax.jit(lambda w, c, b, h: graph.mtp_step(self.cfg, w, c, b, h, mode))
         out = step(self.weights, self.cache, batch, jnp.asarray(hidden))
         (self.cache,) = out.caches
         self.start += t

@@ -17,9 +17,9 @@ from model import graph, ops
 from model.cache import cache_rows
 from model.hf_config import from_hf
 from model.weights import Quantized
-from tests.model.oracle import CASES, COMPILER_OPTIONS, on_device, random_weights
+from tests.model.oracle import CASES, on_device, random_weights
 
-quick = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+quick = functools.partial(jax.jit)
 F, I = jnp.float32, jnp.int32  # noqa: E741
 
 

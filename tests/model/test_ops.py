@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from model import ops
 from tests.model import reference
-from tests.model.oracle import COMPILER_OPTIONS
 
 B, T, H, PAGE, WIDTH = 2, 3, 4, 4, 5  # sequences, query tokens, heads, page size, pages a sequence
 CONTEXT = PAGE * WIDTH
@@ -43,7 +42,7 @@ def paged(rows: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def compiled(op: Any, attributes: tuple[tuple[str, Any], ...]) -> Any:
-    return jax.jit(functools.partial(op, **dict(attributes)), compiler_options=COMPILER_OPTIONS)
+    return jax.jit(functools.partial(op, **dict(attributes)))
 
 
 def run(op: Any, *operands: Any, **attributes: Any) -> Any:

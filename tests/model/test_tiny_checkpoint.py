@@ -12,7 +12,7 @@ import pytest
 
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
-from tests.model.oracle import COMPILER_OPTIONS, FAIR_GAP, TOLERANCE, Paged, on_device, with_narrowest_choice
+from tests.model.oracle import FAIR_GAP, TOLERANCE, Paged, on_device, with_narrowest_choice
 from tests.model.test_tokenizer import ROOT, TINY
 
 CONTEXT = 256  # four times what the indexer selects
@@ -90,8 +90,8 @@ def test_some_drafts_are_right_and_some_are_wrong(
     def cache(kind: Any) -> dict[str, Any]:
         return {row.name: jnp.zeros((pages + 1, 16, *row.shape)) for row in cache_rows(cfg, kind)}
 
-    step = jax.jit(lambda w, c, b: graph.step(cfg, w, c, b, mode), compiler_options=COMPILER_OPTIONS)
-    draft = jax.jit(lambda w, c, b, h: graph.mtp_step(cfg, w, c, b, h, mode), compiler_options=COMPILER_OPTIONS)
+    step = jax.jit(lambda w, c, b: graph.step(cfg, w, c, b, mode))
+    draft = jax.jit(lambda w, c, b, h: graph.mtp_step(cfg, w, c, b, h, mode))
     main = step(weights, [cache(kind) for kind in cfg.layers], batch(greedy))
     drafts = draft(weights, cache(cfg.mtp_type), batch(greedy[1:]), main.hidden[:, :-1])
     said = np.asarray(main.logits[0, 1:].argmax(-1))

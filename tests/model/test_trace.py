@@ -22,7 +22,7 @@ from model.config import LayerType, ModelConfig
 from model.hf_config import from_hf, load_config
 from model.parallel import Parallel
 from model.weights import Quantized, Weight, layer_weights, parameter_counts
-from tests.model.oracle import CASES, COMPILER_OPTIONS, compiled, on_device, random_weights
+from tests.model.oracle import CASES, compiled, on_device, random_weights
 from tests.model.test_op_contract import composites
 
 ROOT = Path(__file__).parents[2]
@@ -161,7 +161,7 @@ def test_a_trace_is_the_program_of_the_graph() -> None:
 def call(trace: Any, *args: Any) -> list[Any]:
     flat = jax.tree.leaves(args)
     assert [(x.shape, x.dtype) for x in flat] == [(v.shape, v.dtype) for v in trace.in_avals]
-    return jax.jit(jaxpr_as_fun(trace), compiler_options=COMPILER_OPTIONS)(*flat)
+    return jax.jit(jaxpr_as_fun(trace))(*flat)
 
 
 def test_weights_kept_in_fp8() -> None:

@@ -12,7 +12,6 @@ from flax import nnx
 
 from model.module import IndexerParam, Model, RouterBias
 from runtime.training.params import named
-from tests.model.oracle import COMPILER_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +29,7 @@ def test_the_documented_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runtime").symlink_to(ROOT / "runtime")
     plain = jax.jit  # what follows runs for milliseconds: it is compiled without LLVM's optimisation
-    monkeypatch.setattr(jax, "jit", lambda fn, **given: plain(fn, compiler_options=COMPILER_OPTIONS, **given))
+    monkeypatch.setattr(jax, "jit", lambda fn, **given: plain(fn, **given))
     # optax raises floats to counts, which the strict JAX of the tests refuses
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec(compile(lines, "docs/training.md", "exec"), {})

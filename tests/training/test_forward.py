@@ -19,11 +19,10 @@ from runtime.training.forward import Aim, forward, index_recall, loss, staged, s
 from runtime.training.params import named
 
 LENGTH, ROWS = 32, 3
-OPTIONS = {"xla_backend_optimization_level": 0}  # compiles in half the time, and these run for milliseconds
 
 
 def compiled(fn: Any, *args: Any) -> Any:
-    return jax.jit(fn).lower(*args).compile(compiler_options=OPTIONS)(*args)
+    return jax.jit(fn).lower(*args).compile()(*args)
 
 
 def is_index(name: str) -> bool:

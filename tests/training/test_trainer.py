@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -17,29 +15,11 @@ from model.checkpoint import Checkpoint
 from model.tokenizer import ChatTemplate, Tokenizer
 from runtime.training import config, metrics, state, steps, trainer
 from tests.cli.cli import refused
-from tests.cli.test_run import use_compilation_cache
 from tests.training import small
 
 
 class Killed(BaseException):
     """What `kill -9` is to a process: no handler of the code under test sees it."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A step is compiled by the first run that takes it, without LLVM's optimisation: these run for milliseconds."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = use_compilation_cache(settings)
-    patch, plain = pytest.MonkeyPatch(), jax.jit
-    options = {"xla_backend_optimization_level": 0}
-    patch.setattr(jax, "jit", lambda fn, **given: plain(fn, **{"compiler_options": options, **given}))
-    yield
-    patch.undo()
-    use_compilation_cache(before)
 
 
 LAST = ("sparse",)  # the stage that trains everything
