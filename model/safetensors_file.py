@@ -17,19 +17,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from foundation.safetensors import NAMES
 from model.errors import CheckpointError
 
-SAFETENSORS_DTYPES: dict[str, np.dtype] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "I32": np.dtype(np.int32),
-    "I64": np.dtype(np.int64),
-}
+_DTYPES = {spelling: np.dtype(getattr(ml_dtypes, name, name)) for spelling, name in NAMES.items()}
 
 
 class SafetensorsFile:
@@ -67,9 +58,9 @@ class SafetensorsFile:
 
     def dtype(self, name: str) -> np.dtype:
         stored = self.dtype_name(name)
-        if stored not in SAFETENSORS_DTYPES:
+        if stored not in _DTYPES:
             raise CheckpointError(f"{self.path}: tensor {name} has the unsupported dtype {stored}")
-        return SAFETENSORS_DTYPES[stored]
+        return _DTYPES[stored]
 
     def array(self, name: str) -> np.ndarray:
         begin, end = self._entries[name]["data_offsets"]

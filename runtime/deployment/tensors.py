@@ -15,10 +15,9 @@ import ml_dtypes
 import numpy as np
 
 from backends.errors import ArtifactError
-from model.safetensors_file import SAFETENSORS_DTYPES
+from foundation.safetensors import NAMES
 
-SPELLING = {str(dtype): spelling for spelling, dtype in SAFETENSORS_DTYPES.items()}
-"""How safetensors spells a dtype."""
+_SPELLING = {name: spelling for spelling, name in NAMES.items()}
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -36,7 +35,7 @@ class TensorWriter:
         for name, (shape, dtype) in tensors.items():
             kind = numpy_dtype(dtype)
             size = math.prod(shape) * kind.itemsize
-            header[name] = {"dtype": SPELLING[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+            header[name] = {"dtype": _SPELLING[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
             self._places[name] = (end, tuple(shape), kind)
             end += size
         encoded = json.dumps(header).encode()
@@ -67,14 +66,14 @@ class TensorReader:
     """A safetensors file as memory-mapped arrays. Raises `ArtifactError` for a damaged one."""
 
     def __init__(self, path: Path):
-        self.path, kinds = path, {code: name for name, code in SPELLING.items()}
+        self.path = path
         try:
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
             header.pop("__metadata__", None)
             self._entries = {
-                name: (entry["data_offsets"], entry["shape"], numpy_dtype(kinds[entry["dtype"]]))
+                name: (entry["data_offsets"], entry["shape"], numpy_dtype(NAMES[entry["dtype"]]))
                 for name, entry in header.items()
             }
             self._map = np.memmap(path, dtype=np.uint8, mode="r", offset=0)
