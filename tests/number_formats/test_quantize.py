@@ -87,7 +87,7 @@ def test_it_can_be_planned(source: Path, tmp_path: Path, formats: str, layout: s
     for profile in ("h200-sxm", "ascend-910c-die"):
         plan = glm5("plan", "--model", tmp_path / "out", "--profile", profile, *load, "--json").json
         planned, stored = plan["formats"]["experts"], Checkpoint(tmp_path / "out").config.stored_scheme.experts
-        assert planned in hw_profiles.load(profile).formats.weights
+        assert matrix_format(planned).base in hw_profiles.load(profile).formats.weights
         assert matrix_format(planned).bits >= matrix_format(stored).bits
 
 
