@@ -8,7 +8,7 @@ from pathlib import Path
 from backends.errors import Unsupported
 from backends.toolchains.walker import Graph
 from runtime.deployment.manifest import Manifest, Step
-from runtime.porting.export.job import op_uses, values
+from runtime.porting.export.job import ExportJob, op_uses, values
 
 
 def graph_step(graph: Graph, files: dict[str, str], uses: Counter[tuple[str, str, str]]) -> Step:
@@ -51,12 +51,17 @@ class OnnxWriter:
 
     packages: tuple[str, ...] = ("onnx",)
 
+    def __init__(self, request: ExportJob):
+        self.narrow = bool(request.cut.lowerings)
+
     def write(self, graph: Graph, folder: Path, stem: str) -> Step:
         import onnx
 
         from backends.toolchains import onnx as target
+        from backends.toolchains.onnx_target import NARROW_OPSET, OPSET
 
-        written = target.write(graph)
+        opset = NARROW_OPSET if self.narrow else OPSET  # of all graphs, so that they can be linked
+        written = target.write(graph, opset=opset)
         try:
             onnx.checker.check_model(written.model, full_check=True)
         except Exception as error:  # of the checker, or of its shape inference
