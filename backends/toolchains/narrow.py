@@ -60,9 +60,14 @@ def refusal(scheme: Scheme, target: str) -> str | None:
             return f"the graphs of {target} have no {_NAMES[fmt.values]}"
         if _widened_by_contract(fmt) and len(narrow) == len(scheme.formats) == 1:
             continue
-        if fmt.activations.scale is not None and fmt.activations.values != INT8:
+        if fmt.activations.scale is not None and not rounds_activations(fmt):
             return f"graphs do not round activations to {fmt.activations.text}"
     return None
+
+
+def rounds_activations(fmt: MatrixFormat) -> bool:
+    """Whether a product's activations become int8 in an export."""
+    return fmt.activations.values == INT8
 
 
 def _widened_by_contract(fmt: MatrixFormat) -> bool:
@@ -133,7 +138,7 @@ def _product(x: Array, values: Array, scale: Array, numbers: Numbers, fmt: Matri
 
     Values are used in the shape they have: ONNX Runtime's Reshape takes no 4-bit types.
     """
-    if fmt.activations.scale is None:
+    if not rounds_activations(fmt):
         wide = widened(values, scale, x.dtype.name, numbers[0][1][0])
         return lax.dot_general(x, wide, numbers, preferred_element_type=jnp.float32).astype(x.dtype)
     rows, row_scale = quantised_rows(x)
@@ -155,8 +160,8 @@ def quantised_rows(x: Array) -> tuple[Array, Array]:
 
 @functools.partial(jax.jit, static_argnames="numbers")
 def integer_product(rows: Array, row_scale: Array, values: Array, scale: Array, numbers: Numbers) -> Array:
-    """rows and values summed in int32, then float32: times the scales of values, one along the contracted dim, and those
-    of rows."""
+    """rows times values summed in int32, then in float32 times the scales of values, which have 1 for the contracted
+    dim, and those of rows."""
     sums = lax.dot_general(rows, values.astype(jnp.int8), numbers, preferred_element_type=jnp.int32)
     (left, right), (left_batch, right_batch) = numbers
     row_free, free = _free(rows, left, left_batch), _free(values, right, right_batch)

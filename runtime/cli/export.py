@@ -52,7 +52,7 @@ def export(
     formats: Annotated[
         str | None,
         typer.Option(
-            help="Number formats: f32, bf16, fp8, w8a8, w4a16, .. [default: f32 with a checkpoint, else the preset's own]."
+            help="Number formats: f32, bf16, fp8, w8a8, w4a16 .. [default: f32 with a checkpoint, else the preset's]."
         ),
     ] = None,
     weights: Annotated[

@@ -71,7 +71,8 @@ class OpUse:
 class Step:
     """A link of a unit's chain.
 
-    kind "graph": `files` maps a platform ("cpu", "cuda"; "any" where the format has one form) to the graph's file;
+    kind "graph": `files` maps a platform to the graph's file: "any" is what any toolchain takes, "cpu" and "cuda" are
+    what JAX loads there;
     inputs and outputs in the graph's own order; `aliases` maps an output to the input whose buffer it may take over.
     Other kinds are collectives over mesh axis `axis`, from the value `inputs[0]` to `outputs[0]`:
     "all_reduce" sums; "all_gather" concatenates along `dim` in order of rank; "reduce_scatter" sums and returns

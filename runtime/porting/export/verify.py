@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from backends.emulation.host import Converted
+from backends.toolchains.narrow import rounds_activations
 from foundation.errors import Failure, UsageError
 from model import graph, ops
 from model.cache import cache_rows
@@ -87,11 +88,11 @@ def refuse(request: ExportJob) -> None:
         raise UsageError("--verify runs all devices of the layout: leave out --device")
     for weight in (weight for kind in what.unit_types.values() for weight in layer_weights(what.cfg, kind)):
         dim, axes = what.grid.layout.split(weight)
-        rounded = what.scheme.held(weight).activations.scale is not None
+        rounded = rounds_activations(what.scheme.held(weight))
         if rounded and weight.axes[dim] and dim == len(weight.shape) - 2 and what.grid.layout.parts(axes) > 1:
             raise UsageError(
-                f"--verify of {request.scheme} under tensor parallelism has nothing to compare with: each device rounds "
-                "its own part of a token; verify with --tp 1"
+                f"--verify of {request.scheme} under tensor parallelism has nothing to compare with: each device "
+                "rounds its own part of a token; verify with --tp 1"
             )
 
 
@@ -137,9 +138,8 @@ class Reference:
     @property
     def measure(self) -> tuple[bool, float]:
         """Whether differences are relative, and how large they may be."""
-        rounds = self.numbers is not None and any(
-            matrix_format(name).activations.scale is not None for name in self.numbers.scheme.formats
-        )
+        formats = self.numbers.scheme.formats if self.numbers else ()
+        rounds = any(rounds_activations(matrix_format(name)) for name in formats)
         relative = rounds or self.dtype == "bfloat16"
         return relative, ROUNDED[self.dtype] if relative else TOLERANCE
 
