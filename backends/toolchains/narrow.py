@@ -105,9 +105,7 @@ def _replaced(name: str, fmt: MatrixFormat, operands: int, body: Callable[..., A
 
 def linear(x: Array, values: Array, scale: Array, *, format: str) -> Array:
     """x [.., k] times values [k, ..] with scale [k's groups or 1, ..]."""
-    flat = x.reshape(-1, x.shape[-1])
-    out = _product(flat, values, scale, (((1,), (0,)), ((), ())), matrix_format(format))
-    return out.reshape(*x.shape[:-1], *values.shape[1:])
+    return _product(x, values, scale, (((x.ndim - 1,), (0,)), ((), ())), matrix_format(format))
 
 
 def expert_ffn(x: Array, experts: Array, weights: Array, *matrices: Array, format: str, taken: bool) -> Array:

@@ -4,10 +4,15 @@ A product in int8 is QDQ: activations quantised a row and dequantised, the matri
 both. A compiler with integer units takes the three for one integer product; any other computes what they say. Scales of
 rows are found as the graph runs, so they are values, not initialisers. Matrices in groups, and stacks of them, use
 `block_size`, which came with opset 21.
+
+Rows are dequantised in two dims and multiplied in another shape. Where DequantizeLinear and MatMul follow one another,
+ONNX Runtime fuses them to a product that sums pairs in 16 bits on x86 without VNNI, and so overflows, and that fails
+for scales of rows where it keeps int8 (ARM's default); the Reshape between keeps it to what the graph says.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -38,11 +43,16 @@ def _quantised_rows(t: OnnxTarget, eqn: Any, x: Ref) -> list[Ref]:
 
 def _integer_product(t: OnnxTarget, eqn: Any, rows: Ref, row_scale: Ref, values: Ref, scale: Ref) -> Ref:
     (inner,) = (each for each in eqn.params["jaxpr"].jaxpr.eqns if each.primitive.name == "dot_general")
-    count = math.prod(rows.shape[:-1])
-    flat, each = t.reshape(rows, (count, rows.shape[-1])), t.reshape(row_scale, (count,))
+    form, shape, held = product_form(inner), shape_of(eqn), rows.shape
+    count = math.prod(held[:-1])
+    flat, each = t.reshape(rows, (count, held[-1])), t.reshape(row_scale, (count,))
     left = t.node("DequantizeLinear", flat, each, shape=flat.shape, dtype="float32", axis=0)
     right = _dequantised(t, values, scale)
-    return product(t, product_form(inner), shape_of(eqn), "float32", t.reshape(left, rows.shape), right)
+    if len(held) == 2 and not form.left_batch:  # one dim more, so that there is a Reshape
+        form = dataclasses.replace(form, left_contract=(2,), left_free=(0, 1))
+        out = product(t, form, (1, *shape), "float32", t.reshape(left, (1, *held)), right)
+        return t.reshape(out, shape)
+    return product(t, form, shape, "float32", t.reshape(left, held), right)
 
 
 def _widened(t: OnnxTarget, eqn: Any, values: Ref, scale: Ref) -> Ref:
