@@ -115,9 +115,9 @@ def expert_ffn(x: Array, experts: Array, weights: Array, *matrices: Array, forma
     if taken and experts.size <= count:  # few choices: the chosen experts' matrices alone
         here = experts < count
         local = jnp.where(here, experts, 0)
-        chosen = [m.at[local].get(mode="promise_in_bounds") for m in (gate_up, gate_up_scale, down, down_scale)]
-        hidden = _product(x, *chosen[:2], (((1,), (2,)), ((0,), (0,))), fmt)  # [n, k, 2, f]
-        out = _product(swiglu_body(hidden), *chosen[2:], (((2,), (2,)), ((0, 1), (0, 1))), fmt)
+        gate_up, gate_up_scale, down, down_scale = (m.at[local].get(mode="promise_in_bounds") for m in matrices)
+        hidden = _product(x, gate_up, gate_up_scale, (((1,), (2,)), ((0,), (0,))), fmt)  # [n, k, 2, f]
+        out = _product(swiglu_body(hidden), down, down_scale, (((2,), (2,)), ((0, 1), (0, 1))), fmt)
         share = jnp.where(here, weights, 0.0)[:, :, None]
         return jnp.sum(out.astype(jnp.float32) * share, axis=1).astype(x.dtype)
     ids = jnp.arange(count, dtype=experts.dtype)

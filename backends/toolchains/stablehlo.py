@@ -71,7 +71,7 @@ def neutral(graph: Graph) -> str:
     module.operation.attributes["sym_name"] = ir.StringAttr.get(graph.name, context)
     if foreign:
         raise Unsupported(f"{graph.name}: StableHLO has no operation of its own for {', '.join(sorted(foreign))}")
-    return module.operation.get_asm(enable_debug_info=False)
+    return str(module.operation.get_asm(enable_debug_info=False))
 
 
 def text(graph: Graph, platform: str) -> str:

@@ -231,7 +231,7 @@ def test_tokens_are_the_emulations(tmp_path: Path, format: str, formats: str) ->
     found = glm5("run", "--artifact", tmp_path / "p", "--backend", RUNTIME[format], *asked).json
     named = scheme(formats)
     numbers = NumberFormats(opened.config, Formats(named.dense, named.experts), float32=True)
-    backend, limits = EmulatedCpu(numbers), EngineConfig(max_sequences=1, max_context=64)
+    backend, limits = EmulatedCpu(numbers), EngineConfig(pool_tokens=256, max_running=1)
     engine = load_engine(Converted(opened.path, numbers), backend, limits, "float32", keep_fp8=True)
     prompt = tuple(glm5("run", *asked).json["prompt_ids"])
     (answer,) = engine.generate([Prompt(prompt, 30, stop_ids=frozenset(opened.config.eos_token_ids))])
