@@ -36,7 +36,8 @@ EXPORTS = """## In exports
 
 What `glm5 export` makes of each op ([export.md](export.md)). A function is model-local: any runtime can inline it.
 "Decomposed" says into what, or why. CANN operators are used where a call's shapes and formats suit them
-([ascend.md](ascend.md)).
+([ascend.md](ascend.md)). Of matrices in `w8a8-int8`, `w4a8` and `w4a16`, `glm.linear` and `glm.expert_ffn` carry the
+attribute `format` and are the products of that format ([your_compiler.md](your_compiler.md)).
 
 """
 

@@ -27,10 +27,14 @@ _PLAIN = {"float32": F32, "bfloat16": BF16}
 
 @dataclasses.dataclass(frozen=True)
 class NumberFormats:
-    """What a chip's number formats do to a model: `weight` as it is loaded, `lowerings` of the ops."""
+    """What a chip's number formats do to a model: `weight` as it is loaded, `lowerings` of the ops.
+
+    float32: what the scheme leaves in 16 bits is in float32, as for a runtime that has no bfloat16.
+    """
 
     cfg: ModelConfig
     formats: Formats
+    float32: bool = False
 
     @property
     def scheme(self) -> Scheme:
@@ -39,7 +43,7 @@ class NumberFormats:
     @property
     def dtype(self) -> str:
         """What activations and unquantised weights are held in."""
-        return "float32" if self.formats.wide == "f32" else "bfloat16"
+        return "float32" if self.float32 or self.formats.wide == "f32" else "bfloat16"
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from backends.toolchains.forms import dtype_of, product_form, shape_of
+from backends.toolchains.forms import Product, dtype_of, product_form, shape_of
 from backends.toolchains.onnx_target import OnnxTarget, Ref
 
 
@@ -33,15 +33,19 @@ def dot_general(t: OnnxTarget, eqn: Any, left: Ref, right: Ref) -> Ref:
     Free dims of the right side that lie before its contracted ones become batch dims (broadcast on the left), so
     that stacked weights such as [expert, d, f] are used as they lie.
     """
-    p, out_dtype = product_form(eqn), dtype_of(eqn)
+    return product(t, product_form(eqn), shape_of(eqn), dtype_of(eqn), left, right)
+
+
+def product(t: OnnxTarget, p: Product, shape: Sequence[int], out_dtype: str, left: Ref, right: Ref) -> Ref:
+    """See `dot_general`: of a form that is known already."""
     left, right = t.whole(left), t.whole(right)
     straight = _plan(left, right, p.left_batch, p.right_batch, p.left_contract, p.right_contract)
     swapped = _plan(right, left, p.right_batch, p.left_batch, p.right_contract, p.left_contract)
     swapped = dataclasses.replace(swapped, swapped=True)
-    plan = min(straight, swapped, key=lambda each: each.cost(shape_of(eqn)))
+    plan = min(straight, swapped, key=lambda each: each.cost(shape))
     narrow = t.narrow_products and left.dtype == right.dtype == "bfloat16"
     work = left.dtype if narrow else out_dtype
-    return t.cast(plan.emit(t, right if plan.swapped else left, left if plan.swapped else right, work, eqn), out_dtype)
+    return t.cast(plan.emit(t, right if plan.swapped else left, left if plan.swapped else right, work), out_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +73,7 @@ class _Plan:
         moved = [d for d in self.order() if shape[d] != 1]
         return self.x.moved + self.y.moved + (math.prod(out) if moved != sorted(moved) else 0)
 
-    def emit(self, t: OnnxTarget, x: Ref, y: Ref, work: str, eqn: Any) -> Ref:
+    def emit(self, t: OnnxTarget, x: Ref, y: Ref, work: str) -> Ref:
         x, y = (t.transpose(ref, side.order) for ref, side in ((x, self.x), (y, self.y)))
         m, n = math.prod(self.rows), math.prod(self.columns)
         plain = not self.batch and not self.stacks

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jax.lax import RoundingMethod
 
 from backends.errors import Unsupported
 from backends.toolchains.forms import dtype_of, shape_of
@@ -91,6 +92,13 @@ def _integer_pow(t: OnnxTarget, eqn: Any, x: Ref) -> Ref:
 
 def _rsqrt(t: OnnxTarget, eqn: Any, x: Ref) -> Ref:
     return t.elementwise("Reciprocal", t.elementwise("Sqrt", x))
+
+
+def _round(t: OnnxTarget, eqn: Any, x: Ref) -> Ref:
+    """ONNX rounds ties to even."""
+    if eqn.params["rounding_method"] is not RoundingMethod.TO_NEAREST_EVEN:
+        raise Unsupported("onnx has no rounding of ties away from zero")
+    return t.elementwise("Round", x)
 
 
 def _clamp(t: OnnxTarget, eqn: Any, low: Ref, x: Ref, high: Ref) -> Ref:
@@ -245,6 +253,7 @@ RULES: Mapping[str, Rule] = {
     "cos": _elementwise("Cos"),
     "floor": _elementwise("Floor"),
     "ceil": _elementwise("Ceil"),
+    "round": _round,
     "copy": lambda t, eqn, x: x,
     "copy_p": lambda t, eqn, x: x,
     "stop_gradient": lambda t, eqn, x: x,

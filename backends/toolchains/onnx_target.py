@@ -21,7 +21,10 @@ from backends.errors import Unsupported
 from backends.toolchains.walker import Graph, OpCall, Port, Target, walk
 from model.ops import OPS
 
-OPSET, IR_VERSION, DOMAIN = 18, 8, "glm"
+OPSET, DOMAIN = 18, "glm"
+NARROW_OPSET = 21
+"""Of graphs with matrices in narrow formats: the first that has int4, and scales of blocks."""
+IR_VERSIONS = {OPSET: 8, NARROW_OPSET: 10}
 TYPES = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
@@ -31,8 +34,9 @@ TYPES = {
     "int32": TensorProto.INT32,
     "int64": TensorProto.INT64,
     "bool": TensorProto.BOOL,
+    "int4": TensorProto.INT4,
 }
-"""The number formats that opset 18 has; FP8 came with opset 19."""
+"""The number formats that opset 18 has, and int4, of `NARROW_OPSET`; FP8 came with opset 19."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +102,17 @@ class OnnxTarget(Target[Ref]):
 
     name = "onnx"
 
-    def __init__(self, tables: RuleTables, custom: Mapping[str, CustomOp], functions: bool, narrow_products: bool):
+    def __init__(
+        self,
+        tables: RuleTables,
+        custom: Mapping[str, CustomOp],
+        functions: bool,
+        narrow_products: bool,
+        opset: int = OPSET,
+    ):
         self.rules, self.calls, self.bodies = tables.rules, tables.calls, tables.bodies
         self.custom, self.functions, self.narrow_products = custom, functions, narrow_products
+        self.opset = opset
         self.scope = _Scope("v", [])
         self.inputs: list[Port] = []
         self.domains: set[str] = set()
@@ -116,6 +128,8 @@ class OnnxTarget(Target[Ref]):
 
     def input(self, port: Port) -> Ref:
         """A new graph input."""
+        if port.dtype == "int4" and self.opset < NARROW_OPSET:
+            raise Unsupported(f"{port.name}: ONNX opset {self.opset} has no int4")
         onnx_type(port.dtype)
         self.inputs.append(port)
         return Ref(port.name, port.shape, port.dtype, port.shape)
@@ -276,7 +290,7 @@ class OnnxTarget(Target[Ref]):
             names,
             [ref.name for ref in results],
             _live(self.scope.nodes, {ref.name for ref in results}),
-            [helper.make_opsetid("", OPSET)],
+            [helper.make_opsetid("", self.opset)],
             list(call.attributes),
         )
         function.doc_string = f"{call.name}: {(inspect.getdoc(OPS[call.name].meaning) or '').splitlines()[0]}"
@@ -313,8 +327,11 @@ class OnnxTarget(Target[Ref]):
                 value_info=[_info(ref.name, ref.shape, ref.dtype) for ref in values],
             ),
             functions=[function for function in self._functions.values() if function.name in used],
-            opset_imports=[helper.make_opsetid("", OPSET), *(helper.make_opsetid(d, 1) for d in sorted(self.domains))],
-            ir_version=IR_VERSION,
+            opset_imports=[
+                helper.make_opsetid("", self.opset),
+                *(helper.make_opsetid(d, 1) for d in sorted(self.domains)),
+            ],
+            ir_version=IR_VERSIONS[self.opset],
             producer_name="glm5-runtime",
         )
         return OnnxModel(model, inputs, graph.outputs, self.ops)

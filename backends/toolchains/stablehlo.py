@@ -1,37 +1,77 @@
-"""StableHLO through `jax.export`: one artifact a platform, composites kept by name.
+"""StableHLO: one neutral file for any compiler, and for JAX an artifact a platform; composites kept by name.
 
-A composite whose body holds a matrix product cannot be exported for several platforms at once, hence a file each.
-Two files a graph: the portable bytecode that other toolchains read (its compatibility guarantee: docs/export.md),
-and `jax.export`'s own serialization of the same module, which JAX loads without the model's code.
+A graph is written three times. The portable bytecode is for other toolchains: operations of the StableHLO and func
+dialects alone, no custom calls, nothing of a platform, in the version of the dialect that `version` says (what that
+guarantees: docs/export.md). `jax.export`'s own serialization of the same program is for JAX, which loads it without the
+model's code; it names its platform, and a composite whose body holds a matrix product cannot be exported for several at
+once, hence a file each.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax import export
 from jax.extend import core as jex
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import sdy
+from jax.extend.mlir.dialects import stablehlo as dialect
 
+from backends.errors import Unsupported
 from backends.toolchains.walker import Graph
 
 PLATFORMS = ("cpu", "cuda")
+_DIALECTS = ("builtin", "func", "stablehlo")
 
 
 @dataclasses.dataclass(frozen=True)
 class StableHlo:
-    """Of one platform: portable StableHLO bytecode, and the same as `jax.export` serializes it."""
+    """portable: neutral StableHLO bytecode. serialized: by platform, what `jax.export` makes of the graph."""
 
-    bytecode: bytes
-    serialized: bytes
+    portable: bytes
+    serialized: Mapping[str, bytes]
 
 
-def write(graph: Graph, platform: str) -> StableHlo:
-    """The artifact of a graph; positional arguments and results in the graph's order."""
-    exported = _export(graph, platform)
-    return StableHlo(bytes(exported.mlir_module_serialized), bytes(exported.serialize()))
+def version() -> str:
+    """The StableHLO version of the portable bytecode: one that compilers of the last 12 weeks, and later, read."""
+    return dialect.get_version_from_compatibility_requirement(dialect.StablehloCompatibilityRequirement.WEEK_12)
+
+
+def write(graph: Graph) -> StableHlo:
+    """The artifacts of a graph; positional arguments and results in the graph's order.
+
+    Raises `Unsupported` for a graph that needs an operation of XLA's own.
+    """
+    portable = dialect.serialize_portable_artifact_str(neutral(graph), version())
+    return StableHlo(portable, {name: bytes(_export(graph, name).serialize()) for name in PLATFORMS})
+
+
+def neutral(graph: Graph) -> str:
+    """The module as MLIR text, of StableHLO and func alone. Raises `Unsupported` where that does not do."""
+    context = ir.Context()
+    dialect.register_dialect(context)
+    sdy.register_dialect(context)  # of shardings, which JAX may annotate with
+    module = dialect.deserialize_portable_artifact(context, bytes(_export(graph, PLATFORMS[0]).mlir_module_serialized))
+    foreign: set[str] = set()
+
+    def look(op: Any) -> Any:
+        name = op.name
+        if name.partition(".")[0] not in _DIALECTS or name == "stablehlo.custom_call":
+            foreign.add(f"{name} {op.attributes['call_target_name']}" if "call_target_name" in op.attributes else name)
+        for key in list(op.attributes):
+            if key.startswith(("mhlo.", "jax.")) or key in ("arg_attrs", "res_attrs"):  # notes of JAX to itself
+                del op.attributes[key]
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(look)
+    module.operation.attributes["sym_name"] = ir.StringAttr.get(graph.name, context)
+    if foreign:
+        raise Unsupported(f"{graph.name}: StableHLO has no operation of its own for {', '.join(sorted(foreign))}")
+    return str(module.operation.get_asm(enable_debug_info=False))
 
 
 def text(graph: Graph, platform: str) -> str:

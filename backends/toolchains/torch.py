@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from jax.lax import RoundingMethod
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from backends.errors import Unsupported
 from backends.toolchains.forms import Bounds, Pick, Take, gather_form, product_form, scatter_form
 from backends.toolchains.walker import Graph, Target, walk
 
@@ -80,6 +82,13 @@ def _plain(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def _div(t: TorchTarget, eqn: Any, a: Tensor, b: Tensor) -> Tensor:
     return a / b if a.dtype.is_floating_point else torch.div(a, b, rounding_mode="trunc")
+
+
+def _round(t: TorchTarget, eqn: Any, x: Tensor) -> Tensor:
+    """torch rounds ties to even."""
+    if eqn.params["rounding_method"] is not RoundingMethod.TO_NEAREST_EVEN:
+        raise Unsupported("torch has no rounding of ties away from zero")
+    return torch.round(x)
 
 
 def _broadcast_in_dim(t: TorchTarget, eqn: Any, x: Tensor, *_: Any) -> Tensor:
@@ -225,6 +234,7 @@ RULES: Mapping[str, Callable[..., Any]] = {
     "cos": _plain(torch.cos),
     "floor": _plain(torch.floor),
     "ceil": _plain(torch.ceil),
+    "round": _round,
     "copy": _plain(lambda x: x),
     "copy_p": _plain(lambda x: x),
     "stop_gradient": _plain(lambda x: x),

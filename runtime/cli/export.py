@@ -51,7 +51,9 @@ def export(
     pp: Annotated[int, typer.Option(min=1, help="Without a plan: pipeline stages.")] = 1,
     formats: Annotated[
         str | None,
-        typer.Option(help="Number formats: f32, bf16, fp8 [default: f32 with a checkpoint, else the preset's own]."),
+        typer.Option(
+            help="Number formats: f32, bf16, fp8, w8a8, w4a16 .. [default: f32 with a checkpoint, else the preset's]."
+        ),
     ] = None,
     weights: Annotated[
         str | None,
@@ -64,8 +66,15 @@ def export(
     cann_ops: Annotated[
         str, typer.Option(help="For ascend, CANN's fused operators: all, shipped (no plugin) or none (decomposed).")
     ] = "all",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="What activations, caches and all that is not quantised are in: float32 or bfloat16 [default: what "
+            "--formats says; in quantised ONNX float32]."
+        ),
+    ] = "",
     verify: Annotated[
-        bool, typer.Option("--verify", help="Run it beside the graph first; off by 1e-4, no export.")
+        bool, typer.Option("--verify", help="Run it beside the graph first, or the emulation; too far off, no export.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="The package's folder: new, or empty.")] = None,
 ) -> None:
@@ -81,6 +90,8 @@ def export(
         raise UsageError(f"--phase {phase}: prefill, decode or both")
     if weights not in (None, "none", "external"):
         raise UsageError(f"--weights {weights}: none or external")
+    if dtype not in ("", "float32", "bfloat16"):
+        raise UsageError(f"--dtype {dtype}: float32 or bfloat16")
     if model and checkpoint:
         raise UsageError("give one of --model (graphs only) and --checkpoint (with weights)")
     if format != "ascend" and not said.keys().isdisjoint(("profile", "soc_version", "cann_ops")):
@@ -121,6 +132,7 @@ def export(
         weights=(weights or ("external" if opened else "none")) == "external",
         device=device,
         plan_hash=placed.plan_hash,
+        wide_dtype=dtype,
         options={"profile": load(profile) if profile else None, "soc_version": soc_version, "cann_ops": cann_ops},
     )
     cutting.check(request)
@@ -128,7 +140,7 @@ def export(
     if verify:
         from runtime.porting.export import verify as verifier
 
-        verifier.refuse(format, scheme, opened, device)
+        verifier.refuse(request)
         assert opened is not None
         source = opened
         manifest = package.export(
@@ -140,7 +152,7 @@ def export(
     for report in reports:
         print(
             f"verified: {report.phase} at {report.gear}: {report.steps} steps on {report.runtime} to context "
-            f"{report.context}, off by {report.logits:.1e} in logits, {report.caches:.1e} in caches"
+            f"{report.context}, off by {report.text}"
         )
 
 

@@ -8,8 +8,8 @@ graphs, so that every graph is one that any runtime can load.
 The names of values are the wiring, and the same in every format:
 - "tokens", "start", "length", "page_table": the batch; "positions", "slots": made of it by the unit "view";
 - "x": hidden states; "selected": the sparse selection; "hidden", "logits": results of the head;
-- "w.NAME": a weight of the layer, "outer.NAME": of the embedding or head (in FP8 "w.NAME.values" and
-  "w.NAME.scale"); "cache.NAME": a layer's pages;
+- "w.NAME": a weight of the layer, "outer.NAME": of the embedding or head (in a narrow format
+  "w.NAME.values" and "w.NAME.scale"); "cache.NAME": a layer's pages;
 - "rank.tp", "rank.dp": int32 scalars, the device's place; graphs are the same on all devices;
 - "mid.N": what one graph of a unit hands to a later one;
 - "NAME.out": the new NAME, an output; the runner feeds it as NAME to the next unit (or as the layer's cache to the
@@ -71,7 +71,8 @@ class OpUse:
 class Step:
     """A link of a unit's chain.
 
-    kind "graph": `files` maps a platform ("cpu", "cuda"; "any" where the format has one form) to the graph's file;
+    kind "graph": `files` maps a platform to the graph's file: "any" is what any toolchain takes, "cpu" and "cuda" are
+    what JAX loads there;
     inputs and outputs in the graph's own order; `aliases` maps an output to the input whose buffer it may take over.
     Other kinds are collectives over mesh axis `axis`, from the value `inputs[0]` to `outputs[0]`:
     "all_reduce" sums; "all_gather" concatenates along `dim` in order of rank; "reduce_scatter" sums and returns
@@ -104,6 +105,7 @@ class WeightRef:
 
     sources: names with `{layer}` for the layer's index and `{e}` for an expert's. layout: docs/checkpoints.md.
     whole: the shape of the undivided weight; split: for each of its dims the mesh axes it is divided over, in order.
+    format: of the values or scales of a matrix in a narrow format, which one; they are the sources rounded to it.
     """
 
     name: str
@@ -113,6 +115,7 @@ class WeightRef:
     split: tuple[tuple[str, ...], ...]
     sources: tuple[str, ...]
     layout: str
+    format: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Per-device weight files: safetensors, written and read through a memory map, one tensor in memory at a time.
 
 The file's layout is the safetensors format's own (an 8-byte length, a JSON header, the tensors' bytes), so that
-every safetensors reader takes it; FP8 and bfloat16 included.
+every safetensors reader takes it; FP8 and bfloat16 included. It has no 4-bit integers: an int4 tensor is a vector of
+bytes (U8), two numbers to each in the tensor's order, the first in the low half, as ONNX and XLA pack them; the
+header's metadata `int4` has the shapes by name, as JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 from backends.errors import ArtifactError
 from foundation.safetensors import NAMES
 
+INT4 = np.dtype(ml_dtypes.int4)
 _SPELLING = {name: spelling for spelling, name in NAMES.items()}
 
 
@@ -25,17 +28,34 @@ def numpy_dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, None) or name)
 
 
+def packed(values: np.ndarray) -> np.ndarray:
+    """int4 of any shape as bytes, two numbers to each, the first in the low half."""
+    halves = np.asarray(values, order="C").reshape(-1).astype(np.int8).view(np.uint8) & 0xF
+    halves = np.pad(halves, (0, halves.size % 2))
+    return halves[0::2] | (halves[1::2] << 4)
+
+
+def unpacked(raw: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """`packed`, undone."""
+    halves = np.stack([raw & 0xF, raw >> 4], axis=-1).reshape(-1)[: math.prod(shape)]
+    return ((halves ^ 8).astype(np.int8) - 8).astype(INT4).reshape(shape)
+
+
 class TensorWriter:
     """A safetensors file of known shapes, filled tensor by tensor: `put(name, array)`."""
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[Sequence[int], str]]):
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        int4 = {name: list(shape) for name, (shape, dtype) in tensors.items() if dtype == INT4.name}
+        header: dict[str, object] = {
+            "__metadata__": {"format": "pt"} | ({"int4": json.dumps(int4)} if int4 else {}),
+        }
         self._places: dict[str, tuple[int, tuple[int, ...], np.dtype]] = {}
         end = 0
         for name, (shape, dtype) in tensors.items():
             kind = numpy_dtype(dtype)
-            size = math.prod(shape) * kind.itemsize
-            header[name] = {"dtype": _SPELLING[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+            size = -(-math.prod(shape) // 2) if kind == INT4 else math.prod(shape) * kind.itemsize
+            spelt = ("U8", [size]) if kind == INT4 else (_SPELLING[dtype], list(shape))
+            header[name] = {"dtype": spelt[0], "shape": spelt[1], "data_offsets": [end, end + size]}
             self._places[name] = (end, tuple(shape), kind)
             end += size
         encoded = json.dumps(header).encode()
@@ -51,7 +71,7 @@ class TensorWriter:
         begin, shape, kind = self._places[name]
         assert array.shape == shape and array.dtype == kind, (name, array.shape, shape, array.dtype, kind)
         if self._map is not None:
-            raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            raw = packed(array) if kind == INT4 else np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             self._map[self._start + begin : self._start + begin + raw.size] = raw
         self.missing.discard(name)
 
@@ -71,7 +91,7 @@ class TensorReader:
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
-            header.pop("__metadata__", None)
+            self._int4 = json.loads(header.pop("__metadata__", {}).get("int4", "{}"))
             self._entries = {
                 name: (entry["data_offsets"], entry["shape"], numpy_dtype(NAMES[entry["dtype"]]))
                 for name, entry in header.items()
@@ -89,4 +109,7 @@ class TensorReader:
         if name not in self._entries:
             raise ArtifactError(f"{self.path}: holds no weight {name}; export the package again")
         (begin, end), shape, kind = self._entries[name]
-        return self._map[self._start + begin : self._start + end].view(kind).reshape(shape)
+        raw = self._map[self._start + begin : self._start + end]
+        if name in self._int4:
+            return unpacked(raw, self._int4[name])
+        return raw.view(kind).reshape(shape)

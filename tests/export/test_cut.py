@@ -9,6 +9,7 @@ from jax import lax
 
 from backends.toolchains.cut import Exchange, cut
 from backends.toolchains.walker import Graph
+from model.formats import SCHEMES
 from model.hf_config import load_config
 from model.split import Grid, Layout
 from runtime.deployment.manifest import Gear
@@ -20,7 +21,7 @@ from runtime.porting.export import units
 
 def what(name: str, layout: Layout = Layout(), dtype: str = "bfloat16") -> units.Cut:
     cfg = load_config(name)
-    return units.Cut(cfg, cutting.from_layout(cfg, layout).grid, dtype, False, 64, 65)
+    return units.Cut(cfg, cutting.from_layout(cfg, layout).grid, dtype, SCHEMES["bf16"], 64, 65)
 
 
 def names(chain: units.Chain) -> list[str]:

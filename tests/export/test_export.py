@@ -182,7 +182,13 @@ def test_stablehlo_names_no_path_of_this_machine(small: Path, tmp_path: Path) ->
     words = ("--format", "stablehlo", "--context", 64, "--page-size", 16, "--weights", "none", "--out", tmp_path / "p")
     assert glm5("export", "--checkpoint", small, *words).code == 0
     files = [path for path in (tmp_path / "p").rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".mlirbc", ".jax_export"}
+    assert {path.suffix for path in files} == {".json", ".mlirbc", ".jax_export", ".md"}
+    kinds = {path.name.partition(".")[2] for path in files if path.parent != tmp_path / "p"}
+    assert kinds == {"mlirbc", "cpu.jax_export", "cuda.jax_export"}  # one file for any compiler
+    manifest, text = Manifest.read(tmp_path / "p"), (tmp_path / "p" / "README.md").read_text()
+    version = manifest.extra["stablehlo"]["version"]
+    assert f"| `GEAR/UNIT.mlirbc` | any compiler of StableHLO: portable bytecode of version {version}" in text
+    assert all(step.files["any"].endswith(".mlirbc") for chain in manifest.programs[0].units.values() for step in chain)
     assert not [path for path in files if str(ROOT).encode() in path.read_bytes()]
 
 
@@ -196,7 +202,10 @@ def test_stablehlo_names_no_path_of_this_machine(small: Path, tmp_path: Path) ->
         (("--format", "onnx"), "export needs --format (stablehlo, onnx, torch, ascend) and --out DIR"),
         (("--format", "caffe", "--out", "OUT"), "--format caffe: unknown"),
         (("--format", "onnx", "--phase", "both!", "--out", "OUT"), "--phase both!"),
-        (("--format", "onnx", "--formats", "fp8", "--out", "OUT"), "onnx is exported in f32, bf16"),
+        (
+            ("--format", "onnx", "--formats", "fp8", "--out", "OUT"),
+            "the graphs of onnx have no 8-bit floats; choose f32, bf16, w8a8",
+        ),
         (("--format", "stablehlo", "--formats", "fp8", "--out", "OUT"), "needs a checkpoint in FP8"),
         (("--format", "onnx", "--context", "100", "--out", "OUT"), "not a multiple of the page size, 64"),
         (("--format", "onnx", "--context", "9600", "--page-size", "16", "--out", "OUT"), "has 256 positions"),

@@ -21,7 +21,7 @@ class Iree:
     """An executor of the bytecode files; see `runtime.execution.package.executor.Executor`."""
 
     name = "iree"
-    platform = "cpu-bytecode"
+    platform = "any"
 
     def __init__(self) -> None:
         self.config = iree.Config("local-task")

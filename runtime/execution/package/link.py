@@ -18,7 +18,7 @@ def link(folder: Path, manifest: Manifest, program: GearUnits) -> onnx.ModelProt
     """The model of a step: the batch, weights and caches in; "logits.out", "hidden.out" and caches out."""
     runs = [("view", "view"), ("outer", "embed")]
     runs += [(f"layers.{layer.index}", layer.unit) for layer in manifest.layers]
-    linked = onnx.ModelProto(ir_version=8, producer_name="glm5-runtime")
+    linked = onnx.ModelProto(producer_name="glm5-runtime")
     linked.graph.name = "step"
     models: dict[str, onnx.ModelProto] = {}
     current: dict[str, str] = {}  # the value that a name of the wiring has now
@@ -27,6 +27,7 @@ def link(folder: Path, manifest: Manifest, program: GearUnits) -> onnx.ModelProt
         (step,) = program.units[unit]
         if unit not in models:
             models[unit] = onnx.load(folder / step.files["any"])
+            linked.ir_version = max(linked.ir_version, models[unit].ir_version)
             _add_functions(linked, models[unit], unit)
         model, names = models[unit].graph, {}
         for given in model.input:

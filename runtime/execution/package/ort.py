@@ -13,6 +13,9 @@ import onnxruntime as ort
 
 from backends.errors import ArtifactError
 from runtime.deployment.manifest import GearUnits, Manifest, Step
+from runtime.deployment.tensors import INT4, packed
+
+_INT4 = 22  # onnx.TensorProto.INT4
 
 
 class OrtExecutor:
@@ -46,6 +49,10 @@ class OrtExecutor:
 
     def put(self, array: np.ndarray) -> Any:
         array = np.asarray(array, order="C")
+        if array.dtype == INT4:  # ONNX Runtime reads two to a byte, from the beginning of a buffer of one to a byte
+            buffer = np.zeros(array.shape, INT4)
+            buffer.reshape(-1).view(np.uint8)[: -(-array.size // 2)] = packed(array)
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(buffer, _INT4)
         if array.dtype == ml_dtypes.bfloat16:
             return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), 16)
         return ort.OrtValue.ortvalue_from_numpy(array)

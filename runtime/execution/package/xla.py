@@ -11,6 +11,7 @@ from jax import export
 
 from backends.errors import ArtifactError
 from runtime.deployment.manifest import GearUnits, Manifest, Step
+from runtime.deployment.tensors import INT4
 from runtime.execution.package.executor import Function
 
 
@@ -35,7 +36,11 @@ class XlaExecutor:
         return None
 
     def put(self, array: np.ndarray) -> Any:
-        return jax.device_put(array, jax.devices("cpu")[0])
+        cpu = jax.devices("cpu")[0]
+        if array.dtype == INT4:  # placed on a device by name it is refused: as if its two numbers a byte were not known
+            with jax.default_device(cpu):
+                return jax.numpy.asarray(array)
+        return jax.device_put(array, cpu)
 
     def get(self, buffer: Any) -> np.ndarray:
         return np.asarray(buffer)

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from backends.toolchains import narrow
 from backends.toolchains.walker import Graph, Port
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
+from model.formats import SCHEMES, matrix_format, scheme
 from model.split import Grid
 from runtime.deployment.manifest import Format, Gear, Manifest, OpUse, Phase, Step, Value
 from runtime.porting.export.units import Cut
@@ -18,7 +20,8 @@ from runtime.porting.export.units import Cut
 @dataclasses.dataclass(frozen=True)
 class ExportJob:
     """What to export. `grid` and `layout` say the same, to a graph and to a reader; `device`: the one device whose
-    weights are written (None: all). `options`: what only one format knows."""
+    weights are written (None: all). `wide_dtype`: what activations, caches and all that the scheme leaves wide are in
+    ("": the format's default). `options`: what only one format knows."""
 
     cfg: ModelConfig
     checkpoint: Checkpoint | None
@@ -31,6 +34,7 @@ class ExportJob:
     weights: bool
     device: int | None = None
     plan_hash: str | None = None
+    wide_dtype: str = ""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -38,9 +42,19 @@ class ExportJob:
         """The pool holds the largest gear's pages, and page 0."""
         gears = [gear for each in self.gears.values() for gear in each]
         pages = 1 + max(gear.sequences * gear.context_pages for gear in gears)
-        dtype = "float32" if self.scheme == "f32" else "bfloat16"
         mtp = self.cfg.mtp_layers > 0 and (self.checkpoint is None or self.checkpoint.has_mtp)
-        return Cut(self.cfg, self.grid, dtype, self.scheme == "fp8", self.page_size, pages, mtp)
+        found, known = scheme(self.scheme), self.format in narrow.HOLDS
+        replaced = narrow.lowerings(found, self.format) if known else {}
+        held = found if known else SCHEMES[found.wide]  # a format that narrows its matrices itself is given wide ones
+        return Cut(self.cfg, self.grid, self.dtype, held, self.page_size, pages, mtp, replaced)
+
+    @property
+    def dtype(self) -> str:
+        """By default what the chips have wide, bfloat16; in quantised ONNX float32, for ONNX Runtime on a CPU has no
+        products in bfloat16."""
+        found = scheme(self.scheme)
+        narrow_onnx = self.format == "onnx" and any(matrix_format(name).narrow for name in found.formats)
+        return self.wide_dtype or ("float32" if narrow_onnx or found.wide == "f32" else "bfloat16")
 
 
 class Writer(Protocol):

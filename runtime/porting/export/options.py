@@ -6,17 +6,20 @@ import dataclasses
 from importlib.util import find_spec
 from pathlib import Path
 
+from backends.toolchains.narrow import HOLDS, refusal
 from foundation.errors import UsageError
 from model.config import ModelConfig
-from model.formats import SCHEMES
+from model.formats import SCHEMES, matrix_format, scheme
+from model.quantised import shared_size
 from model.split import Grid, Layout
+from model.weights import layer_weights
 from runtime.deployment.manifest import Gear
 from runtime.porting.export.job import ExportJob
 
-SCHEMES_OF = {"stablehlo": ("f32", "bf16", "fp8"), "torch": ("f32", "bf16", "fp8"), "onnx": ("f32", "bf16")}
-"""Number formats that a format has graphs in; ONNX's opset 18 has no FP8."""
 _NEEDS = {"onnx": ("onnx",), "ascend": ("onnx",), "torch": ("torch",)}  # packages beyond the core's
 _CONTEXT = 4096  # tokens, by default
+WIDE = {"f32": "float32", "bf16": "bfloat16"}
+"""The dtype of a scheme's wide format."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +56,41 @@ def check(request: ExportJob) -> None:
     for package in _NEEDS.get(request.format, ()):
         if find_spec(package) is None:
             raise UsageError(f"--format {request.format} needs {package}: pip install 'glm5-runtime[export]'")
-    known = SCHEMES_OF.get(request.format)
-    if request.scheme not in SCHEMES or (known and request.scheme not in known):
+    wanted = scheme(request.scheme)
+    if request.format in HOLDS and (why := refusal(wanted, request.format)):
+        known = [name for name, each in SCHEMES.items() if refusal(each, request.format) is None]
+        raise UsageError(f"--formats {request.scheme}: {why}; choose {', '.join(known)}")
+    _check_groups(request)
+    narrow = any(matrix_format(name).narrow for name in wanted.formats)
+    if request.wide_dtype and not narrow and request.wide_dtype != WIDE[wanted.wide]:
         raise UsageError(
-            f"--formats {request.scheme}: {request.format} is exported in {', '.join(known or SCHEMES)}; choose one"
+            f"--dtype {request.wide_dtype}: with unquantised weights --formats decides; give --formats "
+            f"{next(name for name, dtype in WIDE.items() if dtype == request.wide_dtype)}"
         )
     if request.weights and request.scheme == "fp8" and request.cfg.weight_format != "fp8-block":
         raise UsageError("--formats fp8 with weights needs a checkpoint in FP8; choose bf16, or --weights none")
+
+
+def _check_groups(request: ExportJob) -> None:
+    """Raises `UsageError` for matrices whose rows do not divide into a format's groups."""
+    what = request.cut
+    for kind in what.unit_types.values():
+        for weight in layer_weights(request.cfg, kind):
+            group = what.held(weight, kind).shared
+            width = weight.shape[1 if weight.expert_count else 0]
+            if isinstance(group, int) and not _divides(width, group):
+                raise UsageError(
+                    f"--formats {request.scheme}: {weight.name} has rows of {width}, which do not divide into groups "
+                    f"of {group}; choose another size"
+                )
+
+
+def _divides(width: int, group: int) -> bool:
+    """Whether a group's size can be told from how many there are (`model.quantised.shared_size`)."""
+    try:
+        return shared_size(width, -(-width // group)) == min(group, width)
+    except ValueError:
+        return False
 
 
 def gears(cfg: ModelConfig, phase: str, batch: str, chunk: str, context: str | None, page_size: int) -> list[Gear]:

@@ -55,7 +55,7 @@ def _stablehlo(request: ExportJob) -> Writer:
 def _onnx(request: ExportJob) -> Writer:
     from runtime.porting.export.writers import OnnxWriter
 
-    return OnnxWriter()
+    return OnnxWriter(request)
 
 
 def _torch(request: ExportJob) -> Writer:

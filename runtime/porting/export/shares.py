@@ -1,4 +1,4 @@
-"""Each device's share of a checkpoint's weights, as the exported graphs take them. Free of JAX."""
+"""Each device's share of a checkpoint's weights, as the exported graphs take them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from backends.emulation.number_formats import NumberFormats
 from backends.spmd.shard import divisible, is_split
 from model.checkpoint import Checkpoint, groups
 from model.config import ModelConfig
+from model.formats import Formats, scheme
 from model.split import Grid
 from model.weights import Quantized, Weight
 from runtime.deployment.manifest import DeviceShare, Manifest
@@ -43,14 +45,21 @@ def share(array: np.ndarray, weight: Weight, grid: Grid, device: DeviceShare) ->
 def each_share(
     checkpoint: Checkpoint, grid: Grid, targets: tuple[DeviceShare, ...], manifest: Manifest, sink: Sink
 ) -> None:
-    """Builds the checkpoint's weights one at a time, and hands each device its share: sink(device, name, array)."""
+    """Builds the checkpoint's weights one at a time, and hands each device its share: sink(device, name, array).
+
+    Matrices in narrow formats keep the checkpoint's own values where it has that format, and are else rounded as
+    `glm5 quantize` does.
+    """
     cfg, mtp = checkpoint.config, manifest.mtp is not None
-    keep_fp8 = any(ref.name.endswith(".scale") for refs in manifest.weights.values() for ref in refs)
+    keep = any(ref.name.endswith(".scale") for refs in manifest.weights.values() for ref in refs)
+    numbers = emulated(checkpoint, manifest)
     held = {device.index: set(manifest.owners(device)) for device in targets}
     order = _order(cfg, mtp)
 
     def deal(weight: Weight, value: np.ndarray | Quantized) -> np.ndarray | Quantized:
         owner = next(order)
+        if numbers is not None:
+            value = _exact(numbers.weight(weight, value, mtp=owner == "mtp"), numbers, weight, owner)
         layer = int(owner.partition(".")[2]) if owner.startswith("layers.") else None
         placed = grid.placement(cfg, layer) if weight.expert_count else None
         dim, axes = grid.layout.split(weight)
@@ -64,7 +73,7 @@ def each_share(
                     sink(device, f"{owner}.{weight.name}{suffix}", share(array, weight, grid, device))
         return _NOTHING  # what `load` would keep
 
-    checkpoint.load(manifest.dtype, keep_fp8, mtp=mtp, convert=deal)
+    checkpoint.load(manifest.dtype if numbers is None else "float32", keep, mtp=mtp, convert=deal)
     for owner, unit in manifest.owner_units.items():
         table = next((ref for ref in manifest.weights[unit] if ref.name == "w.expert_slots"), None)
         if table is not None:
@@ -76,6 +85,23 @@ def each_share(
 
 
 _NOTHING = np.zeros(0, np.uint8)
+
+
+def emulated(checkpoint: Checkpoint, manifest: Manifest) -> NumberFormats | None:
+    """The number formats that a package computes in as an emulated chip does; None where the graph's own meaning, wide
+    matrices or widened FP8 blocks, is all there is."""
+    found = scheme(manifest.formats)
+    formats = {ref.format for refs in manifest.weights.values() for ref in refs} - {"", "fp8-block"}
+    if not formats:
+        return None
+    return NumberFormats(checkpoint.config, Formats(found.dense, found.experts), manifest.dtype == "float32")
+
+
+def _exact(value: Any, numbers: NumberFormats, weight: Weight, owner: str) -> np.ndarray | Quantized:
+    """Values in the format's own type where the emulation holds them in a wider one."""
+    if not isinstance(value, Quantized):
+        return value
+    return Quantized(value.values.astype(numbers.scheme.held(weight, owner == "mtp").values, copy=False), value.scale)
 
 
 def _order(cfg: ModelConfig, mtp: bool) -> Iterator[str]:

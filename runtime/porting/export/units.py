@@ -10,14 +10,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from backends.toolchains.cut import Exchange, cut
 from backends.toolchains.walker import Graph
 from model import abstract, graph, ops
 from model.cache import CacheRow, cache_rows
 from model.config import LayerType, ModelConfig
-from model.formats import FORMATS
+from model.formats import MatrixFormat, Scheme
 from model.parallel import Parallel
 from model.split import Grid, scale_shape
 from model.weights import Quantized, Weight, layer_weights, outer_weights
@@ -32,17 +32,18 @@ _BATCH = ("tokens", "start", "length", "page_table")
 class Cut:
     """What is exported: a model on a grid of devices, in a number format, with caches of `pool_pages` pages.
 
-    keep_fp8: matrices that a block-FP8 checkpoint quantises are values and block scales. mtp: with the MTP layer,
-    where the model has one.
+    dtype: of activations, caches and whatever the scheme leaves wide. lowerings: ops that the number format replaces
+    (`backends.toolchains.narrow`). mtp: with the MTP layer, where the model has one.
     """
 
     cfg: ModelConfig
     grid: Grid
     dtype: str
-    keep_fp8: bool
+    scheme: Scheme
     page_size: int
     pool_pages: int
     mtp: bool = True
+    lowerings: ops.Lowerings = dataclasses.field(default_factory=dict)
 
     @property
     def axes(self) -> dict[str, int]:
@@ -66,18 +67,24 @@ class Cut:
             return self.grid.local_shape(described)
         return self.grid.layout.local_row(described)
 
-    def local_scale(self, weight: Weight) -> tuple[int, ...]:
-        """One device's block scales of a weight, with those repeated that belong to blocks a cut goes through."""
+    def held(self, weight: Weight, kind: LayerType | None) -> MatrixFormat:
+        """What a device holds a weight of a layer type, or with None of the ends, in."""
+        return self.scheme.held(weight, mtp=kind is not None and kind.mtp)
+
+    def local_scale(self, weight: Weight, fmt: MatrixFormat) -> tuple[int, ...]:
+        """One device's scales of a weight, with those repeated that belong to blocks a cut goes through."""
         dim, axes = self.grid.layout.split(weight)
-        return scale_shape(weight, FORMATS["fp8-block"], self.local(weight), dim, self.grid.layout.parts(axes))
+        return scale_shape(weight, fmt, self.local(weight), dim, self.grid.layout.parts(axes))
 
     def weights(self, kind: LayerType | None) -> dict[str, Any]:
         """Abstract weights of a layer type, or with None the outer ones."""
-        found = abstract.abstract_weights(self.cfg, kind, self.dtype, self.keep_fp8, self.local)
+        found = abstract.abstract_weights(self.cfg, kind, self.dtype, local=self.local)
         for weight in outer_weights(self.cfg) if kind is None else layer_weights(self.cfg, kind):
-            if isinstance(held := found[weight.name], Quantized):
-                scale = jax.ShapeDtypeStruct(self.local_scale(weight), held.scale.dtype)
-                found[weight.name] = Quantized(held.values, scale)
+            if (fmt := self.held(weight, kind)).narrow:
+                found[weight.name] = Quantized(
+                    jax.ShapeDtypeStruct(self.local(weight), fmt.values),
+                    jax.ShapeDtypeStruct(self.local_scale(weight, fmt), fmt.scale),
+                )
         if kind is not None and self.cfg.moe and (width := self.table_width(kind)):
             found["expert_slots"] = jax.ShapeDtypeStruct((self.cfg.moe.experts, width), jnp.int32)
         return found
@@ -108,10 +115,13 @@ def weight_refs(what: Cut, kind: LayerType | None) -> tuple[WeightRef, ...]:
     refs = []
     for weight in outer_weights(what.cfg) if kind is None else layer_weights(what.cfg, kind):
         dim, axes = what.grid.layout.split(weight)
-        split = tuple(axes if d == dim else () for d in range(len(weight.shape)))
-        for suffix, leaf, whole in _leaves(weight, abstracts[weight.name]):
+        fmt = what.held(weight, kind)
+        for suffix, leaf, whole in _leaves(weight, fmt, abstracts[weight.name]):
             if suffix == ".scale" and weight.axes[dim] != "expert" and whole[dim] > 1:  # repeated where blocks are cut
                 whole = (*whole[:dim], leaf.shape[dim] * what.grid.layout.parts(axes), *whole[dim + 1 :])
+            serves_all = suffix == ".scale" and whole[dim] == 1
+            split = tuple(axes if d == dim and not serves_all else () for d in range(len(whole)))
+            spelt = "_scale_inv" if suffix == ".scale" and fmt.shared == "block" else ""
             refs.append(
                 WeightRef(
                     name=f"{owner}.{weight.name}{suffix}",
@@ -119,8 +129,9 @@ def weight_refs(what: Cut, kind: LayerType | None) -> tuple[WeightRef, ...]:
                     dtype=np.dtype(leaf.dtype).name,
                     whole=whole,
                     split=split,
-                    sources=tuple(prefix + s + ("_scale_inv" if suffix == ".scale" else "") for s in weight.sources),
+                    sources=tuple(prefix + s + spelt for s in weight.sources),
                     layout=weight.arrangement.name,
+                    format=fmt.name if suffix else "",
                 )
             )
     if "expert_slots" in abstracts:  # made of the placement, not of the checkpoint
@@ -129,11 +140,11 @@ def weight_refs(what: Cut, kind: LayerType | None) -> tuple[WeightRef, ...]:
     return tuple(refs)
 
 
-def _leaves(weight: Weight, value: Any) -> list[tuple[str, Any, tuple[int, ...]]]:
+def _leaves(weight: Weight, fmt: MatrixFormat, value: Any) -> list[tuple[str, Any, tuple[int, ...]]]:
     if isinstance(value, Quantized):
         return [
             (".values", value.values, weight.shape),
-            (".scale", value.scale, scale_shape(weight, FORMATS["fp8-block"], weight.shape)),
+            (".scale", value.scale, scale_shape(weight, fmt, weight.shape)),
         ]
     return [("", value, weight.shape)]
 
@@ -153,13 +164,16 @@ def units(what: Cut, phase: Phase, gear: Gear) -> dict[str, Chain]:
         else:
             closed = abstract.trace_layer(cfg, kind, shape, what.dtype, mode, weights, cache, par=par, axes=axes)
             outputs = ["x", *(f"cache.{key}" for key in sorted(cache)), "selected"]
-        out[name] = _chain(name, closed, outputs[: len(closed.jaxpr.outvars)])
+        out[name] = _chain(what, name, closed, outputs[: len(closed.jaxpr.outvars)])
     out["head"] = _end(what, shape, "head")
     return out
 
 
-def _chain(name: str, closed: ClosedJaxpr, outputs: Sequence[str]) -> Chain:
+def _chain(what: Cut, name: str, closed: ClosedJaxpr, outputs: Sequence[str]) -> Chain:
     inputs = [_name(argument) for argument in closed.jaxpr.debug_info.arg_names]
+    if what.lowerings:
+        replaced = ops.substitute(jaxpr_as_fun(closed), what.lowerings)
+        closed = _trace(replaced, what, *closed.in_avals)
     aliases = {output + OUT: output for output in outputs if output.startswith("cache.")}
     return cut(name, closed, inputs, [output + OUT for output in outputs], aliases)
 
@@ -195,6 +209,6 @@ def _end(what: Cut, shape: abstract.StepShape, end: Literal["embed", "head"]) ->
         return graph.head(cfg, outer, graph.last_token(hidden, length)[:, 0, :], par), hidden
 
     if end == "embed":
-        return _chain("embed", _trace(embed, what, outer, batch.tokens), ["x"])
+        return _chain(what, "embed", _trace(embed, what, outer, batch.tokens), ["x"])
     x = jax.ShapeDtypeStruct((shape.sequences, shape.tokens, cfg.hidden_size), what.dtype)
-    return _chain("head", _trace(head, what, outer, x, batch.length), ["logits", "hidden"])
+    return _chain(what, "head", _trace(head, what, outer, x, batch.length), ["logits", "hidden"])

@@ -8,6 +8,7 @@ is every sequence's logits and every cache row that a real token was written to.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backends.emulation.host import Converted
+from backends.toolchains.narrow import rounds_activations
 from foundation.errors import Failure, UsageError
-from model import graph
+from model import graph, ops
 from model.cache import cache_rows
 from model.checkpoint import Checkpoint
 from model.config import Gqa, ModelConfig
+from model.formats import matrix_format
 from model.split import Grid
+from model.weights import layer_weights
 from runtime.deployment.manifest import GearUnits, Manifest
 from runtime.execution.package.executor import executor, executor_of
 from runtime.execution.package.runner import Runner, StepBatch, stored_weights
 from runtime.porting.export import shares
+from runtime.porting.export.job import ExportJob
 
 TOLERANCE = 1e-4
+"""Of float32 graphs without rounded activations: the largest absolute difference."""
+ROUNDED = {"float32": 0.02, "bfloat16": 0.05}
+"""Of graphs that round, by what they leave wide: the root mean square of differences, in that of what is right. A value
+half way between two steps of int8 or bfloat16 may go either way, as sums in another order have it."""
 _STEPS = 4
 
 
@@ -36,7 +46,8 @@ class VerificationError(Failure):
 
 @dataclasses.dataclass(frozen=True)
 class Verified:
-    """One program's check: steps taken, the longest context reached, the largest absolute differences."""
+    """One program's check: steps taken, the longest context reached, and how far off, in the measure of the tolerance
+    (`TOLERANCE` or, where `relative`, `ROUNDED`)."""
 
     phase: str
     gear: str
@@ -45,22 +56,44 @@ class Verified:
     context: int
     logits: float
     caches: float
+    tolerance: float = TOLERANCE
+    relative: bool = False
 
     @property
     def worst(self) -> float:
         return max(self.logits, self.caches)
 
+    @property
+    def text(self) -> str:
+        """How far off, for people."""
+        of = " of their size" if self.relative else ""
+        return f"{self.logits:.1e}{of} in logits, {self.caches:.1e}{of} in caches"
 
-def refuse(manifest_format: str, scheme: str, checkpoint: Checkpoint | None, device: int | None) -> None:
+
+def refuse(request: ExportJob) -> None:
     """Raises `UsageError` where a package of this kind cannot be verified here: before it is made."""
-    if executor_of(manifest_format) is None:
-        raise UsageError(f"--verify: no runtime here runs {manifest_format}; verify the same options as onnx")
-    if checkpoint is None:
+    if executor_of(request.format) is None:
+        raise UsageError(f"--verify: no runtime here runs {request.format}; verify the same options as onnx")
+    if request.checkpoint is None:
         raise UsageError("--verify needs weights: give --checkpoint")
-    if scheme != "f32":
-        raise UsageError(f"--verify compares float32 graphs: use --formats f32, not {scheme}")
-    if device is not None:
+    what = request.cut
+    if request.scheme != "f32" and not what.lowerings:
+        raise UsageError(
+            f"--verify compares float32 graphs, or quantised ones with their emulation: use --formats f32, not "
+            f"{request.scheme}"
+        )
+    if request.format == "onnx" and what.dtype == "bfloat16":
+        raise UsageError("--verify: ONNX Runtime has no products in bfloat16 here; leave out --dtype bfloat16")
+    if request.device is not None:
         raise UsageError("--verify runs all devices of the layout: leave out --device")
+    for weight in (weight for kind in what.unit_types.values() for weight in layer_weights(what.cfg, kind)):
+        dim, axes = what.grid.layout.split(weight)
+        rounded = rounds_activations(what.scheme.held(weight))
+        if rounded and weight.axes[dim] and dim == len(weight.shape) - 2 and what.grid.layout.parts(axes) > 1:
+            raise UsageError(
+                f"--verify of {request.scheme} under tensor parallelism has nothing to compare with: each device "
+                "rounds its own part of a token; verify with --tp 1"
+            )
 
 
 def verify(folder: Path, manifest: Manifest, checkpoint: Checkpoint, grid: Grid, seed: int = 0) -> list[Verified]:
@@ -74,10 +107,10 @@ def verify(folder: Path, manifest: Manifest, checkpoint: Checkpoint, grid: Grid,
     for program in manifest.programs:
         runner = Runner(folder, manifest, runtime, weights)
         found = compare(manifest, program, runner, reference, np.random.default_rng(seed))
-        if not found.worst <= TOLERANCE:
+        if not found.worst <= found.tolerance:
             raise VerificationError(
-                f"{manifest.format} {found.phase} at {found.gear} differs from the graph by {found.logits:.2g} in "
-                f"logits and {found.caches:.2g} in caches (at most {TOLERANCE:g}): not exported"
+                f"{manifest.format} {found.phase} at {found.gear} differs from the graph by {found.text} (at most "
+                f"{found.tolerance:g}): not exported"
             )
         out.append(found)
     return out
@@ -92,19 +125,38 @@ class Reference:
     def __init__(self, checkpoint: Checkpoint, manifest: Manifest):
         self.cfg, self.manifest = checkpoint.config, manifest
         self.mtp = manifest.mtp is not None
-        self.weights = jax.tree.map(jnp.asarray, checkpoint.load("float32", mtp=self.mtp))
+        self.numbers = shares.emulated(checkpoint, manifest)
+        source = checkpoint if self.numbers is None else Converted(checkpoint.path, self.numbers)
+        loaded = source.load(self.dtype, keep_fp8=self.numbers is not None, mtp=self.mtp)
+        self.weights = jax.tree.map(jnp.asarray, loaded)
         self._step = jax.jit(self._both, static_argnames="mode")
+
+    @property
+    def dtype(self) -> str:
+        return "float32" if self.numbers is None else self.numbers.dtype
+
+    @property
+    def measure(self) -> tuple[bool, float]:
+        """Whether differences are relative, and how large they may be."""
+        formats = self.numbers.scheme.formats if self.numbers else ()
+        rounds = any(rounds_activations(matrix_format(name)) for name in formats)
+        relative = rounds or self.dtype == "bfloat16"
+        return relative, ROUNDED[self.dtype] if relative else TOLERANCE
 
     def empty(self) -> Caches:
         """Of the main layers, and last of the MTP layer."""
         pages, size = self.manifest.pool_pages, self.manifest.page_size
         kinds = [*self.cfg.layers, *([self.cfg.mtp_type] if self.mtp else [])]
         return [
-            {row.name: jnp.zeros((pages, size, *row.shape), jnp.float32) for row in cache_rows(self.cfg, kind)}
+            {row.name: jnp.zeros((pages, size, *row.shape), self.dtype) for row in cache_rows(self.cfg, kind)}
             for kind in kinds
         ]
 
     def _both(self, weights: Any, caches: Any, batch: graph.Batch, mode: graph.Mode) -> Any:
+        replaced = self.numbers.lowerings() if self.numbers else {}
+        return ops.substitute(functools.partial(self._meant, mode=mode), replaced)(weights, caches, batch)
+
+    def _meant(self, weights: Any, caches: Any, batch: graph.Batch, mode: graph.Mode) -> Any:
         main = self.cfg.num_layers
         out = graph.step(self.cfg, weights, caches[:main], batch, mode)
         if not self.mtp:
@@ -142,6 +194,8 @@ def compare(
             caches[rank] = reference.step(caches[rank], first, True)[1]
         for place, name, _, value in _pairs(runner, reference.cfg, caches):
             runner.caches[place][name] = runner.executor.put(np.array(value))
+    relative, tolerance = reference.measure
+    far = _rms if relative else _far
     worst, worst_cache = 0.0, 0.0
     for number in range(steps):
         batches = []
@@ -157,14 +211,13 @@ def compare(
         for rank in range(dp):
             logits, caches[rank] = reference.step(caches[rank], batches[rank], program.phase == "prefill")
             for found, expected in zip(results, logits, strict=True):
-                worst = max(worst, _far(runner.executor.get(found[rank]["logits"]), expected))
+                worst = max(worst, far(runner.executor.get(found[rank]["logits"]), expected))
             starts[rank] = starts[rank] + batches[rank].length
     for _, _, value, expected in _pairs(runner, reference.cfg, caches):
-        worst_cache = max(worst_cache, _far(runner.executor.get(value)[1:], expected[1:]))
+        worst_cache = max(worst_cache, far(runner.executor.get(value)[1:], expected[1:]))
     shape = f"{gear.sequences} x {gear.tokens} tokens, context {context}"
-    return Verified(
-        program.phase, shape, runner.executor.name, steps, int(max(s.max() for s in starts)), worst, worst_cache
-    )
+    reached = int(max(s.max() for s in starts))
+    return Verified(program.phase, shape, runner.executor.name, steps, reached, worst, worst_cache, tolerance, relative)
 
 
 def _pairs(runner: Runner, cfg: ModelConfig, caches: list[Caches]) -> list[tuple[Any, str, Any, np.ndarray]]:
@@ -181,6 +234,13 @@ def _pairs(runner: Runner, cfg: ModelConfig, caches: list[Caches]) -> list[tuple
 
 def _far(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.max(np.abs(found.astype(np.float64) - expected))) if expected.size else 0.0
+
+
+def _rms(found: np.ndarray, expected: np.ndarray) -> float:
+    """Root mean squares: of the difference, in that of what is expected."""
+    right = np.asarray(expected, np.float64)
+    off = np.linalg.norm(np.asarray(found, np.float64) - right)
+    return float(off / max(np.linalg.norm(right), np.finfo(np.float32).tiny))
 
 
 def _tables(sequences: int, pages: int, rng: np.random.Generator) -> np.ndarray:

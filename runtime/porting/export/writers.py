@@ -8,7 +8,8 @@ from pathlib import Path
 from backends.errors import Unsupported
 from backends.toolchains.walker import Graph
 from runtime.deployment.manifest import Manifest, Step
-from runtime.porting.export.job import op_uses, values
+from runtime.porting.export.job import ExportJob, op_uses, values
+from runtime.porting.export.readme import readme
 
 
 def graph_step(graph: Graph, files: dict[str, str], uses: Counter[tuple[str, str, str]]) -> Step:
@@ -24,26 +25,33 @@ def graph_step(graph: Graph, files: dict[str, str], uses: Counter[tuple[str, str
     )
 
 
+def _described(folder: Path, manifest: Manifest) -> Manifest:
+    """A package with its README."""
+    (folder / "README.md").write_text(readme(manifest), encoding="utf-8")
+    return manifest
+
+
 class StableHloWriter:
-    """A bytecode file and its `jax.export` form for each platform; ops stay composites."""
+    """A bytecode file for any compiler, and a `jax.export` form for each platform; ops stay composites."""
 
     packages: tuple[str, ...] = ()
 
     def write(self, graph: Graph, folder: Path, stem: str) -> Step:
         from backends.toolchains import stablehlo
 
-        files = {}
-        for platform in stablehlo.PLATFORMS:
-            written = stablehlo.write(graph, platform)
-            (folder / f"{stem}.{platform}.mlirbc").write_bytes(written.bytecode)
-            (folder / f"{stem}.{platform}.jax_export").write_bytes(written.serialized)
+        written, files = stablehlo.write(graph), {"any": f"{stem}.mlirbc"}
+        (folder / files["any"]).write_bytes(written.portable)
+        for platform, serialized in written.serialized.items():
             files[platform] = f"{stem}.{platform}.jax_export"
-            files[f"{platform}-bytecode"] = f"{stem}.{platform}.mlirbc"
+            (folder / files[platform]).write_bytes(serialized)
         found = Counter({(name, "composite", name): n for name, n in stablehlo.ops(graph).items()})
         return graph_step(graph, files, found)
 
     def finish(self, folder: Path, manifest: Manifest) -> Manifest:
-        return manifest
+        from backends.toolchains import stablehlo
+
+        manifest.extra["stablehlo"] = {"version": stablehlo.version(), "dialects": ["stablehlo", "func"]}
+        return _described(folder, manifest)
 
 
 class OnnxWriter:
@@ -51,12 +59,17 @@ class OnnxWriter:
 
     packages: tuple[str, ...] = ("onnx",)
 
+    def __init__(self, request: ExportJob):
+        from backends.toolchains.onnx_target import NARROW_OPSET, OPSET
+
+        self.opset = NARROW_OPSET if request.cut.lowerings else OPSET  # of all graphs, so that they can be linked
+
     def write(self, graph: Graph, folder: Path, stem: str) -> Step:
         import onnx
 
         from backends.toolchains import onnx as target
 
-        written = target.write(graph)
+        written = target.write(graph, opset=self.opset)
         try:
             onnx.checker.check_model(written.model, full_check=True)
         except Exception as error:  # of the checker, or of its shape inference
@@ -66,7 +79,8 @@ class OnnxWriter:
         return graph_step(graph, {"any": f"{stem}.onnx"}, found)
 
     def finish(self, folder: Path, manifest: Manifest) -> Manifest:
-        return manifest
+        manifest.extra["onnx"] = {"opset": self.opset}
+        return _described(folder, manifest)
 
 
 class TorchWriter:
@@ -83,4 +97,4 @@ class TorchWriter:
         return graph_step(graph, {"any": f"{stem}.pt2"}, found)
 
     def finish(self, folder: Path, manifest: Manifest) -> Manifest:
-        return manifest
+        return _described(folder, manifest)
