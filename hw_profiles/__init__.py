@@ -6,7 +6,7 @@ nothing else of this project. Start with `load("h200-sxm")`; `README.md` explain
 
 from hw_profiles.checks import check
 from hw_profiles.errors import InvalidOverride, InvalidProfile, MissingFigure, ProfileError, UnknownProfile
-from hw_profiles.fields import FIELDS, KV_FORMATS, RATE_OF_SCHEME, WEIGHT_SCHEMES, is_profile_path
+from hw_profiles.fields import FIELDS, KV_FORMATS, RATE_OF_SCHEME, WEIGHT_SCHEMES, is_profile_path, refused
 from hw_profiles.loader import load, names, parse_override
 from hw_profiles.schema import ChipFormats, Curve, Figure, Grade, Profile, weakest
 from hw_profiles.writer import dumps
@@ -32,5 +32,6 @@ __all__ = [
     "load",
     "names",
     "parse_override",
+    "refused",
     "weakest",
 ]

@@ -105,7 +105,7 @@ def simulate(
         raise UsageError(f"--prefill-devices {prefill_devices} is not a multiple of the layout's {layout.devices}")
     spec = spec_for(
         cfg, found, layout, formats or cfg.stored_scheme, kv, engine, of_engine,
-        expert_load=expert_load, drafts=mtp, accept_length=accept,
+        expert_load=expert_load, drafts=mtp, accept_length=accept, replicas=devices // layout.devices,
     )  # fmt: skip
     load = _workload(concurrency, rate, burstiness, trace_file, requests, isl, osl, length_ratio, seed)
     built = build(spec)
@@ -170,13 +170,15 @@ def _workload(
 
 
 def _disaggregated(built: Built, decode: Any, prefill_devices: int) -> Any:
+    """The same layout in another pool, which prefills."""
     from runtime.serving import Disaggregated
+    from runtime.simulation.transfer import link_assumed, transfer_of
 
-    layout, profile = built.spec.layout, built.spec.profile
-    prefill = dataclasses.replace(decode, replicas=prefill_devices // layout.devices, devices=prefill_devices)
-    link = profile.require("link.scale_out.bandwidth_bytes_per_s").value
-    latency = profile.number("link.scale_out.latency_s") or 5e-6
-    held = built.ledger
-    assert held is not None
-    # every tp rank holds the latents, and each sends its own share over its own network port
-    return Disaggregated(prefill, decode, held.kv_bytes_per_token, link * layout.tp, latency)
+    replicas = prefill_devices // built.spec.layout.devices
+    prefill = dataclasses.replace(decode, replicas=replicas, devices=prefill_devices)
+    spec = dataclasses.replace(built.spec, replicas=replicas)
+    moved = transfer_of(spec, built.spec, 1)
+    sent, latency = moved.kv_bytes_per_token, moved.link_latency_seconds
+    return Disaggregated(
+        prefill, decode, sent, sent / (moved.seconds - latency), latency, link_assumed(spec, built.spec)
+    )

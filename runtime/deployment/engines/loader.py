@@ -1,8 +1,8 @@
 """Reads an engine description and checks it.
 
 A TOML file holds `kind` (which engine it describes: defaults that are formulas and launch flags go by it, never by the
-file's name; "other" where those of none hold), `release`, `prices` (whose operator tables price it), `name`,
-`description` and sections of settings; each
+file's name; "other" where those of none hold), `release`, `prices` (whose operator tables price it), `hosts` (vendors
+of the chips beside which its host times were taken), `name`, `description` and sections of settings; each
 setting is `{value=, source=, date=, grade=, note=}`. Sections only group for the reader: `Engine` is flat.
 A value may depend on the device: `by_memory_gib = [[limit, value], ...]` gives the value for devices
 whose memory is below `limit` GiB (first match); `value` is what holds when the memory is not given. Or on the chip and
@@ -142,7 +142,8 @@ class Setting:
 class Engine:
     """One serving engine's policy and overheads. Tokens, seconds and fractions of one.
 
-    kind, release: which engine this is. prices: whose operator tables price it.
+    kind, release: which engine this is. prices: whose operator tables price it. hosts: vendors of the chips beside
+        which its host times were taken; empty: it does not say.
 
     Scheduling
     policy: "prefill-first": while a prompt waits and is admitted, steps compute prompts only and decoding
@@ -217,6 +218,7 @@ class Engine:
     kind: str = ""
     release: str = ""
     prices: Tables = "sglang"
+    hosts: tuple[str, ...] = ()
     cache: CacheRules = CacheRules()
     eager_layer_host_seconds: float = 0.0
     eager_sparse_layer_host_seconds: float = 0.0
@@ -315,7 +317,7 @@ def _say(where: str, fault: Fault) -> str:
     return f"{where}: {place(fault.path)} = {fault.shown} {wrong}"
 
 
-_ABOUT = ("name", "description", "kind", "release", "prices")
+_ABOUT = ("name", "description", "kind", "release", "prices", "hosts")
 _SETTINGS = tuple(f.name for f in fields(Engine) if f.name not in (*_ABOUT, "cache", "evidence"))
 _REQUIRED = tuple(f.name for f in fields(Engine) if f.name in _SETTINGS and f.default is MISSING)
 
