@@ -21,9 +21,9 @@ from runtime.deployment.plan import Demand, Plan, Predicted
 from runtime.planning.contender import Contender, Part, plan_of
 from runtime.planning.estimate import Estimate
 from runtime.planning.options import Question, make_option
-from runtime.simulation.transfer import transfer_of
 from runtime.planning.predict import predicted, simulate_plan
 from runtime.planning.search import Chips, search
+from runtime.simulation.transfer import transfer_of
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
 BEGIN, END = "<!-- begin: made by `python -m bench.recipes` -->", "<!-- end -->"

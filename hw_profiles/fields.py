@@ -15,6 +15,8 @@ WEIGHT_SCHEMES = (
     "bf16", "fp16", "fp8-block", "fp8-tensor", "fp8-channel", "mxfp8", "mxfp4", "nvfp4", "nvfp4a16", "w8a8-int8",
     "w4a8", "w4a16", "w4afp8",
 )  # fmt: skip
+FORMAT_OF_SCHEME = {"fp8": "fp8-block", "w8a8": "w8a8-int8"}
+"""Formats that a person asks for by another name (`--formats fp8`); a profile may list them by either."""
 KV_FORMATS = ("bf16", "fp8", "int8")
 TOPOLOGIES = ("switch", "full-mesh", "clos", "bridge", "pcie")
 
@@ -111,6 +113,11 @@ ROOTS = ("chip", "node", "link", "overhead", "efficiency")
 def is_profile_path(path: str) -> bool:
     """True if `--set path=…` is meant for a profile (and not, say, for `model.index_topk`)."""
     return path.split(".", 1)[0] in ROOTS
+
+
+def asked_as(scheme: str) -> str:
+    """The name that `--formats` has for a weight format."""
+    return next((name for name, known in FORMAT_OF_SCHEME.items() if known == scheme), scheme)
 
 
 def refused(path: str) -> str | None:

@@ -92,7 +92,8 @@ def _override(profile: Profile, overrides: Mapping[str, Override]) -> Profile:
         if field in FIELDS:
             what = wrong_value(field, value)
             if not what:
-                figures[field] = Figure(float(value), FIELDS[field].unit, SET, "", "user")  # pyright: ignore
+                old = profile.number(field)
+                figures[field] = Figure(float(value), FIELDS[field].unit, SET, "", "user", replaces=old)  # pyright: ignore
         elif field in CURVES:
             knots = value if isinstance(value, list) else [[1.0, value]]
             what = wrong_knots(knots)

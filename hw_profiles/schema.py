@@ -41,7 +41,8 @@ class Figure:
     """One number and where it comes from.
 
     `value` is in `unit` (SI base units). `range` is the (low, high) of disagreeing sources, which `note`
-    lists. `date` (YYYY, YYYY-MM or YYYY-MM-DD) is when the source was published or, undated, read.
+    lists. `date` (YYYY, YYYY-MM or YYYY-MM-DD) is when the source was published or, undated, read. `replaces`: what
+    stood here before `--set`.
     """
 
     value: float
@@ -51,6 +52,7 @@ class Figure:
     grade: Grade
     note: str = ""
     range: tuple[float, float] | None = None
+    replaces: float | None = None
 
     @property
     def evidence(self) -> Evidence:

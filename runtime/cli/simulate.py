@@ -66,12 +66,11 @@ def simulate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Simulate serving a load: latency, throughput, queueing, and how far to trust them."""
-    import hw_profiles
     from model.hf_config import load_config
     from model.split import Layout
     from runtime.serving import Trace
     from runtime.serving import simulate as run_load
-    from runtime.simulation.build import build, model_override, spec_for, split_settings
+    from runtime.simulation.build import build, chip_with, model_override, spec_for, split_settings
 
     for path in (trace, html):
         if path and not path.parent.is_dir():
@@ -94,7 +93,7 @@ def simulate(
     cfg = load_config(model)
     for path, value in of_model:
         cfg = model_override(cfg, path, value)
-    found = hw_profiles.load(profile, chip)
+    found = chip_with(profile, chip)
     layout = Layout(tp or max(1, devices // (dp * pp)), dp, ep, pp)
     if devices % layout.devices:
         raise UsageError(

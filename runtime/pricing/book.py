@@ -18,9 +18,9 @@ from numpy.typing import ArrayLike
 
 from foundation.reading import Unreadable, read_json
 from model.formats import matrix_format
+from runtime.pricing.adjust import Changes, OtherChip, reference_chip
 from runtime.pricing.chip import Chip, rate_of
 from runtime.pricing.grid import Array, Polyline, Surface, log_knots
-from runtime.pricing.adjust import Changes, OtherChip, reference_chip
 from runtime.pricing.kernel import KERNEL_BOUNDS, Kernel, Timing, kernel_from_json
 from runtime.pricing.load import ExpertLoad
 from runtime.pricing.network import Network

@@ -30,7 +30,7 @@ DEFAULTS: Mapping[str, tuple[float, str]] = {
 
 
 def rate_of(weight_format: str) -> str:
-    """Which peak rate a weight format computes at: "fp32", "fp16", "bf16", "fp8", "int8" or "fp4". Raises `PriceError`."""
+    """Which of `RATES` a weight format computes at. Raises `PriceError`."""
     try:
         base = matrix_format(weight_format).base
     except UsageError as error:

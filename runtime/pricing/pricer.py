@@ -96,8 +96,8 @@ class GraphPricer:
     """Prices steps of one rank (a copy of the attention weights) of a deployment.
 
     shared: tables of earlier pricers of the same book and load, which are used and added to: layouts that differ
-    in pp, and formats that differ in the cache's, have most of theirs in common. coarse: fewer knots. replicas: how many
-    of the layout sit one behind another (see `placement`).
+    in pp, and formats that differ in the cache's, have most of theirs in common. coarse: fewer knots. replicas: how
+    many of the layout sit one behind another (see `placement`).
     """
 
     def __init__(

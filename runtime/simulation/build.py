@@ -25,6 +25,7 @@ from runtime.serving import Deployment, Speculation
 
 RUNTIME_BYTES, COMMUNICATION_BYTES = 2.0e9, 0.5e9
 """Where a profile has no figure for what the driver and runtime keep back, and for collective buffers."""
+_HALF, _BRAIN = (f"chip.peak.{name}_flops_per_s" for name in ("fp16", "bf16"))
 _ACCEPTED = 0.65
 """Chance that a draft is taken, where nobody says."""
 
@@ -132,10 +133,19 @@ def split_settings(settings: list[str]) -> tuple[dict[str, Any], list[tuple[str,
             of_engine[field.removeprefix("engine.")] = _parsed(value)
         else:
             path, number = hw_profiles.parse_override(setting)
-            if why := hw_profiles.refused(path):
-                raise UsageError(f"--set {path}: {why}")
             chip[path] = number
     return chip, of_model, of_engine
+
+
+def chip_with(name: str, settings: Mapping[str, Any]) -> Profile:
+    """A profile with figures set by hand. Raises `ProfileError`, or `UsageError` for one that would change no answer."""
+    found = hw_profiles.load(name, settings)
+    for path in settings:
+        if why := hw_profiles.refused(path):
+            raise UsageError(f"--set {path}: {why}")
+        if path == _HALF and found.number(_BRAIN) is not None:
+            raise UsageError(f"--set {path}: 16-bit products on {found.name} are at the rate of {_BRAIN}; set that")
+    return found
 
 
 def _parsed(value: str) -> Any:
@@ -244,7 +254,7 @@ def assumed(spec: Spec, memory: bool = True, drafting: bool = True) -> frozenset
         )
     if drafting and spec.drafts and spec.accept_length is None:
         mean = _default_acceptance(spec.drafts)
-        found.add(f"{mean:.2f} tokens a step with {spec.drafts} drafts: a draft is taken {_ACCEPTED:g} of the time")
+        found.add(f"MTP acceptance {_ACCEPTED:g} a draft: {mean:.2f} tokens a step with {spec.drafts} drafted")
     return frozenset(found)
 
 

@@ -22,11 +22,11 @@ from runtime.planning.check import check
 from runtime.planning.contender import Contender, Part, mark_front, plan_of
 from runtime.planning.estimate import Estimate, OptionPrices
 from runtime.planning.options import Question, make_option, options, schemes
-from runtime.simulation.transfer import sequence_kv_bytes_per_token, transfer_of
 from runtime.planning.predict import predicted, simulate_plan
 from runtime.planning.search import Chips, search
 from runtime.planning.smallest import counts, smallest
 from runtime.simulation.build import PriceTables
+from runtime.simulation.transfer import sequence_kv_bytes_per_token, transfer_of
 
 FP8 = "glm-5-fp8"
 LIGHT = Demand(isl=2048, osl=128, concurrency=8)
