@@ -37,6 +37,8 @@ from bench.fit.tables import (  # noqa: E402
     package_version,
 )
 from bench.fit.transfer import CHIPS, transfer_jobs  # noqa: E402
+from hw_profiles import load  # noqa: E402
+from runtime.pricing.adjust import BESIDE  # noqa: E402
 
 SMOOTH = 0.5
 
@@ -86,11 +88,21 @@ def fit_system(system: System, report: bool) -> dict[str, Any]:
         "profile": system.profile,
         "data": {"package": PACKAGE, "version": package_version(), "licence": "Apache-2.0", "system": system.folder},
         "date": date.today().isoformat(),
-        "relative_to": {"peak_flops_per_s": system.peaks, "memory_bandwidth_bytes_per_s": system.bandwidth},
+        "relative_to": {
+            "peak_flops_per_s": system.peaks,
+            "memory_bandwidth_bytes_per_s": system.bandwidth,
+            "figures": figures_beside(system.profile),
+        },
         "error_meaning": "[median, 90th percentile] of |predicted / measured - 1|",
         "kernels": {**kernels, "memory/any/any": memory_kernel(kernels, tables)},
         "collectives": collective_tables(tables),
     }
+
+
+def figures_beside(profile: str) -> dict[str, float]:
+    """The profile's figures that the tables stand beside."""
+    found = load(profile)
+    return {path: number for path in BESIDE if (number := found.number(path)) is not None}
 
 
 def memory_kernel(kernels: dict[str, Any], tables: Tables) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from runtime.deployment.plan import Demand, Plan, Predicted
 from runtime.planning.contender import Contender, Part, plan_of
 from runtime.planning.estimate import Estimate
 from runtime.planning.options import Question, make_option
-from runtime.planning.pairs import transfer_of
 from runtime.planning.predict import predicted, simulate_plan
 from runtime.planning.search import Chips, search
+from runtime.simulation.transfer import transfer_of
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
 BEGIN, END = "<!-- begin: made by `python -m bench.recipes` -->", "<!-- end -->"
@@ -130,12 +130,12 @@ def recipe_plan(case: Case, recipe: Recipe) -> Plan:
     """The recipe as a plan: nothing searched."""
     asked, profile = question_of(case), hw_profiles.load(case.chip)
     chosen = [
-        (make_option(asked, profile, layout, case.scheme, recipe.kv, recipe.settings), replicas)
+        (make_option(asked, profile, layout, case.scheme, recipe.kv, recipe.settings, replicas=replicas), replicas)
         for layout, replicas in recipe.pools
     ]
     roles = ("serve",) if len(chosen) == 1 else ("prefill", "decode")
     parts = tuple(Part(role, option, n) for role, (option, n) in zip(roles, chosen, strict=True))  # type: ignore[arg-type]
-    transfer = transfer_of(asked, chosen[0][0], chosen[1][0]) if len(chosen) > 1 else None
+    transfer = transfer_of(chosen[0][0].spec, chosen[1][0].spec, case.demand.isl) if len(chosen) > 1 else None
     nothing = Estimate(case.demand.concurrency or 1, 0.0, 0.0, 0.0, 0.0)
     return plan_of(Contender(parts, nothing, (), transfer), asked, case.devices)
 

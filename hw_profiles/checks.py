@@ -6,7 +6,7 @@ bands on rates and domain sizes yield to a note: a figure that explains itself p
 
 from collections.abc import Callable, Iterator
 
-from hw_profiles.fields import RATE_OF_SCHEME
+from hw_profiles.fields import RATE_OF_SCHEME, asked_as
 from hw_profiles.schema import Profile
 
 # Rate of a format over the bf16 rate (fp16 where bf16 is absent), matmul unit.
@@ -111,4 +111,4 @@ def _formats(profile: Profile) -> Iterator[_Problem]:
     for scheme in profile.formats.weights:
         path = f"chip.peak.{RATE_OF_SCHEME[scheme]}_flops_per_s"
         if profile.get(path) is None and not profile.formats.note:
-            yield "formats.weights", f"lists {scheme}, but there is no {path}; add it or say why in its note"
+            yield "formats.weights", f"lists {asked_as(scheme)}, but there is no {path}; add it or say why in its note"

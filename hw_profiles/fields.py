@@ -15,6 +15,8 @@ WEIGHT_SCHEMES = (
     "bf16", "fp16", "fp8-block", "fp8-tensor", "fp8-channel", "mxfp8", "mxfp4", "nvfp4", "nvfp4a16", "w8a8-int8",
     "w4a8", "w4a16", "w4afp8",
 )  # fmt: skip
+FORMAT_OF_SCHEME = {"fp8": "fp8-block", "w8a8": "w8a8-int8"}
+"""Formats that a person asks for by another name (`--formats fp8`); a profile may list them by either."""
 KV_FORMATS = ("bf16", "fp8", "int8")
 TOPOLOGIES = ("switch", "full-mesh", "clos", "bridge", "pcie")
 
@@ -38,24 +40,28 @@ RATE_OF_SCHEME = {
 
 @dataclass(frozen=True)
 class Field:
-    """One numeric field: `unit`, the closed interval [`low`, `high`] that is not absurd, `meaning`."""
+    """One numeric field: `unit`, the closed interval [`low`, `high`] that is not absurd, `meaning`.
+
+    answers: plans and simulations depend on it; otherwise it is there for people to compare.
+    """
 
     unit: str
     low: float
     high: float
     meaning: str
     whole: bool = False
+    answers: bool = True
 
 
 def _fields() -> dict[str, Field]:
     table: dict[str, Field] = {}
     for name in RATE_FORMATS:
         table[f"chip.peak.{name}_flops_per_s"] = Field(
-            "FLOP/s", 1e6, 1e17, f"dense {name} rate of the matmul unit alone"
+            "FLOP/s", 1e6, 1e17, f"dense {name} rate of the matmul unit alone", answers=name not in ("tf32", "int4")
         )
     for name in ("fp32", "fp16", "bf16", "int8"):
         table[f"chip.vector.{name}_flops_per_s"] = Field(
-            "FLOP/s", 1e6, 1e16, f"{name} rate of the vector (non-matmul) unit"
+            "FLOP/s", 1e6, 1e16, f"{name} rate of the vector (non-matmul) unit", answers=False
         )
     bandwidth, latency = ("bytes/s", 1e3, 1e14), ("s", 1e-9, 1.0)
     table |= {
@@ -63,13 +69,15 @@ def _fields() -> dict[str, Field]:
         "chip.memory.usable_bytes": Field("bytes", 1e6, 1e13, "device memory an application sees in all"),
         "chip.memory.bandwidth_bytes_per_s": Field(*bandwidth, "peak bandwidth, reads plus writes"),
         "node.devices": Field("devices", 1, 1024, "devices in one server", whole=True),
-        "link.die.bandwidth_bytes_per_s": Field(*bandwidth, "between two dies of one package, per direction"),
-        "link.die.latency_s": Field(*latency, "between two dies of one package"),
+        "link.die.bandwidth_bytes_per_s": Field(
+            *bandwidth, "between two dies of one package, per direction", answers=False
+        ),
+        "link.die.latency_s": Field(*latency, "between two dies of one package", answers=False),
         "link.scale_up.bandwidth_bytes_per_s": Field(*bandwidth, "per device and direction, all links"),
         "link.scale_up.latency_s": Field(*latency, "one hop inside the domain, same server"),
         "link.scale_up.cross_node_latency_s": Field(*latency, "one hop inside the domain, between servers"),
         "link.scale_up.domain_devices": Field("devices", 2, 1e6, "devices sharing the fabric", whole=True),
-        "link.scale_up.links": Field("links", 1, 1024, "links the bandwidth is spread over", whole=True),
+        "link.scale_up.links": Field("links", 1, 1024, "links the bandwidth is spread over", whole=True, answers=False),
         "link.scale_out.bandwidth_bytes_per_s": Field(*bandwidth, "per device and direction"),
         "link.scale_out.latency_s": Field(*latency, "one message between domains"),
         "link.host.bandwidth_bytes_per_s": Field(*bandwidth, "device to host memory, per direction"),
@@ -85,6 +93,7 @@ def _fields() -> dict[str, Field]:
 
 
 FIELDS: dict[str, Field] = _fields()
+_ANY = Field("", 0, 0, "")
 
 # Efficiency curves: path -> unit of the size axis.
 CURVES = {"efficiency.compute": "FLOP", "efficiency.memory": "bytes", "efficiency.network": "bytes"}
@@ -97,6 +106,7 @@ LABELS: dict[str, tuple[str, ...] | None] = {
     "link.scale_out.topology": TOPOLOGIES,
 }
 
+_UNITS = ("_flops_per_s", "_bytes_per_s", "_bytes", "_s")
 ROOTS = ("chip", "node", "link", "overhead", "efficiency")
 
 
@@ -105,11 +115,31 @@ def is_profile_path(path: str) -> bool:
     return path.split(".", 1)[0] in ROOTS
 
 
+def asked_as(scheme: str) -> str:
+    """The name that `--formats` has for a weight format."""
+    return next((name for name, known in FORMAT_OF_SCHEME.items() if known == scheme), scheme)
+
+
+def refused(path: str) -> str | None:
+    """Why setting a known field would change no plan and no simulation, or None where it does change some."""
+    if path in LABELS or not FIELDS.get(path, _ANY).answers:
+        return "no plan and no simulation depends on it; it is there for people to compare"
+    return None
+
+
 def suggest(path: str, known: tuple[str, ...] | None = None) -> str:
-    """`'; did you mean X?'` for a misspelt dotted path, or an empty string."""
+    """`'; did you mean X?'` for a misspelt dotted path, or an empty string.
+
+    The nearest, with its unit or without: who writes `bandwith` means `bandwidth_bytes_per_s`.
+    """
     known = known or (*FIELDS, *CURVES, *LABELS)
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
-    return f"; did you mean {close[0]}?" if close else ""
+
+    def likeness(name: str) -> float:
+        without = next((name.removesuffix(unit) for unit in _UNITS if name.endswith(unit)), name)
+        return max(difflib.SequenceMatcher(None, path, each).ratio() for each in (name, without))
+
+    nearest = max(known, key=likeness, default="")
+    return f"; did you mean {nearest}?" if nearest and likeness(nearest) >= 0.75 else ""
 
 
 def wrong_value(path: str, value: object) -> str | None:

@@ -8,7 +8,7 @@ from foundation.reading import Unreadable, read_toml
 from hw_profiles.errors import InvalidOverride, InvalidProfile, UnknownProfile
 from hw_profiles.fields import CURVES, FIELDS, LABELS, show, suggest, wrong_value
 from hw_profiles.parse import parse, wrong_knots
-from hw_profiles.schema import Curve, Figure, Profile
+from hw_profiles.schema import SET, Curve, Figure, Profile
 
 PROFILES = Path(__file__).parent / "profiles"
 
@@ -25,6 +25,7 @@ ALIASES = {
     "cpu": "cpu-host",
 }
 
+CAPACITY, USABLE = "chip.memory.capacity_bytes", "chip.memory.usable_bytes"
 Override = float | str | list[list[float]]
 
 
@@ -91,13 +92,14 @@ def _override(profile: Profile, overrides: Mapping[str, Override]) -> Profile:
         if field in FIELDS:
             what = wrong_value(field, value)
             if not what:
-                figures[field] = Figure(float(value), FIELDS[field].unit, "--set", "", "user")  # pyright: ignore
+                old = profile.number(field)
+                figures[field] = Figure(float(value), FIELDS[field].unit, SET, "", "user", replaces=old)  # pyright: ignore
         elif field in CURVES:
             knots = value if isinstance(value, list) else [[1.0, value]]
             what = wrong_knots(knots)
             if not what:
                 pairs = tuple((float(size), float(share)) for size, share in knots)
-                curves[field] = Curve(pairs, CURVES[field], "--set", "", "user")
+                curves[field] = Curve(pairs, CURVES[field], SET, "", "user")
         elif field in LABELS:
             allowed = LABELS[field]
             if not isinstance(value, str) or (allowed and value not in allowed):
@@ -108,6 +110,25 @@ def _override(profile: Profile, overrides: Mapping[str, Override]) -> Profile:
             what = f"no such field{suggest(field) or '; `glm5 profiles show NAME` lists them'}"
         if what:
             problems.append(f"--set {show(field)}: {what}")
+    if not problems:
+        figures |= _memory(profile, figures, problems)
     if problems:
         raise InvalidOverride(problems)
     return dataclasses.replace(profile, figures=figures, curves=curves, labels=labels)
+
+
+def _memory(profile: Profile, figures: Mapping[str, Figure], problems: list[str]) -> dict[str, Figure]:
+    """Usable memory that goes with another capacity: the same share of it, unless it was set as well."""
+    capacity, usable = (figures.get(path) for path in (CAPACITY, USABLE))
+    if capacity is None or usable is None:
+        return {}
+    if usable.source != SET and capacity.source == SET:
+        old = profile.figures.get("chip.memory.capacity_bytes")
+        share = usable.value / old.value if old else 1.0
+        note = f"{share:.4g} of the capacity, as before" if old else "all of the capacity"
+        return {USABLE: Figure(capacity.value * share, usable.unit, f"{SET} {CAPACITY}", "", "user", note)}
+    if usable.value > capacity.value and SET in (usable.source, capacity.source):
+        problems.append(
+            f"--set {USABLE}: {usable.value:.6g} is more than {CAPACITY}, {capacity.value:.6g}; set that as well"
+        )
+    return {}

@@ -11,11 +11,13 @@ from hw_profiles.errors import InvalidProfile
 from hw_profiles.fields import (
     CURVES,
     FIELDS,
+    FORMAT_OF_SCHEME,
     KV_FORMATS,
     LABELS,
     ROOTS,
     WEIGHT_SCHEMES,
     ChipKind,
+    asked_as,
     show,
     suggest,
     wrong_value,
@@ -186,12 +188,15 @@ class _Parser:
         self.only("formats", entry, ("weights", "kv", *_ORIGIN))
         before = len(self.problems)
         lists: dict[str, tuple[str, ...]] = {}
-        for key, allowed in (("weights", WEIGHT_SCHEMES), ("kv", KV_FORMATS)):
+        for key, allowed, aliases in (("weights", WEIGHT_SCHEMES, FORMAT_OF_SCHEME), ("kv", KV_FORMATS, {})):
             value = entry.get(key)
-            if isinstance(value, list) and value and all(isinstance(v, str) and v in allowed for v in value):
-                lists[key] = tuple(value)
+            listed = value if isinstance(value, list) else []
+            named = [aliases.get(v, v) if isinstance(v, str) else v for v in listed]
+            if named and all(isinstance(v, str) and v in allowed for v in named):
+                lists[key] = tuple(dict.fromkeys(named))
             else:
-                self.wrong(f"formats.{key}", f"must list some of {', '.join(allowed)}, got {show(value)}")
+                known = ", ".join(asked_as(each) for each in allowed)
+                self.wrong(f"formats.{key}", f"must list some of {known}, got {show(value)}")
         origin = self.origin("formats", entry)
         return ChipFormats(**lists, **origin) if len(self.problems) == before else None
 

@@ -14,6 +14,8 @@ from hw_profiles.errors import MissingFigure
 from hw_profiles.fields import CURVES, FIELDS, ChipKind, suggest
 
 Grade = Literal["measured", "A", "B", "C", "user"]
+SET = "--set"
+"""The source of a figure that was set by hand."""
 GRADES: tuple[Grade, ...] = ("measured", "A", "B", "C", "user")
 """Strongest first. measured: on the machine at hand; A: vendor datasheet or paper; B: measured by a third
 party or found in a vendor engineer's code; C: community, disputed or carried over from another chip;
@@ -39,7 +41,8 @@ class Figure:
     """One number and where it comes from.
 
     `value` is in `unit` (SI base units). `range` is the (low, high) of disagreeing sources, which `note`
-    lists. `date` (YYYY, YYYY-MM or YYYY-MM-DD) is when the source was published or, undated, read.
+    lists. `date` (YYYY, YYYY-MM or YYYY-MM-DD) is when the source was published or, undated, read. `replaces`: what
+    stood here before `--set`.
     """
 
     value: float
@@ -49,6 +52,7 @@ class Figure:
     grade: Grade
     note: str = ""
     range: tuple[float, float] | None = None
+    replaces: float | None = None
 
     @property
     def evidence(self) -> Evidence:
@@ -157,6 +161,13 @@ class Profile:
             return self.curves[path].knots[-1][1] if path in self.curves else None
         figure = self.get(path)
         return figure.value if figure else None
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """What was set by hand, by field: the overrides that `load` takes to give this profile again."""
+        found = {path: figure.value for path, figure in self.figures.items() if figure.source == SET}
+        found |= {path: curve.knots[-1][1] for path, curve in self.curves.items() if curve.source == SET}
+        return dict(sorted(found.items()))
 
     @property
     def absent(self) -> tuple[str, ...]:

@@ -127,15 +127,15 @@ def plan(
 
 def _chips(names: list[str], devices: int | None, default: int, settings: Mapping[str, Override]) -> list[Chips]:
     """The chips of --profile, with their numbers. Raises `UsageError` or `ProfileError`."""
-    import hw_profiles
     from runtime.planning.search import Chips
+    from runtime.simulation.build import chip_with
 
     if len(names) > 2:
         raise UsageError(f"{len(names)} profiles: give one, or two to prefill on one and decode on the other")
     named = [_split(text) for text in names]
     if devices is not None and all(count is not None for _, count in named):
         raise UsageError(f"--devices {devices}: --profile {names[0]} has a number already; leave out one of the two")
-    return [Chips(hw_profiles.load(name, settings), count or devices or default) for name, count in named]
+    return [Chips(chip_with(name, settings), count or devices or default) for name, count in named]
 
 
 def _answer(question: Question, chips: list[Chips], expert_load: Path | None) -> Plan:

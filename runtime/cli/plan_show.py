@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from runtime.cli.simulated import show_assumed
+
 if TYPE_CHECKING:
     from runtime.deployment.plan import Device, Plan, Pool
 
@@ -115,6 +117,7 @@ def _predicted(console: object, plan: Plan) -> None:
     outside = f", {got.extrapolated:.0%} of steps outside the fits' range" if got.extrapolated else ""
     limit = f"; limited by {got.saturated_by}" if got.saturated_by else f"; bound by {got.bottleneck}"
     console.print(f"evidence: {got.evidence}{outside}{limit}")
+    show_assumed(console, got.assumed)
 
 
 def _alike(pool: Pool) -> list[list[Device]]:

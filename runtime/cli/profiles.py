@@ -1,4 +1,4 @@
-"""`glm5 profiles`: list, show, check and compare the accelerators of `hw_profiles/`.
+"""`glm5 profiles`: list, show, check, compare and begin the accelerators of `hw_profiles/`.
 
 `app` is a typer sub-application. An expected error is one line on stderr and exit code 2.
 """
@@ -6,6 +6,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,8 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from foundation.errors import Failure
+from foundation.writing import replacing
 from hw_profiles import (
     FIELDS,
+    NEEDED,
     ChipFormats,
     Curve,
     Figure,
@@ -23,11 +27,12 @@ from hw_profiles import (
     check,
     load,
     names,
+    new_profile,
     parse_override,
     weakest,
 )
 
-app = typer.Typer(help="Accelerator profiles: list, show, check, compare.", no_args_is_help=True)
+app = typer.Typer(help="Accelerator profiles: list, show, check, compare, begin one.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ProfileName = Annotated[str, typer.Argument(help="A shipped profile's name, or the path of a TOML file.")]
@@ -42,6 +47,10 @@ _COLUMNS = (
     ("memory_bytes_per_s", "memory\nTB/s", "chip.memory.bandwidth_bytes_per_s", 1e12),
     ("scale_up_bytes_per_s", "scale-up\nGB/s", "link.scale_up.bandwidth_bytes_per_s", 1e9),
 )
+
+
+_ASKED = dict(zip(NEEDED, ("--bf16 FLOP/s", "--memory bytes", "--bandwidth bytes/s"), strict=True))
+"""The options of `new` for what every answer needs."""
 
 
 @app.command("list")
@@ -112,6 +121,43 @@ def check_file(name: ProfileName, as_json: Json = False) -> None:
 
 
 @app.command()
+def new(
+    file: Annotated[Path, typer.Argument(help="The TOML file to write.")],
+    bf16: Annotated[float | None, typer.Option(help="Dense bf16 rate of the matmul unit, FLOP/s.")] = None,
+    memory: Annotated[float | None, typer.Option(help="Memory of a device, bytes.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="Memory bandwidth, bytes/s.")] = None,
+    figures: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other figure: field=value. Repeatable.")
+    ] = None,
+    formats: Annotated[str, typer.Option(help="Weight formats it computes in, with commas between.")] = "bf16",
+    kv: Annotated[str, typer.Option(help="Formats it keeps a KV cache in, with commas between.")] = "bf16",
+    name: Annotated[str | None, typer.Option(help="Name of the chip [default: the file's].")] = None,
+    vendor: Annotated[str, typer.Option(help="Who makes it.")] = "own",
+    source: Annotated[str, typer.Option(help="Where the figures come from.")] = "given by hand",
+    grade: Annotated[
+        str, typer.Option(help="How good they are: measured, A, B, C or user (see profiles show).")
+    ] = "user",
+) -> None:
+    """Write a commented profile of a chip, from the figures that you have; the rest stays to be filled in."""
+    with _expected_errors():
+        given = {
+            field: value for field, value in zip(NEEDED, (bf16, memory, bandwidth), strict=True) if value is not None
+        }
+        given |= dict(parse_override(text) for text in figures or ())
+        text = new_profile(
+            name or file.stem.lower(), vendor, given, formats.split(","), kv.split(","), source, grade,
+            missing="give " + " and ".join(_ASKED[field] for field in NEEDED if field not in given),
+        )  # fmt: skip
+        if file.suffix != ".toml":
+            raise ProfileError(f"{file}: a profile's file ends in .toml")
+        if file.exists():
+            raise ProfileError(f"{file}: is there already; name another file")
+        with replacing(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    typer.echo(f"wrote {file}; `glm5 profiles check {file}` checks it, `--profile {file}` uses it")
+
+
+@app.command()
 def diff(first: ProfileName, second: ProfileName, as_json: Json = False) -> None:
     """The figures of two profiles side by side, with the ratio second / first."""
     with _expected_errors():
@@ -135,7 +181,7 @@ def diff(first: ProfileName, second: ProfileName, as_json: Json = False) -> None
 def _expected_errors() -> Iterator[None]:
     try:
         yield
-    except ProfileError as error:
+    except Failure as error:
         typer.echo(f"glm5: {error}", err=True)
         raise typer.Exit(2) from None
 

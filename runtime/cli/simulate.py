@@ -66,12 +66,11 @@ def simulate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Simulate serving a load: latency, throughput, queueing, and how far to trust them."""
-    import hw_profiles
     from model.hf_config import load_config
     from model.split import Layout
     from runtime.serving import Trace
     from runtime.serving import simulate as run_load
-    from runtime.simulation.build import build, model_override, spec_for, split_settings
+    from runtime.simulation.build import build, chip_with, model_override, spec_for, split_settings
 
     for path in (trace, html):
         if path and not path.parent.is_dir():
@@ -94,7 +93,7 @@ def simulate(
     cfg = load_config(model)
     for path, value in of_model:
         cfg = model_override(cfg, path, value)
-    found = hw_profiles.load(profile, chip)
+    found = chip_with(profile, chip)
     layout = Layout(tp or max(1, devices // (dp * pp)), dp, ep, pp)
     if devices % layout.devices:
         raise UsageError(
@@ -105,7 +104,7 @@ def simulate(
         raise UsageError(f"--prefill-devices {prefill_devices} is not a multiple of the layout's {layout.devices}")
     spec = spec_for(
         cfg, found, layout, formats or cfg.stored_scheme, kv, engine, of_engine,
-        expert_load=expert_load, drafts=mtp, accept_length=accept,
+        expert_load=expert_load, drafts=mtp, accept_length=accept, replicas=devices // layout.devices,
     )  # fmt: skip
     load = _workload(concurrency, rate, burstiness, trace_file, requests, isl, osl, length_ratio, seed)
     built = build(spec)
@@ -170,13 +169,15 @@ def _workload(
 
 
 def _disaggregated(built: Built, decode: Any, prefill_devices: int) -> Any:
+    """The same layout in another pool, which prefills."""
     from runtime.serving import Disaggregated
+    from runtime.simulation.transfer import link_assumed, transfer_of
 
-    layout, profile = built.spec.layout, built.spec.profile
-    prefill = dataclasses.replace(decode, replicas=prefill_devices // layout.devices, devices=prefill_devices)
-    link = profile.require("link.scale_out.bandwidth_bytes_per_s").value
-    latency = profile.number("link.scale_out.latency_s") or 5e-6
-    held = built.ledger
-    assert held is not None
-    # every tp rank holds the latents, and each sends its own share over its own network port
-    return Disaggregated(prefill, decode, held.kv_bytes_per_token, link * layout.tp, latency)
+    replicas = prefill_devices // built.spec.layout.devices
+    prefill = dataclasses.replace(decode, replicas=replicas, devices=prefill_devices)
+    spec = dataclasses.replace(built.spec, replicas=replicas)
+    moved = transfer_of(spec, built.spec, 1)
+    sent, latency = moved.kv_bytes_per_token, moved.link_latency_seconds
+    return Disaggregated(
+        prefill, decode, sent, sent / (moved.seconds - latency), latency, link_assumed(spec, built.spec)
+    )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from runtime.serving import Report
     from runtime.simulation.build import Built, Spec
 
@@ -59,6 +62,14 @@ class progress_bar:
             self._bar.stop()
 
 
+def show_assumed(console: Console, assumed: Sequence[str]) -> None:
+    """What nobody gave, a line each."""
+    if assumed:
+        console.print("assumed for you, since nothing says it:")
+    for line in assumed:
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+
+
 def show(result: dict[str, Any], report: Report) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -94,5 +105,6 @@ def show(result: dict[str, Any], report: Report) -> None:
     console.print("time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
     outside = f", {report.extrapolated:.0%} of steps outside the fits' range" if report.extrapolated else ""
     console.print(f"evidence: {report.evidence}{outside}")
+    show_assumed(console, report.assumed)
     if report.saturated:
         console.print(f"[bold red]SATURATED[/] by {report.saturated_by}: requests wait for admission")

@@ -30,7 +30,7 @@ from runtime.deployment.errors import PlanFileError
 from runtime.deployment.kv import PoolKv
 from runtime.deployment.ledger import Ledger
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _HASH = re.compile(r'^"hash": "([0-9a-f]{64})",$', re.MULTILINE)
 
 PoolRole = Literal["serve", "prefill", "decode"]
@@ -177,7 +177,8 @@ class Predicted:
 
     ttft_ms, tpot_ms, e2e_ms: mean, p50, p90, p99. band: for "ttft_ms" and "tpot_ms", what should hold the measured
     mean nine times in ten. evidence: the weakest grade of what went in; extrapolated: share of steps outside a fit's
-    range. meets_targets: by the means.
+    range. meets_targets: by the means. assumed: what nobody gave, and what was taken for it, in words; the evidence is
+    then "assumed".
     """
 
     concurrency: int | None
@@ -197,6 +198,7 @@ class Predicted:
     saturated_by: str
     bottleneck: str
     meets_targets: bool
+    assumed: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

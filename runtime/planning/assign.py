@@ -7,6 +7,8 @@ one node. The KV pool of a replica is as long as its fullest stage allows; the o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from itertools import pairwise
 
 import hw_profiles
 from hw_profiles import Profile
@@ -15,7 +17,8 @@ from model.split import Layout, slots_in_order
 from runtime.deployment.ledger import Ledger, fullest, stage_kv_bytes_by_cache
 from runtime.deployment.plan import Demand, Device, Experts, ModelRef, Plan, Pool, PoolRole, config_hash
 from runtime.pricing.load import ExpertLoad
-from runtime.simulation.build import Spec, default_expert_load, memories
+from runtime.pricing.placement import second_pool
+from runtime.simulation.build import Spec, default_expert_load, memories, node_devices
 
 
 def pool_of(
@@ -62,7 +65,7 @@ def pool_of(
     return Pool(
         role=role,
         profile=profile.name if profile.name in hw_profiles.names() else str(profile.path),
-        profile_settings={path: f.value for path, f in sorted(profile.figures.items()) if f.source == "--set"},
+        profile_settings=profile.settings,
         layout=layout,
         scheme=spec.formats.scheme.name,
         formats=spec.formats,
@@ -95,9 +98,14 @@ def stage_pages(spec: Spec) -> tuple[list[Ledger], int]:
     ], pages
 
 
-def node_devices(profile: Profile) -> int:
-    """Devices in one node of this chip; 8 where the profile does not say."""
-    return int(profile.number("node.devices") or profile.number("link.scale_up.domain_devices") or 8)
+def first_nodes(pools: Sequence[tuple[Profile, int]]) -> list[int]:
+    """The node that each of a plan's one or two pools begins on: profiles, and devices of each."""
+    found = [0]
+    for (before, first), (profile, second) in pairwise(pools):
+        node = node_devices(before)
+        shared = second_pool(first, second, node) // node if before.name == profile.name else -(-first // node)
+        found.append(shared)
+    return found
 
 
 def in_order(cfg: ModelConfig, layout: Layout) -> Experts | None:

@@ -16,7 +16,7 @@ from model.config import ModelConfig
 from model.split import moe_layers
 from runtime.deployment.ledger import Ledger
 from runtime.deployment.plan import Device, Plan, Pool, profile_of
-from runtime.planning.assign import pool_of
+from runtime.planning.assign import first_nodes, pool_of
 from runtime.planning.kv_tiers import check_kv
 from runtime.simulation.planned import spec_of
 
@@ -26,17 +26,17 @@ _TOLERANCE = 1e-9
 def check(plan: Plan, cfg: ModelConfig) -> list[str]:
     """What does not add up, a line each; empty for a sound plan. Raises `ProfileError` for a profile that is gone."""
     wrong: list[str] = []
-    device = node = 0
+    device = 0
     roles = [pool.role for pool in plan.pools]
     if roles not in (["serve"], ["prefill", "decode"]):
         wrong.append(f"pools {', '.join(roles)}: a plan has one that serves, or one that prefills and one that decodes")
     if (plan.transfer is None) != (len(plan.pools) == 1):
         wrong.append("two pools and a transfer between them go together")
-    for number, pool in enumerate(plan.pools):
-        where = f"pools[{number}]"
-        wrong += _pool(pool, cfg, profile_of(pool), where, device, node)
+    profiles = [profile_of(pool) for pool in plan.pools]
+    nodes = first_nodes([(profile, len(pool.devices)) for profile, pool in zip(profiles, plan.pools, strict=True)])
+    for number, (pool, profile, node) in enumerate(zip(plan.pools, profiles, nodes, strict=True)):
+        wrong += _pool(pool, cfg, profile, f"pools[{number}]", device, node)
         device += len(pool.devices)
-        node = max((each.node for each in pool.devices), default=0) + 1
     return wrong or check_kv(plan, cfg)
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from hw_profiles import Profile
 from runtime.deployment.plan import Alternative, Experts, ModelRef, Plan, Pool, PoolRole, Transfer, config_hash
-from runtime.planning.assign import node_devices, pool_of
+from runtime.planning.assign import first_nodes, pool_of
 from runtime.planning.estimate import Estimate, score
 from runtime.planning.options import Option, Question
 
@@ -61,14 +61,14 @@ def plan_of(contender: Contender, question: Question, devices: int) -> Plan:
     if demand.rate is None and demand.concurrency is None:
         demand = dataclasses.replace(demand, concurrency=max(1, contender.estimate.concurrency))
     pools: list[Pool] = []
-    device = node = 0
-    for part in contender.parts:
+    device = 0
+    nodes = first_nodes([(part.option.spec.profile, part.devices) for part in contender.parts])
+    for part, node in zip(contender.parts, nodes, strict=True):
         spec = part.option.spec
         pools.append(
             pool_of(spec, part.replicas, role=part.role, experts=part.experts, first_device=device, first_node=node)
         )
         device += part.devices
-        node += -(-part.devices // node_devices(spec.profile))
     model = ModelRef(question.cfg.name, config_hash(question.cfg))
     return Plan(model, demand, tuple(pools), contender.transfer, idle_devices=devices - contender.devices)
 

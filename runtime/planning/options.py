@@ -242,7 +242,8 @@ def options(question: Question, profile: Profile, devices: int) -> tuple[list[Op
                 layout = dataclasses.replace(base, pp=pp)
                 name = f"{layout.name} on {profile.name}, {scheme.name}, KV {kv}"
                 try:
-                    option = make_option(question, profile, layout, scheme, kv, {})
+                    replicas = devices // layout.devices
+                    option = make_option(question, profile, layout, scheme, kv, {}, replicas=replicas)
                 except UsageError as error:
                     rejected[name] = str(error)
                     continue

@@ -13,62 +13,16 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from foundation.errors import UsageError
-from model.cache import cache_rows
-from runtime.deployment.ledger import stage_kv_bytes_per_token
 from runtime.deployment.plan import Transfer
 from runtime.planning.contender import Contender, Part
 from runtime.planning.estimate import Estimate, OptionPrices, limits, mean_prompt, score
-from runtime.planning.options import Option, Question
-from runtime.simulation.build import Spec
+from runtime.planning.options import Question
+from runtime.simulation.transfer import transfer_of
 
 RATIOS = tuple((a, b) for a in range(1, 8) for b in range(1, 8) if math.gcd(a, b) == 1 and a + b <= 8)
 """Prefill to decode replicas."""
 _BUSIEST = 0.9
 """Share of the prefill pool's capacity beyond which its queue is taken to grow without end."""
-
-
-def sequence_kv_bytes_per_token(spec: Spec) -> float:
-    """Bytes of a token's cache over all layers, each held once: what has to be sent."""
-    whole = dataclasses.replace(spec.layout, tp=1, dp=1, ep=1)
-    stages = (
-        stage_kv_bytes_per_token(spec.cfg, whole, spec.formats, stage, spec.drafts > 0) for stage in range(whole.pp)
-    )
-    return sum(stages)
-
-
-def transfer_of(question: Question, prefill: Option, decode: Option) -> Transfer:
-    """What moving a prompt's cache takes. Raises `UsageError` where a chip's links are not known.
-
-    The devices that hold a sequence send it over their own ports (every tp rank its share of the latents, every
-    stage its layers) into those that will; pools of one chip inside one scale-up domain use that, others the
-    scale-out network. Where tp ranks each need all of a latent, the shares are exchanged within the decode replica.
-    A decode pool with another cache format rewrites it: read and written once.
-    """
-    a, b = prefill.spec, decode.spec
-    sent = sequence_kv_bytes_per_token(a)
-    kept = sequence_kv_bytes_per_token(b)
-    ways = []
-    near = a.profile.name == b.profile.name and (a.profile.number("link.scale_up.domain_devices") or 0) >= (
-        2 * (a.layout.devices + b.layout.devices)
-    )
-    level = "scale_up" if near else "scale_out"
-    for spec in (a, b):
-        rate = spec.profile.number(f"link.{level}.bandwidth_bytes_per_s")
-        if rate is None:
-            raise UsageError(
-                f"{spec.profile.name} has no link.{level}.bandwidth_bytes_per_s: prefill and decode cannot be apart"
-            )
-        ways.append(rate * spec.layout.tp * spec.layout.pp)
-    latency = max(spec.profile.number(f"link.{level}.latency_s") or 5e-6 for spec in (a, b))
-    inside = b.profile.number("link.scale_up.bandwidth_bytes_per_s")
-    copied = any(b.layout.row_copies(row) > 1 for kind in b.cfg.layer_counts for row in cache_rows(b.cfg, kind))
-    exchange = kept / inside if inside and copied else 0.0
-    convert = 0.0
-    if a.formats.cache != b.formats.cache:
-        convert = (sent + kept) / b.layout.pp / b.profile.value("chip.memory.bandwidth_bytes_per_s")
-    tokens = question.demand.isl
-    per_token = sent / min(ways) + exchange + convert
-    return Transfer(sent, min(ways), latency, exchange + convert, sent * tokens, latency + per_token * tokens)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -146,10 +100,6 @@ def pairs(
     each where they are different chips."""
     for prefill in prefills:
         for decode in decodes:
-            try:
-                transfer = transfer_of(question, prefill.option, decode.option)
-            except UsageError:
-                continue
             a, b = prefill.option.devices, decode.option.devices
             if isinstance(devices, tuple):
                 splits = [(devices[0] // a, devices[1] // b)]
@@ -157,6 +107,14 @@ def pairs(
                 splits = [(x * g, y * g) for x, y in RATIOS if (g := devices // (x * a + y * b))]
             for split in splits:
                 if not all(split):
+                    continue
+                sender, taker = (
+                    dataclasses.replace(model.option.spec, replicas=count)
+                    for model, count in zip((prefill, decode), split, strict=True)
+                )
+                try:
+                    transfer = transfer_of(sender, taker, question.demand.isl)
+                except UsageError:
                     continue
                 pair = Pair(prefill, decode, split, transfer)
                 points = pair.operating_points()

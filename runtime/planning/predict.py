@@ -111,4 +111,5 @@ def predicted(plan: Plan, report: Report, share: Deployed, shares: float) -> Pre
         saturated_by=report.saturated_by,
         bottleneck=report.bottleneck,
         meets_targets=met,
+        assumed=report.assumed,
     )

@@ -124,6 +124,7 @@ def _spend(
                 option.spec.formats.kv,
                 {k: v for k, v in option.settings.items() if k != "max_running_requests" or k in question.settings},
                 redundant_slots=extra,
+                replicas=option.spec.replicas,
             )
         except CapacityError as error:
             lost.append(Rejected(label, str(error).splitlines()[0]))

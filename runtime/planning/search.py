@@ -246,8 +246,9 @@ class _Search:
         spec, own = option.spec, ("memory_fraction", "max_running_requests")  # found again for the new size
         kept = {k: v for k, v in option.settings.items() if k not in own or k in self.question.settings}
         sized = make_option(
-            self.question, spec.profile, spec.layout, spec.formats.scheme, spec.formats.kv, {**kept, **settings}
-        )
+            self.question, spec.profile, spec.layout, spec.formats.scheme, spec.formats.kv, {**kept, **settings},
+            replicas=spec.replicas,
+        )  # fmt: skip
         if sized.pool_tokens < self.question.demand.isl + self.question.demand.osl:
             raise CapacityError(f"its cache of {sized.pool_tokens:,} tokens does not hold one request")
         return sized

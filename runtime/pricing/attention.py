@@ -182,10 +182,7 @@ def prefill_parts(book: PriceBook, layer: MlaLayer, tokens: float, prefix: float
 
 def _scaled(parts: dict[str, Price], whole: Price) -> dict[str, Price]:
     factor = whole.seconds / sum(p.seconds for p in parts.values())
-    return {
-        name: Price(p.seconds * factor, p.bound, whole.evidence, whole.relative_error, whole.extrapolated)
-        for name, p in parts.items()
-    }
+    return {name: replace(whole, seconds=p.seconds * factor, bound=p.bound) for name, p in parts.items()}
 
 
 def _projections(book: PriceBook, layer: MlaLayer, tokens: float, absorbed: bool) -> dict[str, Price]:
@@ -281,6 +278,7 @@ def index_scores(book: PriceBook, layer: MlaLayer, tokens: float, context: float
         rate = stream.constants.memory_efficiency
         constants = replace(kernel.constants, launch_s=launch, memory_efficiency=rate)
         kernel = replace(kernel, constants=constants, grid=None, low={}, high={}, evidence="transferred")
+        kernel = kernel.resting_on(kernel.assumed | stream.assumed)
         table = book.surface(("index_decode", shape, layer.index), kernel, "fp8-block", BATCH_KNOTS,
                              lambda b, c: {"tokens": b, "context": c, "sequences": b, **fixed})  # fmt: skip
     else:

@@ -18,9 +18,10 @@ from numpy.typing import ArrayLike
 
 from foundation.reading import Unreadable, read_json
 from model.formats import matrix_format
+from runtime.pricing.adjust import Changes, OtherChip, reference_chip
 from runtime.pricing.chip import Chip, rate_of
 from runtime.pricing.grid import Array, Polyline, Surface, log_knots
-from runtime.pricing.kernel import KERNEL_BOUNDS, Kernel, Rates, Timing, kernel_from_json
+from runtime.pricing.kernel import KERNEL_BOUNDS, Kernel, Timing, kernel_from_json
 from runtime.pricing.load import ExpertLoad
 from runtime.pricing.network import Network
 from runtime.pricing.price import Price, PriceError, PriceEvidence
@@ -77,6 +78,7 @@ class Tabulated:
     extrapolated_at: Callable[..., bool]
     evidence: PriceEvidence
     relative_error: float
+    assumed: frozenset[str] = frozenset()
 
     def seconds(self, *sizes: float) -> float:
         """Seconds at one point, in about 2 microseconds."""
@@ -89,7 +91,8 @@ class Tabulated:
     def price(self, *sizes: float) -> Price:
         """The full price at one point, in about 10 microseconds."""
         bound = KERNEL_BOUNDS[self.bound_at(*sizes)]
-        return Price(self.table(*sizes), bound, self.evidence, self.relative_error, self.extrapolated_at(*sizes))
+        far = self.extrapolated_at(*sizes)
+        return Price(self.table(*sizes), bound, self.evidence, self.relative_error, far, self.assumed)
 
 
 class PriceBook:
@@ -111,36 +114,15 @@ class PriceBook:
         self.engine = engine
         self.measured = measured is not None
         self._kernels: dict[str, Kernel] = {}
-        own = None
-        if chip.compute_curve and chip.memory_curve:
-            own = Rates.of(chip.compute_curve, chip.memory_curve)
-        compute, memory = self._scales(transfer)
+        reference = (reference_chip(measured) or chip) if measured else None
+        adjust = Changes(chip, reference) if reference else OtherChip(chip, transfer["kernels"][REFERENCE]["constants"])
         for key, body in transfer["kernels"].items():
-            kernel = kernel_from_json(key, body, "transferred")
-            launch = chip.vector_launch_s if kernel.family == "memory" else chip.kernel_launch_s
-            kernel = (
-                kernel.measured_by(own, launch or 0.0)
-                if own
-                else kernel.adjusted(None if measured else launch, compute, memory)
-            )
-            self._kernels[f"transfer:{key}"] = kernel
+            self._kernels[f"transfer:{key}"] = adjust(kernel_from_json(key, body, "transferred"))
         for key, body in (measured or {"kernels": {}})["kernels"].items():
-            self._kernels[key] = kernel_from_json(key, body)
-        self.network = Network(chip, (measured or {}).get("collectives", {}), engine)
+            self._kernels[key] = adjust(kernel_from_json(key, body))
+        self.network = Network(chip, (measured or {}).get("collectives", {}), engine, reference)
         self._tables: dict[tuple[Any, ...], Tabulated] = {}
         self._loads: dict[int, ExpertLoad] = {}
-
-    def _scales(self, transfer: Mapping[str, Any]) -> tuple[float, float]:
-        """How the profile's own GEMM and streaming efficiencies compare with the joint fit's; 1 if unknown.
-
-        Not used on measured chips: their tables say it better.
-        """
-        if self.measured:
-            return 1.0, 1.0
-        joint = transfer["kernels"][REFERENCE]["constants"]
-        compute = self.chip.compute_efficiency or joint["compute_efficiency"]
-        memory = self.chip.memory_efficiency or joint["memory_efficiency"]
-        return compute / joint["compute_efficiency"], memory / joint["memory_efficiency"]
 
     # ---- finding a kernel -------------------------------------------------------------------------
 
@@ -188,6 +170,7 @@ class PriceBook:
                 lambda x: bool(timing.extrapolated[_nearest(knots, x)]),
                 "transferred" if stand_in and kernel.evidence == "fitted" else kernel.evidence,
                 max(kernel.relative_error, STAND_IN_ERROR) if stand_in else kernel.relative_error,
+                kernel.assumed,
             )
         return self._tables[key]
 
@@ -206,6 +189,7 @@ class PriceBook:
                 lambda r, c: bool(at(timing.extrapolated, r, c)),
                 kernel.evidence,
                 kernel.relative_error,
+                kernel.assumed,
             )
         return self._tables[key]
 

@@ -7,40 +7,61 @@ Deliberately independent of the profile loader (only the names of formats and th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from foundation.errors import UsageError
 from hw_profiles.fields import RATE_OF_SCHEME
 from model.formats import matrix_format
-from runtime.pricing.price import PriceError, PriceEvidence
+from runtime.pricing.price import PriceError
 
 Knots = tuple[tuple[float, float], ...]
+RATES = ("fp32", "bf16", "fp16", "fp8", "int8", "fp4")
+"""The peak rates that prices are made of."""
+DEFAULTS: Mapping[str, tuple[float, str]] = {
+    "link.scale_up.latency_s": (1e-6, "1 us"),
+    "link.scale_up.domain_devices": (8, "8"),
+    "link.scale_out.latency_s": (5e-6, "5 us"),
+    "overhead.collective_launch_s": (10e-6, "10 us"),
+    "overhead.p2p_latency_s": (10e-6, "10 us"),
+    "efficiency.network": (0.65, "0.65"),
+}
+"""What stands in for a figure that a profile does not have, and how it is written. 0.65 is the median of NCCL above
+200 MB on five measured NVLink chips (10th to 90th percentile 0.49 to 0.75)."""
 
 
 def rate_of(weight_format: str) -> str:
-    """Which peak rate a weight format computes at: "fp32", "bf16", "fp8", "int8" or "fp4". Raises `PriceError`."""
+    """Which of `RATES` a weight format computes at. Raises `PriceError`."""
     try:
         base = matrix_format(weight_format).base
     except UsageError as error:
         raise PriceError(str(error)) from None
-    return "fp32" if base == "f32" else RATE_OF_SCHEME[base].replace("fp16", "bf16")
+    return "fp32" if base == "f32" else RATE_OF_SCHEME[base]
+
+
+_KERNELS = ("efficiency.compute", "efficiency.memory", "overhead.kernel_launch_s", "overhead.vector_launch_s")
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One level of the network. Bandwidth is per device and per direction."""
+    """One level of the network. Bandwidth is per device and per direction.
+
+    efficiency: share of the bandwidth that large collectives reach. cross_node_latency_s: of a hop between two servers
+    of one domain; None: as `latency_s`.
+    """
 
     bandwidth_bytes_per_s: float
-    latency_s: float = 1e-6
+    latency_s: float = DEFAULTS["link.scale_up.latency_s"][0]
     domain_devices: int = 8
-    efficiency: float = 0.65
-    """Share of the bandwidth that large collectives reach; 0.65 is the median of NCCL above 200 MB on five
-    measured NVLink chips (10th to 90th percentile 0.49 to 0.75)."""
+    efficiency: float = DEFAULTS["efficiency.network"][0]
+    cross_node_latency_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """Peak rates are dense FLOP/s by number format ('fp32', 'bf16', 'fp8', 'int8', 'fp4').
+    """Peak rates are dense FLOP/s by number format (see `RATES`).
+
+    node_devices: devices in one server; None: as many as share the scale-up link. absent: figures that the profile does
+    not have, by dotted field.
 
     compute_curve, memory_curve: (size, share of the peak) knots by FLOP and by bytes, where the profile's own
     machine was measured; they then say more than the single factors.
@@ -59,8 +80,39 @@ class Chip:
     memory_efficiency: float | None = None
     compute_curve: Knots | None = None
     memory_curve: Knots | None = None
-    evidence: PriceEvidence = "datasheet"
-    sources: Mapping[str, str] = field(default_factory=dict)
+    node_devices: int | None = None
+    absent: frozenset[str] = frozenset()
+
+    @property
+    def domain(self) -> int:
+        """Devices that share the scale-up link; where there is none, those of one server."""
+        return self.scale_up.domain_devices if self.scale_up else self.node_devices or 8
+
+    @property
+    def node(self) -> int:
+        """Devices in one server."""
+        return self.node_devices or self.domain
+
+    def assumed(self, *fields: str) -> frozenset[str]:
+        """What stands in for those of the fields that the profile does not have, in words."""
+        return frozenset(f"{path} {DEFAULTS[path][1]}" for path in fields if path in self.absent)
+
+    def filled(self, other: Chip) -> Chip:
+        """This chip, with the other's figures of links where it has none of its own."""
+
+        def link(name: str) -> Link | None:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is None or theirs is None:
+                return mine
+            taken = {
+                field: getattr(theirs, field)
+                for field, path in (("latency_s", f"link.{name}.latency_s"), ("efficiency", "efficiency.network"))
+                if path in self.absent
+            }
+            return replace(mine, **taken)
+
+        launch = other.collective_launch_s if self.collective_launch_s is None else self.collective_launch_s
+        return replace(self, scale_up=link("scale_up"), scale_out=link("scale_out"), collective_launch_s=launch)
 
     def peak(self, weight_format: str) -> float:
         """Dense FLOP/s for a weight format.
@@ -86,32 +138,36 @@ class Chip:
         measured: knots of the efficiency curves that were measured on the machine itself, by dotted field.
         Raises PriceError naming the field when the memory bandwidth or the 16-bit peak is absent.
         """
-        peaks = {
-            key: rate for key in ("fp32", "bf16", "fp8", "int8", "fp4") if (rate := get(f"chip.peak.{key}_flops_per_s"))
-        }
-        if "bf16" not in peaks and (half := get("chip.peak.fp16_flops_per_s")):
-            peaks["bf16"] = half
+        peaks = {key: rate for key in RATES if (rate := get(f"chip.peak.{key}_flops_per_s"))}
+        if "bf16" not in peaks and "fp16" in peaks:
+            peaks["bf16"] = peaks["fp16"]
         bandwidth = get("chip.memory.bandwidth_bytes_per_s")
         if not bandwidth:
             raise PriceError(f"{name}: --set chip.memory.bandwidth_bytes_per_s=… is needed to price anything")
         if "bf16" not in peaks:
             raise PriceError(f"{name}: --set chip.peak.bf16_flops_per_s=… is needed to price anything")
 
-        def link(prefix: str) -> Link | None:
-            rate = get(f"{prefix}.bandwidth_bytes_per_s")
-            if not rate:
-                return None
-            near = prefix == "link.scale_up"
-            latency = get(f"{prefix}.latency_s") or (1e-6 if near else 5e-6)
-            domain = int(get("link.scale_up.domain_devices") or 8) if near else 1 << 20
-            return Link(rate, latency, domain, get("efficiency.network") or 0.65)
+        def figure(path: str) -> float:
+            return get(path) or DEFAULTS[path][0]
 
+        node = get("node.devices")
+        domain = get("link.scale_up.domain_devices") or node or DEFAULTS["link.scale_up.domain_devices"][0]
+        absent = {path for path in (*DEFAULTS, *_KERNELS) if get(path) is None}
+        if node:
+            absent.discard("link.scale_up.domain_devices")
+        shares = figure("efficiency.network")
+        scale_up = scale_out = None
+        if rate := get("link.scale_up.bandwidth_bytes_per_s"):
+            cross = get("link.scale_up.cross_node_latency_s")
+            scale_up = Link(rate, figure("link.scale_up.latency_s"), int(domain), shares, cross)
+        if rate := get("link.scale_out.bandwidth_bytes_per_s"):
+            scale_out = Link(rate, figure("link.scale_out.latency_s"), 1 << 20, shares)
         return cls(
             name,
             peaks,
             bandwidth,
-            link("link.scale_up"),
-            link("link.scale_out"),
+            scale_up,
+            scale_out,
             get("overhead.kernel_launch_s"),
             get("overhead.vector_launch_s"),
             get("overhead.collective_launch_s"),
@@ -120,4 +176,6 @@ class Chip:
             get("efficiency.memory"),
             (measured or {}).get("efficiency.compute"),
             (measured or {}).get("efficiency.memory"),
+            int(node or domain),
+            frozenset(absent),
         )

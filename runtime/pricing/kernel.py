@@ -114,6 +114,8 @@ class Kernel:
     evidence: PriceEvidence = "assumed"
     source: str = ""
     rates: Rates | None = None
+    assumed: frozenset[str] = frozenset()
+    """Figures of the chip that nobody gave, and what was taken for them."""
 
     def time(self, features: Features, peak_flops_per_s: float, bandwidth_bytes_per_s: float) -> Timing:
         """Seconds at each point of the broadcast features."""
@@ -128,19 +130,23 @@ class Kernel:
             outside = outside | (value < low * 0.999) | (value > self.high[name] * 1.001)
         return Timing(seconds, bound, outside)
 
-    def adjusted(self, launch_s: float | None, compute_scale: float, memory_scale: float) -> Kernel:
-        """The same kernel with a chip's own launch time, and efficiencies scaled by what its profile says.
+    def adjusted(self, launch_s: float, compute_scale: float, memory_scale: float) -> Kernel:
+        """The same kernel with a launch time of a chip's own, and efficiencies scaled by what its profile says.
 
         The grid keeps the dependence on shape. Efficiencies stay at or below 1.
         """
         kept = self.constants
         constants = replace(
             kept,
-            launch_s=max(launch_s or 0.0, kept.launch_s),
+            launch_s=launch_s,
             compute_efficiency=min(kept.compute_efficiency * compute_scale, 1.0),
             memory_efficiency=min(kept.memory_efficiency * memory_scale, 1.0),
         )
         return replace(self, constants=constants)
+
+    def resting_on(self, assumed: frozenset[str]) -> Kernel:
+        """The same kernel, graded for figures that nobody gave."""
+        return replace(self, assumed=assumed, evidence="assumed") if assumed else self
 
     def measured_by(self, rates: Rates, launch_s: float) -> Kernel:
         """The same work at the rates that a machine's own calibration found.

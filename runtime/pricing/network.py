@@ -2,6 +2,9 @@
 
 `total_bytes` is the full vector: what an all-reduce reduces, what an all-gather has produced, what a
 reduce-scatter starts from, what one rank sends in an all-to-all (its own share included).
+
+A curve was measured on links of certain figures (`Network.reference`). Where the chip's are others it is scaled by what
+the formula makes of the difference: curve x formula(chip) / formula(reference).
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from runtime.pricing.chip import Chip, Link
-from runtime.pricing.grid import Polyline
-from runtime.pricing.price import Price, PriceError, PriceEvidence
+from runtime.pricing.chip import DEFAULTS, Chip, Link
+from runtime.pricing.grid import Array, Polyline
+from runtime.pricing.placement import Hops, Span
+from runtime.pricing.price import Price, PriceError, PriceEvidence, total
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 VOLUME: Mapping[str, float] = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
@@ -22,107 +26,202 @@ VOLUME: Mapping[str, float] = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_sca
 FORMULA_ERROR = 0.5
 """90th percentile of the formula against NCCL on five measured NVLink chips, 2 to 8 devices (median 0.21)."""
 FREE = Price(0.0, "network", "measured", 0.0)
+_SAYS = {"all_reduce": "an all-reduce", "all_gather": "an all-gather", "reduce_scatter": "a reduce-scatter",
+         "all_to_all": "an all-to-all"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class MeasuredCurve:
+    sizes: Array
     curve: Polyline
-    low: float
-    high: float
     relative_error: float
+    evidence: PriceEvidence = "fitted"
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> MeasuredCurve:
         sizes = np.asarray(body["bytes"], float)
         curve = Polyline(sizes, np.asarray(body["seconds"], float))
-        return cls(curve, float(sizes[0]), float(sizes[-1]), float(body["error"]["left_out"][1]))
+        return cls(sizes, curve, float(body["error"]["left_out"][1]))
+
+    def scaled(self, ratios: Array) -> MeasuredCurve:
+        """On other links. ratios: by which each size takes longer."""
+        if np.allclose(ratios, 1.0, rtol=1e-9):
+            return self
+        return MeasuredCurve(
+            self.sizes, Polyline(self.sizes, self.curve.many(self.sizes) * ratios), self.relative_error, "transferred"
+        )
 
     def price(self, size: float) -> Price:
-        beyond = not self.low <= size <= self.high
-        return Price(self.curve(size), "network", "fitted", self.relative_error, beyond)
+        beyond = not self.sizes[0] <= size <= self.sizes[-1]
+        return Price(self.curve(size), "network", self.evidence, self.relative_error, beyond)
 
 
 class Network:
-    """Collectives of one chip under one engine."""
+    """Collectives of one chip under one engine. reference: the chip that the tables were measured on, None: this one.
 
-    def __init__(self, chip: Chip, tables: Mapping[str, Any], engine: str) -> None:
+    A group is a `Span`, or a number of neighbours from the first of a domain on.
+    """
+
+    def __init__(self, chip: Chip, tables: Mapping[str, Any], engine: str, reference: Chip | None = None) -> None:
         self._chip = chip
         self._engine = engine
+        self._reference = reference or chip
         self._curves = {key: MeasuredCurve.from_json(body) for key, body in tables.items()}
+        self._scaled: dict[tuple[str, Span], MeasuredCurve] = {}
 
-    def collective(self, op: Collective, total_bytes: float, group: int, *, captured: bool = True) -> Price:
-        """One collective over `group` devices.
+    def collective(self, op: Collective, total_bytes: float, group: int | Span, *, captured: bool = True) -> Price:
+        """One collective over the devices of `group`.
 
         `captured` picks the engine's all-reduce kernel as replayed from a graph; otherwise as launched
-        from the host. Raises PriceError when the chip has no link figure and nothing was measured.
+        from the host. Raises PriceError when the chip has no figure of a link it goes over.
         """
-        if group <= 1 or total_bytes <= 0:
+        span = self._span(group)
+        if span.devices <= 1 or total_bytes <= 0:
             return FREE
-        engine = self._engine if f"all_reduce/{group}/{self._engine}-graph" in self._curves else "sglang"
+        names = [f"{op}/{span.devices}/nccl"]
         if op == "all_reduce":
-            mode = "graph" if captured or f"{op}/{group}/{engine}-eager" not in self._curves else "eager"
-            if measured := self._curves.get(f"{op}/{group}/{engine}-{mode}"):
-                return measured.price(total_bytes)
-        if measured := self._curves.get(f"{op}/{group}/nccl"):
-            return measured.price(total_bytes)
-        return self._formula(op, total_bytes, group)
+            own = f"{op}/{span.devices}/{self._engine}"
+            engine = self._engine if f"{own}-graph" in self._curves else "sglang"
+            modes = ("graph",) if captured else ("eager", "graph")
+            names = [*(f"{op}/{span.devices}/{engine}-{mode}" for mode in modes), *names]
+        for name in names:
+            if name in self._curves and self._lies_as_measured(span, span.devices):
+                return self._measured(name, op, span, span.devices).price(total_bytes)
+        return self._formula(op, total_bytes, span)
 
     def deepep(self, phase: Literal["dispatch", "combine"], mode: Literal["ll", "normal"],
-               tokens: float, hidden: int, top_k: int, ranks: int) -> Price:  # fmt: skip
+               tokens: float, hidden: int, top_k: int, group: int | Span) -> Price:  # fmt: skip
         """DeepEP all-to-all of `tokens` tokens per rank: dispatch in 8 bits, combine in 16.
 
         Measured at 8, 16, 32 and 64 ranks; in between the next larger one is taken, beyond the largest it
-        is marked extrapolated. Chips without such tables fall back to an all-to-all by formula.
+        is marked extrapolated. Where none was measured on links of the kind that the ranks talk over (within a domain,
+        or across), it is an all-to-all by formula.
         """
-        if ranks <= 1 or tokens <= 0:
+        span = self._span(group)
+        if span.devices <= 1 or tokens <= 0:
             return FREE
         size = tokens * top_k * hidden * (1.0 if phase == "dispatch" else 2.0)
         prefix = f"deepep_{mode}_{phase}/"
-        measured = sorted(int(k.split("/")[1]) for k in self._curves if k.startswith(prefix))
+        tables = sorted(int(k.split("/")[1]) for k in self._curves if k.startswith(prefix))
+        measured = [ranks for ranks in tables if self._lies_as_measured(span, ranks)]
         if not measured:
-            return self._formula("all_to_all", size, ranks)
-        fitting = next((r for r in measured if r >= ranks), measured[-1])
-        price = self._curves[f"{prefix}{fitting}/any"].price(size)
-        far = price.extrapolated or ranks > measured[-1]
+            return self._formula("all_to_all", size, span)
+        fitting = next((ranks for ranks in measured if ranks >= span.devices), measured[-1])
+        price = self._measured(f"{prefix}{fitting}/any", "all_to_all", span, fitting).price(size)
+        far = price.extrapolated or span.devices > measured[-1]
         return Price(price.seconds, "network", price.evidence, price.relative_error, far)
 
-    def point_to_point(self, size_bytes: float, *, across_nodes: bool = False) -> Price:
+    def hops(self, size_bytes: float, hops: Hops) -> Price:
+        """A message handed on from stage to stage of a pipeline."""
+        return total(
+            self.point_to_point(size_bytes, across_domains=out, across_nodes=between).times(count)
+            for count, between, out in (
+                (hops.inside, False, False), (hops.across_nodes, True, False), (hops.across_domains, True, True)
+            )
+            if count
+        )  # fmt: skip
+
+    def point_to_point(self, size_bytes: float, *, across_domains: bool = False, across_nodes: bool = False) -> Price:
         """One message between two devices, e.g. activations between pipeline stages."""
         if size_bytes <= 0:
             return FREE
-        link = self._link(across_nodes)
-        start = self._chip.p2p_latency_s if self._chip.p2p_latency_s is not None else 10e-6
+        where = "two scale-up domains" if across_domains else "one scale-up domain"
+        link = _link(self._chip, across_domains, f"a hop between pipeline stages in {where}")
+        used = ["overhead.p2p_latency_s", "efficiency.network"]
+        start = _figure(self._chip.p2p_latency_s, "overhead.p2p_latency_s")
+        if across_domains:
+            start += link.latency_s
+            used.append("link.scale_out.latency_s")
+        elif across_nodes and link.cross_node_latency_s is not None:
+            start += max(0.0, link.cross_node_latency_s - link.latency_s)
         seconds = start + size_bytes / (link.bandwidth_bytes_per_s * link.efficiency)
-        return Price(seconds, "network", "assumed", FORMULA_ERROR)
+        return self._by_formula(seconds, used)
 
-    def _link(self, across_nodes: bool) -> Link:
-        link = self._chip.scale_out if across_nodes else self._chip.scale_up
-        if link is None:
-            level = "scale_out" if across_nodes else "scale_up"
-            raise PriceError(f"{self._chip.name}: --set link.{level}.bandwidth_bytes_per_s=… to price collectives")
-        return link
+    # ---- measured -----------------------------------------------------------------------------------
 
-    def _formula(self, op: Collective, total_bytes: float, group: int) -> Price:
-        near = self._link(False)
-        inside = min(group, near.domain_devices)
-        launch = self._chip.collective_launch_s if self._chip.collective_launch_s is not None else 10e-6
+    def _span(self, group: int | Span) -> Span:
+        return group if isinstance(group, Span) else _neighbours(group, self._chip)
+
+    def _lies_as_measured(self, span: Span, ranks: int) -> bool:
+        """Whether the devices talk over links of the same kind as `ranks` neighbours of the chip that was measured."""
+        return (span.domains > 1) == (_neighbours(ranks, self._reference).domains > 1)
+
+    def _measured(self, name: str, op: Collective, span: Span, ranks: int) -> MeasuredCurve:
+        """A table's curve, scaled to this chip's links. ranks: those it was measured over."""
+        if (name, span) not in self._scaled:
+            found, here = self._curves[name], _neighbours(ranks, self._chip) if ranks != span.devices else span
+            there = _neighbours(ranks, self._reference)
+            if self._reference is not self._chip and _known(self._chip, here) and _known(self._reference, there):
+                mine, theirs = (
+                    np.array([_seconds(chip, op, size, at)[0] for size in found.sizes])
+                    for chip, at in ((self._chip.filled(self._reference), here), (self._reference, there))
+                )
+                found = found.scaled(mine / theirs)
+            self._scaled[name, span] = found
+        return self._scaled[name, span]
+
+    # ---- by formula ---------------------------------------------------------------------------------
+
+    def _formula(self, op: Collective, total_bytes: float, span: Span) -> Price:
+        seconds, used = _seconds(self._chip, op, total_bytes, span)
+        return self._by_formula(seconds, used, span.domains > 1)
+
+    def _by_formula(self, seconds: float, used: list[str], far: bool = False) -> Price:
+        assumed = self._chip.assumed("link.scale_up.domain_devices", *used)
+        evidence: PriceEvidence = "assumed" if assumed else "transferred"
+        return Price(seconds, "network", evidence, FORMULA_ERROR, far, assumed)
+
+
+def _neighbours(count: int, chip: Chip) -> Span:
+    return Span.of(range(count), chip.domain, chip.node)
+
+
+def _known(chip: Chip, span: Span) -> bool:
+    """Whether a chip has the bandwidths that a collective over the span goes over."""
+    return (span.together == 1 or chip.scale_up is not None) and (span.domains == 1 or chip.scale_out is not None)
+
+
+def _link(chip: Chip, out: bool, what: str) -> Link:
+    link = chip.scale_out if out else chip.scale_up
+    if link is None:
+        field = f"link.{'scale_out' if out else 'scale_up'}.bandwidth_bytes_per_s"
+        raise PriceError(f"{chip.name} has no {field}, which {what} needs: supply it with --set {field}=… in bytes/s")
+    return link
+
+
+def _figure(value: float | None, path: str) -> float:
+    return DEFAULTS[path][0] if value is None else value
+
+
+def _seconds(chip: Chip, op: Collective, total_bytes: float, span: Span) -> tuple[float, list[str]]:
+    """(seconds of a collective, the figures that it is made of besides bandwidths).
+
+    Inside a domain first, by the fewest devices that share one, then across domains; an all-to-all does both at once.
+    """
+    group, inside, domains = span.devices, span.together, span.domains
+    what = f"{_SAYS[op]} over {span.text}"
+    ways = 2.0 if op == "all_reduce" else 1.0
+    used = ["overhead.collective_launch_s", "efficiency.network"]
+    latency = _figure(chip.collective_launch_s, "overhead.collective_launch_s")
+    local = remote = 0.0
+    if inside > 1:
+        near = _link(chip, False, what)
         rate = near.bandwidth_bytes_per_s * near.efficiency
-        hops = np.ceil(np.log2(inside)) * (2.0 if op == "all_reduce" else 1.0)
-        evidence: PriceEvidence = "transferred"
-        if group <= inside:
-            seconds = launch + hops * near.latency_s + VOLUME[op] * (group - 1) / group * total_bytes / rate
-            return Price(float(seconds), "network", evidence, FORMULA_ERROR)
-        far = self._link(True)
-        nodes = -(-group // inside)
-        outside_rate = far.bandwidth_bytes_per_s * far.efficiency
-        steps = np.ceil(np.log2(nodes)) * (2.0 if op == "all_reduce" else 1.0)
-        latency = launch + hops * near.latency_s + steps * far.latency_s
+        steps = np.ceil(np.log2(inside))
+        between = min(np.ceil(np.log2(-(-span.nodes // domains))), steps)  # of them between servers
+        cross = near.latency_s if near.cross_node_latency_s is None else near.cross_node_latency_s
+        latency += ways * ((steps - between) * near.latency_s + between * cross)
+        share = (inside - 1) / (group if op == "all_to_all" else inside)
+        local = VOLUME[op] * share * total_bytes / rate
+        used.append("link.scale_up.latency_s")
+    if domains > 1:
+        far = _link(chip, True, what)
+        rate = far.bandwidth_bytes_per_s * far.efficiency
+        latency += ways * np.ceil(np.log2(domains)) * far.latency_s
         if op == "all_to_all":
-            local = total_bytes * (inside - 1) / group / rate
-            remote = total_bytes * (group - inside) / group / outside_rate
-            seconds = latency + max(local, remote)
+            remote = total_bytes * (group - inside) / group / rate
         else:
-            local = VOLUME[op] * (inside - 1) / inside * total_bytes / rate
-            remote = VOLUME[op] * (nodes - 1) / nodes * total_bytes / inside / outside_rate
-            seconds = latency + local + remote
-        return Price(float(seconds), "network", evidence, FORMULA_ERROR, True)
+            remote = VOLUME[op] * (domains - 1) / domains * total_bytes / inside / rate
+        used.append("link.scale_out.latency_s")
+    busy = max(local, remote) if op == "all_to_all" else local + remote
+    return float(latency + busy), used

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -27,7 +27,8 @@ class Price:
 
     `relative_error` is the 90th percentile of |predicted / measured - 1| on held-out measurements of
     that kernel (or of the chips it was transferred to). `extrapolated` says the inputs lie outside
-    the measured range; the time then follows the roofline from the nearest measured point.
+    the measured range; the time then follows the roofline from the nearest measured point. assumed: figures that
+    nobody gave, and what was taken for them, in words.
     """
 
     seconds: float
@@ -35,13 +36,14 @@ class Price:
     evidence: PriceEvidence
     relative_error: float
     extrapolated: bool = False
+    assumed: frozenset[str] = frozenset()
 
     def __add__(self, other: Price) -> Price:
         return total([self, other])
 
     def times(self, count: float) -> Price:
         """The same operator `count` times in a row. Errors of equal kernels do not average out."""
-        return Price(self.seconds * count, self.bound, self.evidence, self.relative_error, self.extrapolated)
+        return replace(self, seconds=self.seconds * count)
 
 
 def weakest(grades: Iterable[PriceEvidence]) -> PriceEvidence:
@@ -63,4 +65,5 @@ def total(prices: Iterable[Price]) -> Price:
         shares[p.bound] = shares.get(p.bound, 0.0) + p.seconds
     bound = max(shares, key=shares.__getitem__)
     error = float(np.dot([p.seconds for p in parts], [p.relative_error for p in parts]) / max(seconds, 1e-30))
-    return Price(seconds, bound, weakest(p.evidence for p in parts), error, any(p.extrapolated for p in parts))
+    grade, far = weakest(p.evidence for p in parts), any(p.extrapolated for p in parts)
+    return Price(seconds, bound, grade, error, far, frozenset[str]().union(*(p.assumed for p in parts)))

@@ -31,6 +31,7 @@ from runtime.pricing.prices import Context, label, outside_attention, price
 from runtime.pricing.work import MlaShape
 from runtime.serving.pricing import BatchShape, StepPrice
 
+_SPARSE = "engine.sparse_layer_seconds"
 _MODES = {"full": "index", "shared": "skip", "none": "dense"}
 _GRADE = {"measured": "measured", "fitted": "fitted", "transferred": "datasheet", "datasheet": "datasheet"}
 
@@ -95,7 +96,8 @@ class GraphPricer:
     """Prices steps of one rank (a copy of the attention weights) of a deployment.
 
     shared: tables of earlier pricers of the same book and load, which are used and added to: layouts that differ
-    in pp, and formats that differ in the cache's, have most of theirs in common. coarse: fewer knots.
+    in pp, and formats that differ in the cache's, have most of theirs in common. coarse: fewer knots. replicas: how
+    many of the layout sit one behind another (see `placement`).
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class GraphPricer:
         sparse_layer_seconds: float = 0.0,
         shared: dict[Any, Any] | None = None,
         coarse: bool = False,
+        replicas: int = 1,
     ):
         self._shared = {} if shared is None else shared
         self._coarse = coarse
@@ -116,12 +119,13 @@ class GraphPricer:
         self.cfg, self.layout, self.formats, self.book = cfg, layout, formats, book
         weights = {w.name: w for kind in cfg.layer_counts for w in layer_weights(cfg, kind)}
         weights |= {w.name: w for w in outer_weights(cfg)}
-        self._context = Context(cfg, layout, formats, book, load, weights)
+        self._context = Context(cfg, layout, formats, book, load, weights, replicas=replicas)
         main = [(programs.layers[kind], n) for kind, n in main_kinds(cfg)]
         self._layers = self._table("layers", [*main, (programs.embed, 1)])
         self._head = self._table("head", [(programs.head, 1)])
         self._mtp = self._table("mtp", [(_without_head(programs.mtp), 1)]) if programs.mtp else None
         # an engine's small kernels around sparse attention, once a step for each layer that has it
+        self._sparse_layer_seconds = sparse_layer_seconds
         self._around_sparse = sparse_layer_seconds * sum(n for kind, n in main_kinds(cfg) if kind.indexer != "none")
         self._kinds = main_kinds(cfg)
         self._decode_surfaces = {kind: self._decode_surface(kind) for kind in cfg.layer_counts}
@@ -138,7 +142,7 @@ class GraphPricer:
 
     def _table(self, name: str, programs: Iterable[tuple[OpList, int]]) -> TokenTable:
         layout, load = self.layout, self._context.load
-        key = (name, layout.tp, layout.dp, layout.ep, id(load))
+        key = (name, layout.tp, layout.dp, layout.ep, self._context.placement.spans, id(load))
         context = dataclasses.replace(self._context, mtp=name == "mtp")
         return self._once(key, lambda: (load, self._tabulate(programs, context)))[
             1
@@ -232,13 +236,7 @@ class GraphPricer:
     def _hops(self, tokens: int) -> Price:
         """Hidden states from stage to stage."""
         size = 2.0 * tokens * self.cfg.hidden_size
-        across = self.layout.stage_devices >= self._domain
-        return self.book.network.point_to_point(size, across_nodes=across).times(self.layout.pp - 1)
-
-    @property
-    def _domain(self) -> int:
-        link = self.book.chip.scale_up
-        return link.domain_devices if link else 1
+        return self.book.network.hops(size, self._context.placement.hops)
 
     def seconds(self, shape: BatchShape) -> float:
         """Device seconds of a step."""
@@ -272,7 +270,9 @@ class GraphPricer:
             *self._head.prices(rows * q + chunks).items(),
         ]
         if self._around_sparse:
-            parts.append(("attention", Price(self._around_sparse, "overhead", "assumed", 0.5)))
+            each = f"{_SPARSE} {self._sparse_layer_seconds * 1e6:g} us"
+            small = Price(self._around_sparse, "overhead", "assumed", 0.5, assumed=frozenset({each}))
+            parts.append(("attention", small))
         for kind, count in self._kinds:
             if rows:
                 parts.append(("attention", self._decode(kind, rows * q, context).times(count)))
@@ -309,6 +309,7 @@ def _step_price(parts: list[tuple[str, Price]]) -> StepPrice:
         by_bound=by_bound,
         extrapolated=any(part.extrapolated for _, part in parts if part.seconds > 0),
         evidence=_GRADE.get(weakest(part.evidence for _, part in parts if part.seconds > 0), "assumed"),
+        assumed=frozenset[str]().union(*(part.assumed for _, part in parts if part.seconds > 0)),
         errors=[weighted[name] / max(seconds, 1e-30) for name, seconds in by_op.items()],
     )
 

@@ -20,6 +20,7 @@ from model.weights import Weight
 from runtime.pricing.book import PriceBook
 from runtime.pricing.load import ExpertLoad
 from runtime.pricing.oplist import Sizes, TracedOp
+from runtime.pricing.placement import Placement, place
 from runtime.pricing.price import Price, PriceError, total
 
 ATTENTION_STAGES = frozenset({"qkv", "indexer", "attention"})
@@ -43,6 +44,12 @@ class Context:
     load: ExpertLoad
     weights: Mapping[str, Weight]
     mtp: bool = False
+    replicas: int = 1
+
+    @property
+    def placement(self) -> Placement:
+        """Where the layout's ranks sit."""
+        return place(self.layout, self.book.chip.domain, self.book.chip.node, self.replicas)
 
     def held(self, weight: str) -> str:
         """The format that a weight is multiplied in. mtp: the program is the MTP layer's."""
@@ -155,8 +162,7 @@ def collective(op: TracedOp, sizes: Sizes, context: Context) -> Price:
     Tokens meeting experts split by expert go by DeepEP-style dispatch and combine, which move each token
     to the devices of its chosen experts only; the traced all-to-all has a place for every token of every group.
     """
-    layout, network = context.layout, context.book.network
-    group = math.prod(getattr(layout, axis) for axis in op.axes)
+    layout, network, placement = context.layout, context.book.network, context.placement
     size = max(op.inputs[0].elements(sizes), op.outputs[0].elements(sizes)) * op.outputs[0].element_bytes
     kind = {"psum": "all_reduce"}.get(op.name, op.name)
     if op.axes == ("dp",) and layout.by_expert and context.cfg.moe:
@@ -167,8 +173,8 @@ def collective(op: TracedOp, sizes: Sizes, context: Context) -> Price:
         phase = "combine" if op.stage == "combine" else "dispatch"
         mode = "ll" if tokens <= 256 else "normal"
         share = max(1, tokens // layout.tp)  # each tp rank sends its part of the group's tokens
-        return network.deepep(phase, mode, share, context.cfg.hidden_size, moe.top_k, layout.ep)
-    return network.collective(kind, float(size), group)  # type: ignore[arg-type]
+        return network.deepep(phase, mode, share, context.cfg.hidden_size, moe.top_k, placement.stage)
+    return network.collective(kind, float(size), placement.span(op.axes))  # type: ignore[arg-type]
 
 
 def price(op: TracedOp, sizes: Sizes, context: Context) -> Price | None:

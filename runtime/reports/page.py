@@ -46,6 +46,12 @@ def cards(items: Iterable[tuple[str, str, str]]) -> str:
     return f'<div class="cards">{body}</div>'
 
 
+def assumed_list(assumed: Iterable[str]) -> str:
+    """What nobody gave, as a list under a heading; nothing where nothing was assumed."""
+    lines = "".join(f"<li>{escape(line)}</li>" for line in assumed)
+    return f"<p><b>Assumed for you</b>, since nothing says it:</p><ul>{lines}</ul>" if lines else ""
+
+
 def finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 

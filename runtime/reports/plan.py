@@ -18,7 +18,7 @@ from runtime.deployment.errors import PlanError
 from runtime.deployment.plan import Alternative, Plan, Pool, Predicted
 from runtime.planning.launch import LAUNCHED_ENGINES, launch
 from runtime.reports import svg
-from runtime.reports.page import EVIDENCE, SATURATED, cards, count, document, ms, section
+from runtime.reports.page import EVIDENCE, SATURATED, assumed_list, cards, count, document, ms, section
 from runtime.reports.plan_devices import devices_section, layout_section
 from runtime.reports.plan_experts import experts_section
 from runtime.reports.plan_kv import kv_section
@@ -183,7 +183,7 @@ def _predicted(plan: Plan) -> str:
         f"<b>{escape(found.evidence)}</b>. {escape(EVIDENCE.get(found.evidence, ''))} {far} The band should hold the "
         "measured mean nine times in ten.</p>"
     )
-    return table + sure
+    return table + sure + assumed_list(found.assumed)
 
 
 # --- what else -------------------------------------------------------------------------------------------

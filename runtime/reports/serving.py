@@ -11,7 +11,7 @@ from typing import Any
 
 from foundation.writing import replacing
 from runtime.reports import svg
-from runtime.reports.page import EVIDENCE, SATURATED, cards, count, document, gb, ms, section
+from runtime.reports.page import EVIDENCE, SATURATED, assumed_list, cards, count, document, gb, ms, section
 from runtime.reports.svg import Mark, Series
 from runtime.serving import Report
 from runtime.serving.pricing import BOUNDS
@@ -236,6 +236,8 @@ def _scatter(report: Report) -> str:
 
 def _sure(result: Mapping[str, Any], report: Report) -> str:
     lines = [f"<b>Evidence: {escape(report.evidence)}.</b> {EVIDENCE.get(report.evidence, '')}"]
+    if report.assumed:
+        lines.append(assumed_list(report.assumed))
     for name, title in (("ttft", "TTFT"), ("tpot", "TPOT")):
         inside, mean = result.get("band", {}).get(f"{name}_ms"), result[f"{name}_ms"]["mean"]
         if inside and mean:

@@ -25,6 +25,7 @@ class Deployment:
     devices: accelerators of the whole deployment. replicas: independent servers.
     ranks: attention-data-parallel ranks in each replica, stepping in lock-step.
     router: how a request finds its rank, over all replicas.
+    assumed: what nobody gave, and what was taken for it, in words, beside what prices rest on.
     """
 
     engine: Engine
@@ -35,6 +36,7 @@ class Deployment:
     ranks: int = 1
     router: Literal["round-robin", "least-loaded"] = "round-robin"
     speculation: Speculation | None = None
+    assumed: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for key in ("devices", "replicas", "ranks"):
@@ -50,7 +52,7 @@ class Disaggregated:
 
     A transfer takes link_latency_seconds + prompt x kv_bytes_per_token / link_bandwidth_bytes_per_s. Those
     leaving one prefill replica follow one another. The client sees the first token when decoding admits
-    the request.
+    the request. link_assumed: as `assumed`, of the link.
     """
 
     prefill: Deployment
@@ -58,12 +60,17 @@ class Disaggregated:
     kv_bytes_per_token: float
     link_bandwidth_bytes_per_s: float
     link_latency_seconds: float = 0.0
+    link_assumed: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.link_bandwidth_bytes_per_s > 0:
             raise CapacityError(f"KV link bandwidth {self.link_bandwidth_bytes_per_s} B/s: give one above zero")
         if self.kv_bytes_per_token < 0 or self.link_latency_seconds < 0:
             raise CapacityError("KV bytes per token and link latency cannot be negative")
+
+    @property
+    def assumed(self) -> frozenset[str]:
+        return self.prefill.assumed | self.decode.assumed | self.link_assumed
 
     @property
     def prefilling(self) -> Deployment:

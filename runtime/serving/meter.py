@@ -51,6 +51,7 @@ class Meter:
         self.kv_peak = 0.0
         self.timeline: list[tuple[float, int, int, int, float]] = []
         self.evidence = EVIDENCE_GRADES[0]
+        self.assumed: frozenset[str] = frozenset()
         self.sampled_steps = 0
         self.extrapolated_steps = 0
         self._runs: Counter[str] = Counter()
@@ -148,6 +149,7 @@ class Meter:
         self.sampled_steps += 1
         self.extrapolated_steps += price.extrapolated
         self.evidence = max(self.evidence, price.evidence, key=EVIDENCE_GRADES.index)
+        self.assumed |= price.assumed
 
     def _flush(self) -> None:
         """Moves buffered gaps into the histogram."""

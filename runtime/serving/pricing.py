@@ -62,6 +62,7 @@ class StepPrice:
     by_bound: one of `BOUNDS` -> seconds, summing to `seconds`.
     extrapolated: an input lay outside the range its price was fitted on.
     evidence: weakest grade that went in, one of `EVIDENCE_GRADES`.
+    assumed: figures that nobody gave, and what was taken for them, in words.
     errors: relative error of each entry of `by_op`, in its order (90th percentile, as a share).
     """
 
@@ -71,6 +72,7 @@ class StepPrice:
     extrapolated: bool = False
     evidence: str = "assumed"
     errors: list[float] = field(default_factory=list)
+    assumed: frozenset[str] = frozenset()
 
 
 class StepPricer(Protocol):

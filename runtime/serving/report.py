@@ -69,6 +69,7 @@ class Report:
     saturated, saturated_by: see `saturation`. bottleneck: the bound with the most step time, or, when
         saturated, what requests wait for.
     evidence: weakest grade of the prices sampled. extrapolated: share of them outside their fit's range.
+    assumed: what nobody gave, and what was taken for it, in words; the evidence is then "assumed".
     timeline: (seconds, replica, in service, waiting, used share of the KV pages) at each run of steps.
     requests: the measured ones, with their timestamps.
     """
@@ -98,6 +99,7 @@ class Report:
     bottleneck: str
     evidence: str
     extrapolated: float
+    assumed: tuple[str, ...] = ()
     timeline: list[tuple[float, int, int, int, float]] = field(repr=False, default_factory=list)
     requests: list[Request] = field(repr=False, default_factory=list)
 
@@ -121,6 +123,7 @@ class Report:
             "bottleneck",
             "evidence",
             "extrapolated",
+            "assumed",
         )
         return {
             **{f"{name}_ms": getattr(self, name).in_ms() for name in ("ttft", "tpot", "itl", "e2e", "queue")},
@@ -132,9 +135,13 @@ class Report:
 
 
 def make_report(
-    workload: Workload, meters: Sequence[Meter], groups: Sequence[Sequence[Replica]], devices: int
+    workload: Workload,
+    meters: Sequence[Meter],
+    groups: Sequence[Sequence[Replica]],
+    devices: int,
+    assumed: frozenset[str] = frozenset(),
 ) -> Report:
-    """Sums up a finished run. `groups`: replicas by role; the last one decodes."""
+    """Sums up a finished run. `groups`: replicas by role; the last one decodes. assumed: of the deployment."""
     requests = [request for request in workload.requests if request.measured]
     sent = np.array([request.sent_at for request in requests])
     first = np.array([request.first_token_at for request in requests])
@@ -151,6 +158,7 @@ def make_report(
         by_bound.update(meter.by_bound())
         steps.update(meter.step_counts)
     sampled = sum(meter.sampled_steps for meter in meters)
+    assumed = assumed.union(*(meter.assumed for meter in meters))
     saturated_by, blocked = saturation(workload, requests, meters)
     per_s = float(outputs.sum()) / duration
     return Report(
@@ -177,7 +185,8 @@ def make_report(
         saturated_by=saturated_by,
         blocked_fraction=blocked,
         bottleneck=saturated_by or next(iter(dict(by_bound.most_common(1))), ""),
-        evidence=max((meter.evidence for meter in meters), key=EVIDENCE_GRADES.index),
+        evidence="assumed" if assumed else max((meter.evidence for meter in meters), key=EVIDENCE_GRADES.index),
+        assumed=tuple(sorted(assumed)),
         extrapolated=sum(meter.extrapolated_steps for meter in meters) / sampled if sampled else 0.0,
         timeline=sorted(point for meter in meters for point in meter.timeline),
         requests=requests,

@@ -105,7 +105,8 @@ class Simulation:
         assert self.finished == len(self.workload.requests), "a request was lost"
         if self.trace is not None:
             self.trace.requests = [request for request in self.workload.requests if request.measured]
-        return make_report(self.workload, self.meters, self.groups, sum(role.devices for role in self.roles))
+        devices = sum(role.devices for role in self.roles)
+        return make_report(self.workload, self.meters, self.groups, devices, self.deployment.assumed)
 
     # Events
 

@@ -25,6 +25,9 @@ from runtime.serving import Deployment, Speculation
 
 RUNTIME_BYTES, COMMUNICATION_BYTES = 2.0e9, 0.5e9
 """Where a profile has no figure for what the driver and runtime keep back, and for collective buffers."""
+_HALF, _BRAIN = (f"chip.peak.{name}_flops_per_s" for name in ("fp16", "bf16"))
+_ACCEPTED = 0.65
+"""Chance that a draft is taken, where nobody says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Spec:
 
     expert_load: how tokens fall on experts, by name (see `runtime.pricing.load.parse`) or as a load over the expert
     slots in their order. redundant_slots: copies of experts a device, in each MoE layer. named, settings: the engine as
-    it was asked for, a name or a TOML file, and what of it was set by hand (see `spec_for`).
+    it was asked for, a name or a TOML file, and what of it was set by hand (see `spec_for`). replicas: how many of it
+    sit one behind another on the chip's servers.
     """
 
     cfg: ModelConfig
@@ -48,6 +52,7 @@ class Spec:
     redundant_slots: int = 0
     named: str = ""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    replicas: int = 1
 
 
 def spec_for(
@@ -132,6 +137,17 @@ def split_settings(settings: list[str]) -> tuple[dict[str, Any], list[tuple[str,
     return chip, of_model, of_engine
 
 
+def chip_with(name: str, settings: Mapping[str, Any]) -> Profile:
+    """A profile with figures set by hand. Raises `ProfileError`, or `UsageError` for one that would change no answer."""
+    found = hw_profiles.load(name, settings)
+    for path in settings:
+        if why := hw_profiles.refused(path):
+            raise UsageError(f"--set {path}: {why}")
+        if path == _HALF and found.number(_BRAIN) is not None:
+            raise UsageError(f"--set {path}: 16-bit products on {found.name} are at the rate of {_BRAIN}; set that")
+    return found
+
+
 def _parsed(value: str) -> Any:
     """An engine setting's value: a TOML value where it is one, else the text itself."""
     try:
@@ -164,6 +180,11 @@ def memories(spec: Spec) -> list[Ledger]:
         redundant_slots=spec.redundant_slots,
         sized=sized_cache(spec.engine, spec.cfg, profile, spec.formats),
     )
+
+
+def node_devices(profile: Profile) -> int:
+    """Devices in one node of this chip; 8 where the profile does not say."""
+    return int(profile.number("node.devices") or profile.number("link.scale_up.domain_devices") or 8)
 
 
 class PriceTables:
@@ -209,7 +230,32 @@ def pricer_of(spec: Spec, tables: PriceTables) -> GraphPricer:
         spec.engine.sparse_layer_seconds,
         shared,
         tables.coarse,
+        spec.replicas,
     )
+
+
+def assumed(spec: Spec, memory: bool = True, drafting: bool = True) -> frozenset[str]:
+    """What of a deployment nobody gave, and what was taken for it, in words; what its prices rest on, they say
+    themselves. memory: its pool was worked out. drafting: it makes answers."""
+    profile, engine = spec.profile, spec.engine
+    taken: dict[str, str] = {}
+    if memory:
+        taken["chip.memory.usable_bytes"] = "all of the capacity"
+        taken["overhead.runtime_reserved_bytes"] = f"{RUNTIME_BYTES / 1e9:g} GB"
+        if spec.layout.devices > 1:
+            taken["overhead.collective_buffer_bytes"] = f"{COMMUNICATION_BYTES / 1e9:g} GB"
+    found = {f"{path} {text}" for path, text in taken.items() if profile.number(path) is None}
+    times = ("graph_step_host_seconds", "eager_step_host_seconds")
+    if engine.hosts and profile.vendor not in engine.hosts and not all(name in spec.settings for name in times):
+        replayed, launched = (getattr(engine, name) * 1e3 for name in times)
+        found.add(
+            f"host times of {engine.name} as beside {' and '.join(engine.hosts)} chips: {replayed:g} ms a step that "
+            f"replays a graph, {launched:.3g} ms one that launches each kernel"
+        )
+    if drafting and spec.drafts and spec.accept_length is None:
+        mean = _default_acceptance(spec.drafts)
+        found.add(f"MTP acceptance {_ACCEPTED:g} a draft: {mean:.2f} tokens a step with {spec.drafts} drafted")
+    return frozenset(found)
 
 
 def build(spec: Spec, tables: PriceTables | None = None) -> Built:
@@ -233,6 +279,7 @@ def build(spec: Spec, tables: PriceTables | None = None) -> Built:
         devices=spec.layout.devices,
         ranks=spec.layout.dp,
         speculation=speculation(spec.drafts, spec.accept_length),
+        assumed=assumed(spec, memory=held is not None),
     )
     return Built(spec, held, pricer, deployment)
 
@@ -245,5 +292,4 @@ def speculation(drafts: int, accept_length: float | None = None) -> Speculation 
 def _default_acceptance(drafts: int) -> float:
     """Tokens a step: GLM-5's report gives 2.76 at 4 speculative steps (arXiv 2602.15763), which is what a
     geometric acceptance of 0.65 gives; the same chance is taken for other draft lengths."""
-    chance = 0.65
-    return (1 - chance ** (drafts + 1)) / (1 - chance)
+    return (1 - _ACCEPTED ** (drafts + 1)) / (1 - _ACCEPTED)

@@ -15,7 +15,8 @@ from model.formats import Formats
 from runtime.deployment.plan import Plan, Pool, profile_of
 from runtime.pricing.load import ExpertLoad
 from runtime.serving import Deployment, Disaggregated
-from runtime.simulation.build import Built, PriceTables, Spec, pricer_of, spec_for, speculation
+from runtime.simulation.build import Built, PriceTables, Spec, assumed, pricer_of, spec_for, speculation
+from runtime.simulation.transfer import link_assumed
 
 
 def spec_of(cfg: ModelConfig, pool: Pool, profile: Profile) -> Spec:
@@ -24,6 +25,7 @@ def spec_of(cfg: ModelConfig, pool: Pool, profile: Profile) -> Spec:
     made = spec_for(
         cfg, profile, pool.layout, pool.formats.scheme, pool.formats.kv, pool.engine, pool.settings,
         expert_load=load, drafts=pool.drafts, pool_tokens=pool.pool_tokens, redundant_slots=pool.redundant_slots,
+        replicas=pool.replicas,
     )  # fmt: skip
     return dataclasses.replace(made, formats=pool.formats)
 
@@ -75,6 +77,7 @@ def deployed(
             replicas=replicas,
             ranks=pool.layout.dp,
             speculation=speculation(pool.drafts) if pool.role != "prefill" else None,
+            assumed=assumed(spec, drafting=pool.role != "prefill"),
         )
         built.append(Built(spec, pool.devices[0].ledger, pricer, made))
     if plan.transfer is None:
@@ -82,5 +85,7 @@ def deployed(
     moved = plan.transfer.kv_bytes_per_token
     per_token = moved / plan.transfer.link_bandwidth_bytes_per_s + plan.transfer.conversion_seconds_per_token
     prefill, decode = (each.deployment for each in built)
-    both = Disaggregated(prefill, decode, moved, moved / per_token, plan.transfer.link_latency_seconds)
+    a, b = (each.spec for each in built)
+    taken = link_assumed(a, b)
+    both = Disaggregated(prefill, decode, moved, moved / per_token, plan.transfer.link_latency_seconds, taken)
     return Deployed(tuple(built), both, parts)

@@ -22,11 +22,11 @@ from runtime.planning.check import check
 from runtime.planning.contender import Contender, Part, mark_front, plan_of
 from runtime.planning.estimate import Estimate, OptionPrices
 from runtime.planning.options import Question, make_option, options, schemes
-from runtime.planning.pairs import sequence_kv_bytes_per_token, transfer_of
 from runtime.planning.predict import predicted, simulate_plan
 from runtime.planning.search import Chips, search
 from runtime.planning.smallest import counts, smallest
 from runtime.simulation.build import PriceTables
+from runtime.simulation.transfer import sequence_kv_bytes_per_token, transfer_of
 
 FP8 = "glm-5-fp8"
 LIGHT = Demand(isl=2048, osl=128, concurrency=8)
@@ -288,7 +288,7 @@ def test_a_transfer_moves_each_layer_of_the_cache_once_and_converts_it() -> None
     narrow = make_option(asked, h200, Layout(tp=4, pp=2), "fp8", "fp8", {})
     assert sequence_kv_bytes_per_token(wide.spec) == 100_152
     assert sequence_kv_bytes_per_token(narrow.spec) == 61_464
-    same, other = transfer_of(asked, wide, wide), transfer_of(asked, wide, narrow)
+    same, other = (transfer_of(wide.spec, each.spec, asked.demand.isl) for each in (wide, narrow))
     assert same.bytes == 100_152 * 2048 and same.link_bandwidth_bytes_per_s == 8 * 50e9
     rewriting = (100_152 + 61_464) / 2 / 4.8e12
     assert other.conversion_seconds_per_token == pytest.approx(rewriting + 61_464 / 450e9)

@@ -1,8 +1,8 @@
 """Reads an engine description and checks it.
 
 A TOML file holds `kind` (which engine it describes: defaults that are formulas and launch flags go by it, never by the
-file's name; "other" where those of none hold), `release`, `prices` (whose operator tables price it), `name`,
-`description` and sections of settings; each
+file's name; "other" where those of none hold), `release`, `prices` (whose operator tables price it), `hosts` (vendors
+of the chips beside which its host times were taken), `name`, `description` and sections of settings; each
 setting is `{value=, source=, date=, grade=, note=}`. Sections only group for the reader: `Engine` is flat.
 A value may depend on the device: `by_memory_gib = [[limit, value], ...]` gives the value for devices
 whose memory is below `limit` GiB (first match); `value` is what holds when the memory is not given. Or on the chip and
@@ -53,20 +53,23 @@ class Circumstances:
     """What an engine's defaults depend on, beside its release; None: not known, so no condition on it holds.
 
     sparse: the model's attention selects what it reads. family: of the chip, as profiles name it. fp8: the chip keeps
-    caches in FP8. memory_bytes: of a device. kv: what the KV cache was asked to be kept in.
+    caches in FP8. memory_bytes: of a device. built_bytes: of one as its profile has it, where the memory was set to
+    another size: settings by memory stay those of the chip that it is, so that nothing else changes with the memory.
+    kv: what the KV cache was asked to be kept in.
     """
 
     sparse: bool | None = None
     family: str | None = None
     fp8: bool | None = None
     memory_bytes: float | None = None
+    built_bytes: float | None = None
     kv: str | None = None
 
     @classmethod
     def of(cls, cfg: ModelConfig, profile: Profile) -> Circumstances:
-        return cls(
-            cfg.sparse, profile.family, "fp8" in profile.formats.kv, profile.number("chip.memory.capacity_bytes")
-        )
+        capacity = profile.get("chip.memory.capacity_bytes")
+        memory, built = (capacity.value, capacity.replaces or capacity.value) if capacity else (None, None)
+        return cls(cfg.sparse, profile.family, "fp8" in profile.formats.kv, memory, built)
 
 
 def holds(when: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
@@ -142,7 +145,8 @@ class Setting:
 class Engine:
     """One serving engine's policy and overheads. Tokens, seconds and fractions of one.
 
-    kind, release: which engine this is. prices: whose operator tables price it.
+    kind, release: which engine this is. prices: whose operator tables price it. hosts: vendors of the chips beside
+        which its host times were taken; empty: it does not say.
 
     Scheduling
     policy: "prefill-first": while a prompt waits and is admitted, steps compute prompts only and decoding
@@ -217,6 +221,7 @@ class Engine:
     kind: str = ""
     release: str = ""
     prices: Tables = "sglang"
+    hosts: tuple[str, ...] = ()
     cache: CacheRules = CacheRules()
     eager_layer_host_seconds: float = 0.0
     eager_sparse_layer_host_seconds: float = 0.0
@@ -315,7 +320,7 @@ def _say(where: str, fault: Fault) -> str:
     return f"{where}: {place(fault.path)} = {fault.shown} {wrong}"
 
 
-_ABOUT = ("name", "description", "kind", "release", "prices")
+_ABOUT = ("name", "description", "kind", "release", "prices", "hosts")
 _SETTINGS = tuple(f.name for f in fields(Engine) if f.name not in (*_ABOUT, "cache", "evidence"))
 _REQUIRED = tuple(f.name for f in fields(Engine) if f.name in _SETTINGS and f.default is MISSING)
 
@@ -329,9 +334,10 @@ def _settings(file: str, document: dict[str, Any], at: Circumstances) -> tuple[d
             _known(key)
             _conditions(file, key, entry)
             value = entry.under(at)
-            if at.memory_bytes is not None and entry.by_memory_gib:
+            memory = at.built_bytes or at.memory_bytes
+            if memory is not None and entry.by_memory_gib:
                 steps = entry.by_memory_gib
-                value = next((v for limit, v in steps if at.memory_bytes < limit * _GIB), steps[-1][1])
+                value = next((v for limit, v in steps if memory < limit * _GIB), steps[-1][1])
             values[key] = _expand(value) if key == "graph_batch_sizes" else value
             evidence[key] = Source(entry.source, entry.date, entry.grade, entry.note)
     return values, evidence

@@ -151,13 +151,16 @@ def _servers(
             files[placement] = write(pool.experts, cfg)
     host_bytes = HOST_RATIO * pool.pool_tokens * device_bytes_per_token(pool) if host_tier else None
     peers = [other for other in plan.pools if other is not pool]
-    per_node, first = node_devices(profile), pool.devices[0].index
+    per_node = node_devices(profile)
+    firsts: dict[int, int] = {}  # of each node; the pool before may have begun it
+    for device in plan.devices:
+        firsts.setdefault(device.node, device.index)
     found = []
     for index in range(pool.replicas):
         parts: dict[int, NodeShare] = {}
         for device in pool.devices[index * pool.layout.devices : (index + 1) * pool.layout.devices]:
             old = parts.get(device.node)
-            start = old.first if old else (device.index - first) % per_node
+            start = old.first if old else device.index - firsts[device.node]
             parts[device.node] = NodeShare(device.node, start, old.count + 1 if old else 1, addresses[device.node])
         found.append(
             LaunchServer(
