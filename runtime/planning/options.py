@@ -208,7 +208,10 @@ def role_refused(question: Question, option: Option, role: PoolRole, placement: 
 
 
 def pair_refused(question: Question, prefill: Option, decode: Option) -> str | None:
-    """Why the engine does not hand the cache of one option on to the other."""
+    """Why the engine's connector does not hand the cache of one option on to the other. There is none between chips of
+    two vendors, and so none to obey."""
+    if prefill.spec.profile.vendor != decode.spec.profile.vendor:
+        return None
     engine, ends = prefill.spec.engine, [(each.layout, each.spec.formats) for each in (prefill, decode)]
     return unsupported(engine.kind, engine.release, pair_facts(question.cfg, ends[0], ends[1]))
 

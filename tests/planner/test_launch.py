@@ -19,9 +19,9 @@ from model.split import Layout
 from runtime.deployment.engines.flags import holds, table
 from runtime.deployment.errors import LaunchError
 from runtime.deployment.plan import Plan, Pool
-from runtime.planning.launch import LAUNCHED_ENGINES, Command, Launch, launch
+from runtime.planning.launch import Command, Launch, launch
 from tests.cli.cli import glm5, refused
-from tests.planner.launching import PRODUCT, made, pairs, plan_of, pool
+from tests.planner.launching import PRODUCT, RELEASES, complaints, made, pairs, plan_of, pool, recorded
 
 LAYOUTS = st.sampled_from(
     [Layout(tp, dp, ep, pp) for tp in (1, 2, 4, 8, 16) for dp in (1, 2, 4, 8, 16) for pp in (1, 2)
@@ -30,10 +30,11 @@ LAYOUTS = st.sampled_from(
 
 
 @settings(max_examples=120, deadline=None)
-@given(LAYOUTS, st.sampled_from(LAUNCHED_ENGINES), st.integers(0, 3), st.integers(1, 3), st.booleans(), st.booleans())
+@given(LAYOUTS, st.sampled_from(RELEASES), st.integers(0, 3), st.integers(1, 3), st.booleans(), st.booleans())
 def test_every_flag_has_a_source_and_every_device_a_process(
-    layout: Layout, engine: str, drafts: int, replicas: int, apart: bool, host_tier: bool
+    layout: Layout, of: tuple[str, str], drafts: int, replicas: int, apart: bool, host_tier: bool
 ) -> None:
+    engine, release = of
     profile, scheme = PRODUCT[engine]
     options: Any = {"engine": engine, "drafts": drafts, "replicas": replicas}
     try:
@@ -42,19 +43,21 @@ def test_every_flag_has_a_source_and_every_device_a_process(
             nodes = 1 + max(device.node for device in pools[0].devices)
             more: Any = {"first_device": len(pools[0].devices), "first_node": nodes}
             pools.append(pool("glm-5-fp8", profile, layout, scheme, role="decode", **options, **more))
-        found = made("glm-5-fp8", *pools, host_tier=host_tier)
+        found = made("glm-5-fp8", *pools, release=release, host_tier=host_tier)
     except (CapacityError, UsageError, LaunchError):
         return
-    documented = table(engine).documented
+    documented = table(engine, release).documented
     for command in found.commands:
         flags = pairs(command)
         assert flags.keys() == command.sources.keys(), "a flag without a source, or the other way round"
         assert flags.keys() <= documented.keys()
+        assert complaints(command, recorded(engine, release)) == []
     assert covered(found, engine) == {(device.node, local) for device, local in numbered(pools, profile)}
     ends = [(c.node, pairs(c)["--port"]) for c in found.commands if "--port" in pairs(c) and serves(c, engine)]
     assert len(ends) == len(set(ends)), "two processes on one port"
     assert found.nodes == sorted({command.node for command in found.commands})
-    assert json.loads(json.dumps(found.to_json()))["commands"][0]["argv"] == found.commands[0].argv
+    told = json.loads(json.dumps(found.to_json()))
+    assert told["commands"][0]["argv"] == found.commands[0].argv and told["releases"] == {engine: release}
 
 
 def serves(command: Command, engine: str) -> bool:
@@ -103,12 +106,12 @@ def test_every_rule_of_a_table_can_be_reached_and_has_a_source() -> None:
         "vendor": ["NVIDIA", "Huawei"], "role": ["serve", "prefill", "decode"], "model": ["glm-5", "x"],
         "model_type": ["glm_moe_dsa", "deepseek_v32"], "scheme": ["bf16", "fp8", "w8a8", "w4a8", "w4a16"],
         "kv": ["bf16", "fp8", "int8", "f32"], **{k: [True, False] for k in
-        ("sparse", "fp4", "by_expert", "groups", "drafts", "nodes", "pp")},
+        ("sparse", "fp4", "by_expert", "groups", "drafts", "nodes", "pp", "placement", "same_cache", "tp_fits")},
     }  # fmt: skip
-    for engine in LAUNCHED_ENGINES:
-        read = table(engine)
+    for engine, release in RELEASES:
+        read = table(engine, release)
         assert set(read.documented.values()) <= set(read.sources.values())
-        for rule in (*read.extra, *read.environment, *read.remark, *read.refuse):
+        for rule in (*read.extra, *read.environment, *read.additional, *read.remark, *read.refuse):
             assert rule["when"].keys() <= facts.keys()
             chosen = {k: v[0] if isinstance(v, list) else v for k, v in rule["when"].items()}
             assert holds(rule["when"], {k: vs[0] for k, vs in facts.items()} | chosen)

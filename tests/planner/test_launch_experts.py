@@ -9,6 +9,7 @@ import pytest
 
 from model.hf_config import load_config
 from model.split import Layout
+from runtime.deployment.errors import LaunchError
 from runtime.deployment.plan import Pool
 from runtime.planning.assign import in_order
 from runtime.planning.launch import LAUNCHED_ENGINES
@@ -70,3 +71,10 @@ def test_experts_in_order_need_no_file(engine: str) -> None:
     profile, scheme = PRODUCT[engine]
     found = made("glm-5-fp8", pool("glm-5-fp8", profile, Layout(8, 4, 32), scheme, engine=engine), model="m")
     assert not found.files and not any("expert_map" in word or "location" in word for word in found.commands[0].argv)
+
+
+def test_a_placement_over_stages_is_refused_where_layers_are_counted_anew() -> None:
+    given_ = placed("vllm-ascend", Layout(16, 1, 16, 2), "ascend-910c-die", "w8a8")
+    with pytest.raises(LaunchError, match="from 0 on each pipeline stage; plan with pp 1"):
+        made("glm-5-fp8", given_, model="m")
+    assert made("glm-5-fp8", placed("sglang", Layout(8, 1, 8, 2), "h200-sxm", "fp8")).files

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from model.split import Layout
+from runtime.planning.launch import Command
 from tests.planner.launching import made, pairs, pool, says
 
 
@@ -52,15 +53,26 @@ def test_sglang_glm_5_on_one_h200_node() -> None:
     )
 
 
-def test_sglang_glm_5_on_b200() -> None:
-    """The same, "B200 (FP8)"."""
-    (command,) = made("glm-5-fp8", pool("glm-5-fp8", "b200-sxm", Layout(8), "fp8", "fp8")).commands
-    says(
-        command,
-        "--attention-backend nsa --nsa-decode-backend trtllm --nsa-prefill-backend trtllm "
-        "--moe-runner-backend flashinfer_trtllm --enable-flashinfer-allreduce-fusion --kv-cache-dtype fp8_e4m3 "
-        "--quantization fp8",
-    )
+@pytest.mark.parametrize(
+    ("release", "spelt"),
+    [
+        (
+            "0.5.9",
+            "--attention-backend nsa --nsa-decode-backend trtllm --nsa-prefill-backend trtllm "
+            "--enable-flashinfer-allreduce-fusion",
+        ),
+        (
+            "0.5.23",
+            "--attention-backend dsa --dsa-decode-backend trtllm --dsa-prefill-backend trtllm "
+            "--flashinfer-allreduce-fusion-backend auto",
+        ),
+    ],
+)
+def test_sglang_glm_5_on_b200(release: str, spelt: str) -> None:
+    """The same, "B200 (FP8)", as each release spells it."""
+    given_ = pool("glm-5-fp8", "b200-sxm", Layout(8), "fp8", "fp8")
+    (command,) = made("glm-5-fp8", given_, release=release).commands
+    says(command, f"{spelt} --moe-runner-backend flashinfer_trtllm --kv-cache-dtype fp8_e4m3 --quantization fp8")
 
 
 def test_sglang_on_one_atlas_800_a3() -> None:
@@ -82,15 +94,23 @@ ASCEND = (
     "--trust-remote-code --gpu-memory-utilization 0.95 --quantization ascend --enable-chunked-prefill "
     "--enable-prefix-caching --async-scheduling --seed 1024 --enable-expert-parallel --max-num-batched-tokens 4096 "
     """--compilation-config '{"cudagraph_mode": "FULL_DECODE_ONLY"}' """
-    """--additional-config '{"fuse_muls_add": true, "multistream_overlap_shared_expert": true, """
-    """"ascend_compilation_config": {"enable_npugraph_ex": true}}' """
-    """--speculative-config '{"num_speculative_tokens": 3, "method": "deepseek_mtp"}' """
+    """--speculative-config '{"num_speculative_tokens": 3, "method": "mtp", "enforce_eager": true}' """
 )
 ASCEND_SETTINGS = {"memory_fraction": 0.95, "max_step_tokens": 4096, "chunked_prefill_tokens": 4096}
 ASCEND_ENVIRONMENT = {
     "HCCL_OP_EXPANSION_MODE": "AIV", "OMP_PROC_BIND": "false", "OMP_NUM_THREADS": "1", "HCCL_BUFFSIZE": "200",
-    "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True", "VLLM_ASCEND_BALANCE_SCHEDULING": "1",
+    "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
 }  # fmt: skip
+ASCEND_OPTIONS = {
+    "multistream_overlap_shared_expert": True,
+    "ascend_compilation_config": {"enable_npugraph_ex": True, "fuse_muls_add": True},
+    "enable_balance_scheduling": True,
+}
+"""The tutorial's, as 0.23 reads them: fuse_muls_add inside, VLLM_ASCEND_* variables that are deprecated as keys."""
+
+
+def additional(command: Command) -> dict[str, Any]:
+    return json.loads(pairs(command)["--additional-config"][0])
 
 
 def test_vllm_ascend_w4a8_on_one_atlas_800_a3() -> None:
@@ -101,7 +121,7 @@ def test_vllm_ascend_w4a8_on_one_atlas_800_a3() -> None:
     )  # fmt: skip
     (command,) = made("glm-5", given_).commands
     assert command.argv[:3] == ["vllm", "serve", "Eco-Tech/GLM-5-w4a8"]
-    assert command.environment == ASCEND_ENVIRONMENT
+    assert command.environment == ASCEND_ENVIRONMENT and additional(command) == ASCEND_OPTIONS
     says(command, ASCEND + "--tensor-parallel-size 16 --max-num-seqs 8 --port 8077 --host 0.0.0.0")
 
 
@@ -118,9 +138,8 @@ def test_vllm_ascend_w8a8_on_two_nodes() -> None:
     assert "--headless" not in first.argv and "--port" not in second.argv
     assert (first.node, second.node) == (0, 1)
     for command in (first, second):
-        assert {*ASCEND_ENVIRONMENT, "VLLM_ASCEND_ENABLE_MLAPO", "HCCL_IF_IP", "GLOO_SOCKET_IFNAME"} <= set(
-            command.environment
-        )
+        assert {*ASCEND_ENVIRONMENT, "HCCL_IF_IP", "GLOO_SOCKET_IFNAME"} <= set(command.environment)
+        assert additional(command) == ASCEND_OPTIONS | {"enable_mlapo": True}
 
 
 def test_vllm_ascend_disaggregated_on_six_nodes() -> None:
@@ -140,12 +159,12 @@ def test_vllm_ascend_disaggregated_on_six_nodes() -> None:
     both = (
         "--enable-expert-parallel --seed 1024 --trust-remote-code --quantization ascend --enable-auto-tool-choice "
         "--tool-call-parser glm47 --reasoning-parser glm45 "
-        """--speculative-config '{"num_speculative_tokens": 3, "method":"deepseek_mtp"}' """
+        """--speculative-config '{"num_speculative_tokens": 3, "method": "mtp", "enforce_eager": true}' """
     )
     connector = {
         "kv_connector": "MooncakeConnectorV1",
         "kv_connector_extra_config": {
-            "use_ascend_direct": True, "prefill": {"dp_size": 4, "tp_size": 8}, "decode": {"dp_size": 16, "tp_size": 4}
+            "prefill": {"dp_size": 4, "tp_size": 8}, "decode": {"dp_size": 16, "tp_size": 4}
         },
     }  # fmt: skip
     ours = [command for command in found.commands if command.title.startswith("prefill")]
@@ -158,7 +177,7 @@ def test_vllm_ascend_disaggregated_on_six_nodes() -> None:
         )
         transfer = json.loads(pairs(command)["--kv-transfer-config"][0])
         assert transfer == connector | {"kv_role": "kv_producer", "kv_port": "30000", "engine_id": "0"}
-        assert command.environment["VLLM_ASCEND_ENABLE_FLASHCOMM1"] == "1"
+        assert additional(command) == {"multistream_overlap_shared_expert": True, "enable_flashcomm1": True}
         first = 8 * (rank % 2)
         assert command.environment["ASCEND_RT_VISIBLE_DEVICES"] == ",".join(map(str, range(first, first + 8)))
     theirs = [command for command in found.commands if command.title.startswith("decode")]
@@ -171,7 +190,10 @@ def test_vllm_ascend_disaggregated_on_six_nodes() -> None:
         )
         transfer = json.loads(pairs(command)["--kv-transfer-config"][0])
         assert transfer == connector | {"kv_role": "kv_consumer", "kv_port": "30100", "engine_id": "1"}
-        assert {"TASK_QUEUE_ENABLE", "VLLM_ASCEND_ENABLE_MLAPO"} <= set(command.environment)
+        assert "TASK_QUEUE_ENABLE" in command.environment and "VLLM_ASCEND_ENABLE_FUSED_MC2" not in command.environment
+        wanted = ASCEND_OPTIONS | {"enable_mlapo": True}
+        del wanted["enable_balance_scheduling"]  # refused beside a KV connector
+        assert additional(command) == wanted
     assert found.router is not None
     proxy = pairs(found.router)
     assert [len(proxy[f"--{side}-{what}"]) for side in ("prefiller", "decoder") for what in ("hosts", "ports")] == [

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import hw_profiles
 from model.hf_config import load_config
 from model.split import Layout
-from runtime.deployment.engines.flags import table, unsupported
+from runtime.deployment.engines import load
+from runtime.deployment.engines.flags import format_facts, layout_facts, table, unsupported
 from runtime.deployment.errors import LaunchError
 from runtime.deployment.plan import Demand, ModelRef, Plan, config_hash
 from runtime.planning.launch import LAUNCHED_ENGINES, launch
-from tests.planner.launching import made, pool, says
+from tests.planner.launching import PRODUCT, RELEASES, made, pairs, pool, says
 from tests.plans import formats, pool_of
 
 
@@ -45,16 +47,17 @@ def test_refusals_say_what_to_change(engine: str, profile: str, scheme: str, kv:
 @pytest.mark.parametrize("scheme", ["bf16", "fp8", "w8a8", "w4a8"])
 def test_a_search_is_told_of_the_formats_that_launch_refuses(engine: str, profile: str, kv: str, scheme: str) -> None:
     chip = hw_profiles.load(profile)
-    if chip.vendor not in table(engine).runs_on:
+    release, facts = load(engine).release, format_facts(load_config("glm-5-fp8"), chip, scheme, kv)
+    if chip.vendor not in table(engine, release).runs_on:
         return
-    why = unsupported(engine, chip.vendor, scheme, kv, sparse=True)
+    why = unsupported(engine, release, facts)
     given_ = pool("glm-5-fp8", profile, Layout(16, 4, 64), scheme, kv, engine=engine)
     if why is None:
         assert made("glm-5-fp8", given_, model="m").commands
     else:
         with pytest.raises(LaunchError, match=re.escape(why)):
             made("glm-5-fp8", given_, model="m")
-    assert unsupported("trtllm", chip.vendor, scheme, kv, sparse=True) is None
+    assert unsupported("trtllm", "1.0", facts) is None
 
 
 def test_uneven_nodes_are_refused() -> None:
@@ -114,3 +117,93 @@ def test_a_stage_that_borrows_a_selection_is_said() -> None:
     """GLM-5.2 shares indexers over four layers; layer 39 reuses layer 38's."""
     found = made("glm-5.2-fp8", pool("glm-5.2-fp8", "h100-sxm", Layout(8, pp=2), "fp8", engine="vllm"))
     assert any("stage from layer 39 on reuses the selection of layer 38" in r for r in found.commands[0].remarks)
+
+
+# --- pools apart -------------------------------------------------------------------------------------------
+
+
+def apart(engine: str, prefill: tuple[Layout, str], decode: tuple[Layout, str], drafts: int = 0, chip: str = "") -> str:
+    """Why two pools are not launched, each given by layout and cache format; "" where they are."""
+    profile, scheme = PRODUCT[engine]
+    options: Any = {"engine": engine, "drafts": drafts}
+    before = pool("glm-5-fp8", profile, prefill[0], scheme, prefill[1], role="prefill", **options)
+    nodes = 1 + max(device.node for device in before.devices)
+    more: Any = {"first_device": len(before.devices), "first_node": nodes, **options}
+    after = pool("glm-5-fp8", chip or profile, decode[0], scheme, decode[1], role="decode", **more)
+    for release in [each for kind, each in RELEASES if kind == engine]:
+        try:
+            made("glm-5-fp8", before, after, model="m", release=release)
+        except LaunchError as error:
+            assert "\n" not in str(error)
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("engine", LAUNCHED_ENGINES)
+def test_decode_pools_have_one_stage(engine: str) -> None:
+    whole, staged = (Layout(16), Layout(16, pp=2))
+    for layout in (staged, Layout(8, 2, 16, 2)):
+        assert "pp 1" in apart(engine, (whole, "bf16"), (layout, "bf16"))
+    refused = apart(engine, (staged, "bf16"), (whole, "bf16"))
+    assert ("one pipeline stage; plan both with pp 1" in refused) if engine == "vllm" else refused == ""
+
+
+@pytest.mark.parametrize(
+    ("engine", "formats"),
+    [
+        ("sglang", ("bf16", "fp8")),
+        ("sglang", ("fp8", "bf16")),
+        ("vllm", ("fp8", "bf16")),
+        ("vllm-ascend", ("int8", "bf16")),
+    ],
+)
+def test_both_pools_keep_one_cache_format(engine: str, kept: tuple[str, str]) -> None:
+    layout = Layout(16, 2, 32)
+    for drafts in (0, 2):
+        assert "plan with one --kv" in apart(engine, (layout, kept[0]), (layout, kept[1]), drafts)
+        assert apart(engine, (layout, kept[0]), (layout, kept[0]), drafts) == ""
+
+
+def test_one_name_of_a_cache_can_mean_two_rows() -> None:
+    """FP8 is FlashMLA's record on Hopper and plain FP8 on Blackwell; 16 bits are the same on both."""
+    for engine in ("sglang", "vllm"):
+        layout = Layout(8)
+        assert "chips that store it alike" in apart(engine, (layout, "fp8"), (layout, "fp8"), chip="b200-sxm")
+        assert apart(engine, (layout, "bf16"), (layout, "bf16"), chip="b200-sxm") == ""
+
+
+@pytest.mark.parametrize(("before", "after", "fits"), [(4, 8, False), (8, 16, False), (8, 8, True), (16, 4, True)])
+def test_mooncake_wants_prefill_tp_to_hold_decodes(before: int, after: int, fits: bool) -> None:
+    ends = [(Layout(tp, 32 // tp, 32), "bf16") for tp in (before, after)]
+    why = apart("vllm-ascend", *ends)
+    assert (why == "") == fits and (fits or "multiple of decode's" in why)
+
+
+@pytest.mark.parametrize(("drafts", "role", "fits"), [(2, "serve", False), (1, "decode", False), (0, "serve", True)])
+def test_drafts_over_stages(drafts: int, role: str, fits: bool) -> None:
+    given_ = pool("glm-5-fp8", "ascend-910c-die", Layout(16, pp=2), "w8a8", engine="vllm-ascend", drafts=drafts)
+    facts = layout_facts(given_.layout, drafts, role)
+    assert (unsupported("vllm-ascend", "0.23", facts) is None) == fits
+    if role == "serve" and not fits:
+        with pytest.raises(LaunchError, match="drafts over pipeline stages in prefill pools alone"):
+            made("glm-5-fp8", given_, model="m")
+    staged = pool("glm-5-fp8", "h200-sxm", Layout(8, pp=2), "fp8", drafts=2)
+    assert made("glm-5-fp8", staged, release="0.5.23").commands
+    with pytest.raises(LaunchError, match="SGLang 0.5.9 has no speculative decoding over pipeline stages"):
+        made("glm-5-fp8", staged, release="0.5.9")
+
+
+def test_async_scheduling_is_not_asked_for_over_stages() -> None:
+    for layout, asked in ((Layout(16, 2, 32), True), (Layout(16, pp=2), False)):
+        given_ = pool("glm-5-fp8", "ascend-910c-die", layout, "w8a8", engine="vllm-ascend")
+        for command in made("glm-5-fp8", given_, model="m").commands:
+            assert ("--async-scheduling" in command.argv) == asked
+
+
+@pytest.mark.parametrize("model", ["glm-5-fp8", "deepseek-r1", "glm-4.6", "deepseek-v3.2"])
+def test_vllm_is_told_16_bits_by_name(model: str) -> None:
+    """`auto` is FP8 where a chip, a model or a checkpoint says so."""
+    for release in ("0.16", "0.23", "0.33"):
+        given_ = pool(model, "b200-sxm", Layout(8), "fp8" if model != "glm-4.6" else "bf16", engine="vllm")
+        (command,) = made(model, given_, model="m", release=release).commands
+        assert pairs(command)["--kv-cache-dtype"] == ("bfloat16",)

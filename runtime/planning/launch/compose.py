@@ -119,7 +119,7 @@ def launch(
     servers: list[LaunchServer] = []
     files: dict[str, Any] = {}
     for pool in plan.pools:
-        servers += _servers(plan, cfg, pool, engine or pool.engine, release, model, addresses, host_tier, files)
+        servers += _servers(plan, cfg, pool, engine, release, model, addresses, host_tier, files)
     for server in servers:
         server.refuse()
     commands = [command for server in servers for command in _module(server).commands(server)]
@@ -150,13 +150,14 @@ def _servers(
     plan: Plan,
     cfg: ModelConfig,
     pool: Pool,
-    engine: str,
+    asked: str | None,
     release: str | None,
     model: str | None,
     addresses: Sequence[Word],
     host_tier: bool,
     files: dict[str, Any],
 ) -> list[LaunchServer]:
+    engine = asked or pool.engine
     named = load(engine)
     kind = named.kind
     if kind not in LAUNCHED_ENGINES:
@@ -187,6 +188,8 @@ def _servers(
                 profile=profile,
                 pool=pool,
                 peer=peers[0] if peers else None,
+                connected=all(load(asked or each.engine).kind == kind for each in peers)
+                and all(profile_of(each).vendor == profile.vendor for each in peers),
                 engine=described,
                 index=index,
                 parts=tuple(parts.values()),

@@ -35,7 +35,8 @@ class NodeShare:
 class LaunchServer:
     """One replica: an engine's process group.
 
-    index: among the replicas of its pool. peer: the pool at the other end of a KV transfer. model: what the engine
+    index: among the replicas of its pool. peer: the pool at the other end of a KV transfer. connected: whether the
+    engine's own connector joins the two, which wants one engine on one vendor's chips. model: what the engine
     loads. context_tokens: the longest request it admits. experts_file: the engine's own file of the placement, None
     where experts are in order. host_bytes: of the host tier a device, None where it is not asked for.
     """
@@ -45,6 +46,7 @@ class LaunchServer:
     profile: Profile
     pool: Pool
     peer: Pool | None
+    connected: bool
     engine: Engine
     index: int
     parts: tuple[NodeShare, ...]
@@ -79,7 +81,7 @@ class LaunchServer:
         placement = self.experts_file is not None or self.redundant > 0
         found = format_facts(self.cfg, self.profile, pool.scheme, pool.formats.kv)
         found |= layout_facts(pool.layout, pool.drafts, pool.role, placement)
-        if self.peer is not None:
+        if self.peer is not None and self.connected:
             ends = [(each.layout, each.formats) for each in (pool, self.peer)]
             found |= pair_facts(self.cfg, *(ends if pool.role == "prefill" else ends[::-1]))
         return {**found, "nodes": len(self.parts) > 1}
