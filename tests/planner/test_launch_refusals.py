@@ -149,7 +149,7 @@ def test_decode_pools_have_one_stage(engine: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "formats"),
+    ("engine", "kept"),
     [
         ("sglang", ("bf16", "fp8")),
         ("sglang", ("fp8", "bf16")),
@@ -174,8 +174,8 @@ def test_one_name_of_a_cache_can_mean_two_rows() -> None:
 
 @pytest.mark.parametrize(("before", "after", "fits"), [(4, 8, False), (8, 16, False), (8, 8, True), (16, 4, True)])
 def test_mooncake_wants_prefill_tp_to_hold_decodes(before: int, after: int, fits: bool) -> None:
-    ends = [(Layout(tp, 32 // tp, 32), "bf16") for tp in (before, after)]
-    why = apart("vllm-ascend", *ends)
+    prefill, decode = ((Layout(tp, 32 // tp, 32), "bf16") for tp in (before, after))
+    why = apart("vllm-ascend", prefill, decode)
     assert (why == "") == fits and (fits or "multiple of decode's" in why)
 
 

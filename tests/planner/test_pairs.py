@@ -94,8 +94,8 @@ def test_each_decode_option_meets_the_best_prefill_options_that_fit_it() -> None
     assert matched(question, [narrow], [wide], 4) == []
     question = asked("sglang")
     bf16, fp8 = (SimpleNamespace(option=option(question, Layout(2), kv)) for kv in ("bf16", "fp8"))
-    mixed: Any = ([bf16, bf16, fp8], [bf16, bf16, fp8])
-    assert matched(question, *mixed, 1) == [(bf16, bf16), (fp8, fp8)]
+    mixed: Any = [bf16, bf16, fp8]
+    assert matched(question, mixed, mixed, 1) == [(bf16, bf16), (fp8, fp8)]
 
 
 @pytest.mark.parametrize(("engine", "placed"), [("vllm-ascend", False), ("sglang", True)])
