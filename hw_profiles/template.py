@@ -71,7 +71,11 @@ def _sections(figures: Mapping[str, object]) -> Iterator[str]:
             yield f"[{section}]"
         if field in figures:
             value = figures[field]
-            yield f"{key} = {_text(value)}" if field in LABELS else f'{key} = {{ value = {value:.15g}, source = "given" }}'
+            yield (
+                f"{key} = {_text(value)}"
+                if field in LABELS
+                else f'{key} = {{ value = {value:.15g}, source = "given" }}'
+            )
         elif field in LABELS:
             yield f'# {key} = "…"  # {", ".join(LABELS[field] or ("text",))}'
         else:

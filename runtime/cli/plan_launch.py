@@ -16,6 +16,9 @@ def plan_launch(
     engine: Annotated[
         str | None, typer.Option(help="sglang, vllm or vllm-ascend [default: the engine of each pool].")
     ] = None,
+    release: Annotated[
+        str | None, typer.Option(help="Release of the engine [default: the one that the plan's engine describes].")
+    ] = None,
     model_path: Annotated[
         str | None, typer.Option(help="Checkpoint to load [default: the published one in the plan's formats].")
     ] = None,
@@ -43,7 +46,7 @@ def plan_launch(
     names = [name.strip() for name in hosts.split(",")] if hosts else []
     if not all(names):
         raise UsageError(f"--hosts {hosts}: an address is empty; write them as a,b,c")
-    made = launch(found, found.config(), engine, model=model_path, hosts=names, host_tier=host_tier)
+    made = launch(found, found.config(), engine, release=release, model=model_path, hosts=names, host_tier=host_tier)
     written = made.write(out, sources) if out is not None else []
     if as_json:
         typer.echo(json.dumps(made.to_json(), indent=2))

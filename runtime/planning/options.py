@@ -21,8 +21,8 @@ from model.formats import scheme as named_scheme
 from model.split import Layout
 from runtime.deployment.choice import missing_formats, offered_schemes
 from runtime.deployment.engines import load
-from runtime.deployment.engines.flags import unsupported
-from runtime.deployment.plan import Demand, Rejected
+from runtime.deployment.engines.flags import format_facts, layout_facts, pair_facts, unsupported
+from runtime.deployment.plan import Demand, PoolRole, Rejected
 from runtime.planning.assign import stage_pages
 from runtime.simulation.build import Spec, memories, spec_for
 
@@ -191,12 +191,29 @@ def kv_formats(question: Question, profile: Profile) -> list[str]:
     not have."""
     known = [name for name in KV if name in profile.formats.kv]
     if question.kv is None:
-        kind, sparse = load(question.engine).kind, question.cfg.sparse
-        kept = [name for name in known if not unsupported(kind, profile.vendor, "", name, sparse)]
+        engine = load(question.engine)
+        asks = {name: format_facts(question.cfg, profile, "", name) for name in known}
+        kept = [name for name in known if not unsupported(engine.kind, engine.release, asks[name])]
         return kept or ["bf16"]
     if question.kv not in (known or ["bf16"]):
         raise UsageError(f"{profile.name} keeps no {question.kv} cache; it has {', '.join(known)}")
     return [question.kv]
+
+
+def role_refused(question: Question, option: Option, role: PoolRole, placement: bool = False) -> str | None:
+    """Why the engine does not give an option this role, by its layout. placement: with experts that are placed."""
+    engine = option.spec.engine
+    facts = layout_facts(option.layout, question.drafts, role, placement)
+    return unsupported(engine.kind, engine.release, facts)
+
+
+def pair_refused(question: Question, prefill: Option, decode: Option) -> str | None:
+    """Why the engine's connector does not hand the cache of one option on to the other. There is none between chips of
+    two vendors, and so none to obey."""
+    if prefill.spec.profile.vendor != decode.spec.profile.vendor:
+        return None
+    engine, ends = prefill.spec.engine, [(each.layout, each.spec.formats) for each in (prefill, decode)]
+    return unsupported(engine.kind, engine.release, pair_facts(question.cfg, ends[0], ends[1]))
 
 
 def layouts(devices: int) -> Iterator[tuple[Layout, list[int]]]:

@@ -8,15 +8,18 @@ rank take D(b) a step, undisturbed by prompts. In between the cache moves.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 
 from foundation.errors import UsageError
+from model.formats import CacheFormats
 from runtime.deployment.plan import Transfer
 from runtime.planning.contender import Contender, Part
 from runtime.planning.estimate import Estimate, OptionPrices, limits, mean_prompt, score
-from runtime.planning.options import Question
+from runtime.planning.options import Question, pair_refused
 from runtime.simulation.transfer import transfer_of
 
 RATIOS = tuple((a, b) for a in range(1, 8) for b in range(1, 8) if math.gcd(a, b) == 1 and a + b <= 8)
@@ -93,32 +96,49 @@ class Pair:
         return [dataclasses.replace(found, concurrency=int(wanted))]
 
 
+def matched(
+    question: Question, prefills: list[OptionPrices], decodes: list[OptionPrices], most: int
+) -> list[tuple[OptionPrices, OptionPrices]]:
+    """The first `most` decode options of each cache format, each with the first `most` prefill options whose cache the
+    engine hands on to it. Both are given best first."""
+    found: list[tuple[OptionPrices, OptionPrices]] = []
+    of_cache: Counter[CacheFormats] = Counter()
+    for decode in decodes:
+        cache = decode.option.spec.formats.cache
+        if of_cache[cache] == most:
+            continue
+        fitting = (m for m in prefills if pair_refused(question, m.option, decode.option) is None)
+        if partners := list(itertools.islice(fitting, most)):
+            of_cache[cache] += 1
+            found += [(prefill, decode) for prefill in partners]
+    return found
+
+
 def pairs(
-    question: Question, prefills: list[OptionPrices], decodes: list[OptionPrices], devices: tuple[int, int] | int
+    question: Question, chosen: list[tuple[OptionPrices, OptionPrices]], devices: tuple[int, int] | int
 ) -> Iterator[Contender]:
-    """Contenders of every prefill and decode option and ratio that fits. devices: of both pools together, or of
-    each where they are different chips."""
-    for prefill in prefills:
-        for decode in decodes:
-            a, b = prefill.option.devices, decode.option.devices
-            if isinstance(devices, tuple):
-                splits = [(devices[0] // a, devices[1] // b)]
-            else:
-                splits = [(x * g, y * g) for x, y in RATIOS if (g := devices // (x * a + y * b))]
-            for split in splits:
-                if not all(split):
-                    continue
-                sender, taker = (
-                    dataclasses.replace(model.option.spec, replicas=count)
-                    for model, count in zip((prefill, decode), split, strict=True)
-                )
-                try:
-                    transfer = transfer_of(sender, taker, question.demand.isl)
-                except UsageError:
-                    continue
-                pair = Pair(prefill, decode, split, transfer)
-                points = pair.operating_points()
-                best = min(points, key=lambda point: score(point, question.demand))
-                limited = decode.option.limited(pair.limit)
-                parts = Part("prefill", prefill.option, split[0]), Part("decode", limited, split[1])
-                yield Contender(parts, best, tuple(points), transfer)
+    """Contenders of every prefill and decode option chosen and every ratio that fits. devices: of both pools together,
+    or of each where they are different chips."""
+    for prefill, decode in chosen:
+        a, b = prefill.option.devices, decode.option.devices
+        if isinstance(devices, tuple):
+            splits = [(devices[0] // a, devices[1] // b)]
+        else:
+            splits = [(x * g, y * g) for x, y in RATIOS if (g := devices // (x * a + y * b))]
+        for split in splits:
+            if not all(split):
+                continue
+            sender, taker = (
+                dataclasses.replace(model.option.spec, replicas=count)
+                for model, count in zip((prefill, decode), split, strict=True)
+            )
+            try:
+                transfer = transfer_of(sender, taker, question.demand.isl)
+            except UsageError:
+                continue
+            pair = Pair(prefill, decode, split, transfer)
+            points = pair.operating_points()
+            best = min(points, key=lambda point: score(point, question.demand))
+            limited = decode.option.limited(pair.limit)
+            parts = Part("prefill", prefill.option, split[0]), Part("decode", limited, split[1])
+            yield Contender(parts, best, tuple(points), transfer)

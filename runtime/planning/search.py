@@ -20,13 +20,13 @@ from foundation.errors import CapacityError, UsageError
 from hw_profiles import Profile
 from model.config import ModelConfig
 from runtime.deployment.errors import NoPlanError
-from runtime.deployment.plan import Demand, Plan, Predicted, Rejected
+from runtime.deployment.plan import Demand, Plan, PoolRole, Predicted, Rejected
 from runtime.planning.contender import Contender, Part, alternative, mark_front, plan_of, rank_key
 from runtime.planning.estimate import OptionPrices, score
 from runtime.planning.experts.packing import Floats
 from runtime.planning.kv_tiers import plan_kv
-from runtime.planning.options import Option, Question, Refused, make_option, options
-from runtime.planning.pairs import pairs
+from runtime.planning.options import Option, Question, Refused, make_option, options, role_refused
+from runtime.planning.pairs import matched, pairs
 from runtime.planning.predict import closed_loop_requests, predicted, simulate_plan
 from runtime.planning.redundancy import checked, spend
 from runtime.pricing.price import PriceError
@@ -36,7 +36,7 @@ from runtime.simulation.build import PriceTables
 REFINED = 6
 """Contenders whose chunk and expert slots are searched."""
 PAIRED = 4
-"""Prefill and decode options that are paired with one another."""
+"""Decode options of each cache, and prefill options for each of them, that are paired."""
 SIMULATED = 3
 """Contenders that the simulator plays."""
 SHOWN = 40
@@ -103,7 +103,7 @@ class _Search:
         models = [self._models(each) for each in self.chips]
         found: list[Contender] = []
         if len(self.chips) == 1:
-            for model in models[0]:
+            for model in self._for_role(models[0], "serve"):
                 found.append(self._alone(model, self.devices // model.option.devices))
             found += self._paired(models[0], models[0], self.devices)
         else:
@@ -190,7 +190,7 @@ class _Search:
         demand = self.question.demand
         room = (devices, devices) if isinstance(devices, int) else devices
         prompts = sorted(
-            (m for m in prefills if m.option.devices <= room[0]),
+            (m for m in self._for_role(prefills, "prefill") if m.option.devices <= room[0]),
             key=lambda m: (-m.ranks / m.prefill_seconds(0)[0] / m.option.devices, m.option.name),
         )
 
@@ -206,8 +206,21 @@ class _Search:
             late = demand.tpot_ms is not None and m.decode_seconds(b) / m.accepted > demand.tpot_ms / 1e3
             return (1e9 if late else 0.0) - rate, m.option.name
 
-        tokens = sorted((m for m in decodes if m.option.devices <= room[1]), key=decoding)
-        return list(pairs(self.question, [self._for_prompts(m) for m in prompts[:PAIRED]], tokens[:PAIRED], devices))
+        able = (m for m in self._for_role(decodes, "decode") if m.option.devices <= room[1])
+        chosen = matched(self.question, prompts, sorted(able, key=decoding), PAIRED)
+        chunked = {id(m): self._for_prompts(m) for m in {id(m): m for m, _ in chosen}.values()}
+        return list(pairs(self.question, [(chunked[id(m)], decode) for m, decode in chosen], devices))
+
+    def _for_role(self, models: list[OptionPrices], role: PoolRole) -> list[OptionPrices]:
+        """Those that the engine gives this role; why not the others is kept."""
+        found = []
+        for model in models:
+            why = role_refused(self.question, model.option, role)
+            if why is None:
+                found.append(model)
+            else:
+                self.rejected.append(Rejected(f"{model.option.name}, to {role}", why))
+        return found
 
     def _for_prompts(self, model: OptionPrices) -> OptionPrices:
         """The same layout with the chunk that computes a prompt soonest."""

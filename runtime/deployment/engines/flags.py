@@ -1,33 +1,43 @@
-"""What a TOML file of `launch/` says about an engine. The files' own heads explain their sections."""
+"""What a TOML file of `launch/` says about a release of an engine. The files' own heads explain their sections."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from foundation.reading import Unreadable, read_toml
+from hw_profiles import Profile
+from model.cache import cache_rows
+from model.config import ModelConfig
+from model.formats import Formats
+from model.split import Layout
 from runtime.deployment.engines.loader import holds
-from runtime.deployment.errors import EngineError
+from runtime.deployment.errors import EngineError, LaunchError
 
 Facts = Mapping[str, Any]
+"""What the conditions of a table ask; the head of sglang.toml lists them."""
 
 _FOLDER = Path(__file__).parent / "launch"
 
 
 @dataclasses.dataclass(frozen=True)
 class LaunchTable:
-    """An engine's flags and rules, as read."""
+    """The flags and rules of one release of an engine, as read. checked: the packages whose own parsers and code they
+    were checked with, as pip names them."""
 
     name: str
+    release: str
+    checked: tuple[str, ...]
     program: tuple[str, ...]
     runs_on: tuple[str, ...]
     port: int
     visible_devices: str
     flags: Mapping[str, tuple[str, str]]
-    additional: Mapping[str, tuple[Any, str]]
+    additional: tuple[Mapping[str, Any], ...]
     sources: Mapping[str, str]
     extra: tuple[Mapping[str, Any], ...]
     environment: tuple[Mapping[str, Any], ...]
@@ -46,17 +56,26 @@ class LaunchTable:
 
     def variables(self, facts: Facts) -> dict[str, str]:
         """The environment variables that apply."""
-        found: dict[str, str] = {}
-        for rule in self.environment:
-            if holds(rule["when"], facts):
-                found |= rule["set"]
+        return _merged(self.environment, facts)
+
+    def additional_config(self, facts: Facts) -> dict[str, Any]:
+        """The keys of --additional-config that apply, dotted ones nested."""
+        found: dict[str, Any] = {}
+        for key, value in _merged(self.additional, facts).items():
+            *outer, last = key.split(".")
+            inner = found
+            for name in outer:
+                inner = inner.setdefault(name, {})
+            inner[last] = value
         return found
 
     def remarks(self, facts: Facts) -> list[str]:
         return [rule["text"] for rule in self.remark if holds(rule["when"], facts)]
 
     def refusals(self, facts: Facts) -> list[str]:
-        return [rule["why"] for rule in self.refuse if holds(rule["when"], facts)]
+        """Why a server is refused, by the rules that these facts decide; a rule that asks for others is left out."""
+        known = facts.keys()
+        return [rule["why"] for rule in self.refuse if rule["when"].keys() <= known and holds(rule["when"], facts)]
 
     @property
     def documented(self) -> Mapping[str, str]:
@@ -67,6 +86,42 @@ class LaunchTable:
         return {flag: self.sources[source] for flag, source in found.items()}
 
 
+def layout_facts(layout: Layout, drafts: int, role: str, placement: bool = False) -> dict[str, Any]:
+    """What a table asks of how a pool is spread and of what it is for."""
+    return {
+        "role": role,
+        "by_expert": layout.by_expert,
+        "groups": layout.dp > 1,
+        "drafts": drafts > 0,
+        "pp": layout.pp > 1,
+        "placement": placement,
+    }
+
+
+def format_facts(cfg: ModelConfig, profile: Profile, scheme: str, kv: str) -> dict[str, Any]:
+    """What a table asks of a model and its number formats on a chip."""
+    return {
+        "vendor": profile.vendor,
+        "model": cfg.name.removesuffix("-fp8"),
+        "model_type": cfg.model_type,
+        "scheme": scheme,
+        "kv": kv,
+        "sparse": cfg.sparse,
+        "fp4": profile.number("chip.peak.fp4_flops_per_s") is not None,
+    }
+
+
+def pair_facts(cfg: ModelConfig, prefill: tuple[Layout, Formats], decode: tuple[Layout, Formats]) -> dict[str, Any]:
+    """What a table asks of two pools that hand a cache on."""
+    names = {row.name for kind in cfg.layer_counts for row in cache_rows(cfg, kind)}
+    (before, given), (after, kept) = prefill, decode
+    return {
+        "same_cache": all(given.cache.of(name) == kept.cache.of(name) for name in names),
+        "tp_fits": before.tp % after.tp == 0,
+    }
+
+
+@lru_cache
 def _document(name: str) -> dict[str, Any]:
     path = _FOLDER / f"{name}.toml"
     try:
@@ -75,23 +130,66 @@ def _document(name: str) -> dict[str, Any]:
         raise EngineError(f"{path}: {error}") from None
 
 
+def _merged(rules: tuple[Mapping[str, Any], ...], facts: Facts) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for rule in rules:
+        if holds(rule["when"], facts):
+            found |= rule["set"]
+    return found
+
+
+def launched() -> list[str]:
+    """Engines that there are tables of."""
+    return sorted(path.stem for path in _FOLDER.glob("*.toml") if "releases" in _document(path.stem))
+
+
+def releases(name: str) -> list[str]:
+    """Releases of an engine that there are tables of, oldest first; none for an engine without a file."""
+    return list(_document(name)["releases"]) if name in launched() else []
+
+
+def same_release(release: str, other: str) -> bool:
+    """Whether two texts name one release: 0.23 is 0.23.0."""
+    return re.sub(r"(\.0)+$", "", release) == re.sub(r"(\.0)+$", "", other)
+
+
 @lru_cache
-def table(name: str) -> LaunchTable:
-    """The table of an engine. Raises `EngineError` where there is none."""
+def table(name: str, release: str) -> LaunchTable:
+    """The table of a release of an engine. Raises `LaunchError` where there is none."""
+    known = releases(name)
+    listed = next((each for each in known if same_release(each, release)), None)
+    if listed is None:
+        raise LaunchError(
+            f"no launch table for {name} {release or 'of no release'}; there are tables for {name} {', '.join(known)}: "
+            "name one with --release"
+        )
     body = _document(name)
+
+    def applying(section: str) -> tuple[Mapping[str, Any], ...]:
+        """The rules that this release does not rule out, the release taken out of what they ask."""
+        found = []
+        for rule in body.get(section, ()):
+            when = dict(rule["when"])
+            if listed in when.pop("release", [listed]):
+                found.append({**rule, "when": when})
+        return tuple(found)
+
+    spelt = {key: flag for rule in applying("spelt") for key, flag in rule["flags"].items()}
     return LaunchTable(
         name=body["name"],
+        release=listed,
+        checked=tuple(body["releases"][listed]),
         program=tuple(body["program"]),
         runs_on=tuple(body["runs_on"]),
         port=body["port"],
         visible_devices=body["visible_devices"],
-        flags={key: (flag, source) for key, (flag, source) in body["flags"].items()},
-        additional={key: (value, source) for key, (value, source) in body.get("additional", {}).items()},
+        flags={key: (flag, source) for key, (flag, source) in {**body["flags"], **spelt}.items()},
+        additional=applying("additional"),
         sources=body["sources"],
-        extra=tuple(body.get("extra", ())),
-        environment=tuple(body.get("environment", ())),
-        remark=tuple(body.get("remark", ())),
-        refuse=tuple(body.get("refuse", ())),
+        extra=applying("extra"),
+        environment=applying("environment"),
+        remark=applying("remark"),
+        refuse=applying("refuse"),
     )
 
 
@@ -100,13 +198,14 @@ def checkpoint(model: str, scheme: str) -> str | None:
     return _document("checkpoints").get(scheme, {}).get(model)
 
 
-def unsupported(engine: str, vendor: str, scheme: str, kv: str, sparse: bool) -> str | None:
-    """Why an engine does not serve these formats on a vendor's chips; None where it does or where nothing is known.
+def unsupported(name: str, release: str, facts: Facts) -> str | None:
+    """Why a release of an engine does not serve what these facts say of a server; None where it does or where nothing
+    is known.
 
-    sparse: the model has an indexer.
+    A release without a table is judged by the latest that has one.
     """
-    if not (_FOLDER / f"{engine}.toml").is_file():
+    known = releases(name)
+    if not known:
         return None
-    known = {"vendor": vendor, "scheme": scheme, "kv": kv, "sparse": sparse}
-    rules = (rule for rule in table(engine).refuse if rule["when"].keys() <= known.keys())
-    return next((rule["why"] for rule in rules if holds(rule["when"], known)), None)
+    found = next((each for each in known if same_release(each, release)), known[-1])
+    return next(iter(table(name, found).refusals(facts)), None)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from foundation.writing import replacing
 from model.config import ModelConfig
 from runtime.deployment.engines import engine_for, load
-from runtime.deployment.engines.flags import checkpoint, table
+from runtime.deployment.engines.flags import LaunchTable, checkpoint, launched, releases, table
 from runtime.deployment.errors import LaunchError
 from runtime.deployment.plan import Plan, Pool, profile_of
 from runtime.planning.assign import node_devices
@@ -20,16 +20,18 @@ from runtime.planning.launch import experts, sglang, vllm
 from runtime.planning.launch.server import LaunchServer, NodeShare
 from runtime.planning.launch.words import Command, Shell, Word, plain
 
-LAUNCHED_ENGINES = ("sglang", "vllm", "vllm-ascend")
+LAUNCHED_ENGINES = tuple(launched())
 _MODEL = Shell("${MODEL:?the checkpoint to load}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """The commands of a plan. router: before several servers, None where there is one. files: name -> JSON document
-    that commands read, beside which they are started. remarks: on all of it."""
+    """The commands of a plan. releases: engine -> the release that its lines are for. router: before several servers,
+    None where there is one. files: name -> JSON document that commands read, beside which they are started. remarks:
+    on all of it."""
 
     title: str
+    releases: Mapping[str, str]
     commands: tuple[Command, ...]
     router: Command | None
     files: Mapping[str, Any]
@@ -67,6 +69,7 @@ class Launch:
 
         return {
             "title": self.title,
+            "releases": dict(self.releases),
             "remarks": list(self.remarks),
             "commands": [shown(command) for command in self.commands],
             "router": shown(self.router) if self.router else None,
@@ -97,13 +100,15 @@ def launch(
     cfg: ModelConfig,
     engine: str | None = None,
     *,
+    release: str | None = None,
     model: str | None = None,
     hosts: Sequence[str] = (),
     host_tier: bool = False,
 ) -> Launch:
     """The commands that deploy a plan.
 
-    engine: for all pools; each pool's own by default. model: what the engine loads; the published checkpoint by
+    engine: for all pools; each pool's own by default. release: of the engine, that its description names by default.
+    model: what the engine loads; the published checkpoint by
     default. hosts: an address a node of the plan; `$NODE0`, `$NODE1`, … by default. host_tier: keep evicted pages in
     host memory too. Raises `LaunchError` for what an engine cannot express.
     """
@@ -114,14 +119,27 @@ def launch(
     servers: list[LaunchServer] = []
     files: dict[str, Any] = {}
     for pool in plan.pools:
-        servers += _servers(plan, cfg, pool, engine or pool.engine, model, addresses, host_tier, files)
+        servers += _servers(plan, cfg, pool, engine, release, model, addresses, host_tier, files)
     for server in servers:
         server.refuse()
     commands = [command for server in servers for command in _module(server).commands(server)]
     names = {server.table.name for server in servers}
     router = _module(servers[0]).router(servers) if len(names) == 1 else None
     title = f"{plan.model.name}: " + "; ".join(pool.name for pool in plan.pools)
-    return Launch(title, tuple(commands), router, files, tuple(_remarks(plan, servers, names)))
+    tables = {server.table.name: server.table for server in servers}
+    chosen = {name: each.release for name, each in tables.items()}
+    remarks = [*_releases(tables.values()), *_remarks(plan, servers, names)]
+    return Launch(title, chosen, tuple(commands), router, files, tuple(remarks))
+
+
+def _releases(tables: Iterable[LaunchTable]) -> list[str]:
+    """Which release the lines of each engine are for, and how to get another's."""
+    found = []
+    for each in tables:
+        others = [other for other in releases(each.name) if other != each.release]
+        more = f"; --release {' or '.join(others)} for another" if others else ""
+        found.append(f"lines for {each.name} {each.release}, checked with {', '.join(each.checked)}{more}")
+    return found
 
 
 def _module(server: LaunchServer) -> Any:
@@ -132,15 +150,19 @@ def _servers(
     plan: Plan,
     cfg: ModelConfig,
     pool: Pool,
-    engine: str,
+    asked: str | None,
+    release: str | None,
     model: str | None,
     addresses: Sequence[Word],
     host_tier: bool,
     files: dict[str, Any],
 ) -> list[LaunchServer]:
-    kind = load(engine).kind
+    engine = asked or pool.engine
+    named = load(engine)
+    kind = named.kind
     if kind not in LAUNCHED_ENGINES:
         raise LaunchError(f"no launch commands for {engine}: use --engine {', '.join(LAUNCHED_ENGINES)}")
+    flags = table(kind, release or named.release)
     profile = profile_of(pool)
     described = engine_for(engine, cfg, profile, pool.layout, pool.settings if engine == pool.engine else None)
     placement = None
@@ -164,11 +186,13 @@ def _servers(
             parts[device.node] = NodeShare(device.node, start, old.count + 1 if old else 1, addresses[device.node])
         found.append(
             LaunchServer(
-                table=table(kind),
+                table=flags,
                 cfg=cfg,
                 profile=profile,
                 pool=pool,
                 peer=peers[0] if peers else None,
+                connected=all(load(asked or each.engine).kind == kind for each in peers)
+                and all(profile_of(each).vendor == profile.vendor for each in peers),
                 engine=described,
                 index=index,
                 parts=tuple(parts.values()),

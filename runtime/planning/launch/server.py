@@ -9,7 +9,7 @@ from typing import Any
 from hw_profiles import Profile
 from model.config import ModelConfig
 from runtime.deployment.engines import Engine
-from runtime.deployment.engines.flags import LaunchTable
+from runtime.deployment.engines.flags import LaunchTable, format_facts, layout_facts, pair_facts, same_release
 from runtime.deployment.errors import LaunchError
 from runtime.deployment.plan import Pool
 from runtime.planning.launch.words import Command, Word
@@ -35,7 +35,8 @@ class NodeShare:
 class LaunchServer:
     """One replica: an engine's process group.
 
-    index: among the replicas of its pool. peer: the pool at the other end of a KV transfer. model: what the engine
+    index: among the replicas of its pool. peer: the pool at the other end of a KV transfer. connected: whether the
+    engine's own connector joins the two, which wants one engine on one vendor's chips. model: what the engine
     loads. context_tokens: the longest request it admits. experts_file: the engine's own file of the placement, None
     where experts are in order. host_bytes: of the host tier a device, None where it is not asked for.
     """
@@ -45,6 +46,7 @@ class LaunchServer:
     profile: Profile
     pool: Pool
     peer: Pool | None
+    connected: bool
     engine: Engine
     index: int
     parts: tuple[NodeShare, ...]
@@ -74,23 +76,15 @@ class LaunchServer:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What the conditions of a table may ask."""
-        layout = self.pool.layout
-        return {
-            "vendor": self.profile.vendor,
-            "role": self.pool.role,
-            "model": self.cfg.name.removesuffix("-fp8"),
-            "model_type": self.cfg.model_type,
-            "scheme": self.pool.scheme,
-            "kv": self.pool.formats.kv,
-            "sparse": self.cfg.sparse,
-            "fp4": self.profile.number("chip.peak.fp4_flops_per_s") is not None,
-            "by_expert": layout.by_expert,
-            "groups": layout.dp > 1,
-            "drafts": self.pool.drafts > 0,
-            "nodes": len(self.parts) > 1,
-            "pp": layout.pp > 1,
-        }
+        """What the conditions of the table may ask."""
+        pool = self.pool
+        placement = self.experts_file is not None or self.redundant > 0
+        found = format_facts(self.cfg, self.profile, pool.scheme, pool.formats.kv)
+        found |= layout_facts(pool.layout, pool.drafts, pool.role, placement)
+        if self.peer is not None and self.connected:
+            ends = [(each.layout, each.formats) for each in (pool, self.peer)]
+            found |= pair_facts(self.cfg, *(ends if pool.role == "prefill" else ends[::-1]))
+        return {**found, "nodes": len(self.parts) > 1}
 
     @property
     def stage_sizes(self) -> str:
@@ -112,6 +106,11 @@ class LaunchServer:
                 f"plan with --engine {self.table.name} for this engine's"
             )
         else:
+            if not same_release(self.engine.release, self.table.release):
+                found.append(
+                    f"planned for {self.table.name} {self.engine.release}: limits and figures of the plan follow its "
+                    f"rules, the flags those of {self.table.release}"
+                )
             others = sorted(key for key in self.pool.settings if key not in EXPRESSED)
             if others:
                 found.append(f"of the prediction alone, no flag says it: engine.{', engine.'.join(others)}")

@@ -1,4 +1,4 @@
-"""SGLang. `--tp-size` counts all devices of a stage; with DP attention it divides limits and chunks by `--dp-size`."""
+"""SGLang. `--tp-size` counts all devices of a stage; with DP attention it divides limits and chunks by dp."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def _command(server: LaunchServer, rank: int) -> Command:
     line.whole("tensor", layout.stage_devices)
     if layout.dp > 1:
         line.whole("data", layout.dp)
-        line.flag("dp_attention")
+        if server.table.can("dp_attention"):
+            line.flag("dp_attention")
         line.flag("dp_lm_head")
         if layout.tp == 1:
             line.whole("dense_tensor", 1)

@@ -18,6 +18,7 @@ from runtime.planning.launch.words import Command, Shell, Word, joined, plain
 _GIB = 2**30
 _DP_PORT, _MASTER_PORT = 13345, 29501
 _NIXL_PORT = 5600
+_HOST_TIER = "SimpleCPUOffloadConnector"
 _KV_PORT = {"prefill": 30000, "decode": 30100}
 
 
@@ -199,15 +200,12 @@ def _cuda(server: LaunchServer, line: Line, rank: int) -> None:
 
 def _ascend(server: LaunchServer, line: Line, rank: int) -> None:
     pool, table = server.pool, server.table
-    if pool.drafts:
-        line.flag("drafting", json.dumps({"num_speculative_tokens": pool.drafts, "method": "deepseek_mtp"}))
-    additional: dict[str, Any] = {}
-    if server.facts["scheme"] != "bf16":  # as the tutorial has it: quantised weights alone
-        additional |= table.additional["fuse"][0]
-    if pool.formats.kv == "int8":
-        additional |= table.additional["int8_cache"][0]
+    if pool.drafts:  # GLM's drafts run eagerly there: spec_decode/llm_base_proposer.py
+        drafting = {"num_speculative_tokens": pool.drafts, "method": "mtp", "enforce_eager": True}
+        line.flag("drafting", json.dumps(drafting))
+    additional = table.additional_config(server.facts)
     if server.experts_file:
-        additional["eplb_config"] = {table.additional["placement"][0]: server.experts_file}
+        additional["eplb_config"] = {"expert_map_path": server.experts_file}
         if server.redundant:
             line.remarks.append("redundant experts are not supported on A2 (910B) boards")
     if additional:
@@ -218,13 +216,8 @@ def _ascend(server: LaunchServer, line: Line, rank: int) -> None:
         if pool.role != "serve":
             line.remarks.append("no host tier: one process has one KV connector, and this one transfers")
             return
-        spec = {
-            "cpu_bytes_to_use": int(server.host_bytes * pool.layout.tp * pool.layout.pp),
-            "block_size": server.engine.page_tokens,
-            "spec_name": "NPUOffloadingSpec",
-            "spec_module_path": "vllm_ascend.kv_offload.npu",
-        }
-        connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": spec}
+        size = {"cpu_bytes_to_use": int(server.host_bytes * pool.layout.tp * pool.layout.pp)}
+        connector = {"kv_connector": _HOST_TIER, "kv_role": "kv_both", "kv_connector_extra_config": size}
         line.flag("host_tier", json.dumps(connector))
 
 
@@ -245,7 +238,6 @@ def _mooncake(server: LaunchServer) -> dict[str, Any]:
         "kv_port": str(_KV_PORT[pool.role] + server.slot),
         "engine_id": str(first + server.index),
         "kv_connector_extra_config": {
-            "use_ascend_direct": True,
             "prefill": sides["prefill"],
             "decode": sides["decode"],
         },
