@@ -18,12 +18,12 @@ import tokenizers
 from jinja2.exceptions import SecurityError
 
 from foundation.reading import Unreadable, parse_json, read_text
+from foundation.streaming import TextStream
 from model.errors import TokenizerError
 from model.template_sandbox import Sandbox, limited
 
 # GLM has no token that ends an assistant turn: the turn ends where the next speaker's would begin.
 CHAT_STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")
-_INCOMPLETE = "\ufffd"  # what a decoder makes of the first bytes of a character
 
 
 def _one_line(error: BaseException) -> str:
@@ -116,7 +116,7 @@ class Tokenizer:
 
     def stream(self, skip_special_tokens: bool = False) -> TextStream:
         """An incremental `decode`."""
-        return TextStream(self, skip_special_tokens)
+        return TextStream(functools.partial(self.decode, skip_special_tokens=skip_special_tokens), self._inner)
 
     def token_id(self, token: str) -> int:
         """The id of one token, spelt as in tokenizer.json; raises `TokenizerError` where there is none."""
@@ -138,37 +138,6 @@ def _stop_token_ids(folder: Path, inner: tokenizers.Tokenizer) -> tuple[int, ...
     names = {*CHAT_STOPS, _special_tokens(folder).get("eos_token", CHAT_STOPS[0])}
     found.update(token for name in names if (token := inner.token_to_id(name)) is not None)
     return tuple(sorted(found))
-
-
-class TextStream:
-    """Decodes ids as they come: the texts returned, joined, are `decode` of all ids.
-
-    Text is held back while it ends in what may be half a character.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False):
-        self._decode = functools.partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
-        self._context: list[int] = []  # the ids emitted last: some decoders treat the first token apart
-        self._pending: list[int] = []
-
-    def put(self, token_id: int) -> str:
-        """The text that `token_id` completes, often ""; raises as `decode` does."""
-        text = self._decode([*self._context, *self._pending, token_id])
-        self._pending.append(token_id)
-        return "" if text.endswith(_INCOMPLETE) else self._emit(text)
-
-    def flush(self) -> str:
-        """The text still held back; the stream is then as new."""
-        rest = self._emit(self._decode([*self._context, *self._pending]))
-        self._context.clear()
-        return rest
-
-    def _emit(self, text: str) -> str:
-        new = text[len(self._decode(self._context)) :]
-        if new:
-            self._context = self._pending
-        self._pending = []
-        return new
 
 
 class ChatTemplate:
