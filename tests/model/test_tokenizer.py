@@ -223,18 +223,56 @@ def test_truncation_and_padding_left_in_the_file_are_ignored(folder: Path) -> No
     )
 
 
-def test_a_prompt_may_get_the_tokens_that_the_file_puts_around_it(folder: Path) -> None:
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    raw["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<sop>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [],
-        "special_tokens": {"<sop>": {"id": "<sop>", "ids": [997], "tokens": ["<sop>"]}},
-    }
+def special(*tokens: str) -> dict[str, Any]:
+    return {t: {"id": t, "ids": [TOKENIZER.token_id(t)], "tokens": [t]} for t in tokens}
+
+
+def template(*single: str) -> dict[str, Any]:
+    """A post-processor that puts tokens around a prompt, "A"."""
+    parts = [{"Sequence": {"id": t, "type_id": 0}} if t == "A" else {"SpecialToken": {"id": t, "type_id": 0}}
+             for t in single]  # fmt: skip
+    return {
+        "type": "TemplateProcessing", "single": parts, "pair": parts, "special_tokens": special(*{*single} - {"A"})
+    }  # fmt: skip
+
+
+BYTES_ONLY = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+PAIR = {"sep": ["<eop>", 998], "cls": ["<sop>", 997]}
+
+
+@pytest.mark.parametrize(
+    ("processor", "config", "around"),
+    [
+        (template("[gMASK]", "<sop>", "A"), {}, (["[gMASK]", "<sop>"], [])),
+        (template("<sop>", "A", "<|endoftext|>"), {}, (["<sop>"], ["<|endoftext|>"])),
+        (template("A", "<eop>"), {}, ([], ["<eop>"])),
+        ({"type": "RobertaProcessing", **PAIR, "trim_offsets": True, "add_prefix_space": True}, {}, None),
+        ({"type": "BertProcessing", **PAIR}, {}, None),
+        (BYTES_ONLY, {}, ([], [])),
+        ({"type": "Sequence", "processors": [BYTES_ONLY, template("<sop>", "A")]}, {}, (["<sop>"], [])),
+        (None, {"add_bos_token": True, "bos_token": "<sop>"}, ([], [])),
+        (BYTES_ONLY, {"add_bos_token": True, "bos_token": "<sop>", "add_eos_token": True}, ([], [])),
+        (template("<sop>", "A"), {"add_bos_token": False, "bos_token": None}, (["<sop>"], [])),
+        (template("<sop>", "A"), {"cls_token": "<cls>", "bos_token": {"__type": "AddedToken", "content": "new"}}, None),
+    ],
+)  # fmt: skip
+def test_a_plain_prompt_is_encoded_as_transformers_does(
+    folder: Path, processor: dict[str, Any] | None, config: dict[str, Any], around: tuple[list[str], list[str]] | None
+) -> None:
+    transformers = pytest.importorskip("transformers", exc_type=ImportError)
+    raw = {**json.loads((folder / "tokenizer.json").read_text()), "post_processor": processor}
     (folder / "tokenizer.json").write_text(json.dumps(raw))
-    tokenizer = Tokenizer.load(folder)
-    assert tokenizer.encode("Hi", add_special_tokens=True) == [997, *TOKENIZER.encode("Hi")]
-    assert tokenizer.encode("Hi") == TOKENIZER.encode("Hi")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    tokenizer, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ("The quick fox", " a <sop>new", "<cls>", ""):
+        assert tokenizer.encode(text, add_special_tokens=True) == theirs(text).input_ids
+        assert tokenizer.encode(text) == theirs(text, add_special_tokens=False).input_ids
+    if around is not None:
+        first, last = ([tokenizer.token_id(token) for token in side] for side in around)
+        assert tokenizer.encode("Hi", add_special_tokens=True) == [*first, *TOKENIZER.encode("Hi"), *last]
+    alone = tokenizers.Tokenizer.from_str(tokenizer.to_json())  # what a package holds
+    assert alone.encode("Hi").ids == theirs("Hi").input_ids
 
 
 def test_neither_jax_nor_transformers_is_imported() -> None:

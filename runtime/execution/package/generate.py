@@ -131,11 +131,12 @@ class Text:
         self._inner.no_padding()
 
     def encode(self, text: str) -> list[int]:
+        """Token ids of a plain prompt, with what the tokenizer puts around one."""
         try:
             text.encode()
         except UnicodeEncodeError:
             raise UsageError("the text is not valid Unicode") from None
-        return self._inner.encode(text, add_special_tokens=False).ids
+        return self._inner.encode(text, add_special_tokens=True).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._inner.decode(list(ids), skip_special_tokens=False)

@@ -159,7 +159,7 @@ def _manifest(request: ExportJob, what: Cut, programs: list[GearUnits], folder: 
         layout=request.layout,
         mtp=cfg.mtp_type.name if what.mtp else None,
         plan_hash=request.plan_hash,
-        tokenizer=_copy_tokenizer(checkpoint, folder),
+        tokenizer=_write_tokenizer(checkpoint, folder),
         expert_slots=_slots(cfg, grid),
     )
 
@@ -192,10 +192,12 @@ def _slots(cfg: ModelConfig, grid: Grid) -> dict[str, tuple[int, ...]]:
     return {layer: tuple(int(e) for e in found[0]) for layer, found in placed.items() if found is not None}
 
 
-def _copy_tokenizer(checkpoint: Checkpoint | None, folder: Path) -> str | None:
+def _write_tokenizer(checkpoint: Checkpoint | None, folder: Path) -> str | None:
     if checkpoint is None or not (checkpoint.path / TOKENIZER).exists():
         return None
-    shutil.copyfile(checkpoint.path / TOKENIZER, folder / TOKENIZER)
+    from model.tokenizer import Tokenizer
+
+    (folder / TOKENIZER).write_text(Tokenizer.load(checkpoint.path).to_json(), encoding="utf-8")
     return TOKENIZER
 
 
