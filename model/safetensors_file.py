@@ -7,15 +7,15 @@ bytes are mapped here. Nothing is read until an array is touched. Writing goes t
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from model.errors import CheckpointError
 
@@ -30,6 +30,8 @@ SAFETENSORS_DTYPES: dict[str, np.dtype] = {
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
 }
+SPELLING = {str(dtype): spelling for spelling, dtype in SAFETENSORS_DTYPES.items()}
+"""How safetensors spells a dtype."""
 
 
 class SafetensorsFile:
@@ -77,12 +79,40 @@ class SafetensorsFile:
         return raw.view(self.dtype(name)).reshape(self.shape(name))
 
 
+def header(tensors: Mapping[str, tuple[Sequence[int], np.dtype]]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """How a file of these shapes and types begins, and the bytes of it that each tensor takes, one behind another.
+
+    Source of the format: an 8-byte length, a JSON header, the tensors' bytes
+    (https://github.com/huggingface/safetensors#format).
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    places, end = {}, 0
+    for name, (shape, dtype) in tensors.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": SPELLING[str(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
+        places[name] = (begin, end)
+    encoded = json.dumps(entries).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8
+    start = 8 + len(encoded)
+    found = {name: (start + begin, start + end) for name, (begin, end) in places.items()}
+    return len(encoded).to_bytes(8, "little") + encoded, found
+
+
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """An array's bytes, those of ml_dtypes included, to be written."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
 def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes one shard, readable by transformers, through a temporary file."""
+    """Writes one shard, readable by transformers, through a temporary file: what is in the place may be mapped.
+
+    The library's own writer is not used, since what the system refuses is no `OSError` there.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode  # as the user's umask has it; the library would make the file private
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    safetensors.numpy.save_file(contiguous, str(temporary), metadata={"format": "pt"})
-    temporary.chmod(mode)
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # each type begins on its own size
+    begin, _ = header({name: (tensors[name].shape, tensors[name].dtype) for name in order})
+    with temporary.open("wb") as file:
+        file.write(begin)
+        for name in order:
+            file.write(raw_bytes(tensors[name]))
     os.replace(temporary, path)
