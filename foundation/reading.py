@@ -30,6 +30,17 @@ class Unreadable(Exception):
 
 def read_text(path: str | Path, most_bytes: int = MOST_BYTES) -> str:
     r"""The text of a UTF-8 file, line ends as "\n". Raises `Unreadable`."""
+    return _decoded(path, most_bytes).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: str | Path, most_bytes: int = MOST_BYTES) -> list[str]:
+    r"""The lines of a UTF-8 file, which end with "\n" or "\r\n" and with nothing else that Unicode counts as a line's
+    end: a text may hold that. Raises `Unreadable`."""
+    lines = _decoded(path, most_bytes).split("\n")
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+
+
+def _decoded(path: str | Path, most_bytes: int) -> str:
     try:
         with open(path, "rb") as file:
             content = file.read(most_bytes + 1)
@@ -40,7 +51,7 @@ def read_text(path: str | Path, most_bytes: int = MOST_BYTES) -> str:
     if len(content) > most_bytes:
         raise Unreadable("size", f"larger than {most_bytes:,} bytes")
     try:
-        return content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+        return content.decode("utf-8")
     except UnicodeDecodeError:
         raise Unreadable("encoding", "not UTF-8 text") from None
 

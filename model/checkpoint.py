@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -22,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from foundation.reading import Unreadable, read_json
+from foundation.writing import new_folder
 from model import quantised
 from model.config import LayerType, Mla, ModelConfig
 from model.errors import CheckpointError
@@ -316,7 +316,8 @@ def save(
 
     `weights` as `Checkpoint.load` returns them. With `fp8`, matrices that a block-FP8 release quantises
     are written as e4m3 with `weight_scale_inv`; weights that are `Quantized` keep their own values. The
-    directory must not exist; an interrupted write leaves none behind under its name.
+    directory must not exist; an interrupted write leaves none behind under its name. Raises `UsageError` where it
+    cannot be written.
     """
     raw = {key: value for key, value in raw_config.items() if key != "quantization_config"}
     if fp8 or _holds_quantised(weights):
@@ -335,19 +336,13 @@ FP8_CONFIG: Mapping[str, Any] = {
 def new_directory(path: str | Path) -> Iterator[Path]:
     """A temporary directory beside `path`, which takes its name when the block ends well and is removed when not.
 
-    Raises `CheckpointError` where the directory exists.
+    Raises `CheckpointError` where the directory exists, `UsageError` where it cannot be written.
     """
     path = Path(path)
-    if path.exists():
-        raise CheckpointError(f"{path}: already exists; choose another directory or remove it")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(path) as temporary:
+        if path.exists():
+            raise CheckpointError(f"{path}: already exists; choose another directory or remove it")
         yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _holds_quantised(weights: Mapping[str, Any]) -> bool:

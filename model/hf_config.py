@@ -274,6 +274,7 @@ def _weight_format(fields: _Fields, layers: tuple[LayerType, ...]) -> str:
 
 
 MODELSLIM_FILE = "quant_model_description.json"
+GENERATION_FILE = "generation_config.json"
 
 
 # --- presets -----------------------------------------------------------------------------------
@@ -307,6 +308,7 @@ def load_config(name_or_path: str | Path) -> ModelConfig:
         return from_hf(json.loads(file.read_text()), str(name_or_path))
     if path.is_dir():
         cfg = from_hf(read_config(path / "config.json"), str(path / "config.json"))
+        cfg = dataclasses.replace(cfg, eos_token_ids=_ends(cfg, path / GENERATION_FILE))
         described = path / MODELSLIM_FILE
         return dataclasses.replace(cfg, weight_format=_modelslim(described)) if described.exists() else cfg
     if path.suffix == ".json" or path.exists():
@@ -314,6 +316,12 @@ def load_config(name_or_path: str | Path) -> ModelConfig:
     raise ConfigError(
         f"no model named {str(name_or_path)!r} and no such directory; presets: {', '.join(preset_names())}"
     )
+
+
+def _ends(cfg: ModelConfig, path: Path) -> tuple[int, ...]:
+    """The tokens that end an answer, those that only the generation settings name included."""
+    settings = _Fields(read_config(path) if path.exists() else {}, str(path))
+    return tuple(dict.fromkeys((*cfg.eos_token_ids, *_eos(settings))))
 
 
 def _modelslim(path: Path) -> str:

@@ -15,9 +15,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
-from foundation.safetensors import NAMES
+from foundation.safetensors import NAMES, header
 from model.errors import CheckpointError
 
 _DTYPES = {spelling: np.dtype(getattr(ml_dtypes, name, name)) for spelling, name in NAMES.items()}
@@ -68,12 +67,21 @@ class SafetensorsFile:
         return raw.view(self.dtype(name)).reshape(self.shape(name))
 
 
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """An array's bytes, those of ml_dtypes included, to be written."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
 def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes one shard, readable by transformers, through a temporary file."""
+    """Writes one shard, readable by transformers, through a temporary file: what is in the place may be mapped.
+
+    The library's own writer is not used, since what the system refuses is no `OSError` there.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode  # as the user's umask has it; the library would make the file private
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    safetensors.numpy.save_file(contiguous, str(temporary), metadata={"format": "pt"})
-    temporary.chmod(mode)
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # each type begins on its own size
+    begin, _ = header({name: (str(tensors[name].dtype), tensors[name].shape, tensors[name].nbytes) for name in order})
+    with temporary.open("wb") as file:
+        file.write(begin)
+        for name in order:
+            file.write(raw_bytes(tensors[name]))
     os.replace(temporary, path)

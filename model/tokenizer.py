@@ -18,12 +18,18 @@ import tokenizers
 from jinja2.exceptions import SecurityError
 
 from foundation.reading import Unreadable, parse_json, read_text
+from foundation.streaming import TextStream
 from model.errors import TokenizerError
+from model.hf_config import GENERATION_FILE
 from model.template_sandbox import Sandbox, limited
 
 # GLM has no token that ends an assistant turn: the turn ends where the next speaker's would begin.
 CHAT_STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")
-_INCOMPLETE = "\ufffd"  # what a decoder makes of the first bytes of a character
+
+
+_NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+# Names that a message's thoughts are passed under: the one that most templates read, that of gpt-oss's, another.
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
 def _one_line(error: BaseException) -> str:
@@ -85,7 +91,12 @@ class Tokenizer:
             raise TokenizerError(f"{file}: not a tokenizer ({_one_line(error)})") from None
         inner.no_truncation()
         inner.no_padding()
+        inner.add_special_tokens(_special(Path(path), inner))
         return cls(inner, _stop_token_ids(Path(path), inner), str(file))
+
+    def to_json(self) -> str:
+        """A tokenizer.json that says all that the directory's files say of the tokenizer."""
+        return self._inner.to_str()
 
     @property
     def vocab_size(self) -> int:
@@ -95,8 +106,8 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids; a special token spelt out in `text` becomes its one id.
 
-        `add_special_tokens` adds what tokenizer.json puts around a text that no template rendered. Raises
-        `TokenizerError` for a lone surrogate.
+        `add_special_tokens` adds what the tokenizer puts around a plain prompt, one that no chat template rendered.
+        Raises `TokenizerError` for a lone surrogate.
         """
         try:
             text.encode()
@@ -116,7 +127,7 @@ class Tokenizer:
 
     def stream(self, skip_special_tokens: bool = False) -> TextStream:
         """An incremental `decode`."""
-        return TextStream(self, skip_special_tokens)
+        return TextStream(functools.partial(self.decode, skip_special_tokens=skip_special_tokens), self._inner)
 
     def token_id(self, token: str) -> int:
         """The id of one token, spelt as in tokenizer.json; raises `TokenizerError` where there is none."""
@@ -126,10 +137,17 @@ class Tokenizer:
         return found
 
 
+def _special(folder: Path, inner: tokenizers.Tokenizer) -> list[str]:
+    """Special tokens that only the other files name: transformers adds them. (It leaves what stands around a plain
+    prompt to tokenizer.json's post-processor: `add_bos_token` of the other files is not read.)"""
+    named, known = _special_tokens(folder), {token.content for token in inner.get_added_tokens_decoder().values()}
+    return [named[key] for key in _NAMED if key in named and named[key] not in known]
+
+
 def _stop_token_ids(folder: Path, inner: tokenizers.Tokenizer) -> tuple[int, ...]:
     """What the configs name, the tokenizer's `eos_token`, and where GLM's next speaker would begin."""
     found: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
+    for name in ("config.json", GENERATION_FILE):
         eos = _read_json(folder / name).get("eos_token_id")
         ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
         if not all(type(token) is int and token >= 0 for token in ids):
@@ -138,37 +156,6 @@ def _stop_token_ids(folder: Path, inner: tokenizers.Tokenizer) -> tuple[int, ...
     names = {*CHAT_STOPS, _special_tokens(folder).get("eos_token", CHAT_STOPS[0])}
     found.update(token for name in names if (token := inner.token_to_id(name)) is not None)
     return tuple(sorted(found))
-
-
-class TextStream:
-    """Decodes ids as they come: the texts returned, joined, are `decode` of all ids.
-
-    Text is held back while it ends in what may be half a character.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False):
-        self._decode = functools.partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
-        self._context: list[int] = []  # the ids emitted last: some decoders treat the first token apart
-        self._pending: list[int] = []
-
-    def put(self, token_id: int) -> str:
-        """The text that `token_id` completes, often ""; raises as `decode` does."""
-        text = self._decode([*self._context, *self._pending, token_id])
-        self._pending.append(token_id)
-        return "" if text.endswith(_INCOMPLETE) else self._emit(text)
-
-    def flush(self) -> str:
-        """The text still held back; the stream is then as new."""
-        rest = self._emit(self._decode([*self._context, *self._pending]))
-        self._context.clear()
-        return rest
-
-    def _emit(self, text: str) -> str:
-        new = text[len(self._decode(self._context)) :]
-        if new:
-            self._context = self._pending
-        self._pending = []
-        return new
 
 
 class ChatTemplate:
@@ -206,19 +193,32 @@ class ChatTemplate:
     ) -> str:
         """The text of a chat, special tokens spelt out: `Tokenizer.encode` takes it as it is.
 
-        messages: `{"role": .., "content": ..}`, JSON data. variables: what the template offers, for GLM
+        messages: `{"role": .., "content": ..}`, JSON data; a key whose value is None is left out, and thoughts may be
+        `reasoning_content`, `thinking` or `reasoning`. variables: what the template offers, for GLM
         `enable_thinking`, `clear_thinking`, `reasoning_effort`; None leaves a variable undefined.
         Raises `TokenizerError` where the template fails, refuses the chat, or does what the sandbox forbids.
         """
         given = {key: value for key, value in variables.items() if value is not None}
-        data = {"messages": list(messages), "tools": None if tools is None else list(tools), **given}
+        chat = [self._message(number, message) for number, message in enumerate(messages, start=1)]
+        data = {"messages": chat, "tools": None if tools is None else list(tools), **given}
         try:
             plain = json.dumps(data)
         except (TypeError, ValueError, RecursionError) as error:
             raise TokenizerError(f"the chat must be JSON data ({_one_line(error)})") from None
+        if not chat:
+            raise TokenizerError("the chat has no messages; give at least one")
         context = {**self.variables, "documents": None, "add_generation_prompt": add_generation_prompt}
         with self._one_line_errors(), limited(len(plain)):
             return self._template.render(context | json.loads(plain))
+
+    @staticmethod
+    def _message(number: int, message: Any) -> dict[str, Any]:
+        """A message as templates get it, which transformers 5.23 passes on so (`apply_chat_template`)."""
+        if not isinstance(message, Mapping):
+            raise TokenizerError(f"message {number} of the chat is a {type(message).__name__}, not an object")
+        held = {key: value for key, value in message.items() if value is not None}
+        thoughts = next((held[key] for key in _THOUGHTS if key in held), None)
+        return held if thoughts is None else {"thinking": thoughts, **held, _THOUGHTS[0]: thoughts}
 
     @contextmanager
     def _one_line_errors(self) -> Iterator[None]:

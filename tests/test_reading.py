@@ -12,7 +12,7 @@ import pytest
 import hw_profiles
 from backends.errors import ArtifactError
 from foundation.errors import Failure, UsageError
-from foundation.reading import Reason, Unreadable, parse_json, parse_toml, read_json, read_text, read_toml
+from foundation.reading import Reason, Unreadable, parse_json, parse_toml, read_json, read_lines, read_text, read_toml
 from hw_profiles.errors import ProfileError
 from model.errors import ConfigError, TokenizerError
 from model.hf_config import read_config
@@ -46,6 +46,22 @@ def test_what_is_well_formed_is_read(tmp_path: Path) -> None:
     assert read_text(path) == '{"a": [1, 2.5, "é", null]}\n' and read_json(str(path)) == {"a": [1, 2.5, "é", None]}
     path.write_text("a = [1, inf]\n")
     assert read_toml(path) == {"a": [1, float("inf")]}
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        ("a\u2028b\nc\r\n\nd", ["a\u2028b", "c", "", "d"]),
+        ("\x0b\x0c\x1c\x1d\x1e\x85\u2029\n\r\n", ["\x0b\x0c\x1c\x1d\x1e\x85\u2029", ""]),
+        ("a\rb\r\r\n", ["a\rb\r"]),
+        ("", []),
+        ("\n", [""]),
+    ],
+)
+def test_a_line_ends_with_a_line_feed_alone(tmp_path: Path, content: str, lines: list[str]) -> None:
+    (tmp_path / "text").write_bytes(content.encode())
+    assert read_lines(tmp_path / "text") == lines
+    refused("absent", read_lines, tmp_path / "none")
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

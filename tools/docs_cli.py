@@ -16,7 +16,7 @@ from typing import Any
 
 import typer.main
 
-from runtime.cli.main import app
+from runtime.cli.app import app
 from tools import page
 
 DEFAULT = Path(__file__).resolve().parent.parent / "docs" / "cli.md"

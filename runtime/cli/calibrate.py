@@ -30,12 +30,11 @@ def calibrate(
         raise UsageError(f"--out {out}: a profile's name ends in .toml, as in my-host.toml")
     prices = out.with_suffix(".prices.json")
     adapter = registry.usable(backend)
-    with replacing(out) as temporary:  # an unwritable folder is found before the measuring
+    with replacing(out) as temporary, replacing(prices) as beside:  # an unwritable folder is found before the measuring
         temporary.touch()
         found = measure(adapter, QUICK if quick else Effort(), _line if sys.stderr.isatty() and not as_json else None)
         described = profile(found, adapter, out.stem, prices.name)
-        with replacing(prices) as beside:
-            beside.write_text(json.dumps(found.kernels, indent=1) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(found.kernels, indent=1) + "\n", encoding="utf-8")
         temporary.write_text(hw_profiles.dumps(described), encoding="utf-8")
     figures = {path: figure.value for path, figure in described.figures.items()}
     launches = {"dispatch_s": found.dispatch_s, "donated_s": found.donated_s, "spread": found.spread}

@@ -1,70 +1,53 @@
-"""The `glm5` command line.
+"""The `glm5` command.
 
-Expected failures print one line on stderr and exit with 2; a bug prints a traceback.
+Expected failures print one line on stderr and exit with 2; a bug prints a traceback. What takes a moment to import
+waits until Ctrl-C is answered.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated, NoReturn
-
-import typer
 
 from foundation.errors import Failure
-from runtime.cli import backends, calibrate, export, model, plan, profiles, run, simulate, validate
-from runtime.cli.compare import compare
-from runtime.cli.eval import evaluate
-from runtime.cli.quantize import quantize
-from runtime.cli.train import train
-from runtime.cli.version import version
+from runtime.cli.interrupt import CODE, MESSAGE, answer_interrupts
 
-app = typer.Typer(
-    help="GLM-5-class models on any backend: run, describe, plan, simulate.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-app.command("run")(run.run)
-app.command("model")(model.model)
-app.command("backends")(backends.backends)
-app.command("simulate")(simulate.simulate)
-app.command("validate")(validate.validate)
-app.command("calibrate")(calibrate.calibrate)
-app.command("quantize")(quantize)
-app.command("compare")(compare)
-app.command("train")(train)
-app.command("eval")(evaluate)
-app.add_typer(profiles.app, name="profiles")
-app.add_typer(plan.app, name="plan")
-app.add_typer(export.app, name="export")
+TYPE_CHECKING = False  # without `typing`, which takes its time
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
 
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        print(f"glm5 {version()}")
-        raise typer.Exit
-
-
-@app.callback()
-def glm5(
-    show: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version, and exit.")
-    ] = False,
-) -> None:
-    """What goes before a verb."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the `glm5` command; `arguments` are the process's own by default. Raises SystemExit."""
     try:
-        sys.exit(app(arguments, prog_name="glm5", standalone_mode=False))
+        if arguments is None:
+            answer_interrupts()
+        _run(arguments)
+    except KeyboardInterrupt:
+        _interrupted()
+
+
+def _run(arguments: Sequence[str] | None) -> NoReturn:
+    import typer
+
+    from runtime.cli.app import app
+
+    try:
+        code = app(arguments, prog_name="glm5", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code)
     except Failure as error:
         _fail(str(error))
     except typer.Abort:
-        sys.exit(130)
+        _interrupted()
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:  # of stdout, or of a file that nobody else names
+            _leave_unprinted()
+            _fail(f"{error.filename or 'the output'} cannot be written: {error.strerror}")
         # A wrong command line. Its exception is public only as an interface: click's, or typer's own copy.
         message = getattr(error, "format_message", None)
         if message is None:
@@ -79,6 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _fail(message: str) -> NoReturn:
     print(f"glm5: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _interrupted() -> NoReturn:
+    print(MESSAGE, file=sys.stderr)
+    sys.exit(CODE)
+
+
+def _leave_unprinted() -> None:
+    """What stdout did not take is not tried again when the process ends."""
+    if sys.stdout is sys.__stdout__:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -101,6 +101,8 @@ def show(result: dict[str, Any], report: Report) -> None:
         f"KV pool {report.kv.pool_tokens:,} tokens, {report.kv.peak_fraction:.0%} at the peak; "
         f"{report.preemptions} preemptions; bound by {report.bottleneck}"
     )
+    if any(request.prefix_hashes for request in report.requests):  # prompts that may share a beginning
+        console.print(f"prefix cache: {report.prefix_hit_rate:.1%} of prompt tokens found in it")
     shares = sorted(result["share_by_op"].items(), key=lambda item: -item[1])[:6]
     console.print("time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
     outside = f", {report.extrapolated:.0%} of steps outside the fits' range" if report.extrapolated else ""

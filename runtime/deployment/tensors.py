@@ -1,4 +1,4 @@
-"""Per-device weight files: safetensors, written and read through a memory map, one tensor in memory at a time.
+"""Per-device weight files: safetensors, written and read one tensor at a time.
 
 The file's layout is the safetensors format's own (an 8-byte length, a JSON header, the tensors' bytes), so that
 every safetensors reader takes it; FP8 and bfloat16 included. It has no 4-bit integers: an int4 tensor is a vector of
@@ -8,19 +8,21 @@ header's metadata `int4` has the shapes by name, as JSON.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from io import BufferedWriter
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from backends.errors import ArtifactError
-from foundation.safetensors import NAMES
+from foundation.safetensors import NAMES, header
 
 INT4 = np.dtype(ml_dtypes.int4)
-_SPELLING = {name: spelling for spelling, name in NAMES.items()}
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -41,45 +43,61 @@ def unpacked(raw: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return ((halves ^ 8).astype(np.int8) - 8).astype(INT4).reshape(shape)
 
 
+def _stored(shape: tuple[int, ...], kind: np.dtype) -> tuple[str, Sequence[int], int]:
+    """A tensor's type, shape and bytes in a file."""
+    if kind == INT4:
+        size = -(-math.prod(shape) // 2)
+        return "uint8", [size], size
+    return kind.name, shape, math.prod(shape) * kind.itemsize
+
+
 class TensorWriter:
-    """A safetensors file of known shapes, filled tensor by tensor: `put(name, array)`."""
+    """A safetensors file of known shapes, filled tensor by tensor: `put(name, array)`; as a context, closed at its end.
+
+    Its bytes are asked for at once, and written, not stored through a memory map: where the disk is full that is an
+    `OSError`, and there a signal that ends the process.
+    """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[Sequence[int], str]]):
-        int4 = {name: list(shape) for name, (shape, dtype) in tensors.items() if dtype == INT4.name}
-        header: dict[str, object] = {
-            "__metadata__": {"format": "pt"} | ({"int4": json.dumps(int4)} if int4 else {}),
-        }
-        self._places: dict[str, tuple[int, tuple[int, ...], np.dtype]] = {}
-        end = 0
-        for name, (shape, dtype) in tensors.items():
-            kind = numpy_dtype(dtype)
-            size = -(-math.prod(shape) // 2) if kind == INT4 else math.prod(shape) * kind.itemsize
-            spelt = ("U8", [size]) if kind == INT4 else (_SPELLING[dtype], list(shape))
-            header[name] = {"dtype": spelt[0], "shape": spelt[1], "data_offsets": [end, end + size]}
-            self._places[name] = (end, tuple(shape), kind)
-            end += size
-        encoded = json.dumps(header).encode()
-        encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8
-        self._start = 8 + len(encoded)
-        with path.open("wb") as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            file.truncate(self._start + end)
-        self._map = np.memmap(path, dtype=np.uint8, mode="r+") if end else None
+        self._kinds = {name: (tuple(shape), numpy_dtype(dtype)) for name, (shape, dtype) in tensors.items()}
+        int4 = {name: list(shape) for name, (shape, kind) in self._kinds.items() if kind == INT4}
+        begin, self._places = header(
+            {name: _stored(*each) for name, each in self._kinds.items()}, {"int4": json.dumps(int4)} if int4 else None
+        )
         self.missing = set(self._places)
+        self._file = path.open("wb")
+        try:
+            self._file.write(begin)
+            _allocate(self._file, max((end for _, end in self._places.values()), default=0))
+        except OSError:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        assert kind is not None or not self.missing, f"tensors never written: {sorted(self.missing)[:3]}"
 
     def put(self, name: str, array: np.ndarray) -> None:
-        begin, shape, kind = self._places[name]
+        shape, kind = self._kinds[name]
         assert array.shape == shape and array.dtype == kind, (name, array.shape, shape, array.dtype, kind)
-        if self._map is not None:
-            raw = packed(array) if kind == INT4 else np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            self._map[self._start + begin : self._start + begin + raw.size] = raw
+        self._file.seek(self._places[name][0])
+        raw = packed(array) if kind == INT4 else np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self._file.write(raw.data)
         self.missing.discard(name)
 
-    def close(self) -> None:
-        assert not self.missing, f"tensors never written: {sorted(self.missing)[:3]}"
-        if self._map is not None:
-            self._map.flush()
-            self._map = None
+
+def _allocate(file: BufferedWriter, size: int) -> None:
+    """Has the system set `size` bytes aside for a file, where its kind of disk can. Raises `OSError`."""
+    file.flush()
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
 
 
 class TensorReader:

@@ -22,14 +22,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 import hw_profiles
 from backends.emulation.table import format_table
 from foundation.errors import UsageError
-from foundation.reading import Unreadable, read_text
+from foundation.reading import Unreadable, read_lines, read_text
 from hw_profiles import Profile
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 _TEXT = Path(__file__).parents[1] / "data" / "compare.txt"
 _PROMPTS = ("A mixture of experts", "The capital of France is", "To serve a large model you need", "1, 2, 3, 4,")
+_Read = TypeVar("_Read")
 _LEAST = 1e-300  # of a probability, before its logarithm is taken
 
 
@@ -83,14 +84,14 @@ def read_texts(
     cfg: ModelConfig, tokenizer: Tokenizer, text: Path | None, prompts: Path | None, window: int, max_tokens: int
 ) -> Texts:
     """The text cut into windows of `window` tokens, or one shorter one; raises `UsageError` for what cannot be used."""
-    ids = tokenizer.encode(_read(text or _TEXT, "--text"))
+    ids = tokenizer.encode(_read(read_text, text or _TEXT, "--text"), add_special_tokens=True)
     window = min(window, len(ids), cfg.max_positions)
     if window < 2:
         raise UsageError(f"--text {text}: {len(ids)} tokens; give at least 2")
-    lines = [line for line in _read(prompts, "--prompts").splitlines() if line.strip()] if prompts else _PROMPTS
+    lines = [line for line in _read(read_lines, prompts, "--prompts") if line.strip()] if prompts else _PROMPTS
     if not lines:
         raise UsageError(f"--prompts {prompts}: no prompt in it")
-    encoded = [(line, tuple(tokenizer.encode(line))) for line in lines]
+    encoded = [(line, tuple(tokenizer.encode(line, add_special_tokens=True))) for line in lines]
     for line, prompt in encoded:
         if not prompt or len(prompt) + max_tokens > cfg.max_positions:
             raise UsageError(
@@ -101,9 +102,9 @@ def read_texts(
     return Texts(cut, encoded)
 
 
-def _read(path: Path, option: str) -> str:
+def _read(read: Callable[[Path], _Read], path: Path, option: str) -> _Read:
     try:
-        return read_text(path)
+        return read(path)
     except Unreadable as error:
         raise UsageError(f"{option} {path}: {error}") from None
 

@@ -99,16 +99,13 @@ def quantize(
     """
     chosen = layout_of(scheme, layout)
     writer = _Writer(source, scheme, chosen)
-    try:
-        with new_directory(out) as folder:
-            write_shards(folder, writer.tensors(), shard_bytes)
-            _write_config(folder, source, writer)
-            for path in sorted(source.path.iterdir()):
-                if path.suffix in _COPIED and path.name not in ("config.json", INDEX_FILE, MODELSLIM_FILE):
-                    shutil.copyfile(path, folder / path.name)
-            Checkpoint(folder)  # what cannot be read back is not left behind
-    except OSError as error:
-        raise UsageError(f"{out} cannot be written: {error.strerror}") from None
+    with new_directory(out) as folder:
+        write_shards(folder, writer.tensors(), shard_bytes)
+        _write_config(folder, source, writer)
+        for path in sorted(source.path.iterdir()):
+            if path.suffix in _COPIED and path.name not in ("config.json", INDEX_FILE, MODELSLIM_FILE):
+                shutil.copyfile(path, folder / path.name)
+        Checkpoint(folder)  # what cannot be read back is not left behind
     return QuantizedCheckpoint(out, chosen, writer.source_bytes, writer.bytes, dict(writer.matrices), writer.kept)
 
 

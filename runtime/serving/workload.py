@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from foundation.reading import Unreadable, parse_json, read_text
+from foundation.reading import Unreadable, parse_json, read_lines
 from runtime.serving.errors import TraceFileError, WorkloadError
 from runtime.serving.request import Request
 
@@ -172,7 +172,7 @@ def mooncake_trace(path: str | Path, *, limit: int | None = None, speed: float =
         raise WorkloadError(f"trace speed {speed}: give a finite factor above zero")
     path = Path(path)
     try:
-        lines = read_text(path, MOST_TRACE_BYTES).splitlines()
+        lines = read_lines(path, MOST_TRACE_BYTES)
     except Unreadable as error:
         raise TraceFileError(f"cannot read the trace {path}: {error}") from None
     made: list[Request] = []

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from foundation.errors import UsageError
+from foundation.writing import new_folder
 from model.module import Model
 from model.tokenizer import ChatTemplate, Tokenizer
 from model.weights import parameter_counts
@@ -67,20 +66,14 @@ def write(folder: Path, config: TrainConfig, model: Model, made: tokenizers.Toke
     """Writes the checkpoint directory `folder`, in the place of an earlier one. Raises `UsageError` where the disk
     does not take it; the earlier one then stays."""
     stops = vocabulary.stop_ids(made)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-            new, old = Path(temporary) / "new", Path(temporary) / "old"
-            model.save(new, "bfloat16")
-            (new / "tokenizer.json").write_text(made.to_str(pretty=True) + "\n", encoding="utf-8")
-            shutil.copyfile(TEMPLATE, new / "chat_template.jinja")
-            _write_json(new / "tokenizer_config.json", vocabulary.tokenizer_config(config.model.max_positions))
-            _write_json(new / "generation_config.json", {"eos_token_id": stops, "pad_token_id": stops[0]})
-            (new / "README.md").write_text(_card(folder.name, config, config_name), encoding="utf-8")
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written: {error.strerror}") from None
+    with new_folder(folder, replace=True) as new:
+        new.rmdir()  # `save` makes it
+        model.save(new, "bfloat16")
+        (new / "tokenizer.json").write_text(made.to_str(pretty=True) + "\n", encoding="utf-8")
+        shutil.copyfile(TEMPLATE, new / "chat_template.jinja")
+        _write_json(new / "tokenizer_config.json", vocabulary.tokenizer_config(config.model.max_positions))
+        _write_json(new / "generation_config.json", {"eos_token_id": stops, "pad_token_id": stops[0]})
+        (new / "README.md").write_text(_card(folder.name, config, config_name), encoding="utf-8")
 
 
 def _card(name: str, config: TrainConfig, config_name: str) -> str:

@@ -8,6 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from foundation.errors import UsageError
+from foundation.reading import Unreadable, read_lines
 from foundation.writing import replacing
 from runtime.reports.svg import Mark, Series, legend, plot
 from runtime.training.data import TASKS
@@ -32,7 +34,11 @@ def append(folder: Path, record: dict[str, Any]) -> None:
 def load(folder: Path) -> list[dict[str, Any]]:
     """The records of a run so far; a line cut short by a kill is left out."""
     path, records = folder / FILE, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    try:
+        lines = read_lines(path) if path.exists() else []
+    except Unreadable as error:
+        raise UsageError(f"{path}: {error}; remove it") from None
+    for line in lines:
         try:
             records.append(json.loads(line))
         except ValueError:

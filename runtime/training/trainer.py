@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from foundation.errors import UsageError
+from foundation.writing import replacing
 from runtime.training import export, metrics, state, steps
 from runtime.training.config import TrainConfig, TrainingStage
 from runtime.training.data import TASKS, TrainingBatch
@@ -52,7 +53,8 @@ def train(
         now, done = state.read(folder, now, config.hash)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / _CONFIG)
+        with replacing(folder / _CONFIG) as temporary:
+            shutil.copyfile(source, temporary)
         metrics.truncate(folder, done)
         run = _Run(config, folder, generator.batch, optimizers, report)
         while done < config.steps:

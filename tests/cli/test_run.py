@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
 from runtime.execution.local.load import embedded_checkpoint
+from runtime.porting.compare import read_texts
 from tests.cli.cli import glm5, refused
 
 PROMPT = ("run", "--backend", "cpu", "--prompt", "The old fox runs by the wall. It", "--max-tokens", 12, "--ignore-eos")
@@ -60,8 +63,8 @@ def test_logits(small: Path, plain: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_a_file_of_prompts(small: Path, tmp_path: Path) -> None:
-    prompts = ["Experts", "The cache holds a page of tokens"]
-    (tmp_path / "prompts.txt").write_text("\n\n".join(prompts) + "\n")
+    prompts = ["Experts\u2028and\x0cshared ones\x85", "The cache holds\ra page of tokens"]
+    (tmp_path / "prompts.txt").write_bytes("\r\n\n".join(prompts).encode())
     words = ("run", "--checkpoint", small, "--max-tokens", 6)
     together = glm5(*words, "--prompts", tmp_path / "prompts.txt")
     lines = [json.loads(line) for line in together.out.splitlines()]
@@ -89,19 +92,45 @@ def test_seeds(small: Path) -> None:
     assert first == again != other
 
 
-def test_stop_tokens(small: Path, plain: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "tokenizer"), [("config.json", True), ("generation_config.json", True), ("generation_config.json", False)]
+)
+def test_stop_tokens(small: Path, plain: dict[str, Any], tmp_path: Path, file: str, tokenizer: bool) -> None:
+    """Of either config, whether or not there is a tokenizer."""
     third = plain["token_ids"][2]
     folder = tmp_path / "stopping"
-    folder.mkdir()
-    for file in small.iterdir():
-        (folder / file.name).symlink_to(file)
+    shutil.copytree(small, folder)
     config = json.loads((small / "config.json").read_text())
-    (folder / "config.json").unlink()
-    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": third}))
+    del config["eos_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    if not tokenizer:
+        (folder / "tokenizer.json").unlink()
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text() if path.exists() else "{}"), "eos_token_id": third}))
     result = run_ids(folder, "--json").json
     assert result["finish_reason"] == "stop"
     assert result["token_ids"] == plain["token_ids"][: plain["token_ids"].index(third) + 1]
     assert run_ids(folder, "--json", "--ignore-eos").json["token_ids"] == plain["token_ids"]
+
+
+def test_a_plain_prompt_gets_what_the_tokenizer_puts_around_it(small: Path, tmp_path: Path) -> None:
+    """With --prompts too; a chat, which its template begins, does not."""
+    folder = tmp_path / "begins"
+    shutil.copytree(small, folder)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["post_processor"] = {"type": "BertProcessing", "cls": ["<sop>", 997], "sep": ["<eop>", 998]}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    (tmp_path / "prompts").write_text("Hi\nHello\n")
+    words = ("run", "--checkpoint", folder, "--max-tokens", 1)
+    inner = Tokenizer.load(small)
+    assert glm5(*words, "--prompt", "Hi", "--json").json["prompt_ids"] == [997, *inner.encode("Hi"), 998]
+    lines = [json.loads(line) for line in glm5(*words, "--prompts", tmp_path / "prompts").out.splitlines()]
+    assert [line["prompt_ids"] for line in lines] == [[997, *inner.encode(text), 998] for text in ("Hi", "Hello")]
+    chat = glm5(*words, "--prompt", "Hi", "--chat", "--json").json["prompt_ids"]
+    assert chat == inner.encode("[gMASK]<sop><|user|>Hi<|assistant|><think>")
+    texts = read_texts(Checkpoint(folder).config, Tokenizer.load(folder), None, tmp_path / "prompts", 16, 1)
+    assert texts.windows[0][0] == 997 and texts.windows[-1][-1] != 997
+    assert [ids for _, ids in texts.prompts] == [tuple(line["prompt_ids"]) for line in lines]
 
 
 def test_ids_need_no_tokenizer(small: Path, plain: dict[str, Any], tmp_path: Path) -> None:

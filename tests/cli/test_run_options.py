@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from runtime.cli.main import app
+from runtime.cli.app import app
 from runtime.cli.runners.asked import RunMode
 from runtime.cli.runners.emulated import EmulatedRun
 from runtime.cli.runners.local import LocalRun
@@ -47,7 +47,7 @@ def words(name: str, mode: type[RunMode]) -> list[str]:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[RunMode]:
     """Runs that were ready to begin."""
-    monkeypatch.setattr("runtime.cli.main.app", COMMAND)  # made once
+    monkeypatch.setattr("runtime.cli.app.app", COMMAND)  # made once
     found: list[RunMode] = []
     for mode in MODES:
         monkeypatch.setattr(mode, "run", lambda self: found.append(self))

@@ -66,6 +66,9 @@ def test_a_mooncake_trace() -> None:
     total = sum(line["output_length"] for line in lines)
     assert result["output_tokens_per_s"] * result["duration_s"] == pytest.approx(total)
     assert run("--trace-file", SAMPLE, "--requests", 5)["measured_requests"] == 5
+    assert result["prefix_hit_rate"] > 0
+    said = f"prefix cache: {result['prefix_hit_rate']:.1%} of prompt tokens found in it"
+    assert said in glm5("simulate", "--trace-file", SAMPLE).out
 
 
 def test_drafting_helps_and_takes_memory() -> None:
@@ -115,6 +118,7 @@ def test_a_table_for_people() -> None:
     assert output.code == 0
     for words in ("glm-5-fp8 on 8 x h200-sxm, tp8, sglang", "TTFT", "TPOT", "9 in 10", "KV pool", "evidence: "):
         assert words in output.out
+    assert "prefix cache" not in output.out  # its requests share nothing
     assert "SATURATED" in glm5("simulate", "--rate", 50, "--requests", 100, "--osl", 64).out
 
 

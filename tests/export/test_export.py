@@ -15,7 +15,10 @@ import numpy as np
 import onnx
 import pytest
 
+from model.checkpoint import Checkpoint
+from model.tokenizer import Tokenizer
 from runtime.deployment.manifest import FILE, Manifest
+from runtime.porting.export.package import model_ref
 from tests.cli.cli import glm5, make_checkpoint, refused
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +128,31 @@ def test_tokens_of_every_format_and_phase(tmp_path: Path, format: str, phase: st
     expected = glm5("run", *words).json
     found = glm5("run", "--artifact", tmp_path / "p", "--backend", RUNTIME[format], *words).json
     assert found["token_ids"] == expected["token_ids"] and found["finish_reason"] == expected["finish_reason"]
+
+
+def test_a_package_has_the_words_of_the_checkpoint(small: Path, tmp_path: Path) -> None:
+    """What is put around a prompt, special tokens of any file, and stop tokens that only the generation settings
+    name; the last without a tokenizer too."""
+    folder = tmp_path / "small"
+    shutil.copytree(small, folder)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["post_processor"] = {"type": "BertProcessing", "cls": ["<sop>", 997], "sep": ["<eop>", 998]}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    (folder / "special_tokens_map.json").write_text('{"cls_token": "ing"}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    words = ("--checkpoint", folder, "--format", "onnx", "--context", 64)
+    assert glm5("export", *words, "--out", tmp_path / "p").code == 0
+    assert {5, 6} < set(Manifest.read(tmp_path / "p").model.stop_token_ids)
+    run = ("--prompt", "A ing", "--max-tokens", 8, "--json")
+    expected = glm5("run", "--checkpoint", folder, *run).json
+    found = glm5("run", "--artifact", tmp_path / "p", "--backend", "ort", *run).json
+    for key in ("prompt_ids", "token_ids", "text", "finish_reason"):
+        assert found[key] == expected[key]
+    inner = Tokenizer.load(small)
+    assert found["prompt_ids"] == [997, *inner.encode("A "), inner.token_id("ing"), 998]
+    (folder / "tokenizer.json").unlink()
+    opened = Checkpoint(folder)
+    assert model_ref(opened.config, opened).stop_token_ids == (5, 6, 993, 1000, 1002)
 
 
 def test_text_streams_and_prompts_are_served_in_turn(package: Path, tmp_path: Path) -> None:

@@ -143,10 +143,9 @@ def test_weight_files_are_safetensors(tmp_path: Path) -> None:
         "d": np.arange(6, dtype=np.int32).reshape(2, 3),
         "e": np.zeros((0, 4), np.float32),
     }
-    writer = TensorWriter(tmp_path / "w", {name: (a.shape, a.dtype.name) for name, a in arrays.items()})
-    for name in reversed(arrays):
-        writer.put(name, arrays[name])
-    writer.close()
+    with TensorWriter(tmp_path / "w", {name: (a.shape, a.dtype.name) for name, a in arrays.items()}) as writer:
+        for name in reversed(arrays):
+            writer.put(name, arrays[name])
     reader, oracle = TensorReader(tmp_path / "w"), load_file(tmp_path / "w")
     assert set(reader.names) == set(oracle) == set(arrays)
     for name, array in arrays.items():

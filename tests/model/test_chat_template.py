@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import TokenizerError
@@ -95,11 +95,12 @@ def test_what_the_template_itself_refuses(message: dict[str, Any], expected: str
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 arguments = st.dictionaries(texts, texts | st.integers() | st.lists(st.booleans() | texts, max_size=2), max_size=2)
 calls = st.builds(lambda name, given: {"function": {"name": name, "arguments": given}}, texts, arguments)
+thoughts = {name: texts | st.none() for name in ("reasoning_content", "thinking", "reasoning")}
 messages = st.one_of(
     st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "tool"]), "content": texts}),
     st.fixed_dictionaries(
-        {"role": st.just("assistant"), "content": texts},
-        optional={"reasoning_content": texts, "tool_calls": st.lists(calls, max_size=2)},
+        {"role": st.just("assistant"), "content": texts | st.none()},
+        optional={**thoughts, "tool_calls": st.lists(calls, max_size=2) | st.none(), "name": st.none()},
     ),
 )
 switches = st.fixed_dictionaries(
@@ -115,6 +116,47 @@ def test_any_chat_is_as_transformers_renders_it(chat: list[dict], tools: Any, op
     assert text == theirs.apply_chat_template(chat, tools=tools, tokenize=False, **options)
     ids = theirs.apply_chat_template(chat, tools=tools, return_dict=False, **options)
     assert TOKENIZER.encode(text) == ids
+
+
+CONVENTIONS = [  # of templates of other families: where they look for thoughts, and what they make of no content
+    "{% for m in messages %}<{{ m.role }}>{% if m.thinking %}({{ m.thinking }}){% endif %}{{ m.content }}{% endfor %}",
+    "{% for m in messages %}{{ m['reasoning_content'] or '' }}|{{ m['content'] or '' }}{% endfor %}",
+    "{% for m in messages %}{{ m.content is none }}{{ m.content is defined }}{{ m.get('content', '-') }}{% endfor %}",
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{{ m.reasoning }}{% endif %}"
+    "{% endfor %}",
+    "{% for m in messages %}{{ m | tojson }}{% for key, value in m.items() %}{{ key }}={{ value }};{% endfor %}"
+    "{% endfor %}",
+    "{% for m in messages if m.role == 'assistant' and m.tool_calls is not none %}{{ m.tool_calls }}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("source", CONVENTIONS)
+@settings(max_examples=25)
+@given(st.lists(messages, min_size=1, max_size=3))
+def test_history_is_as_transformers_passes_it_on(source: str, chat: list[dict]) -> None:
+    theirs = hugging_face(TINY).apply_chat_template(chat, chat_template=source, tokenize=False)
+    assert ChatTemplate(source).render(chat, add_generation_prompt=False) == theirs
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_thoughts_of_history_are_kept_under_each_of_their_names(key: str) -> None:
+    chat = [USER, {"role": "assistant", "content": "x", "tool_calls": None, key: "because"}]
+    text = GLM.render(chat, add_generation_prompt=False)
+    assert text == "[gMASK]<sop><|user|>Hi<|assistant|><think>because</think>x"
+    assert text == hugging_face(TINY).apply_chat_template(chat, tokenize=False)
+
+
+def test_no_content_is_not_spelt_out() -> None:
+    chat = [USER, {"role": "assistant", "content": None, "reasoning_content": None, "tool_calls": [CALL]}]
+    assert "None" not in GLM.render(chat) and GLM.render(chat) == GLM.render([USER, {**chat[1], "content": ""}])
+
+
+@pytest.mark.parametrize(
+    ("chat", "expected"), [([], "has no messages"), ([USER, "Hi"], "message 2 of the chat is a str, not an object")]
+)
+def test_what_is_no_chat(chat: list[Any], expected: str) -> None:
+    with pytest.raises(TokenizerError, match=expected):
+        GLM.render(chat)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
+from foundation.streaming import TextStream
 from model.errors import TokenizerError
-from model.tokenizer import TextStream, Tokenizer
+from model.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "data" / "random-glm5"
@@ -101,18 +102,58 @@ def test_a_stream_waits_for_the_last_byte_only() -> None:
     assert streamed(stream, rocket) == "🦖"  # a flushed stream is as new
 
 
+TOKENS = ("a", "b", "▁", "▁a", "a▁", "##a", "a</w>", "</w>", "b</w>a", "<pad>", "|", ".", " n't", "Ġ", "Ã©", "Ã", "©",
+          "<0xE2>", "<0x82>", "<0xAC>", "<0x41>", "\ufffd", "")  # fmt: skip
+A_TOKEN_EACH = [
+    decoders.Replace("▁", " "), decoders.Replace("a", ""), decoders.Metaspace(), decoders.WordPiece(), decoders.CTC(),
+    decoders.ByteFallback(), decoders.Strip(" ", 1, 0), decoders.Strip(" ", 2, 0), decoders.BPEDecoder(),
+]  # fmt: skip
+JOINED = [decoders.Fuse(), decoders.ByteLevel()]
+any_step = st.sampled_from([*A_TOKEN_EACH, *JOINED, decoders.Replace("ab", "x"), decoders.Replace("\ufffd", "?")])
+
+
+def decoding(decoder: decoders.Decoder | None) -> tokenizers.Tokenizer:
+    inner = tokenizers.Tokenizer(models.WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token="a"))
+    inner.add_special_tokens(["<pad>"])
+    if decoder is not None:
+        inner.decoder = decoder
+    return inner
+
+
+@given(
+    st.none() | st.sampled_from([*A_TOKEN_EACH, *JOINED]) | st.lists(any_step, max_size=4).map(decoders.Sequence),
+    st.lists(st.integers(0, len(TOKENS) + 1), max_size=12),
+    st.booleans(),
+)
+def test_a_stream_adds_up_whatever_the_decoder(decoder: Any, ids: list[int], skip: bool) -> None:
+    inner = decoding(decoder)
+    assert streamed(Tokenizer(inner).stream(skip), ids) == inner.decode(ids, skip_special_tokens=skip)
+
+
 LLAMA = decoders.Sequence(
     [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
 )
+BYTES = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
 
 
-@pytest.mark.parametrize("decoder", [decoders.Metaspace(), LLAMA], ids=["metaspace", "byte-fallback"])
-@given(ids=st.lists(st.sampled_from([0, 1, 2, 3])))
-def test_decoders_that_treat_the_first_token_apart(decoder: decoders.Decoder, ids: list[int]) -> None:
-    inner = tokenizers.Tokenizer(models.WordLevel({"▁Hello": 0, "▁": 1, "wor": 2, "▁ld": 3}, unk_token="wor"))
-    inner.decoder = decoder
-    ids = [0, *ids]
-    assert streamed(Tokenizer(inner).stream(), ids) == inner.decode(ids)
+@pytest.mark.parametrize(
+    ("decoder", "tokens", "pieces"),
+    [
+        (LLAMA, ("▁", "▁", "▁", "a"), ["", " ", " ", "a"]),  # each space is a token that decodes to nothing alone
+        (decoders.Metaspace(), ("▁", "▁a", "b"), ["", " a", "b"]),
+        (BYTES, ("a", "<0xE2>", "<0x82>", "<0xAC>", "b"), ["a", "", "", "", "€b"]),
+        (BYTES, ("<0x41>", "<0xE2>", "a"), ["", "", "\ufffd\ufffda"]),  # the A is lost with what follows it
+        (decoders.BPEDecoder(), ("a</w>", "b", "a"), ["a", " b", "a"]),
+        (decoders.CTC(), ("a", "a", "<pad>", "a"), ["a", "", "", "a"]),
+        (decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "x")]), ("a", "b"), ["", ""]),
+        (None, ("a", "b"), ["a", " b"]),
+    ],
+)
+def test_text_is_shown_as_soon_as_nothing_can_change_it(decoder: Any, tokens: tuple[str, ...], pieces: list) -> None:
+    inner = decoding(decoder)
+    stream, ids = Tokenizer(inner).stream(), [TOKENS.index(token) for token in tokens]
+    assert [stream.put(token) for token in ids] == pieces
+    assert "".join(pieces) + stream.flush() == inner.decode(ids, skip_special_tokens=False)
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -182,18 +223,56 @@ def test_truncation_and_padding_left_in_the_file_are_ignored(folder: Path) -> No
     )
 
 
-def test_a_prompt_may_get_the_tokens_that_the_file_puts_around_it(folder: Path) -> None:
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    raw["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<sop>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [],
-        "special_tokens": {"<sop>": {"id": "<sop>", "ids": [997], "tokens": ["<sop>"]}},
-    }
+def special(*tokens: str) -> dict[str, Any]:
+    return {t: {"id": t, "ids": [TOKENIZER.token_id(t)], "tokens": [t]} for t in tokens}
+
+
+def template(*single: str) -> dict[str, Any]:
+    """A post-processor that puts tokens around a prompt, "A"."""
+    parts = [{"Sequence": {"id": t, "type_id": 0}} if t == "A" else {"SpecialToken": {"id": t, "type_id": 0}}
+             for t in single]  # fmt: skip
+    return {
+        "type": "TemplateProcessing", "single": parts, "pair": parts, "special_tokens": special(*{*single} - {"A"})
+    }  # fmt: skip
+
+
+BYTES_ONLY = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+PAIR = {"sep": ["<eop>", 998], "cls": ["<sop>", 997]}
+
+
+@pytest.mark.parametrize(
+    ("processor", "config", "around"),
+    [
+        (template("[gMASK]", "<sop>", "A"), {}, (["[gMASK]", "<sop>"], [])),
+        (template("<sop>", "A", "<|endoftext|>"), {}, (["<sop>"], ["<|endoftext|>"])),
+        (template("A", "<eop>"), {}, ([], ["<eop>"])),
+        ({"type": "RobertaProcessing", **PAIR, "trim_offsets": True, "add_prefix_space": True}, {}, None),
+        ({"type": "BertProcessing", **PAIR}, {}, None),
+        (BYTES_ONLY, {}, ([], [])),
+        ({"type": "Sequence", "processors": [BYTES_ONLY, template("<sop>", "A")]}, {}, (["<sop>"], [])),
+        (None, {"add_bos_token": True, "bos_token": "<sop>"}, ([], [])),
+        (BYTES_ONLY, {"add_bos_token": True, "bos_token": "<sop>", "add_eos_token": True}, ([], [])),
+        (template("<sop>", "A"), {"add_bos_token": False, "bos_token": None}, (["<sop>"], [])),
+        (template("<sop>", "A"), {"cls_token": "<cls>", "bos_token": {"__type": "AddedToken", "content": "new"}}, None),
+    ],
+)  # fmt: skip
+def test_a_plain_prompt_is_encoded_as_transformers_does(
+    folder: Path, processor: dict[str, Any] | None, config: dict[str, Any], around: tuple[list[str], list[str]] | None
+) -> None:
+    transformers = pytest.importorskip("transformers", exc_type=ImportError)
+    raw = {**json.loads((folder / "tokenizer.json").read_text()), "post_processor": processor}
     (folder / "tokenizer.json").write_text(json.dumps(raw))
-    tokenizer = Tokenizer.load(folder)
-    assert tokenizer.encode("Hi", add_special_tokens=True) == [997, *TOKENIZER.encode("Hi")]
-    assert tokenizer.encode("Hi") == TOKENIZER.encode("Hi")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    tokenizer, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ("The quick fox", " a <sop>new", "<cls>", ""):
+        assert tokenizer.encode(text, add_special_tokens=True) == theirs(text).input_ids
+        assert tokenizer.encode(text) == theirs(text, add_special_tokens=False).input_ids
+    if around is not None:
+        first, last = ([tokenizer.token_id(token) for token in side] for side in around)
+        assert tokenizer.encode("Hi", add_special_tokens=True) == [*first, *TOKENIZER.encode("Hi"), *last]
+    alone = tokenizers.Tokenizer.from_str(tokenizer.to_json())  # what a package holds
+    assert alone.encode("Hi").ids == theirs("Hi").input_ids
 
 
 def test_neither_jax_nor_transformers_is_imported() -> None:

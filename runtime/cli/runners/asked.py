@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foundation.errors import UsageError
-from foundation.reading import Unreadable, read_text
+from foundation.reading import Unreadable, read_lines
 from runtime.cli.runners.answers import Answers
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class CheckpointRun(RunMode):
             if self.chat:
                 template, thinking = ChatTemplate.load(path), not self.no_thinking
                 words = [template.render([{"role": "user", "content": t}], enable_thinking=thinking) for t in words]
-            encoded = [tuple(tokenizer.encode(text)) for text in words]
+            encoded = [tuple(tokenizer.encode(text, add_special_tokens=not self.chat)) for text in words]
         ends = {*opened.config.eos_token_ids, *(tokenizer.stop_token_ids if tokenizer else ())}
         requests = self.requests(encoded, ends, self.dump_logits is not None)
         embedded = "[the embedded model knows some made-up text; --checkpoint DIR runs another]"
@@ -144,7 +144,7 @@ def _parse_ids(text: str) -> tuple[int, ...]:
 
 def _read_prompts(path: Path) -> list[str]:
     try:
-        lines = [line for line in read_text(path).splitlines() if line.strip()]
+        lines = [line for line in read_lines(path) if line.strip()]
     except Unreadable as error:
         raise UsageError(f"--prompts {path}: {error}") from None
     if not lines:

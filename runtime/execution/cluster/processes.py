@@ -13,6 +13,7 @@ import hashlib
 import multiprocessing
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -86,7 +87,9 @@ def supervise(place: ProcessPlace, work: Callable[[], None]) -> None:
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     child = spawn.Process(target=_child, name="glm5-process", args=(place, sender, work))
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the child's for good: it ends with this process
     child.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     sender.close()
     try:
         child.join()

@@ -11,6 +11,7 @@ import tokenizers
 
 from backends.errors import ArtifactError
 from foundation.errors import UsageError
+from foundation.streaming import TextStream
 from runtime.deployment.manifest import GearUnits, Manifest, check_files
 from runtime.execution.local.request import Completion, OnToken, Prompt
 from runtime.execution.local.request import Sequence as Running
@@ -130,33 +131,15 @@ class Text:
         self._inner.no_padding()
 
     def encode(self, text: str) -> list[int]:
+        """Token ids of a plain prompt, with what the tokenizer puts around one."""
         try:
             text.encode()
         except UnicodeEncodeError:
             raise UsageError("the text is not valid Unicode") from None
-        return self._inner.encode(text, add_special_tokens=False).ids
+        return self._inner.encode(text, add_special_tokens=True).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._inner.decode(list(ids), skip_special_tokens=False)
 
-    def stream(self) -> PackageStream:
-        return PackageStream(self)
-
-
-class PackageStream:
-    """Text as it comes: what is returned, joined, is the text of all ids. Half characters are held back."""
-
-    def __init__(self, text: Text):
-        self._text, self._ids, self._shown = text, [], ""
-
-    def put(self, token_id: int) -> str:
-        self._ids.append(token_id)
-        whole = self._text.decode(self._ids)
-        return "" if whole.endswith("\ufffd") else self._show(whole)
-
-    def flush(self) -> str:
-        return self._show(self._text.decode(self._ids))
-
-    def _show(self, whole: str) -> str:
-        new, self._shown = whole[len(self._shown) :], whole
-        return new
+    def stream(self) -> TextStream:
+        return TextStream(self.decode, self._inner)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,13 @@ class Launch:
         if self.router:
             texts["router.sh"] = f"#!/bin/sh\n{self.router.text(sources)}\n"
         texts |= {name: json.dumps(body, separators=(",", ":")) + "\n" for name, body in self.files.items()}
-        written = []
-        for name, text in texts.items():
-            with replacing(folder / name) as temporary:
+        with ExitStack() as files:  # all of them, or none
+            for name, text in texts.items():
+                temporary = files.enter_context(replacing(folder / name))
                 temporary.write_text(text, encoding="utf-8")
                 if name.endswith(".sh"):
                     temporary.chmod(0o755)
-            written.append(folder / name)
-        return written
+        return [folder / name for name in texts]
 
     def _head(self) -> str:
         return f"# {self.title}\n" + "".join(f"# note: {remark}\n" for remark in self.remarks)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -128,14 +129,14 @@ class AscendWriter:
         if request.checkpoint is None:
             raise UsageError("--weights external needs weights to write: give --checkpoint, or --weights none")
         (folder / "weights").mkdir()
-        names, files = {}, {}
+        names, shapes = {}, {}
         for device in manifest.devices:
             tensors: dict[str, tuple[tuple[int, ...], str]] = {}
             for owner in manifest.owners(device):
                 refs = manifest.weights[manifest.owner_units[owner]]
                 tensors |= {f"{owner}.{ref.name.partition('.')[2]}": (ref.shape, ref.dtype) for ref in refs}
             names[device.index] = f"weights/device-{device.index}.safetensors"
-            files[device.index] = TensorWriter(folder / names[device.index], tensors)
+            shapes[device.index] = tensors
 
         def put(device: DeviceShare, name: str, array: np.ndarray) -> None:
             owner, _, weight = name.rpartition(".")
@@ -143,9 +144,9 @@ class AscendWriter:
             for suffix, part in _quantised(f"w.{weight}", array, int8).items():
                 files[device.index].put(name + suffix, part)
 
-        shares.each_share(request.checkpoint, request.grid, manifest.devices, plain, put)
-        for file in files.values():
-            file.close()
+        with ExitStack() as opened:
+            files = {i: opened.enter_context(TensorWriter(folder / names[i], shapes[i])) for i in names}
+            shares.each_share(request.checkpoint, request.grid, manifest.devices, plain, put)
         return dataclasses.replace(
             manifest, devices=tuple(dataclasses.replace(d, weights=names[d.index]) for d in manifest.devices)
         )

@@ -10,10 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from typing import Any
 from backends.toolchains.cut import Exchange
 from backends.toolchains.walker import Graph
 from foundation.errors import UsageError
+from foundation.writing import new_folder
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.split import Grid
@@ -80,6 +78,8 @@ def export(request: ExportJob, out: Path, check: Check | None = None) -> Manifes
     Raises `UsageError`, `Unsupported` (a number format or primitive that the format lacks).
     """
     with new_folder(out) as folder:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UsageError(f"--out {out}: is not an empty folder; choose another or remove it")
         writer = writers()[request.format](request)
         what = request.cut
         programs = []
@@ -101,25 +101,6 @@ def export(request: ExportJob, out: Path, check: Check | None = None) -> Manifes
         if check is not None:
             check(folder, manifest)
     return manifest
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends well, and is removed when not."""
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(f"--out {out}: is not an empty folder; choose another or remove it")
-        temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UsageError(f"--out {out}: {error.strerror}") from None
-    try:
-        yield temporary
-        os.replace(temporary, out)
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _file_name(link: Graph | Exchange) -> str:
@@ -159,7 +140,7 @@ def _manifest(request: ExportJob, what: Cut, programs: list[GearUnits], folder: 
         layout=request.layout,
         mtp=cfg.mtp_type.name if what.mtp else None,
         plan_hash=request.plan_hash,
-        tokenizer=_copy_tokenizer(checkpoint, folder),
+        tokenizer=_write_tokenizer(checkpoint, folder),
         expert_slots=_slots(cfg, grid),
     )
 
@@ -192,10 +173,12 @@ def _slots(cfg: ModelConfig, grid: Grid) -> dict[str, tuple[int, ...]]:
     return {layer: tuple(int(e) for e in found[0]) for layer, found in placed.items() if found is not None}
 
 
-def _copy_tokenizer(checkpoint: Checkpoint | None, folder: Path) -> str | None:
+def _write_tokenizer(checkpoint: Checkpoint | None, folder: Path) -> str | None:
     if checkpoint is None or not (checkpoint.path / TOKENIZER).exists():
         return None
-    shutil.copyfile(checkpoint.path / TOKENIZER, folder / TOKENIZER)
+    from model.tokenizer import Tokenizer
+
+    (folder / TOKENIZER).write_text(Tokenizer.load(checkpoint.path).to_json(), encoding="utf-8")
     return TOKENIZER
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def write_files(
     folder: Path, checkpoint: Checkpoint, grid: Grid, targets: tuple[DeviceShare, ...], manifest: Manifest
 ) -> dict[int, str]:
     """A safetensors file for each device; its name below `folder`, by the device's index."""
-    writers, names = {}, {}
+    shapes, names = {}, {}
     (folder / "weights").mkdir()
     for device in targets:
         tensors: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -132,10 +133,10 @@ def write_files(
             refs = manifest.weights[manifest.owner_units[owner]]
             tensors |= {f"{owner}.{ref.name.partition('.')[2]}": (ref.shape, ref.dtype) for ref in refs}
         names[device.index] = f"weights/device-{device.index}.safetensors"
-        writers[device.index] = TensorWriter(folder / names[device.index], tensors)
-    each_share(checkpoint, grid, targets, manifest, lambda device, name, a: writers[device.index].put(name, a))
-    for writer in writers.values():
-        writer.close()
+        shapes[device.index] = tensors
+    with ExitStack() as files:
+        writers = {i: files.enter_context(TensorWriter(folder / names[i], shapes[i])) for i in names}
+        each_share(checkpoint, grid, targets, manifest, lambda device, name, a: writers[device.index].put(name, a))
     return names
 
 

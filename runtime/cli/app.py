@@ -1,0 +1,50 @@
+"""The verbs of the `glm5` command, put together; `main` calls it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from runtime.cli import backends, calibrate, export, model, plan, profiles, run, simulate, validate
+from runtime.cli.compare import compare
+from runtime.cli.eval import evaluate
+from runtime.cli.quantize import quantize
+from runtime.cli.train import train
+from runtime.cli.version import version
+
+app = typer.Typer(
+    help="GLM-5-class models on any backend: run, describe, plan, simulate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("run")(run.run)
+app.command("model")(model.model)
+app.command("backends")(backends.backends)
+app.command("simulate")(simulate.simulate)
+app.command("validate")(validate.validate)
+app.command("calibrate")(calibrate.calibrate)
+app.command("quantize")(quantize)
+app.command("compare")(compare)
+app.command("train")(train)
+app.command("eval")(evaluate)
+app.add_typer(profiles.app, name="profiles")
+app.add_typer(plan.app, name="plan")
+app.add_typer(export.app, name="export")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"glm5 {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def glm5(
+    show: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version, and exit.")
+    ] = False,
+) -> None:
+    """What goes before a verb."""
