@@ -187,6 +187,13 @@ def node_devices(profile: Profile) -> int:
     return int(profile.number("node.devices") or profile.number("link.scale_up.domain_devices") or 8)
 
 
+def require_positions(cfg: ModelConfig, prompt_tokens: int, output_tokens: int) -> None:
+    """Raises `UsageError` for a request longer than the model has positions."""
+    if prompt_tokens + output_tokens > cfg.max_positions:
+        asked = f"{prompt_tokens:,} tokens in and {output_tokens:,} out are {prompt_tokens + output_tokens:,}"
+        raise UsageError(f"{asked}, and {cfg.name} has {cfg.max_positions:,} positions: ask for fewer")
+
+
 class PriceTables:
     """What builds of several deployments share: price books and their tables.
 
