@@ -188,7 +188,7 @@ def test_the_emulation_computes_the_same(name: str) -> None:
 
     op, (x, values, scale), _ = linear(name, (24,))
     flat = x.reshape(-1, x.shape[-1])
-    emulated = product(*map(jnp.asarray, (flat, values.astype(np.int8), scale)), matrix_format(name))
+    emulated = product(jnp.asarray(flat), jnp.asarray(values.astype(np.int8)), jnp.asarray(scale), matrix_format(name))
     found = np.asarray(jax.jit(op)(flat, values, scale))
     np.testing.assert_allclose(found, emulated, rtol=1e-6, atol=1e-6)
     if not name.startswith("w4a16"):
