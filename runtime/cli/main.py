@@ -11,7 +11,7 @@ import os
 import sys
 
 from foundation.errors import Failure
-from runtime.cli.interrupt import CODE, MESSAGE
+from runtime.cli.interrupt import CODE, MESSAGE, answer_interrupts
 
 TYPE_CHECKING = False  # without `typing`, which takes its time
 if TYPE_CHECKING:
@@ -23,6 +23,20 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the `glm5` command; `arguments` are the process's own by default. Raises SystemExit."""
+    try:
+        if arguments is None:
+            answer_interrupts()
+        _run(arguments)
+    except KeyboardInterrupt:
+        _interrupted()
+
+
+def _run(arguments: Sequence[str] | None) -> NoReturn:
+    import typer
+
+    from runtime.cli.app import app
+    from runtime.cli.pipe import for_its_reader
+
     try:
         with for_its_reader():
             code = app(arguments, prog_name="glm5", standalone_mode=False)
