@@ -146,7 +146,7 @@ def flags(parser: Parser) -> dict[str, dict[str, Any]]:
         if values != 0:
             each["type"] = taken(action.type)
         if action.choices:
-            each["choices"] = [str(choice) for choice in action.choices]
+            each["choices"] = sorted(str(choice) for choice in action.choices)
         if "eprecated" in (action.help or "")[:40] or type(action).__name__.startswith("Deprecated"):
             each["deprecated"] = True
         if flag not in action.option_strings:  # still taken, no longer shown
