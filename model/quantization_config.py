@@ -50,7 +50,9 @@ def scheme_name(quant: Mapping[str, Any], layers: int, moe_layers: Sequence[int]
         if not isinstance(groups, Mapping) or not groups or not all(isinstance(g, Mapping) for g in groups.values()):
             raise UnknownQuantization("of compressed-tensors without `config_groups`")
         wide = _matcher([name for name in _names(quant, "ignore") if name != "Linear"])
-        found = [(_matcher(_names(group, "targets")), _format(group)) for group in groups.values()]
+        said = [(_names(group, "targets"), _format(group)) for group in groups.values()]
+        named = [(_matcher([name for name in names if name != "Linear"]), fmt) for names, fmt in said]
+        found = named + [(_matcher(names), fmt) for names, fmt in said]  # names and patterns come before "Linear"
     else:
         raise UnknownQuantization(f"{method!r} with weight_block_size={quant.get('weight_block_size')}")
 

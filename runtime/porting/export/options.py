@@ -62,9 +62,7 @@ def check(request: ExportJob) -> None:
     if request.weights and request.scheme == "fp8" and request.cfg.weight_format != "fp8-block":
         raise UsageError("--formats fp8 with weights needs a checkpoint in FP8; choose bf16, or --weights none")
     if request.weights and request.scheme == "fp8" and request.checkpoint and (wide := _not_fp8(request.checkpoint)):
-        raise UsageError(
-            f"--formats fp8: {wide} is not stored in FP8 blocks throughout; choose bf16, or --weights none"
-        )
+        raise UsageError(f"--formats fp8: {wide} is not all in FP8 blocks; choose bf16, or --weights none")
 
 
 def _not_fp8(checkpoint: Checkpoint) -> str | None:
