@@ -14,32 +14,40 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from foundation.reading import Unreadable, read_json
 from foundation.writing import new_folder
 from model import quantised
 from model.config import LayerType, Mla, ModelConfig
 from model.errors import CheckpointError
-from model.formats import E4M3, FORMATS, FP8_BLOCK
+from model.formats import E4M3, FORMATS, FP8_BLOCK, MatrixFormat
 from model.hf_config import from_hf, load_config, read_config
 from model.quantised import Matrix
-from model.safetensors_file import SafetensorsFile, write
+from model.safetensors_file import write
 from model.spelling import Found, Spelling, spelling, tensor_name
+from model.stored_tensors import INDEX_FILE, SINGLE_FILE, StoredTensor, stored_tensors
 from model.weights import Arrangement, Quantized, Weight, layer_weights, outer_weights
 
-INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 SCALE_SUFFIX = "_scale_inv"
 SHARD_BYTES = 5_000_000_000
 FP8 = E4M3
 _PLAIN_TYPES = ("F32", "F16", "BF16")
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-# Copies of shared tensors that some releases store, and buffers that older ones do.
-_IGNORED = re.compile(r"(\.shared_head\.head\.weight|layers\.\d+\.embed_tokens\.weight|rotary_emb\.inv_freq)$")
+# Copies of shared tensors that some releases store, buffers that older ones do, and calibrated scales of activations
+# and caches, which are found anew as the program runs.
+_IGNORED = re.compile(
+    r"(\.shared_head\.head\.weight|layers\.\d+\.embed_tokens\.weight|rotary_emb\.inv_freq"
+    r"|layers\.\d+\..*\.(input|output|activation|[qkv])(_global)?_(scale|zero_point))$"
+)
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_MTP_OWN = ("enorm.weight", "hnorm.weight", "eh_proj.weight")  # what no other layer has
+
+_COMPARED = 1 << 24  # elements at a time
 
 Put = Callable[[Weight, np.ndarray], Any]
 Convert = Callable[[Weight, "np.ndarray | Quantized"], "np.ndarray | Quantized"]
@@ -110,7 +118,8 @@ def held_type(weight: Weight, dtype: str) -> np.dtype:
 class Checkpoint:
     """A checkpoint directory whose names and shapes have been checked against its config.
 
-    Raises `ConfigError` or `CheckpointError`; opening reads headers only.
+    `raw_config` and `config` are those of what is stored, where config.json is at odds with it in a way that leaves no
+    doubt; `notes` say where, a line each. Raises `ConfigError` or `CheckpointError`; opening reads headers only.
     """
 
     def __init__(self, path: str | Path):
@@ -119,32 +128,52 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: no such checkpoint directory")
         self.raw_config = read_config(self.path / "config.json")
         self.config = load_config(self.path)
+        self.notes: list[str] = []
+        self._untie()
         self._check()
 
+    def _mtp_prefix(self, number: int) -> str:
+        return f"model.layers.{self.config.num_layers + number}."
+
     @cached_property
-    def _index(self) -> dict[str, SafetensorsFile]:
-        """Tensor name to the open shard that holds it."""
-        index, single = self.path / INDEX_FILE, self.path / SINGLE_FILE
-        if not index.exists():
-            if not single.exists():
-                raise CheckpointError(f"{self.path}: holds neither {INDEX_FILE} nor {SINGLE_FILE}")
-            shard = SafetensorsFile(single)
-            return dict.fromkeys(shard.names, shard)
-        try:
-            weight_map = read_json(index)["weight_map"]
-            shards = {name: SafetensorsFile(self.path / name) for name in sorted(set(weight_map.values()))}
-        except (Unreadable, ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{index}: not a safetensors index (no valid `weight_map`)") from None
-        for tensor, name in weight_map.items():
-            if tensor not in shards[name].names:
-                raise CheckpointError(f"{self.path / name}: tensor {tensor} is missing (the index promises it)")
-        return {tensor: shards[name] for tensor, name in weight_map.items()}
+    def _index(self) -> dict[str, StoredTensor]:
+        """What is stored, by name."""
+        return stored_tensors(self.path, tuple(map(self._mtp_prefix, range(self.config.mtp_layers))))
 
     @cached_property
     def has_mtp(self) -> bool:
         """Whether the MTP layers the config declares are stored (transformers drops them when saving)."""
-        prefixes = tuple(f"model.layers.{self.config.num_layers + i}." for i in range(self.config.mtp_layers))
+        prefixes = tuple(map(self._mtp_prefix, range(self.config.mtp_layers)))
         return bool(prefixes) and any(name.startswith(prefixes) for name in self._index)
+
+    @cached_property
+    def undeclared_mtp(self) -> tuple[str, ...]:
+        """Name prefixes of whole MTP layers behind those that the config declares. Nothing uses them."""
+        behind = map(self._mtp_prefix, count(self.config.mtp_layers))
+        return tuple(takewhile(lambda prefix: all(prefix + own in self._index for own in _MTP_OWN), behind))
+
+    def _untie(self) -> None:
+        """A stored head that is not the embedding is the model's, whatever the config says of ties."""
+        if not self.config.tie_embeddings or _HEAD not in self._index or self._same(_HEAD, _EMBEDDING):
+            return
+        self.config = dataclasses.replace(self.config, tie_embeddings=False)
+        raw = {**self.raw_config, "tie_word_embeddings": False}
+        if isinstance(inner := raw.get("text_config"), dict):
+            raw["text_config"] = {**inner, "tie_word_embeddings": False}
+        self.raw_config = raw
+        self.notes.append(f"{self.path}: config.json ties the head to the embedding, but stores another: that is used")
+
+    def _same(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same bytes; reads as far as they do."""
+        a, b = self._index[one], self._index.get(other)
+        if b is None or (a.shape, a.dtype_name) != (b.shape, b.dtype_name):
+            return False
+        rows = max(1, _COMPARED // max(1, int(np.prod(a.shape[1:]))))
+        left, right = a.array(), b.array()
+        return all(
+            left[start : start + rows].tobytes() == right[start : start + rows].tobytes()
+            for start in range(0, len(left), rows)
+        )
 
     def _check(self) -> None:
         expected: set[str] = set()
@@ -156,7 +185,7 @@ class Checkpoint:
                     if found is None:
                         expected.add(name)
                         self._expect(name, stored)
-                        if (kind := self._index[name].dtype_name(name)) not in _PLAIN_TYPES:
+                        if (kind := self._index[name].dtype_name) not in _PLAIN_TYPES:
                             raise CheckpointError(f"{self.path}: tensor {name} has the unsupported dtype {kind}")
                         continue
                     if not weight.quantised:
@@ -167,15 +196,21 @@ class Checkpoint:
                         self._expect(tensor_name(name, suffix), shape)
                     expected.update(tensor_name(name, suffix) for suffix in found.spare)
         if self.config.tie_embeddings:
-            expected.add("lm_head.weight")
-        extra = sorted(name for name in set(self._index) - expected if not _IGNORED.search(name))
+            expected.add(_HEAD)
+        for prefix in self.undeclared_mtp:
+            self.notes.append(
+                f"{self.path}: {prefix.rstrip('.')} is an MTP layer, but config.json has num_nextn_predict_layers "
+                f"{self.config.mtp_layers}: it is left out"
+            )
+        unused = set(self._index) - expected
+        extra = sorted(n for n in unused if not _IGNORED.search(n) and not n.startswith(self.undeclared_mtp))
         if extra:
             more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
             raise CheckpointError(f"{self.path}: extra tensor {extra[0]}{more} that the config has no place for")
 
     def _look(self, name: str) -> Found | None:
-        shard = self._index.get(name)
-        return Found(shard.dtype_name(name), shard.shape(name)) if shard else None
+        held = self._index.get(name)
+        return Found(held.dtype_name, held.shape) if held else None
 
     def spelling(self, name: str, shape: tuple[int, ...]) -> Spelling | None:
         """How a tensor is stored: its quantised format and parts, or None where it is plain."""
@@ -187,7 +222,7 @@ class Checkpoint:
     def _expect(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._index:
             raise CheckpointError(f"{self.path}: missing tensor {name}, shape {list(shape)}")
-        found = self._index[name].shape(name)
+        found = self._index[name].shape
         if found != shape:
             raise CheckpointError(f"{self.path}: tensor {name} has shape {list(found)}, expected {list(shape)}")
 
@@ -202,7 +237,7 @@ class Checkpoint:
         """All weights in the graph's layout: `{"outer": {..}, "layers": [{..}], "mtp": [{..}]}`.
 
         dtype: "float32" or "bfloat16" for everything that need not be float32. keep_fp8: matrices stored
-        quantised (in FP8 or any other format) stay `Quantized`; otherwise they are dequantised.
+        quantised (in FP8 or any other format) stay `Quantized` where `kept` says so; otherwise they are dequantised.
         `convert(weight, value)` may replace each weight, an array or `Quantized`, as soon as it is built, and
         `put(weight, array)` then takes its arrays, to a device for instance.
         """
@@ -225,13 +260,23 @@ class Checkpoint:
     ) -> np.ndarray | Quantized:
         """One weight of a group of `groups`, as `load` has it."""
         names = list(group.tensors(weight))
-        if keep_fp8 and weight.stays_narrow and (first := self._spellings[names[0]]):
+        if keep_fp8 and (kept := self.kept(group, weight)):
             held = map(self._matrix, names)
-            if first.format.factor is not None:  # its float32 factor is multiplied into the scales
+            if kept.factor is not None:  # its float32 factor is multiplied into the scales
                 held = (Matrix(m.values, m.scale.astype(np.float32) * m.factor) for m in held)
             return _assemble_quantised(self.config, weight, held)
         kind = held_type(weight, dtype)
         return _assemble(self.config, weight, map(self.plain, names), kind, weight.shape)
+
+    def kept(self, group: Group, weight: Weight) -> MatrixFormat | None:
+        """The format in which `keep_fp8` keeps a weight: that of all of its matrices. None where they are plain, or
+        stored in more ways than one (an expert left in 16 bits, say), and so are dequantised."""
+        names = list(group.tensors(weight))
+        first = self._spellings[names[0]] if weight.stays_narrow else None
+        if first is None or any(self._spellings[name] != first for name in names):
+            return None
+        types = {tuple(self._index[tensor_name(name, part)].dtype_name for part in first.parts) for name in names}
+        return first.format if len(types) == 1 else None
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -240,7 +285,7 @@ class Checkpoint:
 
     def array(self, name: str) -> np.ndarray:
         """A stored tensor as it is, a view into its shard."""
-        return self._index[name].array(name)
+        return self._index[name].array()
 
     def _matrix(self, name: str) -> Matrix:
         found = self._spellings[name]

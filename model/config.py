@@ -16,8 +16,9 @@ from typing import Literal
 
 import numpy as np
 
+from foundation.errors import UsageError
 from model.formats import Scheme, scheme
-from model.quantization_config import PLAIN
+from model.quantization_config import PLAIN, is_scheme
 
 IndexerKind = Literal["full", "shared", "none"]
 FfnKind = Literal["dense", "moe"]
@@ -44,7 +45,8 @@ class LayerType:
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-    """YaRN context extension (arXiv 2309.00071), DeepSeek's parameters."""
+    """YaRN context extension (arXiv 2309.00071), DeepSeek's parameters. truncate: the ramp begins and ends on whole
+    dims."""
 
     factor: float
     original_max_positions: int
@@ -53,6 +55,7 @@ class Yarn:
     mscale: float = 0.0
     mscale_all_dim: float = 0.0
     attention_factor: float | None = None
+    truncate: bool = True
 
 
 def _mscale(scale: float, mscale: float = 1.0) -> float:
@@ -82,9 +85,12 @@ class Rope:
                 2 * math.log(self.theta)
             )
 
-        low = max(math.floor(correction_dim(yarn.beta_fast)), 0)
-        high = min(math.ceil(correction_dim(yarn.beta_slow)), self.dim - 1)
-        ramp = (np.arange(self.dim // 2, dtype=np.float32) - low) / max(high - low, 0.001)
+        first, last = correction_dim(yarn.beta_fast), correction_dim(yarn.beta_slow)
+        if yarn.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        low, high = max(first, 0), min(last, self.dim - 1)
+        # a range that is empty or backwards is as transformers has it
+        ramp = (np.arange(self.dim // 2, dtype=np.float32) - low) / ((high - low) or 0.001)
         keep = 1 - np.clip(ramp, 0, 1)
         return ((1 - keep) / (yarn.factor * pos_freqs) + keep / pos_freqs).astype(np.float32)
 
@@ -166,7 +172,7 @@ class Moe:
 class ModelConfig:
     """A model, by dimensions. `layers` is the schedule of the main stack; `mtp_layers` counts the
     multi-token-prediction layers stored behind it (as layers `num_layers`, ...). `weight_format`: the scheme that a
-    checkpoint's matrices are stored in, "plain" for floats."""
+    checkpoint's matrices are stored in, "plain" for floats, or words for what can be read and is no scheme."""
 
     name: str
     model_type: str
@@ -209,7 +215,10 @@ class ModelConfig:
 
     @property
     def stored_scheme(self) -> Scheme:
-        """The number formats of its own checkpoint; plain floats count as 16 bits."""
+        """The number formats of its own checkpoint; plain floats count as 16 bits. Raises `UsageError` where they are
+        none that can be planned."""
+        if not is_scheme(self.weight_format):
+            raise UsageError(f"{self.name}: stored as {self.weight_format}, no scheme: name one with --formats")
         return scheme("bf16" if self.weight_format == PLAIN else self.weight_format)
 
     @property

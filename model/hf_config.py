@@ -108,7 +108,7 @@ def from_hf(raw: Mapping[str, Any], name: str = "config.json") -> ModelConfig:
         eos_token_ids=_eos(fields),
         tie_embeddings=fields.get("tie_word_embeddings", bool, False),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
-        weight_format=_weight_format(fields, schedule),
+        weight_format=_weight_format(fields, schedule, moe.experts if moe else 0),
     )
 
 
@@ -169,15 +169,18 @@ def _indexer(fields: _Fields, family: str) -> Indexer | None:
     return indexer
 
 
+_ROPE_FIELDS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+_YARN_FIELDS = {
+    "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+    "mscale_all_dim", "truncate",
+}  # fmt: skip
+
+
 def _rope(fields: _Fields, family: str, attention: Mla | Gqa) -> Rope:
-    raw = fields.raw
-    # transformers 5 writes one `rope_parameters`; older files have `rope_theta` beside `rope_scaling`.
-    outer = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if key in raw}
-    inner = {**fields.get("rope_scaling", dict, {}), **fields.get("rope_parameters", dict, {})}
-    params = _Fields({**outer, **inner}, fields.where)
+    params, partial = _rope_params(fields), 0.5 if isinstance(attention, Gqa) else 1.0
     kind = params.get("rope_type", str, params.get("type", str, "default"))
     theta = params.get("rope_theta", float, check=lambda v: v > 1)
-    partial = params.get("partial_rotary_factor", float, 0.5 if isinstance(attention, Gqa) else 1.0)
+    partial = params.get("partial_rotary_factor", float, partial)
     if isinstance(attention, Gqa):
         dim, interleaved = int(attention.head_dim * partial), False
     else:
@@ -187,21 +190,40 @@ def _rope(fields: _Fields, family: str, attention: Mla | Gqa) -> Rope:
         interleaved = fields.get("rope_interleave", bool, True) if family in ("deepseek_v3", "glm4_moe_lite") else True
     if dim < 2 or dim % 2:
         raise fields.fail(f"the rotary width must be even and at least 2, not {dim}")
-    if kind == "default":
-        return Rope(dim, theta, interleaved)
-    if kind != "yarn":
+    if kind not in ("default", "yarn"):
         raise fields.fail(f"rope type {kind!r} is not supported (only 'default', 'yarn')")
-    factor = params.get("attention_factor", float, 0.0)
-    yarn = Yarn(
-        factor=params.get("factor", float, check=lambda v: v > 0),
-        original_max_positions=params.size("original_max_position_embeddings"),
+    read = _ROPE_FIELDS | (_YARN_FIELDS if kind == "yarn" else set())
+    if unread := sorted(key for key, value in params.raw.items() if key not in read and value is not None):
+        raise fields.fail(f"rope field `{unread[0]}` is not read for rope type {kind!r}: take it out to run without it")
+    return Rope(dim, theta, interleaved, _yarn(fields, params) if kind == "yarn" else None)
+
+
+def _rope_params(fields: _Fields) -> _Fields:
+    """One `rope_parameters`, as transformers 5 writes; older files have `rope_theta` beside `rope_scaling`."""
+    outer = {key: fields.raw[key] for key in ("rope_theta", "partial_rotary_factor") if key in fields.raw}
+    older, newer = fields.get("rope_scaling", dict, {}), fields.get("rope_parameters", dict, {})
+    if differing := sorted(key for key in older.keys() & newer.keys() if older[key] != newer[key]):
+        raise fields.fail(f"`rope_scaling` and `rope_parameters` contradict each other in `{differing[0]}`")
+    return _Fields({**outer, **older, **newer}, fields.where)
+
+
+def _yarn(fields: _Fields, params: _Fields) -> Yarn:
+    """With transformers' defaults: positions are the model's where it names none, and a factor of null is by how many
+    times those were extended."""
+    positions = fields.size("max_position_embeddings")
+    original = fields.size("original_max_position_embeddings", 0)
+    original = original or params.size("original_max_position_embeddings", positions)
+    factor = positions / original if "factor" in params.raw else ...
+    return Yarn(
+        factor=params.get("factor", float, factor, lambda v: v > 0),
+        original_max_positions=original,
         beta_fast=params.get("beta_fast", float, 32.0, lambda v: v > 0),
         beta_slow=params.get("beta_slow", float, 1.0, lambda v: v > 0),
         mscale=params.get("mscale", float, 0.0, lambda v: v >= 0),
         mscale_all_dim=params.get("mscale_all_dim", float, 0.0, lambda v: v >= 0),
-        attention_factor=factor or None,
+        attention_factor=params.get("attention_factor", float, None, lambda v: v > 0),
+        truncate=params.get("truncate", bool, "truncate" not in params.raw),  # transformers takes null for false
     )
-    return Rope(dim, theta, interleaved, yarn)
 
 
 def _moe(fields: _Fields) -> Moe | None:
@@ -265,10 +287,10 @@ def _indexer_types(fields: _Fields, depth: int) -> list[str]:
     return ["full" if max(i - offset + 1, 0) % freq == 0 else "shared" for i in range(depth)]
 
 
-def _weight_format(fields: _Fields, layers: tuple[LayerType, ...]) -> str:
+def _weight_format(fields: _Fields, layers: tuple[LayerType, ...], experts: int) -> str:
     quant = fields.get("quantization_config", dict, {})
     try:
-        return scheme_name(quant, next((i for i, kind in enumerate(layers) if kind.ffn == "moe"), None))
+        return scheme_name(quant, len(layers), [i for i, kind in enumerate(layers) if kind.ffn == "moe"], experts)
     except UnknownQuantization as error:
         raise fields.fail(f"quantization_config {error} is not supported") from None
 

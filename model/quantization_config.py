@@ -2,18 +2,19 @@
 `quant_model_description.json`, read into the name of a scheme (`model.formats.scheme`). Free of JAX.
 
 Read: DeepSeek's block FP8 (`quant_method` "fp8", blocks of 128 x 128) and compressed-tensors' groups, each by what it
-says of its weights: bits, type, strategy and group size. Two modules stand for the rest: an expert's projection and
-an attention's.
+says of its weights: bits, type, strategy and group size. A few modules stand for the rest, experts' projections and
+attentions', and the format of most of them is the scheme's: what is left wide here and there is read off the tensors.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from foundation.errors import UsageError
-from model.formats import FORMATS, FP8_BLOCK, matrix_format, scheme_of
+from model.formats import BITS, FORMATS, FP8_BLOCK, INT8, matrix_format, scheme_of
 
 PLAIN = "plain"
 MODELSLIM_TYPES = {
@@ -26,68 +27,114 @@ class UnknownQuantization(Exception):
     """The text says what is not supported."""
 
 
-def scheme_name(quant: Mapping[str, Any], moe_layer: int | None) -> str:
-    """The scheme that a `quantization_config` describes; `PLAIN` for an empty one.
+Applies = Callable[[str], bool]
+"""Whether a pattern, or one of several, is for the module of that name."""
 
-    moe_layer: a layer with routed experts. Raises `UnknownQuantization`.
+
+def scheme_name(quant: Mapping[str, Any], layers: int, moe_layers: Sequence[int], experts: int) -> str:
+    """The scheme that a `quantization_config` describes; `PLAIN` for an empty one, and words for formats that can be
+    read but are no scheme's (`is_scheme`).
+
+    layers: how many there are; moe_layers: those with routed experts, of which there are `experts` each. Raises
+    `UnknownQuantization`.
     """
     if not quant:
         return PLAIN
     method = quant.get("quant_method")
+    found: Sequence[tuple[Applies, str]]
     if method == "fp8" and quant.get("weight_block_size") == [FP8_BLOCK, FP8_BLOCK]:
-        return "fp8-block"
-    if method != "compressed-tensors":
+        left = _names(quant, "modules_to_not_convert") + _names(quant, "ignored_layers")
+        wide, found = _matcher(left, plain=True), [(lambda _: True, "fp8-block")]
+    elif method == "compressed-tensors":
+        groups = quant.get("config_groups")
+        if not isinstance(groups, Mapping) or not groups or not all(isinstance(g, Mapping) for g in groups.values()):
+            raise UnknownQuantization("of compressed-tensors without `config_groups`")
+        wide = _matcher([name for name in _names(quant, "ignore") if name != "Linear"])
+        said = [(_names(group, "targets"), _format(group)) for group in groups.values()]
+        named = [(_matcher([name for name in names if name != "Linear"]), fmt) for names, fmt in said]
+        found = named + [(_matcher(names), fmt) for names, fmt in said]  # names and patterns come before "Linear"
+    else:
         raise UnknownQuantization(f"{method!r} with weight_block_size={quant.get('weight_block_size')}")
-    groups = quant.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups or not all(isinstance(each, Mapping) for each in groups.values()):
-        raise UnknownQuantization("of compressed-tensors without `config_groups`")
-    if len(groups) == 1:  # what is ignored stays wide by role, or by the tensors that are there
-        (only,) = groups.values()
-        found = _format(only, quant)
-        dense = found if _applies(only, quant, "model.layers.0.self_attn.o_proj") else "bf16"
-        return scheme_of(dense, found).name if moe_layer is not None else scheme_of(found, found).name
-    layer = moe_layer or 0
-    dense, experts = (
-        next((_format(group, quant) for group in groups.values() if _applies(group, quant, module)), "bf16")
-        for module in (f"model.layers.{layer}.self_attn.o_proj", f"model.layers.{layer}.mlp.experts.0.up_proj")
-    )
-    return scheme_of(dense, experts).name
+
+    def most(modules: list[str]) -> str:
+        held = (
+            "bf16" if wide(module) else next((fmt for applies, fmt in found if applies(module)), "bf16")
+            for module in modules
+        )
+        return Counter(held).most_common(1)[0][0]
+
+    dense = most([f"model.layers.{layer}.self_attn.o_proj" for layer in _spread(range(layers))])
+    sparse = [f"model.layers.{a}.mlp.experts.{e}.up_proj" for a in _spread(moe_layers) for e in _spread(range(experts))]
+    routed = most(sparse) if sparse else dense
+    odd = next((name for name in (routed, dense) if not is_scheme(name)), None)
+    return odd or (dense if dense == routed == "fp8-block" else scheme_of(dense, routed).name)
 
 
-def _applies(group: Mapping[str, Any], quant: Mapping[str, Any], module: str) -> bool:
-    """Whether a group is for a module, as compressed-tensors matches names: "Linear", names, or "re:" patterns."""
+def is_scheme(name: str) -> bool:
+    """Whether a name of `scheme_name` is a scheme's, or words."""
+    return " " not in name
 
-    def any_of(patterns: Any) -> bool:
-        if not isinstance(patterns, list):
-            return False
-        for pattern in patterns:
-            if not isinstance(pattern, str):
-                continue
+
+def _spread(numbers: Sequence[int]) -> Sequence[int]:
+    """Up to five of them: the first, the last and some between."""
+    last = len(numbers) - 1
+    return [numbers[i] for i in sorted({last * part // 4 for part in range(5)})] if numbers else []
+
+
+def _names(held: Mapping[str, Any], key: str) -> list[str]:
+    """A list of module names or patterns that may be absent."""
+    value = held.get(key) or []
+    if not isinstance(value, list):
+        raise UnknownQuantization(f"whose `{key}` is not a list")
+    return [name for name in value if isinstance(name, str)]
+
+
+def _matcher(patterns: list[str], plain: bool = False) -> Applies:
+    """As compressed-tensors matches modules: "Linear", names, or "re:" patterns. plain: as transformers' fine-grained
+    FP8 does, by a name's beginning or end, or a pattern that ends where a part of the name does."""
+    names, compiled = set(patterns), []
+    for pattern in patterns:
+        regular = f"(?:{pattern})(?:(?<=\\.)|(?=\\.|$))" if plain else pattern[3:]
+        if (re.fullmatch(r"[\w.]*", pattern) is None) if plain else pattern.startswith("re:"):
             try:
-                if pattern in ("Linear", module) or (pattern[:3] == "re:" and re.match(pattern[3:], module)):
-                    return True
+                compiled.append(re.compile(regular))
             except re.error:
-                raise UnknownQuantization(f"of compressed-tensors with the pattern {pattern!r}") from None
-        return False
+                raise UnknownQuantization(f"with the pattern {pattern!r}") from None
 
-    ignored = quant.get("ignore") or []
-    if not isinstance(ignored, list):
-        raise UnknownQuantization("of compressed-tensors whose `ignore` is not a list")
-    return any_of(group.get("targets")) and not any_of([pattern for pattern in ignored if pattern != "Linear"])
+    def applies(module: str) -> bool:
+        if module in names or (not plain and "Linear" in names) or any(each.match(module) for each in compiled):
+            return True
+        return plain and any(name and (module.startswith(f"{name}.") or module.endswith(name)) for name in patterns)
+
+    return applies
 
 
-def _format(group: Mapping[str, Any], quant: Mapping[str, Any]) -> str:
-    """The format of a group's matrices."""
+def _format(group: Mapping[str, Any]) -> str:
+    """The format of a group's matrices; words where its activations are not that format's."""
     weights, acts = group.get("weights"), group.get("input_activations")
     if not isinstance(weights, Mapping):
         raise UnknownQuantization("of compressed-tensors with a group that says nothing of its weights")
-    kind, bits, strategy = weights.get("type"), weights.get("num_bits"), weights.get("strategy")
-    size = weights.get("group_size")
-    narrow = acts.get("type") if isinstance(acts, Mapping) else None
-    unknown = UnknownQuantization(
-        f"of compressed-tensors with {bits}-bit {kind} weights, strategy {strategy!r}, groups of {size}, and "
-        f"{narrow or '16-bit'} activations"
-    )
+    kind = acts.get("type") if isinstance(acts, Mapping) else None
+    bits = acts.get("num_bits") if isinstance(acts, Mapping) else None
+    stored = _stored(weights, kind)
+    expected = matrix_format(stored).activations
+    if kind is None:
+        same = expected.scale is None
+    else:
+        same = (kind == "int", bits) == (expected.values == INT8, BITS[expected.values])
+    return stored if same else f"{stored} with {f'{bits}-bit {kind}' if kind else '16-bit'} activations"
+
+
+def _stored(weights: Mapping[str, Any], activations: str | None) -> str:
+    """The format that a group's weights are stored in. activations: their type, None where they stay in 16 bits: it
+    chooses between formats that are stored alike."""
+    kind, bits, size = weights.get("type"), weights.get("num_bits"), weights.get("group_size")
+    strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
+    said = f"of compressed-tensors with {bits}-bit {kind} weights, strategy {strategy!r}, groups of {size}"
+    if weights.get("actorder") not in (None, False, "weight", "static"):
+        raise UnknownQuantization(f"{said}, columns in the order of their activations (actorder)")
+    if weights.get("symmetric") is False and (kind, bits) != ("int", 4):
+        raise UnknownQuantization(f"{said} and zero points (symmetric: false)")
     match kind, bits, strategy:
         case "float", 8, "block" if weights.get("block_structure") == [FP8_BLOCK, FP8_BLOCK]:
             return "fp8-block"
@@ -98,17 +145,17 @@ def _format(group: Mapping[str, Any], quant: Mapping[str, Any]) -> str:
         case "float", 4, "group" if size == FORMATS["mxfp4"].shared:
             return "mxfp4"
         case "float", 4, "tensor_group" if size == FORMATS["nvfp4"].shared:
-            return "nvfp4" if narrow else "nvfp4a16"
+            return "nvfp4" if activations else "nvfp4a16"
         case "int", 8, "channel":
             return "w8a8-int8"
-        case "int", 4, "channel" if narrow == "int":
+        case "int", 4, "channel":
             return "w4a8"
-        case "int", 4, "group" if narrow in (None, "float"):
+        case "int", 4, "group":
             try:
-                return matrix_format(f"{'w4afp8' if narrow else 'w4a16'}-g{size}").name
+                return matrix_format(f"{'w4afp8' if activations == 'float' else 'w4a16'}-g{size}").name
             except UsageError:
-                raise unknown from None
-    raise unknown
+                pass
+    raise UnknownQuantization(said)
 
 
 def modelslim_scheme_name(types: set[str]) -> str:

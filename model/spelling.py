@@ -1,20 +1,22 @@
 """How checkpoints spell quantised matrices: the tensors that store one, and back. Free of JAX.
 
 deepseek            `NAME.weight` F8_E4M3 and `NAME.weight_scale_inv`
-compressed-tensors  `weight` or `weight_packed`, `weight_scale`, `weight_shape`, `weight_global_scale`
+compressed-tensors  `weight` or `weight_packed`, `weight_scale`, `weight_shape`, `weight_global_scale`,
+                    `weight_zero_point`
 msmodelslim         `weight`, `weight_scale`, `weight_offset`, `scale_bias`
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from model.formats import E2M1, E8M0, FORMATS, FP8_BLOCK, INT4, MatrixFormat, matrix_format
-from model.quantised import Matrix, dequantise
+from model.formats import E2M1, E8M0, FORMATS, FP8_BLOCK, INT4, INT8, MatrixFormat, matrix_format
+from model.quantised import Matrix, dequantise, shared_size
 
 
 class Found(NamedTuple):
@@ -52,31 +54,29 @@ def spelling(name: str, shape: tuple[int, ...], look: Look) -> Spelling | None:
     """How the matrix `name` is stored, read off the names, types and shapes beside it; None where it is plain.
 
     Its format says how it is stored: what activations become, the checkpoint's config says. Raises ValueError for
-    groups that do not divide.
+    groups that do not divide, and for what cannot be read.
     """
     out, width = shape if len(shape) == 2 else (1, shape[-1])
     held, scale, packed = look(name), look(name + "_scale"), look(name + "_packed")
     groups = scale.shape[-1] if scale and len(scale.shape) == 2 else 1
+    if look(name + "_g_idx"):
+        raise ValueError(f"{name}: weight_g_idx (actorder by groups) cannot be read; columns must be in order")
     if packed and packed.dtype == "I32":
-        fmt = FORMATS["w4a8"]
-        if groups > 1 or (scale and scale.dtype != "F32"):
-            if width % groups:
-                raise ValueError(f"{name}: {groups} scales do not divide its {width} columns into equal groups")
-            fmt = matrix_format(f"w4a16-g{width // groups}")
-        return Spelling(
-            fmt,
-            {"_packed": (out, -(-width // 8)), "_scale": (out, groups)},
-            ("_shape",),
-            lambda words, s: Matrix(_unpack_words(words, width), s),
-        )
+        return _packed_words(name, (out, width), packed, scale, look(name + "_zero_point"))
+    if look(name + "_zero_point"):
+        raise ValueError(f"{name}: weight_zero_point can be read for weights packed in 4 bits only")
     if packed or (held and held.dtype == "U8"):
-        key = "_packed" if packed else ""
+        key, factor = "_packed" if packed else "", look(name + "_global_scale")
         parts = {key: (out, width // 2), "_scale": (out, groups)}
-        if look(name + "_global_scale"):
+        each, types = (16, ("F8_E4M3",)) if factor else (32, ("U8", "F8_E8M0"))
+        if scale and (scale.dtype not in types or groups != -(-width // each)):
+            found = f"scales {scale.dtype} {list(scale.shape)}"
+            raise ValueError(f"{name}: {found} are not {types[0]}, one for {each} columns")
+        if factor:
             return Spelling(
                 FORMATS["nvfp4"],
-                {**parts, "_global_scale": (1,)},
-                ("_input_scale",),
+                {**parts, "_global_scale": factor.shape if factor.shape in ((), (1,)) else (1,)},
+                (),
                 lambda pairs, s, g: Matrix(_unpack_pairs(pairs).view(E2M1), s, (1 / g.astype(np.float32)).reshape(())),
             )
         return Spelling(
@@ -90,19 +90,72 @@ def spelling(name: str, shape: tuple[int, ...], look: Look) -> Spelling | None:
             return Spelling(FORMATS["w4a8"], parts, spare, lambda v, s: Matrix(_unpack_rows(v), s))
         return Spelling(FORMATS["w8a8-int8"], {"": shape, **row}, ("_offset",))
     if held and held.dtype == "F8_E4M3":
-        blocks = tuple(-(-n // FP8_BLOCK) for n in shape)
-        if not scale:
-            return Spelling(FORMATS["fp8-block"], {"": shape, "_scale_inv": blocks})
-        if scale.dtype in ("U8", "F8_E8M0"):
-            parts = {"": shape, "_scale": (out, groups)}
-            return Spelling(FORMATS["mxfp8"], parts, (), lambda v, s: Matrix(v, s.view(E8M0)))
-        if scale.shape == (out, 1) and out > 1:
-            return Spelling(FORMATS["fp8-channel"], {"": shape, "_scale": (out, 1)})
-        if scale.shape == blocks:  # compressed-tensors, strategy "block"
-            return Spelling(FORMATS["fp8-block"], {"": shape, "_scale": blocks})
-        parts = {"": shape, "_scale": scale.shape}
-        return Spelling(FORMATS["fp8-tensor"], parts, (), lambda v, s: Matrix(v, s.reshape(1, 1)))
+        return _fp8(name, shape, scale)
     return None
+
+
+def _fp8(name: str, shape: tuple[int, ...], scale: Found | None) -> Spelling:
+    """e4m3 values, and scales whose shape says what shares one."""
+    blocks = tuple(-(-n // FP8_BLOCK) for n in shape)
+    if scale is None:
+        return Spelling(FORMATS["fp8-block"], {"": shape, "_scale_inv": blocks})
+    parts = {"": shape, "_scale": scale.shape}
+    if scale.dtype in ("U8", "F8_E8M0"):
+        if scale.shape != (shape[0], -(-shape[-1] // 32)):
+            raise ValueError(f"{name}: power-of-two scales {list(scale.shape)} are not one for 32 columns")
+        return Spelling(FORMATS["mxfp8"], parts, (), lambda v, s: Matrix(v, s.view(E8M0)))
+    if math.prod(scale.shape) == 1 and shape[0] > 1 and blocks != scale.shape:
+        return Spelling(FORMATS["fp8-tensor"], parts, (), lambda v, s: Matrix(v, s.reshape(1, 1)))
+    if scale.shape in ((shape[0],), (shape[0], 1)) and shape[0] > 1:
+        return Spelling(FORMATS["fp8-channel"], parts, (), lambda v, s: Matrix(v, s.reshape(-1, 1)))
+    if scale.shape == blocks:  # compressed-tensors, strategy "block"
+        return Spelling(FORMATS["fp8-block"], parts)
+    raise ValueError(
+        f"{name}: scales {list(scale.shape)} of {list(shape)} FP8 weights are neither one, nor one a row, nor one a "
+        f"block of {FP8_BLOCK} x {FP8_BLOCK}"
+    )
+
+
+def _packed_words(
+    name: str, shape: tuple[int, int], packed: Found, scale: Found | None, zero: Found | None
+) -> Spelling:
+    """compressed-tensors "pack-quantized": integers of 4 or 8 bits in int32 words, scales a row or for equal groups of
+    its columns, and zero points packed down the rows."""
+    out, width = shape
+    groups = scale.shape[-1] if scale and len(scale.shape) == 2 else 1
+    if width % groups:
+        raise ValueError(f"{name}: {groups} scales do not divide its {width} columns into equal groups")
+    bits = 8 if packed.shape[-1] == -(-width // 4) != -(-width // 8) else 4
+    size, repeat = width // groups, 1
+    if size != shared_size(width, groups):  # their number would be taken for ragged groups: in parts it is not
+        repeat = size // (size & -size)
+    if bits == 8:
+        if groups > 1:
+            raise ValueError(f"{name}: weights packed in 8 bits are read with a scale a row, not in groups of {size}")
+        fmt = FORMATS["w8a8-int8"]
+    elif groups > 1 or zero or (scale and scale.dtype != "F32"):
+        fmt = matrix_format(f"w4a16-g{size // repeat}")
+    else:
+        fmt = FORMATS["w4a8"]
+    parts = {"_packed": (out, -(-width * bits // 32)), "_scale": (out, groups)}
+    if zero is None:
+        return Spelling(
+            fmt, parts, ("_shape",), lambda words, s: Matrix(_unpack_words(words, width, bits), np.repeat(s, repeat, 1))
+        )
+    if bits == 8:
+        raise ValueError(f"{name}: weight_zero_point can be read for weights packed in 4 bits only")
+    whole = zero.dtype == "I8"  # not packed
+    parts["_zero_point"] = (out if whole else -(-out // 8), groups)
+
+    def decode(words: np.ndarray, s: np.ndarray, points: np.ndarray) -> Matrix:
+        zeros = points if whole else _unpack_words(points.T, out, 4).T
+        values = _unpack_words(words, width, 4).astype(np.int8) - np.repeat(zeros.astype(np.int8), size, axis=1)
+        return Matrix(values, np.repeat(s, repeat, 1))
+
+    # 4 bits less 4 bits: whole numbers from -15 to 15
+    return Spelling(
+        dataclasses.replace(fmt, name=f"{fmt.name} with zero points", values=INT8), parts, ("_shape",), decode
+    )
 
 
 def _unpack_pairs(pairs: np.ndarray) -> np.ndarray:
@@ -114,10 +167,12 @@ def _pack_pairs(values: np.ndarray) -> np.ndarray:
     return values[:, 0::2] | (values[:, 1::2] << 4)
 
 
-def _unpack_words(words: np.ndarray, width: int) -> np.ndarray:
-    """compressed-tensors: eight 4-bit values an int32, each stored plus 8."""
-    low_first = _unpack_pairs(np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8))
-    return (low_first[:, :width].astype(np.int8) - 8).astype(INT4)
+def _unpack_words(words: np.ndarray, width: int, bits: int) -> np.ndarray:
+    """compressed-tensors: numbers of 4 or 8 bits in an int32, the first lowest, each stored plus half its range."""
+    low_first = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
+    if bits == 8:
+        return (low_first[:, :width].astype(np.int16) - 128).astype(np.int8)
+    return (_unpack_pairs(low_first)[:, :width].astype(np.int8) - 8).astype(INT4)
 
 
 def _pack_words(values: np.ndarray) -> np.ndarray:

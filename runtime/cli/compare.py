@@ -44,11 +44,10 @@ def compare(
     if html is not None and not html.absolute().parent.is_dir():
         raise UsageError(f"--html {html}: no such folder")
 
-    from model.checkpoint import Checkpoint
     from model.tokenizer import Tokenizer
-    from runtime.execution.local.load import embedded_checkpoint
+    from runtime.cli.opening import opened_checkpoint
 
-    opened = Checkpoint(checkpoint or embedded_checkpoint())
+    opened = opened_checkpoint(checkpoint)
     tokenizer = Tokenizer.load(opened.path)
     texts = runs.read_texts(opened.config, tokenizer, text, prompts, window, max_tokens)
     result = runs.compare(opened, targets, texts, tokenizer, max_tokens, tasks, _progress(as_json))

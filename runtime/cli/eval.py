@@ -34,12 +34,12 @@ def evaluate(
         raise UsageError("--keep-fp8 does not go with --random-indexer, whose weights are in --dtype: leave it out")
 
     from backends import registry
-    from runtime.execution.local.load import embedded_checkpoint
+    from runtime.cli.opening import opened_checkpoint
     from runtime.training.data import TASKS
     from runtime.training.evaluate import evaluate as run
 
     device = registry.usable(backend)
-    path = checkpoint or embedded_checkpoint()
+    path = opened_checkpoint(checkpoint).path
     found = run(path, device, samples, task or TASKS, mtp, dtype, keep_fp8, random_indexer)
     if as_json:
         print(json.dumps({"backend": backend, "random_indexer": random_indexer, **found.as_json()}, indent=2))

@@ -103,15 +103,14 @@ def export(
     started = time.perf_counter()
 
     from hw_profiles import load
-    from model.checkpoint import Checkpoint
     from model.hf_config import load_config
     from model.split import Layout
-    from runtime.execution.local.load import embedded_checkpoint
+    from runtime.cli.opening import opened_checkpoint
     from runtime.porting.export import options as cutting
     from runtime.porting.export import package
     from runtime.porting.export.job import ExportJob
 
-    opened = None if model else Checkpoint(checkpoint or embedded_checkpoint())
+    opened = None if model else opened_checkpoint(checkpoint)
     cfg = opened.config if opened else load_config(str(model))
     scheme = formats or ("f32" if opened else cutting.preset_scheme(cfg))
     batch = batch or _BATCHES.get(format, "1")

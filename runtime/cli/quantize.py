@@ -32,10 +32,9 @@ def quantize(
         raise UsageError("give --formats, or --profile to take an accelerator's own")
 
     import hw_profiles
-    from model.checkpoint import Checkpoint
     from model.formats import scheme as named
+    from runtime.cli.opening import opened_checkpoint
     from runtime.deployment.choice import chosen_scheme
-    from runtime.execution.local.load import embedded_checkpoint
     from runtime.porting.quantize import quantize as write
 
     if profile is not None:
@@ -45,7 +44,7 @@ def quantize(
         scheme = named(formats)
     if scheme.name == "f32":
         raise UsageError("formats f32: a checkpoint in float32 is the reference, not a chip's; give another")
-    source = Checkpoint(checkpoint or embedded_checkpoint())
+    source = opened_checkpoint(checkpoint)
     written = write(source, scheme, out, layout)
     if as_json:
         print(

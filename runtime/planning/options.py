@@ -18,6 +18,7 @@ from hw_profiles import Profile
 from model.config import ModelConfig
 from model.formats import KV, Scheme, matrix_format
 from model.formats import scheme as named_scheme
+from model.quantization_config import is_scheme
 from model.split import Layout
 from runtime.deployment.choice import missing_formats, offered_schemes
 from runtime.deployment.engines import load
@@ -145,9 +146,10 @@ def schemes(question: Question, profile: Profile) -> tuple[list[Scheme], list[Re
     None narrower than the checkpoint's own (to quantise further is the user's decision, not a planner's), and
     none that has no fewer bits and no higher rate than one before it. Raises `UsageError` where none is left.
     """
-    own = question.cfg.stored_scheme
+    asked_only = question.scheme is not None and not is_scheme(question.cfg.weight_format)
+    own = None if asked_only else question.cfg.stored_scheme
     runs = [known for known in offered_schemes(profile) if known.wide != "f32"]
-    if own not in runs and not missing_formats(profile, own):
+    if own is not None and own not in runs and not missing_formats(profile, own):
         runs.append(own)  # one without a name of its own
     known = ", ".join(each.name for each in runs) or "none"
     if question.scheme is not None:
@@ -155,6 +157,7 @@ def schemes(question: Question, profile: Profile) -> tuple[list[Scheme], list[Re
         if asked.wide == "f32" or missing_formats(profile, asked):
             raise UsageError(f"{profile.name} does not compute in {question.scheme}; it runs {known}")
         return [asked], []
+    assert own is not None
     order = sorted((s for s in runs if s.bits >= own.bits), key=lambda s: (s != own, s.bits))
     kept: list[Scheme] = []
     left_out = [

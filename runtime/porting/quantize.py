@@ -39,6 +39,7 @@ from model.formats import (
     E2M1,
     E4M3,
     E8M0,
+    F32,
     FORMATS,
     FP8_BLOCK,
     INT4,
@@ -98,6 +99,7 @@ def quantize(
     `CheckpointError` where `out` exists.
     """
     chosen = layout_of(scheme, layout)
+    _check_groups(source, scheme)
     writer = _Writer(source, scheme, chosen)
     with new_directory(out) as folder:
         write_shards(folder, writer.tensors(), shard_bytes)
@@ -107,6 +109,26 @@ def quantize(
                 shutil.copyfile(path, folder / path.name)
         Checkpoint(folder)  # what cannot be read back is not left behind
     return QuantizedCheckpoint(out, chosen, writer.source_bytes, writer.bytes, dict(writer.matrices), writer.kept)
+
+
+def _check_groups(source: Checkpoint, scheme: Scheme) -> None:
+    """Raises `UsageError` where a format's groups do not divide a matrix's columns, before anything is written."""
+    for place, found in groups(source.config, source.has_mtp).items():
+        for group in found:
+            for weight in group.weights:
+                fmt = scheme.stored(weight, mtp=place == "mtp")
+                width = stored_shape(source.config, weight)[-1]
+                if isinstance(fmt.shared, int) and not _divides(width, fmt.shared):
+                    other = next((size for size in (128, 64, 32, 16) if width % size == 0 and size != fmt.shared), None)
+                    instead = f"; groups of {other} would" if other and fmt.base in ("w4a16", "w4afp8") else ""
+                    raise UsageError(
+                        f"formats {scheme.name}: groups of {fmt.shared} do not divide the {width} columns of "
+                        f"{next(group.tensors(weight))} in a way that readers find again{instead}"
+                    )
+
+
+def _divides(width: int, size: int) -> bool:
+    return width % size == 0 and quantised.shared_size(width, width // size) == size
 
 
 class _Writer:
@@ -149,6 +171,8 @@ class _Writer:
             if held and held.format.stored_as(fmt):
                 self.kept += 1
                 matrix = held.read(name, self.source.array)
+                if fmt.scale == F32:  # sources may have them in 16 bits, which float32 holds as well
+                    matrix = matrix._replace(scale=matrix.scale.astype(F32))
             else:
                 matrix = quantised.quantise(fmt, self.source.plain(name))
             return spell(name, fmt, self.layout, matrix)
@@ -215,9 +239,8 @@ def _args(bits: int, integer: bool, strategy: str, group: int | None, dynamic: b
 
 def compressed_tensors_config(scheme: Scheme, plain_modules: list[str]) -> dict[str, Any]:
     """The `quantization_config` of compressed-tensors 0.20 for a scheme; `plain_modules` are left as they are."""
-    targets = {scheme.experts: ["re:.*mlp\\.experts\\..*"], scheme.dense: ["re:^(?!.*mlp\\.experts\\.).*"]}
-    if scheme.dense == scheme.experts:
-        targets = {scheme.dense: ["Linear"]}
+    # A pattern comes before "Linear", which is all other matrices; a pattern for these would match norms too.
+    targets = {scheme.experts: ["re:.*mlp\\.experts\\..*"], scheme.dense: ["Linear"]}
     made = [
         {"targets": names, **_group_config(fmt)}
         for name, names in targets.items()

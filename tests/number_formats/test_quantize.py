@@ -13,6 +13,7 @@ import hw_profiles
 from model.checkpoint import Checkpoint, groups, stored_shape
 from model.formats import BF16, E4M3, FORMATS, INT4, SCHEMES, CheckpointLayout, matrix_format, scheme
 from model.quantised import Matrix, dequantise, quantise
+from model.safetensors_file import write
 from model.spelling import spell
 from model.weights import Quantized
 from runtime.porting.quantize import compressed_tensors_config, layout_of
@@ -156,14 +157,16 @@ def test_the_description_names_every_tensor(source: Path, tmp_path: Path) -> Non
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
-def test_targets_of_two_formats_do_not_overlap() -> None:
+def test_a_pattern_is_for_experts_and_linear_for_the_rest() -> None:
+    """A pattern comes first where both match; one for all the rest would match norms and the embedding too."""
     import re
 
     config = compressed_tensors_config(SCHEMES["w4a8"], ["lm_head"])
-    experts, dense = (re.compile(g["targets"][0].removeprefix("re:")) for g in config["config_groups"].values())
-    for name, both in (("model.layers.3.mlp.experts.1.up_proj", (1, 0)), ("model.layers.3.self_attn.o_proj", (0, 1))):
-        assert (bool(experts.match(name)), bool(dense.match(name))) == tuple(map(bool, both))
-    assert config["format"] == "mixed-precision" and config["ignore"] == ["lm_head"]
+    (experts,), dense = (group["targets"] for group in config["config_groups"].values())
+    pattern = re.compile(experts.removeprefix("re:"))
+    assert pattern.match("model.layers.3.mlp.experts.1.up_proj")
+    assert not any(map(pattern.match, ("model.layers.3.mlp.shared_experts.up_proj", "model.layers.3.self_attn.o_proj")))
+    assert dense == ["Linear"] and config["format"] == "mixed-precision" and config["ignore"] == ["lm_head"]
 
 
 def test_a_profile_chooses(source: Path, tmp_path: Path) -> None:
@@ -193,6 +196,102 @@ def test_refusals(source: Path, tmp_path: Path, options: tuple[str, ...], mentio
     line = refused("quantize", *words, "--out", tmp_path / "out")
     assert all(word in line for word in mentions), line
     assert not list(tmp_path.iterdir())
+
+
+SOURCES = ("fp8", "fp8-channel", "w4a16-g128", "w8a8", "mxfp4", "nvfp4")
+
+
+def held_of(path: Path) -> dict[str, np.ndarray]:
+    opened = Checkpoint(path)
+    return {
+        name: opened.plain(name)
+        for group in sum(groups(opened.config, True).values(), [])
+        for weight in group.weights
+        for name in group.tensors(weight)
+    }
+
+
+@pytest.mark.parametrize(
+    ("stored", "formats"),
+    [
+        pytest.param(*pair, marks=() if pair in (("fp8-channel", "fp8-tensor"), ("w4a16-g128", "w4a16")) else slow)
+        for pair in [
+            (a, b) for a in SOURCES for b in ("fp8", "fp8-tensor", "w8a8", "w4a16", "w4a8", "mxfp8", "nvfp4a16", "bf16")
+        ]
+    ],
+)
+def test_requantised(source: Path, tmp_path: Path, stored: str, formats: str) -> None:
+    """What is written is what rounding the dequantised source gives, and its config describes it: compressed-tensors'
+    schema takes it, and reading it back gives the scheme that was asked for."""
+    quantize(source, tmp_path / "a", stored, "compressed-tensors")
+    words = ("quantize", "--checkpoint", tmp_path / "a", "--formats", formats, "--out", tmp_path / "b")
+    result = glm5(*words, *(() if formats == "bf16" else ("--layout", "compressed-tensors")), "--json").json
+    opened, before = Checkpoint(tmp_path / "b"), held_of(tmp_path / "a")
+    assert opened.config.stored_scheme.name == formats
+    after = held_of(tmp_path / "b")
+    for place, found in groups(opened.config, True).items():
+        for group in found:
+            for weight in group.weights:
+                fmt = scheme(formats).stored(weight, place == "mtp")
+                for name in group.tensors(weight):
+                    if fmt.narrow and not result["kept_from_source"]:
+                        np.testing.assert_array_equal(after[name], dequantise(quantise(fmt, before[name])))
+                    elif not fmt.narrow:  # what was quantised is bfloat16 now
+                        np.testing.assert_array_equal(after[name], before[name].astype(after[name].dtype))
+    if formats != "bf16":
+        pytest.importorskip("compressed_tensors", exc_type=ImportError)
+        from compressed_tensors.quantization import QuantizationConfig
+
+        QuantizationConfig.model_validate(opened.raw_config["quantization_config"])
+
+
+@pytest.mark.parametrize("formats", ["w4a16", pytest.param("fp8-tensor", marks=slow), pytest.param("w4a8", marks=slow)])
+def test_transformers_loads_what_was_requantised(tmp_path: Path, formats: str) -> None:
+    """Its weights are ours, for the formats whose experts transformers 5.23 can read; a scheme of two formats too."""
+    torch = pytest.importorskip("torch", exc_type=ImportError)
+    transformers = pytest.importorskip("transformers", exc_type=ImportError)
+    pytest.importorskip("compressed_tensors", exc_type=ImportError)
+    fields = {"hidden_size": 128, "moe_intermediate_size": 128, "num_nextn_predict_layers": 0}
+    make_checkpoint(tmp_path / "plain", **fields)
+    quantize(tmp_path / "plain", tmp_path / "a", "w4a16-g128", "compressed-tensors")
+    quantize(tmp_path / "a", tmp_path / "b", formats, "compressed-tensors")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)
+    with torch.no_grad():
+        model(torch.tensor([[5, 6, 7]]))  # compressed modules are unpacked when they are first used
+    theirs = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
+    for name, ours in held_of(tmp_path / "b").items():
+        head, expert, tail = name.rpartition(".experts.")
+        if expert:
+            number, part, _ = tail.split(".")
+            fused = theirs[f"{head}.experts.{'down' if part == 'down_proj' else 'gate_up'}_proj"][int(number)]
+            half = {"gate_proj": slice(0, len(fused) // 2), "up_proj": slice(len(fused) // 2, None)}
+            found = fused[half.get(part, slice(None))]
+        else:
+            found = theirs[name]
+        np.testing.assert_allclose(found, ours, atol=2**-7 * float(np.abs(ours).max()), err_msg=name)
+
+
+def test_groups_are_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
+    for formats, mentions in (("w4a16-g7", ("groups of 7", "128 columns")), ("w4a16-g96", ("96", "groups of"))):
+        line = refused("quantize", "--checkpoint", source, "--formats", formats, "--out", tmp_path / "out")
+        assert all(word in line for word in (formats, *mentions)) and "experts.0" in line, line
+    assert not list(tmp_path.iterdir())
+
+
+def test_scales_in_16_bits_are_kept_in_the_formats_own(source: Path, tmp_path: Path) -> None:
+    """A source's bfloat16 scales of FP8 rows stay the numbers they are."""
+    quantize(source, tmp_path / "a", "fp8-channel", "compressed-tensors")
+    opened = Checkpoint(tmp_path / "a")
+    tensors = {name: np.array(opened.array(name)) for name in opened.tensor_names}
+    tensors |= {name: a.astype(BF16) for name, a in tensors.items() if name.endswith("weight_scale")}
+    for path in (tmp_path / "a").glob("*.safetensors*"):
+        path.unlink()
+    write(tmp_path / "a" / "model.safetensors", tensors)
+    result = quantize(tmp_path / "a", tmp_path / "b", "fp8-channel", "compressed-tensors")
+    assert result["kept_from_source"] == sum(result["matrices"].values())
+    name = "model.layers.1.mlp.experts.2.down_proj.weight"
+    assert Checkpoint(tmp_path / "b").array(name + "_scale").dtype == np.float32
+    np.testing.assert_array_equal(Checkpoint(tmp_path / "b").plain(name), Checkpoint(tmp_path / "a").plain(name))
 
 
 def test_what_does_not_divide_leaves_nothing(tmp_path: Path) -> None:

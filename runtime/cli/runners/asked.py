@@ -109,10 +109,9 @@ class CheckpointRun(RunMode):
 
     def opened(self) -> Checkpoint:
         """The checkpoint, none of whose weights has been read yet."""
-        from model.checkpoint import Checkpoint
-        from runtime.execution.local.load import embedded_checkpoint
+        from runtime.cli.opening import opened_checkpoint
 
-        return Checkpoint(self.checkpoint or embedded_checkpoint())
+        return opened_checkpoint(self.checkpoint)
 
     def asked(self, opened: Checkpoint, words: Words) -> tuple[list[Prompt], Answers]:
         """The words as the checkpoint's tokens, and what prints its own."""

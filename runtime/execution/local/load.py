@@ -44,7 +44,10 @@ def load_engine(
     if keep_fp8 and not offered.fp8_weights:
         raise UsageError(f"backend {backend.name} has no FP8 here; drop --keep-fp8 to dequantise the weights")
     if config.drafts and not checkpoint.has_mtp:
-        raise UsageError(f"{checkpoint.path} holds no MTP layer: --mtp needs one")
+        why = "holds no MTP layer"
+        if checkpoint.undeclared_mtp:
+            why = "holds an MTP layer that its config.json does not declare (num_nextn_predict_layers)"
+        raise UsageError(f"{checkpoint.path} {why}: --mtp needs one")
     weight_bytes = 0
 
     def put(_: Any, array: Any) -> Any:

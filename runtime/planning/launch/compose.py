@@ -11,6 +11,7 @@ from typing import Any
 
 from foundation.writing import replacing
 from model.config import ModelConfig
+from model.quantization_config import is_scheme
 from runtime.deployment.engines import engine_for, load
 from runtime.deployment.engines.flags import LaunchTable, checkpoint, launched, releases, table
 from runtime.deployment.errors import LaunchError
@@ -209,7 +210,7 @@ def _servers(
 def _checkpoint(cfg: ModelConfig, pool: Pool) -> str | None:
     """The published checkpoint in the pool's formats, or the directory that the model was read from if it has them."""
     config = Path(cfg.name)
-    if config.name == "config.json" and cfg.stored_scheme.name == pool.scheme:
+    if config.name == "config.json" and is_scheme(cfg.weight_format) and cfg.stored_scheme.name == pool.scheme:
         return str(config.parent)
     return checkpoint(cfg.name.removesuffix("-fp8"), pool.scheme)
 

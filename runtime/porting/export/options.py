@@ -8,8 +8,9 @@ from pathlib import Path
 
 from backends.toolchains.narrow import HOLDS, refusal
 from foundation.errors import UsageError
+from model.checkpoint import Checkpoint, groups
 from model.config import ModelConfig
-from model.formats import SCHEMES, matrix_format, scheme
+from model.formats import FORMATS, SCHEMES, matrix_format, scheme
 from model.quantised import shared_size
 from model.split import Grid, Layout
 from model.weights import layer_weights
@@ -69,6 +70,17 @@ def check(request: ExportJob) -> None:
         )
     if request.weights and request.scheme == "fp8" and request.cfg.weight_format != "fp8-block":
         raise UsageError("--formats fp8 with weights needs a checkpoint in FP8; choose bf16, or --weights none")
+    if request.weights and request.scheme == "fp8" and request.checkpoint and (wide := _not_fp8(request.checkpoint)):
+        raise UsageError(f"--formats fp8: {wide} is not all in FP8 blocks; choose bf16, or --weights none")
+
+
+def _not_fp8(checkpoint: Checkpoint) -> str | None:
+    """A weight of which not every matrix is stored in FP8 blocks, though it may be."""
+    for group in sum(groups(checkpoint.config, checkpoint.has_mtp).values(), []):
+        for weight in group.weights:
+            if weight.stays_narrow and checkpoint.kept(group, weight) != FORMATS["fp8-block"]:
+                return next(group.tensors(weight))
+    return None
 
 
 def _check_groups(request: ExportJob) -> None:

@@ -1,0 +1,130 @@
+"""Quantised matrices as others store them: what is read is what compressed-tensors' own decompressor, or the format's
+arithmetic, gives; what cannot be read is refused in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from model.formats import matrix_format
+from model.quantised import dequantise, quantise
+from model.spelling import Found, spelling
+
+NAME = "layer.weight"
+DTYPES = {
+    "float32": "F32", "bfloat16": "BF16", "int32": "I32", "int8": "I8", "uint8": "U8", "int64": "I64",
+    "float8_e4m3fn": "F8_E4M3",
+}  # fmt: skip
+
+
+def stored(tensors: dict[str, np.ndarray]) -> Any:
+    return lambda name: Found(DTYPES[tensors[name].dtype.name], tensors[name].shape) if name in tensors else None
+
+
+def read(tensors: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    found = spelling(NAME, shape, stored(tensors))
+    assert found is not None
+    for suffix, expected in found.parts.items():
+        assert tensors[NAME + suffix].shape == expected
+    return dequantise(found.read(NAME, tensors.__getitem__))
+
+
+def refused(tensors: dict[str, np.ndarray], shape: tuple[int, int], *mentions: str) -> None:
+    with pytest.raises(ValueError) as error:
+        spelling(NAME, shape, stored(tensors))
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in mentions), error.value
+
+
+def packed(bits: int, group: int | None, symmetric: bool, width: int, out: int = 24) -> tuple[Any, np.ndarray]:
+    """Tensors that compressed-tensors packs, and what it unpacks them to."""
+    torch = pytest.importorskip("torch", exc_type=ImportError)
+    pytest.importorskip("compressed_tensors", exc_type=ImportError)
+    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    args = QuantizationArgs.model_validate({"num_bits": bits, "type": "int", "symmetric": symmetric, **strategy})
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    made = torch.Generator().manual_seed(0)
+    groups = width // (group or width)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+    state = {
+        "weight": torch.randn(out, width, generator=made),
+        "weight_scale": 0.1 + torch.rand(out, groups, generator=made) * 2 ** (4 - bits),
+        "weight_zero_point": torch.randint(low, high, (out, groups), generator=made).to(torch.int8),
+    }
+    if symmetric:
+        state["weight_zero_point"].zero_()
+    held = PackedQuantizationCompressor.compress(state, scheme)
+    tensors = {f"layer.{name}": tensor.numpy() for name, tensor in held.items()}
+    return tensors, PackedQuantizationCompressor.decompress(held, scheme)["weight"].numpy()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("width", "group"),
+    [(256, 64), (256, 128), (384, 192), (96, 48), (192, 96), (56, 28), (14, 7), (96, 24), (256, None)],
+)
+def test_int4_in_any_group(width: int, group: int | None, symmetric: bool) -> None:
+    tensors, expected = packed(4, group, symmetric, width)
+    np.testing.assert_array_equal(read(tensors, (24, width)), expected)
+
+
+def test_int4_zero_points_of_rows_that_no_word_ends_with() -> None:
+    tensors, expected = packed(4, 32, False, 64, out=21)
+    np.testing.assert_array_equal(read(tensors, (21, 64)), expected)
+
+
+def test_eight_bits_packed() -> None:
+    tensors, expected = packed(8, None, True, 96)
+    np.testing.assert_array_equal(read(tensors, (24, 96)), expected)
+    refused(packed(8, 32, True, 96)[0], (24, 96), "8 bits", "groups of 32")
+    refused(packed(8, None, False, 96)[0], (24, 96), "zero_point")
+
+
+def test_what_moves_columns_or_zero_is_refused() -> None:
+    tensors, _ = packed(4, 32, True, 64)
+    refused({**tensors, NAME + "_g_idx": np.zeros(64, np.int32)}, (24, 64), "weight_g_idx")
+    int8 = {NAME: np.zeros((4, 8), np.int8), NAME + "_scale": np.ones((4, 1), np.float32)}
+    refused({**int8, NAME + "_zero_point": np.ones((4, 1), np.int8)}, (4, 8), "zero_point")
+    refused({**tensors, NAME + "_scale": np.ones((24, 3), np.float32)}, (24, 64), "3 scales", "64 columns")
+
+
+def fp8(shape: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 50, shape).astype(np.float32).astype(ml_dtypes.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("scales", ["()", "(1,)", "(1, 1)", "(200,)", "(200, 1)", "blocks"])
+def test_fp8_by_the_shape_of_its_scales(scales: str, dtype: Any) -> None:
+    """One, one a row, or one a block, the last ones ragged; whatever their type."""
+    rng, values = np.random.default_rng(1), fp8((200, 300))
+    shape = (2, 3) if scales == "blocks" else tuple(map(int, scales.strip("()").replace(",", " ").split()))
+    scale = rng.uniform(0.5, 2, shape).astype(dtype)
+    wide = scale.astype(np.float32)
+    blocks = scales == "blocks"
+    full = np.repeat(np.repeat(wide, 128, 0)[:200], 128, 1)[:, :300] if blocks else wide.reshape(-1, 1)
+    tensors = {NAME: values, NAME + "_scale": scale}
+    np.testing.assert_array_equal(read(tensors, (200, 300)), values.astype(np.float32) * full)
+
+
+@pytest.mark.parametrize("shape", [(200, 3), (2,), (3, 2), (100, 1)])
+def test_fp8_scales_of_no_known_shape(shape: tuple[int, ...]) -> None:
+    refused({NAME: fp8((200, 300)), NAME + "_scale": np.ones(shape, np.float32)}, (200, 300), str(list(shape)))
+
+
+def test_4_bit_floats_whose_scales_are_another_formats() -> None:
+    pairs = {NAME + "_packed": np.zeros((8, 32), np.uint8)}
+    refused({**pairs, NAME + "_scale": np.ones((8, 4), np.uint8)}, (8, 64), "32 columns")
+    refused({**pairs, NAME + "_scale": np.ones((8, 2), np.float32)}, (8, 64), "F32")
+
+
+def test_groups_that_quantise_makes_are_found_again() -> None:
+    """Or refused: by numbers alone 2 scales for 96 columns are of 64 and 32, not of 48."""
+    matrix = np.random.default_rng(2).normal(size=(8, 96)).astype(np.float32)
+    with pytest.raises(ValueError, match="groups of 48"):
+        quantise(matrix_format("w4a16-g48"), matrix)
+    assert np.abs(dequantise(quantise(matrix_format("w4a16-g24"), matrix)) - matrix).max() < 0.5
