@@ -46,7 +46,8 @@ def plan_experts(
 
     max_over_mean is the most loaded device's load over the mean device's, per layer: 1 is even. bound is what
     no placement in these slots can beat, gap the distance to it. An expert's load is split evenly over its
-    replicas; uneven_split is what remains if the engine may split it as it likes.
+    replicas, no two of which are on one device; uneven_split is what remains if the engine may split it as it
+    likes.
     """
     if sglang is None and "dense_layers" in given(context):
         raise UsageError("--dense-layers is of SGLang's file: add --sglang")

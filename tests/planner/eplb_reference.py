@@ -55,6 +55,33 @@ def _pack(weight: list[float], packs: int) -> list[list[int]]:
     return content
 
 
+def longest_first(load: NDArray, slots: int, devices: int) -> NDArray[np.int64]:
+    """The plain greedy rule [layers, slots]: at most a replica a device, the heaviest first to the least loaded
+    device that has room and no copy yet; where there is none, to one that has room."""
+    return np.array([sum(_longest_first(row, slots, devices), []) for row in load.tolist()])
+
+
+def _longest_first(load: list[float], slots: int, devices: int) -> list[list[int]]:
+    count = [1] * len(load)
+    for _ in range(slots - len(load)):
+        count[max(range(len(load)), key=lambda i: load[i] / count[i] if count[i] < devices else -1.0)] += 1
+    items = sorted((e for e, c in enumerate(count) for _ in range(c)), key=lambda e: -load[e] / count[e])
+    content: list[list[int]] = [[] for _ in range(devices)]
+    total = [0.0] * devices
+    for e in items:
+        room = [d for d in range(devices) if len(content[d]) < slots // devices]
+        device = min([d for d in room if e not in content[d]] or room, key=lambda d: total[d])
+        content[device].append(e)
+        total[device] += load[e] / count[e]
+    return content
+
+
+def twice(slot_expert: NDArray, devices: int) -> NDArray[np.bool_]:
+    """[layers] whether some device has an expert twice."""
+    ordered = np.sort(slot_expert.reshape(len(slot_expert), devices, -1), axis=2)
+    return (ordered[:, :, 1:] == ordered[:, :, :-1]).any(axis=(1, 2))
+
+
 def power_law_suite(alpha: float, seed: int, layers: int = 75, experts: int = 256) -> NDArray[np.float64]:
     """[layers, experts] loads: a power law with log-normal noise, shuffled."""
     rng = np.random.default_rng(seed)

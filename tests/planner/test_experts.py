@@ -39,7 +39,7 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, int, int, list[int]]:
     return draw(arrays(np.float64, (layers, experts), elements=values)), devices, nodes, room
 
 
-def check(placement: ExpertPlacement, load: np.ndarray, room: list[int], placed_afresh: bool = True) -> None:
+def check(placement: ExpertPlacement, load: np.ndarray, room: list[int]) -> None:
     """Everything a placement says about itself, recomputed slowly."""
     layers, experts = load.shape
     assert placement.slot_expert.shape == (layers, sum(room))
@@ -53,19 +53,14 @@ def check(placement: ExpertPlacement, load: np.ndarray, room: list[int], placed_
         assert [h.tolist() for h in held] == placement.as_lists()[layer]
         carried = [sum(load[layer, e] / count[e] for e in h) for h in held]
         np.testing.assert_allclose(placement.device_load[layer], carried, rtol=1e-9, atol=1e-12)
-        if any(len(set(h.tolist())) < len(h) for h in held) and len(set(room)) == 1 and placed_afresh:
-            # an expert twice on a device: only if that is the greedy packing, and it is better
-            greedy = max_over_mean(
-                eplb(load[layer : layer + 1], sum(room), 1, 1, len(room)), load[layer : layer + 1], len(room)
-            )
-            assert placement.groups > 1 or np.isclose(greedy[0], placement.max_over_mean[layer])
+        assert all(len(set(h.tolist())) == len(h) for h in held), "an expert twice on a device"
     np.testing.assert_allclose(placement.device_load.sum(axis=1), load.sum(axis=1), rtol=1e-9)
     assert (placement.max_over_mean >= 1 - 1e-9).all()
     assert (placement.bound <= placement.max_over_mean * (1 + 1e-9)).all()
     assert (placement.node_max_over_mean <= placement.max_over_mean * (1 + 1e-9)).all()
 
 
-@settings(max_examples=75)
+@settings(max_examples=40)
 @given(problems())
 def test_every_placement_is_whole(problem: tuple[np.ndarray, int, int, list[int]]) -> None:
     load, devices, nodes, room = problem

@@ -14,30 +14,36 @@ from runtime.planning.experts.packing import longest_first
 from tests.planner.eplb_reference import power_law_suite
 
 
-def best_peak(load: np.ndarray, devices: int, width: int) -> float:
-    """The smallest peak over all placements of one layer, the same expert twice on a device included."""
+def best_peak(load: np.ndarray, devices: int, width: int, apart: bool = False) -> float:
+    """The smallest peak over all placements of one layer; copies of an expert on one device are one way, unless
+    they have to be `apart`."""
     experts = len(load)
     best = np.inf
     for spare in combinations_with_replacement(range(experts), devices * width - experts):
         copies = list(range(experts)) + list(spare)
         share = load / np.bincount(copies, minlength=experts)
-        best = min(best, _pack_best(sorted((share[e] for e in copies), reverse=True), devices, width, best))
+        items = sorted(((share[e], e) for e in copies), reverse=True)
+        best = min(best, _pack_best(items, devices, width, best, apart))
     return best
 
 
-def _pack_best(items: list[float], devices: int, width: int, best: float) -> float:
-    total, filled = [0.0] * devices, [0] * devices
+def _pack_best(items: list[tuple[float, int]], devices: int, width: int, best: float, apart: bool) -> float:
+    total, content = [0.0] * devices, [[] for _ in range(devices)]
 
     def place(i: int, best: float) -> float:
         if i == len(items):
             return min(best, max(total))
-        tried = set()
+        (share, e), tried = items[i], set()
         for d in range(devices):
-            if filled[d] < width and (total[d], filled[d]) not in tried and total[d] + items[i] < best:
-                tried.add((total[d], filled[d]))
-                total[d], filled[d] = total[d] + items[i], filled[d] + 1
-                best = place(i + 1, best)
-                total[d], filled[d] = total[d] - items[i], filled[d] - 1
+            key = (total[d], tuple(content[d]) if apart else len(content[d]))
+            if len(content[d]) == width or key in tried or total[d] + share >= best or (apart and e in content[d]):
+                continue
+            tried.add(key)
+            total[d] += share
+            content[d].append(e)
+            best = place(i + 1, best)
+            total[d] -= share
+            content[d].pop()
         return best
 
     return place(0, best)
@@ -60,6 +66,19 @@ def test_nothing_beats_the_bound(shape: tuple[int, int, int], seed: int, spread:
     assert placement.bound[0] * load.sum() / devices <= peak * (1 + 1e-9)
     if width == 1:
         assert abs(placement.device_load.max() - peak) <= 1e-9 * peak
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from([(4, 2, 3), (4, 3, 2), (5, 2, 4), (6, 2, 4), (6, 4, 2), (6, 3, 3), (8, 4, 2), (7, 3, 3)]),
+    st.integers(0, 10**6),
+    st.sampled_from([0.3, 1.0, 2.0]),
+)
+def test_small_problems_are_solved_as_well_as_can_be(shape: tuple[int, int, int], seed: int, spread: float) -> None:
+    experts, devices, width = shape
+    load = np.random.default_rng(seed).lognormal(0, spread, (1, experts))
+    best = best_peak(load[0], devices, width, apart=True)
+    assert place_experts(load, devices, 1, devices * width).device_load.max() <= best * 1.002
 
 
 @settings(max_examples=60)

@@ -22,7 +22,7 @@ def test_more_budget_is_never_worse(load: np.ndarray, devices: int, slots: int, 
     last = np.inf
     for budget in (0, 1, 2, 3, 5, 8, 16, 40, slots):
         placement = rebalance(previous, load, budget)
-        check(placement, load, placement.device_slots.tolist(), placed_afresh=False)
+        check(placement, load, placement.device_slots.tolist())
         assert moves(previous, placement).max() <= budget
         assert (placement.max_over_mean <= last + 1e-12).all()
         last = placement.max_over_mean
@@ -43,7 +43,7 @@ def test_unequal_devices(seed: int, budget: int) -> None:
     previous = place_experts(rng.lognormal(0, 1, (2, 12)), 4, 2, device_slots=room)
     load = rng.lognormal(0, 1, (2, 12))
     placement = rebalance(previous, load, budget)
-    check(placement, load, room, placed_afresh=False)
+    check(placement, load, room)
     assert moves(previous, placement).max() <= budget
     assert (placement.max_over_mean <= rebalance(previous, load, 0).max_over_mean + 1e-12).all()
 

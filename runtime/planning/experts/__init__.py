@@ -8,8 +8,9 @@ Must not import JAX.
     split_unevenly what uneven token splitting gains on top         (uneven.py)
     marginal_slots balance against the number of slots              (marginal.py)
 
-Behind them: counts.py hands out replicas, packing.py packs them, search.py improves, bound.py proves how
-much is left, solve.py puts these in order, nodes.py adds nodes, files.py reads and writes.
+Behind them: counts.py hands out replicas, packing.py packs them, starts.py does both in many ways, search.py
+improves, bound.py proves how much is left, solve.py puts these in order, nodes.py adds nodes, files.py reads
+and writes.
 """
 
 from runtime.planning.experts.files import read_load, read_placement, sglang_init_expert_location, write_json

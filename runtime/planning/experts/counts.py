@@ -9,7 +9,9 @@ from runtime.planning.experts.packing import Floats, Ints
 RECEIVERS, DONORS = 3, 3  # candidates per climbing step of `pair_counts`
 
 
-def replica_counts(load: Floats, slots: int, devices: int, bias: float = 0.0) -> Ints:
+def replica_counts(
+    load: Floats, slots: int, devices: int, bias: float | Floats = 0.0, heavy: Ints | None = None
+) -> Ints:
     """Hand out `slots` replicas one at a time to the expert with the largest load / (replicas + bias).
 
     bias 0 (Adams' divisor method) makes the largest share of a replica as small as it can be: the expert
@@ -17,19 +19,34 @@ def replica_counts(load: Floats, slots: int, devices: int, bias: float = 0.0) ->
     have at least that many replicas, and the sum would not fit. A larger bias leaves more spare
     replicas to the heavy experts, which can pack better. Nobody gets more than `devices`.
 
-    Args: load [L, E] >= 0. Returns [L, E], rows summing to `slots` (E <= slots <= E * devices).
+    Args:
+        load: [L, E] >= 0. bias: one, or [L].
+        heavy: [L] spare replicas handed out so; the lightest experts get the others, one each, and again
+            from the start. Those hardly weigh anything, so nothing large gets smaller than it need be.
+    Returns [L, E], rows summing to `slots` (E <= slots <= E * devices).
     """
     layers, experts = load.shape
     replicas = np.ones((layers, experts), np.int64)
     row = np.arange(layers)
-    claim = load / (1.0 + bias)
+    bias = np.broadcast_to(np.asarray(bias, np.float64), layers)
+    spare = slots - experts
+    steps = np.full(layers, spare) if heavy is None else heavy
+    claim = load / (1.0 + bias[:, None])
     if devices == 1:
         claim[:] = -1.0
-    for _ in range(slots - experts):
+    for step in range(int(steps.max(initial=0))):
         e = claim.argmax(axis=1)
-        replicas[row, e] += 1
+        replicas[row, e] += step < steps
         n = replicas[row, e]
         claim[row, e] = np.where(n < devices, load[row, e] / (n + bias), -1.0)
+    rest = spare - steps
+    rank = np.argsort(np.argsort(load, axis=1, kind="stable"), axis=1)
+    while rest.any():
+        open_ = replicas < devices
+        order = np.where(open_, rank, experts).argsort(axis=1).argsort(axis=1)
+        more = open_ & (order < rest[:, None])
+        replicas += more
+        rest = rest - more.sum(axis=1)
     return replicas
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from runtime.planning.experts.bound import sharpen, simple_bound
+from runtime.planning.experts.counts import replica_counts
 from runtime.planning.experts.packing import Floats, Ints, Packing, longest_first
 from runtime.planning.experts.search import even_out
 from runtime.planning.experts.solve import CLOSE, solve
@@ -30,12 +31,14 @@ def solve_by_groups(load: Floats, device_slots: Ints, nodes: int, groups: int) -
     even_out(even, np.zeros(layers), sweeps=20)
 
     # step 2: solve every node of every layer at once, and keep the better choice layer by layer
-    choices = []
+    choices, node_bound = [], np.zeros(layers)
+    size, room_of_node = experts // groups, device_slots[:per_node]
     for choice in (greedy, even):
-        size = experts // groups
         member = (choice.expert[:, :, :, None] * size + np.arange(size)).reshape(layers * nodes, -1)
         own = np.take_along_axis(np.repeat(load, nodes, axis=0), member, axis=1)
-        packing, _ = solve(own, device_slots[:per_node])
+        enough = simple_bound(own, room_of_node).reshape(layers, nodes).max(axis=1)
+        packing, own_bound = solve(own, room_of_node, np.repeat(enough, nodes))
+        node_bound = own_bound.reshape(layers, nodes).max(axis=1)
         member = np.pad(member, ((0, 0), (0, 1)), constant_values=experts)
         expert = np.take_along_axis(member, packing.expert.reshape(layers * nodes, -1), axis=1)
         choices.append(Packing.of(load, expert.reshape(layers, devices, -1)))
@@ -45,8 +48,14 @@ def solve_by_groups(load: Floats, device_slots: Ints, nodes: int, groups: int) -
     expert = np.stack([packing.expert for packing in choices])[better, np.arange(layers)]
     best = Packing.of(load, expert)
 
-    # step 3: the bounds of any placement, and of groups on nodes
+    # step 3: the bounds of any placement, of groups on nodes, and of a group on one node
     bound = np.maximum(simple_bound(load, device_slots), simple_bound(weight, room) / per_node)
+    if groups == nodes:  # which group is where is all the same
+        return best, np.maximum(bound, node_bound)
+    own = load.reshape(layers * groups, size)
+    slots = min(int(room_of_node.sum()) - experts // nodes + size, size * per_node)
+    share = (own / replica_counts(own, slots, per_node)).max(axis=1)
+    bound = np.maximum(bound, share.reshape(layers, groups).max(axis=1))
     return best, sharpen(load, device_slots, bound, best.peak, CLOSE)
 
 

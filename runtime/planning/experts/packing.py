@@ -54,6 +54,31 @@ class Packing:
         """[L] load of the most loaded device."""
         return self.device_load.max(axis=1)
 
+    @property
+    def twice(self) -> NDArray[np.bool_]:
+        """[L, D] whether a device has some expert twice."""
+        ordered = np.sort(self.expert, axis=2)
+        return ((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] < self.load.shape[1] - 1)).any(axis=2)
+
+    def part(self, layers: Ints) -> Packing:
+        """A copy of some layers, in this order."""
+        return Packing(**{name: whole[layers] for name, whole in vars(self).items()})
+
+    def joined(self, other: Packing) -> Packing:
+        """These layers, then those of `other`."""
+        return Packing(**{name: np.concatenate([own, getattr(other, name)]) for name, own in vars(self).items()})
+
+    def best(self, each: int, kept: int) -> Packing:
+        """The `kept` layers of the lowest peak out of every `each`, the best first."""
+        order = np.argsort(self.peak.reshape(-1, each), axis=1, kind="stable")[:, :kept]
+        return self.part((order + np.arange(len(order))[:, None] * each).ravel())
+
+    def take_better(self, layers: Ints, other: Packing) -> None:
+        """Put the layers of `other`, which stand for `layers` here, where their peak is lower."""
+        better = other.peak < self.peak[layers]
+        for name, whole in vars(self).items():
+            whole[layers[better]] = getattr(other, name)[better]
+
     def weigh(self, layers: Ints) -> None:
         """Recompute shares and device loads of `layers` from who sits where."""
         each = self.load[layers] / np.maximum(self.replicas[layers], 1)
@@ -135,27 +160,46 @@ def longest_first(load: Floats, replicas: Ints, device_slots: Ints, apart: bool 
 
 
 def pull_apart(packing: Packing) -> None:
-    """Exchange slots until no device holds an expert twice, where a single exchange can do it."""
+    """Leave no device with an expert twice: by an exchange of two slots, or else another expert's copy.
+
+    There is always another expert to take the slot, since no device has more slots than there are experts.
+    """
     experts = packing.load.shape[1] - 1
-    ordered = np.sort(packing.expert, axis=2)
-    twice = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] < experts)
-    for layer, device in np.argwhere(twice.any(axis=2)):
+    for layer, device in np.argwhere(packing.twice):
         seen: set[int] = set()
-        for slot, e in enumerate(packing.expert[layer, device].tolist()):
-            if e in seen and e < experts:
-                _move_away(packing, layer, device, slot)
-            seen.add(e)
+        for slot in range(packing.expert.shape[2]):
+            e = int(packing.expert[layer, device, slot])
+            if e in seen and e < experts and not _exchange(packing, layer, device, slot):
+                _give_to_another(packing, layer, device, slot)
+            seen.add(int(packing.expert[layer, device, slot]))
 
 
-def _move_away(packing: Packing, layer: int, device: int, slot: int) -> None:
-    """Exchange one duplicate for the slot elsewhere that keeps the two devices the most even."""
+def _exchange(packing: Packing, layer: int, device: int, slot: int) -> bool:
+    """Exchange one duplicate for the slot elsewhere that keeps the two devices the most even, if there is one."""
     e = packing.expert[layer, device, slot]
     theirs, held = packing.expert[layer], packing.held[layer]
     change = packing.share[layer, device, slot] - packing.share[layer]
     after = np.maximum(packing.device_load[layer, device] - change, packing.device_load[layer][:, None] + change)
     after[held[:, e][:, None] | held[device][theirs]] = np.inf
     other, other_slot = np.unravel_index(after.argmin(), after.shape)
-    if np.isfinite(after[other, other_slot]):
-        at = [np.array([i]) for i in (layer, device, slot, other, other_slot)]
-        packing.swap(*at)
-        packing.held[layer, device, e] = True  # the first copy stays
+    if not np.isfinite(after[other, other_slot]):
+        return False
+    packing.swap(*(np.array([i]) for i in (layer, device, slot, other, other_slot)))
+    packing.held[layer, device, e] = True  # the first copy stays
+    return True
+
+
+def _give_to_another(packing: Packing, layer: int, device: int, slot: int) -> None:
+    """Let the expert that leaves the lowest peak have the slot of one duplicate."""
+    e = packing.expert[layer, device, slot]
+    load, replicas = packing.load[layer], packing.replicas[layer].copy()
+    copies = np.zeros(packing.held[layer].shape)
+    np.add.at(copies, (np.arange(len(copies))[:, None], packing.expert[layer]), 1)
+    copies[device, e] -= 1
+    replicas[e] -= 1
+    smaller = load / (replicas + 1)
+    after = (copies @ (load / replicas))[:, None] + copies * (smaller - load / replicas)  # [D, E+1]
+    after[device] += smaller
+    peak = np.where(packing.held[layer, device], np.inf, after.max(axis=0))
+    packing.replace(*(np.array([i]) for i in (layer, device, slot, int(peak.argmin()))))
+    packing.held[layer, device, e] = True  # the first copy stays
