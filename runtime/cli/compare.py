@@ -72,11 +72,12 @@ def _progress(quiet: bool) -> Any:
 
 
 def _print(result: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from runtime.cli.terminal import Terminal
+
     reference = result["reference"]
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Terminal()
     console.print(
         f"{result['model']}: {result['text_tokens']} tokens, perplexity in float32: {reference['perplexity']:.3f}",
         highlight=False,

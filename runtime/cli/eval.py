@@ -44,15 +44,16 @@ def evaluate(
     if as_json:
         print(json.dumps({"backend": backend, "random_indexer": random_indexer, **found.as_json()}, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from runtime.cli.terminal import Terminal
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("task", "right", "asked", "exact match"):
         table.add_column(heading, justify="left" if heading == "task" else "right")
     for name, score in found.tasks.items():
         table.add_row(name, str(score.right), str(score.asked), f"{score.exact_match:.1%}")
-    console = Console()
+    console = Terminal()
     console.print(table)
     if found.recall_distance is not None:
         console.print(f"facts to recall were at least {found.recall_distance} tokens back")

@@ -16,6 +16,7 @@ from runtime.cli import backends, calibrate, export, model, plan, profiles, run,
 from runtime.cli.compare import compare
 from runtime.cli.eval import evaluate
 from runtime.cli.quantize import quantize
+from runtime.cli.terminal import for_its_reader
 from runtime.cli.train import train
 from runtime.cli.version import version
 
@@ -59,7 +60,8 @@ def glm5(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the `glm5` command; `arguments` are the process's own by default. Raises SystemExit."""
     try:
-        sys.exit(app(arguments, prog_name="glm5", standalone_mode=False))
+        with for_its_reader():
+            sys.exit(app(arguments, prog_name="glm5", standalone_mode=False))
     except Failure as error:
         _fail(str(error))
     except typer.Abort:

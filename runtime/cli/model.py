@@ -102,10 +102,11 @@ def model(
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from runtime.cli.terminal import Terminal
+
+    console = Terminal()
     console.print(f"[bold]{result['name']}[/] ({result['model_type']}, {result['num_layers']} layers)")
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("parameters")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from foundation.errors import UsageError
 from runtime.cli.given import given
+from runtime.cli.terminal import Terminal
 from runtime.deployment.errors import PreviousError
 from runtime.planning.experts import (
     ExpertPlacement,
@@ -106,10 +106,12 @@ def _mean_worst(per_layer: Any) -> dict[str, float]:
 
 def _show(placement: ExpertPlacement, report: dict[str, Any]) -> None:
     layers, slots = placement.slot_expert.shape
-    table = Table(
-        title=f"{layers} layers × {placement.replicas.shape[1]} experts in {slots} slots "
+    console = Terminal()
+    console.print(
+        f"{layers} layers × {placement.replicas.shape[1]} experts in {slots} slots "
         f"on {len(placement.device_slots)} devices, {placement.nodes} nodes"
     )
+    table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("over layers")
     table.add_column("mean", justify="right")
     table.add_column("worst", justify="right")
@@ -126,6 +128,5 @@ def _show(placement: ExpertPlacement, report: dict[str, Any]) -> None:
         if key in report:
             form = {"gap": "{:.2%}", "moves": "{:.0f}"}.get(key, "{:.4f}")
             table.add_row(name, form.format(report[key]["mean"]), form.format(report[key]["worst"]))
-    console = Console()
     console.print(table)
     console.print(f"{report['seconds']:.3f} s")

@@ -7,25 +7,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from runtime.deployment.plan import Device, Plan, Pool
 
-_BAR, _WIDTH = 40, 132
+_BAR = 40
 _ALTERNATIVES = 12
-_PARTS = (
-    ("weights", "blue"),
-    ("KV", "green"),
-    ("activations", "yellow"),
-    ("other", "magenta"),
-    ("free", "bright_black"),
+_PARTS = (  # name, colour, and what tells it apart without one
+    ("weights", "blue", "█"),
+    ("KV", "green", "▓"),
+    ("activations", "yellow", "▒"),
+    ("other", "magenta", "░"),
+    ("free", "bright_black", "·"),
 )
 
 
 def show(plan: Plan) -> None:
     """Prints the plan."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDTH)
+    from runtime.cli.terminal import Terminal
+
+    console = Terminal(highlight=False)
     idle = f", {plan.idle_devices} idle" if plan.idle_devices else ""
     console.print(f"[bold]{plan.model.name}[/] on {len(plan.devices)} devices{idle}")
     for pool in plan.pools:
@@ -58,10 +57,11 @@ def show(plan: Plan) -> None:
 
 
 def _pool(console: object, pool: Pool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    assert isinstance(console, Console)
+    from runtime.cli.terminal import Terminal
+
+    assert isinstance(console, Terminal)
     settings = "".join(f", {key} {value}" for key, value in pool.settings.items())
     console.print(f"{pool.role}: {pool.name}, {pool.engine}{settings}")
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -82,7 +82,7 @@ def _pool(console: object, pool: Pool) -> None:
             f"{first.kv_pages * pool.page_tokens:,}",
         )
     console.print(table)
-    console.print("  ".join(f"[{colour}]█[/] {name}" for name, colour in _PARTS))
+    console.print("  ".join(f"[{colour}]{mark}[/] {name}" for name, colour, mark in _PARTS))
     if pool.experts and pool.experts.max_over_mean is not None:
         extra = f"{pool.redundant_slots} redundant slots a device, " if pool.redundant_slots else ""
         console.print(
@@ -92,9 +92,9 @@ def _pool(console: object, pool: Pool) -> None:
 
 
 def _predicted(console: object, plan: Plan) -> None:
-    from rich.console import Console
+    from runtime.cli.terminal import Terminal
 
-    assert isinstance(console, Console)
+    assert isinstance(console, Terminal)
     got = plan.predicted
     assert got
     load = f"{got.rate:g} requests/s" if got.rate is not None else f"{got.concurrency:,} requests in flight"
@@ -142,7 +142,7 @@ def _bar(parts: dict[str, float], usable_bytes: float) -> str:
         total += size
         ends.append(round(_BAR * total / usable_bytes))
     widths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    return "".join(f"[{colour}]{'█' * width}[/]" for (_, colour), width in zip(_PARTS, widths, strict=True))
+    return "".join(f"[{colour}]{mark * width}[/]" for (_, colour, mark), width in zip(_PARTS, widths, strict=True))
 
 
 def _ranges(numbers: list[int]) -> str:

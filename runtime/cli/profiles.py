@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -26,6 +25,7 @@ from hw_profiles import (
     parse_override,
     weakest,
 )
+from runtime.cli.terminal import Terminal
 
 app = typer.Typer(help="Accelerator profiles: list, show, check, compare.", no_args_is_help=True)
 
@@ -53,14 +53,14 @@ def list_profiles(as_json: Json = False) -> None:
         return _print_json({"profiles": [_summary(profile) for profile in profiles]})
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("name", no_wrap=True)
-    table.add_column("vendor", no_wrap=True)
+    table.add_column("vendor")
     for _, heading, _, _ in _COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("weakest\ngrade")
     for profile in profiles:
         cells = [_cell(profile.get(field), scale) for _, _, field, scale in _COLUMNS]
         table.add_row(profile.name, profile.vendor, *cells, _row_grade(profile))
-    _console().print(table)
+    Terminal().print(table)
 
 
 @app.command()
@@ -70,7 +70,7 @@ def show(name: ProfileName, overrides: Set = None, as_json: Json = False) -> Non
         profile = load(name, dict(parse_override(text) for text in overrides or ()))
     if as_json:
         return _print_json(_everything(profile))
-    console = _console()
+    console = Terminal()
     console.print(f"[bold]{profile.name}[/]  {escape(profile.vendor)}, {profile.family}, {profile.kind}")
     console.print(escape(profile.description) + "\n")
     sources: dict[str, int] = {}
@@ -128,7 +128,7 @@ def diff(first: ProfileName, second: ProfileName, as_json: Json = False) -> None
         left, right = a.get(field), b.get(field)
         ratio = f"{right.value / left.value:.3g}" if left and right else "-"
         table.add_row(field, _graded(left), _graded(right), ratio)
-    _console().print(table)
+    Terminal().print(table)
 
 
 @contextmanager
@@ -138,12 +138,6 @@ def _expected_errors() -> Iterator[None]:
     except ProfileError as error:
         typer.echo(f"glm5: {error}", err=True)
         raise typer.Exit(2) from None
-
-
-def _console() -> Console:
-    """The terminal; what is piped gets room for whole rows."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
 
 
 def _print_json(value: Any) -> None:

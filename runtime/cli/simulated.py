@@ -42,10 +42,11 @@ class progress_bar:
         self._bar: Any = None
         self._task: Any = None
         if wanted and sys.stderr.isatty():
-            from rich.console import Console
             from rich.progress import Progress
 
-            self._bar = Progress(console=Console(stderr=True), transient=True)
+            from runtime.cli.terminal import Terminal
+
+            self._bar = Progress(console=Terminal(stderr=True), transient=True)
 
     def __enter__(self) -> Any:
         if self._bar is None:
@@ -60,10 +61,11 @@ class progress_bar:
 
 
 def show(result: dict[str, Any], report: Report) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from runtime.cli.terminal import Terminal
+
+    console = Terminal()
     for name, count in result.get("pools", {}).items():
         console.print(f"{count} devices, {name}")
     narrow = dict.fromkeys(result["formats"][name] for name in ("weights", "experts"))

@@ -24,8 +24,8 @@ def train(
     if missing := [name for name in ("flax", "optax") if importlib.util.find_spec(name) is None]:
         raise UsageError(f'training needs {missing[0]}: pip install "glm5-runtime[train]"')
     from rich import progress as bars
-    from rich.console import Console
 
+    from runtime.cli.terminal import Terminal
     from runtime.training import config as configs
     from runtime.training.trainer import train as run
 
@@ -36,7 +36,7 @@ def train(
         return
     times = (bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
     columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(), *times)
-    progress = bars.Progress(*columns, console=Console(stderr=True))
+    progress = bars.Progress(*columns, console=Terminal(stderr=True))
     bar = progress.add_task("running", total=read.steps)
 
     def report(step: int, record: dict[str, Any]) -> None:

@@ -36,10 +36,11 @@ def validate(
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from runtime.cli.terminal import Terminal
+
+    console = Terminal()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("row", "quantity", "measured", "predicted", "error", "band"):
         table.add_column(heading, justify="left" if heading in ("row", "quantity") else "right", overflow="fold")
