@@ -310,7 +310,7 @@ _STYLE = """
 .words td,.words th{text-align:left;white-space:normal}
 q{quotes:none;background:color-mix(in srgb,var(--quiet) 14%,transparent);border-radius:4px;padding:0 4px;
 white-space:pre-wrap}
-details{margin:8px 0}code{font:12px ui-monospace,Menlo,Consolas,monospace}section{overflow-x:auto}
+details{margin:8px 0}code{font:12px ui-monospace,Menlo,Consolas,monospace}@media screen{section{overflow-x:auto}}
 """
 
 

@@ -70,11 +70,32 @@ def gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-STYLE = """
+# A phone, and paper: tables scroll in their place or wrap, what is folded is open on paper, and long lines are whole.
+SMALL = """
+@media(max-width:700px){main{padding:20px 14px 40px}h1{font-size:24px}
+.card strong{font-size:22px;overflow-wrap:anywhere}
+table{display:block;max-width:100%;overflow-x:auto}.figures th,.figures td{padding:6px 7px}
+.figures th:first-child{white-space:normal;min-width:110px}.named th{min-width:150px}
+.figures.reasons{display:table}.reasons td,.reasons th{overflow-wrap:anywhere}
+.tiles{grid-template-columns:repeat(4,minmax(0,1fr))}.tile{overflow-wrap:anywhere}.node{min-width:0}
+.bars .bar{min-width:80px}li,p,figcaption{overflow-wrap:anywhere}.two>*,.three>*,.cards>*,.mesh>*{min-width:0}}
+@media print{:root{color-scheme:light}body{background:none;font-size:11pt}main{max-width:none;padding:0}
+*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+details::details-content{display:block;content-visibility:visible;height:auto}summary{list-style:none;font-weight:600}
+pre{max-height:none;overflow:visible;white-space:pre-wrap;overflow-wrap:anywhere;font-size:8pt}
+table{max-width:100%;font-size:9pt}section{overflow:visible}
+.figures th,.figures td,.bars th,.bars td{white-space:normal;padding:3px 5px;overflow-wrap:anywhere}
+.named th{min-width:0}.tiles{grid-template-columns:repeat(8,minmax(0,1fr))}.tile{overflow-wrap:anywhere}
+h2,h3,summary{break-after:avoid}figure,.card,.node,tr{break-inside:avoid}}
+"""
+
+STYLE = (
+    """
 :root{color-scheme:light dark;--bg:#fbfbfa;--card:#fff;--ink:#1d2126;--quiet:#667079;--line:#e3e6e8;--warn:#b3261e;
 --warnbg:#fdeceb;--good:#1d6f4a;--goodbg:#e7f5ee;--c0:#2f6fb5;--c1:#d9822b;--c2:#3a9a78;--c3:#9a5bb0;--c4:#c8566b;--c5:#6d7f2e;--c6:#4fa3c7;--c7:#a8763e;
 --c8:#7a7f87;--c9:#cfd4d8}
-@media(prefers-color-scheme:dark){:root{--bg:#15181c;--card:#1c2025;--ink:#e7eaed;--quiet:#98a2ab;--line:#31373d;
+@media screen and (prefers-color-scheme:dark){:root{
+--bg:#15181c;--card:#1c2025;--ink:#e7eaed;--quiet:#98a2ab;--line:#31373d;
 --warn:#ff9d94;--warnbg:#3a1f1d;--good:#7fd6ab;--goodbg:#16301f;--c0:#6aa5e3;--c1:#eda45c;--c2:#63c29f;--c3:#bf8bd3;--c4:#e5849a;--c5:#a9bb62;--c6:#7cc4e4;
 --c7:#cba06b;--c8:#9aa1aa;--c9:#4a5158}}
 *{box-sizing:border-box}
@@ -87,13 +108,13 @@ p{margin:6px 0}.quiet{color:var(--quiet);font-weight:400;font-size:14px}
 .kicker{text-transform:uppercase;letter-spacing:.08em;font-size:12px;color:var(--quiet);margin:0}
 .banner{background:var(--warnbg);color:var(--warn);border-left:4px solid var(--warn);padding:12px 16px;
 border-radius:6px;margin:20px 0 0}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:14px;margin-top:24px}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(300px,100%),1fr));gap:14px;margin-top:24px}
 .card,figure{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 18px;margin:0}
 .card p{color:var(--quiet);font-size:13px;margin:0;min-height:1.5em}
 .card strong{display:block;font-size:27px;font-weight:650;letter-spacing:-.02em;line-height:1.35;
 font-variant-numeric:tabular-nums}
-.two,.three{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(440px,1fr));margin-top:14px}
-.three{grid-template-columns:repeat(auto-fit,minmax(320px,1fr))}
+.two,.three{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));margin-top:14px}
+.three{grid-template-columns:repeat(auto-fit,minmax(min(320px,100%),1fr))}
 figcaption{display:flex;justify-content:space-between;gap:12px;flex-wrap:wrap}
 svg{display:block;width:100%;height:auto;overflow:visible}
 svg text{fill:var(--quiet);font-size:12px;font-variant-numeric:tabular-nums}
@@ -117,7 +138,7 @@ margin:14px 0 0}.answer{font-size:17px;max-width:none;margin:18px 0 6px}.narrow{
 figure{margin-top:14px}h3{margin-top:18px}
 .figures th{font-weight:500}.named th{white-space:normal;min-width:260px}.figures.named thead th{min-width:0}
 .reasons td,.reasons th{text-align:left;white-space:normal;vertical-align:top}
-.mesh{display:grid;grid-template-columns:repeat(auto-fill,minmax(500px,1fr));gap:12px;margin:8px 0}
+.mesh{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(500px,100%),1fr));gap:12px;margin:8px 0}
 .node{border:1px solid var(--line);border-radius:10px;
 padding:8px 10px 10px;background:var(--card)}.node p{margin:0 0 6px;color:var(--quiet);font-size:13px}
 .tiles{display:grid;grid-template-columns:repeat(8,minmax(54px,1fr));gap:5px}
@@ -131,4 +152,7 @@ details{margin-top:10px}
 ul{padding-left:20px;max-width:80ch}li{margin:6px 0}
 pre{overflow:auto;max-height:480px;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px;
 font:12px/1.45 ui-monospace,Menlo,Consolas,monospace}summary{cursor:pointer}
-""" + "".join(f".s{i}{{--c:var(--c{i})}}" for i in range(10))
+"""
+    + "".join(f".s{i}{{--c:var(--c{i})}}" for i in range(10))
+    + SMALL
+)

@@ -16,8 +16,9 @@ FILE, PAGE = "metrics.jsonl", "metrics.html"
 _COLOURS = ("#1668a8", "#c2571a", "#2a7f3f", "#8a3fa0", "#a58a00", "#555")
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem;color:#222}"
-    "main{display:flex;flex-wrap:wrap;gap:1.5rem}section{flex:1 1 540px}h2{font-size:1rem;margin:0}"
-    "svg{width:100%}.line{fill:none;stroke-width:1.6}.grid{stroke:#ddd}.axis{stroke:#888}.mark{stroke:#999;"
+    "main{display:flex;flex-wrap:wrap;gap:1.5rem}section{flex:1 1 min(540px,100%);min-width:0;break-inside:avoid}"
+    "h2{font-size:1rem;margin:0}"
+    "*{box-sizing:border-box}svg{width:100%;height:auto}.line{fill:none;stroke-width:1.6}.grid{stroke:#ddd}.axis{stroke:#888}.mark{stroke:#999;"
     "stroke-dasharray:4 4}text{font-size:11px;fill:#555}.end{text-anchor:end}.mid{text-anchor:middle}"
     ".legend span{margin-right:1em}.legend i{display:inline-block;width:.8em;height:.8em;margin-right:.3em}"
     + "".join(f".s{i}{{stroke:{c}}}i.s{i}{{background:{c}}}" for i, c in enumerate(_COLOURS))
@@ -69,7 +70,8 @@ def page(folder: Path, title: str, stages: Sequence[tuple[int, str]]) -> None:
         drawn("Indexer recall of the dense top-k", "share", {"recall": curve("index_recall")}, percent=True),
     ]
     html = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1><main>{''.join(parts)}</main></body></html>\n"
     )
     with replacing(folder / PAGE) as temporary:

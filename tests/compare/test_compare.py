@@ -16,6 +16,7 @@ from hypothesis.extra.numpy import arrays
 from runtime.porting import compare
 from runtime.reports.compare import page, worst_layer
 from tests.cli.cli import glm5, make_checkpoint, refused
+from tests.reports.browser import check, needs_browser
 
 LOGITS = arrays(np.float32, (3, 7), elements=st.floats(-30, 30, width=32))
 
@@ -155,6 +156,11 @@ def test_the_page_says_what_was_measured(made: tuple[dict[str, Any], str]) -> No
 
 
 @pytest.mark.slow
+@needs_browser
+def test_the_page_fits_a_phone_and_paper(made: tuple[dict[str, Any], str], tmp_path: Path) -> None:
+    check(made[1], tmp_path)
+
+
 def test_the_summary(checkpoint: Path) -> None:
     out = glm5("compare", "--checkpoint", checkpoint, "--profile", "cpu-host", "--window", 48, "--max-tokens", 8).out
     assert "perplexity in float32" in out and "\ncpu-host " in out and "\nbf16 " in out
