@@ -23,11 +23,16 @@ def compare(
     formats: Annotated[
         str | None, typer.Option(help="Formats for profiles that name none [default: the profile's own].")
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="A text to read [default: one that ships with glm5].")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="A text to read [default: prose; for the embedded model, its own kind]."),
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line, to continue greedily.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of text read at once: the longest context.")] = 512,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens a prompt is continued by.")] = 32,
-    tasks: Annotated[int, typer.Option(min=0, help="Ask this many questions of each task of `glm5 eval`.")] = 0,
+    tasks: Annotated[
+        int, typer.Option(min=0, help="Ask this many questions of each task of `glm5 eval`, harder ones too.")
+    ] = 0,
     html: Annotated[Path | None, typer.Option(help="Write a page to open in a browser.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -49,7 +54,7 @@ def compare(
 
     opened = opened_checkpoint(checkpoint)
     tokenizer = Tokenizer.load(opened.path)
-    texts = runs.read_texts(opened.config, tokenizer, text, prompts, window, max_tokens)
+    texts = runs.read_texts(opened, tokenizer, text, prompts, window, max_tokens)
     result = runs.compare(opened, targets, texts, tokenizer, max_tokens, tasks, _progress(as_json))
     if html is not None:
         from runtime.reports.compare import page
@@ -65,7 +70,8 @@ def compare(
 
 
 def _progress(quiet: bool) -> Any:
-    if quiet or not sys.stderr.isatty():
+    """A line on stderr for every run, whoever reads; with --json only for a person who waits."""
+    if quiet and not sys.stderr.isatty():
         return lambda line: None
     return lambda line: print(f"running {line}", file=sys.stderr, flush=True)
 
@@ -74,11 +80,15 @@ def _print(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     from runtime.cli.terminal import Terminal
+    from runtime.reports.compare import foreign_text
 
     reference = result["reference"]
     console = Terminal()
+    if warning := foreign_text(result):
+        console.print(f"[bold red]warning[/]: {warning}", highlight=False)
     console.print(
-        f"{result['model']}: {result['text_tokens']} tokens, perplexity in float32: {reference['perplexity']:.3f}",
+        f"{result['model']}: {result['text_tokens']} tokens of {result['text']}, perplexity in float32: "
+        f"{reference['perplexity']:.3f}",
         highlight=False,
     )
     table = Table(box=None, pad_edge=False, header_style="bold")

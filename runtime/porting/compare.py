@@ -34,9 +34,10 @@ from hw_profiles import Profile
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.formats import CacheFormats, Formats
-from model.tokenizer import Tokenizer
+from model.tokenizer import ChatTemplate, Tokenizer
 from runtime.deployment.choice import chip_formats
 from runtime.reports.compare import BASELINE
+from runtime.training.data import HARDER, TASKS, Generator
 
 if TYPE_CHECKING:
     from backends.emulation.fidelity import Observed
@@ -74,6 +75,7 @@ class Texts:
 
     windows: list[np.ndarray]
     prompts: list[tuple[str, tuple[int, ...]]]
+    source: str = "a text"
 
     @property
     def length(self) -> int:
@@ -81,14 +83,29 @@ class Texts:
 
 
 def read_texts(
-    cfg: ModelConfig, tokenizer: Tokenizer, text: Path | None, prompts: Path | None, window: int, max_tokens: int
+    checkpoint: Checkpoint, tokenizer: Tokenizer, text: Path | None, prompts: Path | None, window: int, max_tokens: int
 ) -> Texts:
-    """The text cut into windows of `window` tokens, or one shorter one; raises `UsageError` for what cannot be used."""
-    ids = tokenizer.encode(_read(read_text, text or _TEXT, "--text"), add_special_tokens=True)
-    window = min(window, len(ids), cfg.max_positions)
-    if window < 2:
-        raise UsageError(f"--text {text}: {len(ids)} tokens; give at least 2")
-    lines = [line for line in _read(read_lines, prompts, "--prompts") if line.strip()] if prompts else _PROMPTS
+    """The text cut into windows of `window` tokens, or one shorter one; raises `UsageError` for what cannot be used.
+
+    By default a page of prose; for the embedded checkpoint, which knows no prose, text of the kind it was trained on.
+    """
+    cfg, own = checkpoint.config, _own_kind(checkpoint, tokenizer)
+    if own and text is None:
+        window = min(window, cfg.max_positions)
+        cut = [np.asarray(own.row(np.random.default_rng(i), task, window)[0], np.int32) for i, task in enumerate(TASKS)]
+        source = "text of the kind that this model was trained on"
+    else:
+        ids = tokenizer.encode(_read(read_text, text or _TEXT, "--text"), add_special_tokens=True)
+        window = min(window, len(ids), cfg.max_positions)
+        if window < 2:
+            raise UsageError(f"--text {text}: {len(ids)} tokens; give at least 2")
+        cut = [np.asarray(ids[i : i + window], np.int32) for i in range(0, len(ids) - window + 1, window)]
+        source = str(text) if text else "the prose that ships with glm5"
+    lines = _PROMPTS
+    if prompts:
+        lines = [line for line in _read(read_lines, prompts, "--prompts") if line.strip()]
+    elif own:
+        lines = [own.questions(task, 1)[0].prompt for task in ("sentences", "arithmetic", "copy", "long-copy")]
     if not lines:
         raise UsageError(f"--prompts {prompts}: no prompt in it")
     encoded = [(line, tuple(tokenizer.encode(line, add_special_tokens=True))) for line in lines]
@@ -98,8 +115,16 @@ def read_texts(
                 f"prompt {line[:40]!r}: {len(prompt)} + {max_tokens} tokens, but {cfg.name} has 1 to "
                 f"{cfg.max_positions} positions"
             )
-    cut = [np.asarray(ids[i : i + window], np.int32) for i in range(0, len(ids) - window + 1, window)]
-    return Texts(cut, encoded)
+    return Texts(cut, encoded, source)
+
+
+def _own_kind(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Generator | None:
+    """What makes text that the embedded checkpoint knows; None for any other."""
+    from runtime.execution.local.load import embedded_checkpoint
+
+    if checkpoint.path.resolve() != embedded_checkpoint().resolve():
+        return None
+    return Generator(tokenizer, ChatTemplate.load(checkpoint.path))
 
 
 def _read(read: Callable[[Path], _Read], path: Path, option: str) -> _Read:
@@ -131,16 +156,19 @@ def compare(
     ]
     plain = NumberFormats(cfg, Formats("f32", "f32", "f32", CacheFormats.plain("f32")))
     wide = NumberFormats(cfg, Formats())
-    progress("float32, the reference")
+    runs = [(BASELINE, None, wide), *((t.label, t.profile, f) for t, f in wanted)]
+    steps = len(runs) + 1
+    progress(f"1 of {steps}: float32, the reference, {len(texts.windows)} x {texts.length} tokens")
     continued = _continue(checkpoint, texts, max_tokens)
     sequences = texts.windows + [_padded(ids, texts.length) for _, ids in continued]
     reference = _observe(checkpoint, plain, sequences)
     rows = []
-    for label, profile, formats in [(BASELINE, None, wide), *((t.label, t.profile, f) for t, f in wanted)]:
-        progress(f"{label}: {formats.name}")
+    for step, (label, profile, formats) in enumerate(runs, 2):
+        progress(f"{step} of {steps}: {label}, {formats.name}")
         found = _observe(checkpoint, formats, sequences)
         row = _row(cfg, texts, continued, tokenizer, reference, found)
         if questions:
+            progress(f"{step} of {steps}: {label}, questions")
             row["tasks"] = _answers(checkpoint, formats, questions)
         table = format_table(cfg, formats.formats)
         rows.append(
@@ -159,6 +187,7 @@ def compare(
         "checkpoint": str(checkpoint.path),
         "model": checkpoint.path.resolve().name,
         "stored_as": cfg.weight_format,
+        "text": texts.source,
         "text_tokens": texts.length * len(texts.windows),
         "window_tokens": texts.length,
         "prompts": len(texts.prompts),
@@ -172,6 +201,7 @@ def compare(
         "profiles": rows,
     }
     if questions:
+        progress("float32, questions")
         result["reference"]["tasks"] = _answers(checkpoint, plain, questions)
     return result
 
@@ -212,10 +242,10 @@ def _continue(checkpoint: Checkpoint, texts: Texts, max_tokens: int) -> list[tup
 
 
 def _answers(checkpoint: Checkpoint, formats: NumberFormats, questions: int) -> dict[str, float]:
-    """Share of right answers by task of `glm5 eval`."""
+    """Share of right answers by task of `glm5 eval`, and by the harder ones that leave room for more or less."""
     from runtime.training.evaluate import ask, engine_config
 
-    found = ask(_engine(checkpoint, formats, engine_config()), checkpoint.path, questions)
+    found = ask(_engine(checkpoint, formats, engine_config()), checkpoint.path, questions, (*TASKS, *HARDER))
     return {name: score.exact_match for name, score in found.tasks.items()}
 
 

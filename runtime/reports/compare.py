@@ -26,16 +26,19 @@ _COLUMNS = (
     ("First other token", "first", "where greedy text first leaves float32's, the earliest of the prompts"),
 )
 
+FOREIGN = 512  # perplexity of a text from which on a model is said not to know it
+
 
 def page(result: Mapping[str, Any]) -> str:
     """The page's HTML. result: the JSON object of `glm5 compare`."""
     title = f"{result['model']}: number formats against float32"
     subtitle = (
-        f"{result['text_tokens']:,} tokens of text in windows of {result['window_tokens']:,}, and {result['prompts']} "
-        f"prompts continued by {result['continued_tokens']} tokens · weights stored as {result['stored_as']}"
+        f"{result['text_tokens']:,} tokens of {result['text']} in windows of {result['window_tokens']:,}, and "
+        f"{result['prompts']} prompts continued by {result['continued_tokens']} tokens · "
+        f"weights stored as {result['stored_as']}"
     )
     sections = [
-        _warning(result),
+        f'<p class="banner">{escape(warning)}</p>' if (warning := foreign_text(result)) else "",
         _section("In short", _short(result)),
         _section("All figures", _table(result) + _legend_of_table()),
         _section("Where it comes from", _layers(result)),
@@ -94,13 +97,14 @@ def _drift(row: Mapping[str, Any], reference: float) -> str:
 # --- sections --------------------------------------------------------------------------------------------
 
 
-def _warning(result: Mapping[str, Any]) -> str:
-    if result["reference"]["perplexity"] < 0.5 * 1024:
+def foreign_text(result: Mapping[str, Any]) -> str:
+    """What to know of figures from a text that the model does not predict; empty where it does."""
+    if result["reference"]["perplexity"] < FOREIGN:
         return ""
     return (
-        '<p class="banner"><strong>This model does not predict this text</strong> (perplexity '
-        f"{_perplexity(result['reference']['perplexity'])}): it was not trained on it, or not at all. Errors and "
-        "choices below are as they are; agreement of tokens means little where every token is a guess.</p>"
+        f"This model does not predict this text (perplexity {_perplexity(result['reference']['perplexity'])}): it was "
+        "not trained on it, or not at all. Errors and choices below are as they are; agreement of tokens and changes "
+        "of perplexity mean little where every token is a guess. --text names another."
     )
 
 

@@ -78,16 +78,16 @@ def _says(text: str) -> dict[str, Any]:
 # --- the tasks: turns without end, from a generator and the side of the split -----------------------
 
 
-def sums(rng: Rng, asked: bool) -> Iterator[Turn]:
+def sums(rng: Rng, asked: bool, least: int = 0, below: int = 100) -> Iterator[Turn]:
     while True:
-        a, b = _until(rng, asked, lambda: (int(rng.integers(100)), int(rng.integers(100))))
+        a, b = _until(rng, asked, lambda: (int(rng.integers(least, below)), int(rng.integers(least, below))))
         yield Turn(f"{a}+{b}=", _says(str(a + b)))
 
 
-def copies(rng: Rng, asked: bool) -> Iterator[Turn]:
+def copies(rng: Rng, asked: bool, least: int = 3, most: int = 8) -> Iterator[Turn]:
     vocabulary = (*words.THINGS, *words.NAMES)
     while True:
-        count = int(rng.integers(3, 9))
+        count = int(rng.integers(least, most + 1))
         said = " ".join(_until(rng, asked, lambda n=count: tuple(_one(rng, vocabulary) for _ in range(n))))
         yield Turn(f"Repeat: {said}", _says(said))
 
@@ -160,6 +160,15 @@ def sentence(rng: Rng, asked: bool) -> tuple[str, str]:
     return f"The {colour} {animal} {move} {way} the {place}. It", f" lives in the {words.HOMES[animal]}."
 
 
+_SOURCES: dict[str, Callable[[Rng, bool], Iterator[Turn]]] = {
+    "arithmetic": sums,
+    "copy": copies,
+    "thinking": sums,
+    "long-sums": lambda rng, asked: sums(rng, asked, 100, 1000),
+    "long-copy": lambda rng, asked: copies(rng, asked, 9, 19),
+}
+
+
 # --- rows ----------------------------------------------------------------------------------------
 
 
@@ -172,6 +181,7 @@ class TrainingBatch(NamedTuple):
 
 
 TASKS = ("recall", "arithmetic", "copy", "tools", "sentences")
+HARDER = ("thinking", "long-sums", "long-copy")  # asked, never trained: they leave room below full marks
 
 
 class Generator:
@@ -240,7 +250,7 @@ class Generator:
             found = errands(rng, False)
             asked = [next(found) for _ in range(max(1, (room - 90) // 40))]
             return [m for _, turn in asked for m in turn.messages()], self._offer(rng, {name for name, _ in asked})
-        source = {"arithmetic": sums, "copy": copies}[task](rng, False)
+        source = _SOURCES[task](rng, False)
         width = {"arithmetic": 11, "copy": 17}[task]
         return [m for _ in range(max(1, room // width)) for m in next(source).messages()], None
 
@@ -271,8 +281,8 @@ class Generator:
     # --- questions
 
     def questions(self, task: str, count: int, seed: int = 1) -> list[Exercise]:
-        """Held-out questions of a task; the same for the same seed."""
-        rng = np.random.default_rng([self.seed, seed, TASKS.index(task), 2**31])
+        """Held-out questions of a task, one of `HARDER` too; the same for the same seed."""
+        rng = np.random.default_rng([self.seed, seed, (*TASKS, *HARDER).index(task), 2**31])
         return [self._question(rng, task) for _ in range(count)]
 
     def _question(self, rng: Rng, task: str) -> Exercise:
@@ -292,8 +302,10 @@ class Generator:
             tool, turn = next(errands(rng, True))
             tools, call = self._offer(rng, {tool}), turn.answer["tool_calls"][0]
         else:
-            turn = next({"arithmetic": sums, "copy": copies}[task](rng, True))
+            turn = next(_SOURCES[task](rng, True))
         asked = [*before, {"role": "user", "content": turn.question}]
+        if task == "thinking":  # asked with thinking on; this model has nothing to think, and says so
+            return Exercise(task, self.template.render(asked), "</think>" + turn.answer["content"])
         prompt = self.template.render(asked, tools, enable_thinking=False)
         full = self.template.render([*asked, turn.answer], tools, add_generation_prompt=False)
         return Exercise(task, prompt, full.removeprefix(prompt), call, prompt.index(fact))

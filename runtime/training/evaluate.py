@@ -23,7 +23,7 @@ from model.tokenizer import ChatTemplate, Tokenizer
 from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.load import load_engine
 from runtime.execution.local.request import Prompt
-from runtime.training.data import TASKS, Exercise, Generator, parse_call
+from runtime.training.data import HARDER, TASKS, Exercise, Generator, parse_call
 
 SEED, SAMPLES = 1, 100
 
@@ -104,8 +104,8 @@ def evaluate(
 
 def ask(engine: LocalEngine, path: Path, samples: int = SAMPLES, tasks: Sequence[str] = TASKS) -> Evaluation:
     """Asks an engine that serves the checkpoint at `path` (its tokenizer and template are used)."""
-    if unknown := [task for task in tasks if task not in TASKS]:
-        raise UsageError(f"there is no task {unknown[0]!r}; there are {', '.join(TASKS)}")
+    if unknown := [task for task in tasks if task not in (*TASKS, *HARDER)]:
+        raise UsageError(f"there is no task {unknown[0]!r}; there are {', '.join((*TASKS, *HARDER))}")
     if samples < 1:
         raise UsageError(f"ask at least 1 question a task, not {samples}")
     tokenizer = Tokenizer.load(path)
@@ -136,6 +136,8 @@ def ask(engine: LocalEngine, path: Path, samples: int = SAMPLES, tasks: Sequence
 
 def is_right(question: Exercise, text: str) -> bool:
     """Whether a generated answer is the right one."""
+    if question.task == "thinking":
+        return text.rpartition("</think>")[2] == question.answer.rpartition("</think>")[2]
     if question.call is None:
         return text.startswith(question.answer) if question.task == "sentences" else text == question.answer
     found = parse_call(text)

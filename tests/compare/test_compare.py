@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,11 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from model.checkpoint import Checkpoint
+from model.tokenizer import Tokenizer
+from runtime.execution.local.load import embedded_checkpoint
 from runtime.porting import compare
 from runtime.reports.compare import page, worst_layer
 from tests.cli.cli import glm5, make_checkpoint, refused
 from tests.reports.browser import check, needs_browser
 
+command = importlib.import_module("runtime.cli.compare")  # whose name in the package is the verb's function
 LOGITS = arrays(np.float32, (3, 7), elements=st.floats(-30, 30, width=32))
 
 
@@ -155,6 +160,11 @@ def test_the_page_says_what_was_measured(made: tuple[dict[str, Any], str]) -> No
     assert page(json.loads(json.dumps(result))) == html
 
 
+@needs_browser
+def test_the_page_fits_a_phone_and_paper(made: tuple[dict[str, Any], str], tmp_path: Path) -> None:
+    check(made[1], tmp_path)
+
+
 @pytest.mark.slow
 @needs_browser
 def test_the_page_fits_a_phone_and_paper(made: tuple[dict[str, Any], str], tmp_path: Path) -> None:
@@ -164,6 +174,41 @@ def test_the_page_fits_a_phone_and_paper(made: tuple[dict[str, Any], str], tmp_p
 def test_the_summary(checkpoint: Path) -> None:
     out = glm5("compare", "--checkpoint", checkpoint, "--profile", "cpu-host", "--window", 48, "--max-tokens", 8).out
     assert "perplexity in float32" in out and "\ncpu-host " in out and "\nbf16 " in out
+
+
+# --- what is read, and what is said of it ----------------------------------------------------------------
+
+
+def test_the_embedded_checkpoint_reads_what_it_knows(checkpoint: Path, tmp_path: Path) -> None:
+    own = Checkpoint(embedded_checkpoint())
+    tokenizer = Tokenizer.load(own.path)
+    texts = compare.read_texts(own, tokenizer, None, None, 512, 32)
+    said = [tokenizer.decode(window.tolist()) for window in texts.windows]
+    assert {len(window) for window in texts.windows} == {512} and "trained on" in texts.source
+    assert any("Remember:" in text for text in said) and any("Repeat:" in text for text in said)
+    assert any("=" in prompt for prompt, _ in texts.prompts)
+    given = tmp_path / "text.txt"
+    given.write_text("What somebody wrote. " * 9)
+    assert compare.read_texts(own, tokenizer, given, given, 64, 8).source == str(given)
+    other = compare.read_texts(Checkpoint(checkpoint), tokenizer, None, None, 48, 8)
+    assert "lighthouse" in tokenizer.decode(other.windows[0].tolist()) and "prose" in other.source
+
+
+def test_a_text_that_is_foreign_to_the_model_is_said_so(
+    made: tuple[dict[str, Any], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, _ = made
+    for perplexity, expected in ((17.6, False), (332_956_285.0, True)):
+        one = {**result, "reference": {**result["reference"], "perplexity": perplexity}}
+        command._print(one)
+        assert ("does not predict this text" in " ".join(capsys.readouterr().out.split())) is expected
+        assert ("does not predict this text" in page(one)) is expected
+
+
+def test_a_pipe_is_told_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    command._progress(False)("2 of 3: bf16")
+    command._progress(True)("3 of 3: w4a8")
+    assert capsys.readouterr() == ("", "running 2 of 3: bf16\n")
 
 
 # --- refusals --------------------------------------------------------------------------------------------

@@ -136,3 +136,14 @@ def test_chats_are_in_the_template_of_the_checkpoint(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_is_no_single_call_does_not_parse(text: str) -> None:
     assert parse_call(text) is None
+
+
+def test_harder_questions_are_what_they_are_called() -> None:
+    for question in GENERATOR.questions("thinking", 20):
+        [(a, b)] = re.findall(r"(\d+)\+(\d+)=", question.prompt)
+        assert question.prompt.endswith("<think>") and question.answer == f"</think>{int(a) + int(b)}"
+    for question in GENERATOR.questions("long-sums", 20):
+        [(a, b)] = re.findall(r"(\d+)\+(\d+)=", question.prompt)
+        assert len(a) == len(b) == 3 and question.answer == str(int(a) + int(b))
+    for question in GENERATOR.questions("long-copy", 40):
+        assert 9 <= len(question.answer.split()) <= 19 and f"Repeat: {question.answer}<" in question.prompt
