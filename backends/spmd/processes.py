@@ -8,12 +8,13 @@ holds the stage's first device, so that every process goes on from the same bits
 
 from __future__ import annotations
 
+import math
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -23,6 +24,7 @@ from backends.spmd.cluster import Cluster, Plain
 from backends.spmd.shard import is_split
 from backends.spmd.stages import Hosts
 from model.config import ModelConfig
+from model.graph import Carried
 from model.split import Axes, Grid
 
 _PATIENCE_SECONDS = 3600  # for collectives: a process may compile much longer than another; heartbeats see lost ones
@@ -60,15 +62,64 @@ def join(
     return tuple(device for own in held for device in own[:share])
 
 
-def send(value: Any, source: int) -> Any:
-    """A tree of host arrays of process `source`, in every process; what the others give is not looked at."""
-    data = pickle.dumps(value) if source == jax.process_index() else b""
+_DTYPES = tuple(np.dtype(name) for name in (np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.int8, np.bool_))
+_ABSENT = 255  # in place of a type's number
+_MOST_DIMS = 8
+
+
+def pack(arrays: Sequence[np.ndarray | None]) -> bytes:
+    """Arrays as they travel: how many; a type's number, the number of dims and the dims of each; then their bytes."""
+    head, body = [bytes([len(arrays)])], []
+    for each in arrays:
+        if each is None:
+            head.append(bytes([_ABSENT]))
+            continue
+        head.append(bytes([_DTYPES.index(each.dtype), each.ndim]) + np.array(each.shape, "<i8").tobytes())
+        body.append(np.ascontiguousarray(each).tobytes())
+    return b"".join(head + body)
+
+
+def unpack(data: bytes) -> list[np.ndarray | None]:
+    """What `pack` was given. Nothing in it is run or looked up. Raises ValueError for anything else."""
+    at = 0
+
+    def take(count: int) -> bytes:
+        nonlocal at
+        if count < 0 or at + count > len(data):
+            raise ValueError("a message between processes is cut short")
+        at += count
+        return data[at - count : at]
+
+    heads: list[tuple[np.dtype, tuple[int, ...]] | None] = []
+    for _ in range(take(1)[0]):
+        if (number := take(1)[0]) == _ABSENT:
+            heads.append(None)
+            continue
+        dims = take(1)[0]
+        if number >= len(_DTYPES) or dims > _MOST_DIMS:
+            raise ValueError("a message between processes has no such type or shape")
+        shape = tuple(int(size) for size in np.frombuffer(take(8 * dims), "<i8"))
+        if any(size < 0 for size in shape):
+            raise ValueError("a message between processes has no such type or shape")
+        heads.append((_DTYPES[number], shape))
+    made = [
+        None if head is None else np.frombuffer(take(math.prod(head[1]) * head[0].itemsize), head[0]).reshape(head[1])
+        for head in heads
+    ]
+    if at != len(data):
+        raise ValueError("a message between processes is longer than what it holds")
+    return made
+
+
+def send(arrays: Sequence[np.ndarray | None], source: int) -> list[Any]:
+    """Host arrays of process `source`, in every process; what the others give is not looked at."""
     mine = source == jax.process_index()
+    data = pack(arrays) if mine else b""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data)), mine))
     buffer = np.zeros(1 << max(size - 1, 0).bit_length(), np.uint8)  # few sizes: each is a program to compile
     if mine:
         buffer[:size] = np.frombuffer(data, np.uint8)
-    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer, mine))[:size].tobytes())
+    return unpack(np.asarray(multihost_utils.broadcast_one_to_all(buffer, mine))[:size].tobytes())
 
 
 def agree(fingerprint: bytes) -> int | None:
@@ -101,10 +152,12 @@ class Spread(Hosts):
         return jax.tree.map(lambda leaf: self._put(leaf, "dp"), value) if self.here else value
 
     def fetch(self, value: Any) -> np.ndarray:
-        return self.hand_on(value)
+        (found,) = send([self._whole(value)] if self.here else [], self.source)
+        return found
 
-    def hand_on(self, value: Any) -> Any:
-        return send(jax.tree.map(self._whole, value) if self.here else None, self.source)
+    def hand_on(self, value: Carried | None) -> Carried:
+        held = [None if leaf is None else self._whole(leaf) for leaf in value] if self.here and value else []
+        return Carried(*send(held, self.source))
 
     def _whole(self, value: Any) -> np.ndarray:
         replicated = jax.jit(_same, out_shardings=self._sharding())(value)  # moves data only: no op of the graph
