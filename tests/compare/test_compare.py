@@ -160,11 +160,6 @@ def test_the_page_says_what_was_measured(made: tuple[dict[str, Any], str]) -> No
     assert page(json.loads(json.dumps(result))) == html
 
 
-@needs_browser
-def test_the_page_fits_a_phone_and_paper(made: tuple[dict[str, Any], str], tmp_path: Path) -> None:
-    check(made[1], tmp_path)
-
-
 @pytest.mark.slow
 @needs_browser
 def test_the_page_fits_a_phone_and_paper(made: tuple[dict[str, Any], str], tmp_path: Path) -> None:
