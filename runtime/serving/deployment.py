@@ -10,8 +10,8 @@ from foundation.errors import CapacityError
 from runtime.serving.errors import WorkloadError
 from runtime.serving.kv_pool import KvPool
 from runtime.serving.pricing import StepPricer
+from runtime.serving.request import Request
 from runtime.serving.speculation import Speculation
-from runtime.serving.workload import Workload
 
 if TYPE_CHECKING:
     from runtime.deployment.engines import Engine
@@ -71,7 +71,7 @@ class Disaggregated:
         return replace(self.prefill, engine=replace(self.prefill.engine, admission="prompt"), speculation=None)
 
 
-def check_capacity(workload: Workload, roles: Sequence[Deployment], pools: Sequence[KvPool]) -> None:
+def check_capacity(requests: Sequence[Request], roles: Sequence[Deployment], pools: Sequence[KvPool]) -> None:
     """Raises CapacityError for the first request that some role could never serve.
 
     roles, pools: the deployments a request passes through, and a rank's pool of each. Only the last of
@@ -80,7 +80,7 @@ def check_capacity(workload: Workload, roles: Sequence[Deployment], pools: Seque
     for role, pool in zip(roles, pools, strict=True):
         drafts = role.speculation.query_tokens - 1 if role.speculation else 0
         uncut = role.engine.policy == "mixed" and not role.engine.chunked_prefill_tokens
-        for request in workload.requests:
+        for request in requests:
             answer = request.output_tokens + drafts if role is roles[-1] else 1
             need = request.prompt_tokens + answer
             if pool.pages_for(need) > pool.total:

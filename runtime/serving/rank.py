@@ -225,9 +225,13 @@ class Rank:
 
     def holders(self) -> list[Request]:
         """Everyone who holds pages, their page counts brought up to date. For `KvPool.check`."""
-        for slot, request in enumerate(self.running):
-            request.pages = int(self.pages[slot])
+        self.note_progress()
         return [*self.prefilling, *self.running, *self.handed_off]
+
+    def note_progress(self) -> None:
+        """Writes to every request in service how far it has come."""
+        for slot in range(len(self.running)):
+            self._leave(slot)
 
     def _leave(self, slot: int) -> None:
         """Writes a slot's progress back to its request."""

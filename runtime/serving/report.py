@@ -16,6 +16,7 @@ from runtime.serving.meter import Meter
 from runtime.serving.pricing import EVIDENCE_GRADES
 from runtime.serving.replica import Replica
 from runtime.serving.request import Request
+from runtime.serving.steady import Watch
 from runtime.serving.workload import Workload
 
 PERCENTILES = (50.0, 90.0, 99.0)
@@ -24,10 +25,8 @@ BLOCKED_SHARE = 0.10
 """Saturated: admission was refused for at least this share of the measured time ..."""
 QUEUE_SHARE = 0.25
 """... and waiting for admission makes up at least this share of the mean TTFT."""
-GROWTH_SHARE = 0.10
-"""Saturated, open loop: this share of the arrivals of the second half was left over at its end ..."""
-LEAST_ARRIVALS = 40
-"""... where that half has enough arrivals for the difference to mean something (half of this)."""
+_NARROW = 0.1
+"""A closed loop's steady window is no shorter than this share of the run."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,9 @@ class Report:
     """The result of a run over its measured requests. Seconds, tokens, fractions of one.
 
     ttft, tpot, itl, e2e: as the client sees them. queue: from reaching the scheduler to entering a step.
+    duration_s: from the first measured request sent to the last answered. steady_s: length of the window that rates and
+        mean_in_system are of, ramp and drain left out; None where the load was too short for one and they are of the
+        whole run. sent_per_s, sustained: of an open load, see `steady`.
     seconds_by_op, seconds_by_bound: step time over all replicas, estimated from a sample of the steps.
     saturated, saturated_by: see `saturation`. bottleneck: the bound with the most step time, or, when
         saturated, what requests wait for.
@@ -80,7 +82,10 @@ class Report:
     queue: Stats
     measured_requests: int
     duration_s: float
+    steady_s: float | None
     requests_per_s: float
+    sent_per_s: float | None
+    sustained: bool | None
     input_tokens_per_s: float
     output_tokens_per_s: float
     output_tokens_per_s_per_device: float
@@ -107,7 +112,10 @@ class Report:
         plain = (
             "measured_requests",
             "duration_s",
+            "steady_s",
             "requests_per_s",
+            "sent_per_s",
+            "sustained",
             "input_tokens_per_s",
             "output_tokens_per_s",
             "output_tokens_per_s_per_device",
@@ -132,9 +140,14 @@ class Report:
 
 
 def make_report(
-    workload: Workload, meters: Sequence[Meter], groups: Sequence[Sequence[Replica]], devices: int
+    workload: Workload,
+    meters: Sequence[Meter],
+    groups: Sequence[Sequence[Replica]],
+    devices: int,
+    watch: Watch | None,
+    ended_at: float,
 ) -> Report:
-    """Sums up a finished run. `groups`: replicas by role; the last one decodes."""
+    """Sums up a finished run. `groups`: replicas by role; the last one decodes. watch: of an open load."""
     requests = [request for request in workload.requests if request.measured]
     sent = np.array([request.sent_at for request in requests])
     first = np.array([request.first_token_at for request in requests])
@@ -151,8 +164,10 @@ def make_report(
         by_bound.update(meter.by_bound())
         steps.update(meter.step_counts)
     sampled = sum(meter.sampled_steps for meter in meters)
-    saturated_by, blocked = saturation(workload, requests, meters)
-    per_s = float(outputs.sum()) / duration
+    sustained = watch.sustained if watch else None
+    saturated_by, blocked = saturation(sustained, requests, meters)
+    steady = watch.window() if watch else _closed_window(workload, sent, last)
+    rates = _rates(workload.requests, steady or (float(sent.min()), float(last.max())), ended_at)
     return Report(
         ttft=Stats.of(first - sent),
         tpot=tpot,
@@ -161,12 +176,15 @@ def make_report(
         queue=Stats.of(queued),
         measured_requests=len(requests),
         duration_s=duration,
-        requests_per_s=len(requests) / duration,
-        input_tokens_per_s=float(prompts.sum()) / duration,
-        output_tokens_per_s=per_s,
-        output_tokens_per_s_per_device=per_s / devices,
+        steady_s=steady[1] - steady[0] if steady else None,
+        requests_per_s=rates["served"],
+        sent_per_s=watch.sent_per_s if watch else None,
+        sustained=sustained,
+        input_tokens_per_s=rates["input"],
+        output_tokens_per_s=rates["output"],
+        output_tokens_per_s_per_device=rates["output"] / devices,
         output_tokens_per_s_per_user=1 / tpot.mean if tpot.mean > 0 else float("nan"),
-        mean_in_system=float((last - sent).sum()) / duration,
+        mean_in_system=rates["inside"],
         kv=_kv_use(meters[-1], groups[-1]),
         seconds_by_op=dict(by_op.most_common()),
         seconds_by_bound=dict(by_bound.most_common()),
@@ -184,14 +202,15 @@ def make_report(
     )
 
 
-def saturation(workload: Workload, requests: Sequence[Request], meters: Sequence[Meter]) -> tuple[str, float]:
+def saturation(sustained: bool | None, requests: Sequence[Request], meters: Sequence[Meter]) -> tuple[str, float]:
     """(why the deployment is overloaded, or "", share of the step time in which admission was refused).
 
-    "kv-pool", "max-running": for BLOCKED_SHARE of the time the head of the queue was refused for want of
-        pages or of running slots, and waiting makes up QUEUE_SHARE of the mean TTFT. More load then only
-        lengthens the queue. Queueing behind other prompts alone is not saturation.
-    "arrivals": open loop only; over the second half of the arrivals, requests without a first token grew by
-        more than GROWTH_SHARE of those that arrived: the service rate is below the arrival rate.
+    An open load that is kept up with (`Watch.sustained`) overloads nothing; one that is not, whatever its backlog is
+    made of, does. "kv-pool", "max-running": for BLOCKED_SHARE of the time the head of the queue was refused for want of
+        pages or of running slots. Where nothing is known of the load (a closed loop, a short list), waiting for it
+        makes up QUEUE_SHARE of the mean TTFT as well: more load then only lengthens the queue. Queueing behind other
+        prompts alone is not saturation.
+    "arrivals": of an open load beyond what is served, where nothing was refused.
     """
     worst, blocked = "", 0.0
     for meter in meters:
@@ -199,18 +218,50 @@ def saturation(workload: Workload, requests: Sequence[Request], meters: Sequence
         for reason, seconds in meter.blocked_seconds.items():
             if stepped and seconds / stepped > blocked:
                 worst, blocked = reason, seconds / stepped
+    if sustained is not None:
+        return "" if sustained else worst if blocked >= BLOCKED_SHARE else "arrivals", blocked
     waits = np.mean([request.admitted_at - request.queued_at for request in requests])
     ttft = np.mean([request.first_token_at - request.sent_at for request in requests])
-    if blocked >= BLOCKED_SHARE and waits >= QUEUE_SHARE * ttft:
-        return worst, blocked
-    if workload.concurrency is None and len(requests) >= LEAST_ARRIVALS:
-        arrivals = np.sort([request.sent_at for request in requests])
-        answers = np.sort([request.first_token_at for request in requests])
-        half = len(arrivals) // 2
-        behind = [n - np.searchsorted(answers, arrivals[n - 1], side="right") for n in (half, len(arrivals))]
-        if behind[1] - behind[0] > GROWTH_SHARE * (len(arrivals) - half):
-            return "arrivals", blocked
-    return "", blocked
+    return worst if blocked >= BLOCKED_SHARE and waits >= QUEUE_SHARE * ttft else "", blocked
+
+
+def _closed_window(workload: Workload, sent: np.ndarray, last: np.ndarray) -> tuple[float, float] | None:
+    """A closed loop's steady window: from when each client has had an answer, on average, to the last request sent."""
+    clients = workload.concurrency
+    assert clients is not None
+    if len(last) <= clients:
+        return None
+    window = float(np.partition(last, clients - 1)[clients - 1]), float(sent.max())
+    return window if window[1] - window[0] > _NARROW * (last.max() - sent.min()) else None
+
+
+def _rates(requests: Sequence[Request], window: tuple[float, float], ended_at: float) -> dict[str, float]:
+    """What happened a second of a window: "served" requests, "input" and "output" tokens; and requests "inside", on
+    average. An answer counts by the share of it that was made within the window."""
+    start, end = window
+    seconds = end - start or float("nan")
+    sent, first, last = (
+        np.array([getattr(request, name) for request in requests])
+        for name in ("sent_at", "first_token_at", "finished_at")
+    )
+    prompts, asked, made = (
+        np.array([getattr(request, name) for request in requests], dtype=float)
+        for name in ("prompt_tokens", "output_tokens", "emitted")
+    )
+    last = np.where(np.isnan(last), max(ended_at, end), last)
+    first = np.where(np.isnan(first), last, first)
+    at_once = np.where((first > start) & (first <= end), 1.0, 0.0)
+    took = last - first
+    inside = np.clip(np.minimum(last, end) - np.maximum(first, start), 0, None)
+    share = np.divide(inside, took, out=at_once, where=took > 0)
+    served = share * made / asked
+    present = np.clip(np.minimum(last, end) - np.maximum(sent, start), 0, None)
+    return {
+        "served": float(served.sum()) / seconds,
+        "input": float(served @ prompts) / seconds,
+        "output": float(served @ asked) / seconds,
+        "inside": float(present.sum()) / seconds,
+    }
 
 
 def _plain(value: Any) -> Any:

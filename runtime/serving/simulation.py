@@ -29,6 +29,7 @@ from runtime.serving.rank import Rank
 from runtime.serving.replica import Replica
 from runtime.serving.report import Report, make_report
 from runtime.serving.request import Request
+from runtime.serving.steady import Watch
 from runtime.serving.trace import Trace
 from runtime.serving.workload import Workload
 
@@ -43,11 +44,12 @@ def simulate(
     trace: Trace | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Runs the workload to its end. The same arguments give the same report.
+    """Runs the workload to its end; one that goes on without end, until what is measured is answered and it is plain
+    whether it is kept up with (see `steady`). The same arguments give the same report.
 
     seed: draws of speculative acceptance. exact: price every step instead of interpolating to `tolerance`.
     progress: called with (requests finished, requests in all) as they finish.
-    Raises CapacityError for a request that could never be served, before anything runs.
+    Raises CapacityError for a request that could never be served; one of the workload's list before anything runs.
     """
     return Simulation(workload, deployment, seed, 0.0 if exact else tolerance, trace, progress).run()
 
@@ -84,9 +86,14 @@ class Simulation:
         ]
         if trace is not None:
             trace.names = {-1: "requests"} | self._names()
-        check_capacity(self.workload, self.roles, [group[0].ranks[0].pool for group in self.groups])
+        self._check(self.workload.requests)
+        self.endless = workload.goes_on is not None
+        """The load has no end: requests join `workload.requests` as they are sent, and are measured once the ramp is
+        over."""
+        self._to_measure, self._measured = len(workload.requests) - workload.warmup, 0
+        self.watch = Watch(self._holds(), not self.endless) if workload.concurrency is None else None
         self._to_send: Iterator[Request] = iter(())
-        self._measuring = not workload.warmup
+        self._measuring = not (workload.warmup or self.endless)
         self._turn = [0] * len(roles)
         self._tokenizer_free_at = 0.0
         self._link_free_at: dict[int, float] = {}
@@ -97,19 +104,29 @@ class Simulation:
     def run(self) -> Report:
         """Plays all events and reports."""
         self._start_clients()
-        while self._heap:
+        while self._heap and not self._decided():
             time, _, _, handle, arguments = heapq.heappop(self._heap)
             assert time >= self.now, "the clock ran backwards"
             self.now = time
             handle(*arguments)
-        assert self.finished == len(self.workload.requests), "a request was lost"
+        expected = self._to_measure if self.endless else len(self.workload.requests)
+        assert self.finished == expected, "a request was lost"
+        for rank in (rank for replica in self.groups[-1] for rank in replica.ranks):
+            rank.note_progress()
+        if self.watch is not None:
+            self.watch.end()
         if self.trace is not None:
             self.trace.requests = [request for request in self.workload.requests if request.measured]
-        return make_report(self.workload, self.meters, self.groups, sum(role.devices for role in self.roles))
+        devices = sum(role.devices for role in self.roles)
+        return make_report(self.workload, self.meters, self.groups, devices, self.watch, self.now)
 
     # Events
 
     def _send(self, request: Request) -> None:
+        if self.watch is not None:
+            self.watch.sent(request, self.now)
+        if self.endless:
+            self._go_on(request)
         if request.measured and not self._measuring:
             self._start_measuring()
         request.sent_at = self.now
@@ -163,10 +180,11 @@ class Simulation:
         self._arrive(request, 1)
 
     def _done(self, request: Request) -> None:
-        self.finished += 1
+        self.finished += request.measured or not self.endless
         if self.progress is not None:
-            self.progress(self.finished, len(self.workload.requests))
-        if self.workload.concurrency is None:
+            self.progress(self.finished, self._to_measure if self.endless else len(self.workload.requests))
+        if self.watch is not None:
+            self.watch.done(request, self.now)
             return
         if not self._measuring and self.finished == self.workload.warmup:
             self._start_measuring()
@@ -179,6 +197,11 @@ class Simulation:
     def _start_clients(self) -> None:
         """Sends what can be sent: everything in an open loop, one request per client in a closed one."""
         requests, warmup = self.workload.requests, self.workload.warmup
+        if self.workload.goes_on is not None:
+            self._to_send = itertools.chain(requests, self.workload.goes_on())
+            self.workload.requests = []
+            self._send_on_time()
+            return
         if self.workload.concurrency is None:
             for request in requests:
                 self._at(request.sent_at, 0, self._send, request)
@@ -191,6 +214,40 @@ class Simulation:
         request = next(self._to_send, None)
         if request is not None:
             self._at(self.now, 0, self._send, request)
+
+    def _go_on(self, request: Request) -> None:
+        """A request of an endless load is sent: measured once the ramp is over, or where it never will be. The next
+        one follows, unless the load is too much and there is enough to measure."""
+        watch, sent, warmup = self.watch, self.workload.requests, self.workload.warmup
+        assert watch is not None
+        sent.append(request)
+        if watch.far and not self._measured:  # the ramp will not end: who came first is as good as any
+            self._measuring = True
+            for each in sent[warmup : warmup + self._to_measure]:
+                each.measured = True
+                self._measured += 1
+                self.finished += each not in watch.inside
+        elif (watch.ramp_over_at is not None or watch.far) and self._measured < self._to_measure:
+            request.measured = len(sent) > warmup
+            self._measured += request.measured
+        if watch.sustained is not False or self._measured < self._to_measure:
+            self._send_on_time()
+
+    def _send_on_time(self) -> None:
+        request = next(self._to_send)
+        request.measured = False
+        if request.id >= self._to_measure + self.workload.warmup:
+            self._check([request])
+        self._at(request.sent_at, 0, self._send, request)
+
+    def _decided(self) -> bool:
+        """Nothing more is to be learnt from an endless load."""
+        return (
+            self.endless
+            and self.finished == self._to_measure
+            and self.watch is not None
+            and self.watch.decided
+        )
 
     def _start_measuring(self) -> None:
         self._measuring = True
@@ -232,6 +289,16 @@ class Simulation:
             tolerance=tolerance,
             prefill_only=prefill_only,
         )
+
+    def _check(self, requests: list[Request]) -> None:
+        check_capacity(requests, self.roles, [group[0].ranks[0].pool for group in self.groups])
+
+    def _holds(self) -> int:
+        """Requests that can be in service, at their mean length."""
+        requests = self.workload.requests
+        mean = sum(each.prompt_tokens + each.output_tokens for each in requests) / len(requests)
+        ranks = [rank for group in self.groups for replica in group for rank in replica.ranks]
+        return sum(max(1, min(rank.engine.max_running_requests, int(rank.pool.tokens / mean))) for rank in ranks)
 
     def _names(self) -> dict[int, str]:
         kinds = ["replica"] if len(self.groups) == 1 else ["prefill replica", "decode replica"]

@@ -5,7 +5,9 @@ A `Workload` makes all its requests up front from a seed, so a run is a pure fun
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +20,8 @@ from runtime.serving.request import Request
 
 MOONCAKE_BLOCK_TOKENS = 512
 MOST_TRACE_BYTES = 1 << 32
+_BLOCK = 256
+"""Requests of an endless load made at a time."""
 
 
 class Lengths(Protocol):
@@ -84,12 +88,15 @@ class Workload:
     concurrency: closed loop, that many clients each sending the next request when its last one ends;
         None: open loop, requests are sent at `sent_at` whatever the server does.
     warmup: leading requests that are not measured. In a closed loop they drain before the others are sent.
+    goes_on: the requests after those, without end. As many as `requests` are measured, once the system is in a
+        steady state, and the load goes on until they are answered and it is plain whether it is kept up with.
     block_tokens: tokens one prefix hash stands for.
     """
 
     requests: list[Request]
     concurrency: int | None = None
     warmup: int = 0
+    goes_on: Callable[[], Iterator[Request]] | None = None
     block_tokens: int = MOONCAKE_BLOCK_TOKENS
     description: str = ""
 
@@ -142,7 +149,8 @@ def open_loop(
     warmup: int = 0,
     seed: int = 0,
 ) -> Workload:
-    """Requests sent at `rate` per second, gaps gamma-distributed with coefficient of variation `cv`.
+    """Requests sent at `rate` per second without end, gaps gamma-distributed with coefficient of variation `cv`;
+    `requests` of them are measured, see `Workload.goes_on`.
 
     cv = 1 is a Poisson process, above 1 is bursty, 0 is a metronome. Raises WorkloadError for a rate that is
     not positive and finite, a negative cv, or no requests.
@@ -153,11 +161,26 @@ def open_loop(
         raise WorkloadError(f"burstiness cv {cv}: give zero (even), 1 (Poisson) or more (bursty)")
     _whole("the number of requests", requests)
     made = _requests(warmup + requests, prompt, output, seed)
-    rng = np.random.default_rng([seed, 1])
-    gaps = rng.gamma(1 / cv**2, cv**2, size=len(made)) if cv else np.ones(len(made))
-    for request, sent_at in zip(made, np.cumsum(gaps) / rate, strict=True):
-        request.sent_at = float(sent_at)
-    return Workload(made, None, warmup, description=f"open loop, {rate:g}/s, cv {cv:g}")
+    for request, sent_at in zip(made, _times(rate, cv, len(made), np.random.default_rng([seed, 1])), strict=True):
+        request.sent_at = sent_at
+    last = made[-1].sent_at
+
+    def goes_on() -> Iterator[Request]:
+        at, first = last, len(made)
+        for block in itertools.count(2):
+            more = _requests(_BLOCK, prompt, output, seed, block)
+            times = _times(rate, cv, _BLOCK, np.random.default_rng([seed, 1, block]))
+            for request, after in zip(more, times, strict=True):
+                request.id, request.sent_at = first + request.id, at + after
+                yield request
+            at, first = at + times[-1], first + _BLOCK
+
+    return Workload(made, None, warmup, goes_on, description=f"open loop, {rate:g}/s, cv {cv:g}")
+
+
+def _times(rate: float, cv: float, count: int, rng: np.random.Generator) -> list[float]:
+    gaps = rng.gamma(1 / cv**2, cv**2, size=count) if cv else np.ones(count)
+    return (np.cumsum(gaps) / rate).tolist()
 
 
 def mooncake_trace(path: str | Path, *, limit: int | None = None, speed: float = 1.0) -> Workload:
@@ -213,8 +236,8 @@ def _trace_request(line: str, where: str, speed: float) -> Request:
     return Request(0, int(row["input_length"]), int(row["output_length"]), tuple(hashes), sent_at=sent_at)
 
 
-def _requests(count: int, prompt: Lengths, output: Lengths, seed: int) -> list[Request]:
-    rng = np.random.default_rng([seed, 0])
+def _requests(count: int, prompt: Lengths, output: Lengths, *seed: int) -> list[Request]:
+    rng = np.random.default_rng([seed[0], 0, *seed[1:]])
     prompts, outputs = prompt.draw(rng, count).tolist(), output.draw(rng, count).tolist()
     return [Request(i, p, o) for i, (p, o) in enumerate(zip(prompts, outputs, strict=True))]
 

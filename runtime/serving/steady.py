@@ -1,0 +1,164 @@
+"""Whether a deployment keeps up with an open load, and over which window of a run that can be read off.
+
+A load is kept up with where the number in the system N(t), whatever its requests wait for, stops growing once the
+system has filled. So three things are needed.
+
+*The ramp is over.* A generation ends when everyone who was in the system as it began has left. The first fills an
+empty server, the next ones meet ever more of their like; after `GENERATIONS` the ramp is taken to be over. In an
+overload each generation is longer than the one before, by the ratio of what is sent to what is served.
+
+*Growth, with its error.* N at the arrivals since the ramp, averaged over `PARTS` equal parts, is fitted by a straight
+line. Its slope g is the share of the arrivals that is never served. Its standard error is taken from what is left of
+the parts beside the line, and is no less than sqrt(12) L / a^1.5 for a arrivals with L in the system: what a server
+with room for all would show, where N swings by sqrt(L) and forgets within L arrivals. Twice that is d. The load is kept
+up with where g + d < `GROWTH`, and is not where g - 2 d > `GROWTH` and the later half grows as well (the more certain,
+since it is looked at again and again). Else it goes on: with 64 in the system some 800 arrivals tell, with 256 some
+2,000. After `MOST` arrivals g alone decides.
+
+*Far beyond.* Where more than twice as many are in the system as it can have in service, and more than `FAR` of those
+who came lately are still there, it is overloaded; generations would take too long to tell.
+
+The steady window begins where the ramp ends, and ends with the last request sent: what follows is the drain. Far
+beyond, it is the time in which as many are answered as can be in service: as many wait all along.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from runtime.serving.request import Request
+
+GENERATIONS = 3
+PARTS = 12
+GROWTH = 0.02
+"""Share of the arrivals by which the number in the system grows, beyond which a load is not kept up with."""
+GROWTH_GIVEN = 0.10
+"""The same where the load is a given list, which may swell by itself and cannot go on until it is certain."""
+FAR = 0.25
+LEAST, MOST = 8 * PARTS, 6000
+"""Arrivals in the window at the least, and at the most (beside eight times what was in the system at its start)."""
+MOST_RAMP = 20_000
+"""Arrivals, beside eight times what can be in service, after which the ramp is taken to be over."""
+
+
+class Watch:
+    """Follows an open load while it is played.
+
+    holds: requests that the deployment can have in service. given: the load is a list that ends.
+    sustained: whether the load is kept up with, None while that is open. ramp_over_at: when the window began, None
+    before. far: far beyond what can be served. inside: sent and not answered.
+    """
+
+    def __init__(self, holds: int, given: bool):
+        self.holds, self.given = holds, given
+        self.sustained: bool | None = None
+        self.ramp_over_at: float | None = None
+        self.far = False
+        self._first_sent_at = self.last_sent_at = math.nan
+        self._far_window = [math.nan, math.nan]
+        self._done_since_far = 0
+        self.inside: set[Request] = set()
+        self._older: set[Request] = set()  # of the present generation
+        self._generations = 0
+        self._counts: list[int] = []  # in the system, at each arrival
+        self._ramp_arrivals = 0
+        self._ramp_inside = 0
+        self._next_look = LEAST
+        self._next_far_look = 64
+
+    def sent(self, request: Request, now: float) -> None:
+        """A request has been sent."""
+        self.last_sent_at = now
+        if not self._counts:
+            self._first_sent_at = now
+        self.inside.add(request)
+        self._counts.append(len(self.inside))
+        if not self._older:
+            self._older.add(request)
+        if self.sustained is None:
+            self._look(now)
+
+    def done(self, request: Request, now: float) -> None:
+        """A request has been answered."""
+        self.inside.discard(request)
+        if self.far:
+            self._done_since_far += 1
+            if self._done_since_far == self.holds:
+                self._far_window[1] = now
+        self._older.discard(request)
+        if not self._older:
+            self._generations += 1
+            self._older = set(self.inside)
+            if self._generations == GENERATIONS:
+                self._end_ramp(now)
+
+    @property
+    def decided(self) -> bool:
+        """What the load was followed for is known."""
+        return self.sustained is not None and not (self.far and math.isnan(self._far_window[1]))
+
+    def end(self) -> None:
+        """Nothing more will be sent: decides, as far as a list allows."""
+        since = len(self._counts) - self._ramp_arrivals
+        if self.sustained is None and self.ramp_over_at is not None and since >= max(LEAST, 3 * self._ramp_inside):
+            self.sustained = self._verdict(GROWTH_GIVEN)
+
+    def window(self) -> tuple[float, float] | None:
+        """The steady window of the run, if it had one."""
+        start, end = self._far_window if self.far else (self.ramp_over_at or math.nan, self.last_sent_at)
+        return (start, end) if end > start else None
+
+    @property
+    def sent_per_s(self) -> float:
+        """Requests sent a second: in the window, or in all where there is none."""
+        count, start = len(self._counts) - 1, self._first_sent_at
+        if self.ramp_over_at is not None and self.last_sent_at > self.ramp_over_at:
+            count, start = len(self._counts) - self._ramp_arrivals, self.ramp_over_at
+        return count / (self.last_sent_at - start) if self.last_sent_at > start else math.nan
+
+    def _look(self, now: float) -> None:
+        arrivals = len(self._counts)
+        if self.ramp_over_at is None:
+            if arrivals >= self._next_far_look:
+                self._next_far_look = math.ceil(1.1 * arrivals)
+                late = self._counts[arrivals // 2 :]
+                if late[-1] > 2 * self.holds and late[-1] - late[0] > FAR * len(late):
+                    self.far, self.sustained = True, False
+                    self._far_window[0] = now
+                elif arrivals >= MOST_RAMP + 8 * self.holds:
+                    self._end_ramp(now)
+            return
+        since = arrivals - self._ramp_arrivals
+        if self.given or since < self._next_look:
+            return
+        self._next_look = math.ceil(1.2 * since)
+        self.sustained = self._verdict(GROWTH)
+        if self.sustained is None and since >= MOST + 8 * self._ramp_inside:
+            self.sustained = growth(self._counts[self._ramp_arrivals :])[0] <= GROWTH
+
+    def _verdict(self, most: float) -> bool | None:
+        counts = self._counts[self._ramp_arrivals :]
+        slope, error = growth(counts)
+        if max(slope, 0.0) + error < most:
+            return True
+        if slope - 2 * error > most and growth(counts[len(counts) // 2 :])[0] > most:
+            return False
+        return None
+
+    def _end_ramp(self, now: float) -> None:
+        self.ramp_over_at = now
+        self._ramp_arrivals, self._ramp_inside = len(self._counts), len(self.inside)
+        self._next_look = max(LEAST, 3 * self._ramp_inside)
+
+
+def growth(counts: list[int]) -> tuple[float, float]:
+    """(slope of the number in the system, per arrival; twice its standard error), from its values at arrivals."""
+    part = len(counts) // PARTS
+    means = np.reshape(counts[len(counts) - PARTS * part :], (PARTS, part)).mean(axis=1)
+    at = part * (np.arange(PARTS) - (PARTS - 1) / 2)
+    slope = float(at @ means / (at @ at))
+    left = means - means.mean() - slope * at
+    seen = math.sqrt(float(left @ left) / (PARTS - 2) / float(at @ at))
+    return slope, 2 * max(seen, math.sqrt(12) * float(means.mean()) / len(counts) ** 1.5)
