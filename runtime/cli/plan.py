@@ -77,7 +77,8 @@ def plan(
     """Plan a deployment: layout, experts and KV cache, assigned to devices.
 
     The search covers what the memory allows of tp x dp x ep x pp, number formats, prefill chunk and running limit,
-    serving together or with prefill and decode apart; the best by a steady-state estimate are simulated.
+    serving together or with prefill and decode apart; the best by a steady-state estimate are simulated. Where none
+    meets the targets the nearest is given, and the exit code is 1.
     """
     if context.invoked_subcommand is not None:
         return refuse_before(context)
@@ -123,6 +124,8 @@ def plan(
         from runtime.cli.plan_show import show
 
         show(found)
+    if found.predicted and not found.predicted.meets_targets:
+        raise typer.Exit(1)
 
 
 def _chips(names: list[str], devices: int | None, default: int, settings: Mapping[str, Override]) -> list[Chips]:

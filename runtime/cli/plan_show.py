@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from runtime.deployment.plan import Device, Plan, Pool
 
 _BAR, _WIDTH = 40, 132
@@ -27,7 +29,7 @@ def show(plan: Plan) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=_WIDTH)
     idle = f", {plan.idle_devices} idle" if plan.idle_devices else ""
-    console.print(f"[bold]{plan.model.name}[/] on {len(plan.devices)} devices{idle}")
+    console.print(f"[bold]{plan.model.name}[/] on {len(plan.devices)} devices{idle}, requests of {plan.demand.lengths}")
     for pool in plan.pools:
         _pool(console, pool)
     if plan.transfer:
@@ -49,7 +51,7 @@ def show(plan: Plan) -> None:
             how = "chosen" if row.chosen else "simulated" if row.simulated else "estimate"
             figures = (row.output_tokens_per_s_per_device, row.output_tokens_per_s_per_user, row.ttft_ms, row.tpot_ms)
             name = row.name.replace(f" on {next(iter(chips))}", "") if len(chips) == 1 else row.name
-            table.add_row(*(f"{value:,.1f}" for value in figures), f"{row.concurrency:,}", how, name)
+            table.add_row(*("-" if value is None else f"{value:,.1f}" for value in figures), f"{row.concurrency:,}", how, name)
         console.print(table)
         if len(plan.alternatives) > _ALTERNATIVES:
             console.print(f"{len(plan.alternatives) - _ALTERNATIVES} more alternatives in the plan file (--out)")
@@ -98,9 +100,11 @@ def _predicted(console: object, plan: Plan) -> None:
     got = plan.predicted
     assert got
     load = f"{got.rate:g} requests/s" if got.rate is not None else f"{got.concurrency:,} requests in flight"
+    user = got.output_tokens_per_s_per_user
     console.print(
         f"predicted with {load}: [bold]{got.output_tokens_per_s:,.0f} output tok/s[/], "
-        f"{got.output_tokens_per_s_per_device:,.1f} a device, {got.output_tokens_per_s_per_user or 0:,.1f} a user"
+        f"{got.output_tokens_per_s_per_device:,.1f} a device{f', {user:,.1f} a user' if user else ''}; "
+        f"{got.requests_per_s:.3g} requests/s"
     )
     for name, stats in (("ttft_ms", got.ttft_ms), ("tpot_ms", got.tpot_ms)):
         if stats["mean"] is None:
@@ -110,11 +114,27 @@ def _predicted(console: object, plan: Plan) -> None:
         wanted = f", target {target:,.1f}" if target is not None else ""
         title = name.removesuffix("_ms").upper()
         console.print(f"{title} {stats['mean']:,.1f} ms (9 in 10 expected within {low:,.1f} to {high:,.1f}){wanted}")
-    if not got.meets_targets:
-        console.print("[bold red]misses its targets[/]: no candidate of this size comes closer")
+    _verdict(console, plan)
     outside = f", {got.extrapolated:.0%} of steps outside the fits' range" if got.extrapolated else ""
     limit = f"; limited by {got.saturated_by}" if got.saturated_by else f"; bound by {got.bottleneck}"
     console.print(f"evidence: {got.evidence}{outside}{limit}")
+
+
+def _verdict(console: Console, plan: Plan) -> None:
+    """What of the targets is missed and why, and what other numbers of devices came to."""
+    got = plan.predicted
+    assert got
+    played = sum(row.simulated for row in plan.alternatives)
+    if missed := got.missed(plan.demand):
+        console.print(f"[bold red]misses its targets[/]: {'; '.join(missed)}")
+        limit = got.saturated_by if got.saturated_by not in ("", "arrivals") else got.bottleneck
+        console.print(f"limited by {limit}; the nearest of {played} simulated plans of this size")
+    if plan.demand.objective == "min-devices":
+        sizes = {f"{n} x {plan.serving.profile}": n for n in range(1, len(plan.devices) + plan.idle_devices)}
+        below = [each for each in plan.rejected if each.name in sizes]
+        if below and not missed:
+            nearest = max(below, key=lambda each: sizes[each.name])
+            console.print(f"the fewest devices found; tried below: {nearest.name}: {nearest.reason}")
 
 
 def _alike(pool: Pool) -> list[list[Device]]:

@@ -62,6 +62,32 @@ class Demand:
     tpot_ms: float | None = None
     objective: Objective = "throughput"
 
+    @property
+    def lengths(self) -> str:
+        """The lengths of requests, in words."""
+        (a, b), (c, d) = (length_range(tokens, self.length_ratio) for tokens in (self.isl, self.osl))
+        return f"{_span(a, b)} tokens in and {_span(c, d)} out"
+
+    def missed(self, ttft_ms: float | None, tpot_ms: float | None, served_per_s: float, kept_up: bool) -> list[str]:
+        """Which of what was asked is missed, in words, and by how much: from the means, and the requests served a
+        second. kept_up: the backlog does not grow."""
+        found = []
+        if self.rate is not None and not kept_up:
+            found.append(f"{self.rate:g} requests/s asked, {served_per_s:.3g} served, and the backlog grows")
+        for name, target, got in (("TTFT", self.ttft_ms, ttft_ms), ("TPOT", self.tpot_ms, tpot_ms)):
+            if target is not None and got is not None and got > target:
+                found.append(f"{name} {got:,.1f} ms, {target:,.1f} asked")
+        return found
+
+
+def length_range(tokens: int, ratio: float) -> tuple[int, int]:
+    """The shortest and the longest of lengths drawn uniformly from [ratio x tokens, tokens]."""
+    return max(1, int(tokens * ratio)), tokens
+
+
+def _span(least: int, most: int) -> str:
+    return f"{most:,}" if least == most else f"{least:,} to {most:,}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Device:
@@ -177,7 +203,8 @@ class Predicted:
 
     ttft_ms, tpot_ms, e2e_ms: mean, p50, p90, p99. band: for "ttft_ms" and "tpot_ms", what should hold the measured
     mean nine times in ten. evidence: the weakest grade of what went in; extrapolated: share of steps outside a fit's
-    range. meets_targets: by the means.
+    range. requests_per_s, output_tokens_per_s: over a steady window, ramp and drain left out; ..._per_device: of the
+    devices that are used. meets_targets: by the means, and by whether the rate asked for is kept up with.
     """
 
     concurrency: int | None
@@ -198,10 +225,16 @@ class Predicted:
     bottleneck: str
     meets_targets: bool
 
+    def missed(self, demand: Demand) -> list[str]:
+        """What of the demand is missed, in words."""
+        kept_up = not self.saturated_by
+        return demand.missed(self.ttft_ms["mean"], self.tpot_ms["mean"], self.requests_per_s, kept_up)
+
 
 @dataclasses.dataclass(frozen=True)
 class Alternative:
-    """A plan that was priced. simulated: by the serving simulator; otherwise a steady-state estimate.
+    """A plan that was priced. simulated: by the serving simulator; otherwise a steady-state estimate. Answers of one
+    token have no tpot_ms, and no rate a user.
 
     front: no other of its kind has both more tokens a second and device, and more a second and user.
     """
@@ -213,9 +246,9 @@ class Alternative:
     chosen: bool
     front: bool
     output_tokens_per_s_per_device: float
-    output_tokens_per_s_per_user: float
+    output_tokens_per_s_per_user: float | None
     ttft_ms: float
-    tpot_ms: float
+    tpot_ms: float | None
     meets_targets: bool
     evidence: str
 

@@ -73,8 +73,9 @@ def plan_of(contender: Contender, question: Question, devices: int) -> Plan:
     return Plan(model, demand, tuple(pools), contender.transfer, idle_devices=devices - contender.devices)
 
 
-def alternative(contender: Contender, estimate: Estimate, question: Question, devices: int) -> Alternative:
-    """A contender at one load, as a row of the plan. devices: those paid for."""
+def alternative(contender: Contender, estimate: Estimate, question: Question) -> Alternative:
+    """A contender at one load, as a row of the plan."""
+    tpot = estimate.tpot_seconds
     return Alternative(
         name=contender.name,
         devices=contender.devices,
@@ -82,10 +83,10 @@ def alternative(contender: Contender, estimate: Estimate, question: Question, de
         simulated=False,
         chosen=False,
         front=False,
-        output_tokens_per_s_per_device=estimate.output_tokens_per_s / devices,
-        output_tokens_per_s_per_user=1 / estimate.tpot_seconds,
+        output_tokens_per_s_per_device=estimate.output_tokens_per_s / contender.devices,
+        output_tokens_per_s_per_user=1 / tpot if tpot else None,
         ttft_ms=estimate.ttft_seconds * 1e3,
-        tpot_ms=estimate.tpot_seconds * 1e3,
+        tpot_ms=tpot * 1e3 if tpot else None,
         meets_targets=estimate.misses(question.demand) == 0,
         evidence="assumed",
     )
@@ -105,4 +106,4 @@ def mark_front(rows: list[Alternative]) -> list[Alternative]:
 
 
 def _per_user(row: Alternative) -> float:
-    return row.output_tokens_per_s_per_user
+    return row.output_tokens_per_s_per_user or 0.0

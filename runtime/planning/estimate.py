@@ -33,8 +33,8 @@ _ALIGNED = 0.7
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A steady state of a whole deployment. concurrency: requests in flight. running_limit: requests
-    a rank takes up at a time, 0 for as many as it holds."""
+    """A steady state of a whole deployment. concurrency: requests in flight. tpot_seconds: 0 where answers have one
+    token. running_limit: requests a rank takes up at a time, 0 for as many as it holds."""
 
     concurrency: int
     requests_per_s: float
@@ -123,6 +123,8 @@ class OptionPrices:
     def serving(self, in_flight: float, replicas: int, running_limit: int = 0) -> Estimate:
         """The steady state with `in_flight` requests in a closed loop over all replicas."""
         places = replicas * self.ranks
+        if self.demand.osl == 1:
+            return self._prompts_only(in_flight, places)
         b, holds = in_flight / places, min(self.holds, running_limit or self.holds)
         running = max(1, min(math.ceil(b), holds))
         together = max(1, min(self.ranks, math.ceil(in_flight / replicas)))
@@ -140,6 +142,12 @@ class OptionPrices:
         queue = in_flight / rate - service
         return Estimate(round(in_flight), rate, rate * self.output, ttft + queue, tpot, running_limit)
 
+    def _prompts_only(self, in_flight: float, places: int) -> Estimate:
+        """Where answers have one token, which prefilling makes: prompts follow one another, and nothing decodes."""
+        took = self.front_seconds + max(in_flight / places, 1.0) * self.prefill_seconds(0)[0]
+        rate = in_flight / took
+        return Estimate(max(1, round(in_flight)), rate, rate * self.output, took, 0.0)
+
     def at_rate(self, rate: float, replicas: int) -> Estimate:
         """The steady state at `rate` requests a second; the most it can do where that is less."""
         low, high = 1.0, float(self.holds * self.ranks * replicas)
@@ -156,6 +164,8 @@ class OptionPrices:
     def sweep(self, replicas: int, fine: bool = False) -> list[Estimate]:
         """Steady states over loads: a request a rank and doublings (fine: four steps to one), up to what the cache
         holds."""
+        if self.demand.osl == 1:  # two a rank keep it busy; more only wait
+            return [self.serving(float(count * self.ranks * replicas), replicas) for count in (1, 2)]
         counts = limits(self.holds) if fine else [2**i for i in range(13) if 2**i < self.holds]
         counts = [count for count in (*counts, self.holds) if count <= _LONGEST_SWEEP]
         return [self.serving(float(count * self.ranks * replicas), replicas) for count in counts]
@@ -183,7 +193,8 @@ def limits(most: int) -> list[int]:
 
 
 def score(estimate: Estimate, demand: Demand) -> tuple[float, float]:
-    """Less is better: targets first, then the objective."""
-    if demand.objective == "latency":
+    """Less is better: targets first, then the objective. Under a rate all who keep up serve the same, and the soonest
+    answer is best: it leaves the most room."""
+    if demand.objective == "latency" or demand.rate is not None:
         return estimate.misses(demand), estimate.e2e_seconds(demand)
     return estimate.misses(demand), -estimate.output_tokens_per_s

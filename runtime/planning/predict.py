@@ -18,18 +18,20 @@ from model.config import ModelConfig
 from runtime.deployment.plan import Demand, Plan, Predicted
 from runtime.pricing.bands import band
 from runtime.serving import Report, Uniform, Workload, closed_loop, open_loop, simulate
-from runtime.simulation.build import PriceTables
+from runtime.simulation.build import PriceTables, require_positions
 from runtime.simulation.planned import Deployed, deployed
 from runtime.simulation.validation import report_half_widths
 
 DEFAULT_CONCURRENCY = 16
+OPEN_LOOP = 500
+"""Requests that are measured of an open loop, where nobody says how many."""
 
 
 def workload(demand: Demand, parts: int, seed: int = 0, requests: int | None = None) -> tuple[Workload, float]:
     """The load on one of `parts` equal shares, and how many such shares the whole load is."""
     prompt, output = Uniform(demand.isl, demand.length_ratio), Uniform(demand.osl, demand.length_ratio)
     if demand.rate is not None:
-        return open_loop(demand.rate / parts, requests or 500, prompt, output, seed=seed), float(parts)
+        return open_loop(demand.rate / parts, requests or OPEN_LOOP, prompt, output, seed=seed), float(parts)
     whole = DEFAULT_CONCURRENCY if demand.concurrency is None else demand.concurrency
     if whole < 1:
         raise UsageError(f"concurrency is {whole}: give a whole number of at least 1")
@@ -39,7 +41,13 @@ def workload(demand: Demand, parts: int, seed: int = 0, requests: int | None = N
 
 def closed_loop_requests(concurrency: int) -> int:
     """Requests of a closed loop: ten a client, as benchmarks take, fewer where that would be many."""
-    return max(min(10 * concurrency, 320), 2 * concurrency)
+    return max(min(10 * concurrency, 320), 3 * concurrency)
+
+
+def open_loop_requests(concurrency: int) -> int:
+    """About how many requests an open loop with so many in flight takes: its ramp, and until it is plain whether it
+    is kept up with (see `runtime.serving.steady`)."""
+    return OPEN_LOOP + 3 * concurrency + round(50 * concurrency ** (2 / 3))
 
 
 def simulate_plan(
@@ -59,6 +67,7 @@ def simulate_plan(
     """
     if plan.demand.concurrency is not None and plan.demand.rate is not None:
         raise UsageError("a plan's demand has a concurrency or a rate, not both")
+    require_positions(cfg, plan.demand.isl, plan.demand.osl)
     share = deployed(plan, cfg, tables, profiles)
     load, shares = workload(plan.demand, share.parts, seed, requests)
     report = simulate(load, share.deployment, seed=seed, trace=trace, progress=progress)
@@ -66,14 +75,15 @@ def simulate_plan(
 
 
 def whole(report: Report, shares: float, plan: Plan) -> Report:
-    """A share's report as the whole plan's: throughputs times the shares, over all its devices, idle ones too."""
-    devices = len(plan.devices) + plan.idle_devices
+    """A share's report as the whole plan's: throughputs times the shares, over the devices that it uses."""
+    devices = len(plan.devices)
     return dataclasses.replace(
         report,
         requests_per_s=report.requests_per_s * shares,
         input_tokens_per_s=report.input_tokens_per_s * shares,
         output_tokens_per_s=report.output_tokens_per_s * shares,
         output_tokens_per_s_per_device=report.output_tokens_per_s * shares / devices,
+        sent_per_s=None if report.sent_per_s is None else report.sent_per_s * shares,
         mean_in_system=report.mean_in_system * shares,
     )
 
@@ -84,9 +94,6 @@ def predicted(plan: Plan, report: Report, share: Deployed, shares: float) -> Pre
     halves = report_half_widths(share.serving, report, share.serving.deployment.replicas)
     figures = {name: getattr(report, name).in_ms() for name in ("ttft", "tpot", "e2e")}
     demand = plan.demand
-    met = report.saturated_by != "arrivals"
-    for target, name in ((demand.ttft_ms, "ttft"), (demand.tpot_ms, "tpot")):
-        met = met and (target is None or (figures[name]["mean"] or 0.0) <= target)
     per_user = of_all.output_tokens_per_s_per_user
     return Predicted(
         concurrency=demand.concurrency,
@@ -110,5 +117,11 @@ def predicted(plan: Plan, report: Report, share: Deployed, shares: float) -> Pre
         requests_simulated=report.measured_requests,
         saturated_by=report.saturated_by,
         bottleneck=report.bottleneck,
-        meets_targets=met,
+        meets_targets=not missed(plan.demand, of_all),
     )
+
+
+def missed(demand: Demand, of_all: Report) -> list[str]:
+    """What a report of a whole plan misses of its demand, in words."""
+    kept_up = not of_all.saturated
+    return demand.missed(of_all.ttft.in_ms()["mean"], of_all.tpot.in_ms()["mean"], of_all.requests_per_s, kept_up)

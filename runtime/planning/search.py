@@ -27,11 +27,12 @@ from runtime.planning.experts.packing import Floats
 from runtime.planning.kv_tiers import plan_kv
 from runtime.planning.options import Option, Question, Refused, make_option, options
 from runtime.planning.pairs import pairs
-from runtime.planning.predict import closed_loop_requests, predicted, simulate_plan
+from runtime.planning.predict import closed_loop_requests, open_loop_requests, predicted, simulate_plan
 from runtime.planning.redundancy import checked, spend
 from runtime.pricing.price import PriceError
 from runtime.serving import ServingError
-from runtime.simulation.build import PriceTables
+from runtime.serving.steady import GROWTH
+from runtime.simulation.build import PriceTables, require_positions
 
 REFINED = 6
 """Contenders whose chunk and expert slots are searched."""
@@ -61,18 +62,33 @@ def search(
     load: Floats | None = None,
     load_name: str = "measured",
     progress: Progress = lambda _: None,
+    played: int = SIMULATED,
 ) -> Plan:
     """The best plan for a question on these chips (two kinds: prefill on one, decode on the other).
 
-    load: tokens of each expert, [MoE layers, experts]. Raises `NoPlanError` with the reasons where nothing fits,
-    `UsageError`, `LoadError` or `ProfileError`.
+    load: tokens of each expert, [MoE layers, experts]. played: contenders that the simulator plays at most. Raises
+    `NoPlanError` with the reasons where nothing fits, `UsageError`, `LoadError` or `ProfileError`.
     """
-    return _Search(question, chips, checked(question, load) if load is not None else None, load_name, progress).plan()
+    demand = question.demand
+    require_positions(question.cfg, demand.isl, demand.osl)
+    if demand.osl == 1 and demand.tpot_ms is not None:
+        raise UsageError("answers of one token have no time per output token: leave out the TPOT target, or ask for more")
+    matrix = checked(question, load) if load is not None else None
+    return _Search(question, chips, matrix, load_name, progress, played).plan()
 
 
 class _Search:
-    def __init__(self, question: Question, chips: list[Chips], load: Floats | None, load_name: str, progress: Progress):
+    def __init__(
+        self,
+        question: Question,
+        chips: list[Chips],
+        load: Floats | None,
+        load_name: str,
+        progress: Progress,
+        played: int,
+    ):
         self.question, self.chips, self.load, self.load_name, self.progress = question, chips, load, load_name, progress
+        self.played = played
         self.coarse, self.full = PriceTables(coarse=True), PriceTables()
         self.rejected: list[Rejected] = []
         self.refused: list[Refused] = []
@@ -86,7 +102,7 @@ class _Search:
         best = self.refined(ranked[:REFINED]) + ranked[REFINED:]
         best.sort(key=self._key)
         chosen, figures, plan, played = self.simulated(best)
-        rows = [alternative(each, point, self.question, self.devices) for each in best for point in each.points]
+        rows = [alternative(each, point, self.question) for each in best for point in each.points]
         rows = [row for row in mark_front(rows) if row.front]
         rows.sort(key=lambda row: (-row.output_tokens_per_s_per_device, row.name, row.concurrency))
         simulated = [self._simulated_row(each, found, each is chosen) for each, found in played]
@@ -132,7 +148,7 @@ class _Search:
     ) -> tuple[Contender, Predicted, Plan, list[tuple[Contender, Predicted]]]:
         """The best of the first few by the simulator."""
         played: list[tuple[Contender, Predicted, Plan]] = []
-        queue, left = _distinct(ranked), _WORK
+        queue, left = _distinct(ranked), _WORK * self.played / SIMULATED
         affordable = [each for each in queue if self._work(each) <= _WORK_EACH]
         for contender in affordable or [min(queue, key=self._work)]:
             cost = self._work(contender)
@@ -145,12 +161,12 @@ class _Search:
                 played.append((contender, found, made))
             except (ServingError, CapacityError, PriceError) as error:
                 self.rejected.append(Rejected(contender.name, str(error)))
-            if len(played) == SIMULATED:
+            if len(played) == self.played:
                 break
         if not played:
             raise NoPlanError(f"no plan could be simulated: {self.rejected[-1].reason}")
         demand = self.question.demand
-        best, figures, plan = min(played, key=lambda each: (*_merit(each[1], demand), each[0].name))
+        best, figures, plan = min(played, key=lambda each: (*merit(each[1], demand), each[0].name))
         return best, figures, plan, [(each, found) for each, found, _ in played]
 
     # --- parts of them
@@ -188,6 +204,8 @@ class _Search:
     ) -> list[Contender]:
         """Pairs of the best on either side: prompts, and tokens, a second and device."""
         demand = self.question.demand
+        if demand.osl == 1:  # prefilling is all there is
+            return []
         room = (devices, devices) if isinstance(devices, int) else devices
         prompts = sorted(
             (m for m in prefills if m.option.devices <= room[0]),
@@ -258,7 +276,7 @@ class _Search:
         free = demand.concurrency is None and demand.rate is None
         figures, plan = self._played(contender)
         for _ in range(3):
-            missed, load = _merit(figures, demand)[0], contender.estimate.concurrency
+            missed, load = merit(figures, demand)[0], contender.estimate.concurrency
             if not (missed and free and load > 1):
                 break
             lower = max(1, min(load - 1, int(load / (1 + min(missed, 1.0)))))
@@ -276,20 +294,21 @@ class _Search:
     def _work(self, contender: Contender) -> int:
         """What simulating a contender takes, in units of `_WORK`."""
         parts = math.gcd(*(part.replicas for part in contender.parts))
-        requests = closed_loop_requests(math.ceil(contender.estimate.concurrency / parts))
+        here = math.ceil(contender.estimate.concurrency / parts)
+        requests = closed_loop_requests(here) if self.question.demand.rate is None else open_loop_requests(here)
         return requests * (4 + sum(part.option.layout.dp for part in contender.parts))
 
     def _simulated_row(self, contender: Contender, found: Predicted, chosen: bool) -> Any:
-        row = alternative(contender, contender.estimate, self.question, self.devices)
+        row = alternative(contender, contender.estimate, self.question)
         return dataclasses.replace(
             row,
             concurrency=found.concurrency or row.concurrency,
             simulated=True,
             chosen=chosen,
             output_tokens_per_s_per_device=found.output_tokens_per_s_per_device,
-            output_tokens_per_s_per_user=found.output_tokens_per_s_per_user or 0.0,
+            output_tokens_per_s_per_user=found.output_tokens_per_s_per_user,
             ttft_ms=found.ttft_ms["mean"] or 0.0,
-            tpot_ms=found.tpot_ms["mean"] or 0.0,
+            tpot_ms=found.tpot_ms["mean"],
             meets_targets=found.meets_targets,
             evidence=found.evidence,
         )
@@ -303,6 +322,8 @@ class _Search:
         where = " and ".join(f"{each.count} x {each.profile.name}" for each in self.chips)
         if self.unpriced:
             return f"{cfg.name} fits {where}, but cannot be priced there: {self.unpriced[0].reason}"
+        if len(self.chips) > 1 and self.question.demand.osl == 1:
+            return "answers of one token are made by prefilling alone: give one --profile"
         if not self.refused:
             return f"{cfg.name} has no plan on {where}: {self.rejected[-1].reason}"
         closest = min(self.refused, key=lambda each: each.excess_bytes)
@@ -312,15 +333,15 @@ class _Search:
         return "\n".join([f"{cfg.name} has no plan on {where}{hint}. Closest: {closest.name}: {lines[0]}", *lines[1:]])
 
 
-def _merit(figures: Predicted, demand: Demand) -> tuple[float, float]:
+def merit(figures: Predicted, demand: Demand) -> tuple[float, float]:
     """As `score`, of simulated figures."""
     missed = 0.0
     for target, stats in ((demand.ttft_ms, figures.ttft_ms), (demand.tpot_ms, figures.tpot_ms)):
         if target is not None:
             missed += max((stats["mean"] or 0.0) / target - 1, 0.0)
-    if demand.rate is not None and figures.saturated_by == "arrivals":
-        missed += 1.0
-    if demand.objective == "latency":
+    if demand.rate is not None and figures.saturated_by:
+        missed += max(1 - figures.requests_per_s / demand.rate, GROWTH)
+    if demand.objective == "latency" or demand.rate is not None:
         return round(missed, 9), figures.e2e_ms["mean"] or 0.0
     return round(missed, 9), -figures.output_tokens_per_s
 

@@ -19,7 +19,7 @@ since it is looked at again and again). Else it goes on: with 64 in the system s
 who came lately are still there, it is overloaded; generations would take too long to tell.
 
 The steady window begins where the ramp ends, and ends with the last request sent: what follows is the drain. Far
-beyond, it is the time in which as many are answered as can be in service: as many wait all along.
+beyond, it is the time in which as many are answered as can be in service, from one answer on: the others wait.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Watch:
         self.inside.discard(request)
         if self.far:
             self._done_since_far += 1
-            if self._done_since_far == self.holds:
-                self._far_window[1] = now
+            if self._done_since_far in (1, self.holds + 1):
+                self._far_window[self._done_since_far > 1] = now
         self._older.discard(request)
         if not self._older:
             self._generations += 1
@@ -126,7 +126,6 @@ class Watch:
                 late = self._counts[arrivals // 2 :]
                 if late[-1] > 2 * self.holds and late[-1] - late[0] > FAR * len(late):
                     self.far, self.sustained = True, False
-                    self._far_window[0] = now
                 elif arrivals >= MOST_RAMP + 8 * self.holds:
                     self._end_ramp(now)
             return
