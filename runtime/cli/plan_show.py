@@ -51,7 +51,8 @@ def show(plan: Plan) -> None:
             how = "chosen" if row.chosen else "simulated" if row.simulated else "estimate"
             figures = (row.output_tokens_per_s_per_device, row.output_tokens_per_s_per_user, row.ttft_ms, row.tpot_ms)
             name = row.name.replace(f" on {next(iter(chips))}", "") if len(chips) == 1 else row.name
-            table.add_row(*("-" if value is None else f"{value:,.1f}" for value in figures), f"{row.concurrency:,}", how, name)
+            cells = ("-" if value is None else f"{value:,.1f}" for value in figures)
+            table.add_row(*cells, f"{row.concurrency:,}", how, name)
         console.print(table)
         if len(plan.alternatives) > _ALTERNATIVES:
             console.print(f"{len(plan.alternatives) - _ALTERNATIVES} more alternatives in the plan file (--out)")

@@ -13,7 +13,7 @@ import typer
 from foundation.errors import UsageError
 from model.formats import SCHEMES_HELP
 from runtime.cli.given import given
-from runtime.cli.simulated import progress_bar, result_of, show
+from runtime.cli.simulated import load_of, pools_of, progress_bar, result_of, show
 from runtime.deployment.engines import ENGINES_HELP
 
 if TYPE_CHECKING:
@@ -65,13 +65,18 @@ def simulate(
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Simulate serving a load: latency, throughput, queueing, and how far to trust them."""
+    """Simulate serving a load: latency, throughput, queueing, and how far to trust them.
+
+    With --rate the load goes on until it is plain whether it is kept up with. The exit code is 1 where it is not, or
+    where a plan misses its targets.
+    """
     import hw_profiles
     from model.hf_config import load_config
     from model.split import Layout
+    from runtime.deployment.plan import Demand
     from runtime.serving import Trace
     from runtime.serving import simulate as run_load
-    from runtime.simulation.build import build, model_override, spec_for, split_settings
+    from runtime.simulation.build import build, model_override, require_positions, spec_for, split_settings
 
     for path in (trace, html):
         if path and not path.parent.is_dir():
@@ -83,12 +88,11 @@ def simulate(
     if plan is not None:
         from runtime.cli.simulate_plan import load_beside_plan, simulated_plan
 
-        load = load_beside_plan(context)
+        changed = load_beside_plan(context)
         recorder = Trace() if trace else None
         with progress_bar(not as_json) as progress:
-            result, report = simulated_plan(plan, load, requests, seed, recorder, progress)
-        _give(result, report, recorder, trace, html, as_json)
-        return
+            result, report = simulated_plan(plan, changed, requests, seed, recorder, progress)
+        return _give(result, report, recorder, trace, html, as_json)
     _refuse_unread(given(context), rate, trace_file)
     chip, of_model, of_engine = split_settings(settings or [])
     cfg = load_config(model)
@@ -108,6 +112,12 @@ def simulate(
         expert_load=expert_load, drafts=mtp, accept_length=accept,
     )  # fmt: skip
     load = _workload(concurrency, rate, burstiness, trace_file, requests, isl, osl, length_ratio, seed)
+    if trace_file is None:
+        require_positions(cfg, isl, osl)
+    else:
+        longest = max(load.requests, key=lambda each: each.prompt_tokens + each.output_tokens)
+        require_positions(cfg, longest.prompt_tokens, longest.output_tokens)
+    inflight = None if rate is not None or trace_file else load.concurrency
     built = build(spec)
     deployment: Any = dataclasses.replace(built.deployment, replicas=devices // layout.devices, devices=devices)
     if prefill_devices:
@@ -116,6 +126,12 @@ def simulate(
     with progress_bar(not as_json) as progress:
         report = run_load(load, deployment, seed=seed, trace=recorder, progress=progress)
     result = result_of(spec, built, report, devices + prefill_devices, devices // layout.devices)
+    demand = Demand(isl, osl, length_ratio, inflight, rate)
+    result |= load_of(demand, report, load.description if trace_file else "")
+    if prefill_devices:
+        pools = (("prefill", prefill_devices), ("decode", devices))
+        name = f"{layout.name} on {found.name}, {spec.formats.scheme.name}, KV {spec.formats.kv}"
+        result |= pools_of({f"{role}: {n // layout.devices} x {name}": (n, built.ledger) for role, n in pools})
     _give(result, report, recorder, trace, html, as_json)
 
 
@@ -133,6 +149,8 @@ def _give(
         print(json.dumps(result, indent=2))
     else:
         show(result, report)
+    if result["meets_targets"] is False:
+        raise typer.Exit(1)
 
 
 def _refuse_unread(said: Mapping[str, str], rate: float | None, trace_file: Path | None) -> None:

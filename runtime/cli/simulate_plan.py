@@ -37,7 +37,7 @@ def simulated_plan(
 
     load: fields of its demand to change.
     """
-    from runtime.cli.simulated import result_of
+    from runtime.cli.simulated import load_of, pools_of, result_of
     from runtime.deployment.plan import Plan
     from runtime.planning.predict import simulate_plan, whole
 
@@ -52,6 +52,10 @@ def simulated_plan(
     of_all = whole(report, shares, plan)
     built = share.serving
     result = result_of(built.spec, built, report, len(plan.devices), built.deployment.replicas)
-    pools = {f"{pool.role}: {pool.name}": len(pool.devices) for pool in plan.pools}
+    held = {
+        f"{pool.role}: {pool.name}": (len(pool.devices), each.ledger)
+        for pool, each in zip(plan.pools, share.pools, strict=True)
+    }
     profile = " + ".join(dict.fromkeys(pool.profile for pool in plan.pools))
-    return {**result, **of_all.to_json(), "profile": profile, "plan": made, "pools": pools}, of_all
+    of_load = load_of(plan.demand, of_all)
+    return {**result, **of_all.to_json(), "profile": profile, "plan": made, **pools_of(held), **of_load}, of_all

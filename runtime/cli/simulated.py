@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from runtime.deployment.ledger import Ledger
+    from runtime.deployment.plan import Demand
     from runtime.serving import Report
     from runtime.simulation.build import Built, Spec
 
@@ -31,8 +35,46 @@ def result_of(spec: Spec, built: Built, report: Report, devices: int, replicas: 
             for name in ("ttft", "tpot")
             if figures[f"{name}_ms"]["mean"] is not None
         },
-        "ledger": dataclasses.asdict(built.ledger) | {"free_bytes": built.ledger.free_bytes} if built.ledger else None,
+        "ledger": ledger_json(built.ledger),
     }
+
+
+def load_of(demand: Demand, report: Report, trace: str = "") -> dict[str, Any]:
+    """What of the JSON object is of the load, and whether what was asked is met: None where nothing was. trace: the
+    description of one, whose requests are what they are."""
+    from runtime.deployment.plan import length_range
+    from runtime.planning.predict import missed
+
+    if trace:
+        lengths = ([getattr(r, name) for r in report.requests] for name in ("prompt_tokens", "output_tokens"))
+        ranges = [[min(each), max(each)] for each in lengths]
+        load = {"name": trace, "length_ratio": None}
+    else:
+        ranges = [list(length_range(tokens, demand.length_ratio)) for tokens in (demand.isl, demand.osl)]
+        load = {"name": demand.load, "length_ratio": demand.length_ratio}
+    load |= {"prompt_tokens": ranges[0], "output_tokens": ranges[1]}
+    asked = not trace and (demand.rate is not None or demand.ttft_ms is not None or demand.tpot_ms is not None)
+    notes = []
+    if demand.tpot_ms is not None and demand.osl == 1:
+        notes.append(f"answers have one token, hence no TPOT: the target of {demand.tpot_ms:g} ms does not count")
+    if report.sustained is None and report.sent_per_s is not None:
+        notes.append("the load is too short to tell whether it is kept up with")
+    if report.steady_s is None:
+        notes.append("the load is too short for a steady window: rates are of the whole run, ramp and drain included")
+    short = missed(demand, report) if asked else []
+    return {"load": load, "meets_targets": not short if asked else None, "missed": short, "notes": notes}
+
+
+def pools_of(named: dict[str, tuple[int, Ledger | None]]) -> dict[str, Any]:
+    """What of the JSON object is of pools that prefill and decode apart: the devices and the memory of each."""
+    return {
+        "pools": {name: devices for name, (devices, _) in named.items()},
+        "ledgers": {name: ledger_json(held) for name, (_, held) in named.items()},
+    }
+
+
+def ledger_json(held: Ledger | None) -> dict[str, Any] | None:
+    return dataclasses.asdict(held) | {"free_bytes": held.free_bytes} if held else None
 
 
 class progress_bar:
@@ -64,14 +106,13 @@ def show(result: dict[str, Any], report: Report) -> None:
     from rich.table import Table
 
     console = Console()
-    for name, count in result.get("pools", {}).items():
-        console.print(f"{count} devices, {name}")
-    narrow = dict.fromkeys(result["formats"][name] for name in ("weights", "experts"))
-    layout = " ".join(f"{k}{v}" for k, v in result["layout"].items() if v > 1) or "one device"
-    console.print(
-        f"[bold]{result['model']}[/] on {result['devices']} x {result['profile']}, {layout}, {result['engine']}, "
-        f"weights {' and '.join(narrow)}, KV {result['formats']['kv']}"
-    )
+    console.print(f"[bold]{result['model']}[/] on {deployment_words(result)}")
+    for name, devices in result.get("pools", {}).items():
+        console.print(f"{devices} devices, {name}")
+    load = result["load"]
+    lengths = (f"{low:,}" if low == high else f"{low:,} to {high:,}" for low, high in (load[n] for n in _LENGTHS))
+    ratio = f" (length ratio {load['length_ratio']:g})" if load["length_ratio"] not in (None, 1) else ""
+    console.print(f"{load['name']}, {' tokens in and '.join(lengths)} out{ratio}")
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("ms")
     for heading in ("mean", "p50", "p90", "p99", "9 in 10 expected within"):
@@ -82,9 +123,13 @@ def show(result: dict[str, Any], report: Report) -> None:
         cells = [f"{stats[k]:,.1f}" if stats[k] is not None else "-" for k in ("mean", "p50", "p90", "p99")]
         table.add_row(name.upper(), *cells, f"{inside[0]:,.1f} to {inside[1]:,.1f}" if inside else "")
     console.print(table)
+    each = report.output_tokens_per_s_per_user
+    user = "" if math.isnan(each) else f", {each:,.1f} a user"
+    sent = "" if report.sent_per_s is None else f" of {report.sent_per_s:.3g} sent"
+    over = "" if report.steady_s is None else f", over a steady {report.steady_s:,.0f} s"
     console.print(
-        f"{report.output_tokens_per_s:,.0f} output tok/s, {report.output_tokens_per_s_per_device:,.1f} a device, "
-        f"{report.output_tokens_per_s_per_user:,.1f} a user; {report.requests_per_s:.2f} requests/s"
+        f"{report.output_tokens_per_s:,.0f} output tok/s, {report.output_tokens_per_s_per_device:,.1f} a device{user}; "
+        f"{report.requests_per_s:.3g} requests/s{sent}{over}"
     )
     console.print(
         f"KV pool {report.kv.pool_tokens:,} tokens, {report.kv.peak_fraction:.0%} at the peak; "
@@ -95,4 +140,23 @@ def show(result: dict[str, Any], report: Report) -> None:
     outside = f", {report.extrapolated:.0%} of steps outside the fits' range" if report.extrapolated else ""
     console.print(f"evidence: {report.evidence}{outside}")
     if report.saturated:
-        console.print(f"[bold red]SATURATED[/] by {report.saturated_by}: requests wait for admission")
+        why = "the backlog grows" if report.sustained is False else "requests wait for admission"
+        console.print(f"[bold red]SATURATED[/] by {report.saturated_by}: {why}")
+    if result["missed"]:
+        console.print(f"[bold red]misses its targets[/]: {'; '.join(result['missed'])}")
+    for note in result["notes"]:
+        console.print(f"note: {note}")
+
+
+_LENGTHS = ("prompt_tokens", "output_tokens")
+
+
+def deployment_words(result: Mapping[str, Any]) -> str:
+    """The devices, the layout, the engine and the formats, of one pool; the devices and the engine of two."""
+    devices = f"{result['devices']} x {result['profile']}"
+    if len(result.get("pools", ())) > 1:
+        return f"{devices}, prefill and decode apart, {result['engine']}"
+    narrow = dict.fromkeys(result["formats"][name] for name in ("weights", "experts"))
+    layout = " ".join(f"{k}{v}" for k, v in result["layout"].items() if v > 1) or "one device"
+    weights = f"weights {' and '.join(narrow)}, KV {result['formats']['kv']}"
+    return f"{devices}, {layout}, {result['engine']}, {weights}"

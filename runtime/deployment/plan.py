@@ -68,6 +68,13 @@ class Demand:
         (a, b), (c, d) = (length_range(tokens, self.length_ratio) for tokens in (self.isl, self.osl))
         return f"{_span(a, b)} tokens in and {_span(c, d)} out"
 
+    @property
+    def load(self) -> str:
+        """How much is asked, in words."""
+        if self.rate is not None:
+            return f"{self.rate:g} requests/s"
+        return "its own load" if self.concurrency is None else f"{self.concurrency:,} requests in flight"
+
     def missed(self, ttft_ms: float | None, tpot_ms: float | None, served_per_s: float, kept_up: bool) -> list[str]:
         """Which of what was asked is missed, in words, and by how much: from the means, and the requests served a
         second. kept_up: the backlog does not grow."""

@@ -45,6 +45,8 @@ SHOWN = 40
 _WORK, _WORK_EACH = 160_000, 130_000
 """Work of simulations at most, in all and of one contender: requests x (4 + ranks that step together), each some
 60 microseconds."""
+_HOPELESS = 0.3
+"""By how much an estimate may miss the targets for its plan to be played after the first few: more than they err."""
 Progress = Callable[[str], None]
 
 
@@ -72,7 +74,7 @@ def search(
     demand = question.demand
     require_positions(question.cfg, demand.isl, demand.osl)
     if demand.osl == 1 and demand.tpot_ms is not None:
-        raise UsageError("answers of one token have no time per output token: leave out the TPOT target, or ask for more")
+        raise UsageError("answers of one token have no time per output token: leave out --tpot-ms, or ask for more")
     matrix = checked(question, load) if load is not None else None
     return _Search(question, chips, matrix, load_name, progress, played).plan()
 
@@ -152,7 +154,8 @@ class _Search:
         affordable = [each for each in queue if self._work(each) <= _WORK_EACH]
         for contender in affordable or [min(queue, key=self._work)]:
             cost = self._work(contender)
-            if played and cost > left:
+            hopeless = len(played) >= SIMULATED and contender.estimate.misses(self.question.demand) > _HOPELESS
+            if played and (cost > left or hopeless):
                 continue
             left -= cost
             self.progress(f"simulating {contender.name}")

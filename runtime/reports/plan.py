@@ -59,9 +59,7 @@ def page(plan: Plan, cfg: ModelConfig) -> str:
 
 def _demand(plan: Plan) -> str:
     demand = plan.demand
-    load = f"{demand.concurrency} requests in flight" if demand.concurrency is not None else "its own load"
-    load = f"{demand.rate:g} requests/s" if demand.rate is not None else load
-    return f"{demand.isl:,} tokens in, {demand.osl:,} out · {load} · best {demand.objective}"
+    return f"{demand.lengths} · {demand.load} · best {demand.objective}"
 
 
 # --- the answer ------------------------------------------------------------------------------------------
@@ -115,7 +113,8 @@ def _verdict(plan: Plan) -> str:
     found, demand = plan.predicted, plan.demand
     if found is None:
         return '<p class="quiet">A plan made for a given layout: nothing was searched, priced or simulated.</p>'
-    wants = [
+    wants = [f"{demand.rate:g} requests/s"] if demand.rate is not None else []
+    wants += [
         f"{name} up to {ms(target)}"
         for name, target in (("TTFT", demand.ttft_ms), ("TPOT", demand.tpot_ms))
         if target is not None
@@ -124,7 +123,9 @@ def _verdict(plan: Plan) -> str:
     if wants and found.meets_targets:
         out += f'<p class="good">Meets what was asked: {" and ".join(wants)}.</p>'
     elif wants:
-        out += f'<p class="banner"><strong>Misses what was asked</strong>: {" and ".join(wants)}.</p>'
+        why = "; ".join(found.missed(demand))
+        said = " and ".join(wants) + (f" ({why})" if why else "")
+        out += f'<p class="banner"><strong>Misses what was asked</strong>: {said}.</p>'
     if found.saturated_by:
         why = SATURATED.get(found.saturated_by, found.saturated_by)
         out += f'<p class="banner"><strong>Saturated</strong>: {escape(why)}. More load only lengthens the queue.</p>'
@@ -145,7 +146,8 @@ def _cards(plan: Plan) -> str:
         fullest = min(plan.devices, key=lambda device: device.ledger.free_bytes)
         free = ("Least left free", f"{fullest.ledger.free_bytes / 1e9:.1f} GB", f"device {fullest.index}")
         return cards([holds, free])
-    load = f"{found.concurrency:,} in flight" if found.concurrency else f"{count(found.requests_per_s)} requests/s"
+    flying = found.concurrency or math.ceil(found.requests_per_s * (found.e2e_ms["mean"] or 0.0) / 1e3)
+    load = f"{flying:,} in flight" + ("" if found.concurrency else " on average")
     return cards(
         [
             ("Time to first token", ms(found.ttft_ms["mean"]), _within(found, "ttft")),
@@ -195,7 +197,8 @@ def _alternatives(plan: Plan) -> str:
         return ""
 
     def at(each: Sequence[Alternative]) -> list[tuple[float, float]]:
-        return sorted((row.output_tokens_per_s_per_user, row.output_tokens_per_s_per_device) for row in each)
+        rates = ((row.output_tokens_per_s_per_user, row.output_tokens_per_s_per_device) for row in each)
+        return sorted((user, device) for user, device in rates if user is not None)
 
     estimated = [row for row in rows if not row.simulated]
     groups = [
@@ -222,8 +225,9 @@ _HEAD = "".join(
 def _alternative(row: Alternative) -> str:
     name = f"<b>{escape(row.name)}</b> (this plan)" if row.chosen else escape(row.name)
     known = "simulated" if row.simulated else "estimate"
+    user = row.output_tokens_per_s_per_user or math.nan
     cells = (
-        count(row.concurrency), count(row.output_tokens_per_s_per_device), count(row.output_tokens_per_s_per_user),
+        count(row.concurrency), count(row.output_tokens_per_s_per_device), count(user),
         ms(row.ttft_ms), ms(row.tpot_ms), "met" if row.meets_targets else "missed", known,
     )  # fmt: skip
     return f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"

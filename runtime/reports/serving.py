@@ -40,14 +40,19 @@ def write_page(path: Path, result: Mapping[str, Any], report: Report) -> None:
 def page(result: Mapping[str, Any], report: Report) -> str:
     """The page's HTML."""
     title = f"{result['model']} on {result['devices'] or ''} x {result['profile']}".replace("  ", " ")
-    degrees = " ".join(f"{name}{degree}" for name, degree in result["layout"].items() if degree > 1) or "one device"
-    formats = result["formats"]
-    subtitle = (
-        f"{degrees} · engine {result['engine']} · weights {formats['weights']}, experts {formats['experts']}, "
-        f"KV {formats['kv']} · {report.measured_requests:,} requests measured"
-    )
+    pools = list(result.get("pools", ()))
+    if len(pools) > 1:
+        what = " · ".join([*pools, f"engine {result['engine']}"])
+    else:
+        degrees = " ".join(f"{name}{degree}" for name, degree in result["layout"].items() if degree > 1)
+        formats = result["formats"]
+        what = (
+            f"{degrees or 'one device'} · engine {result['engine']} · weights {formats['weights']}, experts "
+            f"{formats['experts']}, KV {formats['kv']}"
+        )
+    subtitle = f"{what} · {_load(result)}{report.measured_requests:,} requests measured"
     sections = [
-        _banner(report),
+        _banner(result, report),
         _cards(result, report),
         section("Latency", _latency_table(result) + _distributions(report)),
         section("Over time", _timeline(report)),
@@ -60,6 +65,15 @@ def page(result: Mapping[str, Any], report: Report) -> str:
     return document("Simulated serving", title, subtitle, sections)
 
 
+def _load(result: Mapping[str, Any]) -> str:
+    load = result.get("load")
+    if not load:
+        return ""
+    ranges = (load["prompt_tokens"], load["output_tokens"])
+    lengths = (f"{low:,}" if low == high else f"{low:,} to {high:,}" for low, high in ranges)
+    return f"{load['name']}, {' tokens in and '.join(lengths)} out · "
+
+
 def _json(result: Mapping[str, Any]) -> str:
     return escape(json.dumps(result, indent=2, default=str))
 
@@ -67,11 +81,14 @@ def _json(result: Mapping[str, Any]) -> str:
 # --- sections --------------------------------------------------------------------------------------------
 
 
-def _banner(report: Report) -> str:
+def _banner(result: Mapping[str, Any], report: Report) -> str:
+    missed = "; ".join(result.get("missed", ()))
+    out = f'<p class="banner"><strong>Misses what was asked</strong>: {escape(missed)}.</p>' if missed else ""
+    out += "".join(f'<p class="quiet">{escape(note.capitalize())}.</p>' for note in result.get("notes", ()))
     if not report.saturated:
-        return ""
+        return out
     why = SATURATED.get(report.saturated_by, report.saturated_by)
-    return (
+    return out + (
         f'<p class="banner"><strong>Saturated</strong> ({escape(report.saturated_by)}): {escape(why)}. More load only '
         "lengthens the queue, and waiting times depend on how long the run lasts.</p>"
     )
@@ -187,9 +204,17 @@ def _time(report: Report) -> str:
 
 
 def _memory(result: Mapping[str, Any]) -> str:
+    ledgers = result.get("ledgers", {})
+    if len(ledgers) > 1:
+        parts = (f"<h3>{escape(name)}</h3>{_memory_of(held, 0)}" for name, held in ledgers.items() if held)
+        pool = f"{result['kv']['pool_tokens']:,} tokens of cache where requests decode."
+        return "".join(parts) + f'<p class="quiet">{pool}</p>'
     ledger = result.get("ledger")
-    if not ledger:
-        return ""
+    return _memory_of(ledger, result["kv"]["pool_tokens"]) if ledger else ""
+
+
+def _memory_of(ledger: Mapping[str, Any], pool: int) -> str:
+    """A bar of one device's memory. pool: tokens of cache in all, 0 where that is said elsewhere."""
     weights = sorted(ledger["weights_bytes"].items(), key=lambda item: -item[1])
     parts = [(f"weights: {name.replace('_', ' ')}", size) for name, size in weights[:3]]
     if len(weights) > 3:
@@ -202,11 +227,10 @@ def _memory(result: Mapping[str, Any]) -> str:
         ("left free", ledger["free_bytes"]),
     ]
     bar = svg.stacked([(name, size, gb(size)) for name, size in parts])
-    pool = result["kv"]["pool_tokens"]
+    holds = f"; the pool holds {pool:,} tokens" if pool else ""
     return (
         f'{bar}<p class="quiet">{gb(ledger["usable_bytes"])} usable of {gb(ledger["capacity_bytes"])}. A token takes '
-        f"{count(ledger['kv_bytes_per_token'])} bytes of KV cache on each device that holds its sequence; "
-        f"the pool holds {pool:,} tokens.</p>"
+        f"{count(ledger['kv_bytes_per_token'])} bytes of KV cache on each device that holds its sequence{holds}.</p>"
     )
 
 

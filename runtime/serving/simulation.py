@@ -242,12 +242,7 @@ class Simulation:
 
     def _decided(self) -> bool:
         """Nothing more is to be learnt from an endless load."""
-        return (
-            self.endless
-            and self.finished == self._to_measure
-            and self.watch is not None
-            and self.watch.decided
-        )
+        return self.endless and self.finished == self._to_measure and self.watch is not None and self.watch.decided
 
     def _start_measuring(self) -> None:
         self._measuring = True

@@ -106,7 +106,9 @@ class Watch:
             self.sustained = self._verdict(GROWTH_GIVEN)
 
     def window(self) -> tuple[float, float] | None:
-        """The steady window of the run, if it had one."""
+        """The steady window of the run, if it had one; of a list, where enough was sent in it."""
+        if self.given and not self.far and len(self._counts) - self._ramp_arrivals < LEAST:
+            return None
         start, end = self._far_window if self.far else (self.ramp_over_at or math.nan, self.last_sent_at)
         return (start, end) if end > start else None
 

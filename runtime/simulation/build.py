@@ -169,10 +169,8 @@ def memories(spec: Spec) -> list[Ledger]:
 def require_positions(cfg: ModelConfig, prompt_tokens: int, output_tokens: int) -> None:
     """Raises `UsageError` for a request longer than the model has positions."""
     if prompt_tokens + output_tokens > cfg.max_positions:
-        raise UsageError(
-            f"{prompt_tokens:,} tokens in and {output_tokens:,} out are {prompt_tokens + output_tokens:,}, and {cfg.name} "
-            f"has {cfg.max_positions:,} positions: ask for fewer"
-        )
+        asked = f"{prompt_tokens:,} tokens in and {output_tokens:,} out are {prompt_tokens + output_tokens:,}"
+        raise UsageError(f"{asked}, and {cfg.name} has {cfg.max_positions:,} positions: ask for fewer")
 
 
 class PriceTables:
