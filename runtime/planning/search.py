@@ -148,7 +148,8 @@ class _Search:
     def simulated(
         self, ranked: list[Contender]
     ) -> tuple[Contender, Predicted, Plan, list[tuple[Contender, Predicted]]]:
-        """The best of the first few by the simulator."""
+        """The best of the first few by the simulator; where the number of devices is all that counts, the first that
+        meets the targets."""
         played: list[tuple[Contender, Predicted, Plan]] = []
         queue, left = _distinct(ranked), _WORK * self.played / SIMULATED
         affordable = [each for each in queue if self._work(each) <= _WORK_EACH]
@@ -164,7 +165,8 @@ class _Search:
                 played.append((contender, found, made))
             except (ServingError, CapacityError, PriceError) as error:
                 self.rejected.append(Rejected(contender.name, str(error)))
-            if len(played) == self.played:
+            enough = self.question.demand.objective == "min-devices" and played and played[-1][1].meets_targets
+            if enough or len(played) == self.played:
                 break
         if not played:
             raise NoPlanError(f"no plan could be simulated: {self.rejected[-1].reason}")

@@ -11,9 +11,10 @@ overload each generation is longer than the one before, by the ratio of what is 
 line. Its slope g is the share of the arrivals that is never served. Its standard error is taken from what is left of
 the parts beside the line, and is no less than sqrt(12) L / a^1.5 for a arrivals with L in the system: what a server
 with room for all would show, where N swings by sqrt(L) and forgets within L arrivals. Twice that is d. The load is kept
-up with where g + d < `GROWTH`, and is not where g - 2 d > `GROWTH` and the later half grows as well (the more certain,
-since it is looked at again and again). Else it goes on: with 64 in the system some 800 arrivals tell, with 256 some
-2,000. After `MOST` arrivals g alone decides.
+up with where g + d < `GROWTH` after `LEAST` arrivals; or, from half as many on, where one in ten of the later half found nobody there:
+who is idle is not overloaded. It is not kept up with where g exceeds `GROWTH` by 2 d and by 3 c / sqrt(a), c the coefficient
+of variation of the gaps (what chance alone adds to a queue), and the later half grows as well. Else it goes on: with 64
+in the system some 1,000 arrivals tell, with 256 some 2,000. After `MOST` arrivals g alone decides.
 
 *Far beyond.* Where more than twice as many are in the system as it can have in service, and more than `FAR` of those
 who came lately are still there, it is overloaded; generations would take too long to tell.
@@ -37,8 +38,10 @@ GROWTH = 0.02
 GROWTH_GIVEN = 0.10
 """The same where the load is a given list, which may swell by itself and cannot go on until it is certain."""
 FAR = 0.25
-LEAST, MOST = 8 * PARTS, 6000
-"""Arrivals in the window at the least, and at the most (beside eight times what was in the system at its start)."""
+FIRST, LEAST, MOST = 8 * PARTS, 1000, 6000
+"""Arrivals in the window when it is first looked at; before a load passes for kept up with; and at the most (beside
+eight times what was in the system at its start)."""
+_IDLE = 0.1
 MOST_RAMP = 20_000
 """Arrivals, beside eight times what can be in service, after which the ramp is taken to be over."""
 
@@ -56,7 +59,8 @@ class Watch:
         self.sustained: bool | None = None
         self.ramp_over_at: float | None = None
         self.far = False
-        self._first_sent_at = self.last_sent_at = math.nan
+        self.last_sent_at = math.nan
+        self._times: list[float] = []  # of arrivals
         self._far_window = [math.nan, math.nan]
         self._done_since_far = 0
         self.inside: set[Request] = set()
@@ -65,14 +69,13 @@ class Watch:
         self._counts: list[int] = []  # in the system, at each arrival
         self._ramp_arrivals = 0
         self._ramp_inside = 0
-        self._next_look = LEAST
+        self._next_look = FIRST
         self._next_far_look = 64
 
     def sent(self, request: Request, now: float) -> None:
         """A request has been sent."""
         self.last_sent_at = now
-        if not self._counts:
-            self._first_sent_at = now
+        self._times.append(now)
         self.inside.add(request)
         self._counts.append(len(self.inside))
         if not self._older:
@@ -102,12 +105,12 @@ class Watch:
     def end(self) -> None:
         """Nothing more will be sent: decides, as far as a list allows."""
         since = len(self._counts) - self._ramp_arrivals
-        if self.sustained is None and self.ramp_over_at is not None and since >= max(LEAST, 3 * self._ramp_inside):
-            self.sustained = self._verdict(GROWTH_GIVEN)
+        if self.sustained is None and self.ramp_over_at is not None and since >= max(FIRST, 3 * self._ramp_inside):
+            self.sustained = self._verdict(GROWTH_GIVEN, FIRST)
 
     def window(self) -> tuple[float, float] | None:
         """The steady window of the run, if it had one; of a list, where enough was sent in it."""
-        if self.given and not self.far and len(self._counts) - self._ramp_arrivals < LEAST:
+        if self.given and not self.far and len(self._counts) - self._ramp_arrivals < FIRST:
             return None
         start, end = self._far_window if self.far else (self.ramp_over_at or math.nan, self.last_sent_at)
         return (start, end) if end > start else None
@@ -115,7 +118,7 @@ class Watch:
     @property
     def sent_per_s(self) -> float:
         """Requests sent a second: in the window, or in all where there is none."""
-        count, start = len(self._counts) - 1, self._first_sent_at
+        count, start = len(self._counts) - 1, self._times[0]
         if self.ramp_over_at is not None and self.last_sent_at > self.ramp_over_at:
             count, start = len(self._counts) - self._ramp_arrivals, self.ramp_over_at
         return count / (self.last_sent_at - start) if self.last_sent_at > start else math.nan
@@ -135,23 +138,27 @@ class Watch:
         if self.given or since < self._next_look:
             return
         self._next_look = math.ceil(1.2 * since)
-        self.sustained = self._verdict(GROWTH)
+        self.sustained = self._verdict(GROWTH, LEAST)
         if self.sustained is None and since >= MOST + 8 * self._ramp_inside:
             self.sustained = growth(self._counts[self._ramp_arrivals :])[0] <= GROWTH
 
-    def _verdict(self, most: float) -> bool | None:
+    def _verdict(self, most: float, least: int) -> bool | None:
         counts = self._counts[self._ramp_arrivals :]
+        later = counts[len(counts) // 2 :]
         slope, error = growth(counts)
-        if max(slope, 0.0) + error < most:
+        idle = len(counts) >= least // 2 and later.count(1) > _IDLE * len(later)
+        if idle or (len(counts) >= least and max(slope, 0.0) + error < most):
             return True
-        if slope - 2 * error > most and growth(counts[len(counts) // 2 :])[0] > most:
+        gaps = np.diff(self._times[self._ramp_arrivals :])
+        chance = 3 * float(gaps.std() / gaps.mean()) / math.sqrt(len(counts)) if gaps.any() else 0.0
+        if slope - max(2 * error, chance) > most and growth(later)[0] > most:
             return False
         return None
 
     def _end_ramp(self, now: float) -> None:
         self.ramp_over_at = now
         self._ramp_arrivals, self._ramp_inside = len(self._counts), len(self.inside)
-        self._next_look = max(LEAST, 3 * self._ramp_inside)
+        self._next_look = max(FIRST, 3 * self._ramp_inside)
 
 
 def growth(counts: list[int]) -> tuple[float, float]:

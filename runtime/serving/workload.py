@@ -20,7 +20,7 @@ from runtime.serving.request import Request
 
 MOONCAKE_BLOCK_TOKENS = 512
 MOST_TRACE_BYTES = 1 << 32
-_BLOCK = 256
+_BLOCK = 1000
 """Requests of an endless load made at a time."""
 
 
@@ -160,27 +160,25 @@ def open_loop(
     if not (cv >= 0 and math.isfinite(cv)):
         raise WorkloadError(f"burstiness cv {cv}: give zero (even), 1 (Poisson) or more (bursty)")
     _whole("the number of requests", requests)
-    made = _requests(warmup + requests, prompt, output, seed)
-    for request, sent_at in zip(made, _times(rate, cv, len(made), np.random.default_rng([seed, 1])), strict=True):
-        request.sent_at = sent_at
-    last = made[-1].sent_at
+    count = warmup + requests
+    made = list(itertools.islice(_stream(rate, cv, prompt, output, seed), count))
 
     def goes_on() -> Iterator[Request]:
-        at, first = last, len(made)
-        for block in itertools.count(2):
-            more = _requests(_BLOCK, prompt, output, seed, block)
-            times = _times(rate, cv, _BLOCK, np.random.default_rng([seed, 1, block]))
-            for request, after in zip(more, times, strict=True):
-                request.id, request.sent_at = first + request.id, at + after
-                yield request
-            at, first = at + times[-1], first + _BLOCK
+        return itertools.islice(_stream(rate, cv, prompt, output, seed), count, None)
 
     return Workload(made, None, warmup, goes_on, description=f"open loop, {rate:g}/s, cv {cv:g}")
 
 
-def _times(rate: float, cv: float, count: int, rng: np.random.Generator) -> list[float]:
-    gaps = rng.gamma(1 / cv**2, cv**2, size=count) if cv else np.ones(count)
-    return (np.cumsum(gaps) / rate).tolist()
+def _stream(rate: float, cv: float, prompt: Lengths, output: Lengths, seed: int) -> Iterator[Request]:
+    """Requests of an open loop, without end. Each thousand comes in the time that the rate gives it: bursts are as
+    asked, but no run has more or less to do in the long term by chance."""
+    for block in itertools.count():
+        rng = np.random.default_rng([seed, 1, block])
+        gaps = rng.gamma(1 / cv**2, cv**2, size=_BLOCK) if cv else np.ones(_BLOCK)
+        times = (block + np.cumsum(gaps) / gaps.sum()) * (_BLOCK / rate)
+        for request, sent_at in zip(_requests(_BLOCK, prompt, output, seed, block), times.tolist(), strict=True):
+            request.id, request.sent_at = block * _BLOCK + request.id, sent_at
+            yield request
 
 
 def mooncake_trace(path: str | Path, *, limit: int | None = None, speed: float = 1.0) -> Workload:

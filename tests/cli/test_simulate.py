@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,11 @@ def test_open_loops() -> None:
     assert slow["requests_per_s"] == pytest.approx(0.5, rel=0.4)
     assert slow["ttft_ms"]["mean"] < fast["ttft_ms"]["mean"]
     assert run("--isl", 1024, "--osl", 32, "--requests", 40, "--rate", 4, "--burstiness", 4) != fast
-    over = run("--isl", 8192, "--osl", 512, "--requests", 200, "--rate", 50)
+    assert slow["sustained"] is True and slow["meets_targets"] is True
+    code, out, _ = glm5("simulate", "--isl", 8192, "--osl", 512, "--requests", 200, "--rate", 50, "--json")
+    over = json.loads(out)
+    assert code == 1 and over["meets_targets"] is False and over["sustained"] is False
+    assert "50 requests/s asked" in over["missed"][0] and over["requests_per_s"] < 2
     assert over["saturated"] and over["saturated_by"] in ("arrivals", "kv-pool", "max-running")
 
 
@@ -116,6 +121,50 @@ def test_a_table_for_people() -> None:
     for words in ("glm-5-fp8 on 8 x h200-sxm, tp8, sglang", "TTFT", "TPOT", "9 in 10", "KV pool", "evidence: "):
         assert words in output.out
     assert "SATURATED" in glm5("simulate", "--rate", 50, "--requests", 100, "--osl", 64).out
+
+
+def test_a_backlog_of_half_made_answers_is_one() -> None:
+    """Prompts are computed in time, answers are not: first tokens alone do not show it."""
+    words = ("simulate", "--tp", 2, "--dp", 4, "--ep", 8, "--kv", "fp8", "--rate", 3, "--requests", 150)
+    code, out, _ = glm5(*words)
+    assert code == 1 and "SATURATED by kv-pool: the backlog grows" in out
+    assert "misses its targets: 3 requests/s asked" in out
+
+
+def test_answers_of_one_token_have_no_tpot(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    words = ("simulate", "--isl", 1024, "--osl", 1, "--concurrency", 4, "--requests", 12)
+    shown = glm5(*words, "--html", page)
+    assert shown.code == 0 and "a user" not in shown.out
+    assert "nan" not in shown.out.lower() and "nan" not in re.sub("<style>.*?</style>", "", page.read_text().lower())
+    result = glm5(*words, "--json").json
+    assert result["tpot_ms"]["mean"] is None and result["output_tokens_per_s_per_user"] is None
+    assert set(result["band"]) == {"ttft_ms"}
+
+
+def test_the_lengths_that_are_drawn_are_said(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    result = run("--isl", 60000, "--osl", 8, "--concurrency", 1, "--requests", 2, "--html", page)
+    assert result["load"]["prompt_tokens"] == [48000, 60000] and result["load"]["length_ratio"] == 0.8
+    assert "48,000 to 60,000 tokens in and 6 to 8 out" in page.read_text(encoding="utf-8")
+    for ratio, said in ((1, "1 requests in flight, 1,000 tokens in and 8 out\n"), (0.5, "500 to 1,000 tokens in")):
+        words = ("--isl", 1000, "--osl", 8, "--concurrency", 1, "--requests", 2, "--length-ratio", ratio)
+        assert said in glm5("simulate", *words).out
+
+
+def test_a_trace_longer_than_the_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"timestamp": 0, "input_length": 202750, "output_length": 3}\n')
+    assert "are 202,753, and glm-5-fp8 has 202,752 positions" in refused("simulate", "--trace-file", path)
+
+
+def test_pools_apart_are_named_with_their_memory(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    words = ("--isl", 1024, "--osl", 32, "--concurrency", 4, "--requests", 12, "--prefill-devices", 8)
+    result = run(*words, "--html", page)
+    assert list(result["pools"].values()) == [8, 8] and len(result["ledgers"]) == 2
+    assert page.read_text(encoding="utf-8").count("prefill: 1 x tp8") >= 2
+    assert "16 x h200-sxm, prefill and decode apart" in glm5("simulate", *words).out
 
 
 def test_a_chrome_trace(tmp_path: Path) -> None:
@@ -196,7 +245,10 @@ MISTAKES: list[tuple[str, str]] = [
     ("--seed -1", "greater than or equal to 0"),
     ("--length-ratio 0", "0.01"),
     ("--expert-load gaussian", "gaussian"),
-    ("--isl 900000 --concurrency 1 --requests 1", "tokens of KV cache"),
+    ("--isl 190000 --tp 1 --dp 8 --ep 8 --concurrency 1 --requests 1", "tokens of KV cache"),
+    ("--isl 202752 --osl 1", "202,752 tokens in and 1 out are 202,753, and glm-5-fp8 has 202,752 positions"),
+    ("--isl 100 --osl 300000 --rate 1", "100 tokens in and 300,000 out are 300,100"),
+    ("--model deepseek-v3 --isl 200000", "has 163,840 positions"),
     ("--trace /none/at/all/trace.json", "no directory /none/at/all"),
 ]
 
