@@ -10,11 +10,13 @@ overload each generation is longer than the one before, by the ratio of what is 
 *Growth, with its error.* N at the arrivals since the ramp, averaged over `PARTS` equal parts, is fitted by a straight
 line. Its slope g is the share of the arrivals that is never served. Its standard error is taken from what is left of
 the parts beside the line, and is no less than sqrt(12) L / a^1.5 for a arrivals with L in the system: what a server
-with room for all would show, where N swings by sqrt(L) and forgets within L arrivals. Twice that is d. The load is kept
-up with where g + d < `GROWTH` after `LEAST` arrivals; or, from half as many on, where one in ten of the later half found nobody there:
-who is idle is not overloaded. It is not kept up with where g exceeds `GROWTH` by 2 d and by 3 c / sqrt(a), c the coefficient
-of variation of the gaps (what chance alone adds to a queue), and the later half grows as well. Else it goes on: with 64
-in the system some 1,000 arrivals tell, with 256 some 2,000. After `MOST` arrivals g alone decides.
+with room for all would show, where N swings by sqrt(L) and forgets within L arrivals. Twice that is d.
+
+The load is kept up with where g + d < `GROWTH` after `LEAST` arrivals; or, from half as many on, where one in ten of
+the later half found nobody there: who is idle is not overloaded. It is not kept up with where g exceeds `GROWTH` by 2 d
+and by 3 c / sqrt(a), c the coefficient of variation of the gaps (what chance adds to a queue), and the later half grows
+as well. Else it goes on: with 64 in the system some 1,000 arrivals tell, with 256 some 2,000. After `MOST` arrivals g
+alone decides.
 
 *Far beyond.* Where more than twice as many are in the system as it can have in service, and more than `FAR` of those
 who came lately are still there, it is overloaded; generations would take too long to tell.

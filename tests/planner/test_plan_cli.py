@@ -76,6 +76,11 @@ def test_an_edited_plan_is_refused(plan: Path, tmp_path: Path) -> None:
     [
         (("--concurrency", 4, "--rate", 1), "give one of --concurrency and --rate"),
         (("--rate", 0), "--rate 0: give a number above zero"),
+        (("--isl", 300000), "300,000 tokens in and 1,024 out are 301,024, and glm-5-fp8 has 202,752 positions"),
+        (("--isl", 202752, "--osl", 1), "are 202,753, and glm-5-fp8 has 202,752 positions"),
+        (("--model", "glm-4.5-air", "--osl", 131072, "--objective", "min-devices"), "has 131,072 positions"),
+        (("--osl", 1, "--tpot-ms", 20), "answers of one token have no time per output token: leave out --tpot-ms"),
+        (("--osl", 1, "--profile", "h200-sxm:8", "--profile", "h20-141gb:8"), "give one --profile"),
         (("--formats", "fp7"), "unknown formats 'fp7'"),
         (("--kv", "int8"), "h200-sxm keeps no int8 cache"),
         (("--profile", "h200-sxm:0"), "at least one device"),
