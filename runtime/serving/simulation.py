@@ -230,7 +230,7 @@ class Simulation:
         elif (watch.ramp_over_at is not None or watch.far) and self._measured < self._to_measure:
             request.measured = len(sent) > warmup
             self._measured += request.measured
-        if watch.sustained is not False or self._measured < self._to_measure:
+        if watch.sustained is not False or watch.short_of_backlog or self._measured < self._to_measure:
             self._send_on_time()
 
     def _send_on_time(self) -> None:

@@ -22,7 +22,7 @@ alone decides.
 who came lately are still there, it is overloaded; generations would take too long to tell.
 
 The steady window begins where the ramp ends, and ends with the last request sent: what follows is the drain. Far
-beyond, it is the time in which as many are answered as can be in service, from one answer on: the others wait.
+beyond, once as many are answered as can be in service, it is the time in which as many again are: the others wait.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Watch:
         self.inside.discard(request)
         if self.far:
             self._done_since_far += 1
-            if self._done_since_far in (1, self.holds + 1):
-                self._far_window[self._done_since_far > 1] = now
+            if self._done_since_far in (self.holds, 2 * self.holds):
+                self._far_window[self._done_since_far > self.holds] = now
         self._older.discard(request)
         if not self._older:
             self._generations += 1
@@ -103,6 +103,11 @@ class Watch:
     def decided(self) -> bool:
         """What the load was followed for is known."""
         return self.sustained is not None and not (self.far and math.isnan(self._far_window[1]))
+
+    @property
+    def short_of_backlog(self) -> bool:
+        """Far beyond, more has to be sent for a window in which there is always somebody waiting."""
+        return self.far and len(self.inside) < 3 * self.holds
 
     def end(self) -> None:
         """Nothing more will be sent: decides, as far as a list allows."""
