@@ -25,7 +25,8 @@ import numpy as np
 
 from backends import registry
 from backends.interface import Backend
-from model.checkpoint import Checkpoint, save
+from model.checkpoint import Checkpoint
+from model.checkpoint_writer import save
 from model.config import ModelConfig
 from model.graph import Batch, Mode
 from model.hf_config import from_hf

@@ -27,7 +27,8 @@ from jax import Array
 
 from model import graph, ops
 from model.cache import cache_rows
-from model.checkpoint import Checkpoint, Group, groups, held_type, save
+from model.checkpoint import Checkpoint, Group, groups, held_type
+from model.checkpoint_writer import save
 from model.config import LayerType, ModelConfig
 from model.errors import CheckpointError
 from model.weights import Weight

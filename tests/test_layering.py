@@ -39,7 +39,7 @@ JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # Only these modules, and those below them, may need JAX. Of backends, none is imported here.
 MODEL_WITHOUT_JAX = (
     "config", "hf_config", "formats", "split", "spelling", "quantization_config", "weights", "cache", "quantised",
-    "checkpoint", "tokenizer", "errors", "safetensors_file",
+    "checkpoint", "checkpoint_writer", "tokenizer", "errors", "safetensors_file",
 )  # fmt: skip
 RUNTIME_WITH_JAX = (
     "runtime.pricing.trace",

@@ -19,7 +19,8 @@ import ml_dtypes
 import numpy as np
 import tokenizers
 
-from model.checkpoint import groups, save
+from model.checkpoint import groups
+from model.checkpoint_writer import save
 from model.config import ModelConfig
 from model.hf_config import from_hf
 from model.weights import Arrangement, Weight, parameter_counts

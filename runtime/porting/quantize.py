@@ -23,16 +23,8 @@ import numpy as np
 
 from foundation.errors import UsageError
 from model import quantised
-from model.checkpoint import (
-    FP8_CONFIG,
-    INDEX_FILE,
-    SHARD_BYTES,
-    Checkpoint,
-    groups,
-    new_directory,
-    stored_shape,
-    write_shards,
-)
+from model.checkpoint import Checkpoint, groups, stored_shape
+from model.checkpoint_writer import FP8_CONFIG, SHARD_BYTES, new_directory, write_shards
 from model.formats import (
     BF16,
     BITS,

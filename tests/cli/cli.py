@@ -13,7 +13,8 @@ from unittest import mock
 
 import numpy as np
 
-from model.checkpoint import groups, save
+from model.checkpoint import groups
+from model.checkpoint_writer import save
 from model.hf_config import from_hf
 from model.weights import Arrangement, Weight
 from runtime.cli.main import main

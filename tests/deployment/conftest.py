@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from model.checkpoint import save
+from model.checkpoint_writer import save
 from model.formats import BF16
 from model.hf_config import from_hf
 from tests.deployment.counted import SIZES, raw

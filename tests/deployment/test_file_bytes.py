@@ -14,7 +14,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from foundation.errors import UsageError
-from model.checkpoint import Checkpoint, save
+from model.checkpoint import Checkpoint
+from model.checkpoint_writer import save
 from model.formats import FORMATS, SCHEMES, CheckpointLayout, matrix_format, scheme
 from model.hf_config import from_hf
 from model.quantised import Matrix, quantise

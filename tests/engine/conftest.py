@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from backends import registry
-from model.checkpoint import Checkpoint, save
+from model.checkpoint import Checkpoint
+from model.checkpoint_writer import save
 from model.config import ModelConfig
 from model.hf_config import from_hf
 from model.weights import Arrangement, Weight, layer_weights, outer_weights

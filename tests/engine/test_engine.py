@@ -150,7 +150,7 @@ def test_prompt_beyond_the_page_pool_is_refused(engines: Engines) -> None:
 
 
 def test_mtp_needs_an_mtp_layer(checkpoints: dict, tmp_path) -> None:
-    from model.checkpoint import save
+    from model.checkpoint_writer import save
 
     opened = Checkpoint(checkpoints["dsa"])
     save(tmp_path / "no-mtp", opened.raw_config, {**opened.load(), "mtp": []})
@@ -161,7 +161,7 @@ def test_mtp_needs_an_mtp_layer(checkpoints: dict, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_fp8_weights_stay_fp8_and_give_the_dequantised_tokens(checkpoints: dict, tmp_path) -> None:
-    from model.checkpoint import save
+    from model.checkpoint_writer import save
 
     opened = Checkpoint(checkpoints["dsa"])
     save(tmp_path / "fp8", opened.raw_config, opened.load(), fp8=True)

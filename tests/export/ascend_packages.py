@@ -12,7 +12,7 @@ import onnx
 
 from hw_profiles import load
 from model.checkpoint import Checkpoint, groups
-from model.checkpoint import save as save_checkpoint
+from model.checkpoint_writer import save as save_checkpoint
 from model.hf_config import from_hf, load_config
 from model.split import Layout
 from model.weights import Arrangement, Weight

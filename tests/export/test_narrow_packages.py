@@ -11,7 +11,8 @@ import pytest
 
 from backends.emulation.host import Converted, EmulatedCpu
 from backends.emulation.number_formats import NumberFormats
-from model.checkpoint import Checkpoint, save
+from model.checkpoint import Checkpoint
+from model.checkpoint_writer import save
 from model.formats import Formats, scheme
 from model.hf_config import from_hf
 from runtime.deployment.manifest import Manifest

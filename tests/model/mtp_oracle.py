@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from model.checkpoint import save
+from model.checkpoint_writer import save
 from tests.model.oracle import CASES, Oracle, random_weights
 
 

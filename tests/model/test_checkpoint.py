@@ -16,7 +16,8 @@ import pytest
 
 from foundation.errors import UsageError
 from model import checkpoint as checkpoint_module
-from model.checkpoint import Checkpoint, dequantise_blocks, groups, quantise_blocks, save
+from model.checkpoint import Checkpoint, dequantise_blocks, groups
+from model.checkpoint_writer import quantise_blocks, save
 from model.errors import CheckpointError
 from model.formats import FP8_BLOCK
 from model.hf_config import from_hf

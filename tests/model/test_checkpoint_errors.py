@@ -13,7 +13,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from model.checkpoint import Checkpoint, save
+from model.checkpoint import Checkpoint
+from model.checkpoint_writer import save
 from model.errors import CheckpointError, ConfigError, ModelError
 from model.hf_config import from_hf
 from model.safetensors_file import SafetensorsFile, write

@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from model.checkpoint import Checkpoint, save
+from model.checkpoint import Checkpoint
+from model.checkpoint_writer import save
 from model.errors import CheckpointError
 from model.formats import FORMATS
 from model.hf_config import from_hf

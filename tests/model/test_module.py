@@ -17,7 +17,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from model import module
-from model.checkpoint import Checkpoint, save
+from model.checkpoint import Checkpoint
+from model.checkpoint_writer import save
 from model.errors import CheckpointError
 from model.hf_config import from_hf, load_config, preset_names
 from model.module import IndexerParam, MatrixParam, Model, PerHeadParam, RouterBias, VectorParam, param_type

@@ -15,7 +15,8 @@ from backends.emulation import products, rounding
 from backends.emulation.fidelity import Observer, load
 from backends.emulation.number_formats import NumberFormats
 from model import graph, quantised
-from model.checkpoint import Checkpoint, groups, save
+from model.checkpoint import Checkpoint, groups
+from model.checkpoint_writer import save
 from model.formats import BF16, FORMATS, INT4, ROWS, SCHEMES, CacheFormats, Formats, matrix_format
 from model.formats import scheme as scheme_named
 from model.hf_config import from_hf

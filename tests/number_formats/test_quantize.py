@@ -295,7 +295,7 @@ def test_scales_in_16_bits_are_kept_in_the_formats_own(source: Path, tmp_path: P
 
 
 def test_what_does_not_divide_leaves_nothing(tmp_path: Path) -> None:
-    from model.checkpoint import save
+    from model.checkpoint_writer import save
     from model.hf_config import from_hf
     from tests.engine.conftest import DSA, random_weights
 

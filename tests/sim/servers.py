@@ -13,7 +13,8 @@ import numpy as np
 import hw_profiles
 from backends import registry
 from backends.emulation.backend import SimBackend
-from model.checkpoint import Checkpoint, save
+from model.checkpoint import Checkpoint
+from model.checkpoint_writer import save
 from model.config import ModelConfig
 from model.hf_config import from_hf
 from model.split import Layout
