@@ -43,6 +43,7 @@ from model.formats import (
 from model.hf_config import MODELSLIM_FILE
 from model.quantization_config import MODELSLIM_TYPES
 from model.spelling import spell, tensor_name
+from model.stored_tensors import INDEX_FILE
 
 _COPIED = {".json", ".jinja", ".txt", ".model"}  # tokenizer, template, generation settings
 
