@@ -167,3 +167,24 @@ def test_a_rate_is_among_what_was_asked_and_a_user_is_not_a_rate() -> None:
     text = re.sub(r"(<[^>]+>|\s)+", " ", page(plan, FLASH))
     assert "Meets what was asked: 3.5 requests/s" in text
     assert re.search(r"A user 41.5 tok/s 90 in flight on average", text)  # 3.5 a second for 25.5 s
+
+
+def test_a_plan_of_two_pools_is_simulated_as_one_of_both(tmp_path: Path) -> None:
+    path, html = tmp_path / "plan.json", tmp_path / "page.html"
+    chips = ("--profile", "h200-sxm:3", "--profile", "h20-141gb:1")
+    words = ("--model", "glm-4.7-flash", *chips, "--isl", 1024, "--osl", 64, "--concurrency", 4, "--kv", "bf16")
+    assert glm5("plan", *words, "--out", path).code == 0
+    plan = Plan.read(path)
+    result = glm5("simulate", "--plan", path, "--html", html, "--json").json
+    used = len(plan.devices)
+    assert result["devices"] == used == sum(result["pools"].values())
+    assert result["output_tokens_per_s"] == pytest.approx(used * result["output_tokens_per_s_per_device"])
+    figures = plan.predicted
+    assert figures and figures.output_tokens_per_s_per_device == result["output_tokens_per_s_per_device"]
+    held = [ledger["capacity_bytes"] for ledger in result["ledgers"].values()]
+    assert held == [pool.devices[0].ledger.capacity_bytes for pool in plan.pools]
+    shown = glm5("simulate", "--plan", path).out
+    for pool in plan.pools:
+        assert f"{pool.role}: {pool.name}" in " ".join(shown.split())
+        assert html.read_text(encoding="utf-8").count(f"{pool.role}: {pool.name}") >= 2
+    assert "prefill and decode apart" in shown
