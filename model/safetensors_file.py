@@ -7,31 +7,19 @@ bytes are mapped here. Nothing is read until an array is touched. Writing goes t
 from __future__ import annotations
 
 import json
-import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
+from foundation.safetensors import NAMES, header
 from model.errors import CheckpointError
 
-SAFETENSORS_DTYPES: dict[str, np.dtype] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "I32": np.dtype(np.int32),
-    "I64": np.dtype(np.int64),
-}
-SPELLING = {str(dtype): spelling for spelling, dtype in SAFETENSORS_DTYPES.items()}
-"""How safetensors spells a dtype."""
+_DTYPES = {spelling: np.dtype(getattr(ml_dtypes, name, name)) for spelling, name in NAMES.items()}
 
 
 class SafetensorsFile:
@@ -69,38 +57,14 @@ class SafetensorsFile:
 
     def dtype(self, name: str) -> np.dtype:
         stored = self.dtype_name(name)
-        if stored not in SAFETENSORS_DTYPES:
+        if stored not in _DTYPES:
             raise CheckpointError(f"{self.path}: tensor {name} has the unsupported dtype {stored}")
-        return SAFETENSORS_DTYPES[stored]
+        return _DTYPES[stored]
 
     def array(self, name: str) -> np.ndarray:
         begin, end = self._entries[name]["data_offsets"]
         raw = self._map[self._data_start + begin : self._data_start + end]
         return raw.view(self.dtype(name)).reshape(self.shape(name))
-
-
-def header(tensors: Mapping[str, tuple[Sequence[int], np.dtype]]) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """How a file of these shapes and types begins, and the bytes of it that each tensor takes, one behind another.
-
-    Source of the format: an 8-byte length, a JSON header, the tensors' bytes
-    (https://github.com/huggingface/safetensors#format).
-    """
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    places, end = {}, 0
-    for name, (shape, dtype) in tensors.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": SPELLING[str(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
-        places[name] = (begin, end)
-    encoded = json.dumps(entries).encode()
-    encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8
-    start = 8 + len(encoded)
-    found = {name: (start + begin, start + end) for name, (begin, end) in places.items()}
-    return len(encoded).to_bytes(8, "little") + encoded, found
-
-
-def raw_bytes(array: np.ndarray) -> memoryview:
-    """An array's bytes, those of ml_dtypes included, to be written."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -110,9 +74,9 @@ def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # each type begins on its own size
-    begin, _ = header({name: (tensors[name].shape, tensors[name].dtype) for name in order})
+    begin, _ = header({name: (tensors[name].shape, str(tensors[name].dtype), tensors[name].nbytes) for name in order})
     with temporary.open("wb") as file:
         file.write(begin)
         for name in order:
-            file.write(raw_bytes(tensors[name]))
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
     os.replace(temporary, path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from io import BufferedWriter
@@ -17,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from backends.errors import ArtifactError
-from model.safetensors_file import SPELLING, header, raw_bytes
+from foundation.safetensors import NAMES, header
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -34,7 +35,8 @@ class TensorWriter:
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[Sequence[int], str]]):
         self._kinds = {name: (tuple(shape), numpy_dtype(dtype)) for name, (shape, dtype) in tensors.items()}
-        begin, self._places = header(self._kinds)
+        sizes = {name: math.prod(shape) * kind.itemsize for name, (shape, kind) in self._kinds.items()}
+        begin, self._places = header({name: (*tensors[name], sizes[name]) for name in tensors})
         self.missing = set(self._places)
         self._file = path.open("wb")
         try:
@@ -55,7 +57,7 @@ class TensorWriter:
         shape, kind = self._kinds[name]
         assert array.shape == shape and array.dtype == kind, (name, array.shape, shape, array.dtype, kind)
         self._file.seek(self._places[name][0])
-        self._file.write(raw_bytes(array))
+        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self.missing.discard(name)
 
 
@@ -74,14 +76,14 @@ class TensorReader:
     """A safetensors file as memory-mapped arrays. Raises `ArtifactError` for a damaged one."""
 
     def __init__(self, path: Path):
-        self.path, kinds = path, {code: name for name, code in SPELLING.items()}
+        self.path = path
         try:
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
             header.pop("__metadata__", None)
             self._entries = {
-                name: (entry["data_offsets"], entry["shape"], numpy_dtype(kinds[entry["dtype"]]))
+                name: (entry["data_offsets"], entry["shape"], numpy_dtype(NAMES[entry["dtype"]]))
                 for name, entry in header.items()
             }
             self._map = np.memmap(path, dtype=np.uint8, mode="r", offset=0)
