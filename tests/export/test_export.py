@@ -170,6 +170,7 @@ def test_text_streams_and_prompts_are_served_in_turn(package: Path, tmp_path: Pa
 def test_running_a_package_imports_nothing_of_the_model(package: Path) -> None:
     program = f"""
 import sys
+import runtime.cli.app
 from runtime.cli.main import main
 before = set(sys.modules)
 try:
