@@ -34,7 +34,7 @@ def compile_graph(model: Path, output: Path, soc_version: str, environment: Mapp
     )
     om = output.with_name(output.name + ".om")
     if done.returncode != 0 or not om.is_file():
-        words = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        words = [line for line in (done.stdout + done.stderr).split("\n") if line.strip()]
         first = next((line for line in words if line.lstrip().startswith("E")), words[-1] if words else "no message")
         raise ArtifactError(f"{model}: atc refuses it: {first.strip()}")
     return om
