@@ -138,7 +138,7 @@ def split_settings(settings: list[str]) -> tuple[dict[str, Any], list[tuple[str,
 
 
 def chip_with(name: str, settings: Mapping[str, Any]) -> Profile:
-    """A profile with figures set by hand. Raises `ProfileError`, or `UsageError` for one that would change no answer."""
+    """A profile with figures set by hand. Raises `ProfileError`, or `UsageError` for one that changes no answer."""
     found = hw_profiles.load(name, settings)
     for path in settings:
         if why := hw_profiles.refused(path):

@@ -20,7 +20,7 @@ from model.hf_config import load_config
 from tests.cli.cli import glm5, refused
 
 AIR = ("--model", "glm-4.5-air")
-LOAD = ("--isl", 512, "--osl", 32, "--concurrency", 4, "--requests", 8)
+LOAD = ("--isl", 256, "--osl", 16, "--concurrency", 2, "--requests", 4)
 UP, OUT = (f"link.{level}.bandwidth_bytes_per_s" for level in ("scale_up", "scale_out"))
 THREE = {
     "chip.peak.bf16_flops_per_s": 256e12,
@@ -59,10 +59,10 @@ def test_a_layout_that_crosses_servers_needs_the_link_between_them(
     line = refused("simulate", *AIR, "--profile", npu, *words, *LOAD)
     assert f"npu has no {OUT}" in line and what in line and f"--set {OUT}=" in line
     times = []
-    for rate in (1e8, 1e9, 1e11):
+    for rate in (1e9, 1e11):
         run = glm5("simulate", *AIR, "--profile", npu, *words, *LOAD, "--set", f"{OUT}={rate}", "--json").json
         times.append(run["e2e_ms"]["mean"])
-    assert times[0] > times[1] > times[2]
+    assert times[0] > times[1]
 
 
 @pytest.mark.parametrize(
@@ -204,6 +204,8 @@ def test_every_comment_of_a_new_profile_can_be_filled_in(tmp_path: Path) -> None
         ((*NEEDED, "--formats", "int7"), "must list some of bf16, fp16, fp8, "),
         ((*NEEDED, "--set", "chip.memory.speed=3"), "no such field"),
         ((*NEEDED, "--set", f"{UP}=-1"), "must be greater than 0"),
+        ((*NEEDED, "--set", f"{UP}=fast"), "must be a number in bytes/s, got fast"),
+        ((*NEEDED, "--set", "efficiency.memory=high"), "each knot must be [size, efficiency]"),
         ((*NEEDED, "--grade", "good"), "must be one of measured, A, B, C, user"),
         (("--bf16", "4e14", "--memory", "96", "--bandwidth", "2e12"), "check the unit"),
     ],

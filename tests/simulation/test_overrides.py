@@ -22,7 +22,7 @@ from runtime.planning.assign import pool_of
 from runtime.planning.kv_tiers import pool_kv
 from runtime.pricing import PriceError
 from runtime.serving.pricing import BatchShape
-from runtime.simulation.build import PriceTables, Spec, memory, pricer_of, spec_for, chip_with
+from runtime.simulation.build import PriceTables, Spec, chip_with, memory, pricer_of, spec_for
 
 GLM5, AIR = load_config("glm-5-fp8"), load_config("glm-4.5-air")
 DECODE = BatchShape(np.full(32, 4096), decode_rows=32, graphed=True)
