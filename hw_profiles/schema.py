@@ -52,7 +52,7 @@ class Figure:
     grade: Grade
     note: str = ""
     range: tuple[float, float] | None = None
-    replaces: float | None = None
+    replaces: float | None = field(default=None, compare=False)
 
     @property
     def evidence(self) -> Evidence:

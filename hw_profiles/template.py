@@ -71,11 +71,8 @@ def _sections(figures: Mapping[str, object]) -> Iterator[str]:
             yield f"[{section}]"
         if field in figures:
             value = figures[field]
-            yield (
-                f"{key} = {_text(value)}"
-                if field in LABELS
-                else f'{key} = {{ value = {value:.15g}, source = "given" }}'
-            )
+            number = f"{value:.15g}" if isinstance(value, int | float) else _text(value)
+            yield f"{key} = {number}" if field in LABELS else f'{key} = {{ value = {number}, source = "given" }}'
         elif field in LABELS:
             yield f'# {key} = "…"  # {", ".join(LABELS[field] or ("text",))}'
         else:
@@ -93,7 +90,7 @@ def _curves(figures: Mapping[str, object]) -> Iterator[str]:
     yield "# Share of a peak that is reached, by size of the operation: [[size, share], …]; one pair is one factor."
     for field, unit in CURVES.items():
         mark = "" if field in figures else "# "
-        share = repr(figures[field]) if field in figures else "…"
+        share = _text(figures[field]) if field in figures else "…"
         yield from (f"{mark}[{field}]", f"{mark}size_unit = {_text(unit)}", f"{mark}knots = [[1.0, {share}]]")
         yield f'{mark}source = "given"'
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hw_profiles
 from foundation.errors import UsageError
 from hw_profiles import Profile
 from model.config import ModelConfig
@@ -32,9 +31,9 @@ def chosen_scheme(profile: Profile, name: str | None = None) -> Scheme:
         return SCHEMES[next((own for own in _PREFERRED if own in available), "f32")]
     wanted = scheme(name)
     if missing := missing_formats(profile, wanted):
-        units = " or ".join(hw_profiles.asked_as(each) for each in missing)
         raise UsageError(
-            f"profile {profile.name} has no {units}: formats {name} cannot run on it; it runs {', '.join(available)}"
+            f"profile {profile.name} has no {' or '.join(missing)}: formats {name} cannot run on it; "
+            f"it runs {', '.join(available)}"
         )
     return wanted
 

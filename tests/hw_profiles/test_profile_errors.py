@@ -60,7 +60,7 @@ CASES = [
     ("efficiency.memory.knots", [], "efficiency.memory.knots", "list of"),
     ("efficiency.memory.knots", 0.8, "efficiency.memory.knots", "list of"),
     ("efficiency.memory.size_unit", "MB", "efficiency.memory.size_unit", '"bytes"'),
-    ("formats.weights", ["bf16", "fp7"], "formats.weights", "fp8-block"),
+    ("formats.weights", ["bf16", "fp7"], "formats.weights", "w8a8"),
     ("formats.kv", [], "formats.kv", "int8"),
     ("formats", ..., "formats", "[formats] table"),
     ("name", "H200 SXM", "name", "lower-case"),

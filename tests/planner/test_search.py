@@ -172,7 +172,7 @@ def test_the_fewest_h200_for_glm5_fp8_is_a_node() -> None:
 
 
 def test_a_chip_without_a_link_says_which_figure_it_needs() -> None:
-    with pytest.raises(NoPlanError, match=r"fits 16 x hygon-bw1000, but cannot be priced there: .*link\.scale_out"):
+    with pytest.raises(NoPlanError, match=r"fits 16 x hygon-bw1000, but cannot be priced there: .*no link\.scale_up\."):
         search(question("glm-4.7-flash"), chips(("hygon-bw1000", 16)))
 
 
