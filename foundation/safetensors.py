@@ -35,7 +35,7 @@ def header(
         begin, end = end, end + size
         entries[name] = {"dtype": SPELLING[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         places[name] = (begin, end)
-    encoded = json.dumps(entries).encode()
+    encoded = json.dumps(entries, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8
     start = 8 + len(encoded)
     found = {name: (start + begin, start + end) for name, (begin, end) in places.items()}

@@ -38,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     global _compiled
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of a run find the one that started them has set it
         _compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="glm5-compiled-")
+    os.environ.pop("COLUMNS", None)  # what is printed to a pipe has a width of its own
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 

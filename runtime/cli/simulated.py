@@ -109,7 +109,7 @@ def show_assumed(console: Console, assumed: Sequence[str]) -> None:
     if assumed:
         console.print("assumed for you, since nothing says it:")
     for line in assumed:
-        console.print(f"  {line}", markup=False, soft_wrap=True)
+        console.print(f"  {line}", markup=False)
 
 
 def show(result: dict[str, Any], report: Report) -> None:

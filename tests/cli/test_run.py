@@ -128,7 +128,7 @@ def test_a_plain_prompt_gets_what_the_tokenizer_puts_around_it(small: Path, tmp_
     assert [line["prompt_ids"] for line in lines] == [[997, *inner.encode(text), 998] for text in ("Hi", "Hello")]
     chat = glm5(*words, "--prompt", "Hi", "--chat", "--json").json["prompt_ids"]
     assert chat == inner.encode("[gMASK]<sop><|user|>Hi<|assistant|><think>")
-    texts = read_texts(Checkpoint(folder).config, Tokenizer.load(folder), None, tmp_path / "prompts", 16, 1)
+    texts = read_texts(Checkpoint(folder), Tokenizer.load(folder), None, tmp_path / "prompts", 16, 1)
     assert texts.windows[0][0] == 997 and texts.windows[-1][-1] != 997
     assert [ids for _, ids in texts.prompts] == [tuple(line["prompt_ids"]) for line in lines]
 
