@@ -69,6 +69,11 @@ class OtherChip:
         self._memory = _ratio(chip.memory_efficiency, joint["memory_efficiency"])
         self._joint = joint
 
+    @property
+    def measured(self) -> bool:
+        """Whether the chip's own rates were measured, as curves."""
+        return self._own is not None
+
     def __call__(self, kernel: Kernel) -> Kernel:
         vector = kernel.family == "memory"
         field = "overhead.vector_launch_s" if vector else "overhead.kernel_launch_s"

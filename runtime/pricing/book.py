@@ -115,11 +115,13 @@ class PriceBook:
         self.measured = measured is not None
         self._kernels: dict[str, Kernel] = {}
         reference = (reference_chip(measured) or chip) if measured else None
-        adjust = Changes(chip, reference) if reference else OtherChip(chip, transfer["kernels"][REFERENCE]["constants"])
+        changes = Changes(chip, reference) if reference else None
+        other = OtherChip(chip, transfer["kernels"][REFERENCE]["constants"])
+        carried = changes if changes and not other.measured else other  # a machine's own rates before other chips'
         for key, body in transfer["kernels"].items():
-            self._kernels[f"transfer:{key}"] = adjust(kernel_from_json(key, body, "transferred"))
+            self._kernels[f"transfer:{key}"] = carried(kernel_from_json(key, body, "transferred"))
         for key, body in (measured or {"kernels": {}})["kernels"].items():
-            self._kernels[key] = adjust(kernel_from_json(key, body))
+            self._kernels[key] = (changes or other)(kernel_from_json(key, body))
         self.network = Network(chip, (measured or {}).get("collectives", {}), engine, reference)
         self._tables: dict[tuple[Any, ...], Tabulated] = {}
         self._loads: dict[int, ExpertLoad] = {}
