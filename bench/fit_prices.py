@@ -38,7 +38,7 @@ from bench.fit.tables import (  # noqa: E402
 )
 from bench.fit.transfer import CHIPS, transfer_jobs  # noqa: E402
 from hw_profiles import load  # noqa: E402
-from runtime.pricing.adjust import BESIDE  # noqa: E402
+from runtime.pricing.adjust import stated  # noqa: E402
 
 SMOOTH = 0.5
 
@@ -91,18 +91,12 @@ def fit_system(system: System, report: bool) -> dict[str, Any]:
         "relative_to": {
             "peak_flops_per_s": system.peaks,
             "memory_bandwidth_bytes_per_s": system.bandwidth,
-            "figures": figures_beside(system.profile),
+            "figures": stated(load(system.profile).number)["figures"],
         },
         "error_meaning": "[median, 90th percentile] of |predicted / measured - 1|",
         "kernels": {**kernels, "memory/any/any": memory_kernel(kernels, tables)},
         "collectives": collective_tables(tables),
     }
-
-
-def figures_beside(profile: str) -> dict[str, float]:
-    """The profile's figures that the tables stand beside."""
-    found = load(profile)
-    return {path: number for path in BESIDE if (number := found.number(path)) is not None}
 
 
 def memory_kernel(kernels: dict[str, Any], tables: Tables) -> dict[str, Any]:

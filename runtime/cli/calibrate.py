@@ -24,29 +24,29 @@ def calibrate(
     import hw_profiles
     from backends import registry
     from foundation.writing import replacing
-    from runtime.porting.calibrate import QUICK, Effort, measure, profile
+    from runtime.porting.calibrate import QUICK, Effort, measure, prices, profile
 
     if out.suffix != ".toml":
         raise UsageError(f"--out {out}: a profile's name ends in .toml, as in my-host.toml")
-    prices = out.with_suffix(".prices.json")
+    tables = out.with_suffix(".prices.json")
     adapter = registry.usable(backend)
-    with replacing(out) as temporary, replacing(prices) as beside:  # an unwritable folder is found before the measuring
+    with replacing(out) as temporary, replacing(tables) as beside:  # an unwritable folder is found before the measuring
         temporary.touch()
         found = measure(adapter, QUICK if quick else Effort(), _line if sys.stderr.isatty() and not as_json else None)
-        described = profile(found, adapter, out.stem, prices.name)
-        beside.write_text(json.dumps(found.kernels, indent=1) + "\n", encoding="utf-8")
+        described = profile(found, adapter, out.stem, tables.name)
+        beside.write_text(json.dumps(prices(found, described), indent=1) + "\n", encoding="utf-8")
         temporary.write_text(hw_profiles.dumps(described), encoding="utf-8")
     figures = {path: figure.value for path, figure in described.figures.items()}
     launches = {"dispatch_s": found.dispatch_s, "donated_s": found.donated_s, "spread": found.spread}
     if as_json:
-        print(json.dumps({"profile": str(out), "prices": str(prices), "figures": figures, **launches}, indent=2))
+        print(json.dumps({"profile": str(out), "prices": str(tables), "figures": figures, **launches}, indent=2))
         return
     for path, value in figures.items():
         print(f"{path:40}{value:12.4g}  {hw_profiles.FIELDS[path].unit}")
     print(f"dispatch of a compiled step: {found.dispatch_s * 1e6:.0f} us; {found.donated_s * 1e6:.0f} us with a cache")
     for problem in hw_profiles.check(described):
         print(f"implausible: {problem}")
-    print(f"rounds differ by {found.spread:.0%}. Wrote {out} and {prices.name}; use it with")
+    print(f"rounds differ by {found.spread:.0%}. Wrote {out} and {tables.name}; use it with")
     formats = " --formats f32" if found.dtype == "float32" else ""
     print(f"  glm5 simulate --profile {out} --devices 1 --engine glm5{formats} --model CHECKPOINT")
 

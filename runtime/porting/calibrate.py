@@ -30,6 +30,7 @@ from backends.interface import Backend, Program
 from foundation.errors import UsageError
 from hw_profiles import ChipFormats, Curve, Figure, Profile
 from runtime.porting.calibrate_ops import measure_kernels
+from runtime.pricing.adjust import stated
 
 SOURCE = "glm5 calibrate"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -247,6 +248,11 @@ def profile(found: Calibration, backend: Backend, name: str, prices: str | None 
         curves,
         prices=prices,
     )
+
+
+def prices(found: Calibration, described: Profile) -> dict[str, Any]:
+    """The price file of `found.kernels`, with the figures that they stand beside."""
+    return {**found.kernels, "profile": described.name, "relative_to": stated(described.number)}
 
 
 # --- timing --------------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@ kernel and the shares themselves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from runtime.pricing.chip import Chip
+from runtime.pricing.chip import RATES, Chip
 from runtime.pricing.kernel import Kernel, Rates
 
 BESIDE = (
@@ -40,6 +40,15 @@ def reference_chip(measured: Mapping[str, Any]) -> Chip | None:
     return Chip.from_fields(measured["profile"], rest.get)
 
 
+def stated(get: Callable[[str], float | None]) -> dict[str, Any]:
+    """`relative_to` of a price file whose tables were measured on a chip of these figures, by dotted field."""
+    return {
+        "peak_flops_per_s": {name: rate for name in RATES if (rate := get(f"chip.peak.{name}_flops_per_s"))},
+        "memory_bandwidth_bytes_per_s": get("chip.memory.bandwidth_bytes_per_s"),
+        "figures": {path: number for path in BESIDE if (number := get(path)) is not None},
+    }
+
+
 class Changes:
     """Kernels measured on `reference`, on a chip that has other figures: scaled by the ratio of each."""
 
@@ -68,11 +77,6 @@ class OtherChip:
         self._compute = _ratio(chip.compute_efficiency, joint["compute_efficiency"])
         self._memory = _ratio(chip.memory_efficiency, joint["memory_efficiency"])
         self._joint = joint
-
-    @property
-    def measured(self) -> bool:
-        """Whether the chip's own rates were measured, as curves."""
-        return self._own is not None
 
     def __call__(self, kernel: Kernel) -> Kernel:
         vector = kernel.family == "memory"

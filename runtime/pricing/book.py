@@ -115,13 +115,15 @@ class PriceBook:
         self.measured = measured is not None
         self._kernels: dict[str, Kernel] = {}
         reference = (reference_chip(measured) or chip) if measured else None
-        changes = Changes(chip, reference) if reference else None
-        other = OtherChip(chip, transfer["kernels"][REFERENCE]["constants"])
-        carried = changes if changes and not other.measured else other  # a machine's own rates before other chips'
+        own = Changes(chip, reference) if reference else None
+        joint = transfer["kernels"][REFERENCE]["constants"]
+        calibrated = chip.compute_curve is not None and chip.memory_curve is not None
+        carried = own if own and not calibrated else OtherChip(chip, joint)
         for key, body in transfer["kernels"].items():
             self._kernels[f"transfer:{key}"] = carried(kernel_from_json(key, body, "transferred"))
-        for key, body in (measured or {"kernels": {}})["kernels"].items():
-            self._kernels[key] = (changes or other)(kernel_from_json(key, body))
+        if measured and own:
+            for key, body in measured["kernels"].items():
+                self._kernels[key] = own(kernel_from_json(key, body))
         self.network = Network(chip, (measured or {}).get("collectives", {}), engine, reference)
         self._tables: dict[tuple[Any, ...], Tabulated] = {}
         self._loads: dict[int, ExpertLoad] = {}

@@ -209,7 +209,9 @@ class PriceTables:
         """The price book of a chip under an engine, and the tables made from it so far."""
         key = (id(profile), engine.prices, wide)
         if key not in self._books:
-            curves = {path: curve.knots for path, curve in profile.curves.items() if curve.grade == "measured"}
+            graded = {curve.grade for curve in profile.curves.values()}
+            kept = {"measured", "user"} if "measured" in graded else {"measured"}  # a curve set by hand beside its own
+            curves = {path: curve.knots for path, curve in profile.curves.items() if curve.grade in kept}
             chip = Chip.from_fields(profile.name, profile.number, curves)
             # the profile is kept, so that its id stays its own
             self._books[key] = open_book(chip, engine.prices, profile.prices_path, wide), {"profile": profile}

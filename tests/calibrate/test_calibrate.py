@@ -14,8 +14,12 @@ import pytest
 import hw_profiles
 from backends import registry
 from foundation.errors import UsageError
-from runtime.porting.calibrate import QUICK, Calibration, Effort, Gemm, Stream, measure, profile
+from model.hf_config import load_config
+from model.split import Layout
+from runtime.porting.calibrate import QUICK, Calibration, Effort, Gemm, Stream, measure, prices, profile
 from runtime.pricing import Chip, open_book
+from runtime.serving.pricing import BatchShape
+from runtime.simulation.build import PriceTables, pricer_of, spec_for
 
 SMALL = Effort(widths=(128,), rows=(1, 32), tokens=(1, 8), rounds=1, cold_bytes=1e6, program_flops=1e8)
 
@@ -29,7 +33,7 @@ def found() -> Calibration:
 def written(found: Calibration, tmp_path: Path) -> Iterator[hw_profiles.Profile]:
     described = profile(found, registry.usable("cpu"), "my-host", "my-host.prices.json")
     (tmp_path / "my-host.toml").write_text(hw_profiles.dumps(described))
-    (tmp_path / "my-host.prices.json").write_text(json.dumps(found.kernels))
+    (tmp_path / "my-host.prices.json").write_text(json.dumps(prices(found, described)))
     yield hw_profiles.load(str(tmp_path / "my-host.toml"))
 
 
@@ -60,6 +64,27 @@ def test_its_own_rates_price_its_ops(written: hw_profiles.Profile) -> None:
     assert kernel.source == "glm5 calibrate" and not stand_in
     one, many = book.gemm(1, 2048, 2048, "f32"), book.gemm(256, 2048, 2048, "f32")
     assert one.bound == "memory" and many.seconds > one.seconds
+
+
+@pytest.mark.parametrize(
+    ("field", "low", "high"),
+    [("overhead.kernel_launch_s", 1e-6, 1e-3), ("overhead.vector_launch_s", 1e-6, 1e-3),
+     ("efficiency.memory", 0.9, 0.1), ("efficiency.compute", 0.9, 0.1), ("chip.peak.fp32_flops_per_s", 1e12, 1e9)],
+)  # fmt: skip
+def test_a_figure_set_beside_its_own_counts(written: hw_profiles.Profile, field: str, low: float, high: float) -> None:
+    """On a calibrated machine too: measured kernels and carried ones are slower with the worse figure."""
+    assert written.path
+    cfg = load_config("glm-4.7-flash")
+    shapes = BatchShape(np.full(4, 512), decode_rows=4), BatchShape(prefill_chunks=[(512, 0)])
+
+    def took(value: float) -> list[float]:
+        set_by_hand = hw_profiles.load(str(written.path), {field: value})
+        made = spec_for(cfg, set_by_hand, Layout(), "f32", engine="glm5")
+        pricer = pricer_of(made, PriceTables(coarse=True))
+        return [pricer.seconds(shape) for shape in shapes]
+
+    good, bad = took(low), took(high)
+    assert all(a <= b for a, b in zip(good, bad, strict=True)) and good[1] < bad[1]
 
 
 def model_calibration(peak: float, bandwidth: float, launch: float) -> Calibration:

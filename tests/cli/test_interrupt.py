@@ -14,9 +14,7 @@ import pytest
 from tests.training import small as training
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:os.fork:RuntimeWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 
 # Interrupts itself where `sys.argv[1]` says, in code that goes on whatever is raised in it.
 STUCK = """

@@ -28,7 +28,7 @@ from runtime.pricing import (
     open_book,
     total,
 )
-from runtime.pricing.adjust import BESIDE
+from runtime.pricing.adjust import stated
 from runtime.pricing.book import FALLBACK_FORMAT, PRICES_FOLDER
 from tests.cost.chips import CHIPS, UNMEASURED
 
@@ -94,7 +94,7 @@ def test_efficiencies_are_relative_to_the_rates_the_profile_has(profile: str) ->
     assert chip.memory_bandwidth_bytes_per_s == used["memory_bandwidth_bytes_per_s"]
     for name, rate in used["peak_flops_per_s"].items():
         assert chip.peak_flops_per_s[name] == rate
-    assert used["figures"] == {path: n for path in BESIDE if (n := hw_profiles.load(profile).number(path)) is not None}
+    assert used["figures"] == stated(hw_profiles.load(profile).number)["figures"]
 
 
 def test_grades_and_stand_ins() -> None:
