@@ -15,7 +15,7 @@ from jax import Array
 
 from model.formats import E2M1, E2M1_MAX, E4M3, E4M3_MAX, INT8, RowFormat
 
-_LEAST = 1e-10  # of a group's largest magnitude: vLLM's `per_token_group_quant_fp8`
+LEAST = 1e-10  # of a group's largest magnitude: vLLM's `per_token_group_quant_fp8`
 LARGEST = {INT8: 127.0, E4M3: E4M3_MAX}
 """What the largest magnitude of a token, or of its groups, is scaled to."""
 _POWER_OF_TWO_EMAX = {E4M3: 8, E2M1: 2}
@@ -75,7 +75,7 @@ def per_group(x: Array, group: int | None, dtype: np.dtype, bound: float) -> Rou
     width = x.shape[-1]
     parts = grouped(_f32(x), group or width)
     largest = jnp.max(jnp.abs(parts), axis=-1)
-    scale = divide(jnp.maximum(largest, jnp.float32(_LEAST)), bound)
+    scale = divide(jnp.maximum(largest, jnp.float32(LEAST)), bound)
     return Rounded(_ungrouped(to_type(parts / scale[..., None], dtype), width), scale)
 
 
@@ -153,7 +153,7 @@ def index_row(row: Array, fmt: RowFormat) -> Array:
         rounded = per_group(rotated, fmt.shared, INT8, 127.0)
     else:
         parts = grouped(rotated, fmt.shared or width)
-        largest = jnp.maximum(jnp.max(jnp.abs(parts), axis=-1), jnp.float32(_LEAST))
+        largest = jnp.maximum(jnp.max(jnp.abs(parts), axis=-1), jnp.float32(LEAST))
         scale = power_of_two(divide(largest, E4M3_MAX), 0, up=True)
         rounded = Rounded(_ungrouped(to_type(parts / scale[..., None], E4M3), width), scale)
     kept = Rounded(rounded.values, rounded.scale.astype(fmt.scale))

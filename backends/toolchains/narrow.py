@@ -28,10 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from backends.emulation.rounding import LARGEST, LEAST
 from model.formats import E2M1, E4M3, INT4, INT8, MatrixFormat, Scheme, matrix_format
 from model.ops import OPS, Lowerings, full_scale, swiglu_body
 
-LEAST, BOUND = 1e-10, 127.0
+BOUND = LARGEST[INT8]
 _NAMES = {E4M3: "8-bit floats", E2M1: "4-bit floats", INT8: "8-bit integers", INT4: "4-bit integers"}
 
 

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from backends.emulation.rounding import LEAST
 from backends.toolchains.forms import dtype_of, product_form, shape_of
-from backends.toolchains.narrow import BOUND, LEAST
+from backends.toolchains.narrow import BOUND
 from backends.toolchains.onnx_products import product
 from backends.toolchains.onnx_target import OnnxTarget, Ref
 from backends.toolchains.walker import Rule

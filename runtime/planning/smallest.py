@@ -13,10 +13,10 @@ import dataclasses
 from hw_profiles import Profile
 from runtime.deployment.errors import NoPlanError
 from runtime.deployment.plan import Plan, Rejected
-from runtime.planning.assign import node_devices
 from runtime.planning.experts.packing import Floats
 from runtime.planning.options import Question
 from runtime.planning.search import SIMULATED, Chips, Progress, merit, search
+from runtime.simulation.build import node_devices
 
 _THOROUGH = 3 * SIMULATED
 """Contenders played where a number of devices is tried again."""

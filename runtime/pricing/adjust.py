@@ -49,6 +49,11 @@ def stated(get: Callable[[str], float | None]) -> dict[str, Any]:
     }
 
 
+def own_rates(chip: Chip) -> Rates | None:
+    """What a machine's own calibration measured; None where nothing did."""
+    return Rates.of(chip.compute_curve, chip.memory_curve) if chip.compute_curve and chip.memory_curve else None
+
+
 class Changes:
     """Kernels measured on `reference`, on a chip that has other figures: scaled by the ratio of each."""
 
@@ -71,9 +76,7 @@ class OtherChip:
 
     def __init__(self, chip: Chip, joint: Mapping[str, float]) -> None:
         self._chip = chip
-        self._own = None
-        if chip.compute_curve and chip.memory_curve:
-            self._own = Rates.of(chip.compute_curve, chip.memory_curve)
+        self._own = own_rates(chip)
         self._compute = _ratio(chip.compute_efficiency, joint["compute_efficiency"])
         self._memory = _ratio(chip.memory_efficiency, joint["memory_efficiency"])
         self._joint = joint

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from foundation.reading import Unreadable, read_json
 from model.formats import matrix_format
-from runtime.pricing.adjust import Changes, OtherChip, reference_chip
+from runtime.pricing.adjust import Changes, OtherChip, own_rates, reference_chip
 from runtime.pricing.chip import Chip, rate_of
 from runtime.pricing.grid import Array, Polyline, Surface, log_knots
 from runtime.pricing.kernel import KERNEL_BOUNDS, Kernel, Timing, kernel_from_json
@@ -117,8 +117,7 @@ class PriceBook:
         reference = (reference_chip(measured) or chip) if measured else None
         own = Changes(chip, reference) if reference else None
         joint = transfer["kernels"][REFERENCE]["constants"]
-        calibrated = chip.compute_curve is not None and chip.memory_curve is not None
-        carried = own if own and not calibrated else OtherChip(chip, joint)
+        carried = own if own and own_rates(chip) is None else OtherChip(chip, joint)
         for key, body in transfer["kernels"].items():
             self._kernels[f"transfer:{key}"] = carried(kernel_from_json(key, body, "transferred"))
         if measured and own:

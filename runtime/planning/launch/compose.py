@@ -16,11 +16,11 @@ from runtime.deployment.engines import engine_for, load
 from runtime.deployment.engines.flags import LaunchTable, checkpoint, launched, releases, table
 from runtime.deployment.errors import LaunchError
 from runtime.deployment.plan import Plan, Pool, profile_of
-from runtime.planning.assign import node_devices
 from runtime.planning.kv_tiers import HOST_RATIO, device_bytes_per_token
 from runtime.planning.launch import experts, sglang, vllm
 from runtime.planning.launch.server import LaunchServer, NodeShare
 from runtime.planning.launch.words import Command, Shell, Word, plain
+from runtime.simulation.build import node_devices
 
 LAUNCHED_ENGINES = tuple(launched())
 _MODEL = Shell("${MODEL:?the checkpoint to load}")
