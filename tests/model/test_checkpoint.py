@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from foundation.errors import UsageError
-from model import checkpoint as checkpoint_module
+from model import checkpoint_writer
 from model.checkpoint import Checkpoint, dequantise_blocks, groups
 from model.checkpoint_writer import quantise_blocks, save
 from model.errors import CheckpointError
@@ -266,7 +266,7 @@ def test_opening_reads_headers_only(tmp_path: Path) -> None:
 def stored_shapes(cfg: Any) -> list[tuple[str, list[int]]]:
     """Names and shapes of a checkpoint's tensors, from what `save` writes for a tiny vocabulary."""
     small = dataclasses.replace(cfg, vocab_size=8)
-    tensors = checkpoint_module._disassemble_all(small, random_weights(small), fp8=False)
+    tensors = checkpoint_writer._disassemble_all(small, random_weights(small), fp8=False)
     return [(name, [cfg.vocab_size if n == 8 and i == 0 else n for i, n in enumerate(t.shape)]) for name, t in tensors]
 
 
@@ -306,7 +306,7 @@ def test_an_interrupted_write_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruption: type[BaseException]
 ) -> None:
     written: list[Path] = []
-    real = checkpoint_module.write
+    real = checkpoint_writer.write
 
     def interrupted(path: Path, tensors: Any) -> None:
         real(path, tensors)
@@ -314,7 +314,7 @@ def test_an_interrupted_write_leaves_nothing(
         if len(written) == 2:
             raise interruption("no more")
 
-    monkeypatch.setattr(checkpoint_module, "write", interrupted)
+    monkeypatch.setattr(checkpoint_writer, "write", interrupted)
     with pytest.raises(KeyboardInterrupt if interruption is KeyboardInterrupt else UsageError):
         write_wide(tmp_path / "out", shard_bytes=100_000)
     assert len(written) == 2
