@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from tools import docs_cli, docs_formats, docs_ops
+from tools import docs_cli, docs_engines, docs_formats, docs_ops
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -23,7 +23,7 @@ OURS = re.compile(rf"(?:{'|'.join(FOLDERS)})(?:/[\w.*-]+)*/?")
 A_FILE = re.compile(r"([\w/-]+\.py|[\w-]+/[\w/-]+\.toml)(?:: (\w+(?:\.\w+)*))?")
 
 
-@pytest.mark.parametrize("tool", [docs_ops, docs_cli, docs_formats])
+@pytest.mark.parametrize("tool", [docs_ops, docs_cli, docs_formats, docs_engines])
 def test_generated_pages(tool: ModuleType) -> None:
     committed = tool.DEFAULT.read_text(encoding="utf-8")
     assert committed == tool.render(), f"run `python -m {tool.__name__}`"

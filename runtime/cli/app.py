@@ -16,7 +16,7 @@ from runtime.cli.version import version
 app = typer.Typer(
     help="GLM-5-class models on any backend: run, describe, plan, simulate.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -10,10 +10,13 @@ from typing import Annotated
 import typer
 
 from foundation.errors import UsageError
+from runtime.cli import completion
 
 
 def calibrate(
-    backend: Annotated[str, typer.Option(help="What to measure with; `glm5 backends` lists them.")] = "cpu",
+    backend: Annotated[
+        str, typer.Option(autocompletion=completion.backends, help="What to measure with; `glm5 backends` lists them.")
+    ] = "cpu",
     out: Annotated[Path, typer.Option(help="Where to write the profile; measured ops go beside it.")] = Path(
         "my-host.toml"
     ),

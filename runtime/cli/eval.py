@@ -9,13 +9,16 @@ from typing import Annotated
 import typer
 
 from foundation.errors import UsageError
+from runtime.cli import completion
 
 
 def evaluate(
     checkpoint: Annotated[
         Path | None, typer.Option(help="A checkpoint directory of `glm5 train` [default: the embedded tiny model].")
     ] = None,
-    backend: Annotated[str, typer.Option(help="Where to run; `glm5 backends` lists them.")] = "cpu",
+    backend: Annotated[
+        str, typer.Option(autocompletion=completion.backends, help="Where to run; `glm5 backends` lists them.")
+    ] = "cpu",
     samples: Annotated[int, typer.Option(min=1, help="Questions a task.")] = 100,
     task: Annotated[list[str] | None, typer.Option(help="Only this task (may be repeated).")] = None,
     mtp: Annotated[int, typer.Option(min=0, max=16, help="Draft this many tokens a step with the MTP layer.")] = 0,

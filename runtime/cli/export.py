@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foundation.errors import UsageError
-from runtime.cli import export_check
+from runtime.cli import completion, export_check
 from runtime.cli.given import given, refuse_before
 from runtime.deployment.manifest import PACKAGE_FORMATS
 
@@ -25,7 +25,10 @@ app.command("check")(export_check.check)
 @app.callback()
 def export(
     context: typer.Context,
-    model: Annotated[str | None, typer.Option(help="A preset or config: the graphs without weights.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(autocompletion=completion.models, help="A preset or config: the graphs without weights."),
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="A Hugging Face checkpoint directory [default: an embedded tiny model].")
     ] = None,
@@ -52,14 +55,18 @@ def export(
     formats: Annotated[
         str | None,
         typer.Option(
-            help="Number formats: f32, bf16, fp8, w8a8, w4a16 .. [default: f32 with a checkpoint, else the preset's]."
+            autocompletion=completion.schemes,
+            help="Number formats: f32, bf16, fp8, w8a8, w4a16 .. [default: f32 with a checkpoint, else the preset's].",
         ),
     ] = None,
     weights: Annotated[
         str | None,
         typer.Option(help="none, or external: a file for each device [default: external if there are any]."),
     ] = None,
-    profile: Annotated[str | None, typer.Option(help="For ascend: the chip, a profile's name or TOML file.")] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(autocompletion=completion.chips, help="For ascend: the chip, a profile's name or TOML file."),
+    ] = None,
     soc_version: Annotated[
         str | None, typer.Option(help="For ascend: the chip as ATC names it, as Ascend910B3 [default: the profile's].")
     ] = None,

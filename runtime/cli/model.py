@@ -12,6 +12,7 @@ from model.cache import bytes_per_token, known_forms
 from model.config import ModelConfig
 from model.hf_config import load_config
 from model.weights import parameter_counts
+from runtime.cli import completion
 
 # The components that are not part of "parameters_total": they are counted apart.
 _APART = ("mtp",)
@@ -84,12 +85,22 @@ def engine_cache(cfg: ModelConfig, engine: str, profile: str) -> dict[str, Any]:
 def model(
     name: Annotated[
         str,
-        typer.Argument(help="A preset (glm-5, glm-5.2, deepseek-v3, ...), a checkpoint directory or a config.json."),
+        typer.Argument(
+            autocompletion=completion.models,
+            help="A preset (glm-5, glm-5.2, deepseek-v3, ...), a checkpoint directory or a config.json.",
+        ),
     ],
     engine: Annotated[
-        str | None, typer.Option(help="With --profile: how this engine keeps the cache there; as of `glm5 simulate`.")
+        str | None,
+        typer.Option(
+            autocompletion=completion.engines,
+            help="With --profile: how this engine keeps the cache there; as of `glm5 simulate`.",
+        ),
     ] = None,
-    profile: Annotated[str | None, typer.Option(help="An accelerator of `glm5 profiles list`, or a TOML file.")] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(autocompletion=completion.chips, help="An accelerator of `glm5 profiles list`, or a TOML file."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Describe a model: parameters in total and active, cache bytes per token, layer types."""

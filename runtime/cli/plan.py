@@ -11,6 +11,7 @@ import typer
 
 from foundation.errors import UsageError
 from model.formats import SCHEMES_HELP
+from runtime.cli import completion
 from runtime.cli.given import refuse_before
 from runtime.cli.plan_check import plan_check
 from runtime.cli.plan_experts import plan_experts
@@ -35,12 +36,15 @@ QUIET_SECONDS = 1.0
 @app.callback(invoke_without_command=True)
 def plan(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="A preset, a checkpoint directory or a config.json.")] = "glm-5-fp8",
+    model: Annotated[
+        str, typer.Option(autocompletion=completion.models, help="A preset, a checkpoint directory or a config.json.")
+    ] = "glm-5-fp8",
     profile: Annotated[
         list[str] | None,
         typer.Option(
+            autocompletion=completion.chips,
             help="A chip of `glm5 profiles list` or a TOML file; a second one, as NAME:DEVICES, "
-            "splits prefill and decode between the two [default: h200-sxm]."
+            "splits prefill and decode between the two [default: h200-sxm].",
         ),
     ] = None,
     devices: Annotated[
@@ -60,13 +64,20 @@ def plan(
     objective: Annotated[
         Literal["throughput", "latency", "min-devices"], typer.Option(help="What to make best within the targets.")
     ] = "throughput",
-    formats: Annotated[str, typer.Option(help=f"auto (none narrower than the checkpoint's), {SCHEMES_HELP}.")] = "auto",
-    kv: Annotated[str, typer.Option(help="KV cache: auto, bf16, fp8 or int8.")] = "auto",
+    formats: Annotated[
+        str,
+        typer.Option(
+            autocompletion=completion.schemes, help=f"auto (none narrower than the checkpoint's), {SCHEMES_HELP}."
+        ),
+    ] = "auto",
+    kv: Annotated[
+        str, typer.Option(autocompletion=completion.caches, help="KV cache: auto, bf16, fp8 or int8.")
+    ] = "auto",
     mtp: Annotated[int, typer.Option(min=0, help="Drafts a step of multi-token prediction.")] = 0,
     expert_load: Annotated[
         Path | None, typer.Option(help="Tokens of each expert: .npy of MoE layers x experts. Decides redundant slots.")
     ] = None,
-    engine: Annotated[str, typer.Option(help=ENGINES_HELP)] = "sglang",
+    engine: Annotated[str, typer.Option(autocompletion=completion.engines, help=ENGINES_HELP)] = "sglang",
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Override chip.*, link.*, overhead.* or engine.*: field=value.")
     ] = None,

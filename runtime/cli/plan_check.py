@@ -9,11 +9,15 @@ from typing import Annotated
 import typer
 
 from foundation.errors import UsageError
+from runtime.cli import completion
 
 
 def plan_check(
     plan: Annotated[Path, typer.Argument(help="A plan written by `glm5 plan --out`.")],
-    model: Annotated[str | None, typer.Option(help="The model it must be for [default: the one it names].")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(autocompletion=completion.models, help="The model it must be for [default: the one it names]."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Recompute every byte of a plan from the model and its layout, and say what does not add up.

@@ -30,12 +30,15 @@ from hw_profiles import (
     parse_override,
     weakest,
 )
+from runtime.cli import completion
 from runtime.cli.terminal import Terminal
 
 app = typer.Typer(help="Accelerator profiles: list, show, check, compare, begin one.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-ProfileName = Annotated[str, typer.Argument(help="A shipped profile's name, or the path of a TOML file.")]
+ProfileName = Annotated[
+    str, typer.Argument(autocompletion=completion.chips, help="A shipped profile's name, or the path of a TOML file.")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a figure: field=value. Repeatable.")]
 
 # Columns of `list`: JSON key, heading, field, what a unit of the column is worth.

@@ -10,13 +10,18 @@ import typer
 
 from foundation.errors import UsageError
 from model.formats import SCHEMES_HELP
+from runtime.cli import completion
 
 
 def quantize(
     out: Annotated[Path, typer.Option(help="The directory to make.")],
-    formats: Annotated[str | None, typer.Option(help=f"{SCHEMES_HELP}.")] = None,
+    formats: Annotated[str | None, typer.Option(autocompletion=completion.schemes, help=f"{SCHEMES_HELP}.")] = None,
     profile: Annotated[
-        str | None, typer.Option(help="Take this accelerator's own formats, or check that it has those given.")
+        str | None,
+        typer.Option(
+            autocompletion=completion.chips,
+            help="Take this accelerator's own formats, or check that it has those given.",
+        ),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="A Hugging Face checkpoint directory [default: the embedded tiny model].")

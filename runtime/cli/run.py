@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from model.formats import SCHEMES_HELP
+from runtime.cli import completion
 from runtime.cli.given import refuse_unread
 from runtime.cli.runners.asked import RunMode
 from runtime.cli.runners.emulated import EmulatedRun
@@ -18,7 +19,9 @@ from runtime.cli.runners.processes import ProcessesRun
 
 def run(
     context: typer.Context,
-    backend: Annotated[str, typer.Option(help="Where to run; `glm5 backends` lists them.")] = "cpu",
+    backend: Annotated[
+        str, typer.Option(autocompletion=completion.backends, help="Where to run; `glm5 backends` lists them.")
+    ] = "cpu",
     checkpoint: Annotated[
         Path | None, typer.Option(help="A Hugging Face checkpoint directory [default: an embedded tiny model].")
     ] = None,
@@ -48,16 +51,27 @@ def run(
         Path | None, typer.Option(help="Run this exported package alone, with --backend ort, torch or xla.")
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="With sim: the plan to execute (`glm5 plan --out`).")] = None,
-    profile: Annotated[str | None, typer.Option(help="With sim: the accelerator, of `glm5 profiles list`.")] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(autocompletion=completion.chips, help="With sim: the accelerator, of `glm5 profiles list`."),
+    ] = None,
     devices: Annotated[int | None, typer.Option(min=1, help="With sim: devices in all [default: 1].")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="With sim: tensor parallelism.")] = None,
     dp: Annotated[int | None, typer.Option(min=1, help="With sim: attention data parallelism.")] = None,
     ep: Annotated[int | None, typer.Option(min=1, help="With sim: expert parallelism, 1 or tp x dp.")] = None,
     pp: Annotated[int | None, typer.Option(min=1, help="With sim: pipeline stages.")] = None,
-    formats: Annotated[str | None, typer.Option(help=f"With sim: {SCHEMES_HELP} [default: the chip's own].")] = None,
-    kv: Annotated[str | None, typer.Option(help="With sim: KV cache in bf16, fp8 or int8.")] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(autocompletion=completion.schemes, help=f"With sim: {SCHEMES_HELP} [default: the chip's own]."),
+    ] = None,
+    kv: Annotated[
+        str | None, typer.Option(autocompletion=completion.caches, help="With sim: KV cache in bf16, fp8 or int8.")
+    ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="With sim: whose scheduler and overheads; as of `glm5 simulate`.")
+        str | None,
+        typer.Option(
+            autocompletion=completion.engines, help="With sim: whose scheduler and overheads; as of `glm5 simulate`."
+        ),
     ] = None,
     scale_memory: Annotated[float, typer.Option(help="With sim: share of the chip's memory that is there.")] = 1.0,
     trace: Annotated[Path | None, typer.Option(help="With sim: write a Chrome/Perfetto trace, a row a device.")] = None,

@@ -12,6 +12,7 @@ import typer
 
 from foundation.errors import UsageError
 from model.formats import SCHEMES_HELP
+from runtime.cli import completion
 from runtime.cli.given import given
 from runtime.cli.simulated import load_of, pools_of, progress_bar, result_of, show
 from runtime.deployment.engines import ENGINES_HELP
@@ -23,16 +24,29 @@ if TYPE_CHECKING:
 
 def simulate(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="A preset, a checkpoint directory or a config.json.")] = "glm-5-fp8",
-    profile: Annotated[str, typer.Option(help="An accelerator of `glm5 profiles list`, or a TOML file.")] = "h200-sxm",
+    model: Annotated[
+        str, typer.Option(autocompletion=completion.models, help="A preset, a checkpoint directory or a config.json.")
+    ] = "glm-5-fp8",
+    profile: Annotated[
+        str,
+        typer.Option(autocompletion=completion.chips, help="An accelerator of `glm5 profiles list`, or a TOML file."),
+    ] = "h200-sxm",
     devices: Annotated[int, typer.Option(min=1, help="Devices in all.")] = 8,
     tp: Annotated[int | None, typer.Option(min=1, help="Tensor parallelism [default: what dp and pp leave].")] = None,
     dp: Annotated[int, typer.Option(min=1, help="Attention data parallelism.")] = 1,
     ep: Annotated[int, typer.Option(min=1, help="Expert parallelism: 1, or tp x dp.")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 1,
-    engine: Annotated[str, typer.Option(help=ENGINES_HELP)] = "sglang",
-    formats: Annotated[str | None, typer.Option(help=f"{SCHEMES_HELP} [default: the checkpoint's own].")] = None,
-    kv: Annotated[str | None, typer.Option(help="KV cache: bf16, fp8 or int8 [default: the engine's choice].")] = None,
+    engine: Annotated[str, typer.Option(autocompletion=completion.engines, help=ENGINES_HELP)] = "sglang",
+    formats: Annotated[
+        str | None,
+        typer.Option(autocompletion=completion.schemes, help=f"{SCHEMES_HELP} [default: the checkpoint's own]."),
+    ] = None,
+    kv: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=completion.caches, help="KV cache: bf16, fp8 or int8 [default: the engine's choice]."
+        ),
+    ] = None,
     isl: Annotated[int, typer.Option(min=1, help="Input tokens a request.")] = 8192,
     osl: Annotated[int, typer.Option(min=1, help="Output tokens a request.")] = 1024,
     length_ratio: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,32 @@ def test_help_starts_without_jax() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False\n") and done.stderr == ""
     assert all(f"  {verb} " in done.stdout for verb in ("run", "model", "backends", "profiles"))
+
+
+@pytest.mark.parametrize("words", [[], ["run"], ["plan"], ["plan", "experts"], ["profiles", "show"]])
+def test_help_has_a_short_name(words: list[str]) -> None:
+    code, out, err = glm5(*words, "-h")
+    assert (code, err) == (0, "") and out == glm5(*words, "--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("glm5 pl", ["plan"]),
+        ("glm5 simulate --profile h200-", ["h200-sxm"]),
+        ("glm5 run --backend cp", ["cpu"]),
+        ("glm5 plan --model glm-5.2", ["glm-5.2", "glm-5.2-fp8"]),
+        ("glm5 plan --engine vllm", ["vllm", "vllm-ascend"]),
+        ("glm5 quantize --formats w4af", ["w4afp8"]),
+        ("glm5 simulate --kv i", ["int8"]),
+        ("glm5 simulate --profile ./my", []),  # a shell then offers files
+    ],
+)
+def test_a_shell_completes(line: str, offered: list[str]) -> None:
+    asked = {"_GLM5_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    command = [sys.executable, "-m", "runtime.cli.main"]
+    done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, check=True)
+    assert (done.stdout.split(), done.stderr) == (offered, "")
 
 
 @pytest.mark.parametrize(

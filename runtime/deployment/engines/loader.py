@@ -104,8 +104,11 @@ def _by_kv(fp8: str, int8: str) -> Choice:
 class CacheRules:
     """What an engine stores a token's rows in.
 
-    kv: what it picks when told nothing. latent, index, heads: row formats. sized_latent: the one that the pool is sized
-    with, where an engine counts another than it stores.
+    kv: what it picks when told nothing.
+    latent: the row of an MLA layer.
+    index: the row of an indexer.
+    heads: the rows of keys and values of a GQA layer.
+    sized_latent: the row that the pool is sized with, where an engine counts another than it stores.
     """
 
     kv: Choice = Choice("bf16")
@@ -161,31 +164,38 @@ class Engine:
         (SGLang; see `serving.scheduler`). "prompt": the prompt must fit now (vLLM). "max-length": prompt
         and output of everything in service must fit at once, so nothing is ever preempted (TensorRT-LLM).
     watermark_fraction: share of the pages that "prompt" admission leaves free.
-    new_token_ratio, new_token_ratio_min, new_token_ratio_decay_steps, max_new_tokens_clip,
-        retract_decode_steps: only "estimate" admission reads these.
+    new_token_ratio: "estimate" admission: share of its remaining output that a running request is taken to need.
+    new_token_ratio_min: the least that this share falls to.
+    new_token_ratio_decay_steps: decode steps in which it falls there.
+    max_new_tokens_clip: output tokens of one request that count at most in that estimate.
+    retract_decode_steps: after a preemption the share becomes (decoded + this x running) / (requested + 1).
     preemption_victim: who is thrown out and recomputed when pages run short.
     preempted_go: end of the waiting queue that a preempted request joins.
     overlap_scheduling: a step is planned while the one before it runs: host time hides behind device time,
         and a request that arrives during a step waits for the end of the next one.
 
     Memory
-    page_tokens, prefix_cache: the KV pool's unit, and whether prompts are kept for reuse.
+    page_tokens: tokens of a page, the KV pool's unit.
+    prefix_cache: whether prompts are kept for reuse.
+    memory_fraction: share of the device's memory for weights and KV pool, by the engine's own rule.
+    memory_fraction_of: that rule: what the share is of, see `Engine.kv_bytes`.
     cache: what rows are stored in.
-    memory_fraction, memory_fraction_of: see `kv_bytes`.
 
     Graphs
     graph_batch_sizes: decode batch sizes captured; a batch is padded to the next one, and runs eagerly
         above the largest.
 
     Overheads
-    graph_step_host_seconds, eager_step_host_seconds: host work of a step that replays a graph, and of
-        one that launches each kernel.
-    eager_layer_host_seconds, eager_sparse_layer_host_seconds: host work to launch one layer, and what a
-        layer with sparse attention adds: for each layer of the model, on top of `eager_step_host_seconds`.
+    graph_step_host_seconds: host work of a step that replays a graph.
+    eager_step_host_seconds: host work of a step that launches each kernel.
+    eager_layer_host_seconds: host work to launch one layer eagerly: for each layer of the model, on top of
+        `eager_step_host_seconds`.
+    eager_sparse_layer_host_seconds: what a layer with sparse attention adds to that.
     sparse_layer_seconds: device time of the small kernels around sparse attention (index-key quantisation,
         page-table transforms) that whole-block measurements of later releases no longer have, a layer and step.
-    request_seconds, tokenize_seconds_per_token: from the client's send to the scheduler's queue; the
-        tokenizer handles one request at a time, so a burst arrives spread out.
+    request_seconds: from the client's send to the scheduler's queue, but for the tokenizer.
+    tokenize_seconds_per_token: the tokenizer's share of it; it handles one request at a time, so a burst arrives
+        spread out.
     response_seconds: from a step's end to the client seeing its tokens.
     stream_interval_tokens: tokens a client receives together. All engines described here send the first
         token at once and flush at the end, so TTFT and TPOT do not depend on it.
@@ -321,8 +331,8 @@ def _say(where: str, fault: Fault) -> str:
 
 
 _ABOUT = ("name", "description", "kind", "release", "prices", "hosts")
-_SETTINGS = tuple(f.name for f in fields(Engine) if f.name not in (*_ABOUT, "cache", "evidence"))
-_REQUIRED = tuple(f.name for f in fields(Engine) if f.name in _SETTINGS and f.default is MISSING)
+SETTINGS = tuple(f.name for f in fields(Engine) if f.name not in (*_ABOUT, "cache", "evidence"))
+_REQUIRED = tuple(f.name for f in fields(Engine) if f.name in SETTINGS and f.default is MISSING)
 
 
 def _settings(file: str, document: dict[str, Any], at: Circumstances) -> tuple[dict[str, Any], dict[str, Source]]:
@@ -382,9 +392,9 @@ def _expand(sizes: Any) -> tuple[int, ...]:
 
 
 def _known(key: str) -> None:
-    if key not in _SETTINGS:
-        close = difflib.get_close_matches(key, _SETTINGS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(_SETTINGS)}"
+    if key not in SETTINGS:
+        close = difflib.get_close_matches(key, SETTINGS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(SETTINGS)}"
         raise EngineError(f"unknown engine setting {key!r}: {hint}")
 
 
@@ -394,7 +404,7 @@ def _check(engine: Engine) -> None:
     def refuse(key: str, why: str) -> None:
         raise EngineError(f"engine {engine.name}: {key} = {getattr(engine, key)!r} {why}")
 
-    for key in _SETTINGS:
+    for key in SETTINGS:
         value = getattr(engine, key)
         if isinstance(value, int | float) and value < 0:
             refuse(key, "must be a number, zero or more")
