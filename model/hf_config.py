@@ -296,6 +296,7 @@ def _weight_format(fields: _Fields, layers: tuple[LayerType, ...], experts: int)
 
 
 MODELSLIM_FILE = "quant_model_description.json"
+MODELOPT_FILE = "hf_quant_config.json"
 GENERATION_FILE = "generation_config.json"
 
 
@@ -329,10 +330,11 @@ def load_config(name_or_path: str | Path) -> ModelConfig:
         file = resources.files("model") / "configs" / f"{name_or_path}.json"
         return from_hf(json.loads(file.read_text()), str(name_or_path))
     if path.is_dir():
-        cfg = from_hf(read_config(path / "config.json"), str(path / "config.json"))
+        cfg = from_hf(_with_modelopt(read_config(path / "config.json"), path), str(path / "config.json"))
         cfg = dataclasses.replace(cfg, eos_token_ids=_ends(cfg, path / GENERATION_FILE))
-        described = path / MODELSLIM_FILE
-        return dataclasses.replace(cfg, weight_format=_modelslim(described)) if described.exists() else cfg
+        if (described := path / MODELSLIM_FILE).exists():
+            return dataclasses.replace(cfg, weight_format=_modelslim(described))
+        return cfg
     if path.suffix == ".json" or path.exists():
         return from_hf(read_config(path), str(path))
     raise ConfigError(
@@ -344,6 +346,14 @@ def _ends(cfg: ModelConfig, path: Path) -> tuple[int, ...]:
     """The tokens that end an answer, those that only the generation settings name included."""
     settings = _Fields(read_config(path) if path.exists() else {}, str(path))
     return tuple(dict.fromkeys((*cfg.eos_token_ids, *_eos(settings))))
+
+
+def _with_modelopt(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A config with what modelopt says beside it, as its releases did before they said it in config.json."""
+    described = folder / MODELOPT_FILE
+    if raw.get("quantization_config") or not described.exists():
+        return raw
+    return {**raw, "quantization_config": {**read_config(described), "quant_method": "modelopt"}}
 
 
 def _modelslim(path: Path) -> str:

@@ -1,8 +1,8 @@
 """What a checkpoint says of its own number formats: the `quantization_config` of a config.json, and msModelSlim's
 `quant_model_description.json`, read into the name of a scheme (`model.formats.scheme`). Free of JAX.
 
-Read: DeepSeek's block FP8 (`quant_method` "fp8", blocks of 128 x 128) and compressed-tensors' groups, each by what it
-says of its weights: bits, type, strategy and group size. A few modules stand for the rest, experts' projections and
+Read: DeepSeek's block FP8 (`quant_method` "fp8", blocks of 128 x 128); compressed-tensors' groups, each by what it says
+of its weights: bits, type, strategy and group size; modelopt's algorithms by name. A few modules stand for the rest, experts' projections and
 attentions', and the format of most of them is the scheme's: what is left wide here and there is read off the tensors.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from foundation.errors import UsageError
@@ -21,6 +22,12 @@ MODELSLIM_TYPES = {
     "w8a8-int8": "W8A8_DYNAMIC", "w4a8": "W4A8_DYNAMIC", "mxfp8": "W8A8_MXFP8", "mxfp4": "W4A4_MXFP4",
 }  # fmt: skip
 """Format -> msModelSlim's name of it."""
+MODELOPT_ALGORITHMS = {
+    "FP8": "fp8-tensor", "FP8_PER_CHANNEL_PER_TOKEN": "fp8-channel", "FP8_PB_WO": "fp8-block", "MXFP8": "mxfp8",
+    "NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4a16",
+}  # fmt: skip
+"""modelopt's name -> format, as vLLM `layers/quantization/modelopt.py` reads them. Those with "AWQ" scale activations
+before they are rounded, which is not done here."""
 
 
 class UnknownQuantization(Exception):
@@ -53,6 +60,8 @@ def scheme_name(quant: Mapping[str, Any], layers: int, moe_layers: Sequence[int]
         said = [(_names(group, "targets"), _format(group)) for group in groups.values()]
         named = [(_matcher([name for name in names if name != "Linear"]), fmt) for names, fmt in said]
         found = named + [(_matcher(names), fmt) for names, fmt in said]  # names and patterns come before "Linear"
+    elif method in ("modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed"):
+        wide, found = _modelopt(quant)
     else:
         raise UnknownQuantization(f"{method!r} with weight_block_size={quant.get('weight_block_size')}")
 
@@ -68,6 +77,51 @@ def scheme_name(quant: Mapping[str, Any], layers: int, moe_layers: Sequence[int]
     routed = most(sparse) if sparse else dense
     odd = next((name for name in (routed, dense) if not is_scheme(name)), None)
     return odd or (dense if dense == routed == "fp8-block" else scheme_of(dense, routed).name)
+
+
+def _modelopt(quant: Mapping[str, Any]) -> tuple[Applies, Sequence[tuple[Applies, str]]]:
+    """What modelopt leaves wide, and the formats of what it does not; newer releases say it in config.json, older ones
+    under "quantization" in a file of its own."""
+    inner = quant.get("quantization", quant)
+    if not isinstance(inner, Mapping):
+        raise UnknownQuantization("of modelopt whose `quantization` is not an object")
+    left = _names(inner, "exclude_modules") + _names(inner, "ignore")
+
+    def named(said: Any) -> str:
+        if (algorithm := str(said).upper()) not in MODELOPT_ALGORITHMS:
+            known = ", ".join(MODELOPT_ALGORITHMS)
+            raise UnknownQuantization(f"of modelopt with quant_algo {said!r} (known: {known}, MIXED_PRECISION)")
+        return MODELOPT_ALGORITHMS[algorithm]
+
+    if str(inner.get("quant_algo")).upper() != "MIXED_PRECISION":
+        return _wildcards(left), [(_wildcards(["*"]), named(inner.get("quant_algo")))]
+    layers = inner.get("quantized_layers")
+    if not isinstance(layers, Mapping) or not all(isinstance(held, Mapping) for held in layers.values()):
+        raise UnknownQuantization("of modelopt with MIXED_PRECISION and no `quantized_layers`")
+    by_format: dict[str, list[str]] = {}
+    for module, held in layers.items():
+        by_format.setdefault(named(held.get("quant_algo")), []).append(module)
+    return _wildcards(left), [(_below(modules), fmt) for fmt, modules in by_format.items()]
+
+
+def _wildcards(patterns: list[str]) -> Applies:
+    """As vLLM matches modelopt's: a part of the name, or a pattern of `*` and `?` for the whole."""
+
+    def applies(module: str) -> bool:
+        return any(pattern in module or fnmatchcase(module, pattern) for pattern in patterns)
+
+    return applies
+
+
+def _below(modules: list[str]) -> Applies:
+    """The modules themselves and what is in them."""
+    names = set(modules)
+
+    def applies(module: str) -> bool:
+        parts = module.split(".")
+        return any(".".join(parts[:end]) in names for end in range(1, len(parts) + 1))
+
+    return applies
 
 
 def is_scheme(name: str) -> bool:

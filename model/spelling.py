@@ -4,6 +4,7 @@ deepseek            `NAME.weight` F8_E4M3 and `NAME.weight_scale_inv`
 compressed-tensors  `weight` or `weight_packed`, `weight_scale`, `weight_shape`, `weight_global_scale`,
                     `weight_zero_point`
 msmodelslim         `weight`, `weight_scale`, `weight_offset`, `scale_bias`
+modelopt            `weight`, `weight_scale`, `weight_scale_2` (read only)
 """
 
 from __future__ import annotations
@@ -66,19 +67,23 @@ def spelling(name: str, shape: tuple[int, ...], look: Look) -> Spelling | None:
     if look(name + "_zero_point"):
         raise ValueError(f"{name}: weight_zero_point can be read for weights packed in 4 bits only")
     if packed or (held and held.dtype == "U8"):
-        key, factor = "_packed" if packed else "", look(name + "_global_scale")
+        key = "_packed" if packed else ""
+        # compressed-tensors divides by its scale of the matrix, modelopt multiplies
+        factor = look(name + "_global_scale") or look(name + "_scale_2")
         parts = {key: (out, width // 2), "_scale": (out, groups)}
         each, types = (16, ("F8_E4M3",)) if factor else (32, ("U8", "F8_E8M0"))
         if scale and (scale.dtype not in types or groups != -(-width // each)):
             found = f"scales {scale.dtype} {list(scale.shape)}"
             raise ValueError(f"{name}: {found} are not {types[0]}, one for {each} columns")
         if factor:
-            return Spelling(
-                FORMATS["nvfp4"],
-                {**parts, "_global_scale": factor.shape if factor.shape in ((), (1,)) else (1,)},
-                (),
-                lambda pairs, s, g: Matrix(_unpack_pairs(pairs).view(E2M1), s, (1 / g.astype(np.float32)).reshape(())),
-            )
+            divides = look(name + "_global_scale") is not None
+            parts["_global_scale" if divides else "_scale_2"] = factor.shape if factor.shape in ((), (1,)) else (1,)
+
+            def of_pairs(pairs: np.ndarray, s: np.ndarray, g: np.ndarray) -> Matrix:
+                g = g.astype(np.float32).reshape(())
+                return Matrix(_unpack_pairs(pairs).view(E2M1), s, 1 / g if divides else g)
+
+            return Spelling(FORMATS["nvfp4"], parts, (), of_pairs)
         return Spelling(
             FORMATS["mxfp4"], parts, (), lambda pairs, s: Matrix(_unpack_pairs(pairs).view(E2M1), s.view(E8M0))
         )
@@ -110,6 +115,8 @@ def _fp8(name: str, shape: tuple[int, ...], scale: Found | None) -> Spelling:
         return Spelling(FORMATS["fp8-channel"], parts, (), lambda v, s: Matrix(v, s.reshape(-1, 1)))
     if scale.shape == blocks:  # compressed-tensors, strategy "block"
         return Spelling(FORMATS["fp8-block"], parts)
+    if len(blocks) == 2 and scale.shape == (blocks[0], 1, blocks[1], 1):  # modelopt, FP8_PB_WO
+        return Spelling(FORMATS["fp8-block"], parts, (), lambda v, s: Matrix(v, s.reshape(blocks)))
     raise ValueError(
         f"{name}: scales {list(scale.shape)} of {list(shape)} FP8 weights are neither one, nor one a row, nor one a "
         f"block of {FP8_BLOCK} x {FP8_BLOCK}"

@@ -16,7 +16,7 @@ import hw_profiles
 from foundation.errors import CapacityError, UsageError
 from hw_profiles import Profile
 from model.config import ModelConfig
-from model.formats import KV, Scheme, matrix_format
+from model.formats import FORMATS, KV, Scheme, matrix_format, scheme_of
 from model.formats import scheme as named_scheme
 from model.quantization_config import is_scheme
 from model.split import Layout
@@ -143,14 +143,16 @@ def _tight_fraction(spec: Spec) -> float:
 def schemes(question: Question, profile: Profile) -> tuple[list[Scheme], list[Rejected]]:
     """Formats to search on a chip, best first, and those left out: the one asked for, or those it computes in.
 
-    None narrower than the checkpoint's own (to quantise further is the user's decision, not a planner's), and
-    none that has no fewer bits and no higher rate than one before it. Raises `UsageError` where none is left.
+    To quantise is the user's decision, not a planner's: none is narrower than the checkpoint's own, nor as narrow and
+    stored in another way where the chip computes with what is stored. And none that has no fewer bits and no higher
+    rate than one before it. Raises `UsageError` where none is left.
     """
     asked_only = question.scheme is not None and not is_scheme(question.cfg.weight_format)
     own = None if asked_only else question.cfg.stored_scheme
     runs = [known for known in offered_schemes(profile) if known.wide != "f32"]
-    if own is not None and own not in runs and not missing_formats(profile, own):
-        runs.append(own)  # one without a name of its own
+    as_stored = own and _as_stored(own, profile)
+    if as_stored is not None and as_stored not in runs:
+        runs.append(as_stored)  # one without a name of its own
     known = ", ".join(each.name for each in runs) or "none"
     if question.scheme is not None:
         asked = named_scheme(question.scheme)
@@ -158,7 +160,8 @@ def schemes(question: Question, profile: Profile) -> tuple[list[Scheme], list[Re
             raise UsageError(f"{profile.name} does not compute in {question.scheme}; it runs {known}")
         return [asked], []
     assert own is not None
-    order = sorted((s for s in runs if s.bits >= own.bits), key=lambda s: (s != own, s.bits))
+    anew = [s for s in runs if as_stored and s != as_stored and s.bits == own.bits]
+    order = sorted((s for s in runs if s.bits >= own.bits and s not in anew), key=lambda s: (s != as_stored, s.bits))
     kept: list[Scheme] = []
     left_out = [
         Rejected(
@@ -167,6 +170,13 @@ def schemes(question: Question, profile: Profile) -> tuple[list[Scheme], list[Re
         )
         for s in runs
         if s.bits < own.bits
+    ]
+    left_out += [
+        Rejected(
+            f"{s.name} on {profile.name}",
+            f"quantises the checkpoint's {own.name} anew: ask for it with --formats {s.name}",
+        )
+        for s in anew
     ]
     for each in order:
         better = next((k for k in kept if k.bits <= each.bits and _rate(profile, k) >= _rate(profile, each)), None)
@@ -181,6 +191,19 @@ def schemes(question: Question, profile: Profile) -> tuple[list[Scheme], list[Re
             f"--formats {' or '.join(each.name for each in runs) or 'none'}"
         )
     return kept, left_out
+
+
+def _as_stored(own: Scheme, profile: Profile) -> Scheme | None:
+    """The scheme that a chip runs a checkpoint in as it is stored: its own, or one that differs in what activations
+    become; None where there is none."""
+
+    def computes(name: str) -> str | None:
+        asked = matrix_format(name)
+        alike = (each.name for each in FORMATS.values() if asked.narrow and each.stored_as(asked))
+        return next((each for each in (name, *alike) if not missing_formats(profile, scheme_of(each, each))), None)
+
+    dense, experts = computes(own.dense), computes(own.experts)
+    return own if (dense, experts) == (own.dense, own.experts) else dense and experts and scheme_of(dense, experts)
 
 
 def _rate(profile: Profile, scheme: Scheme) -> float:

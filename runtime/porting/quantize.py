@@ -40,7 +40,7 @@ from model.formats import (
     Scheme,
     matrix_format,
 )
-from model.hf_config import MODELSLIM_FILE
+from model.hf_config import MODELOPT_FILE, MODELSLIM_FILE
 from model.quantization_config import MODELSLIM_TYPES
 from model.spelling import spell, tensor_name
 from model.stored_tensors import INDEX_FILE
@@ -98,7 +98,7 @@ def quantize(
         write_shards(folder, writer.tensors(), shard_bytes)
         _write_config(folder, source, writer)
         for path in sorted(source.path.iterdir()):
-            if path.suffix in _COPIED and path.name not in ("config.json", INDEX_FILE, MODELSLIM_FILE):
+            if path.suffix in _COPIED and path.name not in ("config.json", INDEX_FILE, MODELSLIM_FILE, MODELOPT_FILE):
                 shutil.copyfile(path, folder / path.name)
         Checkpoint(folder)  # what cannot be read back is not left behind
     return QuantizedCheckpoint(out, chosen, writer.source_bytes, writer.bytes, dict(writer.matrices), writer.kept)

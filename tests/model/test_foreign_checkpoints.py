@@ -210,6 +210,39 @@ def test_an_mtp_layer_in_a_file_that_no_index_lists(made: Path, layout: str) -> 
     assert_same(opened.load(), Checkpoint(made).load())
 
 
+# --- modelopt -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("said", ["config.json", "hf_quant_config.json"])
+def test_nvfp4_of_modelopt(made: Path, said: str) -> None:
+    """Experts in NVFP4 as modelopt spells it, with its calibrated scales beside them: what is read is what the same
+    numbers are in compressed-tensors' spelling."""
+    fmt, tensors = FORMATS["nvfp4"], tensors_of(made)
+    spelt, other = dict(tensors), dict(tensors)
+    for name in [name for name in tensors if ".mlp.experts." in name]:
+        held = quantise(fmt, tensors[name].astype(np.float32))
+        assert held.factor is not None
+        other.pop(name)
+        other.update(spell(name, fmt, "compressed-tensors", held))
+        pairs = held.values.view(np.uint8)
+        spelt[name] = pairs[:, 0::2] | (pairs[:, 1::2] << 4)
+        spelt[f"{name}_scale"], spelt[f"{name}_scale_2"] = held.scale, np.float32(held.factor).reshape(())
+        spelt[name.replace("weight", "input_scale")] = np.array(0.5, np.float32)
+    ignore = ["lm_head", "model.layers.*.self_attn*", "model.layers.0*", "model.layers.*.mlp.shared_experts*"]
+    inner = {"quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": "FP8"}
+    if said == "config.json":
+        path = copy(
+            made, "modelopt", spelt, quantization_config={"quant_method": "modelopt", "ignore": ignore, **inner}
+        )
+    else:
+        path = copy(made, "modelopt", spelt)
+        content = {"producer": {"name": "modelopt"}, "quantization": {"exclude_modules": ignore, **inner}}
+        (path / said).write_text(json.dumps(content))
+    opened = Checkpoint(path)
+    assert opened.config.weight_format == "nvfp4"
+    assert_same(opened.load(), Checkpoint(copy(made, "other", other)).load())
+
+
 # --- calibrated scales ----------------------------------------------------------------------------
 
 CALIBRATED = ("input_scale", "input_global_scale", "output_scale", "input_zero_point", "k_scale", "v_scale", "q_scale")

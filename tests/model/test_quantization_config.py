@@ -103,3 +103,53 @@ def test_named_targets_come_before_linear() -> None:
     quant = quantization((INT8_ROW, INT8_ACTS), (INT4, None))
     quant["config_groups"]["group_1"]["targets"] = ["re:.*mlp.experts.*"]
     assert from_hf({**raw_preset("glm-5"), "quantization_config": quant}).weight_format == "w8a8-int8/w4a16-g128"
+
+
+# --- modelopt --------------------------------------------------------------------------------------
+
+
+def modelopt(algorithm: str | None, *ignore: str, **more: Any) -> dict[str, Any]:
+    return {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": list(ignore), **more}
+
+
+MIXED = {
+    f"model.layers.{layer}.{module}": {"quant_algo": algorithm}
+    for layer in range(78)
+    for module, algorithm in (("self_attn.o_proj", "FP8"), ("mlp.experts", "nvfp4"))
+}
+
+
+@pytest.mark.parametrize(
+    ("quant", "name"),
+    [
+        (modelopt("NVFP4", "lm_head", "model.layers.*.self_attn*"), "nvfp4"),
+        (modelopt("NVFP4", "lm_head"), "nvfp4/nvfp4"),
+        (modelopt("W4A16_NVFP4", "self_attn"), "nvfp4a16"),
+        (modelopt("FP8"), "fp8-tensor"),
+        (modelopt("fp8_pb_wo"), "fp8-block"),
+        (modelopt("FP8_PER_CHANNEL_PER_TOKEN", "*.mlp.experts.*"), "fp8-channel/bf16"),
+        (modelopt("MXFP8"), "mxfp8"),
+        (modelopt("MIXED_PRECISION", quantized_layers=MIXED), "fp8-tensor/nvfp4"),
+        # as hf_quant_config.json has it
+        ({"quant_method": "modelopt", "producer": {"name": "modelopt"}, "quantization":
+            {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["model.layers.*.self_attn*"]}}, "nvfp4"),
+    ],
+)  # fmt: skip
+def test_modelopt(quant: dict[str, Any], name: str) -> None:
+    assert from_hf({**raw_preset("glm-5"), "quantization_config": quant}).weight_format == name
+
+
+@pytest.mark.parametrize(
+    ("quant", "mentions"),
+    [
+        (modelopt("NVFP4_AWQ"), "quant_algo 'NVFP4_AWQ'"),
+        (modelopt(None), "quant_algo None"),
+        (modelopt("MIXED_PRECISION"), "quantized_layers"),
+        (modelopt("MIXED_PRECISION", quantized_layers={"model": {}}), "quant_algo None"),
+        ({"quant_method": "modelopt", "quantization": "NVFP4"}, "not an object"),
+        (modelopt("FP8") | {"ignore": "lm_head"}, "not a list"),
+    ],
+)
+def test_what_modelopt_says_and_is_not_read(quant: dict[str, Any], mentions: str) -> None:
+    with pytest.raises(ConfigError, match=mentions):
+        from_hf({**raw_preset("glm-5"), "quantization_config": quant})

@@ -128,3 +128,33 @@ def test_groups_that_quantise_makes_are_found_again() -> None:
     with pytest.raises(ValueError, match="groups of 48"):
         quantise(matrix_format("w4a16-g48"), matrix)
     assert np.abs(dequantise(quantise(matrix_format("w4a16-g24"), matrix)) - matrix).max() < 0.5
+
+
+E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+
+
+def modelopt_nvfp4(out: int, width: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Tensors as modelopt stores a matrix in NVFP4, and what they stand for: value x scale of 16 x scale of all."""
+    made = np.random.default_rng(0)
+    pairs = made.integers(0, 256, (out, width // 2)).astype(np.uint8)
+    scale = (0.1 + made.random((out, width // 16))).astype(ml_dtypes.float8_e4m3fn)
+    whole = np.float32(0.037)
+    halves = np.stack([pairs % 16, pairs // 16], axis=-1).reshape(out, width)
+    values = np.where(halves < 8, 1, -1) * E2M1_VALUES[halves % 8]
+    expected = values * np.repeat(scale.astype(np.float32), 16, axis=1) * whole
+    return {NAME: pairs, f"{NAME}_scale": scale, f"{NAME}_scale_2": np.array(whole)}, expected
+
+
+@pytest.mark.parametrize("width", [16, 64, 112])
+def test_nvfp4_of_modelopt(width: int) -> None:
+    tensors, expected = modelopt_nvfp4(24, width)
+    np.testing.assert_allclose(read(tensors, (24, width)), expected, rtol=1e-6)
+    tensors[f"{NAME}_scale_2"] = tensors[f"{NAME}_scale_2"].reshape(1)
+    np.testing.assert_allclose(read(tensors, (24, width)), expected, rtol=1e-6)
+
+
+def test_fp8_blocks_of_modelopt() -> None:
+    """Scales [blocks, 1, blocks, 1]."""
+    held = quantise(matrix_format("fp8-block"), np.random.default_rng(0).standard_normal((256, 384), np.float32))
+    tensors = {NAME: held.values, f"{NAME}_scale": held.scale.reshape(2, 1, 3, 1)}
+    np.testing.assert_array_equal(read(tensors, (256, 384)), dequantise(held))

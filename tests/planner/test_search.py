@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import hw_profiles
 from foundation.errors import UsageError
+from model.formats import matrix_format
 from model.hf_config import load_config, preset_names
 from model.split import Layout, moe_layers
 from runtime.deployment.errors import LoadError, NoPlanError
@@ -197,6 +198,28 @@ def test_formats_narrower_than_the_checkpoint_are_not_taken_unasked() -> None:
     assert any("narrower than the checkpoint's fp8" in each.reason for each in left_out)
     kept, _ = schemes(question(scheme="w4a8"), hw_profiles.load("ascend-910c-die"))
     assert [scheme.name for scheme in kept] == ["w4a8"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "chip", "first"),
+    [
+        ("nvfp4", "b200-sxm", "nvfp4"),
+        ("nvfp4", "h200-sxm", "nvfp4a16"),  # the same matrices, with 16-bit activations
+        ("nvfp4/nvfp4", "h200-sxm", "nvfp4a16/nvfp4a16"),
+        ("w4a16", "h200-sxm", "w4a16"),
+        ("w4a16-g64", "h200-sxm", "w4a16-g64"),
+        ("fp8-block", "h200-sxm", "fp8"),
+        ("fp8-channel", "h200-sxm", "fp8-channel"),
+    ],
+)
+def test_what_is_stored_is_run_and_not_quantised_anew(stored: str, chip: str, first: str) -> None:
+    asked = Question(dataclasses.replace(load_config(FP8), weight_format=stored), LIGHT)
+    kept, _ = schemes(asked, hw_profiles.load(chip))
+    own = asked.cfg.stored_scheme
+    assert kept[0].name == first and all(scheme.bits > own.bits for scheme in kept[1:])
+    for part in ("dense", "experts"):
+        runs, wanted = (matrix_format(getattr(scheme, part)) for scheme in (kept[0], own))
+        assert runs.stored_as(wanted)
 
 
 def test_a_format_the_chip_does_not_compute_in_is_refused() -> None:
