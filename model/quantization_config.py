@@ -2,8 +2,9 @@
 `quant_model_description.json`, read into the name of a scheme (`model.formats.scheme`). Free of JAX.
 
 Read: DeepSeek's block FP8 (`quant_method` "fp8", blocks of 128 x 128); compressed-tensors' groups, each by what it says
-of its weights: bits, type, strategy and group size; modelopt's algorithms by name. A few modules stand for the rest, experts' projections and
-attentions', and the format of most of them is the scheme's: what is left wide here and there is read off the tensors.
+of its weights: bits, type, strategy and group size; modelopt's algorithms, by name. A few modules stand for the rest,
+experts' projections and attentions', and the format of most of them is the scheme's: what is left wide here and there
+is read off the tensors.
 """
 
 from __future__ import annotations
