@@ -15,7 +15,9 @@ from model.hf_config import load_config
 from runtime.deployment.engines import Circumstances
 from runtime.deployment.engines.inferencex import launch_kv, launch_settings
 from runtime.pricing.bands import band, half_width
-from runtime.simulation.validation import END_TO_END, STEP, ScoredRow, by_group, preset_of, read_rows, score, summary
+from runtime.simulation.published import model_of
+from runtime.simulation.scores import ScoredRow, by_group, summary
+from runtime.simulation.validation import END_TO_END, STEP, read_rows, score
 
 DATA = Path(__file__).parent / "data"
 SILICON, ASCEND = DATA / "silicon_dev.csv", DATA / "ascend_step_dev.csv"
@@ -190,4 +192,4 @@ def test_what_the_launch_scripts_pass() -> None:
 
 def test_models_by_their_hugging_face_names() -> None:
     names = {"deepseek-ai/DeepSeek-V3.1": "deepseek-v3", "zai-org/GLM-5-FP8": "glm-5-fp8", "glm-5": "glm-5"}
-    assert {name: preset_of(name).name for name in names} == names
+    assert {name: model_of(name).name for name in names} == names

@@ -14,9 +14,11 @@ def validate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Predict every row of a CSV of measurements, and score the predictions."""
-    from runtime.simulation.validation import by_group, score, summary
+    from runtime.simulation.scores import by_group, over_groups, summary
+    from runtime.simulation.validation import score
 
     rows = score(file)
+    groups = by_group(rows)
     result = {
         "rows_detail": [
             {
@@ -27,11 +29,14 @@ def validate(
                 "saturated": row.saturated,
                 "evidence": row.evidence,
                 "skipped": row.skipped,
+                "group": row.group,
+                "apart": row.apart,
             }
             for row in rows
         ],
         **summary(rows),
-        "groups": by_group(rows),
+        "groups": groups,
+        "over_groups": over_groups(groups),
     }
     if as_json:
         print(json.dumps(result, indent=2))
@@ -64,6 +69,17 @@ def validate(
             console.print(f"[yellow]skipped[/] {row.name}: {row.skipped}", soft_wrap=True)
     for key, value in summary(rows).items():
         console.print(f"{key}: {value:.1%}" if isinstance(value, float) else f"{key}: {value}")
-    for name, group in by_group(rows).items():
-        shown = [f"{key} {group[key]:.1%}" for key in ("tpot_mape", "tpot_median_error", "ttft_mape") if key in group]
-        console.print(f"{name}, {group['rows']} rows: {', '.join(shown)}")
+    for name, group in groups.items():
+        keys = (
+            "tpot_mape",
+            "tpot_median_error",
+            "ttft_mape",
+            "tpot_residual",
+            "ttft_residual",
+            "output_tok_s_residual",
+        )
+        shown = [f"{key} {group[key]:{'+.1%' if key.endswith('residual') else '.1%'}}" for key in keys if key in group]
+        apart = f" (apart: {group['apart']})" if group.get("apart") else ""
+        console.print(f"{name}, {group['rows']} rows: {', '.join(shown)}{apart}")
+    for key, value in result["over_groups"].items():
+        console.print(f"{key}: {value:.1%}" if isinstance(value, float) else f"{key}: {value}")

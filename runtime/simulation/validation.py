@@ -1,19 +1,18 @@
 """Scoring the simulator against measured deployments.
 
-Two kinds of file, told apart by their columns: end-to-end rows of a serving benchmark (`ttft_ms`,
-`tpot_ms`), and single step times (`measured_s`). Each row is predicted from its columns and from the server
-settings its benchmark is known to pass; nothing is fitted here. A row that cannot be priced is listed with
-the reason and counted.
+Three kinds of file, told apart by their columns: deployments as people publish them (`server_flags`, see `published`),
+end-to-end rows of one serving benchmark (`ttft_ms`, `tpot_ms`), and single step times (`measured_s`). Each row is
+predicted from its columns and, for the benchmark, from the server settings that it is known to pass; nothing is fitted
+here. A row that cannot be priced is listed with the reason and counted.
 """
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ import numpy as np
 import hw_profiles
 from foundation.errors import Failure, UsageError
 from foundation.reading import Unreadable, read_text
-from model.config import ModelConfig
-from model.hf_config import load_config, preset_names
 from model.split import Layout
 from runtime.deployment.engines import Circumstances
 from runtime.deployment.engines import load as load_engine
@@ -32,7 +29,10 @@ from runtime.pricing.bands import band, half_width
 from runtime.pricing.pricer import relative_error
 from runtime.serving import bench_serving, simulate
 from runtime.serving.pricing import BatchShape
+from runtime.simulation import published
 from runtime.simulation.build import Built, build, spec_for
+from runtime.simulation.published import model_of
+from runtime.simulation.scores import ScoredRow
 
 END_TO_END = (
     "model",
@@ -65,28 +65,8 @@ STEP = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class ScoredRow:
-    """One scored row. `predicted` and `bands` by quantity: "ttft_ms", "tpot_ms" or "step_s"."""
-
-    name: str
-    measured: Mapping[str, float]
-    predicted: Mapping[str, float]
-    bands: Mapping[str, list[float]]
-    saturated: bool
-    evidence: str
-    skipped: str | None = None
-
-    def error(self, quantity: str) -> float:
-        return abs(self.predicted[quantity] / self.measured[quantity] - 1)
-
-    def inside(self, quantity: str) -> bool:
-        low, high = self.bands[quantity]
-        return low <= self.measured[quantity] <= high
-
-
 def read_rows(path: Path) -> tuple[str, list[dict[str, str]]]:
-    """("end-to-end" or "step", rows). Raises `UsageError` naming what is wrong with the file."""
+    """("published", "end-to-end" or "step", and the rows). Raises `UsageError` naming what is wrong with the file."""
     try:
         reader = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff")))
         columns, rows = reader.fieldnames or [], list(reader)
@@ -97,10 +77,10 @@ def read_rows(path: Path) -> tuple[str, list[dict[str, str]]]:
         raise UsageError(f"{path}: not a CSV file ({error})") from None
     if not columns:
         raise UsageError(f"{path}: an empty file; its first line must name the columns")
-    kind = "step" if "measured_s" in columns else "end-to-end"
-    needed = STEP if kind == "step" else END_TO_END
+    kind = "step" if "measured_s" in columns else "published" if "server_flags" in columns else "end-to-end"
+    needed = {"step": STEP, "published": published.COLUMNS, "end-to-end": END_TO_END}[kind]
     if missing := [column for column in needed if column not in columns]:
-        raise UsageError(f"{path}: no column {', '.join(missing)} (an {kind} file needs: {', '.join(needed)})")
+        raise UsageError(f"{path}: no column {', '.join(missing)} ({kind} rows need: {', '.join(needed)})")
     if not rows:
         raise UsageError(f"{path}: no rows below the header")
     if all(fault := [_fault(kind, row) for row in rows]):
@@ -109,7 +89,9 @@ def read_rows(path: Path) -> tuple[str, list[dict[str, str]]]:
 
 
 def _fault(kind: str, row: Mapping[str, Any]) -> str:
-    """What is wrong with a row's cells, or ""."""
+    """What is wrong with a row's cells, or ""; of published ones their reader says it."""
+    if kind == "published":
+        return ""
     needed, measured = (STEP, ("measured_s",)) if kind == "step" else (END_TO_END, ("ttft_ms", "tpot_ms"))
     for column in needed:
         if not (row[column] or "").strip():
@@ -124,17 +106,8 @@ def _fault(kind: str, row: Mapping[str, Any]) -> str:
     return ""
 
 
-def preset_of(name: str) -> ModelConfig:
-    """A model by preset name, or by its Hugging Face name ("deepseek-ai/DeepSeek-V3.1")."""
-    short = name.split("/")[-1].lower()
-    aliases = {"deepseek-v3.1": "deepseek-v3", "deepseek-v3-0324": "deepseek-v3", "deepseek-r1-0528": "deepseek-r1",
-               "deepseek-v3.2-exp": "deepseek-v3.2", "kimi-k2-instruct": "kimi-k2"}  # fmt: skip
-    short = aliases.get(short, short)
-    return load_config(short if short in preset_names() else name)
-
-
 def _end_to_end(row: Mapping[str, str]) -> ScoredRow:
-    cfg, profile = preset_of(row["model"]), hw_profiles.load(row["system"])
+    cfg, profile = model_of(row["model"]), hw_profiles.load(row["system"])
     tp, dp, ep = (int(row[key]) for key in ("tp", "dp", "ep"))
     layout = Layout(tp=tp, dp=dp, ep=ep)
     kind = load_engine(row["engine"]).kind
@@ -181,12 +154,53 @@ def report_half_widths(built: Built, report: Any, replicas: int = 1) -> dict[str
     }
 
 
+def _published(row: Mapping[str, str], builds: dict[Any, Built]) -> ScoredRow:
+    """builds: what rows of one deployment share."""
+    asked = published.read(row)
+    spec = asked.spec()
+    key = (
+        asked.group,
+        asked.scheme,
+        asked.kv,
+        tuple(sorted(asked.settings.items())),
+        asked.drafts,
+        asked.accept_length,
+    )
+    if key not in builds:
+        builds[key] = build(spec)
+    built = builds[key]
+    report = simulate(asked.load, built.deployment)
+    halves = report_half_widths(built, report)
+    measured: dict[str, float] = {}
+    predicted: dict[str, float] = {}
+    for quantity, stats in (("tpot_ms", report.tpot), ("ttft_ms", report.ttft)):
+        name = quantity.removesuffix("_ms")
+        for column, value in ((f"{name}_mean_ms", stats.mean), (f"{name}_median_ms", stats.p50)):
+            if column in asked.measured and quantity not in measured:
+                measured[quantity], predicted[quantity] = asked.measured[column], 1e3 * value
+    bands = {key: band(value, halves[key.removesuffix("_ms")]) for key, value in predicted.items()}
+    if "output_tok_s" in asked.measured:
+        measured["output_tok_s"] = asked.measured["output_tok_s"]
+        predicted["output_tok_s"] = value = report.output_tokens_per_s
+        bands["output_tok_s"] = band(value, halves["tpot"])
+    return ScoredRow(
+        name=f"{asked.name} {row['isl']}/{row['osl']} c{row['concurrency'] or row['rate']}",
+        measured=measured,
+        predicted=predicted,
+        bands=bands,
+        saturated=report.saturated,
+        evidence=report.evidence,
+        group=asked.group,
+        apart=asked.apart,
+    )
+
+
 _DEVICES = {"ATLAS_800_A3_560T_128G_DIE": "ascend-910c-die-560t", "ATLAS_800_A3_752T_128G_DIE": "ascend-910c-die"}
 _LINEAR = {"W8A8_DYNAMIC": "w8a8", "W4A8_DYNAMIC": "w4a8", "DISABLED": "bf16"}
 
 
 def _step(row: Mapping[str, str]) -> ScoredRow:
-    cfg = preset_of(row["model"])
+    cfg = model_of(row["model"])
     profile = hw_profiles.load(_DEVICES.get(row["device"], row["device"]))
     tp, dp, ep, world, drafts = (int(row[key]) for key in ("tp", "dp", "ep", "world", "mtp"))
     if row["q_linear"] not in _LINEAR:
@@ -221,52 +235,21 @@ def score(path: Path, progress: Any = lambda done, total: None) -> list[ScoredRo
     """Scores every row of a file. Raises `UsageError` for a malformed file; rows that cannot be priced
     come back with `skipped` set."""
     kind, rows = read_rows(path)
-    scored = []
+    scored: list[ScoredRow] = []
+    builds: dict[Any, Built] = {}
     for number, row in enumerate(rows):
         try:
             if fault := _fault(kind, row):
                 raise UsageError(fault)
-            scored.append(_step(row) if kind == "step" else _end_to_end(row))
+            if kind == "published":
+                scored.append(_published(row, builds))
+            else:
+                scored.append(_step(row) if kind == "step" else _end_to_end(row))
         except Failure as error:
             reason = str(error).splitlines()[0]
             scored.append(ScoredRow(f"row {number + 1}: {row['model']}", {}, {}, {}, False, "assumed", reason))
         except (ValueError, KeyError) as error:
-            scored.append(
-                ScoredRow(f"row {number + 1}: {row['model']}", {}, {}, {}, False, "assumed", f"malformed: {error}")
-            )
+            reason = f"malformed: {error}"
+            scored.append(ScoredRow(f"row {number + 1}: {row['model']}", {}, {}, {}, False, "assumed", reason))
         progress(number + 1, len(rows))
     return scored
-
-
-def by_group(rows: Iterable[ScoredRow]) -> dict[str, dict[str, Any]]:
-    """`summary` for each model, chip and engine of an end-to-end file; empty for step times."""
-    groups: dict[str, list[ScoredRow]] = {}
-    for row in rows:
-        if "tpot_ms" in row.predicted:
-            groups.setdefault(" ".join(row.name.split()[:3]), []).append(row)
-    return {name: summary(group) for name, group in groups.items()}
-
-
-def summary(rows: Iterable[ScoredRow]) -> dict[str, Any]:
-    """Errors over the scored rows; TTFT errors leave saturated rows out, which are given apart."""
-    rows = list(rows)
-    priced = [row for row in rows if row.skipped is None]
-    result: dict[str, Any] = {"rows": len(priced), "skipped": sum(row.skipped is not None for row in rows)}
-    for quantity, name in (("tpot_ms", "tpot"), ("ttft_ms", "ttft"), ("step_s", "step")):
-        held = [row for row in priced if quantity in row.predicted]
-        plain = [row for row in held if name != "ttft" or not row.saturated]
-        if not plain:
-            continue
-        errors = [row.error(quantity) for row in plain]
-        result[f"{name}_mape"] = statistics.fmean(errors)
-        result[f"{name}_median_error"] = statistics.median(errors)
-        result[f"{name}_inside_band"] = statistics.fmean(row.inside(quantity) for row in held)
-        widths = [row.bands[quantity][1] / row.predicted[quantity] - 1 for row in held]
-        result[f"{name}_median_half_width"] = statistics.median(widths)
-    held = [row.inside(quantity) for row in priced for quantity in row.predicted]
-    if held:
-        result["inside_band"] = statistics.fmean(held)
-    if saturated := [row for row in priced if row.saturated]:
-        result["saturated_rows"] = len(saturated)
-        result["saturated_ttft_mape"] = statistics.fmean(row.error("ttft_ms") for row in saturated)
-    return result

@@ -1,0 +1,276 @@
+"""Deployments that people published, as rows of a CSV: what was served, by what, under which load, and what came out.
+
+A row is words and numbers as its source prints them; this module reads them into what `spec_for` and the loads take.
+Every rule that does so is here, for anyone to read: what a format is called, which flag is which setting, which release
+stands for which. Columns, and how each is read: docs/validation.md.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import hw_profiles
+from foundation.errors import UsageError
+from hw_profiles import Profile
+from model.config import ModelConfig
+from model.hf_config import load_config, preset_names
+from model.split import Layout
+from runtime.deployment.engines import Circumstances
+from runtime.deployment.engines import load as load_engine
+from runtime.serving import Workload, closed_loop, open_loop
+from runtime.serving.workload import Fixed, Lengths, Uniform
+from runtime.simulation.build import Spec, spec_for
+
+COLUMNS = (
+    "source", "model", "formats", "chip", "devices", "engine", "engine_version", "tp", "dp", "ep", "pp", "kv_dtype",
+    "mtp", "server_flags", "isl", "osl", "length_ratio", "concurrency", "rate", "num_prompts",
+)  # fmt: skip
+"""What a row must say; an empty cell is "not stated"."""
+
+MEASURED = (
+    "ttft_mean_ms", "ttft_median_ms", "ttft_p99_ms", "tpot_mean_ms", "tpot_median_ms", "tpot_p99_ms", "output_tok_s",
+)  # fmt: skip
+"""Columns of figures; a row has one of them at least."""
+
+ALIASES = {
+    "deepseek-v3.1": "deepseek-v3", "deepseek-v3-0324": "deepseek-v3", "deepseek-r1-0528": "deepseek-r1",
+    "deepseek-v3.2-exp": "deepseek-v3.2", "deepseek-v3.2-speciale": "deepseek-v3.2", "kimi-k2-instruct": "kimi-k2",
+    "kimi-k2-instruct-0905": "kimi-k2", "kimi-k2-thinking": "kimi-k2",
+}  # fmt: skip
+"""Models with another's config. Kimi-K2-Thinking's is Kimi-K2's, with int4 experts: number formats are the row's."""
+_PRECISIONS = re.compile(r"-(fp8|nvfp4|fp4|bf16|w8a8|w4a8|w4a16|awq|int4|int8)$")
+
+_FORMATS: tuple[tuple[str, str], ...] = (
+    (r"nvfp4|modelopt fp4|\bfp4\b", "nvfp4"),
+    (r"mxfp4", "mxfp4"),
+    (r"mxfp8", "mxfp8"),
+    (r"w4afp8|int4[- ]fp8", "w4afp8"),
+    (r"w4a8", "w4a8"),
+    (r"awq|gptq", "w4a16-g128"),
+    (r"w4a16|int4", "w4a16"),
+    (r"w8a8|int8", "w8a8"),
+    (r"(per[- ])?(tensor)", "fp8-tensor"),
+    (r"channel", "fp8-channel"),
+    (r"fp8", "fp8"),
+    (r"bf16|fp16|16[- ]bit", "bf16"),
+)
+"""A format's words -> the scheme; the first that is found holds."""
+
+_Setting = tuple[str, Callable[[str], Any]]
+_FLAGS: Mapping[str, _Setting] = {
+    "gpu-memory-utilization": ("memory_fraction", float),
+    "util": ("memory_fraction", float),
+    "mem-fraction-static": ("memory_fraction", float),
+    "mem-fraction": ("memory_fraction", float),
+    "free-gpu-memory-fraction": ("memory_fraction", float),
+    "kv-cache-free-gpu-mem-fraction": ("memory_fraction", float),
+    "max-num-seqs": ("max_running_requests", int),
+    "max-running-requests": ("max_running_requests", int),
+    "max-batch-size": ("max_running_requests", int),
+    "max-num-batched-tokens": ("max_step_tokens", int),
+    "max-num-tokens": ("max_step_tokens", int),
+    "max-prefill-tokens": ("max_step_tokens", int),
+    "chunked-prefill-size": ("chunked_prefill_tokens", int),
+    "block-size": ("page_tokens", int),
+    "page-size": ("page_tokens", int),
+    "stream-interval": ("stream_interval_tokens", int),
+}
+"""Servers' flags, and words for them -> `Engine` settings."""
+_SWITCHES: tuple[tuple[str, str, Any], ...] = (
+    (r"no[- ]prefix[- ]cach\w*|no-enable-prefix-caching|disable-radix-cache|radix cache off", "prefix_cache", False),
+    (r"enforce[- ]eager|disable[- ]cuda[- ]graph\b|\beager mode", "graph_batch_sizes", ()),
+    (r"enable-mixed-chunk", "policy", "mixed"),
+    (r"disable-overlap-schedule|no-async-scheduling", "overlap_scheduling", False),
+)
+"""Words that stand for a setting's value."""
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """A published row, read.
+
+    group: rows of one group share their errors: source, model, chip, engine, release and layout. release: as the source
+    has it. measured: figures by column. accept_length: tokens a step with drafts; None where none are drafted. apart:
+    why the row is scored apart from the others, or "".
+    """
+
+    name: str
+    group: str
+    cfg: ModelConfig
+    profile: Profile
+    layout: Layout
+    scheme: str
+    kv: str | None
+    engine: str
+    release: str
+    settings: Mapping[str, Any]
+    drafts: int
+    accept_length: float | None
+    load: Workload
+    measured: Mapping[str, float]
+    apart: str = ""
+
+    def spec(self) -> Spec:
+        """The deployment. Raises `UsageError` or `EngineError`."""
+        return spec_for(
+            self.cfg,
+            self.profile,
+            self.layout,
+            self.scheme,
+            self.kv,
+            self.engine,
+            self.settings,
+            drafts=self.drafts,
+            accept_length=self.accept_length,
+        )
+
+
+def read(row: Mapping[str, str]) -> PublishedRow:
+    """A row of a CSV with `COLUMNS`. Raises `UsageError` naming the column that cannot be read."""
+    cell = {key: (value or "").strip() for key, value in row.items() if key is not None}
+    cfg, profile = model_of(cell["model"]), hw_profiles.load(cell["chip"])
+    layout = Layout(**{axis: _whole(cell, axis, 1) for axis in ("tp", "dp", "ep", "pp")})
+    devices = _whole(cell, "devices", layout.devices)
+    if devices != layout.devices:
+        raise UsageError(f"devices {devices}: tp x dp x pp is {layout.devices}")
+    drafts, accept_length, apart = _drafts(cell["mtp"])
+    if not cfg.mtp_layers:
+        drafts, accept_length = 0, None  # drafted by something else than the model
+    return PublishedRow(
+        name=f"{cell.get('id', '')} {cell['model']} {cell['chip']} {cell['engine']}".strip(),
+        group=group_of(cell),
+        cfg=cfg,
+        profile=profile,
+        layout=layout,
+        scheme=scheme_of_words(cell["formats"]),
+        kv=_kv(cell["kv_dtype"]),
+        engine=cell["engine"],
+        release=cell["engine_version"],
+        settings=settings_of(cell["server_flags"], cell["engine"], Circumstances.of(cfg, profile)),
+        drafts=drafts,
+        accept_length=accept_length,
+        load=_load(cell),
+        measured=_measured(cell),
+        apart=apart,
+    )
+
+
+def group_of(cell: Mapping[str, str]) -> str:
+    """Source (its page, without the row in it), model, chip, engine, release and layout."""
+    source = re.split(r"/results/|:\d|@|#\d", cell["source"])[0].strip()
+    layout = " ".join(f"{axis}{cell[axis]}" for axis in ("tp", "dp", "ep", "pp") if cell[axis] not in ("", "1"))
+    return f"{cell['model']} {cell['chip']} {cell['engine']} {cell['engine_version']} {layout or 'tp1'}, {source}"
+
+
+def model_of(name: str) -> ModelConfig:
+    """A model by preset, by its Hugging Face name ("deepseek-ai/DeepSeek-V3.1"), or by that and a precision."""
+    short = name.split("/")[-1].lower()
+    for known in (short, ALIASES.get(short), _PRECISIONS.sub("", short), ALIASES.get(_PRECISIONS.sub("", short))):
+        if known in preset_names():
+            return load_config(str(known))
+    return load_config(name)
+
+
+def scheme_of_words(words: str) -> str:
+    """The scheme that a source's words for its number formats mean. Raises `UsageError`."""
+    first = words.lower()
+    for pattern, name in _FORMATS:
+        if re.search(pattern, first):
+            return name
+    raise UsageError(f"formats {words!r}: none that is known")
+
+
+def settings_of(flags: str, engine: str, at: Circumstances) -> dict[str, Any]:
+    """Settings of the engine from the server's command line, or from words about it."""
+    found: dict[str, Any] = {}
+    words = flags.lower().replace("_", "-")
+    for flag, (setting, kind) in _FLAGS.items():
+        for value in re.findall(rf"(?:^|[\s(,;]|--){re.escape(flag)}[ =:]+([\d.]+k?)", words):
+            number = value.rstrip(".,")
+            try:
+                scaled = float(number[:-1]) * 1024 if number.endswith("k") else float(number)
+                found[setting] = kind(scaled)
+            except (ValueError, OverflowError):
+                raise UsageError(f"server_flags: {flag} {value!r} is not a number") from None
+    for pattern, setting, value in _SWITCHES:
+        if re.search(pattern, words):
+            found[setting] = value
+    described = load_engine(engine, at=at)
+    if "max_step_tokens" in found and described.policy == "mixed" and described.chunked_prefill_tokens:
+        found.setdefault("chunked_prefill_tokens", found["max_step_tokens"])  # one budget
+    return found
+
+
+def _kv(words: str) -> str | None:
+    """The cache's format, or None for the engine's choice."""
+    found = re.search(r"fp8|int8|bf16|fp16", words.lower())
+    return None if found is None else "bf16" if found[0] == "fp16" else found[0]
+
+
+def _drafts(words: str) -> tuple[int, float | None, str]:
+    """Drafts a step, tokens that a step makes, and what is not known of them."""
+    found = re.match(r"\d+", words)
+    drafts = int(found[0]) if found else 0
+    if not drafts:
+        return 0, None, ""
+    if length := re.search(r"(?:accept\w* length|tokens a step|scored at)\D*([\d.]+)", words):
+        return drafts, float(length[1]), ""
+    if rate := re.search(r"accept\w*\D*(0?\.\d+|\d+(?:\.\d+)? ?%)", words):
+        share = float(rate[1].rstrip(" %")) / (100 if "%" in rate[1] else 1)
+        return drafts, (1 - share ** (drafts + 1)) / (1 - share) if share < 1 else drafts + 1.0, ""
+    return drafts, None, "acceptance of drafts not recorded"
+
+
+def _load(cell: Mapping[str, str]) -> Workload:
+    """The load, as the client made it: `concurrency` clients, or all prompts at once, or at a rate."""
+    said = re.match(r"[\d.]+", cell["length_ratio"])
+    ratio = min(1.0, float(said[0])) if said else 1.0
+    prompt, output = (_lengths(_whole(cell, axis), ratio) for axis in ("isl", "osl"))
+    count = re.match(r"\d+", cell["num_prompts"])
+    clients = re.match(r"\d+", cell["concurrency"])
+    requests = int(count[0]) if count else 10 * int(clients[0]) if clients else 0
+    rate = re.match(r"[\d.]+", cell["rate"])
+    if rate and not clients:
+        return open_loop(float(rate[0]), requests or 1000, prompt, output)
+    if not requests:
+        raise UsageError("neither concurrency, rate nor num_prompts is a number")
+    return closed_loop(min(int(clients[0]), requests) if clients else requests, requests, prompt, output)
+
+
+def _lengths(tokens: int, ratio: float) -> Lengths:
+    return Fixed(tokens) if ratio == 1 else Uniform(tokens, ratio)
+
+
+def _measured(cell: Mapping[str, str]) -> dict[str, float]:
+    found = {}
+    for column in MEASURED:
+        text = cell.get(column, "")
+        if not text:
+            continue
+        try:
+            value = float(text)
+        except ValueError:
+            raise UsageError(f"{column} is {text!r}, not a number") from None
+        if not (math.isfinite(value) and value > 0):
+            raise UsageError(f"{column} is {text}: a measured figure is above zero")
+        found[column] = value
+    if not found:
+        raise UsageError(f"no figure: one of {', '.join(MEASURED)}")
+    return found
+
+
+def _whole(cell: Mapping[str, str], column: str, default: int | None = None) -> int:
+    text = cell[column]
+    if not text and default is not None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        raise UsageError(f"{column} is {text!r}, not a number") from None
+    if not (math.isfinite(value) and value >= 1):
+        raise UsageError(f"{column} is {text}: give one or more")
+    return round(value)

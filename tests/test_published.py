@@ -1,0 +1,134 @@
+"""Rows as people publish them: which words are which settings, and what cannot be read says which column."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import hw_profiles
+from foundation.errors import Failure
+from model.hf_config import load_config
+from runtime.deployment.engines import Circumstances
+from runtime.serving.workload import Fixed, Uniform
+from runtime.simulation import published
+from runtime.simulation.published import MEASURED, model_of, read, scheme_of_words, settings_of
+
+ROW = {
+    "id": "r1", "source": "someone/page.md:12#0@abc", "model": "DeepSeek-R1-0528", "formats": "fp8 block",
+    "chip": "h200-sxm", "devices": "8", "engine": "vllm", "engine_version": "0.11.0", "tp": "8", "dp": "1", "ep": "1",
+    "pp": "1", "kv_dtype": "default", "mtp": "0", "server_flags": "vllm serve deepseek-ai/DeepSeek-R1-0528 -tp 8",
+    "isl": "2000", "osl": "100", "length_ratio": "1.0", "concurrency": "all at once", "rate": "inf",
+    "num_prompts": "1000", "tpot_mean_ms": "237.02", "ttft_mean_ms": "28911.9",
+}  # fmt: skip
+HOPPER = Circumstances.of(load_config("glm-5-fp8"), hw_profiles.load("h200-sxm"))
+
+
+def test_a_row() -> None:
+    found = read(ROW)
+    assert found.cfg.name.startswith("deepseek-r1") and found.profile.name == "h200-sxm"
+    assert (found.scheme, found.kv, found.drafts, found.apart, dict(found.settings)) == ("fp8", None, 0, "", {})
+    assert found.load.concurrency == len(found.load.requests) == 1000
+    assert found.load.requests[5].prompt_tokens == 2000
+    assert found.measured == {"tpot_mean_ms": 237.02, "ttft_mean_ms": 28911.9}
+
+
+def test_rows_of_one_deployment_are_a_group() -> None:
+    other = {**ROW, "id": "r2", "source": "someone/page.md:12#3@abc", "isl": "32000"}
+    assert read(ROW).group == read(other).group
+    for column, value in (("engine_version", "0.13.0"), ("tp", "4"), ("source", "other/page.md"), ("model", "GLM-4.6")):
+        assert read({**other, column: value, "devices": ""}).group != read(ROW).group
+
+
+@pytest.mark.parametrize(
+    ("words", "scheme"),
+    [
+        ("fp8 block", "fp8"), ("FP8", "fp8"), ("fp8 (modelopt per-tensor)", "fp8-tensor"), ("bf16", "bf16"),
+        ("int4 experts (native QAT), rest bf16", "w4a16"), ("NVFP4 (modelopt)", "nvfp4"), ("W8A8", "w8a8"),
+        ("w4a8 (msmodelslim)", "w4a8"), ("AWQ 4-bit", "w4a16-g128"), ("fp8 per channel", "fp8-channel"),
+    ],
+)  # fmt: skip
+def test_formats(words: str, scheme: str) -> None:
+    assert scheme_of_words(words) == scheme
+
+
+@pytest.mark.parametrize(
+    ("engine", "flags", "settings"),
+    [
+        ("vllm", "vllm serve M -tp 8 --max-num-seqs 12 --gpu-memory-utilization=0.85",
+         {"max_running_requests": 12, "memory_fraction": 0.85}),
+        ("vllm-ascend", "max-num-seqs 12, max-num-batched-tokens 8192, util 0.9, no prefix cache",
+         {"max_running_requests": 12, "max_step_tokens": 8192, "chunked_prefill_tokens": 8192, "memory_fraction": 0.9,
+          "prefix_cache": False}),
+        ("vllm", "--enforce-eager", {"graph_batch_sizes": ()}),
+        ("vllm", "--max_num_batched_tokens 16k --no-enable-prefix-caching",
+         {"max_step_tokens": 16384, "chunked_prefill_tokens": 16384, "prefix_cache": False}),
+        ("sglang", "--tp 8 --mem-fraction-static 0.82 --chunked-prefill-size 32768 --disable-radix-cache",
+         {"memory_fraction": 0.82, "chunked_prefill_tokens": 32768, "prefix_cache": False}),
+        ("trtllm", "TP8 EP8; max_num_tokens tuned per point", {}),
+        ("sglang", "2 nodes, InfiniBand; flags not given (TP16 inferred)", {}),
+    ],
+)  # fmt: skip
+def test_flags(engine: str, flags: str, settings: dict[str, Any]) -> None:
+    assert settings_of(flags, engine, HOPPER) == settings
+
+
+@pytest.mark.parametrize(
+    ("words", "drafts", "length"),
+    [
+        ("0", 0, None), ("0 (not stated)", 0, None), ("1, acceptance not recorded", 1, None),
+        ("3 (acceptance length 2.4)", 3, 2.4), ("1, acceptance 0.8", 1, 1.8), ("2, acceptance 50 %", 2, 1.75),
+    ],
+)  # fmt: skip
+def test_drafts(words: str, drafts: int, length: float | None) -> None:
+    found = read({**ROW, "mtp": words})
+    assert (found.drafts, found.accept_length) == (drafts, pytest.approx(length) if length else None)
+    assert bool(found.apart) == ("not recorded" in words)
+
+
+@pytest.mark.parametrize(
+    ("changed", "clients", "requests"),
+    [
+        ({"concurrency": "16", "num_prompts": "160"}, 16, 160),
+        ({"concurrency": "16", "num_prompts": "not stated"}, 16, 160),
+        ({"concurrency": "64", "num_prompts": "8"}, 8, 8),
+        ({"concurrency": "", "rate": "2.5", "num_prompts": "300"}, None, 300),
+    ],
+)
+def test_loads(changed: dict[str, str], clients: int | None, requests: int) -> None:
+    load = read({**ROW, **changed}).load
+    assert (load.concurrency, len(load.requests)) == (clients, requests)
+
+
+def test_lengths() -> None:
+    assert isinstance(published._lengths(100, 1.0), Fixed) and isinstance(published._lengths(100, 0.5), Uniform)
+    drawn = [request.prompt_tokens for request in read({**ROW, "length_ratio": "0.0 (1..L)"}).load.requests]
+    assert min(drawn) < 100 and max(drawn) > 1900 and abs(sum(drawn) / len(drawn) - 1000) < 60
+
+
+def test_a_model_by_other_names() -> None:
+    for name, model in (
+        ("GLM-4.7-FP8", "glm-4.7"),
+        ("moonshotai/Kimi-K2-Thinking", "kimi-k2"),
+        ("GLM-5-FP8", "glm-5-fp8"),
+    ):
+        assert model_of(name) == load_config(model)
+
+
+@pytest.mark.parametrize(
+    ("changed", "mentions"),
+    [
+        ({"tp": "many"}, "tp is 'many'"),
+        ({"devices": "16"}, "devices 16: tp x dp x pp is 8"),
+        ({"formats": "fast"}, "formats 'fast'"),
+        ({"isl": "nan"}, "isl is nan"),
+        ({"tpot_mean_ms": "-1"}, "tpot_mean_ms is -1"),
+        (dict.fromkeys(MEASURED, ""), "no figure"),
+        ({"concurrency": "", "num_prompts": "", "rate": "inf"}, "neither concurrency"),
+        ({"chip": "h300"}, "h300"),
+    ],
+)
+def test_what_cannot_be_read(changed: dict[str, str], mentions: str) -> None:
+    with pytest.raises(Failure, match=mentions) as error:
+        read({**ROW, **changed})
+    assert "\n" not in str(error.value)
