@@ -358,7 +358,7 @@ class Plan:
         try:
             document = parse_json(text)
         except Unreadable as error:
-            found = f"not JSON from line {error.line}" if error.line else str(error)
+            found = f"not JSON from line {error.line} ({error.what})" if error.line else str(error)
             raise PlanFileError(f"{where}: cut short or damaged, {found}; make the plan anew") from None
         if not isinstance(document, dict) or "schema_version" not in document or "pools" not in document:
             raise PlanFileError(f"{where}: no plan (a plan has schema_version and pools); `glm5 plan --out` writes one")

@@ -6,13 +6,13 @@ Both `glm5 simulate` and `glm5 validate` go through `build`. Imports the tracer,
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import hw_profiles
 from foundation.errors import UsageError
+from foundation.reading import Unreadable, parse_toml
 from hw_profiles import Profile
 from model.config import ModelConfig
 from model.formats import Formats, Scheme, scheme
@@ -151,8 +151,8 @@ def chip_with(name: str, settings: Mapping[str, Any]) -> Profile:
 def _parsed(value: str) -> Any:
     """An engine setting's value: a TOML value where it is one, else the text itself."""
     try:
-        return tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"value = {value}")["value"]
+    except Unreadable:
         return value
 
 

@@ -8,9 +8,7 @@ the reason and counted.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import math
 import statistics
 from collections.abc import Iterable, Mapping
@@ -21,7 +19,7 @@ import numpy as np
 
 import hw_profiles
 from foundation.errors import Failure, UsageError
-from foundation.reading import Unreadable, read_text
+from foundation.reading import Unreadable, read_csv
 from model.config import ModelConfig
 from model.hf_config import load_config, preset_names
 from model.split import Layout
@@ -88,13 +86,10 @@ class ScoredRow:
 def read_rows(path: Path) -> tuple[str, list[dict[str, str]]]:
     """("end-to-end" or "step", rows). Raises `UsageError` naming what is wrong with the file."""
     try:
-        reader = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff")))
-        columns, rows = reader.fieldnames or [], list(reader)
+        columns, rows = read_csv(path)
     except Unreadable as error:
-        what = f"not a CSV file ({error})" if error.reason == "encoding" else error
+        what = f"not a CSV file ({error})" if error.reason in ("encoding", "syntax") else error
         raise UsageError(f"{path}: {what}") from None
-    except csv.Error as error:
-        raise UsageError(f"{path}: not a CSV file ({error})") from None
     if not columns:
         raise UsageError(f"{path}: an empty file; its first line must name the columns")
     kind = "step" if "measured_s" in columns else "end-to-end"
