@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args
 from backends.errors import ArtifactError
 from foundation.reading import Unreadable, parse_json, read_text
 from runtime.deployment.document import Fault, place, validated
+from runtime.deployment.sound import manifest_faults
 
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
@@ -207,7 +208,10 @@ class Manifest:
             raise ArtifactError(
                 f"{where}: manifest version {version!r}, this release reads {SCHEMA_VERSION}; export it again"
             )
-        return validated(cls, raw, ArtifactError, where, say=_say)
+        made = validated(cls, raw, ArtifactError, where, say=_say)
+        if fault := next(manifest_faults(made), None):
+            raise ArtifactError(f"{where}: {fault}; export it again")
+        return made
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:

@@ -12,11 +12,12 @@ from typing import Any
 
 import hw_profiles
 from foundation.errors import UsageError
+from foundation.limits import within
 from foundation.reading import Unreadable, parse_toml
 from hw_profiles import Profile
-from model.config import ModelConfig
+from model.config import MOST_DRAFTS, MOST_EXPERTS, ModelConfig
 from model.formats import Formats, Scheme, scheme
-from model.split import Layout
+from model.split import MOST_DEVICES, Layout
 from runtime.deployment.engines import Engine, engine_for, formats_for, sized_cache
 from runtime.deployment.ledger import Ledger, fullest, stage_ledgers
 from runtime.pricing import Chip, PriceBook, load, open_book
@@ -53,6 +54,11 @@ class Spec:
     named: str = ""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     replicas: int = 1
+
+    def __post_init__(self) -> None:
+        within("drafts a step (--mtp):", self.drafts, MOST_DRAFTS)
+        within("expert slots a device beyond an even share:", self.redundant_slots, MOST_EXPERTS)
+        within("devices of all replicas:", self.replicas * self.layout.devices, MOST_DEVICES)
 
 
 def spec_for(
