@@ -84,7 +84,7 @@ def validated(
         try:
             # Through text, where a tuple is a list and TOML's dates are texts.
             (made,) = _adapter(kind).validate_json(json.dumps([document], default=str))
-            fault = _large(document) or _difference(document, to_json(made), complete)
+            fault = _difference(document, to_json(made), complete)
         except ValidationError as refused:
             fault = _first(refused.errors(include_url=False))
         except RecursionError:
@@ -154,16 +154,6 @@ def _first(errors: Sequence[Any]) -> Fault:
             return Fault(path, f"must be one of {', '.join(choices)}", value, choices)
     wanted = _WANTED.get(kind) or errors[0]["msg"].splitlines()[0].removeprefix("Input should be ")
     return Fault(path, f"must be {wanted}", value)
-
-
-def _large(document: Any, path: Keys = ()) -> Fault | None:
-    """The first integer that float64 does not hold exactly: nothing is counted that far."""
-    if isinstance(document, int):
-        return Fault(path, "must be a whole number below 2^53 in size", document) if abs(document) > 2**53 else None
-    if isinstance(document, dict | list):
-        below = document.items() if isinstance(document, dict) else enumerate(document)
-        return next(filter(None, (_large(item, (*path, key)) for key, item in below)), None)
-    return None
 
 
 def _difference(document: Any, written: Any, complete: bool, path: Keys = ()) -> Fault | None:

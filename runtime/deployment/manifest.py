@@ -21,13 +21,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from backends.errors import ArtifactError
 from foundation.reading import Unreadable, parse_json, read_text
 from runtime.deployment.document import Fault, place, validated
-from runtime.deployment.sound import manifest_faults
+from runtime.deployment.sound import manifest_faults, number_faults
 
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
@@ -208,10 +209,7 @@ class Manifest:
             raise ArtifactError(
                 f"{where}: manifest version {version!r}, this release reads {SCHEMA_VERSION}; export it again"
             )
-        made = validated(cls, raw, ArtifactError, where, say=_say)
-        if fault := next(manifest_faults(made), None):
-            raise ArtifactError(f"{where}: {fault}; export it again")
-        return made
+        return validated(cls, raw, ArtifactError, where, say=_say)
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
@@ -221,7 +219,10 @@ class Manifest:
             text = read_text(path)
         except Unreadable:
             raise ArtifactError(f"{folder}: no exported package (it has no readable {FILE})") from None
-        return cls.from_json(text, str(path))
+        made = cls.from_json(text, str(path))
+        if fault := next(chain(number_faults(dataclasses.asdict(made)), manifest_faults(made)), None):
+            raise ArtifactError(f"{path}: {fault}; export it again")
+        return made
 
     @property
     def owner_units(self) -> dict[str, str]:

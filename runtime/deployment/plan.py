@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from runtime.deployment.document import to_json, validated
 from runtime.deployment.errors import PlanFileError
 from runtime.deployment.kv import PoolKv
 from runtime.deployment.ledger import Ledger
-from runtime.deployment.sound import plan_faults
+from runtime.deployment.sound import number_faults, plan_faults
 
 SCHEMA_VERSION = 3
 _HASH = re.compile(r'^"hash": "([0-9a-f]{64})",$', re.MULTILINE)
@@ -379,7 +380,7 @@ class Plan:
             )
         body = {key: value for key, value in document.items() if key not in ("hash", "formats")}
         plan = validated(cls, body, PlanFileError, where, complete=True)
-        if fault := next(plan_faults(plan), None):
+        if fault := next(chain(number_faults(body), plan_faults(plan)), None):
             raise PlanFileError(f"{where}: {fault}; make the plan anew")
         for index, pool in enumerate(plan.pools):
             if pool.scheme != (meant := pool.formats.scheme.name):

@@ -7,18 +7,32 @@ question (`runtime.planning.check`, `runtime.porting.export.check`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from model.config import MOST_DRAFTS, MOST_EXPERTS, MOST_LAYERS, MOST_POSITIONS, MOST_VOCAB, MOST_WIDTH
 from model.split import MOST_DEVICES
+from runtime.deployment.document import Keys, place
 from runtime.deployment.tensors import numpy_dtype
 
-if TYPE_CHECKING:
-    from runtime.deployment.manifest import GearUnits, Manifest, Step
-    from runtime.deployment.plan import Plan, Pool
+# What is gone through is described in `plan.py` and `manifest.py`, which ask here as they read.
+_Plan = _Pool = _Manifest = _GearUnits = _Step = Any
 
 _FIGURES = ("ttft_ms", "tpot_ms", "e2e_ms")
 _AXES = ("dp", "tp")
+
+
+MOST_COUNT = 2**53
+"""Of anything counted: up to there float64 holds each whole number."""
+
+
+def number_faults(document: Any, path: Keys = ()) -> Iterator[str]:
+    """The integers in a parsed document that are more than `MOST_COUNT`."""
+    if isinstance(document, int) and abs(document) > MOST_COUNT:
+        yield f"{place(path)} is {document:.3g}, which must lie within 2^53 of 0"
+    elif isinstance(document, dict | list | tuple):
+        for key, item in document.items() if isinstance(document, dict) else enumerate(document):
+            if isinstance(item, dict | list | tuple | int):
+                yield from number_faults(item, (*path, key))
 
 
 def _outside(where: str, count: int, least: int, most: int) -> Iterator[str]:
@@ -26,7 +40,7 @@ def _outside(where: str, count: int, least: int, most: int) -> Iterator[str]:
         yield f"{where} is {count:,}, which must lie between {least:,} and {most:,}"
 
 
-def plan_faults(plan: Plan) -> Iterator[str]:
+def plan_faults(plan: _Plan) -> Iterator[str]:
     """What is wrong with a plan, as far as its readers would stumble over it."""
     demand = plan.demand
     yield from _outside("pools: their number", len(plan.pools), 1, 2)
@@ -44,7 +58,7 @@ def plan_faults(plan: Plan) -> Iterator[str]:
             yield f"predicted.{name} lacks its mean"
 
 
-def _pool(pool: Pool, where: str) -> Iterator[str]:
+def _pool(pool: _Pool, where: str) -> Iterator[str]:
     yield from _outside(f"{where}.devices: their number", len(pool.devices), 1, MOST_DEVICES)
     yield from _outside(f"{where}.replicas", pool.replicas, 1, MOST_DEVICES)
     yield from _outside(f"{where}.page_tokens", pool.page_tokens, 1, MOST_POSITIONS)
@@ -70,7 +84,7 @@ def _pool(pool: Pool, where: str) -> Iterator[str]:
         yield from _outside(f"{at}: its last expert", max(row, default=0), 0, MOST_EXPERTS)
 
 
-def manifest_faults(manifest: Manifest) -> Iterator[str]:
+def manifest_faults(manifest: _Manifest) -> Iterator[str]:
     """What is wrong with a manifest, as far as its readers would stumble over it."""
     yield from _outside("model.vocab_size", manifest.model.vocab_size, 1, MOST_VOCAB)
     yield from _outside("model.hidden_size", manifest.model.hidden_size, 1, MOST_WIDTH)
@@ -101,7 +115,7 @@ def manifest_faults(manifest: Manifest) -> Iterator[str]:
         yield from _program(program, manifest, run, f"programs[{number}]")
 
 
-def _devices(manifest: Manifest) -> Iterator[str]:
+def _devices(manifest: _Manifest) -> Iterator[str]:
     known = [layer.index for layer in manifest.layers]
     if len(set(known)) != len(known) or min(known) < 0:
         yield "layers: each index must be there once, and be 0 or more"
@@ -113,7 +127,7 @@ def _devices(manifest: Manifest) -> Iterator[str]:
                 yield f"devices[{number}].ranks.{axis} is no rank of an axis of {manifest.axes.get(axis, 1)}"
 
 
-def _program(program: GearUnits, manifest: Manifest, run: set[str], where: str) -> Iterator[str]:
+def _program(program: _GearUnits, manifest: _Manifest, run: set[str], where: str) -> Iterator[str]:
     gear = program.gear
     yield from _outside(f"{where}.gear.sequences", gear.sequences, 1, MOST_WIDTH)
     yield from _outside(f"{where}.gear.tokens", gear.tokens, 1, MOST_WIDTH)
@@ -126,7 +140,7 @@ def _program(program: GearUnits, manifest: Manifest, run: set[str], where: str) 
             yield from _step(step, manifest, unit, f"{where}.units.{unit}[{number}]")
 
 
-def _step(step: Step, manifest: Manifest, unit: str, where: str) -> Iterator[str]:
+def _step(step: _Step, manifest: _Manifest, unit: str, where: str) -> Iterator[str]:
     caches = {cache.name: cache for cache in manifest.caches.get(unit, ())}
     for value in (*step.inputs, *step.outputs):
         if any(not 0 <= size <= MOST_POSITIONS for size in value.shape):
