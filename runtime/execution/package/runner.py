@@ -7,8 +7,7 @@ reads and writes it, and a collective is done here, in numpy, over the devices o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,8 +128,7 @@ class Runner:
 
     def _run_whole(self, whole: BoundGraph, env: Env) -> Env:
         held = {(owner, name): cache for (_, owner), caches in self.caches.items() for name, cache in caches.items()}
-        with _as_described(f"{self.folder}: the graph of a step"):
-            results = whole({**env, **{f"{owner}.{name}": cache for (owner, name), cache in held.items()}})
+        results = whole({**env, **{f"{owner}.{name}": cache for (owner, name), cache in held.items()}})
         for (place, owner), caches in self.caches.items():
             if owner != "mtp":
                 self.caches[place, owner] = {name: results[f"{owner}.{name}{OUT}"] for name in caches}
@@ -161,9 +159,7 @@ class Runner:
             for rank, env in envs.items():
                 place = (stage, *rank)
                 bound = self._graph(step, (id(program), unit, number, owner, place))
-                given = {**env, **made[rank], **self._cache(place, owner)}
-                with _as_described(f"{self.folder}: graph {step.name or unit}"):
-                    made[rank].update(bound(given))
+                made[rank].update(bound({**env, **made[rank], **self._cache(place, owner)}))
         for rank, results in made.items():
             for name, value in results.items():
                 if name.startswith("cache."):
@@ -202,16 +198,6 @@ class Runner:
             parts = [self.executor.get(made[rank][source]) for rank in group]
             for rank, value in zip(group, collective(step.kind, parts, step.dim), strict=True):
                 made[rank][result] = self.executor.put(value)
-
-
-@contextmanager
-def _as_described(graph: str) -> Iterator[None]:
-    """A runtime's complaint of a call becomes an `ArtifactError`: the graph is not what the manifest says of it."""
-    try:
-        yield
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        why = " ".join(str(error).split())[:300]
-        raise ArtifactError(f"{graph} does not take what the manifest says ({why}); export it again") from error
 
 
 def collective(kind: str, parts: list[np.ndarray], dim: int) -> list[np.ndarray]:

@@ -135,7 +135,9 @@ def checked_load(load: ArrayLike) -> Floats:
             layer, expert = np.argwhere(bad)[0]
             value, more = array[layer, expert], int(bad.sum()) - 1
             raise LoadError(f"load[{layer}, {expert}] = {value} is {what}, and so are {more} more entries")
-    if not np.isfinite(matrix.sum()):
+    with np.errstate(over="ignore"):
+        total = matrix.sum()
+    if not np.isfinite(total):
         raise LoadError(f"load adds up to more than a number can be; divide it, by {matrix.max():.3g} for instance")
     return matrix
 
