@@ -25,7 +25,7 @@ from model.quantization_config import PLAIN, is_scheme
 MOST_LAYERS = 1_000
 MOST_EXPERTS = 10_000
 MOST_WIDTH = 1 << 20
-MOST_VOCAB = 10_000_000
+MOST_VOCAB = 100_000_000
 MOST_POSITIONS = 100_000_000
 MOST_DRAFTS = 16
 """A step: nobody trained for more than a few, and each costs a pass."""
