@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from backends.errors import ArtifactError, Unsupported
+from foundation.reading import Unreadable, parse_json
 
 _MAGIC, _ARTIFACT_VERSION = b"GLM5ART\n", 2
 
@@ -117,7 +118,7 @@ class Artifact:
             if data[: len(_MAGIC)] != _MAGIC:
                 raise ValueError
             size = int.from_bytes(data[len(_MAGIC) : start], "little")
-            header = json.loads(data[start : start + size])
+            header = parse_json(data[start : start + size].decode())
             payload = data[start + size :]
             if (version := header["version"]) != _ARTIFACT_VERSION:
                 raise ArtifactError(
@@ -129,7 +130,7 @@ class Artifact:
                 name, platform, fmt, tuple(header["donate"]), header["versions"], payload, header["optimise"],
                 header["mesh"],
             )  # fmt: skip
-        except (ValueError, KeyError, TypeError):
+        except (Unreadable, ValueError, KeyError, TypeError):
             raise ArtifactError("not an artifact, or its header is damaged; export it again") from None
         if not whole:
             raise ArtifactError(f"artifact {name} is truncated or altered (hash mismatch); export it again")

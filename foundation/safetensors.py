@@ -4,7 +4,13 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from foundation.reading import MOST_BYTES, Unreadable, open_regular, parse_json
 
 NAMES: Mapping[str, str] = {
     "F32": "float32",
@@ -18,6 +24,7 @@ NAMES: Mapping[str, str] = {
     "I64": "int64",
 }
 """Its spelling of a type -> the name in numpy or ml_dtypes."""
+_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1, "I32": 4, "I64": 8}
 SPELLING: Mapping[str, str] = {name: spelling for spelling, name in NAMES.items()}
 
 
@@ -40,3 +47,49 @@ def header(
     start = 8 + len(encoded)
     found = {name: (start + begin, start + end) for name, (begin, end) in places.items()}
     return len(encoded).to_bytes(8, "little") + encoded, found
+
+
+class StoredEntry(NamedTuple):
+    """A tensor of a file: its type as the format spells it, its shape, and where in the file its bytes are."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(path: str | Path) -> tuple[dict[str, StoredEntry], dict[str, str]]:
+    """The tensors of a file, and its metadata. Raises `Unreadable`, for what lies outside the file or is another size
+    than its shape too; a type that is not in `NAMES` is left to whoever wants its tensor."""
+    with open_regular(path) as file:
+        length = os.fstat(file.fileno()).st_size
+        size = int.from_bytes(file.read(8), "little")
+        if size > min(MOST_BYTES, length - 8):
+            raise Unreadable("syntax", f"its header of {size:,} bytes is more than it holds, or than {MOST_BYTES:,}")
+        try:
+            text = file.read(size).decode("utf-8")
+        except UnicodeDecodeError:
+            raise Unreadable("encoding", "its header is not UTF-8 text") from None
+    document = parse_json(text)
+    if not isinstance(document, dict):
+        raise Unreadable("syntax", "its header is no object")
+    metadata = document.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise Unreadable("syntax", "its metadata are not texts by name")
+    return {name: _entry(name, entry, 8 + size, length) for name, entry in document.items()}, metadata
+
+
+def _entry(name: str, entry: object, start: int, length: int) -> StoredEntry:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if all(
+            type(each) is int and each >= 0 for each in (*shape, begin, end)
+        ):
+            found = StoredEntry(dtype, tuple(shape), start + begin, start + end)
+        case _:
+            raise Unreadable("syntax", f"tensor {name[:60]!r} has no dtype, shape and data_offsets")
+    if not start <= found.begin <= found.end <= length:
+        raise Unreadable("syntax", f"tensor {name[:60]!r} ends at byte {found.end:,} of {length:,}")
+    needed = math.prod(shape) * _SIZES.get(dtype, 0)
+    if dtype in _SIZES and needed != end - begin:
+        raise Unreadable("syntax", f"tensor {name[:60]!r} holds {end - begin:,} bytes, its shape needs {needed:,}")
+    return found

@@ -2,9 +2,9 @@
 
 import datetime
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 
+from foundation.reading import parse_toml
 from hw_profiles.checks import check
 from hw_profiles.errors import InvalidProfile
 from hw_profiles.fields import CURVES, FIELDS, LABELS, asked_as, refused, suggest
@@ -53,7 +53,7 @@ def new_profile(
     lines += [f"weights = {_text([asked_as(each.strip()) for each in weights])}"]
     lines += [f"kv = {_text([each.strip() for each in kv])}", 'source = "given"']
     text = "\n".join(lines) + "\n"
-    if problems := check(parse(tomllib.loads(text), name)):
+    if problems := check(parse(parse_toml(text), name)):
         raise InvalidProfile(problems)
     return text
 

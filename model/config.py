@@ -20,6 +20,16 @@ from foundation.errors import UsageError
 from model.formats import Scheme, scheme
 from model.quantization_config import PLAIN, is_scheme
 
+# The most that a model is made of. A layer, an expert and a position are gone through one by one, and a width is the
+# length of a vector somewhere; no published model has a fifth of any.
+MOST_LAYERS = 1_000
+MOST_EXPERTS = 10_000
+MOST_WIDTH = 1 << 20
+MOST_VOCAB = 100_000_000
+MOST_POSITIONS = 100_000_000
+MOST_DRAFTS = 16
+"""A step: nobody trained for more than a few, and each costs a pass."""
+
 IndexerKind = Literal["full", "shared", "none"]
 FfnKind = Literal["dense", "moe"]
 

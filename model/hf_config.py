@@ -13,13 +13,32 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from foundation.limits import within
 from foundation.reading import Unreadable, read_json
-from model.config import Gqa, Indexer, IndexerKind, LayerType, Mla, ModelConfig, Moe, Rope, Yarn
+from model.config import (
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    MOST_POSITIONS,
+    MOST_VOCAB,
+    MOST_WIDTH,
+    Gqa,
+    Indexer,
+    IndexerKind,
+    LayerType,
+    Mla,
+    ModelConfig,
+    Moe,
+    Rope,
+    Yarn,
+)
 from model.errors import ConfigError
 from model.quantization_config import UnknownQuantization, modelslim_scheme_name, scheme_name
 
 _ALIASES = {"kimi_k2": "deepseek_v3"}
 MODEL_TYPES = ("glm_moe_dsa", "glm4_moe_lite", "glm4_moe", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25")
+
+
+_LARGEST = 1e12  # of a float and its inverse, so that squares and quotients of them are numbers
 
 
 class _Fields:
@@ -43,12 +62,19 @@ class _Fields:
             raise self.fail(f"field `{key}` must be {kind.__name__}, not {value!r}")
         if kind is float and not math.isfinite(value):
             raise self.fail(f"field `{key}` must be finite, not {value!r}")
+        if kind is float and value and not 1 / _LARGEST <= abs(value) <= _LARGEST:
+            raise self.fail(f"field `{key}` must lie between {1 / _LARGEST:g} and {_LARGEST:g}, not {value!r}")
         if check and not check(value):
             raise self.fail(f"field `{key}` has the impossible value {value!r}")
         return value
 
-    def size(self, key: str, default: Any = ...) -> int:
-        return self.get(key, int, default, lambda v: v > 0)
+    def size(self, key: str, default: Any = ..., most: int = MOST_WIDTH) -> int:
+        return self.count(key, default, most, least=1)
+
+    def count(self, key: str, default: Any = ..., most: int = MOST_WIDTH, least: int = 0) -> int:
+        value = self.get(key, int, default, lambda v: v >= least)
+        within(f"{self.where}: field `{key}`", value, most, ConfigError)
+        return value
 
     def names(self, key: str, default: list[str]) -> list[str]:
         value = self.get(key, list, default)
@@ -90,7 +116,7 @@ def from_hf(raw: Mapping[str, Any], name: str = "config.json") -> ModelConfig:
     return ModelConfig(
         name=name,
         model_type=family,
-        vocab_size=fields.size("vocab_size"),
+        vocab_size=fields.size("vocab_size", most=MOST_VOCAB),
         hidden_size=fields.size("hidden_size"),
         heads=heads,
         attention=attention,
@@ -100,11 +126,13 @@ def from_hf(raw: Mapping[str, Any], name: str = "config.json") -> ModelConfig:
         dense_intermediate=fields.size("intermediate_size"),
         layers=schedule,
         # transformers 5 spells the same field `num_mtp_layers`
-        mtp_layers=fields.get("num_nextn_predict_layers", int, fields.get("num_mtp_layers", int, 0), lambda v: v >= 0),
+        mtp_layers=fields.count(
+            "num_nextn_predict_layers", fields.count("num_mtp_layers", 0, MOST_LAYERS), MOST_LAYERS
+        ),
         # GLM carries the hidden state after the shared-head norm from draft to draft, DeepSeek before it.
         mtp_carries_norm=family.startswith("glm"),
         norm_eps=fields.get("rms_norm_eps", float, 1e-5 if family.startswith("glm") else 1e-6, lambda v: v > 0),
-        max_positions=fields.size("max_position_embeddings"),
+        max_positions=fields.size("max_position_embeddings", most=MOST_POSITIONS),
         eos_token_ids=_eos(fields),
         tie_embeddings=fields.get("tie_word_embeddings", bool, False),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
@@ -180,7 +208,7 @@ def _rope(fields: _Fields, family: str, attention: Mla | Gqa) -> Rope:
     params, partial = _rope_params(fields), 0.5 if isinstance(attention, Gqa) else 1.0
     kind = params.get("rope_type", str, params.get("type", str, "default"))
     theta = params.get("rope_theta", float, check=lambda v: v > 1)
-    partial = params.get("partial_rotary_factor", float, partial)
+    partial = params.get("partial_rotary_factor", float, partial, lambda v: 0 < v <= 1)
     if isinstance(attention, Gqa):
         dim, interleaved = int(attention.head_dim * partial), False
     else:
@@ -210,9 +238,9 @@ def _rope_params(fields: _Fields) -> _Fields:
 def _yarn(fields: _Fields, params: _Fields) -> Yarn:
     """With transformers' defaults: positions are the model's where it names none, and a factor of null is by how many
     times those were extended."""
-    positions = fields.size("max_position_embeddings")
-    original = fields.size("original_max_position_embeddings", 0)
-    original = original or params.size("original_max_position_embeddings", positions)
+    positions = fields.size("max_position_embeddings", most=MOST_POSITIONS)
+    original = fields.raw.get("original_max_position_embeddings") and fields or params
+    original = original.size("original_max_position_embeddings", positions, MOST_POSITIONS)
     factor = positions / original if "factor" in params.raw else ...
     return Yarn(
         factor=params.get("factor", float, factor, lambda v: v > 0),
@@ -230,9 +258,9 @@ def _moe(fields: _Fields) -> Moe | None:
     if fields.raw.get("n_routed_experts") is None and fields.raw.get("num_experts") is not None:
         fields = _Fields({**fields.raw, "n_routed_experts": fields.raw["num_experts"]}, fields.where)
     moe = Moe(
-        experts=fields.size("n_routed_experts"),
+        experts=fields.size("n_routed_experts", most=MOST_EXPERTS),
         top_k=fields.size("num_experts_per_tok"),
-        shared_experts=fields.get("n_shared_experts", int, 1, lambda v: v >= 0),
+        shared_experts=fields.count("n_shared_experts", 1, MOST_EXPERTS),
         intermediate=fields.size("moe_intermediate_size"),
         n_group=fields.size("n_group", 1),
         topk_group=fields.size("topk_group", 1),
@@ -253,7 +281,7 @@ def _moe(fields: _Fields) -> Moe | None:
 
 
 def _schedule(fields: _Fields, family: str, indexer: Indexer | None, moe: Moe | None) -> tuple[LayerType, ...]:
-    depth = fields.size("num_hidden_layers")
+    depth = fields.size("num_hidden_layers", most=MOST_LAYERS)
     dense = fields.get("first_k_dense_replace", int, 1, lambda v: v >= 0)
     ffn = fields.names("mlp_layer_types", ["dense"] * min(dense, depth) + ["sparse"] * max(depth - dense, 0))
     kinds = _indexer_types(fields, depth) if family == "glm_moe_dsa" else ["full" if indexer else "none"] * depth

@@ -6,9 +6,7 @@ bytes are mapped here. Nothing is read until an array is touched. Writing goes t
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +14,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from foundation.safetensors import NAMES, header
+from foundation.reading import Unreadable
+from foundation.safetensors import NAMES, header, read_header
 from model.errors import CheckpointError
 
 _DTYPES = {spelling: np.dtype(getattr(ml_dtypes, name, name)) for spelling, name in NAMES.items()}
@@ -31,17 +30,14 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         try:
+            self._entries, _ = read_header(path)
             with safetensors.safe_open(str(path), framework="numpy"):
                 pass
-            with path.open("rb") as file:
-                (size,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(size))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: shard is missing") from None
-        except (safetensors.SafetensorError, OSError, ValueError, struct.error) as error:
+        except Unreadable as error:
+            why = "shard is missing" if error.reason == "absent" else f"truncated or corrupt shard ({error})"
+            raise CheckpointError(f"{path}: {why}") from None
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path}: truncated or corrupt shard ({error})") from None
-        self._data_start = 8 + size
-        self._entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         self._map = np.memmap(path, mode="r", dtype=np.uint8)
 
     @property
@@ -49,11 +45,11 @@ class SafetensorsFile:
         return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._entries[name]["shape"])
+        return self._entries[name].shape
 
     def dtype_name(self, name: str) -> str:
         """As the header spells it: "BF16", "F8_E4M3", .."""
-        return self._entries[name]["dtype"]
+        return self._entries[name].dtype
 
     def dtype(self, name: str) -> np.dtype:
         stored = self.dtype_name(name)
@@ -62,9 +58,8 @@ class SafetensorsFile:
         return _DTYPES[stored]
 
     def array(self, name: str) -> np.ndarray:
-        begin, end = self._entries[name]["data_offsets"]
-        raw = self._map[self._data_start + begin : self._data_start + end]
-        return raw.view(self.dtype(name)).reshape(self.shape(name))
+        entry = self._entries[name]
+        return self._map[entry.begin : entry.end].view(self.dtype(name)).reshape(entry.shape)
 
 
 def raw_bytes(array: np.ndarray) -> memoryview:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from foundation.errors import UsageError
+from foundation.limits import within
 from model.cache import CacheRow
 from model.config import Gqa, ModelConfig
 from model.formats import BITS, FP8_BLOCK, MatrixFormat
@@ -28,6 +29,10 @@ from model.weights import Weight
 
 Axes = tuple[str, ...]
 """Mesh axes that a dim is cut over, outermost first: ("tp",), ("dp", "tp") or none."""
+
+
+MOST_DEVICES = 100_000
+"""Of a deployment: each is gone through, and simulated or described; the largest that was announced have as many."""
 
 
 class Place(NamedTuple):
@@ -53,6 +58,7 @@ class Layout:
         for name, degree in vars(self).items():
             if degree < 1:
                 raise UsageError(f"{name} must be at least 1, not {degree}")
+        within("tp x dp x pp =", self.devices, MOST_DEVICES)
         if self.ep not in (1, self.tp * self.dp):
             raise UsageError(
                 f"ep must be 1 (experts split by tensor) or tp x dp = {self.tp} x {self.dp} = {self.tp * self.dp} "

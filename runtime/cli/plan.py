@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -169,7 +170,7 @@ def _answer(question: Question, chips: list[Chips], expert_load: Path | None) ->
 def _split(text: str) -> tuple[str, int | None]:
     """A profile and its number of devices, from NAME or NAME:COUNT. Raises `UsageError`."""
     name, colon, count = text.rpartition(":")
-    if not colon or name.endswith("/") or not count.lstrip("+-").isdigit():
+    if not colon or name.endswith("/") or not re.fullmatch(r"[+-]?[0-9]{1,18}", count):
         return text, None
     if int(count) < 1:
         raise UsageError(f"--profile {text}: give at least one device")

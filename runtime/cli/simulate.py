@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foundation.errors import UsageError
+from foundation.limits import within
 from model.formats import SCHEMES_HELP
 from runtime.cli import completion
 from runtime.cli.given import given
@@ -85,7 +86,7 @@ def simulate(
     where a plan misses its targets.
     """
     from model.hf_config import load_config
-    from model.split import Layout
+    from model.split import MOST_DEVICES, Layout
     from runtime.deployment.plan import Demand
     from runtime.serving import Trace
     from runtime.serving import simulate as run_load
@@ -112,6 +113,8 @@ def simulate(
     for path, value in of_model:
         cfg = model_override(cfg, path, value)
     found = chip_with(profile, chip)
+    for name, count in (("--devices", devices), ("--prefill-devices", prefill_devices)):
+        within(name, count, MOST_DEVICES)
     layout = Layout(tp or max(1, devices // (dp * pp)), dp, ep, pp)
     if devices % layout.devices:
         raise UsageError(

@@ -21,12 +21,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from backends.errors import ArtifactError
 from foundation.reading import Unreadable, parse_json, read_text
 from runtime.deployment.document import Fault, place, validated
+from runtime.deployment.sound import manifest_faults, number_faults
 
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
@@ -217,7 +219,10 @@ class Manifest:
             text = read_text(path)
         except Unreadable:
             raise ArtifactError(f"{folder}: no exported package (it has no readable {FILE})") from None
-        return cls.from_json(text, str(path))
+        made = cls.from_json(text, str(path))
+        if fault := next(chain(number_faults(dataclasses.asdict(made)), manifest_faults(made)), None):
+            raise ArtifactError(f"{path}: {fault}; export it again")
+        return made
 
     @property
     def owner_units(self) -> dict[str, str]:

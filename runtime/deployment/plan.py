@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from runtime.deployment.document import to_json, validated
 from runtime.deployment.errors import PlanFileError
 from runtime.deployment.kv import PoolKv
 from runtime.deployment.ledger import Ledger
+from runtime.deployment.sound import number_faults, plan_faults
 
 SCHEMA_VERSION = 3
 _HASH = re.compile(r'^"hash": "([0-9a-f]{64})",$', re.MULTILINE)
@@ -358,7 +360,7 @@ class Plan:
         try:
             document = parse_json(text)
         except Unreadable as error:
-            found = f"not JSON from line {error.line}" if error.line else str(error)
+            found = f"not JSON from line {error.line} ({error.what})" if error.line else str(error)
             raise PlanFileError(f"{where}: cut short or damaged, {found}; make the plan anew") from None
         if not isinstance(document, dict) or "schema_version" not in document or "pools" not in document:
             raise PlanFileError(f"{where}: no plan (a plan has schema_version and pools); `glm5 plan --out` writes one")
@@ -378,6 +380,8 @@ class Plan:
             )
         body = {key: value for key, value in document.items() if key not in ("hash", "formats")}
         plan = validated(cls, body, PlanFileError, where, complete=True)
+        if fault := next(chain(number_faults(body), plan_faults(plan)), None):
+            raise PlanFileError(f"{where}: {fault}; make the plan anew")
         for index, pool in enumerate(plan.pools):
             if pool.scheme != (meant := pool.formats.scheme.name):
                 raise PlanFileError(f"{where}: pools[{index}].scheme is {pool.scheme!r}, its formats are {meant}'s")

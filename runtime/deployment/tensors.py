@@ -14,13 +14,15 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from io import BufferedWriter
+from operator import index
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from backends.errors import ArtifactError
-from foundation.safetensors import NAMES, header
+from foundation.reading import Unreadable, parse_json
+from foundation.safetensors import NAMES, header, read_header
 
 INT4 = np.dtype(ml_dtypes.int4)
 
@@ -106,18 +108,21 @@ class TensorReader:
     def __init__(self, path: Path):
         self.path = path
         try:
-            with path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(size))
-            self._int4 = json.loads(header.pop("__metadata__", {}).get("int4", "{}"))
-            self._entries = {
-                name: (entry["data_offsets"], entry["shape"], numpy_dtype(NAMES[entry["dtype"]]))
-                for name, entry in header.items()
-            }
+            self._entries, metadata = read_header(path)
+            self._int4: dict[str, tuple[int, ...]] = {}
+            for name, shape in parse_json(metadata.get("int4", "{}")).items():
+                size = -(-math.prod(map(index, shape)) // 2)
+                if self._entries[name][:2] != ("U8", (size,)) or min(shape, default=0) < 0:
+                    raise ValueError(f"the int4 shape of {name[:60]!r} is another size than the tensor")
+                self._int4[name] = tuple(shape)
+            for name, entry in self._entries.items():
+                if entry.dtype not in NAMES:
+                    raise ValueError(f"tensor {name[:60]!r} has the unknown type {entry.dtype[:60]!r}")
             self._map = np.memmap(path, dtype=np.uint8, mode="r", offset=0)
-            self._start = 8 + size
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise ArtifactError(f"{path}: not a weight file, or it is damaged; export the package again") from None
+        except (Unreadable, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(
+                f"{path}: not a weight file, or it is damaged ({error}); export the package again"
+            ) from None
 
     @property
     def names(self) -> list[str]:
@@ -126,8 +131,8 @@ class TensorReader:
     def array(self, name: str) -> np.ndarray:
         if name not in self._entries:
             raise ArtifactError(f"{self.path}: holds no weight {name}; export the package again")
-        (begin, end), shape, kind = self._entries[name]
-        raw = self._map[self._start + begin : self._start + end]
+        entry = self._entries[name]
+        raw = self._map[entry.begin : entry.end]
         if name in self._int4:
             return unpacked(raw, self._int4[name])
-        return raw.view(kind).reshape(shape)
+        return raw.view(numpy_dtype(NAMES[entry.dtype])).reshape(entry.shape)

@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from foundation.errors import CapacityError, UsageError
+from foundation.limits import within
 from hw_profiles import Profile
 from model.config import ModelConfig
+from model.split import MOST_DEVICES
 from runtime.deployment.errors import NoPlanError
 from runtime.deployment.plan import Demand, Plan, PoolRole, Predicted, Rejected
 from runtime.planning.contender import Contender, Part, alternative, mark_front, plan_of, rank_key
@@ -56,6 +58,9 @@ class Chips:
 
     profile: Profile
     count: int
+
+    def __post_init__(self) -> None:
+        within(f"{self.profile.name}: devices:", self.count, MOST_DEVICES)
 
 
 def search(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from foundation.limits import within
+from model.config import MOST_DRAFTS
 from runtime.serving.errors import WorkloadError
 
 
@@ -31,6 +33,7 @@ class Speculation:
 
         Solves sum_{i=0..K} p^i = mean_tokens by bisection.
         """
+        within("drafts a step:", drafts, MOST_DRAFTS, WorkloadError)
         if drafts < 1 or not 1 <= mean_tokens <= drafts + 1:
             raise WorkloadError(
                 f"{drafts} drafts yield 1 to {drafts + 1} tokens a step, not {mean_tokens}: change either"

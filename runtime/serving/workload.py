@@ -14,12 +14,20 @@ from typing import Protocol
 
 import numpy as np
 
+from foundation.limits import within
 from foundation.reading import Unreadable, parse_json, read_lines
 from runtime.serving.errors import TraceFileError, WorkloadError
 from runtime.serving.request import Request
 
 MOONCAKE_BLOCK_TOKENS = 512
-MOST_TRACE_BYTES = 1 << 32
+MOST_TRACE_BYTES = 1 << 27
+"""134 MB: a million requests of Mooncake's traces, with the blocks of their prompts."""
+MOST_REQUESTS = 1_000_000
+"""Of a load; each is an object, and simulated step by step."""
+MOST_TRACE_MS = 1e14
+"""The latest that a request of a trace is sent: as milliseconds since 1970 these are of the year 5138."""
+MOST_REQUEST_TOKENS = 100_000_000
+"""Of a prompt or an answer: a hundred times the longest context served today."""
 _BLOCK = 1000
 """Requests of an endless load made at a time."""
 
@@ -39,7 +47,7 @@ class Fixed:
     tokens: int
 
     def __post_init__(self) -> None:
-        _whole("a fixed length", self.tokens)
+        _whole("a fixed length", self.tokens, MOST_REQUEST_TOKENS)
 
     def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
         return np.full(count, self.tokens, dtype=np.int64)
@@ -53,7 +61,7 @@ class Uniform:
     ratio: float = 0.8
 
     def __post_init__(self) -> None:
-        _whole("a uniform length", self.tokens)
+        _whole("a uniform length", self.tokens, MOST_REQUEST_TOKENS)
         if not 0 <= self.ratio <= 1:
             raise WorkloadError(f"range ratio {self.ratio} must be from 0 to 1")
 
@@ -116,8 +124,8 @@ def closed_loop(
 
     Raises WorkloadError for counts below one.
     """
-    _whole("concurrency", concurrency)
-    _whole("the number of requests", requests)
+    _whole("concurrency", concurrency, MOST_REQUESTS)
+    _whole("the number of requests", requests, MOST_REQUESTS)
     if warmup < 0:
         raise WorkloadError(f"warm-up of {warmup} requests: give zero or more")
     made = _requests(warmup + requests, prompt, output, seed)
@@ -159,8 +167,9 @@ def open_loop(
         raise WorkloadError(f"request rate {rate} per second: give a finite rate above zero")
     if not (cv >= 0 and math.isfinite(cv)):
         raise WorkloadError(f"burstiness cv {cv}: give zero (even), 1 (Poisson) or more (bursty)")
-    _whole("the number of requests", requests)
+    _whole("the number of requests", requests, MOST_REQUESTS)
     count = warmup + requests
+    within("a load of requests:", count, MOST_REQUESTS, WorkloadError)
     made = list(itertools.islice(_stream(rate, cv, prompt, output, seed), count))
 
     def goes_on() -> Iterator[Request]:
@@ -202,6 +211,7 @@ def mooncake_trace(path: str | Path, *, limit: int | None = None, speed: float =
             continue
         if limit is not None and len(made) >= limit:
             break
+        within(f"{path}, line {number}: request", len(made) + 1, MOST_REQUESTS, TraceFileError)
         made.append(_trace_request(line, f"{path}, line {number}", speed))
     if not made:
         raise TraceFileError(f"the trace {path} holds no requests")
@@ -225,6 +235,8 @@ def _trace_request(line: str, where: str, speed: float) -> Request:
             raise TraceFileError(f"{where}: {key} must be a number, not {value!r}")
         if value < least or (key != "timestamp" and value != int(value)):
             raise TraceFileError(f"{where}: {key} = {value} must be a whole number of at least {least}")
+        most = MOST_TRACE_MS if key == "timestamp" else MOST_REQUEST_TOKENS
+        within(f"{where}: {key}", value, most, TraceFileError)
     hashes = row.get("hash_ids", [])
     if not isinstance(hashes, list) or not all(isinstance(each, int) for each in hashes):
         raise TraceFileError(f"{where}: hash_ids must be a list of whole numbers")
@@ -235,11 +247,13 @@ def _trace_request(line: str, where: str, speed: float) -> Request:
 
 
 def _requests(count: int, prompt: Lengths, output: Lengths, *seed: int) -> list[Request]:
+    within("a load of requests:", count, MOST_REQUESTS, WorkloadError)
     rng = np.random.default_rng([seed[0], 0, *seed[1:]])
     prompts, outputs = prompt.draw(rng, count).tolist(), output.draw(rng, count).tolist()
     return [Request(i, p, o) for i, (p, o) in enumerate(zip(prompts, outputs, strict=True))]
 
 
-def _whole(what: str, value: float) -> None:
+def _whole(what: str, value: float, most: int) -> None:
     if isinstance(value, bool) or value != int(value) or value < 1:
         raise WorkloadError(f"{what} is {value}: give a whole number of at least 1")
+    within(what, value, most, WorkloadError)

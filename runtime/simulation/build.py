@@ -6,17 +6,18 @@ Both `glm5 simulate` and `glm5 validate` go through `build`. Imports the tracer,
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import hw_profiles
 from foundation.errors import UsageError
+from foundation.limits import within
+from foundation.reading import Unreadable, parse_toml
 from hw_profiles import Profile
-from model.config import ModelConfig
+from model.config import MOST_DRAFTS, MOST_EXPERTS, ModelConfig
 from model.formats import Formats, Scheme, scheme
-from model.split import Layout
+from model.split import MOST_DEVICES, Layout
 from runtime.deployment.engines import Engine, engine_for, formats_for, sized_cache
 from runtime.deployment.ledger import Ledger, fullest, stage_ledgers
 from runtime.pricing import Chip, PriceBook, load, open_book
@@ -53,6 +54,11 @@ class Spec:
     named: str = ""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     replicas: int = 1
+
+    def __post_init__(self) -> None:
+        within("drafts a step (--mtp):", self.drafts, MOST_DRAFTS)
+        within("expert slots a device beyond an even share:", self.redundant_slots, MOST_EXPERTS)
+        within("devices of all replicas:", self.replicas * self.layout.devices, MOST_DEVICES)
 
 
 def spec_for(
@@ -151,8 +157,8 @@ def chip_with(name: str, settings: Mapping[str, Any]) -> Profile:
 def _parsed(value: str) -> Any:
     """An engine setting's value: a TOML value where it is one, else the text itself."""
     try:
-        return tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"value = {value}")["value"]
+    except Unreadable:
         return value
 
 

@@ -8,8 +8,6 @@ here. A row that cannot be priced is listed with the reason and counted.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Mapping
@@ -20,7 +18,7 @@ import numpy as np
 
 import hw_profiles
 from foundation.errors import Failure, UsageError
-from foundation.reading import Unreadable, read_text
+from foundation.reading import Unreadable, read_csv
 from model.split import Layout
 from runtime.deployment.engines import Circumstances
 from runtime.deployment.engines import load as load_engine
@@ -68,13 +66,10 @@ STEP = (
 def read_rows(path: Path) -> tuple[str, list[dict[str, str]]]:
     """("published", "end-to-end" or "step", and the rows). Raises `UsageError` naming what is wrong with the file."""
     try:
-        reader = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff")))
-        columns, rows = reader.fieldnames or [], list(reader)
+        columns, rows = read_csv(path)
     except Unreadable as error:
-        what = f"not a CSV file ({error})" if error.reason == "encoding" else error
+        what = f"not a CSV file ({error})" if error.reason in ("encoding", "syntax") else error
         raise UsageError(f"{path}: {what}") from None
-    except csv.Error as error:
-        raise UsageError(f"{path}: not a CSV file ({error})") from None
     if not columns:
         raise UsageError(f"{path}: an empty file; its first line must name the columns")
     kind = "step" if "measured_s" in columns else "published" if "server_flags" in columns else "end-to-end"

@@ -15,13 +15,18 @@ from typing import Any, Literal, TypeVar
 
 from foundation.errors import UsageError
 from foundation.reading import Unreadable, read_toml
-from model.config import ModelConfig
+from model.config import MOST_DRAFTS, ModelConfig
 from model.errors import ConfigError
 from model.hf_config import from_hf
 from runtime.deployment.document import Fault, place, validated
 from runtime.training.data import TASKS
 
 DEFAULT = Path(__file__).parent / "tiny.toml"  # makes the embedded checkpoint
+
+MOST_STEPS = 100_000_000
+"""Of a stage; the largest runs have a million."""
+MOST_STEP_TOKENS = 1 << 27
+"""Of a step, which is one batch here: the largest runs have a tenth."""
 
 MODEL_DEFAULTS: dict[str, Any] = {
     "architectures": ["GlmMoeDsaForCausalLM"],
@@ -97,6 +102,11 @@ class TrainingStage:
         for key in ("steps", "rows", "length"):
             if getattr(self, key) < 1:
                 return f"`{key}` must be at least 1, not {getattr(self, key)}"
+        if self.steps > MOST_STEPS or self.rows * self.length > MOST_STEP_TOKENS or self.drafts > MOST_DRAFTS:
+            return (
+                f"at most {MOST_STEPS:,} `steps` of {MOST_STEP_TOKENS:,} tokens (`rows` x `length`) and {MOST_DRAFTS} "
+                f"`drafts`, not {self.steps:,} of {self.rows:,} x {self.length:,} and {self.drafts:,}"
+            )
         if unknown := sorted(set(self.mix) - set(TASKS)):
             return f"`mix` has no task {unknown[0]!r}; it takes {', '.join(TASKS)}"
         if any(share < 0 for share in self.mix.values()) or not sum(self.mix.values()) > 0:
@@ -167,6 +177,8 @@ class _File:
         for key, least in (("seed", 0), ("save_every", 1), ("log_every", 1)):
             if getattr(self, key) < least:
                 return f"`{key}` must be a whole number, {least} or more, not {getattr(self, key)}"
+            if getattr(self, key) >= 2**31:
+                return f"`{key}` must be below 2^31, not {getattr(self, key):.3g}"
         return None if self.stage else "needs at least one [[stage]]"
 
 

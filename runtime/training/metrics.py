@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from foundation.errors import UsageError
-from foundation.reading import Unreadable, read_lines
+from foundation.reading import Unreadable, parse_json, read_lines
 from foundation.writing import replacing
 from runtime.reports.svg import Mark, Series, legend, plot
 from runtime.training.data import TASKS
@@ -41,9 +41,11 @@ def load(folder: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{path}: {error}; remove it") from None
     for line in lines:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = parse_json(line)
+        except Unreadable:
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,6 +99,64 @@ def test_what_does_not_fit_is_named(change: dict[str, object], complaint: str) -
         Manifest.from_json(json.dumps(json.loads(MANIFEST.to_json()) | change), "DIR/manifest.json")
     assert complaint in str(caught.value) and "DIR/manifest.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def whole() -> dict[str, Any]:
+    """A manifest that holds all that it names, as JSON."""
+    document = json.loads(MANIFEST.to_json())
+    document["weights"]["outer"] = []
+    units = document["programs"][0]["units"]
+    units |= {name: [] for name in ("view", "embed", "head")}
+    return document
+
+
+@pytest.mark.parametrize(
+    ("field", "new", "said"),
+    [
+        ("layers.1.unit", "b", "caches: none of unit 'b', which a layer runs"),
+        ("mtp", "b", "caches: none of unit 'b', which a layer runs"),
+        ("weights", {"outer": []}, "weights: none of unit 'a', which a layer runs"),
+        ("programs.0.units", {"view": [], "embed": [], "head": []}, "programs[0].units: no unit 'a'"),
+        ("programs", [], "programs: their number is 0"),
+        ("layers", [], "layers: their number is 0"),
+        ("devices", [], "devices: their number is 0"),
+        ("devices.0.layers", [], "devices[0].layers must be some of those in layers"),
+        ("devices.0.layers", [0, 9], "devices[0].layers must be some of those in layers"),
+        ("devices.1.ranks.tp", 7, "devices[1].ranks.tp is no rank of an axis of 2"),
+        ("layers.1.index", 0, "layers: each index must be there once"),
+        ("axes", {"tp": 2, "pp": 2}, "axes: 'pp' is none of dp, tp"),
+        ("axes.tp", 10**9, "axes.tp is 1,000,000,000, which must lie between 1 and 100,000"),
+        ("page_size", 0, "page_size is 0, which must lie between"),
+        ("pool_pages", 10**12, "pool_pages is 1,000,000,000,000, which must lie between"),
+        ("pool_pages", 6, "caches.a: cache.k is [5, 16, 4], not pool_pages x page_size x its widths"),
+        ("caches.a.0.shape", [10**15], "caches.a: cache.k is [1000000000000000], not"),
+        ("programs.0.gear.tokens", 10**9, "programs[0].gear.tokens is 1,000,000,000"),
+        ("programs.0.gear.context_pages", 6, "programs[0].gear.context_pages is 6, which must lie between 1 and 5"),
+        ("programs.0.units.a.0.inputs.0.dtype", "float12", "programs[0].units.a[0]: x has the unknown type 'float12'"),
+        ("programs.0.units.a.0.inputs.0.shape", [-1], "programs[0].units.a[0]: x has the impossible shape [-1]"),
+        ("programs.0.units.a.0.files", {}, "programs[0].units.a[0]: a graph without a file"),
+        ("programs.0.units.a.1.axis", "dp", "programs[0].units.a[1]: all_reduce over 'dp', which is no axis"),
+        ("programs.0.units.a.1.dim", 2, "programs[0].units.a[1]: all_reduce along dim 2 of 2"),
+        ("programs.0.units.a.1.inputs", [], "programs[0].units.a[1]: all_reduce needs an input and an output"),
+        ("model.vocab_size", 10**30, "model.vocab_size is 1e+30, which must lie within 2^53 of 0"),
+    ],
+)
+def test_a_manifest_that_does_not_hold_what_it_names_is_refused(
+    tmp_path: Path, field: str, new: object, said: str
+) -> None:
+    """Sent by someone who knows the fields; a run goes through units, caches, ranks and shapes."""
+    document = whole()
+    (tmp_path / "manifest.json").write_text(json.dumps(document))
+    Manifest.read(tmp_path)
+    *path, last = [int(key) if key.isdigit() else key for key in field.split(".")]
+    holder: Any = document
+    for key in path:
+        holder = holder[key]
+    holder[last] = new
+    (tmp_path / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(ArtifactError) as caught:
+        Manifest.read(tmp_path)
+    assert said in str(caught.value) and "manifest.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version"'])

@@ -90,6 +90,40 @@ def test_formats_that_stand_twice_must_agree() -> None:
         Plan.parse(rehashed(f"\n{top}", f"\n{top.replace('fp8-block', 'bf16')}"))
 
 
+@pytest.mark.parametrize(
+    ("field", "new", "said"),
+    [
+        ("pools", "[]", "pools: their number is 0, which must lie between 1 and 2"),
+        ("demand.isl", "0", "demand.isl is 0, which must lie between 1 and 100,000,000"),
+        ("demand.osl", "1000000000000", "demand.osl is 1,000,000,000,000, which"),
+        ("demand.length_ratio", "-1.5", "demand.length_ratio is -1.5, which must be above 0"),
+        ("pools.0.devices", "[]", "devices of all pools: their number is 0"),
+        ("pools.0.drafts", "1000000000", "pools[0].drafts is 1,000,000,000, which must lie between 0 and 16"),
+        ("pools.0.page_tokens", "0", "pools[0].page_tokens is 0"),
+        ("pools.0.replicas", "-1", "pools[0].replicas is -1"),
+        ("pools.0.devices.0.layers", "[5, 5]", "pools[0].devices[0].layers are [5, 5]"),
+        ("pools.0.devices.1.ranks", '{"tp": 1}', "pools[0].devices[1].ranks lack dp"),
+        ("pools.0.devices.0.kv_pages", "1" + "0" * 30, "pools[0].devices[0].kv_pages is 1e+30"),
+        ("pools.0.experts.slot_expert", "[[]]", "pools[0].experts.slot_expert[0]: its slots is 0"),
+        ("pools.0.experts.slot_expert.0.3", "-7", "pools[0].experts.slot_expert[0]: its least expert is -7"),
+        ("pools.0.layout.tp", "1000000000", "tp x dp x pp = 8,000,000,000 is more than the 100,000"),
+    ],
+)
+def test_a_plan_that_does_not_hold_what_it_names_is_refused(field: str, new: str, said: str) -> None:
+    """Sent by someone who put its hash right; whoever reads it goes through pools, devices and slots."""
+    document = json.loads(plan().text)
+    *path, last = [int(key) if key.isdigit() else key for key in field.split(".")]
+    holder = document
+    for key in path:
+        holder = holder[key]
+    holder[last] = json.loads(new)
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in (document | {"hash": "0" * 64}).items()]
+    blank = "{\n" + ",\n".join(lines) + "\n}\n"
+    with pytest.raises(PlanFileError) as caught:
+        Plan.parse(blank.replace("0" * 64, hashlib.sha256(blank.encode()).hexdigest(), 1))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_another_schema_version_is_refused() -> None:
     with pytest.raises(PlanFileError, match="schema version 2, this program reads 3"):
         Plan.parse(plan().text.replace('"schema_version": 3', '"schema_version": 2'))

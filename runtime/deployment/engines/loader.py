@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from foundation.limits import within
 from foundation.reading import Unreadable, read_toml
 from hw_profiles import Profile
 from model.config import ModelConfig
@@ -28,6 +29,10 @@ from runtime.deployment.document import Fault, place, validated
 from runtime.deployment.errors import EngineError
 
 _GIB = 2**30
+MOST_GRAPHS = 10_000
+"""Decode batch sizes captured: engines capture fifty, and each takes memory of a device."""
+_MOST = 1e12
+"""Of any setting: tokens, seconds, requests; a larger one is a misprint, and overflows what is made of it."""
 _FOLDER = Path(__file__).parent
 
 Policy = Literal["prefill-first", "mixed"]
@@ -383,12 +388,21 @@ def _expand(sizes: Any) -> tuple[int, ...]:
         for size in sizes:
             if isinstance(size, str):
                 first, last, step = (int(part) for part in size.split(":"))
-                expanded.update(range(first, last + 1, step))
+                held = range(first, last + 1, step)
+                within(f"graph_batch_sizes: {size[:60]} holds", len(held[: MOST_GRAPHS + 1]), MOST_GRAPHS, EngineError)
+                expanded.update(held)
             else:
                 expanded.add(int(size))
-    except (TypeError, ValueError):
-        raise EngineError(f'graph_batch_sizes = {sizes!r} must hold sizes and ranges as "first:last:step"') from None
+    except (TypeError, ValueError, OverflowError):
+        raise EngineError(
+            f'graph_batch_sizes = {_cut(repr(sizes))} must hold sizes and ranges as "first:last:step"'
+        ) from None
+    within("graph_batch_sizes: sizes of", len(expanded), MOST_GRAPHS, EngineError)
     return tuple(sorted(expanded))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _known(key: str) -> None:
@@ -408,11 +422,14 @@ def _check(engine: Engine) -> None:
         value = getattr(engine, key)
         if isinstance(value, int | float) and value < 0:
             refuse(key, "must be a number, zero or more")
+        if isinstance(value, int | float) and value > _MOST:
+            refuse(key, f"must be at most {_MOST:g}")
         if key in _POSITIVE and value < 1:
             refuse(key, "must be a whole number, one or more")
         if key in _FRACTIONS and value > 1:
             refuse(key, "must be a fraction, at most 1")
     if engine.memory_fraction == 0:
         refuse("memory_fraction", "leaves no memory: give a fraction above 0")
+    within(f"engine {engine.name}: graph_batch_sizes:", max(engine.graph_batch_sizes, default=0), _MOST, EngineError)
     if any(size < 1 for size in engine.graph_batch_sizes):
         refuse("graph_batch_sizes", "must hold sizes of one or more")

@@ -11,6 +11,7 @@ import tokenizers
 
 from backends.errors import ArtifactError
 from foundation.errors import UsageError
+from foundation.reading import read_text
 from foundation.streaming import TextStream
 from runtime.deployment.manifest import GearUnits, Manifest, check_files
 from runtime.execution.local.request import Completion, OnToken, Prompt
@@ -124,7 +125,7 @@ class Text:
 
     def __init__(self, path: Path):
         try:
-            self._inner = tokenizers.Tokenizer.from_file(str(path))
+            self._inner = tokenizers.Tokenizer.from_str(read_text(path))
         except Exception as error:  # the library raises nothing narrower
             raise ArtifactError(f"{path}: not a tokenizer ({str(error).splitlines()[0]})") from None
         self._inner.no_truncation()

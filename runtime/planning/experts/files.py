@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from foundation.npy import read_npy
 from foundation.reading import Unreadable, read_json
 from foundation.writing import replacing
 from runtime.deployment.errors import LoadError, PreviousError
@@ -18,11 +19,12 @@ from runtime.planning.experts.placement import ExpertPlacement, checked_load, pl
 def read_load(path: Path) -> Floats:
     """The load matrix [layers, experts] in the .npy file at `path`. Raises LoadError."""
     try:
-        return checked_load(np.load(path, allow_pickle=False))
-    except OSError as error:
-        raise LoadError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, EOFError, TypeError):
-        raise LoadError(f"{path}: not a .npy file of numbers") from None
+        stored = read_npy(path)
+        array = np.frombuffer(stored.content, stored.dtype).reshape(stored.shape, order="F" if stored.fortran else "C")
+        return checked_load(array)
+    except Unreadable as error:
+        what = error if error.reason == "syntax" else f"cannot be read: {error}"
+        raise LoadError(f"{path}: {what}") from None
     except LoadError as error:
         raise LoadError(f"{path}: {error}") from None
 

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from foundation.limits import within
+from model.config import MOST_EXPERTS, MOST_LAYERS
+from model.split import MOST_DEVICES
 from runtime.deployment.errors import LoadError, SlotsError
 from runtime.planning.experts.nodes import solve_by_groups, spread_over_nodes
 from runtime.planning.experts.packing import Floats, Ints, Packing
@@ -124,12 +127,18 @@ def checked_load(load: ArrayLike) -> Floats:
         raise LoadError(f"load must be [layers, experts], at least 1 of each; it has shape {array.shape}")
     if array.dtype.kind not in "fiu":
         raise LoadError(f"load must hold numbers; it holds {array.dtype}")
+    within("layers of a load:", array.shape[0], MOST_LAYERS, LoadError)
+    within("experts of a load:", array.shape[1], MOST_EXPERTS, LoadError)
     matrix = array.astype(np.float64)
     for bad, what in ((~np.isfinite(matrix), "not finite"), (matrix < 0, "negative")):
         if bad.any():
             layer, expert = np.argwhere(bad)[0]
             value, more = array[layer, expert], int(bad.sum()) - 1
             raise LoadError(f"load[{layer}, {expert}] = {value} is {what}, and so are {more} more entries")
+    with np.errstate(over="ignore"):
+        total = matrix.sum()
+    if not np.isfinite(total):
+        raise LoadError(f"load adds up to more than a number can be; divide it, by {matrix.max():.3g} for instance")
     return matrix
 
 
@@ -139,6 +148,8 @@ def checked_slots(
     """Slots of each device [D]. Raises SlotsError with the equation that does not hold."""
     if devices < 1 or nodes < 1:
         raise SlotsError(f"devices = {devices} and nodes = {nodes} must be at least 1")
+    within("devices:", devices, MOST_DEVICES, SlotsError)
+    within("slots:", slots or 0, MOST_DEVICES * MOST_EXPERTS, SlotsError)
     if devices < nodes:
         raise SlotsError(f"devices {devices} < nodes {nodes}: every node needs at least one device")
     if devices % nodes:
