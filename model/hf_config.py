@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from foundation.paths import Outside, inside
 from foundation.reading import Unreadable, read_json
 from model.config import Gqa, Indexer, IndexerKind, LayerType, Mla, ModelConfig, Moe, Rope, Yarn
 from model.errors import ConfigError
@@ -322,6 +323,16 @@ def read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
+def read_own(folder: Path, name: str) -> dict[str, Any]:
+    """`read_config` of a file of a checkpoint directory, which lies there."""
+    try:
+        return read_config(inside(folder, name))
+    except Outside as error:
+        if error.reason == "absent":
+            return read_config(folder / name)  # which says so
+        raise ConfigError(f"{folder / name}: {error}; a checkpoint's files lie in its own folder") from None
+
+
 def load_config(name_or_path: str | Path) -> ModelConfig:
     """A preset by name (`glm-5`), a checkpoint directory, or a config.json by path."""
     path = Path(name_or_path)
@@ -329,7 +340,7 @@ def load_config(name_or_path: str | Path) -> ModelConfig:
         file = resources.files("model") / "configs" / f"{name_or_path}.json"
         return from_hf(json.loads(file.read_text()), str(name_or_path))
     if path.is_dir():
-        cfg = from_hf(read_config(path / "config.json"), str(path / "config.json"))
+        cfg = from_hf(read_own(path, "config.json"), str(path / "config.json"))
         cfg = dataclasses.replace(cfg, eos_token_ids=_ends(cfg, path / GENERATION_FILE))
         described = path / MODELSLIM_FILE
         return dataclasses.replace(cfg, weight_format=_modelslim(described)) if described.exists() else cfg
@@ -342,14 +353,14 @@ def load_config(name_or_path: str | Path) -> ModelConfig:
 
 def _ends(cfg: ModelConfig, path: Path) -> tuple[int, ...]:
     """The tokens that end an answer, those that only the generation settings name included."""
-    settings = _Fields(read_config(path) if path.exists() else {}, str(path))
+    settings = _Fields(read_own(path.parent, path.name) if path.exists() else {}, str(path))
     return tuple(dict.fromkeys((*cfg.eos_token_ids, *_eos(settings))))
 
 
 def _modelslim(path: Path) -> str:
     """The scheme of an msModelSlim checkpoint, which leaves config.json plain and describes every tensor in a file of
     its own."""
-    types = {str(kind) for name, kind in read_config(path).items() if name.endswith(".weight")}
+    types = {str(kind) for name, kind in read_own(path.parent, path.name).items() if name.endswith(".weight")}
     try:
         return modelslim_scheme_name(types)
     except UnknownQuantization as error:

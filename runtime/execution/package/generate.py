@@ -23,17 +23,20 @@ from runtime.execution.package.runner import Runner, StepBatch, stored_weights
 class Package:
     """A package, checked and loaded into a runtime ("ort", "torch", "xla"); `linked` as of `Runner`.
 
+    trusted: graphs that may run code, or crash the runtime, are opened too.
+
     Raises `ArtifactError` for a package that is damaged, of another version or without weights, `UsageError` for a
     runtime that does not run its format.
     """
 
-    def __init__(self, folder: Path, backend: str, linked: bool = True):
+    def __init__(self, folder: Path, backend: str, linked: bool = True, trusted: bool = False):
         self.folder, self.manifest = folder, Manifest.read(folder)
-        runtime = executor(backend, self.manifest.format)
+        runtime = executor(backend, self.manifest.format, trusted)
         check_files(folder, self.manifest)
         weights = stored_weights(folder, self.manifest)
         if weights is None:
             raise ArtifactError(f"{folder}: holds no weights; to run it here, export it with --weights external")
+        runtime.admit(folder, self.manifest)
         self.runner = Runner(folder, self.manifest, runtime, weights, linked)
         self.text = Text(folder / self.manifest.tokenizer) if self.manifest.tokenizer else None
 

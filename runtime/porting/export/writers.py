@@ -84,15 +84,17 @@ class OnnxWriter:
 
 
 class TorchWriter:
-    """An `ExportedProgram` a graph; ops are decomposed into ATen."""
+    """An `ExportedProgram` a graph; ops are decomposed into ATen. Each is one that opens without trust."""
 
     packages: tuple[str, ...] = ("torch",)
 
     def write(self, graph: Graph, folder: Path, stem: str) -> Step:
         from backends.toolchains import stablehlo
         from backends.toolchains import torch as target
+        from runtime.execution.package.torch_archive import checked
 
         (folder / f"{stem}.pt2").write_bytes(target.write(graph))
+        checked(folder / f"{stem}.pt2")
         found = Counter({(name, "decomposed", "aten"): n for name, n in stablehlo.ops(graph).items()})
         return graph_step(graph, {"any": f"{stem}.pt2"}, found)
 
