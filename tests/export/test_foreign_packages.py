@@ -51,7 +51,7 @@ def sent(package: Path, tmp_path: Path) -> Path:
     return tmp_path / "sent"
 
 
-def resealed(folder: Path, change: Callable[[dict[str, Any]], None] = lambda raw: None) -> None:
+def resealed(folder: Path, change: Callable[[dict[str, Any]], object] = lambda raw: None) -> None:
     """Writes the manifest anew, with the hashes of what is there now."""
     raw = json.loads((folder / FILE).read_text())
     raw["files"] = {name: dataclasses.asdict(hash_file(folder / name)) for name in raw["files"]}
