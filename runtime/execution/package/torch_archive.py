@@ -43,12 +43,13 @@ _FIXED: Mapping[str, re.Pattern[bytes]] = {
 """Entries that say nothing of the program, and what they hold."""
 
 _OPERATORS = frozenset((
-    "__and__", "__or__", "_assert_tensor_metadata", "abs", "add", "all", "amax", "amin", "any", "arange", "argmax",
-    "bitwise_and", "bitwise_not", "bitwise_or", "cat", "ceil", "clamp", "contiguous", "cos", "cumsum", "detach_",
-    "div", "einsum", "eq", "exp", "expand", "flip", "floor", "fmod", "full", "full_like", "gather", "ge", "gt",
-    "index", "index_put", "index_select", "le", "lift_fresh_copy", "log", "lt", "maximum", "minimum", "mul", "narrow",
-    "ne", "neg", "permute", "pow", "remainder", "reshape", "round", "rsqrt", "select", "sigmoid", "sign", "sin",
-    "slice", "sort", "split", "split_with_sizes", "sqrt", "square", "sub", "sum", "tanh", "to", "where", "zeros",
+    "__and__", "__or__", "_assert_tensor_metadata", "_to_copy", "abs", "add", "alias", "all", "amax", "amin", "any",
+    "arange", "argmax", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "ceil", "clamp", "clone", "contiguous",
+    "cos", "cumsum", "detach", "detach_", "div", "einsum", "eq", "exp", "expand", "flip", "floor", "fmod", "full",
+    "full_like", "gather", "ge", "gt", "index", "index_put", "index_select", "le", "lift_fresh_copy", "log", "lt",
+    "maximum", "minimum", "mul", "narrow", "ne", "neg", "permute", "pow", "remainder", "reshape", "round", "rsqrt",
+    "select", "sigmoid", "sign", "sin", "slice", "sort", "split", "split_with_sizes", "sqrt", "square", "squeeze",
+    "sub", "sum", "tanh", "to", "transpose", "unsqueeze", "view", "where", "zeros",
 ))  # fmt: skip
 """Those of ATen that `backends/toolchains/torch.py` makes programs of. ATen has others that write files."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
