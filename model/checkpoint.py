@@ -22,7 +22,7 @@ from model import quantised
 from model.config import LayerType, Mla, ModelConfig
 from model.errors import CheckpointError
 from model.formats import E4M3, MatrixFormat
-from model.hf_config import load_config, read_config
+from model.hf_config import load_config, read_own
 from model.quantised import Matrix
 from model.spelling import Found, Spelling, spelling, tensor_name
 from model.stored_tensors import StoredTensor, stored_tensors
@@ -114,7 +114,7 @@ class Checkpoint:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path}: no such checkpoint directory")
-        self.raw_config = read_config(self.path / "config.json")
+        self.raw_config = read_own(self.path, "config.json")
         self.config = load_config(self.path)
         self.notes: list[str] = []
         self._untie()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from foundation.limits import within
+from foundation.paths import Outside, inside
 from foundation.reading import Unreadable, read_json
 from model.config import (
     MOST_EXPERTS,
@@ -351,6 +352,16 @@ def read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
+def read_own(folder: Path, name: str) -> dict[str, Any]:
+    """`read_config` of a file of a checkpoint directory, which lies there."""
+    try:
+        return read_config(inside(folder, name))
+    except Outside as error:
+        if error.reason == "absent":
+            return read_config(folder / name)  # which says so
+        raise ConfigError(f"{folder / name}: {error}; a checkpoint's files lie in its own folder") from None
+
+
 def load_config(name_or_path: str | Path) -> ModelConfig:
     """A preset by name (`glm-5`), a checkpoint directory, or a config.json by path."""
     path = Path(name_or_path)
@@ -358,7 +369,7 @@ def load_config(name_or_path: str | Path) -> ModelConfig:
         file = resources.files("model") / "configs" / f"{name_or_path}.json"
         return from_hf(json.loads(file.read_text()), str(name_or_path))
     if path.is_dir():
-        cfg = from_hf(_with_modelopt(read_config(path / "config.json"), path), str(path / "config.json"))
+        cfg = from_hf(_with_modelopt(read_own(path, "config.json"), path), str(path / "config.json"))
         cfg = dataclasses.replace(cfg, eos_token_ids=_ends(cfg, path / GENERATION_FILE))
         if (described := path / MODELSLIM_FILE).exists():
             return dataclasses.replace(cfg, weight_format=_modelslim(described))
@@ -372,7 +383,7 @@ def load_config(name_or_path: str | Path) -> ModelConfig:
 
 def _ends(cfg: ModelConfig, path: Path) -> tuple[int, ...]:
     """The tokens that end an answer, those that only the generation settings name included."""
-    settings = _Fields(read_config(path) if path.exists() else {}, str(path))
+    settings = _Fields(read_own(path.parent, path.name) if path.exists() else {}, str(path))
     return tuple(dict.fromkeys((*cfg.eos_token_ids, *_eos(settings))))
 
 
@@ -381,13 +392,13 @@ def _with_modelopt(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     described = folder / MODELOPT_FILE
     if raw.get("quantization_config") or not described.exists():
         return raw
-    return {**raw, "quantization_config": {**read_config(described), "quant_method": "modelopt"}}
+    return {**raw, "quantization_config": {**read_own(folder, MODELOPT_FILE), "quant_method": "modelopt"}}
 
 
 def _modelslim(path: Path) -> str:
     """The scheme of an msModelSlim checkpoint, which leaves config.json plain and describes every tensor in a file of
     its own."""
-    types = {str(kind) for name, kind in read_config(path).items() if name.endswith(".weight")}
+    types = {str(kind) for name, kind in read_own(path.parent, path.name).items() if name.endswith(".weight")}
     try:
         return modelslim_scheme_name(types)
     except UnknownQuantization as error:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from foundation.paths import Outside, inside
 from foundation.reading import Unreadable, read_json
 from model.errors import CheckpointError
 from model.safetensors_file import SafetensorsFile
@@ -52,7 +53,7 @@ def stored_tensors(path: Path, mtp_prefixes: tuple[str, ...] = ()) -> dict[str, 
     absent = tuple(prefix for prefix in mtp_prefixes if not any(name.startswith(prefix) for name in held))
     if absent:
         for beside in sorted(set(path.glob("*.safetensors")) - files):
-            file = SafetensorsFile(beside)
+            file = _shard(path, beside.name)
             held |= {name: file for name in file.names if name.startswith(absent) and name not in held}
     found: dict[str, StoredTensor] = {}
     for name, file in held.items():
@@ -69,17 +70,32 @@ def _listed(path: Path) -> tuple[dict[str, SafetensorsFile], set[Path]]:
     if not index.exists():
         if not single.exists():
             raise CheckpointError(f"{path}: holds neither {INDEX_FILE} nor {SINGLE_FILE}")
-        shard = SafetensorsFile(single)
+        shard = _shard(path, SINGLE_FILE)
         return dict.fromkeys(shard.names, shard), {single}
     try:
-        weight_map = read_json(index)["weight_map"]
-        shards = {name: SafetensorsFile(path / name) for name in sorted(set(weight_map.values()))}
+        weight_map = read_json(inside(path, INDEX_FILE))["weight_map"]
+        shards = {
+            name: _shard(path, name, f"{index}: `weight_map` names ") for name in sorted(set(weight_map.values()))
+        }
+    except Outside as error:
+        raise CheckpointError(f"{index}: {error}; a checkpoint's files lie in its own folder") from None
     except (Unreadable, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{index}: not a safetensors index (no valid `weight_map`)") from None
     for tensor, name in weight_map.items():
         if tensor not in shards[name].names:
             raise CheckpointError(f"{path / name}: tensor {tensor} is missing (the index promises it)")
     return {tensor: shards[name] for tensor, name in weight_map.items()}, {path / name for name in shards}
+
+
+def _shard(path: Path, name: str, said: str = "") -> SafetensorsFile:
+    """The file `name` of the checkpoint directory `path`. said: what a refusal of the name begins with."""
+    try:
+        return SafetensorsFile(inside(path, name))
+    except Outside as error:
+        if error.reason == "absent":
+            raise CheckpointError(f"{path / name}: shard is missing") from None
+        where = f"{said}{name[:80]!r}" if said else path / name
+        raise CheckpointError(f"{where}: {error}; a checkpoint's files lie in its own folder") from None
 
 
 def _experts(file: SafetensorsFile, name: str) -> Iterator[tuple[str, StoredTensor]] | None:

@@ -17,6 +17,7 @@ import jinja2
 import tokenizers
 from jinja2.exceptions import SecurityError
 
+from foundation.paths import Outside, inside
 from foundation.reading import Unreadable, parse_json, read_text
 from foundation.streaming import TextStream
 from model.errors import TokenizerError
@@ -39,8 +40,8 @@ def _one_line(error: BaseException) -> str:
 def _read_text(path: Path) -> str | None:
     """The text of a file, None where there is none."""
     try:
-        return read_text(path)
-    except Unreadable as error:
+        return read_text(inside(path.parent, path.name))
+    except (Outside, Unreadable) as error:
         if error.reason == "absent":
             return None
         raise TokenizerError(f"{path}: cannot be read ({error})") from None

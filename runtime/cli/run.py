@@ -50,6 +50,9 @@ def run(
     artifact: Annotated[
         Path | None, typer.Option(help="Run this exported package alone, with --backend ort, torch or xla.")
     ] = None,
+    trust_package: Annotated[
+        bool, typer.Option("--trust-package", help="With --artifact: open graphs that may run code, too.")
+    ] = False,
     plan: Annotated[Path | None, typer.Option(help="With sim: the plan to execute (`glm5 plan --out`).")] = None,
     profile: Annotated[
         str | None,

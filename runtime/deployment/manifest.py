@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from backends.errors import ArtifactError
+from foundation.paths import Outside, inside
 from foundation.reading import Unreadable, parse_json, read_text
 from runtime.deployment.document import Fault, place, validated
 from runtime.deployment.sound import manifest_faults, number_faults
@@ -216,11 +218,11 @@ class Manifest:
         """The manifest of a package folder; the other files are not touched (see `check_files`)."""
         path = Path(folder) / FILE
         try:
-            text = read_text(path)
-        except Unreadable:
+            text = read_text(inside(folder, FILE))
+        except (Outside, Unreadable):
             raise ArtifactError(f"{folder}: no exported package (it has no readable {FILE})") from None
         made = cls.from_json(text, str(path))
-        if fault := next(chain(number_faults(dataclasses.asdict(made)), manifest_faults(made)), None):
+        if fault := next(itertools.chain(number_faults(dataclasses.asdict(made)), manifest_faults(made)), None):
             raise ArtifactError(f"{path}: {fault}; export it again")
         return made
 
@@ -235,6 +237,19 @@ class Manifest:
         last = device.layers[-1] == self.layers[-1].index
         held = ["outer"] * (last or device.stage == 0) + [f"layers.{layer}" for layer in device.layers]
         return held + ["mtp"] * (last and self.mtp is not None)
+
+    def named_files(self) -> Iterator[tuple[str, str]]:
+        """What the fields name as files, each behind its field: `devices[0].weights`."""
+        for number, program in enumerate(self.programs):
+            for unit, chain in program.units.items():
+                for link, step in enumerate(chain):
+                    for platform, name in step.files.items():
+                        yield place(("programs", number, "units", unit, link, "files", platform)), name
+        for number, device in enumerate(self.devices):
+            if device.weights is not None:
+                yield place(("devices", number, "weights")), device.weights
+        if self.tokenizer is not None:
+            yield "tokenizer", self.tokenizer
 
     def program(self, phase: Phase) -> tuple[GearUnits, ...]:
         """The programs of a phase, smallest gear first."""
@@ -260,16 +275,29 @@ def hash_file(path: Path) -> File:
     return File(digest, path.stat().st_size)
 
 
-def check_files(folder: str | Path, manifest: Manifest) -> None:
-    """Raises `ArtifactError` for the first file that is missing, truncated or altered."""
+def wrong_files(folder: str | Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """What of a package's files is not as its manifest says: name and reason. No file outside the folder is read.
+
+    What a graph, a device's weights or the tokenizer is must be listed in `files`, with its size and hash.
+    """
+    for field, name in manifest.named_files():
+        if name not in manifest.files:
+            yield name, f"{field} names it and the manifest's `files` do not list it"
     for name, expected in manifest.files.items():
-        path = Path(folder) / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ArtifactError(f"{folder}: its manifest lists {name}, which lies outside; export the package again")
-        if not path.is_file():
-            raise ArtifactError(f"{path}: missing (the manifest lists it); export the package again")
+        try:
+            path = inside(folder, name)
+        except Outside as error:
+            yield name, f"{error}, the manifest lists it"
+            continue
         size = path.stat().st_size
         if size != expected.bytes:
-            raise ArtifactError(f"{path}: {size} bytes where the manifest says {expected.bytes}; export it again")
-        if hash_file(path).sha256 != expected.sha256:
-            raise ArtifactError(f"{path}: altered (its hash is not the manifest's); export the package again")
+            yield name, f"{size} bytes where the manifest says {expected.bytes}"
+        elif hash_file(path).sha256 != expected.sha256:
+            yield name, "altered (its hash is not the manifest's)"
+
+
+def check_files(folder: str | Path, manifest: Manifest) -> None:
+    """Raises `ArtifactError` for the first file that is missing, truncated, altered, outside or not listed."""
+    for name, why in wrong_files(folder, manifest):
+        shown = Path(folder) / name if name.isprintable() else repr(name)
+        raise ArtifactError(f"{shown}: {why}; export the package again")

@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 
 from foundation.errors import UsageError
+from foundation.paths import Outside, inside
 from model import quantised
 from model.checkpoint import Checkpoint, groups, stored_shape
 from model.checkpoint_writer import FP8_CONFIG, SHARD_BYTES, new_directory, write_shards
+from model.errors import CheckpointError
 from model.formats import (
     BF16,
     BITS,
@@ -99,9 +101,16 @@ def quantize(
         _write_config(folder, source, writer)
         for path in sorted(source.path.iterdir()):
             if path.suffix in _COPIED and path.name not in ("config.json", INDEX_FILE, MODELSLIM_FILE, MODELOPT_FILE):
-                shutil.copyfile(path, folder / path.name)
+                shutil.copyfile(_own(source, path.name), folder / path.name)
         Checkpoint(folder)  # what cannot be read back is not left behind
     return QuantizedCheckpoint(out, chosen, writer.source_bytes, writer.bytes, dict(writer.matrices), writer.kept)
+
+
+def _own(source: Checkpoint, name: str) -> Path:
+    try:
+        return inside(source.path, name)
+    except Outside as error:
+        raise CheckpointError(f"{source.path / name}: {error}; a checkpoint's files lie in its own folder") from None
 
 
 def _check_groups(source: Checkpoint, scheme: Scheme) -> None:

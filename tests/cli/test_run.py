@@ -138,7 +138,7 @@ def test_ids_need_no_tokenizer(small: Path, plain: dict[str, Any], tmp_path: Pat
     folder.mkdir()
     for file in small.iterdir():
         if file.name != "tokenizer.json":
-            (folder / file.name).symlink_to(file)
+            shutil.copyfile(file, folder / file.name)
     output = run_ids(folder)
     assert output.code == 0 and [int(word) for word in output.out.split()] == plain["token_ids"]
     assert "tokenizer.json: no such file" in refused("run", "--checkpoint", folder, "--prompt", "Hi")

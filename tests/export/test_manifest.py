@@ -166,8 +166,10 @@ def test_a_truncated_manifest(text: str) -> None:
 
 
 def test_missing_truncated_and_altered_files(tmp_path: Path) -> None:
-    (tmp_path / "a.onnx").write_bytes(b"graph")
-    manifest = dataclasses.replace(MANIFEST, files={"a.onnx": hash_file(tmp_path / "a.onnx")})
+    for name in ("a.onnx", "w.safetensors"):
+        (tmp_path / name).write_bytes(b"graph")
+    files = {name: hash_file(tmp_path / name) for name in ("a.onnx", "w.safetensors")}
+    manifest = dataclasses.replace(MANIFEST, files=files)
     check_files(tmp_path, manifest)
     for content, complaint in ((b"grap", "4 bytes where the manifest says 5"), (b"Graph", "altered")):
         (tmp_path / "a.onnx").write_bytes(content)

@@ -15,6 +15,7 @@ class PackageRun(RunMode):
     """What `glm5 export` wrote, in a runtime that reads its format."""
 
     artifact: Path
+    trust_package: bool
 
     @classmethod
     def why_not(cls, name: str, backend: str) -> str:
@@ -26,7 +27,7 @@ class PackageRun(RunMode):
         from runtime.execution.package.generate import Package
 
         words, started = self.words(), time.perf_counter()
-        package = Package(self.artifact, self.backend)
+        package = Package(self.artifact, self.backend, trusted=self.trust_package)
         if isinstance(words, tuple):
             encoded = [words]
         elif package.text is None:

@@ -11,7 +11,9 @@ import numpy as np
 
 from backends.ascend import compiler, om
 from backends.ascend.plugin import LIBRARY, VENDOR
-from runtime.deployment.manifest import Step
+from backends.errors import ArtifactError
+from runtime.deployment.manifest import Manifest, Step
+from runtime.execution.package.executor import TRUST, graphs
 
 
 class AscendExecutor:
@@ -20,16 +22,23 @@ class AscendExecutor:
     name = "ascend"
     platform = "any"
 
-    def __init__(self, session: om.Session | None = None) -> None:
-        self.session = session or om.Session()
+    def __init__(self, session: om.Session | None = None, trusted: bool = False) -> None:
+        self.session, self.trusted = session or om.Session(), trusted
+
+    def admit(self, folder: Path, manifest: Manifest) -> None:
+        """Compiled graphs and the plugin's library are machine code, and no manifest lists them."""
+        for path in graphs(folder, manifest, self.platform):
+            _, compiled = _compiled(path)
+            for code in (compiled, _library(folder)):
+                if code.is_file() and not self.trusted:
+                    raise ArtifactError(f"{code}: is compiled code, which may do anything; {TRUST}, or else remove it")
 
     def load(self, path: Path, step: Step) -> AscendLoaded:
         """`path` is FOLDER/GEAR/GRAPH.onnx; the compiled graph is FOLDER/om/GEAR/GRAPH.om."""
-        folder = path.parent.parent
-        compiled = folder / "om" / path.parent.name / f"{path.stem}.om"
+        folder, compiled = _compiled(path)
         if not compiled.is_file():
             plugin = folder / VENDOR
-            brought = (plugin / "framework" / "onnx" / LIBRARY).is_file()
+            brought = _library(folder).is_file()
             environment = {"ASCEND_CUSTOM_OPP_PATH": str(plugin.absolute())} if brought else {}
             soc = self.session.acl.get_soc_name()
             compiled = compiler.compile_graph(path, compiled.with_suffix(""), soc, environment)
@@ -59,6 +68,16 @@ class AscendBound:
     def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
         given = {name: self.fixed[name] if name in self.fixed else values[name] for name in self.inputs}
         return self.model.run(given, self.outputs, self.aliases)
+
+
+def _compiled(path: Path) -> tuple[Path, Path]:
+    """The package's folder, and where the compiled form of its graph at `path` is."""
+    folder = path.parent.parent
+    return folder, folder / "om" / path.parent.name / f"{path.stem}.om"
+
+
+def _library(folder: Path) -> Path:
+    return folder / VENDOR / "framework" / "onnx" / LIBRARY
 
 
 def _dtype(name: str) -> np.dtype:

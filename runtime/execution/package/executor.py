@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from backends.errors import BackendUnavailable
-from foundation.errors import UsageError
-from runtime.deployment.manifest import GearUnits, Manifest, Step
+from backends.errors import ArtifactError, BackendUnavailable
+from foundation.errors import Failure, UsageError
+from runtime.deployment.manifest import FILE, GearUnits, Manifest, Step
 
 
 class BoundGraph(Protocol):
@@ -54,6 +55,11 @@ class Executor(Protocol):
     name: str
     platform: str
 
+    def admit(self, folder: Path, manifest: Manifest) -> None:
+        """Looks at a package from anywhere before the first graph is loaded, without running what it says. Raises
+        `ArtifactError` for one that is not opened without trust."""
+        ...
+
     def load(self, path: Path, step: Step) -> Loaded: ...
 
     def load_step(self, folder: Path, manifest: Manifest, program: GearUnits) -> Loaded | None:
@@ -66,6 +72,20 @@ class Executor(Protocol):
     def get(self, buffer: Any) -> np.ndarray: ...
 
 
+def graphs(folder: Path, manifest: Manifest, platform: str) -> dict[Path, Step]:
+    """The files of a package that a runtime of `platform` loads, and what each is."""
+    steps = (step for program in manifest.programs for chain in program.units.values() for step in chain)
+    return {folder / graph_file(step, platform): step for step in steps if step.kind == "graph"}
+
+
+def graph_file(step: Step, platform: str) -> str:
+    """The file of a graph that a runtime of `platform` loads. Raises `ArtifactError`."""
+    file = step.files.get(platform) or step.files.get("any")
+    if file is None:
+        raise ArtifactError(f"{FILE}: graph {step.name} has no file for {platform}; export the package for it")
+    return file
+
+
 # executor -> (module, class, the package it needs, the formats it runs)
 _KNOWN = {
     # of ascend packages ort runs what has no CANN operators; the ascend executor says itself what is missing
@@ -76,8 +96,24 @@ _KNOWN = {
 }
 
 
-def executor(name: str, fmt: str) -> Executor:
-    """The executor of that name for a package of format `fmt`.
+TRUST = "to open it all the same, if you trust where it comes from: --trust-package"
+
+
+@contextmanager
+def refusing(what: object, who: str) -> Iterator[None]:
+    """What a runtime raises at a graph, as one line: no runtime's exceptions have a base of their own."""
+    try:
+        yield
+    except Failure:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        why = lines[0] if lines[0] and not isinstance(error, LookupError) else f"{type(error).__name__} {lines[0]}"
+        raise ArtifactError(f"{what}: {who} refuses it: {why[:300]}") from None
+
+
+def executor(name: str, fmt: str, trusted: bool = False) -> Executor:
+    """The executor of that name for a package of format `fmt`. trusted: it opens graphs that may run code.
 
     Raises `UsageError` where it does not run that format, `BackendUnavailable` where its package is not installed.
     """
@@ -90,7 +126,7 @@ def executor(name: str, fmt: str) -> Executor:
         raise UsageError(f"--backend {name} runs {', '.join(formats)}, and this package is {fmt}; {hint}")
     if find_spec(needs) is None:
         raise BackendUnavailable(f"--backend {name} needs {needs}: pip install 'glm5-runtime[export]'")
-    return getattr(import_module(module), made)()
+    return getattr(import_module(module), made)(trusted=trusted)
 
 
 def executor_of(fmt: str) -> str | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,32 +13,40 @@ import numpy as np
 import tokenizers
 
 from backends.errors import ArtifactError
-from foundation.errors import UsageError
+from foundation.errors import CapacityError, UsageError
 from foundation.reading import read_text
 from foundation.streaming import TextStream
-from runtime.deployment.manifest import GearUnits, Manifest, check_files
+from runtime.deployment.manifest import FILE, GearUnits, Manifest, Value, check_files
+from runtime.deployment.tensors import numpy_dtype
 from runtime.execution.local.request import Completion, OnToken, Prompt
 from runtime.execution.local.request import Sequence as Running
 from runtime.execution.local.sampling import choose
-from runtime.execution.package.executor import executor
+from runtime.execution.package.executor import executor, refusing
 from runtime.execution.package.runner import Runner, StepBatch, stored_weights
+
+_MOST = 1 << 26  # tokens of a step, and pages of the contexts it reads
 
 
 class Package:
     """A package, checked and loaded into a runtime ("ort", "torch", "xla"); `linked` as of `Runner`.
 
+    trusted: graphs that may run code, or crash the runtime, are opened too.
+
     Raises `ArtifactError` for a package that is damaged, of another version or without weights, `UsageError` for a
     runtime that does not run its format.
     """
 
-    def __init__(self, folder: Path, backend: str, linked: bool = True):
+    def __init__(self, folder: Path, backend: str, linked: bool = True, trusted: bool = False):
         self.folder, self.manifest = folder, Manifest.read(folder)
-        runtime = executor(backend, self.manifest.format)
+        runtime = executor(backend, self.manifest.format, trusted)
         check_files(folder, self.manifest)
         weights = stored_weights(folder, self.manifest)
         if weights is None:
             raise ArtifactError(f"{folder}: holds no weights; to run it here, export it with --weights external")
-        self.runner = Runner(folder, self.manifest, runtime, weights, linked)
+        runtime.admit(folder, self.manifest)
+        _check_sizes(folder, self.manifest)
+        with refusing(folder / FILE, "the runner"):
+            self.runner = Runner(folder, self.manifest, runtime, weights, linked)
         self.text = Text(folder / self.manifest.tokenizer) if self.manifest.tokenizer else None
 
     @property
@@ -117,7 +128,34 @@ class Package:
         table[0] = np.arange(1, 1 + gear.context_pages)
         first[0], length[0] = start, len(chunk)
         batches = [StepBatch(tokens, first, length, table), *[padding] * (self.runner.dp - 1)]
-        return self.runner.executor.get(self.runner.step(program, batches)[0]["logits"])[0]
+        with refusing(self.folder / FILE, "the runner"):
+            return self.runner.executor.get(self.runner.step(program, batches)[0]["logits"])[0]
+
+
+def _check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Raises `ArtifactError` for sizes that are none, or for caches that this host cannot hold."""
+    where = folder / FILE
+    if not manifest.programs or manifest.page_size < 1:
+        raise ArtifactError(f"{where}: has no programs, or pages of no tokens; export the package again")
+    for number, program in enumerate(manifest.programs):
+        b, t, pages = dataclasses.astuple(program.gear)
+        if min(b, t, pages) < 1 or b * max(t, pages) > _MOST:
+            raise ArtifactError(f"{where}: programs[{number}].gear: sizes of 1 to {_MOST:,} in all; export it again")
+    with refusing(where, "the runner"):
+        each = {unit: sum(map(_bytes, caches)) for unit, caches in manifest.caches.items()}
+        layers = {layer.index: layer.unit for layer in manifest.layers}
+        held = sum(each[layers[layer]] for device in manifest.devices for layer in device.layers)
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if held > there:
+        raise CapacityError(
+            f"{where}: caches of {held / 1e9:,.1f} GB, and this host has {there / 1e9:,.1f} GB of memory"
+        )
+
+
+def _bytes(value: Value) -> int:
+    if min(value.shape, default=1) < 1:
+        raise ValueError(f"{value.name} has the shape {list(value.shape)}")
+    return math.prod(value.shape) * numpy_dtype(value.dtype).itemsize
 
 
 class Text:

@@ -7,6 +7,7 @@ The graphs are the package's, each layer's under its own prefix; weights and cac
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -14,8 +15,13 @@ import onnx
 from runtime.deployment.manifest import OUT, GearUnits, Manifest
 
 
-def link(folder: Path, manifest: Manifest, program: GearUnits) -> onnx.ModelProto:
-    """The model of a step: the batch, weights and caches in; "logits.out", "hidden.out" and caches out."""
+def link(
+    folder: Path, manifest: Manifest, program: GearUnits, read: Callable[[Path], onnx.ModelProto]
+) -> onnx.ModelProto:
+    """The model of a step: the batch, weights and caches in; "logits.out", "hidden.out" and caches out.
+
+    read: gives the model in a file.
+    """
     runs = [("view", "view"), ("outer", "embed")]
     runs += [(f"layers.{layer.index}", layer.unit) for layer in manifest.layers]
     linked = onnx.ModelProto(producer_name="glm5-runtime")
@@ -26,7 +32,7 @@ def link(folder: Path, manifest: Manifest, program: GearUnits) -> onnx.ModelProt
     for owner, unit in [*runs, ("outer", "head")]:
         (step,) = program.units[unit]
         if unit not in models:
-            models[unit] = onnx.load(folder / step.files["any"])
+            models[unit] = read(folder / step.files["any"])
             linked.ir_version = max(linked.ir_version, models[unit].ir_version)
             _add_functions(linked, models[unit], unit)
         model, names = models[unit].graph, {}

@@ -11,9 +11,10 @@ import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 
-from backends.errors import ArtifactError
+from backends.errors import BackendUnavailable
 from runtime.deployment.manifest import GearUnits, Manifest, Step
 from runtime.deployment.tensors import INT4, packed
+from runtime.execution.package.executor import refusing
 
 _INT4 = 22  # onnx.TensorProto.INT4
 
@@ -24,28 +25,41 @@ class OrtExecutor:
     name = "ort"
     platform = "any"
 
-    def __init__(self) -> None:
+    def __init__(self, trusted: bool = False) -> None:
+        self.trusted, self._listed = trusted, frozenset[Path]()
         self.options = ort.SessionOptions()
-        self.options.log_severity_level = 3
+        self.options.log_severity_level = 4  # what it logs of an error, it raises too
         self.options.intra_op_num_threads = 1
         # A small model's step is a few hundred short kernels: threads that spin between them cost more than they give
         self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 
+    def admit(self, folder: Path, manifest: Manifest) -> None:
+        if find_spec("onnx") is None and not self.trusted:
+            raise BackendUnavailable("--backend ort looks at graphs with onnx: pip install 'glm5-runtime[export]'")
+        self._listed = frozenset(folder / name for name in manifest.files)
+
     def load(self, path: Path, step: Step) -> OrtLoaded:
-        return OrtLoaded(self._session(str(path), path))
+        if find_spec("onnx") is None and self.trusted:
+            return OrtLoaded(self._session(str(path), path))
+        return OrtLoaded(self._session(self._read(path).SerializeToString(), path))
+
+    def _read(self, path: Path) -> Any:
+        from runtime.execution.package import onnx_graph
+
+        return onnx_graph.read(path, self._listed, self.trusted)
 
     def _session(self, model: str | bytes, where: Path) -> Any:
-        try:
+        with refusing(where, "ONNX Runtime"):
             return ort.InferenceSession(model, self.options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions have no public base
-            raise ArtifactError(f"{where}: ONNX Runtime refuses it: {str(error).splitlines()[0]}") from None
 
     def load_step(self, folder: Path, manifest: Manifest, program: GearUnits) -> OrtLoaded | None:
         if find_spec("onnx") is None:
             return None
         from runtime.execution.package.link import link
 
-        return OrtLoaded(self._session(link(folder, manifest, program).SerializeToString(), folder))
+        with refusing(folder, "ONNX"):
+            linked = link(folder, manifest, program, self._read).SerializeToString()
+        return OrtLoaded(self._session(linked, folder))
 
     def put(self, array: np.ndarray) -> Any:
         array = np.asarray(array, order="C")

@@ -16,7 +16,7 @@ import numpy as np
 from backends.errors import ArtifactError
 from runtime.deployment.manifest import OUT, DeviceShare, GearUnits, Manifest, Step
 from runtime.deployment.tensors import TensorReader, numpy_dtype
-from runtime.execution.package.executor import BoundGraph, Executor, Loaded
+from runtime.execution.package.executor import BoundGraph, Executor, Loaded, graph_file, refusing
 
 DpTp = tuple[int, int]  # dp, tp
 Env = dict[str, Any]  # buffers by name
@@ -122,13 +122,15 @@ class Runner:
                 if owner != "mtp"
                 for name, buffer in held.items()
             }
-            self._whole[id(program)] = loaded.bind(fixed) if loaded else None
+            with refusing(self.folder, self.executor.name):
+                self._whole[id(program)] = loaded.bind(fixed) if loaded else None
             self.load_s += time.perf_counter() - begin
         return self._whole[id(program)]
 
     def _run_whole(self, whole: BoundGraph, env: Env) -> Env:
         held = {(owner, name): cache for (_, owner), caches in self.caches.items() for name, cache in caches.items()}
-        results = whole({**env, **{f"{owner}.{name}": cache for (owner, name), cache in held.items()}})
+        with refusing(self.folder, self.executor.name):
+            results = whole({**env, **{f"{owner}.{name}": cache for (owner, name), cache in held.items()}})
         for (place, owner), caches in self.caches.items():
             if owner != "mtp":
                 self.caches[place, owner] = {name: results[f"{owner}.{name}{OUT}"] for name in caches}
@@ -159,7 +161,8 @@ class Runner:
             for rank, env in envs.items():
                 place = (stage, *rank)
                 bound = self._graph(step, (id(program), unit, number, owner, place))
-                made[rank].update(bound({**env, **made[rank], **self._cache(place, owner)}))
+                with refusing(self.folder / graph_file(step, self.executor.platform), self.executor.name):
+                    made[rank].update(bound({**env, **made[rank], **self._cache(place, owner)}))
         for rank, results in made.items():
             for name, value in results.items():
                 if name.startswith("cache."):
@@ -173,7 +176,7 @@ class Runner:
     def _graph(self, step: Step, key: tuple[Any, ...]) -> BoundGraph:
         """The step's graph with a device's weights and rank in place."""
         if key not in self._bound:
-            file = step.files.get(self.executor.platform) or step.files["any"]
+            file = graph_file(step, self.executor.platform)
             if file not in self._loaded:
                 begin = time.perf_counter()
                 self._loaded[file] = self.executor.load(self.folder / file, step)
@@ -185,7 +188,8 @@ class Runner:
             for axis, rank in (("rank.dp", place[1]), ("rank.tp", place[2])):
                 if axis in inputs:
                     fixed[axis] = self.executor.put(np.asarray(rank, np.int32))
-            self._bound[key] = self._loaded[file].bind(fixed)
+            with refusing(self.folder / file, self.executor.name):
+                self._bound[key] = self._loaded[file].bind(fixed)
         return self._bound[key]
 
     def _exchange(self, step: Step, made: Mapping[DpTp, Env]) -> None:

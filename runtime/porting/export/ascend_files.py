@@ -126,7 +126,7 @@ def _steps(extra: dict[str, Any], soc: str | None) -> str:
         lines.append(f"pip install nlohmann-json && sh {VENDOR}/build.sh")
     lines += [
         "sh build.sh                           # atc, once a graph: om/",
-        "glm5 run --artifact . --backend ascend --prompt ...",
+        "glm5 run --artifact . --backend ascend --trust-package --prompt ...   # runs what was compiled",
     ]
     return "\n".join(lines) + "\n"
 

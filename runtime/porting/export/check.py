@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from backends.ascend import catalog, constraints
 from backends.ascend.catalog import PLUGIN, STANDARD
 from foundation.errors import UsageError
-from runtime.deployment.manifest import Manifest, hash_file
+from runtime.deployment.manifest import Manifest, wrong_files
 
 if TYPE_CHECKING:
     import onnx
@@ -90,17 +90,8 @@ def _graphs(manifest: Manifest) -> set[str]:
 
 
 def _files(folder: Path, manifest: Manifest) -> Iterator[Refusal]:
-    for name, expected in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            yield Refusal(name, "file", "missing, the manifest lists it", "manifest.json")
-        elif path.stat().st_size != expected.bytes:
-            why = f"{path.stat().st_size} bytes where the manifest says {expected.bytes}"
-            yield Refusal(name, "file", why, "manifest.json")
-        elif hash_file(path).sha256 != expected.sha256:
-            yield Refusal(name, "file", "altered, its hash is not the manifest's", "manifest.json")
-    for name in _graphs(manifest) - set(manifest.files):
-        yield Refusal(name, "file", "a step names it and the manifest's files do not", "manifest.json")
+    for name, why in wrong_files(folder, manifest):
+        yield Refusal(name, "file", why, "manifest.json")
 
 
 def _gear_counts(manifest: Manifest) -> dict[str, int]:

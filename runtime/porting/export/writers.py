@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from backends.errors import Unsupported
+from backends.errors import ArtifactError, Unsupported
 from backends.toolchains.walker import Graph
 from runtime.deployment.manifest import Manifest, Step
 from runtime.porting.export.job import ExportJob, op_uses, values
@@ -84,15 +84,20 @@ class OnnxWriter:
 
 
 class TorchWriter:
-    """An `ExportedProgram` a graph; ops are decomposed into ATen."""
+    """An `ExportedProgram` a graph; ops are decomposed into ATen. Each is one that opens without trust."""
 
     packages: tuple[str, ...] = ("torch",)
 
     def write(self, graph: Graph, folder: Path, stem: str) -> Step:
         from backends.toolchains import stablehlo
         from backends.toolchains import torch as target
+        from runtime.execution.package.torch_archive import checked
 
         (folder / f"{stem}.pt2").write_bytes(target.write(graph))
+        try:
+            checked(folder / f"{stem}.pt2")
+        except ArtifactError as error:
+            raise Unsupported(f"what torch makes of {stem} holds more than a package may: {error}") from None
         found = Counter({(name, "decomposed", "aten"): n for name, n in stablehlo.ops(graph).items()})
         return graph_step(graph, {"any": f"{stem}.pt2"}, found)
 
