@@ -15,9 +15,9 @@ from typing import Any
 from foundation.child import Child, ChildFailure
 
 MOST_BYTES = 1 << 26  # of a tokenizer.json; the largest vocabularies take half of it
-_WORKER = Child("foundation.text_worker")
+WORKER = Child("foundation.text_worker")
 _SECONDS_A_BYTE = 2e-6  # of a text, and of a chat: several times what the slowest that mean well take
-_SECONDS_A_BYTE_READ = 1e-7  # of a tokenizer.json
+_SECONDS_A_BYTE_READ = 5e-8  # of a tokenizer.json
 _MOST_GROWTH = 16  # of a text, by what a decoder puts in the place of characters
 _numbers = itertools.count()
 
@@ -45,12 +45,12 @@ class _Foreign:
         return self._ask(self._kind, self._given, _SECONDS_A_BYTE_READ)
 
     def _ask(self, what: str, given: dict[str, Any], seconds_a_byte: float) -> dict[str, Any]:
-        return _WORKER.ask({"number": self._number, "what": what, "given": given}, seconds_a_byte)
+        return WORKER.ask({"number": self._number, "what": what, "given": given}, seconds_a_byte)
 
     def _retried(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Once more in a new process, where what others have left in the old one may be why it failed."""
-        with _WORKER.lock:
-            others = _WORKER.asked > 0
+        with WORKER.lock:
+            others = WORKER.asked > 0
             try:
                 return work()
             except ChildFailure as error:
