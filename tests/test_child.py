@@ -18,8 +18,10 @@ import pytest
 
 from foundation.child import Child, ChildFailure, one_line
 from foundation.foreign_text import WORKER, ForeignTemplate, ForeignTokenizer
+from tests.cli.cli import glm5
 
 ROOT = Path(__file__).parents[1]
+CHIP = "--model glm-5-fp8 --profile h200-sxm --devices 8"
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 DAG = "{% set n = namespace(x=[0]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x == n.x[0] }}"
 
@@ -154,20 +156,16 @@ def test_a_forked_process_has_a_child_of_its_own(small: ForeignTemplate) -> None
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, check=True)
 
 
-def test_it_is_started_when_it_is_needed_and_no_earlier() -> None:
-    program = """
-    import foundation.child, sys
-    def refuse(self): raise AssertionError("started")
-    foundation.child.Child._start = refuse
-    from runtime.cli.main import main
-    import model.tokenizer
-    try: main({0!r})
-    except SystemExit as end: assert end.code in (None, 0, 1), end.code
-    """
-    chip = ["--model", "glm-5-fp8", "--profile", "h200-sxm", "--devices", "8"]
-    for words in (["--help"], ["simulate", *chip, "--requests", "2", "--rate", "1"], ["plan", *chip, "--json"]):
-        run = [sys.executable, "-c", textwrap.dedent(program).replace("{0!r}", repr(words))]
-        subprocess.run(run, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+@pytest.mark.parametrize(
+    "words", ["--help", f"simulate {CHIP} --requests 2 --rate 1", pytest.param(f"plan {CHIP}", marks=pytest.mark.slow)]
+)
+def test_it_is_started_when_it_is_needed_and_no_earlier(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Child) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Child, "_start", refuse)
+    WORKER.end()
+    assert glm5(*words.split()).out
 
 
 def test_what_it_may_do(monkeypatch: pytest.MonkeyPatch, small: ForeignTemplate) -> None:
