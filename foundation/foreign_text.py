@@ -71,9 +71,9 @@ class ForeignTokenizer(_Foreign):
         super().__init__({"text": text, "special": list(special)})
         self.special = [str(token) for token in self.loaded["special"]]
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids."""
-        return self._use("encode", text=text, add_special_tokens=add_special_tokens)["ids"]
+    def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text."""
+        return self._use("encode", texts=list(texts), add_special_tokens=add_special_tokens)["ids"]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Text of token ids, where the decoder is not tame."""
@@ -93,9 +93,9 @@ class ForeignTemplate(_Foreign):
     def __init__(self, source: str):
         super().__init__({"source": source})
 
-    def render(self, context: dict[str, Any]) -> str:
-        """The text of a context. What is no JSON data raises as `json` does."""
-        return self._use("render", context=context)["text"]
+    def render(self, contexts: Sequence[dict[str, Any]]) -> list[str]:
+        """The text of each context. What is no JSON data raises as `json` does."""
+        return self._use("render", contexts=list(contexts))["texts"]
 
 
 def is_tame(decoder: Any) -> bool:

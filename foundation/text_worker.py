@@ -45,8 +45,8 @@ def _load_tokenizer(text: str, special: list[str]) -> tuple[Any, dict[str, Any]]
     return inner, {"special": new}
 
 
-def _encode(inner: Any, text: str, add_special_tokens: bool) -> dict[str, Any]:
-    return {"ids": inner.encode(text, add_special_tokens=add_special_tokens).ids}
+def _encode(inner: Any, texts: list[str], add_special_tokens: bool) -> dict[str, Any]:
+    return {"ids": [inner.encode(text, add_special_tokens=add_special_tokens).ids for text in texts]}
 
 
 def _decode(inner: Any, ids: list[int], skip_special_tokens: bool) -> dict[str, Any]:
@@ -61,11 +61,14 @@ def _load_template(source: str) -> tuple[Any, dict[str, Any]]:
     return _told(Sandbox().from_string, source), {}
 
 
-def _render(template: jinja2.Template, context: dict[str, Any]) -> dict[str, Any]:
-    text = _told(template.render, context)
-    if len(text) > _MOST_CHARACTERS:
-        raise _TemplateFailure(f"makes a text of {len(text):,} characters, more than {_MOST_CHARACTERS:,}")
-    return {"text": text}
+def _render(template: jinja2.Template, contexts: list[dict[str, Any]]) -> dict[str, Any]:
+    texts, size = [], 0
+    for context in contexts:
+        texts.append(_told(template.render, context))
+        size += len(texts[-1])
+        if size > _MOST_CHARACTERS:
+            raise _TemplateFailure(f"makes a text of {size:,} characters, more than {_MOST_CHARACTERS:,}")
+    return {"texts": texts}
 
 
 def _told(work: Callable[[Any], Any], given: Any) -> Any:

@@ -122,14 +122,19 @@ class Tokenizer:
         `add_special_tokens` adds what the tokenizer puts around a plain prompt, one that no chat template rendered.
         Raises `TokenizerError` for a lone surrogate, and where the tokenizer fails or takes too long.
         """
+        return self.encode_each([text], add_special_tokens)[0]
+
+    def encode_each(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
+        """`encode` of several texts, which asks the other process once."""
         try:
-            text.encode()
+            for text in texts:
+                text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text is not valid Unicode ({one_line(error)})") from None
         if self._foreign is None:
-            return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+            return [self._inner.encode(text, add_special_tokens=add_special_tokens).ids for text in texts]
         with _named(self.where, "cannot encode the text ({})"):
-            return self._foreign.encode(text, add_special_tokens)
+            return self._foreign.encode(texts, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of token ids. Bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing.
@@ -211,15 +216,32 @@ class ChatTemplate:
         Raises `TokenizerError` where the template fails, refuses the chat, takes too much time or memory, or does what
         the sandbox forbids.
         """
-        given = {key: value for key, value in variables.items() if value is not None}
-        chat = [self._message(number, message) for number, message in enumerate(messages, start=1)]
-        data = {"messages": chat, "tools": None if tools is None else list(tools), **given}
-        if not chat:
-            raise TokenizerError("the chat has no messages; give at least one")
-        context = {**self.variables, "documents": None, "add_generation_prompt": add_generation_prompt, **data}
+        return self.render_each([messages], tools, add_generation_prompt, **variables)[0]
+
+    def render_each(
+        self,
+        chats: Iterable[Iterable[Mapping[str, Any]]],
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[str]:
+        """`render` of several chats, which asks the other process once."""
+        shared = {
+            **self.variables,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None if tools is None else list(tools),
+            **{key: value for key, value in variables.items() if value is not None},
+        }
+        contexts = []
+        for messages in chats:
+            chat = [self._message(number, message) for number, message in enumerate(messages, start=1)]
+            if not chat:
+                raise TokenizerError("the chat has no messages; give at least one")
+            contexts.append({**shared, "messages": chat})
         try:
             with _named(self.where):
-                return self._foreign.render(context)
+                return self._foreign.render(contexts)
         except (TypeError, ValueError, RecursionError) as error:
             raise TokenizerError(f"the chat must be JSON data ({one_line(error)})") from None
 

@@ -248,9 +248,11 @@ BROKEN = [
 ]
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreign_text.WORKER, "cpu_seconds", 0.2)
+def soon_failure(source: str) -> str:
+    """The failure of a template that is given less time."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(foreign_text.WORKER, "cpu_seconds", 0.2)
+        return failure(source)
 
 
 def failure(source: str) -> str:
@@ -268,14 +270,20 @@ def test_a_template_cannot_leave_the_sandbox(source: str) -> None:
 
 
 @pytest.mark.parametrize("source", ENDLESS)
-def test_a_template_that_does_not_end_is_stopped(source: str, impatient: None) -> None:
-    assert failure(source) == "its/chat_template.jinja: takes more than the 0.2 s that it is given"
+def test_a_template_that_does_not_end_is_stopped(source: str) -> None:
+    assert soon_failure(source) == "its/chat_template.jinja: takes more than the 0.2 s that it is given"
     assert rendered(USER).endswith("Hi<|assistant|><think>")  # what the others have is there again
 
 
+def test_several_chats_at_once_are_as_one_by_one() -> None:
+    chats = [[USER], [USER, THOUGHT, USER], [{"role": "user", "content": "天 \ud83d"}]]
+    assert GLM.render_each(chats, enable_thinking=False) == [GLM.render(each, enable_thinking=False) for each in chats]
+    assert GLM.render_each([]) == [] and TOKENIZER.encode_each(["a b", ""]) == [TOKENIZER.encode("a b"), []]
+
+
 @pytest.mark.parametrize("source", HUGE)
-def test_a_template_that_takes_all_memory_is_stopped(source: str, impatient: None) -> None:
-    assert re.search("takes more than the (1.6 GB of memory|0.2 s) that it is given", failure(source))
+def test_a_template_that_takes_all_memory_is_stopped(source: str) -> None:
+    assert re.search("takes more than the (1.6 GB of memory|0.2 s) that it is given", soon_failure(source))
     assert rendered(USER).endswith("Hi<|assistant|><think>")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import socket
 import stat
@@ -20,7 +21,7 @@ from jax.experimental import multihost_utils
 from backends.errors import BackendUnavailable
 from backends.spmd import processes as spmd
 from foundation.errors import CapacityError, UsageError
-from runtime.execution.cluster import joining
+from runtime.execution.cluster import joining, processes
 from runtime.execution.cluster.joining import gather, given_secret, knock
 
 SECRET, OTHER = b"correct horse battery staple", b"incorrect horse battery staple"
@@ -290,6 +291,20 @@ def test_where_others_can_come_a_secret_is_needed(
 
 
 # --- when JAX has started ------------------------------------------------------------------------
+
+
+def never_meets(ticket: processes.Ticket) -> None:
+    time.sleep(60)
+
+
+def test_whose_place_is_taken_inside_jax_waits_no_longer_than_that(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All were let in, and then JAX's runtime waits for one that never comes."""
+    monkeypatch.setattr(processes, "JOIN_SECONDS", 0.5)
+    with pytest.raises(
+        UsageError, match=r"process 0 of 1 has not met all others at .* within 1 s, though all were let in"
+    ):
+        processes.supervise(processes.ProcessPlace(place, 0, 1), never_meets)
+    assert not multiprocessing.active_children()
 
 
 def test_who_has_taken_the_place_of_another_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,14 +137,15 @@ class Text:
         self._inner = tokenizers.Tokenizer.from_str(text)
         self._decodes_here = is_tame(self._inner.decoder)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a plain prompt, with what the tokenizer puts around one."""
+    def encode_each(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of plain prompts, with what the tokenizer puts around one."""
         try:
-            text.encode()
+            for text in texts:
+                text.encode()
         except UnicodeEncodeError:
             raise UsageError("the text is not valid Unicode") from None
         with self._named("cannot encode the text"):
-            return self._foreign.encode(text, add_special_tokens=True)
+            return self._foreign.encode(texts, add_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
         if self._decodes_here:
