@@ -119,6 +119,7 @@ def supervise(place: ProcessPlace, work: Callable[[Ticket], None]) -> None:
         except BaseException as error:
             if not isinstance(error, EOFError):
                 child.kill()
+                child.join()
             raise
     child.join()
     if said is not None:
