@@ -1,28 +1,26 @@
 """Text to token ids and back, and chats to text: what a checkpoint directory says about both.
 
-`Tokenizer` reads `tokenizer.json`; `ChatTemplate` renders the checkpoint's own Jinja template the way
-transformers does, in the sandbox of `template_sandbox`. Free of JAX.
+`Tokenizer` reads `tokenizer.json`; `ChatTemplate` renders the checkpoint's own Jinja template as transformers does.
+Both are foreign programs, and work in a process of their own (`foundation/foreign_text.py`). Free of JAX.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
-from jinja2.exceptions import SecurityError
 
+from foundation.child import ChildFailure, one_line
+from foundation.foreign_text import MOST_BYTES, ForeignTemplate, ForeignTokenizer, is_tame
 from foundation.paths import Outside, inside
 from foundation.reading import Unreadable, parse_json, read_text
 from foundation.streaming import TextStream
 from model.errors import TokenizerError
 from model.hf_config import GENERATION_FILE
-from model.template_sandbox import Sandbox, limited
 
 # GLM has no token that ends an assistant turn: the turn ends where the next speaker's would begin.
 CHAT_STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")
@@ -33,14 +31,19 @@ _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+@contextmanager
+def _named(where: str, doing: str = "") -> Iterator[None]:
+    """What a foreign program did not do, as a failure of its file."""
+    try:
+        yield
+    except ChildFailure as error:
+        raise TokenizerError(f"{where}: {doing.format(error) if doing else error}") from None
 
 
-def _read_text(path: Path) -> str | None:
+def _read_text(path: Path, most_bytes: int = MOST_BYTES) -> str | None:
     """The text of a file, None where there is none."""
     try:
-        return read_text(inside(path.parent, path.name))
+        return read_text(inside(path.parent, path.name), most_bytes)
     except (Outside, Unreadable) as error:
         if error.reason == "absent":
             return None
@@ -70,34 +73,44 @@ def _special_tokens(folder: Path) -> dict[str, str]:
 
 
 class Tokenizer:
-    """A tokenizer; `stop_token_ids` (sorted) are the ids that end a generated turn."""
+    """A tokenizer; `stop_token_ids` (sorted) are the ids that end a generated turn.
+
+    One that this process has made does its work here; `load` makes one that is foreign.
+    """
 
     def __init__(self, inner: tokenizers.Tokenizer, stop_token_ids: tuple[int, ...] = (), where: str = "tokenizer"):
         self._inner, self.stop_token_ids, self.where = inner, stop_token_ids, where
+        self._foreign: ForeignTokenizer | None = None
+        self._decodes_here = True
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """The tokenizer of a checkpoint directory.
 
-        Raises `TokenizerError` where tokenizer.json is missing or corrupt, or a file that may name stop
-        tokens is corrupt.
+        Raises `TokenizerError` where tokenizer.json is missing or corrupt, cannot bear a short text, or a file that may
+        name stop tokens is corrupt.
         """
         file = Path(path) / "tokenizer.json"
         text = _read_text(file)
         if text is None:
             raise TokenizerError(f"{file}: no such file (without it, give token ids instead of text)")
-        try:
-            inner = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing narrower
-            raise TokenizerError(f"{file}: not a tokenizer ({_one_line(error)})") from None
-        inner.no_truncation()
-        inner.no_padding()
-        inner.add_special_tokens(_special(Path(path), inner))
-        return cls(inner, _stop_token_ids(Path(path), inner), str(file))
+        named = _special_tokens(Path(path))
+        with _named(str(file), "not a tokenizer ({})"):
+            foreign = ForeignTokenizer(text, [named[key] for key in _NAMED if key in named])
+        inner = tokenizers.Tokenizer.from_str(text)  # as in the other process, which it did not end
+        # transformers adds special tokens that only the other files name. (It leaves what stands around a plain prompt
+        # to tokenizer.json's post-processor: `add_bos_token` of the other files is not read.)
+        inner.add_special_tokens(foreign.special)
+        made = cls(inner, _stop_token_ids(Path(path), inner), str(file))
+        made._foreign, made._decodes_here = foreign, is_tame(inner.decoder)
+        return made
 
     def to_json(self) -> str:
         """A tokenizer.json that says all that the directory's files say of the tokenizer."""
-        return self._inner.to_str()
+        if self._foreign is None:
+            return self._inner.to_str()
+        with _named(self.where, "cannot be written ({})"):
+            return self._foreign.to_json()
 
     @property
     def vocab_size(self) -> int:
@@ -108,13 +121,21 @@ class Tokenizer:
         """Token ids; a special token spelt out in `text` becomes its one id.
 
         `add_special_tokens` adds what the tokenizer puts around a plain prompt, one that no chat template rendered.
-        Raises `TokenizerError` for a lone surrogate.
+        Raises `TokenizerError` for a lone surrogate, and where the tokenizer fails or takes too long.
         """
+        return self.encode_each([text], add_special_tokens)[0]
+
+    def encode_each(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
+        """`encode` of several texts, which asks the other process once."""
         try:
-            text.encode()
+            for text in texts:
+                text.encode()
         except UnicodeEncodeError as error:
-            raise TokenizerError(f"the text is not valid Unicode ({_one_line(error)})") from None
-        return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+            raise TokenizerError(f"the text is not valid Unicode ({one_line(error)})") from None
+        if self._foreign is None:
+            return [self._inner.encode(text, add_special_tokens=add_special_tokens).ids for text in texts]
+        with _named(self.where, "cannot encode the text ({})"):
+            return self._foreign.encode(texts, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of token ids. Bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing.
@@ -124,7 +145,10 @@ class Tokenizer:
         for token in ids:
             if not 0 <= token < 2**32:
                 raise TokenizerError(f"no token has the id {token}")
-        return self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        if self._foreign is None or self._decodes_here:
+            return self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with _named(self.where, "cannot decode ({})"):
+            return self._foreign.decode(ids, skip_special_tokens)
 
     def stream(self, skip_special_tokens: bool = False) -> TextStream:
         """An incremental `decode`."""
@@ -136,13 +160,6 @@ class Tokenizer:
         if found is None:
             raise TokenizerError(f"{self.where}: has no token {token!r}")
         return found
-
-
-def _special(folder: Path, inner: tokenizers.Tokenizer) -> list[str]:
-    """Special tokens that only the other files name: transformers adds them. (It leaves what stands around a plain
-    prompt to tokenizer.json's post-processor: `add_bos_token` of the other files is not read.)"""
-    named, known = _special_tokens(folder), {token.content for token in inner.get_added_tokens_decoder().values()}
-    return [named[key] for key in _NAMED if key in named and named[key] not in known]
 
 
 def _stop_token_ids(folder: Path, inner: tokenizers.Tokenizer) -> tuple[int, ...]:
@@ -160,15 +177,15 @@ def _stop_token_ids(folder: Path, inner: tokenizers.Tokenizer) -> tuple[int, ...
 
 
 class ChatTemplate:
-    """A compiled chat template. `where` names it in errors; `variables` are always passed to it.
+    """A chat template. `where` names it in errors; `variables` are always passed to it.
 
     Raises `TokenizerError` for a template with a syntax error.
     """
 
     def __init__(self, source: str, where: str = "chat template", variables: Mapping[str, Any] | None = None):
         self.where, self.variables = where, dict(variables or {})
-        with self._one_line_errors(), limited():
-            self._template = Sandbox().compile_metered(source)
+        with _named(where):
+            self._foreign = ForeignTemplate(source)
 
     @classmethod
     def load(cls, path: str | Path) -> ChatTemplate:
@@ -197,20 +214,37 @@ class ChatTemplate:
         messages: `{"role": .., "content": ..}`, JSON data; a key whose value is None is left out, and thoughts may be
         `reasoning_content`, `thinking` or `reasoning`. variables: what the template offers, for GLM
         `enable_thinking`, `clear_thinking`, `reasoning_effort`; None leaves a variable undefined.
-        Raises `TokenizerError` where the template fails, refuses the chat, or does what the sandbox forbids.
+        Raises `TokenizerError` where the template fails, refuses the chat, takes too much time or memory, or does what
+        the sandbox forbids.
         """
-        given = {key: value for key, value in variables.items() if value is not None}
-        chat = [self._message(number, message) for number, message in enumerate(messages, start=1)]
-        data = {"messages": chat, "tools": None if tools is None else list(tools), **given}
+        return self.render_each([messages], tools, add_generation_prompt, **variables)[0]
+
+    def render_each(
+        self,
+        chats: Iterable[Iterable[Mapping[str, Any]]],
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[str]:
+        """`render` of several chats, which asks the other process once."""
+        shared = {
+            **self.variables,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None if tools is None else list(tools),
+            **{key: value for key, value in variables.items() if value is not None},
+        }
+        contexts = []
+        for messages in chats:
+            chat = [self._message(number, message) for number, message in enumerate(messages, start=1)]
+            if not chat:
+                raise TokenizerError("the chat has no messages; give at least one")
+            contexts.append({**shared, "messages": chat})
         try:
-            plain = json.dumps(data)
+            with _named(self.where):
+                return self._foreign.render(contexts)
         except (TypeError, ValueError, RecursionError) as error:
-            raise TokenizerError(f"the chat must be JSON data ({_one_line(error)})") from None
-        if not chat:
-            raise TokenizerError("the chat has no messages; give at least one")
-        context = {**self.variables, "documents": None, "add_generation_prompt": add_generation_prompt}
-        with self._one_line_errors(), limited(len(plain)):
-            return self._template.render(context | json.loads(plain))
+            raise TokenizerError(f"the chat must be JSON data ({one_line(error)})") from None
 
     @staticmethod
     def _message(number: int, message: Any) -> dict[str, Any]:
@@ -220,14 +254,3 @@ class ChatTemplate:
         held = {key: value for key, value in message.items() if value is not None}
         thoughts = next((held[key] for key in _THOUGHTS if key in held), None)
         return held if thoughts is None else {"thinking": thoughts, **held, _THOUGHTS[0]: thoughts}
-
-    @contextmanager
-    def _one_line_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except jinja2.TemplateSyntaxError as error:
-            raise TokenizerError(f"{self.where}: line {error.lineno}: {_one_line(error)}") from None
-        except SecurityError as error:
-            raise TokenizerError(f"{self.where}: refused by the sandbox: {_one_line(error)}") from None
-        except Exception as error:  # a template is foreign code: whatever it raises is its failure
-            raise TokenizerError(f"{self.where}: {_one_line(error)}") from error

@@ -21,6 +21,8 @@ MAY_IMPORT = {
     "foundation": {"foundation"},
 }
 STANDARD_LIBRARY_ONLY = {"hw_profiles", "foundation"}
+# But these, which are the main program of a child process and what it is made of: nobody else may import them.
+IN_A_CHILD = {"foundation.text_worker", "foundation.template_sandbox"}
 # Inside runtime, from the ground up: a folder imports those before it, and itself.
 FLOORS = (
     "deployment",
@@ -175,6 +177,10 @@ def violations(root: Path) -> list[str]:
             where = f"{path.relative_to(root)}:{line}: {package} imports {target}"
             if top in OURS and top not in MAY_IMPORT[package]:
                 found.append(f"{where}: imports point down only")
+            elif name not in IN_A_CHILD and any(f"{target}.".startswith(f"{each}.") for each in IN_A_CHILD):
+                found.append(f"{where}: that runs in a process of its own")
+            elif name in IN_A_CHILD:
+                continue
             elif package in STANDARD_LIBRARY_ONLY and top not in OURS and top not in sys.stdlib_module_names:
                 found.append(f"{where}: {package} is standard library only")
             elif floor(target) > floor(name):
@@ -274,6 +280,10 @@ def tree(root: Path, path: str, source: str) -> Path:
         ("runtime/pricing/bad.py", "def f():\n    from runtime.planning.search import search"),
         ("foundation/bad.py", "from model import errors"),
         ("foundation/bad.py", "import numpy"),
+        ("foundation/bad.py", "import jinja2"),
+        ("foundation/text_worker.py", "from model import errors"),
+        ("model/bad.py", "from foundation.template_sandbox import Sandbox"),
+        ("model/bad.py", "def f():\n    from foundation import text_worker"),
         ("hw_profiles/bad.py", "from model import config"),
         ("hw_profiles/bad.py", "import numpy"),
         ("runtime/planning/bad.py", "import jax.numpy as jnp"),
@@ -299,6 +309,7 @@ def test_a_violation_is_caught(tmp_path: Path, path: str, source: str) -> None:
         ("runtime/training/steps.py", "import jax, optax\nfrom flax import nnx\nfrom model.module import Model"),
         ("backends/cpu.py", "import jax\nfrom model import graph\nfrom hw_profiles import loader"),
         ("model/graph.py", "import jax\nfrom model.config import ModelConfig\nfrom . import ops"),
+        ("foundation/text_worker.py", "import jinja2\nfrom foundation.template_sandbox import Sandbox"),
         ("hw_profiles/loader.py", "import tomllib, json\nfrom hw_profiles.errors import ProfileError"),
     ],
 )

@@ -17,6 +17,6 @@ Who makes a `Cluster` brings the backend, the stages' devices, and `Numerics`, w
 `Processes` brings a backend that runs on devices of its own, in one type throughout; `SimBackend`
 (`backends.emulation`) brings emulated devices that compute in a chip's number formats. Nothing here asks which it is.
 
-From the ground up: shard, stages, cluster, processes. Imports `backends.interface`, `backends.errors` and `model`; no
-adapter, and not the runtime, which makes grids of plans.
+From the ground up: shard, stages, cluster, processes. Imports `backends.interface`, `backends.errors`, `model`
+and `foundation`; no adapter, and not the runtime, which makes grids of plans.
 """

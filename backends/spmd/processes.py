@@ -8,6 +8,7 @@ holds the stage's first device, so that every process goes on from the same bits
 
 from __future__ import annotations
 
+import hmac
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from backends.interface import Backend, Executable, Program
 from backends.spmd.cluster import Cluster, Plain
 from backends.spmd.shard import is_split
 from backends.spmd.stages import Hosts
+from foundation.errors import CapacityError
 from model.config import ModelConfig
 from model.graph import Carried
 from model.split import Axes, Grid
@@ -32,11 +34,12 @@ _HEARTBEAT_SECONDS = 20
 
 
 def join(
-    platform: str, coordinator: str, index: int, count: int, devices: int, timeout_seconds: int
+    platform: str, coordinator: str, bind: str, index: int, count: int, devices: int, timeout_seconds: int
 ) -> tuple[Any, ...]:
     """Joins the other processes, and returns the devices of all, `devices` / `count` from each, in their order.
 
-    platform: as JAX names it. coordinator: HOST:PORT where process 0 listens. To be called before JAX has started.
+    platform: as JAX names it. coordinator: HOST:PORT where process 0 listens, at `bind` and at no other address of its
+    host. To be called before JAX has started. JAX asks nobody who he is: others have to, before and after (`agree`).
     Raises `BackendUnavailable` where a process has too few devices, and JAX's errors where not all come in time.
     """
     flags = f"--xla_cpu_collective_timeout_seconds={_PATIENCE_SECONDS}"
@@ -51,6 +54,7 @@ def join(
         count,
         index,
         initialization_timeout=timeout_seconds,
+        coordinator_bind_address=bind,
         heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=timeout_seconds,
     )
@@ -65,6 +69,7 @@ def join(
 _DTYPES = tuple(np.dtype(name) for name in (np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.int8, np.bool_))
 _ABSENT = 255  # in place of a type's number
 _MOST_DIMS = 8
+_MOST_BYTES = 1 << 30  # of a message
 
 
 def pack(arrays: Sequence[np.ndarray | None]) -> bytes:
@@ -115,17 +120,39 @@ def send(arrays: Sequence[np.ndarray | None], source: int) -> list[Any]:
     """Host arrays of process `source`, in every process; what the others give is not looked at."""
     mine = source == jax.process_index()
     data = pack(arrays) if mine else b""
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data)), mine))
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(min(len(data), _MOST_BYTES + 1)), mine))
+    if not 0 < size <= _MOST_BYTES:  # which all see alike
+        raise CapacityError(
+            f"process {source} sends more than {_MOST_BYTES >> 20} MiB at once; make its chunks smaller"
+        )
     buffer = np.zeros(1 << max(size - 1, 0).bit_length(), np.uint8)  # few sizes: each is a program to compile
     if mine:
         buffer[:size] = np.frombuffer(data, np.uint8)
-    return unpack(np.asarray(multihost_utils.broadcast_one_to_all(buffer, mine))[:size].tobytes())
+    whole = np.asarray(multihost_utils.broadcast_one_to_all(buffer, mine))[:size].tobytes()
+    try:
+        return unpack(whole)
+    except ValueError as error:
+        raise BackendUnavailable(f"process {source} sends what is no array: {error}") from None
 
 
-def agree(fingerprint: bytes) -> int | None:
-    """The first process that gives other bytes than process 0; None where all are alike. All give as many."""
-    every = multihost_utils.process_allgather(np.frombuffer(fingerprint, np.uint8))
-    return next((index for index, each in enumerate(every) if not np.array_equal(each, every[0])), None)
+def agree(fingerprint: bytes, key: bytes) -> int | None:
+    """The first process that gives other bytes than process 0; None where all are alike. All give as many.
+
+    Raises `BackendUnavailable` where one does not know the key: it has taken the place of one that does.
+    """
+
+    def signed(index: int, said: bytes) -> bytes:
+        return hmac.digest(key, index.to_bytes(4, "big") + said, "sha256")
+
+    mine = fingerprint + signed(jax.process_index(), fingerprint)
+    every = [each.tobytes() for each in multihost_utils.process_allgather(np.frombuffer(mine, np.uint8))]
+    said = [each[: len(fingerprint)] for each in every]
+    for index, (each, theirs) in enumerate(zip(every, said, strict=True)):
+        if not hmac.compare_digest(each[len(fingerprint) :], signed(index, theirs)):
+            raise BackendUnavailable(
+                f"process {index} is not the one that was let in; start all again, on a closed network"
+            )
+    return next((index for index, each in enumerate(said) if each != said[0]), None)
 
 
 class Spread(Hosts):

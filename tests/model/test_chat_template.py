@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foundation import foreign_text
 from model.errors import TokenizerError
 from model.tokenizer import ChatTemplate, Tokenizer
 from tests.model.test_tokenizer import TINY, TOKENIZER, hugging_face
@@ -208,21 +209,29 @@ ESCAPES = [
     "{% macro m() %}{% endmacro %}{{ m.__call__ }}",
 ]
 CHANGES = ["{{ messages.append(1) }}", "{{ messages[0].update(role='x') }}"]
-RUNAWAYS = [
+DOUBLED = "{% set ns = namespace(x=['x']) %}{% for a in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+TWICE = (
+    "{% set a, b = namespace(x=[0]), namespace(x=[0]) %}{% for i in range(60) %}{% set a.x = [a.x, a.x] %}"
+    "{% set b.x = [b.x, b.x] %}{% endfor %}"
+)
+ENDLESS = [
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "{% set x = range(99999)|list %}{% for a in x %}{% for b in x if false %}{% endfor %}{% endfor %}",
-    "{% for a in range(99999)|map('string') %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    TWICE + "{{ a.x == b.x }}",
+    "{% set a = [0] * 10**7 %}{% for i in range(99999) %}{% set x = a | sum %}{% endfor %}",
+    "{% set a = 'a' * 10**7 %}{% for i in range(99999) %}{% set x = a.count('b') %}{% endfor %}",
+    "{% set a = ('a' * 10**7).encode() %}{% for i in range(99999) %}{% if a[1:] == a %}{% endif %}{% endfor %}",
+    "{{ 7 ** 77777777 > 0 }}",
+]
+HUGE = [
+    DOUBLED + "{{ ns.x }}",
+    "{% set ns = namespace(x='aaaa'.encode()) %}{% for a in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
     "{% set ns = namespace(x='aaaa') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-    "{% set ns = namespace(x='aaaa') %}{% for a in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-    "{% set ns = namespace(x=[1]) %}{% for a in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-    "{% set ns = namespace(x='a') %}{% for a in range(60) %}{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}"
-    "{% set ns.x = y %}{% endfor %}",
+    "{% set a = [0] * 10**6 %}{% set ns = namespace(x=[]) %}{% for i in range(99999) %}"
+    "{% set ns.x = [a.copy(), ns.x] %}{% endfor %}",
     "{{ 'a' * 10**10 }}",
-    "{{ [1] * 10**10 }}",
     "{{ 'a'.ljust(10**10) }}",
-    "{{ 'a'|center(10**10) }}",
-    "{{ 'a'|indent(10**10) }}",
+    "{{ '%10000000000d' % 1 }}",
     "{{ [1]|batch(10**10, 'x')|list }}",
 ]
 BROKEN = [
@@ -233,8 +242,17 @@ BROKEN = [
     ("{{ range(10**9) }}", "Range too big"),
     ("{% include '/etc/passwd' %}", "no loader"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-    ("{{ 3 ** 1000000000 }}", "huge number"),
+    ("{{ 3 ** 99999 }}", "limit (4300 digits)"),
+    ("{{ 'a' * 10**8 }}", "makes a text of 100,000,000 characters"),
+    ("{{ raise_exception('x' * 10**6 ~ '\x1b[2J') }}", "xxx..."),
 ]
+
+
+def soon_failure(source: str) -> str:
+    """The failure of a template that is given less time."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(foreign_text.WORKER, "cpu_seconds", 0.2)
+        return failure(source)
 
 
 def failure(source: str) -> str:
@@ -251,9 +269,22 @@ def test_a_template_cannot_leave_the_sandbox(source: str) -> None:
     assert "refused by the sandbox" in message and "unsafe" in message or source in CHANGES
 
 
-@pytest.mark.parametrize("source", RUNAWAYS)
+@pytest.mark.parametrize("source", ENDLESS)
 def test_a_template_that_does_not_end_is_stopped(source: str) -> None:
-    assert "refused by the sandbox: does too much work" in failure(source)
+    assert soon_failure(source) == "its/chat_template.jinja: takes more than the 0.2 s that it is given"
+    assert rendered(USER).endswith("Hi<|assistant|><think>")  # what the others have is there again
+
+
+def test_several_chats_at_once_are_as_one_by_one() -> None:
+    chats = [[USER], [USER, THOUGHT, USER], [{"role": "user", "content": "天 \ud83d"}]]
+    assert GLM.render_each(chats, enable_thinking=False) == [GLM.render(each, enable_thinking=False) for each in chats]
+    assert GLM.render_each([]) == [] and TOKENIZER.encode_each(["a b", ""]) == [TOKENIZER.encode("a b"), []]
+
+
+@pytest.mark.parametrize("source", HUGE)
+def test_a_template_that_takes_all_memory_is_stopped(source: str) -> None:
+    assert re.search("takes more than the (1.6 GB of memory|0.2 s) that it is given", soon_failure(source))
+    assert rendered(USER).endswith("Hi<|assistant|><think>")
 
 
 @pytest.mark.parametrize(("source", "expected"), BROKEN)
@@ -266,7 +297,7 @@ def test_a_syntax_error_has_a_line(source: str) -> None:
     assert re.search(r"jinja: line \d+: ", failure(source))
 
 
-def test_a_long_chat_is_within_the_budget() -> None:
+def test_a_long_chat_is_within_the_limits() -> None:
     turn = [USER, {**THOUGHT, "content": "word " * 400, "tool_calls": [CALL]}, {"role": "tool", "content": "x" * 500}]
     text = GLM.render(turn * 1000, clear_thinking=False)
     assert text.count("<tool_call>") == 1000

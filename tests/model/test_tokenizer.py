@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
+from foundation import foreign_text
 from foundation.streaming import TextStream
 from model.errors import TokenizerError
 from model.tokenizer import Tokenizer
@@ -278,3 +279,133 @@ def test_a_plain_prompt_is_encoded_as_transformers_does(
 def test_neither_jax_nor_transformers_is_imported() -> None:
     code = "import sys, model.tokenizer; assert not {'jax', 'transformers', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# --- tokenizers that misbehave -------------------------------------------------------------------
+
+
+def growing(letter: str) -> list[dict[str, Any]]:
+    return [{"type": "Replace", "pattern": {"String": letter}, "content": 2 * letter}] * 40
+
+
+def split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def alone(model: dict[str, Any]) -> dict[str, Any]:
+    return {"model": model, "added_tokens": [], "pre_tokenizer": None, "post_processor": None}
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreign_text.WORKER, "cpu_seconds", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"pre_tokenizer": split("(a+)+$")}, "Regex search error"),
+        ({"pre_tokenizer": split("(a|aa)+$")}, "Regex search error"),
+        ({"normalizer": {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "x"}}, "Regex search error"),
+        ({"normalizer": {"type": "Sequence", "normalizers": growing("a")}}, "takes more than"),
+        ({"normalizer": {"type": "Prepend", "prepend": "x" * 3_000_000}}, "takes more than"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}}, "(SIGABRT)"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAA"}}, "index out of bounds"),
+        ({"decoder": {"type": "Strip", "content": "a", "start": 9, "stop": 10**9}}, "index out of bounds"),
+        ({"decoder": {"type": "Sequence", "decoders": growing("a")}, "normalizer": None}, "takes more than"),
+        ({"post_processor": {"type": "TemplateProcessing", "pair": [], "special_tokens": {},
+                             "single": [{"SpecialToken": {"id": "zz", "type_id": 0}}]}}, "no entry found"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_cannot_bear_a_short_text(
+    folder: Path, changes: dict[str, Any], expected: str, impatient: None
+) -> None:
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    message = complaint(folder)
+    assert message.startswith(f"{file}: not a tokenizer (") and expected in message
+    assert TOKENIZER.decode(TOKENIZER.encode("what the others have is there again")).endswith("again")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "expected"),
+    [
+        ({"pre_tokenizer": split("(x+x+)+y")}, "x" * 60, "Regex search error"),
+        ({"pre_tokenizer": split("(z*)*$")}, "z" * 40_000 + "y", "(takes more|Regex)"),
+        ({"normalizer": {"type": "Sequence", "normalizers": growing("z")}}, "z", "takes more"),
+        (alone({"type": "WordLevel", "unk_token": "q", "vocab": {"a": 0}}), "b", "Missing .UNK. token"),
+        (alone({"type": "BPE", "unk_token": "nope", "vocab": {"a": 0}, "merges": []}), "b", "`nope` not found"),
+        (alone({"type": "WordPiece", "unk_token": "q", "continuing_subword_prefix": "##",
+                "max_input_chars_per_word": 9, "vocab": {"a": 0}}), "b", "Missing .UNK. token"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_cannot_bear_a_prompt(
+    folder: Path, changes: dict[str, Any], text: str, expected: str, impatient: None
+) -> None:
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    made = Tokenizer.load(folder)
+    with pytest.raises(TokenizerError, match=expected) as raised:
+        made.encode(text)
+    assert str(raised.value).startswith(f"{file}: cannot encode the text (") and "\n" not in str(raised.value)
+    assert TOKENIZER.encode("a")
+
+
+@pytest.mark.parametrize(
+    ("decoder", "token", "expected"),
+    [
+        ({"type": "Replace", "pattern": {"Regex": "(z+)+$"}, "content": ""}, "z" * 40 + "y", "Regex"),
+        ({"type": "Sequence", "decoders": growing("z")}, "z", "takes more than"),
+        ({"type": "Strip", "content": "z", "start": 1, "stop": 1}, "z", "slice index"),
+    ],
+)  # fmt: skip
+def test_a_decoder_that_misbehaves_does_so_elsewhere(
+    folder: Path, decoder: dict[str, Any], token: str, expected: str, impatient: None
+) -> None:
+    file = folder / "tokenizer.json"
+    raw = {**json.loads(file.read_text()), "decoder": decoder, "normalizer": None}
+    raw["added_tokens"] = []
+    raw["post_processor"] = raw["pre_tokenizer"] = None
+    raw["model"] = {"type": "WordLevel", "unk_token": "q", "vocab": {"q": 0, token: 1}}
+    file.write_text(json.dumps(raw))
+    made = Tokenizer.load(folder)
+    assert made.decode([0]) == "q"
+    with pytest.raises(TokenizerError, match=expected) as raised:
+        made.decode([1])
+    assert str(raised.value).startswith(f"{file}: cannot decode (") and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "tame"),
+    [
+        (None, True),
+        (decoders.ByteLevel(), True),
+        (LLAMA, True),
+        (decoders.Sequence([decoders.Sequence([decoders.Metaspace(), decoders.Fuse()])]), True),
+        (decoders.Replace(tokenizers.Regex("a"), ""), False),
+        (decoders.Replace("", "a"), False),
+        (decoders.Replace("a", "a" * 17), False),
+        (decoders.Sequence([decoders.Replace("a", "aaa"), decoders.Replace("a", "aaaaaa")]), False),
+        (decoders.Strip(" ", 1, 1), False),
+        (decoders.WordPiece(), False),
+        (decoders.CTC(), False),
+        (decoders.BPEDecoder(), False),
+    ],
+)
+def test_which_decoders_work_in_this_process(decoder: Any, tame: bool) -> None:
+    assert foreign_text.is_tame(decoder) is tame
+
+
+@pytest.mark.parametrize("decoder", [*A_TOKEN_EACH, LLAMA, decoders.Replace(tokenizers.Regex("[ab]"), "x")])
+def test_a_foreign_decoder_is_the_same_decoder(folder: Path, decoder: Any) -> None:
+    inner = decoding(decoder)
+    (folder / "tokenizer.json").write_text(inner.to_str())
+    made, ids = Tokenizer.load(folder), [1, 2, 0, 9, 5, 40]
+    assert made.decode(ids) == inner.decode(ids, skip_special_tokens=False)
+    assert streamed(made.stream(), ids) == inner.decode(ids, skip_special_tokens=False)
+
+
+def test_a_large_tokenizer_is_refused_unread(folder: Path) -> None:
+    with (folder / "tokenizer.json").open("r+b") as file:
+        file.truncate(foreign_text.MOST_BYTES + 1)
+    assert "larger than" in complaint(folder)

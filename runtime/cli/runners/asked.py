@@ -126,8 +126,9 @@ class CheckpointRun(RunMode):
             assert tokenizer is not None
             if self.chat:
                 template, thinking = ChatTemplate.load(path), not self.no_thinking
-                words = [template.render([{"role": "user", "content": t}], enable_thinking=thinking) for t in words]
-            encoded = [tuple(tokenizer.encode(text, add_special_tokens=not self.chat)) for text in words]
+                chats = [[{"role": "user", "content": text}] for text in words]
+                words = template.render_each(chats, enable_thinking=thinking)
+            encoded = map(tuple, tokenizer.encode_each(words, add_special_tokens=not self.chat))
         ends = {*opened.config.eos_token_ids, *(tokenizer.stop_token_ids if tokenizer else ())}
         requests = self.requests(encoded, ends, self.dump_logits is not None)
         embedded = "[the embedded model knows some made-up text; --checkpoint DIR runs another]"

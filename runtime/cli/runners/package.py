@@ -33,7 +33,7 @@ class PackageRun(RunMode):
         elif package.text is None:
             raise UsageError(f"{self.artifact}: holds no tokenizer; give token ids: --prompt-ids")
         else:
-            encoded = [tuple(package.text.encode(text)) for text in words]
+            encoded = map(tuple, package.text.encode_each(words))
         requests = self.requests(encoded, package.stop_ids)
         load_s, answers = time.perf_counter() - started, self.answers(package.text)
         completions = package.generate(requests, answers.token)

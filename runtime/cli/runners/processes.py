@@ -12,7 +12,7 @@ from runtime.cli.runners.asked import CheckpointRun
 if TYPE_CHECKING:
     from model.checkpoint import Checkpoint
     from runtime.deployment.plan import Plan
-    from runtime.execution.cluster.processes import ProcessPlace
+    from runtime.execution.cluster.processes import ProcessPlace, Ticket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ProcessesRun(CheckpointRun):
         self._prepared(self.opened())
         supervise(place, self.join)
 
-    def join(self) -> None:
+    def join(self, ticket: Ticket) -> None:
         """What the child does: joins the others, and serves with them."""
         from backends import registry
         from runtime.execution.cluster.processes import connect
@@ -60,7 +60,7 @@ class ProcessesRun(CheckpointRun):
         place, opened = self.place, self.opened()
         plan = self._prepared(opened)
         requests, answers = self.asked(opened, self.words())
-        machines = connect(place, registry.get(self.backend), self.dtype, plan, requests)
+        machines = connect(place, ticket, registry.get(self.backend), self.dtype, plan, requests)
         served = serve(opened, machines, plan, requests, answers.token)
         more = {
             "plan": plan.serving.name,

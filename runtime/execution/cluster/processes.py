@@ -14,10 +14,8 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from backends.errors import BackendUnavailable
 from foundation.errors import Failure, UsageError
+from runtime.execution.cluster.joining import Address, gather, given_secret, knock
 
 if TYPE_CHECKING:
     from backends.interface import Backend
@@ -72,33 +71,59 @@ class ProcessPlace:
         return f"process {self.index} of {self.count}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Ticket:
+    """What a process that has been let in goes on with. key: of this run alone. meet: to be called when it has met all
+    others."""
+
+    key: bytes
+    meet: Callable[[], None]
+
+
 # How what XLA raises begins, which may be a ValueError as well as its own: a peer is gone, or a device is.
 _OF_RUNTIME = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED|UNAVAILABLE|UNKNOWN): ")
 _BUG = 1  # exit code of a child that has printed a traceback
 
 
-def supervise(place: ProcessPlace, work: Callable[[], None]) -> None:
-    """Runs `work`, which is pickled, in a child process, and raises here what it raises there if that is expected.
+def supervise(place: ProcessPlace, work: Callable[[Ticket], None]) -> None:
+    """Meets the other processes, runs `work`, which is pickled, in a child process, and raises here what it raises
+    there if that is expected.
 
-    Raises `ProcessLost` where the child ended otherwise: another process is gone.
+    Raises `UsageError` where not all processes come, or something else stands in the place of one, and `ProcessLost`
+    where the child ended otherwise: another process is gone.
     """
+    secret = given_secret(place.coordinator)
     if place.index:
-        _await_coordinator(place)
+        key = knock(place.coordinator, place.index, place.count, secret, JOIN_SECONDS)
+    else:
+        key = gather(place.coordinator, place.count, secret, JOIN_SECONDS)
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
-    child = spawn.Process(target=_child, name="glm5-process", args=(place, sender, work))
+    child = spawn.Process(target=_child, name="glm5-process", args=(place, sender, key, work))
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the child's for good: it ends with this process
     child.start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     sender.close()
-    try:
-        child.join()
-    except BaseException:
-        child.kill()
-        raise
+    said: Failure | None = None
     with contextlib.suppress(EOFError):
-        if receiver.poll():
-            raise receiver.recv()
+        try:
+            if not receiver.poll(2 * JOIN_SECONDS):  # of which JAX's runtime, from inside, keeps to one
+                raise UsageError(
+                    f"{place} has not met all others at {place.coordinator} within {2 * JOIN_SECONDS:g} s, though all "
+                    "were let in; something else may have taken the place of one"
+                )
+            said = receiver.recv()
+            if said is None:
+                child.join()
+                said = receiver.recv()
+        except BaseException as error:
+            if not isinstance(error, EOFError):
+                child.kill()
+                child.join()
+            raise
+    child.join()
+    if said is not None:
+        raise said
     if child.exitcode == _BUG:
         sys.exit(_BUG)
     if child.exitcode:
@@ -109,24 +134,7 @@ def _lost(place: ProcessPlace, reason: str) -> ProcessLost:
     return ProcessLost(f"{place} ends, because another process was lost or its device failed ({reason})")
 
 
-def _await_coordinator(place: ProcessPlace) -> None:
-    """Raises `UsageError` where nothing comes to listen there."""
-    host, _, port = place.coordinator.rpartition(":")
-    until = time.monotonic() + JOIN_SECONDS
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > until:
-                raise UsageError(
-                    f"--coordinator {place.coordinator}: nothing has listened there for {JOIN_SECONDS:g} s "
-                    f"({error.strerror or error}); start process 0 on that host"
-                ) from None
-        time.sleep(0.2)
-
-
-def _child(place: ProcessPlace, sender: Connection, work: Callable[[], None]) -> None:
+def _child(place: ProcessPlace, sender: Connection, key: bytes, work: Callable[[Ticket], None]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # What the distributed runtime and gloo print is not for the reader; answers are process 0's to give.
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -135,7 +143,7 @@ def _child(place: ProcessPlace, sender: Connection, work: Callable[[], None]) ->
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     try:
-        work()
+        work(Ticket(key, lambda: sender.send(None)))
         leave()
         code = 0
     except Failure as error:
@@ -161,7 +169,9 @@ def _end_with_parent() -> None:
     os._exit(_BUG)
 
 
-def connect(place: ProcessPlace, backend: Backend, dtype: str | None, plan: Plan, asked: object) -> Processes:
+def connect(
+    place: ProcessPlace, ticket: Ticket, backend: Backend, dtype: str | None, plan: Plan, asked: object
+) -> Processes:
     """Joins the other processes; in the child only. asked: what all must have been asked for alike, with a `repr`.
 
     Raises `UsageError` where not all processes join, or one was asked for something else.
@@ -172,7 +182,7 @@ def connect(place: ProcessPlace, backend: Backend, dtype: str | None, plan: Plan
     from backends.xla import XlaBackend
 
     assert isinstance(backend, XlaBackend)
-    where = (place.coordinator, place.index, place.count)
+    where = (place.coordinator, str(Address.of(place.coordinator)), place.index, place.count)
     try:
         devices = join(backend.platform, *where, len(plan.devices), JOIN_SECONDS)
     except jax.errors.JaxRuntimeError as error:
@@ -186,7 +196,8 @@ def connect(place: ProcessPlace, backend: Backend, dtype: str | None, plan: Plan
     dtype = dtype or offered.preferred_dtype
     if dtype not in offered.dtypes:
         raise UsageError(f"backend {backend.name} computes in {', '.join(sorted(offered.dtypes))}, not in {dtype}")
-    different = agree(hashlib.sha256(repr((plan.hash, dtype, asked)).encode()).digest())
+    different = agree(hashlib.sha256(repr((plan.hash, dtype, asked)).encode()).digest(), ticket.key)
+    ticket.meet()
     if different is not None:
         leave()  # before this one ends: JAX would end those that have not said so yet
         raise UsageError(

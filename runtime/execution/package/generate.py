@@ -6,15 +6,18 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
 from backends.errors import ArtifactError
+from foundation.child import ChildFailure
 from foundation.errors import CapacityError, UsageError
-from foundation.reading import read_text
+from foundation.foreign_text import MOST_BYTES, ForeignTokenizer, is_tame
+from foundation.reading import Unreadable, read_text
 from foundation.streaming import TextStream
 from runtime.deployment.manifest import FILE, GearUnits, Manifest, Value, check_files
 from runtime.deployment.tensors import numpy_dtype
@@ -159,26 +162,41 @@ def _bytes(value: Value) -> int:
 
 
 class Text:
-    """The package's tokenizer. Raises `ArtifactError` for a file that is none."""
+    """The package's tokenizer, at work as that of a checkpoint is. Raises `ArtifactError` for a file that is none."""
 
     def __init__(self, path: Path):
+        self._path = path
         try:
-            self._inner = tokenizers.Tokenizer.from_str(read_text(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise ArtifactError(f"{path}: not a tokenizer ({str(error).splitlines()[0]})") from None
-        self._inner.no_truncation()
-        self._inner.no_padding()
+            text = read_text(path, MOST_BYTES)
+        except Unreadable as error:
+            raise ArtifactError(f"{path}: cannot be read ({error})") from None
+        with self._named("not a tokenizer"):
+            self._foreign = ForeignTokenizer(text)
+        self._inner = tokenizers.Tokenizer.from_str(text)
+        self._decodes_here = is_tame(self._inner.decoder)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a plain prompt, with what the tokenizer puts around one."""
+    def encode_each(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of plain prompts, with what the tokenizer puts around one."""
         try:
-            text.encode()
+            for text in texts:
+                text.encode()
         except UnicodeEncodeError:
             raise UsageError("the text is not valid Unicode") from None
-        return self._inner.encode(text, add_special_tokens=True).ids
+        with self._named("cannot encode the text"):
+            return self._foreign.encode(texts, add_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._inner.decode(list(ids), skip_special_tokens=False)
+        if self._decodes_here:
+            return self._inner.decode(list(ids), skip_special_tokens=False)
+        with self._named("cannot decode"):
+            return self._foreign.decode(ids, skip_special_tokens=False)
 
     def stream(self) -> TextStream:
         return TextStream(self.decode, self._inner)
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except ChildFailure as error:
+            raise ArtifactError(f"{self._path}: {what} ({error})") from None

@@ -1,0 +1,119 @@
+"""Tokenizers and chat templates that were read from files: used, but in a process of their own, under limits.
+
+A `tokenizer.json` and a chat template are programs of whoever made the checkpoint, and the library behind the first is
+not made for programs that mean harm. Both are held by `text_worker`, in one process for all of them; decoding is done
+here where a decoder cannot do much (`is_tame`), because it is asked for each token.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from foundation.child import Child, ChildFailure
+
+MOST_BYTES = 1 << 26  # of a tokenizer.json; the largest vocabularies take half of it
+WORKER = Child("foundation.text_worker")
+_SECONDS_A_BYTE = 2e-6  # of a text, and of a chat: several times what the slowest that mean well take
+_SECONDS_A_BYTE_READ = 5e-8  # of a tokenizer.json
+_MOST_GROWTH = 16  # of a text, by what a decoder puts in the place of characters
+_numbers = itertools.count()
+
+
+class _Foreign:
+    """Something that the worker holds, or is handed again after it was ended."""
+
+    _kind: str
+
+    def __init__(self, given: dict[str, Any]):
+        self._given, self._number = given, next(_numbers)
+        self.loaded = self._retried(self._load)
+
+    def _use(self, what: str, **given: Any) -> dict[str, Any]:
+        def use() -> dict[str, Any]:
+            answer = self._ask(what, given, _SECONDS_A_BYTE)
+            if answer.get("absent"):
+                self._load()
+                answer = self._ask(what, given, _SECONDS_A_BYTE)
+            return answer
+
+        return self._retried(use)
+
+    def _load(self) -> dict[str, Any]:
+        return self._ask(self._kind, self._given, _SECONDS_A_BYTE_READ)
+
+    def _ask(self, what: str, given: dict[str, Any], seconds_a_byte: float) -> dict[str, Any]:
+        return WORKER.ask({"number": self._number, "what": what, "given": given}, seconds_a_byte)
+
+    def _retried(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Once more in a new process, where what others have left in the old one may be why it failed."""
+        with WORKER.lock:
+            others = WORKER.asked > 0
+            try:
+                return work()
+            except ChildFailure as error:
+                if error.why in ("time", "refused") or not others:
+                    raise
+            return work()
+
+
+class ForeignTokenizer(_Foreign):
+    """A tokenizer.json, which has borne a short text. Raises `ChildFailure`, as its methods do.
+
+    special: special tokens that other files name; `special` are those that the file does not know.
+    """
+
+    _kind = "tokenizer"
+
+    def __init__(self, text: str, special: Sequence[str] = ()):
+        super().__init__({"text": text, "special": list(special)})
+        self.special = [str(token) for token in self.loaded["special"]]
+
+    def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text."""
+        return self._use("encode", texts=list(texts), add_special_tokens=add_special_tokens)["ids"]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Text of token ids, where the decoder is not tame."""
+        given = {"ids": list(ids), "skip_special_tokens": skip_special_tokens}
+        return self._use("decode", **given)["text"]
+
+    def to_json(self) -> str:
+        """The tokenizer.json of it, `special` among its tokens."""
+        return self._use("describe")["text"]
+
+
+class ForeignTemplate(_Foreign):
+    """A chat template. Raises `ChildFailure`, as `render` does."""
+
+    _kind = "template"
+
+    def __init__(self, source: str):
+        super().__init__({"source": source})
+
+    def render(self, contexts: Sequence[dict[str, Any]]) -> list[str]:
+        """The text of each context. What is no JSON data raises as `json` does."""
+        return self._use("render", contexts=list(contexts))["texts"]
+
+
+def is_tame(decoder: Any) -> bool:
+    """Whether the work of a decoder of the tokenizers library is bounded by its ids, whatever they are: known steps
+    that never fail, no regular expression, no text that grows and grows."""
+    steps = [] if decoder is None else [json.loads(decoder.__getstate__())]
+    growth = 1.0
+    while steps:
+        step = steps.pop()
+        match step:
+            case {"type": "Sequence", "decoders": list(inner)}:
+                steps += inner
+            case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": str(content)} if pattern:
+                growth *= max(1.0, len(content) / len(pattern))
+            case {"type": "Strip", "stop": 0}:
+                pass  # one that cuts from both ends fails where there is less
+            case {"type": "ByteLevel" | "ByteFallback" | "Fuse" | "Metaspace"}:
+                pass
+            case _:
+                return False
+    return growth <= _MOST_GROWTH

@@ -1,0 +1,105 @@
+"""Tokenizers and chat templates of strangers at work, in a process of their own: the other side of `foreign_text`.
+
+Run by `child.Child`, never imported: a regular expression, a normalizer or a template may hang, take all memory, or end
+the process that it runs in.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jinja2
+import tokenizers
+from jinja2.exceptions import SecurityError
+
+from foundation.child import one_line, serve
+from foundation.template_sandbox import Sandbox
+
+_MOST_HELD = 8  # tokenizers and templates: those asked for last
+_MOST_CHARACTERS = 1 << 26  # of what a template makes
+# Plain text, in which nothing has a name of its own: what cannot bear it does not get as far as a prompt.
+_PROBE = "The quick brown fox, 47 of 1000.\n\taaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab  Ünï 天地 \U0001f996"
+_held: OrderedDict[int, Any] = OrderedDict()
+
+
+class _TemplateFailure(Exception):
+    """What is wrong with a template."""
+
+
+def _load_tokenizer(text: str, special: list[str]) -> tuple[Any, dict[str, Any]]:
+    """A tokenizer, and which of the special tokens that other files name it does not know yet."""
+    inner = tokenizers.Tokenizer.from_str(text)
+    inner.no_truncation()
+    inner.no_padding()
+    known = {token.content for token in inner.get_added_tokens_decoder().values()}
+    new = [token for token in special if token not in known]
+    inner.add_special_tokens(new)
+    try:
+        for text in ("", _PROBE):
+            ids = inner.encode(text, add_special_tokens=True).ids
+            inner.decode(ids, skip_special_tokens=False)
+    except Exception:
+        pass  # a vocabulary without a token for it: then other texts may have one. A panic is no `Exception`.
+    return inner, {"special": new}
+
+
+def _encode(inner: Any, texts: list[str], add_special_tokens: bool) -> dict[str, Any]:
+    return {"ids": [inner.encode(text, add_special_tokens=add_special_tokens).ids for text in texts]}
+
+
+def _decode(inner: Any, ids: list[int], skip_special_tokens: bool) -> dict[str, Any]:
+    return {"text": inner.decode(ids, skip_special_tokens=skip_special_tokens)}
+
+
+def _describe(inner: Any) -> dict[str, Any]:
+    return {"text": inner.to_str()}
+
+
+def _load_template(source: str) -> tuple[Any, dict[str, Any]]:
+    return _told(Sandbox().from_string, source), {}
+
+
+def _render(template: jinja2.Template, contexts: list[dict[str, Any]]) -> dict[str, Any]:
+    texts, size = [], 0
+    for context in contexts:
+        texts.append(_told(template.render, context))
+        size += len(texts[-1])
+        if size > _MOST_CHARACTERS:
+            raise _TemplateFailure(f"makes a text of {size:,} characters, more than {_MOST_CHARACTERS:,}")
+    return {"texts": texts}
+
+
+def _told(work: Callable[[Any], Any], given: Any) -> Any:
+    try:
+        return work(given)
+    except jinja2.TemplateSyntaxError as error:
+        raise _TemplateFailure(f"line {error.lineno}: {one_line(error)}") from None
+    except SecurityError as error:
+        raise _TemplateFailure(f"refused by the sandbox: {one_line(error)}") from None
+
+
+_LOAD: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {"tokenizer": _load_tokenizer, "template": _load_template}
+_USE: dict[str, Callable[..., dict[str, Any]]] = {
+    "encode": _encode, "decode": _decode, "describe": _describe, "render": _render
+}  # fmt: skip
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    number, what, given = request["number"], request["what"], request["given"]
+    if what in _LOAD:
+        held, answer = _LOAD[what](**given)
+        _held[number] = held
+        if len(_held) > _MOST_HELD:
+            _held.popitem(last=False)
+        return answer
+    if number not in _held:
+        return {"absent": True}
+    _held.move_to_end(number)
+    return _USE[what](_held[number], **given)
+
+
+def main(lifeline: int) -> NoReturn:
+    """Serves the process that started this one."""
+    serve(_answer, lifeline)
