@@ -21,7 +21,6 @@ PARSERS = {"json", "tomllib", "np", "numpy", "pickle", "onnx", "torch", "yaml", 
 # module -> the calls it may make -> why
 ALLOWED: dict[str, dict[str, str]] = {
     "model.module": {"json.loads": "its own config, as text"},
-    "model.tokenizer": {"json.loads": "a chat that it has just written as text"},
     "model.hf_config": {"json.loads": "presets, ours", "file.read_text": "presets, ours"},
     "model.safetensors_file": {
         "safetensors.safe_open": "behind the header's check, for what the format's own library refuses besides",
@@ -37,7 +36,12 @@ ALLOWED: dict[str, dict[str, str]] = {
     "runtime.cli.pipe": {"os.open": "nowhere"},
     "runtime.execution.cluster.processes": {"os.open": "nowhere"},
     "runtime.porting.export.check": {"onnx.load": "a graph, whose every complaint becomes a refusal"},
-    "runtime.execution.package.link": {"onnx.load": "a graph, hashed before"},
+    "runtime.execution.cluster.joining": {"os.open": "to write the secret that it made"},
+    "runtime.execution.package.onnx_graph": {"onnx.load": "a graph, hashed before"},
+    "runtime.execution.package.stablehlo_check": {
+        "path.read_bytes": "a graph, hashed before, in a child",
+        "export.deserialize": "of it",
+    },
     "runtime.execution.package.xla": {"path.read_bytes": "a graph, hashed before", "export.deserialize": "of it"},
     "runtime.execution.package.torch": {"torch.export.load": "a graph, hashed before"},
     "backends.xla": {"export.deserialize": "an artifact, hashed before"},

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from foundation.errors import UsageError
-from foundation.reading import Unreadable, read_text
+from foundation.reading import Unreadable, read_bytes, read_text
 
 VARIABLE, FILE_VARIABLE = "GLM5_JOIN_SECRET", "GLM5_JOIN_SECRET_FILE"
 LEAST_CHARACTERS = 16
@@ -279,8 +279,8 @@ def _left_for_others(port: int, secret: bytes | None) -> Iterator[bytes]:
 def _left(port: int) -> bytes:
     """Raises `_Stranger` where process 0 has left none."""
     try:
-        return (_own_folder() / f"join-{port}").read_bytes()[:4096]
-    except OSError:
+        return read_bytes(_own_folder() / f"join-{port}", 4096)
+    except Unreadable:
         raise _Stranger(
             f"what listens there has left no secret for processes of yours; if it is yours, {_EITHER}"
         ) from None
