@@ -98,7 +98,7 @@ def test_a_killed_run_of_every_stage(staged: Path, tmp_path: Path, after: int) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [3, 6, 10])
+@pytest.mark.parametrize("after", [3, 6, 9])
 @pytest.mark.parametrize(
     "options",
     [
@@ -221,7 +221,7 @@ def test_a_full_disk_keeps_the_last_good_state(tmp_path: Path, monkeypatch: pyte
     model = steps.initial_model(read.raw_model, read.seed)
     like = steps.Optimizers(read, model).begin(model)
     assert state.read(folder, like, read.hash)[1] == 4  # the state of the first save
-    assert not [file for file in folder.iterdir() if file.name.endswith(".tmp")]
+    assert not [file for file in folder.iterdir() if "tmp" in file.name]
 
 
 def test_a_state_of_an_earlier_version_is_read(whole: Path, tmp_path: Path) -> None:
