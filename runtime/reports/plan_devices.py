@@ -61,10 +61,10 @@ def _words(device: Device, pool: Pool) -> str:
     ledger = device.ledger
     used = ledger.usable_bytes - ledger.free_bytes
     parts = sorted(ledger.weights_bytes.items(), key=lambda item: -item[1])
-    weights = ", ".join(f"{name.replace('_', ' ')} {gb(size)}" for name, size in parts)
+    weights = escape(", ".join(f"{name.replace('_', ' ')} {gb(size)}" for name, size in parts))
     return (
         f'<p class="quiet">{gb(ledger.usable_bytes)} usable of {gb(ledger.capacity_bytes)}; {gb(used)} in use: weights '
-        f"{gb(ledger.weights_total_bytes)} ({escape(weights)}), KV cache {gb(ledger.kv_bytes)} = {device.kv_pages:,} pages of "
+        f"{gb(ledger.weights_total_bytes)} ({weights}), KV cache {gb(ledger.kv_bytes)} = {device.kv_pages:,} pages of "
         f"{pool.page_tokens} tokens at {ledger.kv_bytes_per_token:,.0f} bytes a token.</p>"
     )
 
