@@ -7,7 +7,7 @@ nothing else of this project. Start with `load("h200-sxm")`; `README.md` explain
 from hw_profiles.checks import check
 from hw_profiles.errors import InvalidOverride, InvalidProfile, MissingFigure, ProfileError, UnknownProfile
 from hw_profiles.fields import FIELDS, KV_FORMATS, RATE_OF_SCHEME, WEIGHT_SCHEMES, asked_as, is_profile_path, refused
-from hw_profiles.loader import load, names, parse_override
+from hw_profiles.loader import load, names, parse_override, prices_sha256
 from hw_profiles.schema import ChipFormats, Curve, Figure, Grade, Profile, weakest
 from hw_profiles.template import NEEDED, new_profile
 from hw_profiles.writer import dumps
@@ -36,6 +36,7 @@ __all__ = [
     "names",
     "new_profile",
     "parse_override",
+    "prices_sha256",
     "refused",
     "weakest",
 ]

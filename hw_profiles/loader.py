@@ -1,10 +1,11 @@
 """Find a profile by name or path, read it, and apply `--set` overrides."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from foundation.reading import Unreadable, read_toml
+from foundation.reading import Unreadable, read_text, read_toml
 from hw_profiles.errors import InvalidOverride, InvalidProfile, UnknownProfile
 from hw_profiles.fields import CURVES, FIELDS, LABELS, show, suggest, wrong_value
 from hw_profiles.parse import parse, wrong_knots
@@ -50,7 +51,28 @@ def load(name_or_path: str | Path, overrides: Mapping[str, Override] | None = No
             raise InvalidProfile(f"{path.name}: is {error}") from None
         raise UnknownProfile(f"{path}: cannot be read: {error}") from None
     profile = parse(document, path.name, path)
+    _check_prices(profile)
     return _override(profile, overrides) if overrides else profile
+
+
+def prices_sha256(text: str) -> str:
+    """What a profile says of the text of its prices file."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_prices(profile: Profile) -> None:
+    """Raises where a profile's prices are not those it was written with, as where `glm5 calibrate` was killed between
+    the two files."""
+    if profile.prices_sha256 and profile.prices_path and profile.path:
+        try:
+            same = prices_sha256(read_text(profile.prices_path)) == profile.prices_sha256
+        except Unreadable as error:
+            raise InvalidProfile(f"{profile.path.name}: prices: {profile.prices_path}: {error}") from None
+        if not same:
+            raise InvalidProfile(
+                f"{profile.path.name}: prices: {profile.prices} is not the file that this profile was written with; "
+                "calibrate again, or take out `prices_sha256` to use it as it is"
+            )
 
 
 def parse_override(text: str) -> tuple[str, Override]:

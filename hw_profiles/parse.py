@@ -26,7 +26,7 @@ from hw_profiles.schema import GRADES, ChipFormats, Curve, Figure, Profile
 
 SCHEMA = 1
 _TEXTS = ("name", "vendor", "family", "kind", "description")
-_TOP = ("schema", *_TEXTS, "package_devices", "prices", "sources", "formats", *ROOTS)
+_TOP = ("schema", *_TEXTS, "package_devices", "prices", "prices_sha256", "sources", "formats", *ROOTS)
 _DATE = re.compile(r"\d{4}(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?)?")
 _ORIGIN = ("source", "date", "grade", "note")
 _KINDS = get_args(ChipKind)
@@ -66,6 +66,10 @@ class _Parser:
         if prices and Path(prices).is_absolute():
             self.wrong("prices", f"must be a path relative to the TOML, got {show(prices)}")
 
+        digest = self.text(document, "prices_sha256") if "prices_sha256" in document else None
+        if digest and not prices:
+            self.wrong("prices_sha256", "is of the file that `prices` names, and there is none")
+
         self.read_sources(document.get("sources", {}))
         figures: dict[str, Figure] = {}
         curves: dict[str, Curve] = {}
@@ -88,6 +92,7 @@ class _Parser:
             labels={key: labels[key] for key in LABELS if key in labels},
             package_devices=devices,
             prices=prices,
+            prices_sha256=digest,
             path=path,
         )
 

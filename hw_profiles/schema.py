@@ -108,7 +108,8 @@ class Profile:
 
     `figures`, `curves` and `labels` are keyed by dotted field; an unknown number is simply not there.
     `package_devices` is 2 where one package holds two devices to the software and this profile sums them
-    (ascend-910c). `prices` is a coefficients file, relative to the TOML at `path`.
+    (ascend-910c). `prices` is a coefficients file, relative to the TOML at `path`; `prices_sha256` that of its text,
+    where it must be the very file that the profile was written with.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Profile:
     labels: Mapping[str, str] = field(default_factory=dict)
     package_devices: int = 1
     prices: str | None = None
+    prices_sha256: str | None = None
     path: Path | None = field(default=None, compare=False)
 
     def get(self, path: str) -> Figure | None:

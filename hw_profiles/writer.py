@@ -15,6 +15,8 @@ def dumps(profile: Profile) -> str:
         lines.append(f"package_devices = {profile.package_devices}")
     if profile.prices:
         lines.append(f"prices = {_value(profile.prices)}")
+    if profile.prices_sha256:
+        lines.append(f"prices_sha256 = {_value(profile.prices_sha256)}")
 
     section = ""
     entries: dict[str, str] = {path: _figure(figure) for path, figure in profile.figures.items()}

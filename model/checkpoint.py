@@ -313,7 +313,7 @@ def _assemble(
 ) -> np.ndarray:
     """One weight in the graph's layout from its checkpoint tensors, in order."""
     if weight.arrangement is Arrangement.PLAIN:
-        return np.ascontiguousarray(next(tensors).astype(dtype, copy=False))
+        return np.asarray(next(tensors), dtype, order="C")
     out = np.empty(shape, dtype)
     for view in out if weight.expert_count else (out,):
         match weight.arrangement:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from foundation.errors import UsageError
-from foundation.writing import new_folder, replacing
+from foundation.writing import new_folder, replacing, replacing_together, require_writable
 from runtime.deployment.tensors import TensorReader, TensorWriter
 from tests.cli.cli import make_checkpoint, refused
 
@@ -106,6 +106,156 @@ def test_what_is_unfinished_is_removed_by_whoever_ends_the_process(tmp_path: Pat
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["done"]
 
 
+# --- a process that is killed ------------------------------------------------------------------------
+
+WRITES = """
+import sys
+from pathlib import Path
+from foundation.writing import new_folder, replacing
+kind, path = sys.argv[1], Path(sys.argv[2])
+with {"file": replacing, "folder": new_folder, "replaced": lambda p: new_folder(p, replace=True)}[kind](path) as made:
+    (made if kind == "file" else made / "part").write_text("half")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def another(kind: str, path: Path, script: str = WRITES) -> Iterator[subprocess.Popen[str]]:
+    """A process that is about to write `path`, and waits for its standard input to end."""
+    command = [sys.executable, "-c", script, kind, str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "writing\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def write_as(kind: str, path: Path) -> None:
+    if kind == "file":
+        with replacing(path) as temporary:
+            temporary.write_text("whole")
+        return
+    with new_folder(path, replace=kind == "replaced") as temporary:
+        (temporary / "part").write_text("whole")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "replaced"])
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, kind: str) -> None:
+    """And nothing else is: what a process that lives is writing, another file's, or a name that only looks alike."""
+    path = tmp_path / "out"
+    with another(kind, path) as killed, another(kind, tmp_path / "out.other") as others:
+        killed.kill()
+        killed.wait()
+        others.kill()
+        others.wait()
+    left = {p.name for p in tmp_path.iterdir()}
+    assert len(left) == 2 and all(name.endswith("glm5-tmp") for name in left)
+    users = {".out.123.glm5-tmp", ".out.tmp", f".out.{os.getpid()}-mine.glm5-tmp"}
+    for name in users:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".out.7-01234567.glm5-tmp").symlink_to(tmp_path / "elsewhere")
+    with another(kind, path) as live:
+        theirs = {p.name for p in tmp_path.iterdir() if f".out.{live.pid}-" in p.name}
+        assert len(theirs) == 1
+        write_as(kind, path)
+        kept = {name for name in left if ".out.other." in name} | users | {"out", ".out.7-01234567.glm5-tmp"}
+        assert {p.name for p in tmp_path.iterdir()} == kept | theirs
+        if kind != "folder":  # which may not take a name that is there
+            live.communicate()
+            assert live.returncode == 0 and {p.name for p in tmp_path.iterdir()} == kept
+    assert (path if kind == "file" else path / "part").read_text() == ("whole" if kind == "folder" else "half")
+
+
+def test_a_number_that_another_process_has_now_saves_nothing(tmp_path: Path) -> None:
+    (tmp_path / f".out.{os.getpid()}-0123abcd.glm5-tmp").mkdir()  # a dead process had the number that this one has
+    write_as("folder", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+ASIDE = """
+import os, sys
+from pathlib import Path
+from foundation.writing import new_folder
+rename = os.rename
+def put_aside(*paths):
+    rename(*paths)
+    print("writing", flush=True)
+    sys.stdin.read()
+os.rename = put_aside
+with new_folder(Path(sys.argv[2]), replace=True):
+    pass
+"""
+
+
+def test_a_folder_that_a_killed_process_had_put_aside_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    write_as("folder", path)
+    with another("replaced", path, ASIDE) as killed:
+        assert not path.exists()
+        killed.kill()
+        killed.wait()
+    with pytest.raises(KeyError), new_folder(path, replace=True):
+        assert (path / "part").read_text() == "whole"
+        raise KeyError
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (path / "part").read_text() == "whole"
+
+
+def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is written to; what was left there stays, since nobody can tell whose it is."""
+    left = tmp_path / ".out.7-01234567.glm5-tmp"
+    left.mkdir()
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    write_as("folder", tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {"out", left.name}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_several_files_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    paths = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    for path in paths if there else ():
+        path.write_text("mine")
+    replace = os.replace
+
+    def fails(source: Path, target: Path) -> None:
+        if target == paths[2]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(source))
+        replace(source, target)
+
+    with failing(paths[2], errno.EIO), replacing_together(*paths) as temporaries:
+        for each in temporaries:
+            each.write_text("new")
+        monkeypatch.setattr(os, "replace", fails)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == ({p.name: "mine" for p in paths} if there else {})
+    monkeypatch.undo()
+    with replacing_together(*paths) as temporaries:
+        for each in temporaries:
+            each.write_text("new")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {p.name: "new" for p in paths}
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, why in (
+        ("pipe", "it is no regular file"),
+        ("folder", "Is a directory"),
+        ("none/file", f"there is no directory {tmp_path / 'none'}"),
+    ):
+        path = tmp_path / name
+        for ask in (require_writable, lambda path: replacing(path).__enter__()):
+            with pytest.raises(UsageError) as raised:
+                ask(path)
+            assert str(raised.value) == f"{path} cannot be written: {why}"
+    require_writable(tmp_path / "file")
+    assert {p.name for p in tmp_path.iterdir()} == {"pipe", "folder"}
+
+
 # --- weights of packages -------------------------------------------------------------------------
 
 
@@ -192,6 +342,45 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         assert (code, err) == (2, f"glm5: {words[-1]} cannot be written: File too large\n"), words
         assert not out or words[0] == "run", words  # which prints tokens as they come
     assert list((tmp_path / "out").iterdir()) == []
+
+
+UNWRITABLE = {
+    "compare": ("compare", "--profile", "ascend-910c", "--checkpoint", "/none", "--html"),
+    "simulate, a page": ("simulate", "--model", "/none", *LOAD, "--html"),
+    "simulate, a trace": ("simulate", "--model", "/none", *LOAD, "--trace"),
+    "plan": ("plan", "--model", "/none", "--devices", 1, "--out"),
+    "plan, a page": ("plan", "--model", "/none", "--devices", 1, "--html"),
+    "plan experts": ("plan", "experts", "--load", "none.npy", "--devices", 1, "--sglang"),
+    "calibrate": ("calibrate", "--out"),
+    "run, logits": ("run", "--checkpoint", "/none", "--prompt", "a", "--dump-logits"),
+    "run, a trace": ("run", "--backend", "sim", "--checkpoint", "/none", "--prompts", "/none", "--trace"),
+}
+SUFFIX = {"calibrate": ".toml", "run, logits": ".npz"}
+
+
+@pytest.mark.parametrize("what", UNWRITABLE)
+def test_what_cannot_be_written_is_said_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Before anything is read, since what they read is not there either."""
+
+    def read_only(path: str, *rest: object, **named: object) -> int:
+        if "glm5-tmp" in str(path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return plain(path, *rest, **named)  # type: ignore[arg-type]
+
+    def measures(*_: object) -> None:
+        raise AssertionError("it measures")
+
+    monkeypatch.setattr("runtime.porting.calibrate.measure", measures)
+    plain = os.open
+    name = "out" + SUFFIX.get(what, "")
+    said = refused(*UNWRITABLE[what], tmp_path / "none" / name)
+    assert f"cannot be written: there is no directory {tmp_path / 'none'}" in said
+    monkeypatch.setattr(os, "open", read_only)
+    said = refused(*UNWRITABLE[what], tmp_path / name)
+    assert said.endswith("cannot be written: Read-only file system") and said.startswith(str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

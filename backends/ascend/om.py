@@ -80,7 +80,7 @@ class Session:
 
     def put(self, array: np.ndarray) -> OmTensor:
         """A host array on the device."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")
         out = self.empty(array.shape, array.dtype)
         raw = array.reshape(-1).view(np.uint8)
         if raw.size:

@@ -366,7 +366,7 @@ def _attribute(value: Any) -> Any:
 def _tensor(value: np.ndarray, name: str) -> onnx.TensorProto:
     if value.dtype.name == "bfloat16":
         return helper.make_tensor(name, TensorProto.BFLOAT16, value.shape, value.tobytes(), raw=True)
-    return numpy_helper.from_array(np.ascontiguousarray(value).reshape(value.shape), name)
+    return numpy_helper.from_array(np.asarray(value, order="C"), name)
 
 
 def _info(name: str, shape: Sequence[int], dtype: str) -> onnx.ValueInfoProto:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -26,18 +27,19 @@ def calibrate(
     """Measure matrix products, memory, launches and ops of this machine, and write a profile to simulate with."""
     import hw_profiles
     from backends import registry
-    from foundation.writing import replacing
+    from foundation.writing import replacing_together
     from runtime.porting.calibrate import QUICK, Effort, measure, prices, profile
 
     if out.suffix != ".toml":
         raise UsageError(f"--out {out}: a profile's name ends in .toml, as in my-host.toml")
     tables = out.with_suffix(".prices.json")
     adapter = registry.usable(backend)
-    with replacing(out) as temporary, replacing(tables) as beside:  # an unwritable folder is found before the measuring
-        temporary.touch()
+    with replacing_together(tables, out) as (beside, temporary):  # the profile last: it says which prices are its own
         found = measure(adapter, QUICK if quick else Effort(), _line if sys.stderr.isatty() and not as_json else None)
         described = profile(found, adapter, out.stem, tables.name)
-        beside.write_text(json.dumps(prices(found, described), indent=1) + "\n", encoding="utf-8")
+        measured = json.dumps(prices(found, described), indent=1) + "\n"
+        described = dataclasses.replace(described, prices_sha256=hw_profiles.prices_sha256(measured))
+        beside.write_text(measured, encoding="utf-8")
         temporary.write_text(hw_profiles.dumps(described), encoding="utf-8")
     figures = {path: figure.value for path, figure in described.figures.items()}
     launches = {"dispatch_s": found.dispatch_s, "donated_s": found.donated_s, "spread": found.spread}

@@ -37,7 +37,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compare a model in the number formats of accelerators with itself in float32: logits, tokens, experts chosen."""
-    from foundation.writing import replacing
+    from foundation.writing import replacing, require_writable
     from runtime.porting import compare as runs
 
     parts = [part.strip() for part in profile.split(",") if part.strip()]
@@ -46,8 +46,8 @@ def compare(
         raise UsageError("--profile names no accelerator; `glm5 profiles list` lists them")
     if formats is not None and all(":" in part for part in parts):
         raise UsageError(f"--formats {formats}: every profile names formats of its own; leave out one of the two")
-    if html is not None and not html.absolute().parent.is_dir():
-        raise UsageError(f"--html {html}: no such folder")
+    if html is not None:
+        require_writable(html)
 
     from model.tokenizer import Tokenizer
     from runtime.cli.opening import opened_checkpoint

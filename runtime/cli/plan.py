@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from foundation.errors import UsageError
+from foundation.writing import require_writable
 from model.formats import SCHEMES_HELP
 from runtime.cli import completion
 from runtime.cli.given import refuse_before
@@ -95,8 +96,8 @@ def plan(
     if context.invoked_subcommand is not None:
         return refuse_before(context)
     for path in (out, html):
-        if path and (path.is_dir() or not path.parent.is_dir()):
-            raise UsageError(f"{path} cannot be written: name a file in a directory that exists")
+        if path:
+            require_writable(path)
     if rate is not None and concurrency is not None:
         raise UsageError("give one of --concurrency and --rate")
     for name, value in (("--rate", rate), ("--ttft-ms", ttft_ms), ("--tpot-ms", tpot_ms)):

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from foundation.errors import UsageError
+from foundation.writing import require_writable
 from runtime.cli.given import given
 from runtime.cli.terminal import Terminal
 from runtime.deployment.errors import PreviousError
@@ -51,6 +52,8 @@ def plan_experts(
     """
     if sglang is None and "dense_layers" in given(context):
         raise UsageError("--dense-layers is of SGLang's file: add --sglang")
+    if sglang is not None:
+        require_writable(sglang)
     report, placement = _answer(load, devices, slots, nodes, groups, previous, max_moves)
     if sglang is not None:
         write_json(sglang_init_expert_location(placement, dense_layers), sglang)

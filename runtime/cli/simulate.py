@@ -12,6 +12,7 @@ import typer
 
 from foundation.errors import UsageError
 from foundation.limits import within
+from foundation.writing import require_writable
 from model.formats import SCHEMES_HELP
 from runtime.cli import completion
 from runtime.cli.given import given
@@ -93,10 +94,8 @@ def simulate(
     from runtime.simulation.build import build, chip_with, model_override, require_positions, spec_for, split_settings
 
     for path in (trace, html):
-        if path and not path.parent.is_dir():
-            raise UsageError(f"{path}: there is no directory {path.parent}")
-        if path and path.is_dir():
-            raise UsageError(f"{path} is a directory: name a file to write")
+        if path:
+            require_writable(path)
     if requests is not None and requests < 1:
         raise UsageError(f"--requests must be at least 1, not {requests}")
     if plan is not None:

@@ -33,8 +33,8 @@ def devices_section(plan: Plan) -> str:
         for stage, held in groups.items():
             first, last = held[0].layers
             where = f"stage {stage}, layers {first}–{last - 1}" if pool.layout.pp > 1 else "all layers"
-            title = f"{len(held)} x {escape(pool.profile)} ({pool.role}, {where}): devices {ranges(_indices(held))}"
-            out.append(f"<h3>{title}</h3>{_bar(held[0].ledger)}{_words(held[0], pool)}")
+            title = f"{len(held)} x {pool.profile} ({pool.role}, {where}): devices {ranges(_indices(held))}"
+            out.append(f"<h3>{escape(title)}</h3>{_bar(held[0].ledger)}{_words(held[0], pool)}")
     return "".join(out)
 
 
@@ -61,7 +61,7 @@ def _words(device: Device, pool: Pool) -> str:
     ledger = device.ledger
     used = ledger.usable_bytes - ledger.free_bytes
     parts = sorted(ledger.weights_bytes.items(), key=lambda item: -item[1])
-    weights = ", ".join(f"{name.replace('_', ' ')} {gb(size)}" for name, size in parts)
+    weights = escape(", ".join(f"{name.replace('_', ' ')} {gb(size)}" for name, size in parts))
     return (
         f'<p class="quiet">{gb(ledger.usable_bytes)} usable of {gb(ledger.capacity_bytes)}; {gb(used)} in use: weights '
         f"{gb(ledger.weights_total_bytes)} ({weights}), KV cache {gb(ledger.kv_bytes)} = {device.kv_pages:,} pages of "

@@ -34,7 +34,7 @@ def _pool(pool: Pool, kv: PoolKv) -> str:
 
 def _tiers(kv: PoolKv) -> str:
     rows = "".join(
-        f"<tr><th>{tier.name}</th><td>{gb(tier.bytes_per_device)}</td><td>{tier.pages:,}</td><td>{tier.tokens:,}</td>"
+        f"<tr><th>{escape(tier.name)}</th><td>{gb(tier.bytes_per_device)}</td><td>{tier.pages:,}</td><td>{tier.tokens:,}</td>"
         f"<td>{tier.replica_tokens:,}</td><td>{tier.bandwidth_bytes_per_s / 1e9:,.0f} GB/s</td></tr>"
         for tier in kv.tiers
     )
@@ -71,7 +71,7 @@ def _held(pool: Pool, kv: PoolKv) -> str:
     groups = f" The {pool.layout.dp} dp groups hold different sequences." if pool.layout.dp > 1 else ""
     return (
         f'<table class="figures"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
-        f'<p class="quiet">{kinds[:1].upper()}{kinds[1:]}.{groups}</p>'
+        f'<p class="quiet">{escape(kinds[:1].upper() + kinds[1:])}.{groups}</p>'
     )
 
 

@@ -67,8 +67,10 @@ def write(folder: Path, config: TrainConfig, model: Model, made: tokenizers.Toke
     does not take it; the earlier one then stays."""
     stops = vocabulary.stop_ids(made)
     with new_folder(folder, replace=True) as new:
-        new.rmdir()  # `save` makes it
-        model.save(new, "bfloat16")
+        model.save(new / "saved", "bfloat16")  # which makes its own folder
+        for file in (new / "saved").iterdir():
+            file.rename(new / file.name)
+        (new / "saved").rmdir()
         (new / "tokenizer.json").write_text(made.to_str(pretty=True) + "\n", encoding="utf-8")
         shutil.copyfile(TEMPLATE, new / "chat_template.jinja")
         _write_json(new / "tokenizer_config.json", vocabulary.tokenizer_config(config.model.max_positions))

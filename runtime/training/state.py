@@ -6,7 +6,6 @@ run leaves the last good state), without the storage engine and the event loop o
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,26 +47,39 @@ def _stored(state: State) -> tuple[_Stored, dict[str, Any]]:
 
 def write(folder: Path, state: State, step: int, config_hash: str) -> None:
     """Replaces the state in `folder`. Raises `UsageError` where it cannot be written; the last one then stays."""
-    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in _stored(state)[1].items()}
-    content = save(arrays, {"step": json.dumps(step), "config": config_hash})
+    # `ascontiguousarray` would give counters, which have no dims, one
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in _stored(state)[1].items()}
+    content = save(arrays, {"step": str(step), "config": config_hash})
     with replacing(folder / FILE) as temporary:
         temporary.write_bytes(content)
 
 
 def read(folder: Path, like: State, config_hash: str) -> tuple[State, int]:
-    """The state in `folder` in the shape of `like`, and its step. Raises `UsageError` for one of another config."""
+    """The state in `folder` in the shape of `like`, and its step. Raises `UsageError` for one of another config, or
+    for a file that is no state."""
     path = folder / FILE
     stored, wanted = _stored(like)
     try:
+        if not path.is_file():
+            raise ValueError("not a regular file")
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
             if metadata.get("config") != config_hash:
                 raise UsageError(f"{folder} holds a run of another config; give its config, or another --out")
-            # earlier versions kept `q_b` with a dim for heads
-            leaves = [file.get_tensor(name).reshape(leaf.shape) for name, leaf in wanted.items()]
+            leaves = [_as(leaf, file.get_tensor(name), name) for name, leaf in wanted.items()]
+            step = int(metadata.get("step", ""))
+            if step < 0:
+                raise ValueError(f"its step is {step}")
     except (OSError, SafetensorError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({' '.join(str(error).split())}); remove it to begin anew") from None
     restored: _Stored = jax.tree.unflatten(jax.tree.structure(stored), map(jax.numpy.asarray, leaves))
     model = nnx.clone(like.model)
     put(model, restored.params)
-    return State(model, restored.main, restored.index), int(json.loads(metadata["step"]))
+    return State(model, restored.main, restored.index), step
+
+
+def _as(leaf: Any, found: np.ndarray, name: str) -> np.ndarray:
+    """A stored tensor in the place of a leaf. Earlier versions kept `q_b` with heads, counters with a dim."""
+    if found.dtype != leaf.dtype or found.size != leaf.size:
+        raise ValueError(f"{name} is {found.dtype}{list(found.shape)}, not {leaf.dtype}{list(leaf.shape)}")
+    return found.reshape(leaf.shape)

@@ -57,10 +57,10 @@ def train(
             shutil.copyfile(source, temporary)
         metrics.truncate(folder, done)
         run = _Run(config, folder, generator.batch, optimizers, report)
+        if done >= config.steps:  # perhaps killed between the last state and its checkpoint
+            export.write(folder / CHECKPOINT, config, now.model, made, source.name)
         while done < config.steps:
             now, done = run.stage(now, done)
-            export.write(folder / CHECKPOINT, config, now.model, made, source.name)
-        if not (folder / CHECKPOINT).exists():  # killed between the last step and its checkpoint
             export.write(folder / CHECKPOINT, config, now.model, made, source.name)
     except OSError as error:
         raise UsageError(
@@ -101,7 +101,8 @@ class _Run:
             done += 1
             if done < end:
                 batch = self._make(done)  # while the device computes
-            if done % self.config.log_every == 0 or done == end:
+            saves = done % self.config.save_every == 0 or done == end
+            if done % self.config.log_every == 0 or saves:  # a resumed run begins with an empty window
                 record = self._record(stage, done, window)
                 elapsed = time.perf_counter() - since
                 record["tokens_per_s"] = len(window) * stage.rows * stage.length / elapsed
@@ -112,7 +113,7 @@ class _Run:
                 window, since = [], time.perf_counter()
             elif begin == done - 1:
                 self.report(done, {})
-            if done % self.config.save_every == 0 or done == end:
+            if saves:
                 state.write(self.folder, now, done, self.config.hash)
                 metrics.page(self.folder, f"Training run {self.folder.name}", self._begins)
         return now, done

@@ -213,6 +213,7 @@ def test_device_memory_is_freed_with_its_last_reference():
     session = om.Session(acl=acl)
     tensor = session.put(np.ones(16, np.float32))
     assert tensor.pointer in acl.memory
+    assert session.put(np.float32(3)).shape == ()
     pointer = tensor.pointer
     del tensor
     assert pointer not in acl.memory

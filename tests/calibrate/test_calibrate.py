@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -166,6 +167,47 @@ def test_the_command_writes_a_profile_that_passes_its_check(
     code, text, err = command(["profiles", "check", str(out)], capsys)
     assert "Traceback" not in err and code in (0, 2)  # rates of matrices this small may look implausible
     assert code == 0 or all("expected" in line for line in (text + err).strip().splitlines())
+
+
+def test_a_profile_is_not_used_with_the_prices_of_another_run(
+    found: Calibration, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a run was killed after the first of the two files."""
+    out, beside = tmp_path / "box.toml", tmp_path / "box.prices.json"
+
+    def calibrate(measured: Calibration) -> int:
+        monkeypatch.setattr("runtime.porting.calibrate.measure", lambda *_: measured)
+        return command(["calibrate", "--quick", "--out", str(out)], capsys)[0]
+
+    class Killed(BaseException):
+        pass
+
+    def killed(source: Path, target: Path) -> None:
+        if target == out:
+            raise Killed
+        os.rename(source, target)
+
+    assert calibrate(found) == 0
+    profile_before, prices_before = out.read_text(), beside.read_text()
+    with monkeypatch.context() as killing, pytest.raises(Killed):
+        killing.setattr(os, "replace", killed)
+        calibrate(dataclasses.replace(found, kernels={**found.kernels, "another": "run"}))
+    assert out.read_text() == profile_before and beside.read_text() != prices_before
+    for words in (["simulate", "--profile", str(out)], ["plan", "--profile", str(out)]):
+        code, _, err = command(words, capsys)
+        assert code == 2
+        assert err == (
+            "glm5: box.toml: prices: box.prices.json is not the file that this profile was written with; calibrate "
+            "again, or take out `prices_sha256` to use it as it is\n"
+        )
+    beside.unlink()
+    with pytest.raises(hw_profiles.InvalidProfile, match=r"box\.prices\.json: No such file"):
+        hw_profiles.load(out)
+    assert calibrate(found) == 0 and hw_profiles.load(out).prices_sha256
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["box.prices.json", "box.toml"]
+    out.write_text("\n".join(line for line in out.read_text().splitlines() if "prices_sha256" not in line))
+    beside.write_text(prices_before + " ")  # a file that somebody keeps by hand
+    assert hw_profiles.load(out).prices == "box.prices.json"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from hw_profiles.loader import PROFILES
 from tests.cli.cli import glm5, refused
 
 ROOT = Path(__file__).parents[2]
@@ -260,6 +261,29 @@ MISTAKES: list[tuple[str, str]] = [
 @pytest.mark.parametrize(("words", "reason"), MISTAKES, ids=[words for words, _ in MISTAKES])
 def test_a_mistake_is_one_line(words: str, reason: str) -> None:
     assert reason in refused("simulate", *words.split())
+
+
+@pytest.mark.parametrize("verb", ["simulate", "plan"])
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("schema = 1", "schema = 2", "box.toml: schema: must be 1, got 2"),
+        ("schema = 1", 'schema = 2\nsurprise = 1\npackage_devices = "x"', " (and 2 more problems)"),
+        ("schema = 1", "schema = 1\n[", "box.toml: is not valid TOML"),
+        ('kind = "accelerator"', 'kind = "a\\nb"', "box.toml: kind: must be one line of text"),
+    ],
+)
+def test_a_profile_with_faults_is_one_line(tmp_path: Path, verb: str, old: str, new: str, said: str) -> None:
+    path = tmp_path / "box.toml"
+    text = (PROFILES / "h200-sxm.toml").read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    assert said in refused(verb, "--profile", path)
+
+
+def test_two_wrong_settings_are_one_line() -> None:
+    line = refused("simulate", "--set", "chip.memory.bandwidth_bytes_per_s=-1", "--set", "chip.surprise=1")
+    assert line.startswith("--set chip.memory.bandwidth_bytes_per_s: ") and line.endswith(" (and 1 more problem)")
 
 
 @pytest.mark.parametrize(

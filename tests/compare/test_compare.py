@@ -21,6 +21,7 @@ from runtime.porting import compare
 from runtime.reports.compare import page, worst_layer
 from tests.cli.cli import glm5, make_checkpoint, refused
 from tests.reports.browser import check, needs_browser
+from tests.reports.hostile import hostile, shown
 
 command = importlib.import_module("runtime.cli.compare")  # whose name in the package is the verb's function
 LOGITS = arrays(np.float32, (3, 7), elements=st.floats(-30, 30, width=32))
@@ -160,6 +161,13 @@ def test_the_page_says_what_was_measured(made: tuple[dict[str, Any], str]) -> No
     assert page(json.loads(json.dumps(result))) == html
 
 
+def test_every_text_of_a_comparison_is_shown_as_text(made: tuple[dict[str, Any], str]) -> None:
+    result = dict(made[0])
+    result["reference"] = {**result["reference"], "perplexity": 1e9, "tasks": {"a task": 0.5}}
+    result["profiles"] = [{**row, "tasks": {"a task": 0.5}} for row in result["profiles"]]
+    assert shown(page(hostile(result, (), ("tasks",)))) > 100
+
+
 @pytest.mark.slow
 @needs_browser
 def test_the_page_fits_a_phone_and_paper(made: tuple[dict[str, Any], str], tmp_path: Path) -> None:
@@ -222,7 +230,7 @@ def test_a_pipe_is_told_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
         (("--profile", "h200-sxm", "--text", "/nowhere"), ("--text", "/nowhere")),
         (("--profile", "h200-sxm", "--prompts", "/nowhere"), ("--prompts", "/nowhere")),
         (("--profile", "h200-sxm", "--max-tokens", "9999"), ("9999", "positions")),
-        (("--profile", "h200-sxm", "--html", "/nowhere/page.html"), ("--html", "/nowhere")),
+        (("--profile", "h200-sxm", "--html", "/nowhere/page.html"), ("cannot be written", "/nowhere")),
         (("--profile", "h200-sxm", "--checkpoint", "/nowhere"), ("/nowhere",)),
     ],
 )

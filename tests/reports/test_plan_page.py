@@ -34,6 +34,7 @@ from runtime.pricing.load import ExpertLoad
 from runtime.reports.plan import page, write_page
 from runtime.reports.plan_devices import ranges
 from tests.plans import formats, plan_for, pool_of
+from tests.reports.hostile import MARK, hostile, shown
 from tests.reports.test_serving_page import checked
 
 CFG = load_config("glm-5-fp8")
@@ -290,6 +291,13 @@ def test_names_are_escaped() -> None:
     plan = plan_for(odd, Layout(8), chip, formats("fp8"))
     html = page(plan, odd)
     assert "<script" not in html and "<script>alert(1)</script> & co" in words(html)
+
+
+def test_every_text_of_a_plan_is_shown_as_text(full: Plan) -> None:
+    odd = hostile(full, ("role", "profile", "engine", "objective"), ("weights_bytes", "settings"))
+    assert shown(page(odd, CFG)) > 100
+    unknown = tuple(dataclasses.replace(pool, profile=MARK) for pool in full.pools)
+    assert shown(page(dataclasses.replace(full, pools=unknown), CFG)) > 2  # though it cannot be launched
 
 
 def test_writing_replaces_the_file_or_leaves_it(full: Plan, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from foundation.errors import UsageError
 from runtime.reports import svg
 from runtime.reports.serving import page, write_page
 from runtime.serving import Deployment, Report, Request, Uniform, Workload, closed_loop, simulate
+from tests.reports.hostile import hostile, shown
 from tests.serving.helpers import plain_engine
 from tests.serving.pricers import LinearPricer
 
@@ -181,3 +182,17 @@ def test_points_without_a_value_are_left_out() -> None:
     drawn = svg.plot([svg.Series("a", [(0.0, math.nan), (1.0, 2.0), (math.inf, 1.0)])], "x", "y")
     assert "nan" not in drawn and "inf" not in drawn and drawn.count("<polyline") == 1
     assert "nothing was measured" in svg.plot([svg.Series("a", [])], "x", "y")
+
+
+def test_every_text_of_a_run_is_shown_as_text() -> None:
+    report = run(closed_loop(4, 40, Uniform(500), Uniform(50)))
+    report = dataclasses.replace(report, saturated=True, saturated_by="x", assumed=("y", "z"))
+    result = result_of(report) | {"missed": ["m"], "notes": ["n"], "load": LOAD_OF}
+    names = ("weights_bytes", "seconds_by_op", "seconds_by_bound", "steps")
+    whole = page(hostile(result, (), names), hostile(report, (), names))
+    apart = {"pools": {"a": 1, "b": 2}, "ledgers": {"a": result["ledger"], "b": result["ledger"]}}
+    pools = page(hostile(result | apart, (), (*names, "pools", "ledgers")), hostile(report, (), names))
+    assert shown(whole) > 30 and shown(pools) > 30
+
+
+LOAD_OF = {"name": "a load", "prompt_tokens": [1, 2], "output_tokens": [1, 1]}

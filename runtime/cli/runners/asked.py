@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from foundation.errors import UsageError
 from foundation.reading import Unreadable, read_lines
+from foundation.writing import require_writable
 from runtime.cli.runners.answers import Answers
 
 if TYPE_CHECKING:
@@ -104,8 +105,10 @@ class CheckpointRun(RunMode):
         if self.no_thinking and not self.chat:
             raise UsageError("--no-thinking needs --chat")
         path = self.dump_logits
-        if path and (self.prompts or path.suffix != ".npz" or not path.absolute().parent.is_dir()):
-            raise UsageError("--dump-logits takes one prompt, and an .npz file in a folder that exists")
+        if path and (self.prompts or path.suffix != ".npz"):
+            raise UsageError("--dump-logits takes one prompt, and an .npz file")
+        if path:
+            require_writable(path)
 
     def opened(self) -> Checkpoint:
         """The checkpoint, none of whose weights has been read yet."""

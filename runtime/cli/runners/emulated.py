@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from foundation.writing import require_writable
 from runtime.cli.runners.asked import CheckpointRun
 
 
@@ -34,6 +35,8 @@ class EmulatedRun(CheckpointRun):
         from runtime.execution.cluster.options import SimOptions
         from runtime.execution.cluster.session import prepare, serve
 
+        if self.trace:
+            require_writable(self.trace)
         words, adapter, opened = self.words(), registry.get(self.backend), self.opened()
         options = SimOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(SimOptions)})
         plan = prepare(opened.config, options)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from foundation.writing import replacing
+from foundation.writing import replacing_together
 from model.config import ModelConfig
 from model.quantization_config import is_scheme
 from runtime.deployment.engines import engine_for, load
@@ -84,9 +83,8 @@ class Launch:
         if self.router:
             texts["router.sh"] = f"#!/bin/sh\n{self.router.text(sources)}\n"
         texts |= {name: json.dumps(body, separators=(",", ":")) + "\n" for name, body in self.files.items()}
-        with ExitStack() as files:  # all of them, or none
-            for name, text in texts.items():
-                temporary = files.enter_context(replacing(folder / name))
+        with replacing_together(*(folder / name for name in texts)) as files:
+            for temporary, (name, text) in zip(files, texts.items(), strict=True):
                 temporary.write_text(text, encoding="utf-8")
                 if name.endswith(".sh"):
                     temporary.chmod(0o755)
