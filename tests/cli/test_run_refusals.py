@@ -138,7 +138,8 @@ def test_a_backend_that_cannot_be_used() -> None:
 def test_files(small: Path, tmp_path: Path) -> None:
     words = ("run", "--checkpoint", small, "--max-tokens", 1)
     for target in (tmp_path / "none" / "logits.npz", tmp_path / "logits.npy"):
-        assert "--dump-logits takes" in refused(*words, "--dump-logits", target)
+        said = refused(*words, "--dump-logits", target)
+        assert "--dump-logits takes" in said or f"{target} cannot be written" in said
     assert list(tmp_path.iterdir()) == []
     prompts = tmp_path / "prompts.txt"
     for content, text in ((b"\n \n", "no prompt in it"), (b"\xff\xfe", "not UTF-8 text")):
