@@ -1,4 +1,4 @@
-"""Collectives: measured curves are stored as they are (bytes, seconds), with an interpolation error.
+"""Collectives: measured curves are stored (bytes, seconds) at their nearest rising ones, with an interpolation error.
 
 Bytes are the full vector of the collective: what an all-reduce reduces, what an all-gather has produced,
 what a reduce-scatter starts from, what one rank sends in an all-to-all (its own share included).
@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from bench.fit.tables import Tables
+from runtime.pricing.grid import rising
 
 NCCL = ("2.29.2", "2.27.5", "2.27.3", "2.27", "2.23")
 CUSTOM = {"graph": "graph", "eager": "eager"}
@@ -68,7 +69,7 @@ def _deepep(t: Tables) -> dict[str, Any]:
 
 def _curve(sizes: pd.Series, seconds: pd.Series, t: Tables, source: str) -> dict[str, Any]:
     table = pd.DataFrame({"b": sizes, "s": seconds}).groupby("b").s.median().sort_index()
-    x, y = np.log(table.index.to_numpy(float)), np.log(np.maximum.accumulate(table.to_numpy(float)))
+    x, y = np.log(table.index.to_numpy(float)), np.log(rising(table.to_numpy(float)))
     inner = np.arange(1, len(x) - 1)
     guess = [np.interp(x[i], np.delete(x, i), np.delete(y, i)) for i in inner]
     error = np.abs(np.exp(np.asarray(guess) - np.log(table.to_numpy(float))[inner]) - 1.0)
