@@ -9,16 +9,18 @@ the formula makes of the difference: curve x formula(chip) / formula(reference).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from runtime.pricing.chip import DEFAULTS, Chip, Link
+from runtime.pricing.eras import OLDER_ERROR, Chosen
 from runtime.pricing.grid import Array, Polyline
 from runtime.pricing.placement import Hops, Span
-from runtime.pricing.price import Price, PriceError, PriceEvidence, total
+from runtime.pricing.price import Price, PriceError, PriceEvidence, total, weakest
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 VOLUME: Mapping[str, float] = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
@@ -36,24 +38,27 @@ class MeasuredCurve:
     curve: Polyline
     relative_error: float
     evidence: PriceEvidence = "fitted"
+    assumed: frozenset[str] = frozenset()
 
     @classmethod
-    def from_json(cls, body: Mapping[str, Any]) -> MeasuredCurve:
+    def of(cls, chosen: Chosen) -> MeasuredCurve:
+        body = chosen.body
         sizes = np.asarray(body["bytes"], float)
-        curve = Polyline(sizes, np.asarray(body["seconds"], float))
-        return cls(sizes, curve, float(body["error"]["left_out"][1]))
+        curve, error = Polyline(sizes, np.asarray(body["seconds"], float)), float(body["error"]["left_out"][1])
+        if not chosen.later:
+            return cls(sizes, curve, error)
+        return cls(sizes, curve, math.hypot(error, OLDER_ERROR), "assumed", frozenset({chosen.later}))
 
     def scaled(self, ratios: Array) -> MeasuredCurve:
         """On other links. ratios: by which each size takes longer."""
         if np.allclose(ratios, 1.0, rtol=1e-9):
             return self
-        return MeasuredCurve(
-            self.sizes, Polyline(self.sizes, self.curve.many(self.sizes) * ratios), self.relative_error, "transferred"
-        )
+        curve = Polyline(self.sizes, self.curve.many(self.sizes) * ratios)
+        return replace(self, curve=curve, evidence=weakest(("transferred", self.evidence)))
 
     def price(self, size: float) -> Price:
         beyond = not self.sizes[0] <= size <= self.sizes[-1]
-        return Price(self.curve(size), "network", self.evidence, self.relative_error, beyond)
+        return Price(self.curve(size), "network", self.evidence, self.relative_error, beyond, self.assumed)
 
 
 class Network:
@@ -62,11 +67,11 @@ class Network:
     A group is a `Span`, or a number of neighbours from the first of a domain on.
     """
 
-    def __init__(self, chip: Chip, tables: Mapping[str, Any], engine: str, reference: Chip | None = None) -> None:
+    def __init__(self, chip: Chip, tables: Mapping[str, Chosen], engine: str, reference: Chip | None = None) -> None:
         self._chip = chip
         self._engine = engine
         self._reference = reference or chip
-        self._curves = {key: MeasuredCurve.from_json(body) for key, body in tables.items()}
+        self._curves = {key: MeasuredCurve.of(chosen) for key, chosen in tables.items()}
         self._scaled: dict[tuple[str, Span], MeasuredCurve] = {}
 
     def collective(self, op: Collective, total_bytes: float, group: int | Span, *, captured: bool = True) -> Price:
@@ -109,7 +114,7 @@ class Network:
         fitting = next((ranks for ranks in measured if ranks >= span.devices), measured[-1])
         price = self._measured(f"{prefix}{fitting}/any", "all_to_all", span, fitting).price(size)
         far = price.extrapolated or span.devices > measured[-1]
-        return Price(price.seconds, "network", price.evidence, price.relative_error, far)
+        return replace(price, extrapolated=far)
 
     def hops(self, size_bytes: float, hops: Hops) -> Price:
         """A message handed on from stage to stage of a pipeline."""
