@@ -27,6 +27,10 @@ VOLUME: Mapping[str, float] = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_sca
 """Times (group - 1) / group * total_bytes: what each device sends."""
 FORMULA_ERROR = 0.5
 """90th percentile of the formula against NCCL on five measured NVLink chips, 2 to 8 devices (median 0.21)."""
+RING_S_PER_BYTE, RING_LIMIT_S = 0.15e-6 / 1e3, 32e-6
+"""What an all-reduce between domains takes beside start and bandwidth: the small packets of NCCL's low-latency
+protocol, until it changes to another. Fitted to replayed NCCL on 2 x 8 A100 (44, 48, 55.5, 66.6 and 83 us at 2, 16, 64,
+128 and 256 KiB; microsoft/mscclpp issue 531); 88 us at 1 MB on 2 x 8 H100 comes out at 86."""
 FREE = Price(0.0, "network", "measured", 0.0)
 _SAYS = {"all_reduce": "an all-reduce", "all_gather": "an all-gather", "reduce_scatter": "a reduce-scatter",
          "all_to_all": "an all-to-all"}  # fmt: skip
@@ -207,26 +211,31 @@ def _seconds(chip: Chip, op: Collective, total_bytes: float, span: Span) -> tupl
     what = f"{_SAYS[op]} over {span.text}"
     ways = 2.0 if op == "all_reduce" else 1.0
     used = ["overhead.collective_launch_s", "efficiency.network"]
-    latency = _figure(chip.collective_launch_s, "overhead.collective_launch_s")
-    local = remote = 0.0
+    start = latency = _figure(chip.collective_launch_s, "overhead.collective_launch_s")
+    local = remote = steps_s = 0.0
     if inside > 1:
         near = _link(chip, False, what)
         rate = near.bandwidth_bytes_per_s * near.efficiency
         steps = np.ceil(np.log2(inside))
         between = min(np.ceil(np.log2(-(-span.nodes // domains))), steps)  # of them between servers
         cross = near.latency_s if near.cross_node_latency_s is None else near.cross_node_latency_s
-        latency += ways * ((steps - between) * near.latency_s + between * cross)
+        steps_s = (steps - between) * near.latency_s + between * cross
+        latency += ways * steps_s
         share = (inside - 1) / (group if op == "all_to_all" else inside)
         local = VOLUME[op] * share * total_bytes / rate
         used.append("link.scale_up.latency_s")
     if domains > 1:
         far = _link(chip, True, what)
         rate = far.bandwidth_bytes_per_s * far.efficiency
-        latency += ways * np.ceil(np.log2(domains)) * far.latency_s
+        # of the smallest all-reduce over two domains, what is not spent inside them, by the two ways it goes
+        first = max((far.collective_latency_s - start - 2.0 * steps_s) / 2.0, far.latency_s)
+        latency += ways * (first + (np.ceil(np.log2(domains)) - 1) * far.latency_s)
+        if op != "all_to_all":
+            latency += ways / 2.0 * min(RING_S_PER_BYTE * total_bytes, RING_LIMIT_S)
         if op == "all_to_all":
             remote = total_bytes * (group - inside) / group / rate
         else:
             remote = VOLUME[op] * (domains - 1) / domains * total_bytes / inside / rate
-        used.append("link.scale_out.latency_s")
+        used += ["link.scale_out.collective_latency_s", *(["link.scale_out.latency_s"] if domains > 2 else [])]
     busy = max(local, remote) if op == "all_to_all" else local + remote
     return float(latency + busy), used

@@ -84,7 +84,7 @@ def test_a_release_is_priced_by_its_own_table(row: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(("profile", "format_"), [("a100-sxm-80gb", "bf16"), ("a100-sxm-80gb", "w4a16"), ("h200-sxm", "fp8-block"), ("h100-sxm", "w4a16")])  # fmt: skip
 def test_experts_split_by_expert_take_about_as_long_as_split_by_width(profile: str, format_: str) -> None:
-    """SGLang's tables up to 0.5.10 gave each rank every choice of a token: read so, they are about even."""
+    """SGLang's tables up to 0.5.10 gave each rank every choice of a token: they are even."""
     book, even = open_book(CHIPS[profile], "sglang", release="0.5.10"), load.balanced(256)
     by_width, by_expert = (book.moe(8192, 6144, 2048, 8, even, tp, ep, format_).seconds for tp, ep in ((8, 1), (1, 8)))
     assert 0.5 < by_expert / by_width < 1.35
