@@ -20,6 +20,7 @@ from foundation.reading import Unreadable, read_json
 from model.formats import matrix_format
 from runtime.pricing.adjust import Changes, OtherChip, own_rates, reference_chip
 from runtime.pricing.chip import Chip, rate_of
+from runtime.pricing.choices import FusedReduce, fused_reduce
 from runtime.pricing.eras import ENGINES, choose
 from runtime.pricing.grid import Array, Polyline, Surface, log_knots
 from runtime.pricing.kernel import KERNEL_BOUNDS, Kernel, Timing, kernel_from_json
@@ -97,7 +98,8 @@ class Tabulated:
 class PriceBook:
     """Prices of one chip under one engine. Build with `open_book`.
 
-    release: of the engine; "" for the newest that was measured. wide: the format of what no scheme quantises ("bf16", or "f32" where everything is computed in float32).
+    release: of the engine; "" for the newest that was measured. family: of the chip. wide: the format of what no
+    scheme quantises ("bf16", or "f32" where everything is computed in float32).
     """
 
     def __init__(
@@ -108,7 +110,9 @@ class PriceBook:
         transfer: Mapping[str, Any],
         wide: str = "bf16",
         release: str = "",
+        family: str = "",
     ) -> None:
+        self._chooses = engine, release, family
         self.chip = chip
         self.wide = wide
         self.engine = engine
@@ -147,6 +151,10 @@ class PriceBook:
                 if (key := f"transfer:{family}/{name}/{engine}") in self._kernels:
                     return self._kernels[key], number > 0 and self._kernels[key].rates is None
         raise PriceError(f"no price for {family} in {weight_format}: neither measured nor transferred")
+
+    def fused_reduce(self, model: str) -> FusedReduce | None:
+        """The all-reduce that the engine fuses with the next norm, for a model type; None where it does not."""
+        return fused_reduce(*self._chooses, model)
 
     def named(self, key: str) -> Kernel | None:
         """A kernel by its exact key, or None."""
@@ -273,9 +281,14 @@ def _nearest(knots: Array, size: float) -> int:
 
 
 def open_book(
-    chip: Chip, engine: str = "sglang", prices: Path | None = None, wide: str = "bf16", release: str = ""
+    chip: Chip,
+    engine: str = "sglang",
+    prices: Path | None = None,
+    wide: str = "bf16",
+    release: str = "",
+    family: str = "",
 ) -> PriceBook:
     """A price book for a chip. `prices` defaults to `hw_profiles/prices/<chip.name>.json` if there is one."""
     path = prices or PRICES_FOLDER / f"{chip.name}.json"
     measured = read_prices(path) if prices or path.is_file() else None
-    return PriceBook(chip, engine, measured, read_prices(PRICES_FOLDER / "transfer.json"), wide, release)
+    return PriceBook(chip, engine, measured, read_prices(PRICES_FOLDER / "transfer.json"), wide, release, family)

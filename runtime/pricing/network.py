@@ -78,19 +78,23 @@ class Network:
         self._curves = {key: MeasuredCurve.of(chosen) for key, chosen in tables.items()}
         self._scaled: dict[tuple[str, Span], MeasuredCurve] = {}
 
-    def collective(self, op: Collective, total_bytes: float, group: int | Span, *, captured: bool = True) -> Price:
+    def collective(
+        self, op: Collective, total_bytes: float, group: int | Span, *, captured: bool = True, tables: str = ""
+    ) -> Price:
         """One collective over the devices of `group`.
 
-        `captured` picks the engine's all-reduce kernel as replayed from a graph; otherwise as launched
-        from the host. Raises PriceError when the chip has no figure of a link it goes over.
+        tables: the engine whose all-reduce it is, where that is another's. captured: its kernel as replayed from a
+        graph; otherwise as launched from the host. Raises PriceError when the chip has no figure of a link it goes
+        over.
         """
         span = self._span(group)
         if span.devices <= 1 or total_bytes <= 0:
             return FREE
         names = [f"{op}/{span.devices}/nccl"]
         if op == "all_reduce":
-            own = f"{op}/{span.devices}/{self._engine}"
-            engine = self._engine if f"{own}-graph" in self._curves else "sglang"
+            wanted = tables or self._engine
+            own = f"{op}/{span.devices}/{wanted}"
+            engine = wanted if f"{own}-graph" in self._curves else "sglang"
             modes = ("graph",) if captured else ("eager", "graph")
             names = [*(f"{op}/{span.devices}/{engine}-{mode}" for mode in modes), *names]
         for name in names:

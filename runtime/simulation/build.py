@@ -216,7 +216,7 @@ class PriceTables:
             # the profile is kept, so that its id stays its own
             # a release of the engine whose tables they are: others only borrow them
             release = engine.release if engine.kind == engine.prices else ""
-            book = open_book(chip, engine.prices, profile.prices_path, wide, release)
+            book = open_book(chip, engine.prices, profile.prices_path, wide, release, profile.family)
             self._books[key] = book, {"profile": profile}
         return self._books[key]
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from runtime.pricing import load, open_book
 from runtime.pricing.book import PRICES_FOLDER
+from runtime.pricing.choices import fused_reduce
 from runtime.pricing.eras import choose, engine_of, order
 from tests.cost.chips import CHIPS
 
@@ -82,7 +83,10 @@ def test_a_release_is_priced_by_its_own_table(row: dict[str, str]) -> None:
     assert price.seconds * 1e3 == pytest.approx(float(row["milliseconds"]), rel=0.25)
 
 
-@pytest.mark.parametrize(("profile", "format_"), [("a100-sxm-80gb", "bf16"), ("a100-sxm-80gb", "w4a16"), ("h200-sxm", "fp8-block"), ("h100-sxm", "w4a16")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("profile", "format_"),
+    [("a100-sxm-80gb", "bf16"), ("a100-sxm-80gb", "w4a16"), ("h200-sxm", "fp8-block"), ("h100-sxm", "w4a16")],
+)
 def test_experts_split_by_expert_take_about_as_long_as_split_by_width(profile: str, format_: str) -> None:
     """SGLang's tables up to 0.5.10 gave each rank every choice of a token: they are even."""
     book, even = open_book(CHIPS[profile], "sglang", release="0.5.10"), load.balanced(256)
@@ -99,3 +103,30 @@ def test_eras_are_kept_where_they_differ_only(path: Path) -> None:
             base, _, release = key.partition("@")
             if release:
                 assert base in table and at(entry["release"]) <= at(release) < at(table[base]["release"])
+
+
+@pytest.mark.parametrize(
+    ("release", "family", "model", "fused"),
+    [
+        ("0.5.3", "blackwell", "deepseek_v3", False),
+        ("0.5.6.post1", "blackwell", "deepseek_v3", True),
+        ("0.5.6.post1", "hopper", "deepseek_v3", False),
+        ("0.5.9", "hopper", "deepseek_v3", True),
+        ("0.5.9", "hopper", "glm_moe_dsa", False),
+        ("0.5.14", "hopper", "glm_moe_dsa", True),
+        ("0.5.14", "ampere", "glm4_moe", False),
+        ("nightly", "hopper", "deepseek_v3", False),
+    ],
+)
+def test_a_release_fuses_the_all_reduces_that_its_source_says(
+    release: str, family: str, model: str, fused: bool
+) -> None:
+    assert (fused_reduce("sglang", release, family, model) is not None) == fused
+    assert fused_reduce("vllm", release, family, model) is None
+
+
+def test_a_fused_all_reduce_is_priced_by_the_table_of_its_kernel() -> None:
+    book = open_book(CHIPS["h200-sxm"], "sglang", release="0.5.9", family="hopper")
+    own, fused = (book.network.collective("all_reduce", 229_376, 8, tables=t).seconds for t in ("", "trtllm"))
+    trtllm = open_book(CHIPS["h200-sxm"], "trtllm").network.collective("all_reduce", 229_376, 8).seconds
+    assert fused == trtllm < own
