@@ -80,6 +80,7 @@ def _fields() -> dict[str, Field]:
         "link.scale_up.links": Field("links", 1, 1024, "links the bandwidth is spread over", whole=True, answers=False),
         "link.scale_out.bandwidth_bytes_per_s": Field(*bandwidth, "per device and direction"),
         "link.scale_out.latency_s": Field(*latency, "one message between domains"),
+        "link.scale_out.collective_latency_s": Field(*latency, "smallest all-reduce over two domains"),
         "link.host.bandwidth_bytes_per_s": Field(*bandwidth, "device to host memory, per direction"),
         "link.host.latency_s": Field(*latency, "device to host memory"),
         "overhead.kernel_launch_s": Field(*latency, "fixed time of a matmul kernel, however small"),

@@ -207,14 +207,17 @@ class PriceTables:
 
     def book(self, profile: Profile, engine: Engine, wide: str) -> tuple[PriceBook, dict[Any, Any]]:
         """The price book of a chip under an engine, and the tables made from it so far."""
-        key = (id(profile), engine.prices, wide)
+        key = (id(profile), engine.prices, engine.release, wide)
         if key not in self._books:
             graded = {curve.grade for curve in profile.curves.values()}
             kept = {"measured", "user"} if "measured" in graded else {"measured"}  # a curve set by hand beside its own
             curves = {path: curve.knots for path, curve in profile.curves.items() if curve.grade in kept}
             chip = Chip.from_fields(profile.name, profile.number, curves)
             # the profile is kept, so that its id stays its own
-            self._books[key] = open_book(chip, engine.prices, profile.prices_path, wide), {"profile": profile}
+            # a release of the engine whose tables they are: others only borrow them
+            release = engine.release if engine.kind == engine.prices else ""
+            book = open_book(chip, engine.prices, profile.prices_path, wide, release, profile.family)
+            self._books[key] = book, {"profile": profile}
         return self._books[key]
 
     def load(self, name: str, experts: int) -> load.ExpertLoad:
