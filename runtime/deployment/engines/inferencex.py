@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from runtime.deployment.engines.loader import Circumstances
+from runtime.deployment.engines.engine import Circumstances
 
 
 def launch_settings(kind: str, at: Circumstances, concurrency: int, isl: int, osl: int) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any
 from hw_profiles import Profile
 from model.config import ModelConfig
 from runtime.deployment.engines import Engine
-from runtime.deployment.engines.flags import LaunchTable, format_facts, layout_facts, pair_facts, same_release
+from runtime.deployment.engines.flags import LaunchTable, format_facts, layout_facts, pair_facts
+from runtime.deployment.engines.releases import same_release
 from runtime.deployment.errors import LaunchError
 from runtime.deployment.plan import Pool
 from runtime.planning.launch.words import Command, Word
