@@ -2,7 +2,7 @@
 
     python -m tools.docs_engines [FILE]      [default: docs/engines.md]
 
-What a setting means is what the docstring of `runtime.deployment.engines.loader.Engine` says of it.
+What a setting means is what the docstring of `runtime.deployment.engines.engine.Engine` says of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import get_args
 from foundation.reading import read_toml
 from model.formats import KV
 from runtime.deployment import engines
-from runtime.deployment.engines.loader import KINDS, SETTINGS, CacheRules, Circumstances, Engine, Tables
+from runtime.deployment.engines.engine import SETTINGS, CacheRules, Circumstances, Engine, Tables
+from runtime.deployment.engines.loader import KINDS
 from tools import page
 from tools.docs_formats import table
 
@@ -53,7 +54,7 @@ Then settings, in sections that only group them for the reader. A setting is a t
 A value may depend on the device's memory, `by_memory_gib = [[limit, value], ..]`: that of the first limit above it.
 Or on chip and model, `cases = [{{when = {{..}}, value = ..}}, ..]`: that of the first case whose conditions all hold,
 else `value`. Conditions are on {conditions}
-(`runtime/deployment/engines/loader.py: Circumstances`); a list holds where it names the fact.
+(`runtime/deployment/engines/engine.py: Circumstances`); a list holds where it names the fact.
 `--set engine.SETTING=VALUE` overrides one for a run.
 
 ### Settings

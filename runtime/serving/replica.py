@@ -19,7 +19,7 @@ import numpy as np
 
 from runtime.serving import scheduler
 from runtime.serving.meter import Meter
-from runtime.serving.pricing import BatchShape, StepPricer
+from runtime.serving.pricing import StepPricer
 from runtime.serving.rank import Rank, StepPlan
 from runtime.serving.request import Request
 

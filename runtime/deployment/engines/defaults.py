@@ -17,7 +17,6 @@ from model.split import Layout
 from runtime.deployment.engines.engine import Circumstances, Engine
 from runtime.deployment.engines.loader import expand, load
 
-
 Derived = dict[str, Any]
 
 
@@ -69,7 +68,8 @@ def _sglang(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived
     layout, gib = on.layout, (on.at.built_bytes or on.at.memory_bytes or 1e18) / 2**30
     most = engine.graph_max_batch
     if layout.tp * layout.dp < 4 and "graph_max_batch" not in given and gib < 160:  # their tp counts both
-        most = min(most, next(low for limit, low in ((20, 8), (35, 24), (60, 32), (1e9, 256)) if gib < limit))
+        few = ((1e9, 64),) if on.at.family == "ascend" else ((20, 8), (35, 24), (60, 32), (1e9, 256))
+        most = min(most, next(low for limit, low in few if gib < limit))
     sizes = engine.graph_batch_sizes
     if on.drafts:
         sizes = (*range(1, 9), *range(10, 33, 2), *range(40, 65, 4), *range(72, 257, 8), *range(272, most + 1, 16))

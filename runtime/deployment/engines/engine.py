@@ -167,6 +167,7 @@ class Engine:
     Graphs
     graph_mode: how decode steps are launched. "full": they replay a graph of the whole step. "piecewise": graphs of what
         lies between attention, which the host launches. "eager": each kernel from the host, in steps with prompts too.
+    planned_graph_mode: what a plan asks for, where recipes pass another mode than the one without flags; "": that one.
     graph_batch_sizes: decode batch sizes captured; a batch is padded to the next one, and runs eagerly
         above the largest.
     graph_max_batch: the largest batch captured, which cuts the sizes; 0: all of them.
@@ -238,6 +239,7 @@ class Engine:
     request_delay_seconds: float = 0.0
     front_end_per_rank: bool = False
     graph_mode: GraphMode = "full"
+    planned_graph_mode: Literal["", "eager", "piecewise", "full"] = ""
     graph_max_batch: int = 0
     graph_padding: bool = True
     piecewise_step_tokens: int = 0
