@@ -129,7 +129,7 @@ def _tight_fraction(spec: Spec) -> float:
     fractions = []
     for held in memories(spec):
         overhead = held.communication_bytes + held.runtime_bytes
-        left = held.usable_bytes - held.weights_total_bytes - held.activation_bytes - overhead
+        left = held.usable_bytes - held.weights_total_bytes - held.workspace_bytes - held.activation_bytes - overhead
         cache = left - _MARGIN * held.usable_bytes
         of = spec.engine.memory_fraction_of
         if of == "free-before-load":

@@ -77,6 +77,8 @@ _FLAGS: Mapping[str, _Setting] = {
     "chunked-prefill-size": ("chunked_prefill_tokens", int),
     "block-size": ("page_tokens", int),
     "page-size": ("page_tokens", int),
+    "max-model-len": ("context_tokens", int),
+    "context-length": ("context_tokens", int),
     "cuda-graph-max-bs": ("graph_max_batch", int),
     "max-cudagraph-capture-size": ("graph_max_batch", int),
     "stream-interval": ("stream_interval_tokens", int),
@@ -97,8 +99,9 @@ class PublishedRow:
     """A published row, read.
 
     group: rows of one group share their errors: source, model, chip, engine, release and layout. engine: with the
-    described release that stands for its own. release: as the source has it. measured: figures by column. accept_length: tokens a step with drafts; None where none are drafted. apart:
-    why the row is scored apart from the others, or "".
+    described release that stands for its own. release: as the source has it. measured: figures by column.
+    accept_length: tokens a step with drafts; None where none are drafted. apart: why the row is scored apart from the
+    others, or "".
     """
 
     name: str

@@ -87,8 +87,7 @@ def _sglang(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived
     if layout.dp > 1:
         derived |= {name: _BRAVE * getattr(engine, name) for name in ("new_token_ratio", "new_token_ratio_min")}
     if on.at.memory_bytes:
-        graphs = given["graph_batch_sizes"] if "graph_batch_sizes" in given else sizes
-        graphs = max(expand(graphs), default=0)
+        graphs = max(expand(given.get("graph_batch_sizes", sizes)), default=0)
         reserve = 512 + 1.5 * max(engine.chunked_prefill_tokens or engine.max_step_tokens, 2048) + 2 * graphs
         reserve += 1024 * layout.devices / 8
         if layout.dp > 1:
@@ -151,7 +150,7 @@ def with_pool(engine: Engine, cfg: ModelConfig, pool_tokens: int, given: Mapping
     requests at most, and no more than half the pool's tokens."""
     if engine.kind != "sglang" or "max_running_requests" in given:
         return engine
-    most = max(2048, min(int(512 * pool_tokens / cfg.max_positions), 4096))
+    most = max(2048, min(int(512 * pool_tokens / (engine.context_tokens or cfg.max_positions)), 4096))
     return dataclasses.replace(engine, max_running_requests=max(1, min(most, pool_tokens // 2)))
 
 

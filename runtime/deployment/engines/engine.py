@@ -129,8 +129,8 @@ class Setting:
 class Engine:
     """One serving engine's policy and overheads. Tokens, seconds and fractions of one.
 
-    kind, release: which engine this is. released: the day that release came out. prices: whose operator tables price it. hosts: vendors of the chips beside
-        which its host times were taken; empty: it does not say.
+    kind, release: which engine this is. released: the day that release came out. prices: whose operator tables price
+        it. hosts: vendors of the chips beside which its host times were taken; empty: it does not say.
 
     Scheduling
     policy: "prefill-first": while a prompt waits and is admitted, steps compute prompts only and decoding
@@ -160,14 +160,18 @@ class Engine:
     prefix_cache: whether prompts are kept for reuse.
     memory_fraction: share of the device's memory for weights and KV pool, by the engine's own rule.
     memory_fraction_of: that rule: what the share is of, see `Engine.kv_bytes`.
+    context_tokens: the longest request that the server is told to take; 0: the model's positions.
+    sampler_logit_bytes: what a logit takes in the run that the engine profiles its sampler with (vLLM).
+    graph_memory_bytes: what graphs are taken to need before the pool is sized (vLLM).
     piecewise_reserve_mib: what a default share leaves for graphs of steps with prompts (SGLang).
     drafting_reserve_mib: what a default share leaves for drafting (SGLang).
     cache: what rows are stored in.
 
     Graphs
-    graph_mode: how decode steps are launched. "full": they replay a graph of the whole step. "piecewise": graphs of what
-        lies between attention, which the host launches. "eager": each kernel from the host, in steps with prompts too.
-    planned_graph_mode: what a plan asks for, where recipes pass another mode than the one without flags; "": that one.
+    graph_mode: how decode steps are launched. "full": they replay a graph of the whole step. "piecewise": graphs of
+        what lies between attention, which the host launches. "eager": each kernel from the host, in steps with prompts
+        too.
+    planned_graph_mode: what a plan asks for, where recipes pass another mode than the one without flags; "": that.
     graph_batch_sizes: decode batch sizes captured; a batch is padded to the next one, and runs eagerly
         above the largest.
     graph_max_batch: the largest batch captured, which cuts the sizes; 0: all of them.
@@ -243,6 +247,9 @@ class Engine:
     graph_max_batch: int = 0
     graph_padding: bool = True
     piecewise_step_tokens: int = 0
+    context_tokens: int = 0
+    sampler_logit_bytes: float = 0.0
+    graph_memory_bytes: float = 0.0
     piecewise_reserve_mib: float = 0.0
     drafting_reserve_mib: float = 0.0
     evidence: Mapping[str, Source] = field(default_factory=dict, repr=False, compare=False)

@@ -204,7 +204,9 @@ def _servers(
                 parts=tuple(parts.values()),
                 node_devices=per_node,
                 model=model or _checkpoint(cfg, pool) or _MODEL,
-                context_tokens=min(cfg.max_positions, *(each.pool_tokens for each in plan.pools)),
+                context_tokens=min(
+                    described.context_tokens or cfg.max_positions, *(each.pool_tokens for each in plan.pools)
+                ),
                 experts_file=placement,
                 host_bytes=host_bytes,
             )

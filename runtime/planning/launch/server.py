@@ -17,7 +17,7 @@ from runtime.planning.launch.words import Command, Word
 
 EXPRESSED = (
     "chunked_prefill_tokens", "max_step_tokens", "max_running_requests", "memory_fraction", "page_tokens",
-    "prefix_cache", "graph_batch_sizes", "graph_max_batch", "graph_mode",
+    "prefix_cache", "graph_batch_sizes", "graph_max_batch", "graph_mode", "context_tokens",
 )  # fmt: skip
 """Engine settings that flags say; the others describe an engine and cannot be told to it."""
 
