@@ -155,7 +155,7 @@ def _parts(device: Device) -> dict[str, float]:
         "weights": held.weights_total_bytes,
         "KV": held.kv_bytes,
         "activations": held.activation_bytes,
-        "other": held.communication_bytes + held.runtime_bytes,
+        "other": held.communication_bytes + held.runtime_bytes + held.workspace_bytes,
         "free": held.free_bytes,
     }
 

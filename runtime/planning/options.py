@@ -53,7 +53,8 @@ class Question:
         self, profile: Profile, layout: Layout, formats: str | Scheme, kv: str, settings: Mapping[str, Any], **more: Any
     ) -> Spec:
         """A deployment that may answer it. settings: of the engine, beside those that are given."""
-        asked = {**self.settings, **settings}
+        mode = load(self.engine).planned_graph_mode
+        asked = {**({"graph_mode": mode} if mode else {}), **self.settings, **settings}
         return spec_for(self.cfg, profile, layout, formats, kv, self.engine, asked, drafts=self.drafts, **more)
 
 
@@ -128,7 +129,7 @@ def _tight_fraction(spec: Spec) -> float:
     fractions = []
     for held in memories(spec):
         overhead = held.communication_bytes + held.runtime_bytes
-        left = held.usable_bytes - held.weights_total_bytes - held.activation_bytes - overhead
+        left = held.usable_bytes - held.weights_total_bytes - held.workspace_bytes - held.activation_bytes - overhead
         cache = left - _MARGIN * held.usable_bytes
         of = spec.engine.memory_fraction_of
         if of == "free-before-load":

@@ -22,7 +22,7 @@ import hw_profiles
 from foundation.errors import Failure, UsageError
 from foundation.reading import Unreadable, read_text
 from model.split import Layout
-from runtime.deployment.engines import Circumstances
+from runtime.deployment.engines import Circumstances, nearest_release
 from runtime.deployment.engines import load as load_engine
 from runtime.deployment.engines.inferencex import launch_kv, launch_settings
 from runtime.pricing.bands import band, half_width
@@ -110,10 +110,11 @@ def _end_to_end(row: Mapping[str, str]) -> ScoredRow:
     cfg, profile = model_of(row["model"]), hw_profiles.load(row["system"])
     tp, dp, ep = (int(row[key]) for key in ("tp", "dp", "ep"))
     layout = Layout(tp=tp, dp=dp, ep=ep)
-    kind = load_engine(row["engine"]).kind
+    engine = nearest_release(row["engine"], f"{row.get('engine_version', '')} {row.get('measured', '')}")
+    kind = load_engine(engine).kind
     sizes = (int(row[key]) for key in ("concurrency", "isl", "osl"))
     settings = launch_settings(kind, Circumstances.of(cfg, profile), *sizes)
-    built = build(spec_for(cfg, profile, layout, row["precision"], launch_kv(kind), row["engine"], settings))
+    built = build(spec_for(cfg, profile, layout, row["precision"], launch_kv(kind), engine, settings))
     load = bench_serving(int(row["concurrency"]), int(row["isl"]), int(row["osl"]))
     report = simulate(load, built.deployment)
     predicted = {"ttft_ms": 1e3 * report.ttft.mean, "tpot_ms": 1e3 * report.tpot.mean}
