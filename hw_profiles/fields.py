@@ -68,6 +68,12 @@ def _fields() -> dict[str, Field]:
         "chip.memory.capacity_bytes": Field("bytes", 1e6, 1e13, "device memory as built"),
         "chip.memory.usable_bytes": Field("bytes", 1e6, 1e13, "device memory an application sees in all"),
         "chip.memory.bandwidth_bytes_per_s": Field(*bandwidth, "peak bandwidth, reads plus writes"),
+        "chip.sustained_clock_fraction": Field(
+            "",
+            0.3,
+            1.0,
+            "share of the clock of short measurements that long matrix products keep under the power limit",
+        ),
         "node.devices": Field("devices", 1, 1024, "devices in one server", whole=True),
         "link.die.bandwidth_bytes_per_s": Field(
             *bandwidth, "between two dies of one package, per direction", answers=False

@@ -8,7 +8,7 @@ tables they are used ('fitted'); otherwise the joint fit over NVIDIA generations
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,13 @@ class PriceBook:
     def time(self, kernel: Kernel, features: Mapping[str, Any], weight_format: str = "bf16") -> Timing:
         if self.wide != "bf16":  # then everything is computed in it
             weight_format = self.wide
-        return kernel.time(features, self.chip.peak(weight_format), self.chip.memory_bandwidth_bytes_per_s)
+        timing = kernel.time(features, self.chip.peak(weight_format), self.chip.memory_bandwidth_bytes_per_s)
+        if self.chip.sustained_clock_fraction == 1:
+            return timing
+        # measured in short bursts, at a clock that long steps do not keep
+        computes = timing.bound == KERNEL_BOUNDS.index("compute")
+        seconds = np.where(computes, timing.seconds / self.chip.sustained_clock_fraction, timing.seconds)
+        return replace(timing, seconds=seconds)
 
     # ---- tabulating -------------------------------------------------------------------------------
 

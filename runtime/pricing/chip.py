@@ -62,8 +62,9 @@ class Link:
 class Chip:
     """Peak rates are dense FLOP/s by number format (see `RATES`).
 
-    node_devices: devices in one server; None: as many as share the scale-up link. absent: figures that the profile does
-    not have, by dotted field.
+    node_devices: devices in one server; None: as many as share the scale-up link. sustained_clock_fraction: of the clock
+    at which kernels were measured, what long matrix products keep under the power limit. absent: figures that the
+    profile does not have, by dotted field.
 
     compute_curve, memory_curve: (size, share of the peak) knots by FLOP and by bytes, where the profile's own
     machine was measured; they then say more than the single factors.
@@ -83,6 +84,7 @@ class Chip:
     compute_curve: Knots | None = None
     memory_curve: Knots | None = None
     node_devices: int | None = None
+    sustained_clock_fraction: float = 1.0
     absent: frozenset[str] = frozenset()
 
     @property
@@ -183,5 +185,6 @@ class Chip:
             (measured or {}).get("efficiency.compute"),
             (measured or {}).get("efficiency.memory"),
             int(node or domain),
+            get("chip.sustained_clock_fraction") or 1.0,
             frozenset(absent),
         )

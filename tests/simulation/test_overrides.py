@@ -88,6 +88,7 @@ MOVES = {
     "link.host.bandwidth_bytes_per_s": Moves(10e9, 60e9, fetching),
     "link.host.latency_s": Moves(1e-6, 1e-3, fetching, more=True),
     "overhead.kernel_launch_s": Moves(1e-6, 10e-6, step(DECODE), more=True),
+    "chip.sustained_clock_fraction": Moves(0.7, 1.0, step(PREFILL)),
     "overhead.vector_launch_s": Moves(1e-6, 10e-6, step(DECODE), more=True),
     "overhead.collective_launch_s": Moves(5e-6, 50e-6, step(DECODE), more=True),
     "overhead.p2p_latency_s": Moves(5e-6, 50e-6, step(DECODE, **APART), more=True),
