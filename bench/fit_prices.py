@@ -22,6 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.fit.eras import add_era  # noqa: E402
 from bench.fit.network import collective_tables  # noqa: E402
 from bench.fit.skew import skew_error  # noqa: E402
 from bench.fit.solve import RATIO_UNIT, cross_validate  # noqa: E402
@@ -39,6 +40,7 @@ from bench.fit.tables import (  # noqa: E402
 from bench.fit.transfer import CHIPS, transfer_jobs  # noqa: E402
 from hw_profiles import load  # noqa: E402
 from runtime.pricing.adjust import stated  # noqa: E402
+from runtime.pricing.kernel import kernel_from_json  # noqa: E402
 
 SMOOTH = 0.5
 
@@ -74,15 +76,25 @@ def fit_job(job: Job, tables: Tables) -> dict[str, Any]:
     }
 
 
+def difference(job: Job, older: dict[str, Any], newer: dict[str, Any]) -> float:
+    """Mean |ln ratio| of two fits over the points of the older one."""
+    seconds = [
+        kernel_from_json(job.key, body).time(job.points.features, job.points.peak, job.points.bandwidth).seconds
+        for body in (older, newer)
+    ]
+    return float(np.mean(np.abs(np.log(seconds[0] / seconds[1]))))
+
+
 def fit_system(system: System, report: bool) -> dict[str, Any]:
     tables = Tables(system)
     kernels: dict[str, Any] = {}
     for job in all_jobs(tables):
-        kernels[job.key] = fit_job(job, tables)
+        body = fit_job(job, tables)
+        add_era(kernels, job.key, job.release, body, lambda older, newer, job=job: difference(job, older, newer))
         if report:
-            e = kernels[job.key]["error"]
-            line = "  ".join(f"{n} {100 * v[0]:5.1f}/{100 * v[1]:5.1f} %" for n, v in e.items())
-            print(f"{system.profile:14s} {job.key:44s} {len(job.points.seconds):6d}  {line}", flush=True)
+            line = "  ".join(f"{n} {100 * v[0]:5.1f}/{100 * v[1]:5.1f} %" for n, v in body["error"].items())
+            name = f"{job.key} {job.release}"
+            print(f"{system.profile:14s} {name:54s} {len(job.points.seconds):6d}  {line}", flush=True)
     return {
         "schema": 1,
         "profile": system.profile,
@@ -101,8 +113,13 @@ def fit_system(system: System, report: bool) -> dict[str, Any]:
 
 def memory_kernel(kernels: dict[str, Any], tables: Tables) -> dict[str, Any]:
     """Elementwise kernels have no table: the shortest captured kernel, at the streaming rate of attention."""
-    shortest = min(j.points.seconds.min() for j in gemm_jobs(tables))
-    decode = [b["constants"]["memory_efficiency"] for k, b in kernels.items() if k.startswith("gqa_decode/bf16")]
+    newest = {j.key: j for j in reversed(list(gemm_jobs(tables)))}
+    shortest = min(j.points.seconds.min() for j in newest.values())
+    decode = [
+        b["constants"]["memory_efficiency"]
+        for k, b in kernels.items()
+        if k.startswith("gqa_decode/bf16") and "@" not in k
+    ]
     return {
         "family": "memory",
         "constants": {"launch_s": float(f"{shortest:.3g}"), "memory_efficiency": float(np.median(decode))},
@@ -150,7 +167,10 @@ def fit_transfer(report: bool) -> dict[str, Any]:
 
 def memory_kernel_of(system: System) -> tuple[float, float]:
     tables = Tables(system)
-    kernels = {j.key: fit_job(j, tables) for j in attention_jobs(tables) if j.key.startswith("gqa_decode/bf16")}
+    kernels = {}
+    for j in attention_jobs(tables):
+        if j.key.startswith("gqa_decode/bf16") and j.key not in kernels:  # the newest release comes first
+            kernels[j.key] = fit_job(j, tables)
     body = memory_kernel(kernels, tables)["constants"]
     return body["launch_s"], body["memory_efficiency"]
 

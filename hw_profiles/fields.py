@@ -68,6 +68,12 @@ def _fields() -> dict[str, Field]:
         "chip.memory.capacity_bytes": Field("bytes", 1e6, 1e13, "device memory as built"),
         "chip.memory.usable_bytes": Field("bytes", 1e6, 1e13, "device memory an application sees in all"),
         "chip.memory.bandwidth_bytes_per_s": Field(*bandwidth, "peak bandwidth, reads plus writes"),
+        "chip.sustained_clock_fraction": Field(
+            "",
+            0.3,
+            1.0,
+            "share of the clock of short measurements that long matrix products keep under the power limit",
+        ),
         "node.devices": Field("devices", 1, 1024, "devices in one server", whole=True),
         "link.die.bandwidth_bytes_per_s": Field(
             *bandwidth, "between two dies of one package, per direction", answers=False
@@ -80,6 +86,7 @@ def _fields() -> dict[str, Field]:
         "link.scale_up.links": Field("links", 1, 1024, "links the bandwidth is spread over", whole=True, answers=False),
         "link.scale_out.bandwidth_bytes_per_s": Field(*bandwidth, "per device and direction"),
         "link.scale_out.latency_s": Field(*latency, "one message between domains"),
+        "link.scale_out.collective_latency_s": Field(*latency, "smallest all-reduce over two domains"),
         "link.host.bandwidth_bytes_per_s": Field(*bandwidth, "device to host memory, per direction"),
         "link.host.latency_s": Field(*latency, "device to host memory"),
         "overhead.kernel_launch_s": Field(*latency, "fixed time of a matmul kernel, however small"),

@@ -28,7 +28,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     },
     "runtime.deployment.tensors": {"np.memmap": "the bytes of tensors whose header was read"},
     "runtime.deployment.manifest": {"path.open": "to hash a file that the manifest lists"},
-    "runtime.training.state": {"safe_open": "a run's own state", "json.loads": "the step in it"},
+    "runtime.training.state": {"safe_open": "a run's own state"},
     "runtime.training.export": {"TEMPLATE.read_text": "the template that is ours"},
     "runtime.training.vocabulary": {"<>.read_text": "the corpus that is ours"},
     "runtime.cli.version": {"tomllib.loads": "our pyproject.toml", "_PROJECT.read_text": "our pyproject.toml"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -36,9 +37,13 @@ def built(
     load: str | None = None,
     drafts: int = 0,
     kv: str = "bf16",
+    release: str | None = None,
 ) -> Built:
     cfg, profile = load_config(model), hw_profiles.load(chip, dict(overrides))
-    return build(spec_for(cfg, profile, layout, scheme, kv, engine, expert_load=load, drafts=drafts, pool_tokens=10**6))
+    spec = spec_for(cfg, profile, layout, scheme, kv, engine, expert_load=load, drafts=drafts, pool_tokens=10**6)
+    if release is not None:
+        spec = dataclasses.replace(spec, engine=dataclasses.replace(spec.engine, release=release))
+    return build(spec)
 
 
 def decode(rows: int, context: float, queries: int = 1) -> BatchShape:
@@ -138,14 +143,39 @@ def test_the_grid_holds_small_batches_exactly() -> None:
     assert np.all(np.diff(grid) > 0) and np.all(grid[17:] / grid[16:-1] < 1.12)
 
 
+@pytest.mark.parametrize(
+    ("chip", "engine", "measured", "old"), [
+        (H200, "vllm", "0.24.0", "0.11"), ("b200-sxm", "sglang", "0.5.14", "0.5.6.post1"),
+        ("h100-sxm", "trtllm", "1.3.0rc20", "1.0"),
+    ],
+)  # fmt: skip
+def test_a_release_older_than_its_tables_says_so_and_widens_the_band(
+    chip: str, engine: str, measured: str, old: str
+) -> None:
+    new, before = (
+        built(model="deepseek-v3", chip=chip, engine=engine, release=r).pricer.price(decode(8, 4096))
+        for r in (measured, old)
+    )
+    assert not any(engine in line for line in new.assumed)
+    assert before.evidence == "assumed" and any(f"kernels of {engine} {old} as fast" in line for line in before.assumed)
+    assert relative_error(before) > 1.3 * relative_error(new)
+
+
+def test_engines_that_borrow_tables_have_releases_of_their_own() -> None:
+    """A release orders the tables of the engine that they are of, not those of one that is priced like it."""
+    borrowed = built(engine="glm5", release="0.1").pricer.price(decode(8, 4096))
+    assert not any("as fast as" in line for line in borrowed.assumed)
+
+
 def test_evidence_is_that_of_the_weakest_part() -> None:
     """What SGLang runs around sparse attention is assumed; elementwise kernels are transferred on every chip."""
     assert built().pricer.price(decode(8, 4096)).evidence == "assumed"
-    assert built(model="deepseek-v3").pricer.price(decode(8, 4096)).evidence == "datasheet"
+    deepseek = built(model="deepseek-v3", release="0.5.14").pricer.price(decode(8, 4096))
+    assert deepseek.evidence == "datasheet" and not deepseek.assumed
     npu = built(**CASES["npu"]).pricer
     assert npu.price(decode(8, 4096)).evidence == "datasheet"
     assert not npu.book.measured and built().pricer.book.measured
-    errors = [relative_error(pricer.price(decode(8, 4096))) for pricer in (built().pricer, npu)]
+    errors = [relative_error(pricer.price(decode(8, 4096))) for pricer in (built(release="0.5.14").pricer, npu)]
     assert errors[0] < 0.15 < errors[1]
 
 

@@ -60,7 +60,7 @@ def test_formats(words: str, scheme: str) -> None:
         ("vllm-ascend", "max-num-seqs 12, max-num-batched-tokens 8192, util 0.9, no prefix cache",
          {"max_running_requests": 12, "max_step_tokens": 8192, "chunked_prefill_tokens": 8192, "memory_fraction": 0.9,
           "prefix_cache": False}),
-        ("vllm", "--enforce-eager", {"graph_batch_sizes": ()}),
+        ("vllm", "--enforce-eager", {"graph_mode": "eager"}),
         ("vllm", "--max_num_batched_tokens 16k --no-enable-prefix-caching",
          {"max_step_tokens": 16384, "chunked_prefill_tokens": 16384, "prefix_cache": False}),
         ("sglang", "--tp 8 --mem-fraction-static 0.82 --chunked-prefill-size 32768 --disable-radix-cache",

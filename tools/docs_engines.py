@@ -2,7 +2,7 @@
 
     python -m tools.docs_engines [FILE]      [default: docs/engines.md]
 
-What a setting means is what the docstring of `runtime.deployment.engines.loader.Engine` says of it.
+What a setting means is what the docstring of `runtime.deployment.engines.engine.Engine` says of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import get_args
 from foundation.reading import read_toml
 from model.formats import KV
 from runtime.deployment import engines
-from runtime.deployment.engines.loader import KINDS, SETTINGS, CacheRules, Circumstances, Engine, Tables
+from runtime.deployment.engines.engine import SETTINGS, CacheRules, Circumstances, Engine, Tables
+from runtime.deployment.engines.loader import KINDS
 from tools import page
 from tools.docs_formats import table
 
@@ -25,7 +26,7 @@ ENGINES = Path(engines.__file__).parent
 KEYS = {
     "`kind`": "which engine it describes: {kinds}. Defaults that are formulas and launch lines go by it, never by the "
     "file's name; `other` where those of none hold",
-    "`release`": "the version whose settings these are",
+    "`release`, `released`": "the version whose settings the sections are, the newest of those described, and its day",
     "`prices`": "whose operator tables price it: {tables}",
     "`hosts`": 'vendors of the chips beside which its host times were taken, as `["NVIDIA"]`; beside others the answer '
     'lists them under "assumed for you"',
@@ -50,15 +51,24 @@ Then settings, in sections that only group them for the reader. A setting is a t
     [scheduling]
     max_running_requests = {{value = 1024, by_memory_gib = [[70, 256], [1e9, 1024]], source = "..", grade = "A", ..}}
 
+Below, `[releases."0.13"]` says what was otherwise in a release, setting by setting without a section (and in
+`[releases."0.13".cache]`), with its `released` and `description`. It holds for all that are older too, until one of
+those says otherwise; an empty table is a release like the next newer one. `--engine vllm@0.13` takes that release,
+`--engine vllm` the newest. Any other is refused; `glm5 validate` takes for a version that is not described the newest
+one that is not newer, by number or by day (`runtime/deployment/engines/loader.py: nearest_release`).
+
+{releases}
+
 A value may depend on the device's memory, `by_memory_gib = [[limit, value], ..]`: that of the first limit above it.
 Or on chip and model, `cases = [{{when = {{..}}, value = ..}}, ..]`: that of the first case whose conditions all hold,
-else `value`. Conditions are on {conditions}
-(`runtime/deployment/engines/loader.py: Circumstances`); a list holds where it names the fact.
+before the memory; else `value`. Conditions are on {conditions}
+(`runtime/deployment/engines/engine.py: Circumstances`); a list holds where it names the fact.
 `--set engine.SETTING=VALUE` overrides one for a run.
 
 ### Settings
-Those without a default must be there. The values are those of the shipped descriptions, before `by_memory_gib` and
-`cases`.
+Those without a default must be there. The values are those of the shipped descriptions' newest releases, before
+`by_memory_gib` and `cases`. `runtime/deployment/engines/defaults.py` has the defaults that are formulas of chip, layout
+and drafts, by kind; `runtime/deployment/engines/reserve.py` what an engine reserves beside weights and pool.
 
 {settings}
 
@@ -107,6 +117,12 @@ def setting_rows() -> Iterator[tuple[str, ...]]:
         yield f"`{each.name}`", part, meaning, default, given
 
 
+def release_rows() -> Iterator[tuple[str, str]]:
+    for name in engines.names():
+        known = [f"{release} ({day})" if day else release for release, day in engines.described(name).items()]
+        yield f"`{name}`", ", ".join(known)
+
+
 def render() -> str:
     """The page."""
     caches = [(f"`{name}`", meaning) for name, (_, meaning) in meanings(CacheRules).items()]
@@ -114,6 +130,7 @@ def render() -> str:
         (key, text.format(kinds=", ".join(KINDS), tables=", ".join(get_args(Tables)))) for key, text in KEYS.items()
     ]
     return PAGE.format(
+        releases=table("engine", "releases described, newest first", rows=list(release_rows())),
         keys=table("key", "", rows=keys),
         conditions=", ".join(f"`{f.name}`" for f in fields(Circumstances)),
         settings=table("setting", "part", "meaning", "default", "shipped", rows=list(setting_rows())),

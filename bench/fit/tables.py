@@ -22,6 +22,7 @@ from bench.fit.solve import Points
 from model.formats import ROWS, matrix_format
 from runtime.pricing.book import element_bytes
 from runtime.pricing.chip import rate_of
+from runtime.pricing.eras import order
 from runtime.pricing.work import MEASURED_BLOCKS, MlaShape
 
 PACKAGE = "aiconfigurator-core"
@@ -35,8 +36,8 @@ class System:
     folder: str
     peaks: dict[str, float]
     bandwidth: float
-    versions: dict[str, str]
-    """Engine -> table version, for tables other than those pinned below."""
+    newest: dict[str, str]
+    """Engine -> the newest release that was measured throughout; older ones are read where a table has them."""
 
 
 CURRENT = {"sglang": "0.5.14", "vllm": "0.24.0", "trtllm": "1.3.0rc20"}
@@ -81,6 +82,7 @@ class Job:
     """One kernel to fit."""
 
     key: str
+    release: str
     family: str
     points: Points
     free: tuple[str, ...]
@@ -117,11 +119,25 @@ class Tables:
         path = self.root / relative
         return pd.read_parquet(path) if path.exists() else None
 
-    def per_engine(self, family: str, name: str) -> Iterator[tuple[str, str, pd.DataFrame]]:
-        for engine, version in self.system.versions.items():
-            relative = f"{family}/{engine}/{version}/{name}.parquet"
-            if (table := self.read(relative)) is not None:
-                yield engine, f"{self.system.folder}/{relative}", table
+    def per_engine(self, family: str, name: str) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
+        """(engine, release, source, table), each engine's newest release first."""
+        for engine in self.system.newest:
+            for release in self.releases(family, engine, name):
+                relative = f"{family}/{engine}/{release}/{name}.parquet"
+                table = self.read(relative)
+                assert table is not None
+                yield engine, release, f"{self.system.folder}/{relative}", table
+
+    def releases(self, family: str, engine: str, name: str) -> list[str]:
+        """Releases of an engine that have a table, newest first, up to the newest that was measured throughout."""
+        last = order(self.system.newest[engine])
+        found = {path.parent.name for path in (self.root / family / engine).glob(f"*/{name}.parquet")}
+        kept = [(at, release) for release in found if (at := order(release)) is not None and last and at <= last]
+        return [release for _, release in sorted(kept, reverse=True)]
+
+    def superseded(self, family: str, engine: str, release: str, name: str) -> bool:
+        """Whether a later release of the engine has the same table."""
+        return release != self.releases(family, engine, name)[0]
 
     def points(self, features: dict[str, Any], milliseconds: pd.Series, groups: Any, weight_format: str) -> Points:
         peak = self.system.peaks.get(rate_of(weight_format)) or self.system.peaks["bf16"]
@@ -131,7 +147,7 @@ class Tables:
 
 
 def gemm_jobs(t: Tables) -> Iterator[Job]:
-    for engine, source, table in t.per_engine("gemm", "gemm_perf"):
+    for engine, release, source, table in t.per_engine("gemm", "gemm_perf"):
         for dtype, rows in table.groupby("gemm_dtype"):
             name = GEMM_FORMATS.get(str(dtype))
             if name is None or len(rows) < 2000:
@@ -142,26 +158,52 @@ def gemm_jobs(t: Tables) -> Iterator[Job]:
             features = {"m": rows.m, "n": rows.n, "k": rows.k, **element_bytes(name)}
             points = t.points(features, rows.latency, rows.n * 100003 + rows.k, name)
             free = ("launch_s", "compute_efficiency", "memory_efficiency", "step_s")
-            yield Job(f"gemm/{name}/{engine}", "gemm", points, free, GEMM_AXES, source)
+            yield Job(f"gemm/{name}/{engine}", release, "gemm", points, free, GEMM_AXES, source)
 
 
 def bmm_jobs(t: Tables) -> Iterator[Job]:
     """Absorbed W_UK (n=512, k=128) and W_UV (n=128, k=512) products of DeepSeek-V3, one per head."""
-    for engine, source, table in t.per_engine("mla_bmm", "mla_bmm_perf"):
+    for engine, release, source, table in t.per_engine("mla_bmm", "mla_bmm_perf"):
         rows = table[table.bmm_dtype == "bfloat16"]
         features = {"m": rows.num_tokens, "heads": rows.num_heads, "n": 512.0, "k": 128.0}
         points = t.points(features, rows.latency, rows.num_heads, "bf16")
         axes = {"m": [1, 16, 128, 1024, 16384], "heads": [1, 8, 32, 128]}
         free = ("launch_s", "compute_efficiency", "memory_efficiency")
-        yield Job(f"bmm/bf16/{engine}", "bmm", points, free, axes, source)
+        yield Job(f"bmm/bf16/{engine}", release, "bmm", points, free, axes, source)
 
 
-def moe_features(rows: pd.DataFrame, weight_format: str) -> dict[str, Any]:
-    """Features of 'balanced' rows: every local expert gets the same number of rows, or one or none."""
+ALL_CHOICES = ("sglang_fused_moe_triton", "sglang_marlin_moe")
+"""Kernels that the SGLang benchmark gave every choice of a token with a local expert, up to the release below."""
+ALL_CHOICES_UNTIL = "0.5.10"
+
+
+def chose_all(rows: pd.DataFrame, engine: str, release: str) -> pd.Series:
+    """Rows of a table whose rank computed all of a token's `topk` rows as soon as one of its experts was local.
+
+    At 8,192 balanced tokens the FLOP/s per expected row fall to 1/ep up to ep = topk and stay there, for Triton and
+    Marlin, on A100, H100 and H200, with topk 2, 6, 8 and 22 alike; tables of 0.5.14 and of other engines do not.
+    """
+    old = engine == "sglang" and (order(release) or ()) <= (order(ALL_CHOICES_UNTIL) or ())
+    return rows.kernel_source.isin(ALL_CHOICES) & old
+
+
+UNLIKE_SERVERS = ("sglang_fused_moe_triton",)
+"""Kernels that those benchmarks ran with parts that no server of the time ran, and that later tables do not have: they
+gave no number of experts, which took the activation that skips experts of other ranks (fused_moe.py: filter_expert),
+and summed up to 32 tokens eagerly. A later table of the same kernel is nearer, and its answer says that it is later."""
+
+
+def moe_features(rows: pd.DataFrame, weight_format: str, all_choices: Any = False) -> dict[str, Any]:
+    """Features of 'balanced' rows: every local expert gets the same number of rows, or one or none.
+
+    all_choices: see `chose_all`; the choices of one token then fall on the same local expert, so that no more experts
+    are active than if each had its own."""
     pairs = (rows.num_tokens * rows.topk).astype(float)
     local = rows.num_experts / rows.moe_ep_size
-    computed = np.maximum(pairs / rows.moe_ep_size, 1.0)
-    active = np.minimum(local, np.maximum(computed, 1.0))
+    mine = np.maximum(pairs / rows.moe_ep_size, 1.0)
+    active = np.minimum(local, np.maximum(mine, 1.0))
+    repeated = np.where(all_choices, np.minimum(rows.moe_ep_size, rows.topk), 1)
+    computed = np.minimum(mine * repeated, pairs)
     return {"rows": computed, "touched": pairs, "active": active, "rows_per_expert": computed / active,
             "spread": pairs / computed, "hidden": rows.hidden_size.astype(float),
             "inter": rows.inter_size / rows.moe_tp_size, **element_bytes(weight_format)}  # fmt: skip
@@ -180,9 +222,11 @@ def usable_moe(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def moe_jobs(t: Tables) -> Iterator[Job]:
-    for engine, source, table in t.per_engine("moe", "moe_perf"):
+    for engine, release, source, table in t.per_engine("moe", "moe_perf"):
         for dtype, rows in usable_moe(table).groupby("moe_dtype"):
             name = MOE_FORMATS.get(str(dtype))
+            if t.superseded("moe", engine, release, "moe_perf") and chose_all(rows, engine, release).any():
+                rows = rows[~rows.kernel_source.isin(UNLIKE_SERVERS)]
             glm = rows[(rows.hidden_size == 6144) & (rows.num_experts == 256)]
             if len(glm):  # the kernels that engine picks for GLM-5's experts, not those of other models
                 rows = rows[rows.kernel_source.isin(set(glm.kernel_source))]
@@ -197,12 +241,14 @@ def moe_jobs(t: Tables) -> Iterator[Job]:
             for suffix, part in split.items():
                 shape = part.hidden_size * 10**9 + part.inter_size * 10**5 + part.num_experts * 10
                 groups = shape + part.moe_tp_size * 1000003 + part.moe_ep_size * 7919
-                points = t.points(moe_features(part, name), part.latency, groups, name)
+                features = moe_features(part, name, chose_all(part, engine, release))
+                points = t.points(features, part.latency, groups, name)
                 free = ("launch_s", "compute_efficiency", "memory_efficiency", "step_s")
                 note = "permute, two GEMMs, activation and weighted sum; no router, no collective"
                 same = skewed[skewed.kernel_source.isin(set(part.kernel_source))]
+                same = same[~(chose_all(same, engine, release) & (same.moe_ep_size > 1))]
                 key = f"moe/{matrix_format(name).base}/{engine}{suffix}"
-                yield Job(key, "moe", points, free, MOE_AXES, source, note, skewed=same)
+                yield Job(key, release, "moe", points, free, MOE_AXES, source, note, skewed=same)
 
 
 def _latent(kv: str, scaled: bool = False) -> float:
@@ -215,7 +261,7 @@ def attention_jobs(t: Tables) -> Iterator[Job]:
     free = ("launch_s", "compute_efficiency", "memory_efficiency")
     for phase, name in (("decode", "generation"), ("prefill", "context")):
         axes = DECODE_AXES if phase == "decode" else PREFILL_AXES
-        for engine, source, table in t.per_engine("attention", f"{name}_attention_perf"):
+        for engine, release, source, table in t.per_engine("attention", f"{name}_attention_perf"):
             ratio = table.num_heads / table.num_key_value_heads
             full = table["window_size"] == 0 if "window_size" in table else True
             rows = table[(table.head_dim == 128) & full & ratio.between(4, 16)]
@@ -227,15 +273,15 @@ def attention_jobs(t: Tables) -> Iterator[Job]:
                 per_token = part.num_key_value_heads * 256.0 * (2.0 if fmt == "bf16" else 1.0)
                 features = _attention_features(part, phase, per_token, 128.0, 128.0)
                 points = t.points(features, part.latency, _shape_groups(part), "bf16")
-                yield Job(f"gqa_{phase}/{fmt}/{engine}", "attention", points, free, axes, source)
-        for engine, source, table in t.per_engine("mla", f"{name}_mla_perf"):
+                yield Job(f"gqa_{phase}/{fmt}/{engine}", release, "attention", points, free, axes, source)
+        for engine, release, source, table in t.per_engine("mla", f"{name}_mla_perf"):
             for kv, part in table.groupby("kv_cache_dtype"):
                 fmt = KV_FORMATS[str(kv)]
                 dims = (576.0, 512.0) if phase == "decode" else (192.0, 128.0)
                 per_token = _latent(fmt) if phase == "decode" else part.num_heads * 640.0
                 features = _attention_features(part, phase, per_token, *dims)
                 points = t.points(features, part.latency, _shape_groups(part), "bf16")
-                yield Job(f"mla_{phase}/{fmt}/{engine}", "attention", points, free, axes, source)
+                yield Job(f"mla_{phase}/{fmt}/{engine}", release, "attention", points, free, axes, source)
 
 
 def _attention_features(rows: pd.DataFrame, phase: str, kv_bytes: Any, qk: float, v: float) -> dict[str, Any]:
@@ -271,25 +317,24 @@ def block_jobs(t: Tables) -> Iterator[Job]:
              ("mla", "mla_generation_module_perf", "decode"),
              ("mla", "mla_context_module_perf", "prefill"))  # fmt: skip
     for folder, name, phase in names:
-        for engine, source, table in t.per_engine(folder, name):
+        for engine, release, source, table in t.per_engine(folder, name):
             dense = table.kernel_source.str.contains("dense_mha")
             table = table[~(dense & table.model.str.contains("5.2"))]  # a second run with another host floor
-            yield from _blocks(t, table.assign(model=table.model.map(MODELS)), phase, engine, source)
+            yield from _blocks(t, table.assign(model=table.model.map(MODELS)), phase, engine, release, source)
     for name, phase in (("wideep_generation_mla_perf", "decode"), ("wideep_context_mla_perf", "prefill")):
-        source = f"mla/sglang/0.5.10/{name}.parquet"
-        table = t.read(source)
-        if table is None:
-            continue
-        rows = table[table.kernel_source.isin(["fa3", "trtllm_mla"])]
-        rows = rows if len(rows) else table
-        if phase == "decode":
-            rows = rows.assign(step=rows.isl)
-        # The tables say fp8 in every row, but these engines run MLA with a 16-bit cache unless told otherwise.
-        rows = rows.assign(model="dsv3", kv_cache_dtype="bfloat16")
-        yield from _blocks(t, rows, phase, "sglang", f"{t.system.folder}/{source}")
+        for engine, release, source, table in t.per_engine("mla", name):
+            rows = table[table.kernel_source.isin(["fa3", "trtllm_mla"])]
+            rows = rows if len(rows) else table
+            if phase == "decode":
+                rows = rows.assign(step=rows.isl)
+            # The tables say fp8 in every row, but these engines run MLA with a 16-bit cache unless told otherwise.
+            rows = rows.assign(model="dsv3", kv_cache_dtype="bfloat16")
+            if "gemm_type" not in rows:  # the checkpoint's own, as in later tables
+                rows = rows.assign(gemm_type="fp8_block")
+            yield from _blocks(t, rows, phase, engine, release, source)
 
 
-def _blocks(t: Tables, table: pd.DataFrame, phase: str, engine: str, source: str) -> Iterator[Job]:
+def _blocks(t: Tables, table: pd.DataFrame, phase: str, engine: str, release: str, source: str) -> Iterator[Job]:
     table = table[table.model.notna() & table.gemm_type.isin(["bfloat16", "fp8_block"])]
     if phase == "decode" and engine == "sglang":
         table = table[table.batch_size <= 256]  # larger batches fall out of the captured graph and jump 8x
@@ -312,13 +357,15 @@ def _blocks(t: Tables, table: pd.DataFrame, phase: str, engine: str, source: str
         latent_bytes = _latent(fmt, scaled=sparse and t.family == "hopper" and engine in ("sglang", "vllm"))
         features = block_features(rows, phase, str(model), latent_bytes, weight, mode == "dense", mode == "index")
         points = t.points(features, rows.latency, _shape_groups(rows) * 7 + rows.isl, weight)
-        yield Job(f"block_{phase}/{model}/{mode}/{fmt}/{weight}/{engine}", "mla_block", points, free, axes, source,
+        key = f"block_{phase}/{model}/{mode}/{fmt}/{weight}/{engine}"
+        yield Job(key, release, "mla_block", points, free, axes, source,
                   "normed input to output projection; no norm, no collective", fixed)  # fmt: skip
 
 
 def dsa_kernel_jobs(t: Tables) -> Iterator[Job]:
     """Prefill kernels of the sparse path alone, used to share a block's time out and for other shapes."""
-    folder = f"sparse_attention/sglang/{t.system.versions['sglang']}"
+    release = t.system.newest["sglang"]
+    folder = f"sparse_attention/sglang/{release}"
     shape = SHAPES["glm5"]
     axes = {"tokens": [256, 1024, 4096, 16384], "context": [64, 512, 2048, 8192, 32768, 131072]}
     for name, family in (("glm5_mqa_logits", "index_scores"), ("glm5_topk", "select_topk"),
@@ -338,7 +385,7 @@ def dsa_kernel_jobs(t: Tables) -> Iterator[Job]:
         points = t.points(features, table.latency, table.batch_size * 100003 + table.isl, "fp8-block")
         free = ("launch_s", "compute_efficiency", "memory_efficiency")
         key = {"attention": "sparse_prefill"}.get(family, family)
-        yield Job(f"{key}/fp8/sglang", family, points, free, axes, f"{t.system.folder}/{source}")
+        yield Job(f"{key}/fp8/sglang", release, family, points, free, axes, f"{t.system.folder}/{source}")
 
 
 def all_jobs(t: Tables) -> Iterator[Job]:

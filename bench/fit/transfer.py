@@ -58,7 +58,7 @@ def transfer_jobs() -> dict[str, tuple[Job, Fit, dict[str, list[float]]]]:
     for chip in CHIPS:
         for job in all_jobs(Tables(systems[chip])):
             if job.key in jobs and chip not in LEFT_OUT.get(job.key, ()):
-                jobs[job.key][chip] = job
+                jobs[job.key].setdefault(chip, job)  # the newest release comes first
     out = {}
     for key, by_chip in jobs.items():
         if len(by_chip) < 2:

@@ -28,8 +28,10 @@ def chips(incomplete: str) -> list[str]:
 
 def engines(incomplete: str) -> list[str]:
     """Engine descriptions."""
-    from runtime.deployment.engines.loader import names
+    from runtime.deployment.engines.loader import described, names
 
+    if "@" in incomplete:
+        return _begun([f"{name}@{release}" for name in names() for release in described(name)], incomplete)
     return _begun(names(), incomplete)
 
 

@@ -22,7 +22,7 @@ from runtime.deployment.engines import ENGINES_HELP
 
 if TYPE_CHECKING:
     from hw_profiles.loader import Override
-    from runtime.deployment.plan import Plan
+    from runtime.deployment.plan import Percentile, Plan
     from runtime.planning.options import Question
     from runtime.planning.search import Chips
 
@@ -31,6 +31,7 @@ app.command("experts")(plan_experts)
 app.command("check")(plan_check)
 app.command("launch")(plan_launch)
 
+PERCENTILES: Mapping[str, Percentile | None] = {"mean": None, "50": 50, "90": 90, "99": 99}
 QUIET_SECONDS = 1.0
 """Searches that take longer say on stderr what they are doing."""
 
@@ -61,8 +62,12 @@ def plan(
         int | None, typer.Option(min=1, help="Requests in flight [default: the most the targets allow].")
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Requests a second, instead.")] = None,
-    ttft_ms: Annotated[float | None, typer.Option(help="Target: mean time to the first token.")] = None,
-    tpot_ms: Annotated[float | None, typer.Option(help="Target: mean time per output token.")] = None,
+    ttft_ms: Annotated[float | None, typer.Option(help="Target: time to the first token.")] = None,
+    tpot_ms: Annotated[float | None, typer.Option(help="Target: time per output token.")] = None,
+    percentile: Annotated[
+        Literal["mean", "50", "90", "99"],
+        typer.Option(help="What the targets bound: the mean over requests, or this percentile of them."),
+    ] = "mean",
     objective: Annotated[
         Literal["throughput", "latency", "min-devices"], typer.Option(help="What to make best within the targets.")
     ] = "throughput",
@@ -79,6 +84,11 @@ def plan(
     expert_load: Annotated[
         Path | None, typer.Option(help="Tokens of each expert: .npy of MoE layers x experts. Decides redundant slots.")
     ] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Hold tensor parallelism to this.")] = None,
+    dp: Annotated[int | None, typer.Option(min=1, help="Hold attention data parallelism to this.")] = None,
+    ep: Annotated[int | None, typer.Option(min=1, help="Hold expert parallelism to this: 1 or tp x dp.")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, help="Hold pipeline stages to this.")] = None,
+    max_pp: Annotated[int | None, typer.Option(min=1, help="Pipeline stages at most.")] = None,
     engine: Annotated[str, typer.Option(autocompletion=completion.engines, help=ENGINES_HELP)] = "sglang",
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Override chip.*, link.*, overhead.* or engine.*: field=value.")
@@ -116,12 +126,14 @@ def plan(
         raise UsageError(f"{cfg.name} has no MTP layer to draft with: leave out --mtp")
     question = Question(
         cfg,
-        Demand(isl, osl, length_ratio, concurrency, rate, ttft_ms, tpot_ms, objective),
+        Demand(isl, osl, length_ratio, concurrency, rate, ttft_ms, tpot_ms, objective, PERCENTILES[percentile]),
         engine,
         None if formats == "auto" else formats,
         None if kv == "auto" else kv,
         mtp,
         of_engine,
+        {axis: degree for axis, degree in (("tp", tp), ("dp", dp), ("ep", ep), ("pp", pp)) if degree is not None},
+        max_pp,
     )
     chips = _chips(profile or ["h200-sxm"], devices, 384 if objective == "min-devices" else 8, of_chip)
     found = _answer(question, chips, expert_load)

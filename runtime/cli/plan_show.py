@@ -114,7 +114,10 @@ def _predicted(console: object, plan: Plan) -> None:
             continue
         low, high = got.band.get(name, (stats["mean"], stats["mean"]))
         target = getattr(plan.demand, name)
+        bound = plan.demand.statistic
         wanted = f", target {target:,.1f}" if target is not None else ""
+        if wanted and bound != "mean":
+            wanted = f"; {bound} {stats[bound] or 0.0:,.1f}{wanted}"
         title = name.removesuffix("_ms").upper()
         console.print(f"{title} {stats['mean']:,.1f} ms (9 in 10 expected within {low:,.1f} to {high:,.1f}){wanted}")
     _verdict(console, plan)
@@ -155,7 +158,7 @@ def _parts(device: Device) -> dict[str, float]:
         "weights": held.weights_total_bytes,
         "KV": held.kv_bytes,
         "activations": held.activation_bytes,
-        "other": held.communication_bytes + held.runtime_bytes,
+        "other": held.communication_bytes + held.runtime_bytes + held.workspace_bytes,
         "free": held.free_bytes,
     }
 

@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
 def result_of(spec: Spec, built: Built, report: Report, devices: int, replicas: int) -> dict[str, Any]:
     """The JSON object: what was simulated, the report, and the bands."""
-    from runtime.pricing.bands import band
-    from runtime.simulation.validation import report_half_widths
+    from runtime.simulation.trust import report_bands
 
-    halves = report_half_widths(built, report, replicas)
+    bands = report_bands(built, report, replicas)
     figures = report.to_json()
     return {
         "model": spec.cfg.name,
@@ -33,10 +32,11 @@ def result_of(spec: Spec, built: Built, report: Report, devices: int, replicas: 
         "engine": spec.engine.name,
         **figures,
         "band": {
-            f"{name}_ms": band(figures[f"{name}_ms"]["mean"], halves[name])
+            f"{name}_ms": bands[name].around(figures[f"{name}_ms"]["mean"])
             for name in ("ttft", "tpot")
             if figures[f"{name}_ms"]["mean"] is not None
         },
+        "band_basis": {name: found.basis for name, found in bands.items()},
         "ledger": ledger_json(built.ledger),
     }
 

@@ -78,7 +78,7 @@ def validate(
             "ttft_residual",
             "output_tok_s_residual",
         )
-        shown = [f"{key} {group[key]:{'+.1%' if key.endswith('residual') else '.1%'}}" for key in keys if key in group]
+        shown = [f"{key} {group[key]:{'+.1%' if key.endswith('residual') else '.1%'}}" for key in keys]
         apart = f" (apart: {group['apart']})" if group.get("apart") else ""
         console.print(f"{name}, {group['rows']} rows: {', '.join(shown)}{apart}")
     for key, value in result["over_groups"].items():

@@ -19,6 +19,7 @@ from model.formats import CacheFormats, Formats
 from model.split import Layout, share_bytes
 from model.weights import layer_weights, outer_weights, stage_outer
 from runtime.deployment.engines import Engine
+from runtime.deployment.engines.reserve import reserve
 
 
 def stage_weight_bytes(
@@ -119,7 +120,8 @@ def activation_bytes(cfg: ModelConfig, layout: Layout, step_tokens: int) -> floa
 
 @dataclasses.dataclass(frozen=True)
 class Ledger:
-    """A device's memory, bytes. `free_bytes` is what the engine's fraction leaves unused."""
+    """A device's memory, bytes. `free_bytes` is what the engine's fraction leaves unused; workspace_bytes: what the
+    engine allocates beside weights as it starts."""
 
     DERIVED: ClassVar = ("free_bytes",)  # written beside the fields
 
@@ -131,6 +133,7 @@ class Ledger:
     communication_bytes: float
     runtime_bytes: float
     kv_bytes_per_token: float
+    workspace_bytes: float = 0.0
 
     @property
     def weights_total_bytes(self) -> float:
@@ -138,7 +141,7 @@ class Ledger:
 
     @property
     def free_bytes(self) -> float:
-        used = self.weights_total_bytes + self.kv_bytes + self.activation_bytes
+        used = self.weights_total_bytes + self.kv_bytes + self.activation_bytes + self.workspace_bytes
         return self.usable_bytes - used - self.communication_bytes - self.runtime_bytes
 
     @property
@@ -150,6 +153,7 @@ class Ledger:
         rows = [("usable", self.usable_bytes)]
         rows += [(f"- weights: {k}", -v) for k, v in sorted(self.weights_bytes.items(), key=lambda kv: -kv[1])]
         rows += [
+            *([("- engine's workspaces", -self.workspace_bytes)] if self.workspace_bytes else []),
             ("- activations", -self.activation_bytes),
             ("- communication buffers", -self.communication_bytes),
             ("- runtime", -self.runtime_bytes),
@@ -182,12 +186,15 @@ def stage_ledgers(
     stages = []
     for stage in range(layout.pp):
         weights = stage_weight_bytes(cfg, layout, formats, stage, mtp, redundant_slots)
-        temporary = activation_bytes(cfg, layout, step_tokens)
+        here = len(layout.stage_layers(cfg.num_layers)[stage]) + (
+            cfg.mtp_layers if mtp and stage == layout.pp - 1 else 0
+        )
+        kept = reserve(engine, cfg, layout, formats.cache, here, activation_bytes(cfg, layout, step_tokens))
         overhead = communication_bytes + runtime_bytes
         kv = engine.kv_bytes(
             device_bytes=usable_bytes,
-            weight_bytes=sum(weights.values()),
-            activation_bytes=temporary,
+            weight_bytes=sum(weights.values()) + kept.workspaces,
+            activation_bytes=kept.peak,
             runtime_bytes=overhead,
         )
         per_token = stage_kv_bytes_per_token(cfg, layout, formats, stage, mtp)
@@ -199,10 +206,11 @@ def stage_ledgers(
                 usable_bytes,
                 weights,
                 max(kv, 0.0),
-                temporary,
+                kept.peak,
                 communication_bytes,
                 runtime_bytes,
                 per_token,
+                kept.workspaces,
             )
         )
     return stages

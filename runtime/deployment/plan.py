@@ -37,6 +37,9 @@ _HASH = re.compile(r'^"hash": "([0-9a-f]{64})",$', re.MULTILINE)
 
 PoolRole = Literal["serve", "prefill", "decode"]
 Objective = Literal["throughput", "latency", "min-devices"]
+Percentile = Literal[50, 90, 99]
+Figures = Mapping[str, float | None]
+"""Of one quantity: "mean", "p50", "p90" and "p99"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Demand:
     """What is asked of a plan: request lengths in tokens (uniform in [length_ratio x L, L]), load, targets.
 
     concurrency: requests in flight (closed loop), or rate: requests a second (open loop); one of them. ttft_ms and
-    tpot_ms are bounds on the means. objective: what is made best among the plans that meet them.
+    tpot_ms bound the means over requests, or with percentile that percentile of them. objective: what is made best
+    among the plans that meet them.
     """
 
     isl: int = 8192
@@ -63,6 +67,25 @@ class Demand:
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     objective: Objective = "throughput"
+    percentile: Percentile | None = None
+
+    @property
+    def statistic(self) -> str:
+        """What the targets bound, as reports name it: "mean", "p50", "p90" or "p99"."""
+        return "mean" if self.percentile is None else f"p{self.percentile}"
+
+    def wants(self) -> list[str]:
+        """What is asked beside the load, in words."""
+        which = "" if self.percentile is None else f"{self.statistic} "
+        named = (("TTFT", self.ttft_ms), ("TPOT", self.tpot_ms))
+        return [f"{which}{name} up to {target:,.4g} ms" for name, target in named if target is not None]
+
+    def over(self, ttft_ms: Figures, tpot_ms: Figures) -> float:
+        """By how much the targets are missed: the sum of the relative excesses."""
+        named = ((self.ttft_ms, ttft_ms), (self.tpot_ms, tpot_ms))
+        return sum(
+            max((stats[self.statistic] or 0.0) / target - 1, 0.0) for target, stats in named if target is not None
+        )
 
     @property
     def lengths(self) -> str:
@@ -77,15 +100,17 @@ class Demand:
             return f"{self.rate:g} requests/s"
         return "its own load" if self.concurrency is None else f"{self.concurrency:,} requests in flight"
 
-    def missed(self, ttft_ms: float | None, tpot_ms: float | None, served_per_s: float, kept_up: bool) -> list[str]:
-        """Which of what was asked is missed, in words, and by how much: from the means, and the requests served a
+    def missed(self, ttft_ms: Figures, tpot_ms: Figures, served_per_s: float, kept_up: bool) -> list[str]:
+        """Which of what was asked is missed, in words, and by how much: from the statistics, and the requests served a
         second. kept_up: the backlog does not grow."""
         found = []
         if self.rate is not None and not kept_up:
             found.append(f"{self.rate:g} requests/s asked, {served_per_s:.3g} served, and the backlog grows")
-        for name, target, got in (("TTFT", self.ttft_ms, ttft_ms), ("TPOT", self.tpot_ms, tpot_ms)):
+        which = "" if self.percentile is None else f"{self.statistic} "
+        for name, target, stats in (("TTFT", self.ttft_ms, ttft_ms), ("TPOT", self.tpot_ms, tpot_ms)):
+            got = stats[self.statistic]
             if target is not None and got is not None and got > target:
-                found.append(f"{name} {got:,.1f} ms, {target:,.1f} asked")
+                found.append(f"{which}{name} {got:,.1f} ms, {target:,.1f} asked")
         return found
 
 
@@ -211,10 +236,11 @@ class Predicted:
     """What the serving simulator expects of a plan under its demand, with how far to trust it.
 
     ttft_ms, tpot_ms, e2e_ms: mean, p50, p90, p99. band: for "ttft_ms" and "tpot_ms", what should hold the measured
-    mean nine times in ten. evidence: the weakest grade of what went in; extrapolated: share of steps outside a fit's
-    range. requests_per_s, output_tokens_per_s: over a steady window, ramp and drain left out; ..._per_device: of the
-    devices that are used. meets_targets: by the means, and by whether the rate asked for is kept up with. assumed: what
-    nobody gave, and what was taken for it, in words; the evidence is then "assumed".
+    mean nine times in ten; band_basis: on what it rests, for TPOT. evidence: the weakest grade of what went in;
+    extrapolated: share of steps outside a fit's range. requests_per_s, output_tokens_per_s: over a steady window, ramp
+    and drain left out; ..._per_device: of the devices that are used. meets_targets: by what they bound, and by whether
+    the rate asked for is kept up with. assumed: what nobody gave, and what was taken for it, in words; the evidence is
+    then "assumed".
     """
 
     concurrency: int | None
@@ -223,9 +249,9 @@ class Predicted:
     output_tokens_per_s: float
     output_tokens_per_s_per_device: float
     output_tokens_per_s_per_user: float | None
-    ttft_ms: Mapping[str, float | None]
-    tpot_ms: Mapping[str, float | None]
-    e2e_ms: Mapping[str, float | None]
+    ttft_ms: Figures
+    tpot_ms: Figures
+    e2e_ms: Figures
     band: Mapping[str, tuple[float, float]]
     evidence: str
     extrapolated: float
@@ -235,11 +261,12 @@ class Predicted:
     bottleneck: str
     meets_targets: bool
     assumed: tuple[str, ...] = ()
+    band_basis: str = ""
 
     def missed(self, demand: Demand) -> list[str]:
         """What of the demand is missed, in words."""
         kept_up = not self.saturated_by
-        return demand.missed(self.ttft_ms["mean"], self.tpot_ms["mean"], self.requests_per_s, kept_up)
+        return demand.missed(self.ttft_ms, self.tpot_ms, self.requests_per_s, kept_up)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,7 +75,8 @@ def _device(stated: Device, found: Device, pool: Pool, where: str) -> list[str]:
 
 def _ledger(stated: Ledger, found: Ledger, where: str) -> list[str]:
     wrong = _numbers(dict(stated.weights_bytes), dict(found.weights_bytes), f"{where}.weights_bytes")
-    names = ("capacity_bytes", "usable_bytes", "kv_bytes", "activation_bytes", "communication_bytes", "runtime_bytes")
+    names = ("capacity_bytes", "usable_bytes", "kv_bytes", "activation_bytes", "communication_bytes", "runtime_bytes",
+             "workspace_bytes")  # fmt: skip
     for name in names:
         if not _same(getattr(stated, name), getattr(found, name)):
             wrong.append(f"{where}.{name}: {getattr(stated, name):,.0f}, recomputed {getattr(found, name):,.0f}")

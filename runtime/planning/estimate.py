@@ -23,7 +23,6 @@ import numpy as np
 from runtime.deployment.plan import Demand
 from runtime.planning.options import Option
 from runtime.serving.pricing import BatchShape
-from runtime.serving.replica import with_host_time
 from runtime.simulation.build import PriceTables, pricer_of, speculation
 
 _LONGEST_SWEEP = 4096
@@ -90,7 +89,7 @@ class OptionPrices:
     def front_seconds(self) -> float:
         """From the client to the scheduler and back, and tokenising."""
         engine = self.engine
-        return engine.request_seconds + engine.response_seconds + self.prompt * engine.tokenize_seconds_per_token
+        return engine.front_seconds(self.prompt) + engine.request_delay_seconds + engine.response_seconds
 
     def _decode_seconds(self, sequences: int) -> float:
         """A decode step of `sequences` requests at their mean context."""
@@ -99,9 +98,8 @@ class OptionPrices:
         return self._seconds(BatchShape(np.full(sequences, context), self.query_tokens, [], rows, graphed))
 
     def _seconds(self, shape: BatchShape) -> float:
-        engine = self.engine
-        host = engine.graph_step_host_seconds if shape.graphed else engine.eager_step_host_seconds
-        return with_host_time(self.pricer.seconds(shape), host, engine.overlap_scheduling)
+        pieces = not shape.graphed and self.engine.in_pieces(shape.decode_count, shape.prefill_tokens, shape.tokens)
+        return self.engine.step_seconds(self.pricer.seconds(shape), shape.graphed, pieces)
 
     def _prefill_seconds(self, decoding: int) -> tuple[float, float]:
         """(seconds until a prompt is computed, seconds by which it delays `decoding` requests)."""

@@ -94,7 +94,7 @@ def pool_kv(
 
     host_ratio: host pool over device pool. A pool that only decodes has no break-even: it computes no prompts.
     """
-    engine = engine_for(pool.engine, cfg, profile, pool.layout, dict(pool.settings))
+    engine = engine_for(pool.engine, cfg, profile, pool.layout, dict(pool.settings), pool.drafts)
     wanted = request_tokens(pool, demand)
     tiers = _tiers(pool, profile, host_ratio)
     points: list[Point] = []
@@ -188,13 +188,12 @@ def _shardings(cfg: ModelConfig, pool: Pool, engine: Engine, wanted: int) -> tup
 
 def prefill_seconds(engine: Engine, pricer: StepPricer, tokens: int, before: int = 0) -> float:
     """Steps that compute `tokens` of a prompt behind `before` cached ones, in chunks, with host time."""
-    from runtime.serving.replica import with_host_time
-
     chunk = engine.chunked_prefill_tokens or tokens
     total = 0.0
     for start in range(0, tokens, chunk):
-        shape = BatchShape(prefill_chunks=[(min(chunk, tokens - start), before + start)])
-        total += with_host_time(pricer.seconds(shape), engine.eager_step_host_seconds, engine.overlap_scheduling)
+        new = min(chunk, tokens - start)
+        shape = BatchShape(prefill_chunks=[(new, before + start)])
+        total += engine.step_seconds(pricer.seconds(shape), False, engine.in_pieces(0, new, new))
     return total
 
 

@@ -38,7 +38,8 @@ _PP_KEPT = 2
 class Question:
     """What a search is asked, beside the chips: the model, the load and what is given rather than searched.
 
-    scheme, kv: None to search. drafts: tokens of multi-token prediction a step.
+    scheme, kv: None to search. drafts: tokens of multi-token prediction a step. held: degrees of "tp", "dp", "ep" and
+    "pp" that a layout must have; most_pp: pipeline stages at most.
     """
 
     cfg: ModelConfig
@@ -48,12 +49,19 @@ class Question:
     kv: str | None = None
     drafts: int = 0
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    held: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    most_pp: int | None = None
+
+    def admits(self, stage: Layout) -> bool:
+        """Whether the layout of a stage is one of those that may be searched."""
+        return all(getattr(stage, axis) == degree for axis, degree in self.held.items() if axis != "pp")
 
     def spec(
         self, profile: Profile, layout: Layout, formats: str | Scheme, kv: str, settings: Mapping[str, Any], **more: Any
     ) -> Spec:
         """A deployment that may answer it. settings: of the engine, beside those that are given."""
-        asked = {**self.settings, **settings}
+        mode = load(self.engine).planned_graph_mode
+        asked = {**({"graph_mode": mode} if mode else {}), **self.settings, **settings}
         return spec_for(self.cfg, profile, layout, formats, kv, self.engine, asked, drafts=self.drafts, **more)
 
 
@@ -128,7 +136,7 @@ def _tight_fraction(spec: Spec) -> float:
     fractions = []
     for held in memories(spec):
         overhead = held.communication_bytes + held.runtime_bytes
-        left = held.usable_bytes - held.weights_total_bytes - held.activation_bytes - overhead
+        left = held.usable_bytes - held.weights_total_bytes - held.workspace_bytes - held.activation_bytes - overhead
         cache = left - _MARGIN * held.usable_bytes
         of = spec.engine.memory_fraction_of
         if of == "free-before-load":
@@ -242,14 +250,17 @@ def pair_refused(question: Question, prefill: Option, decode: Option) -> str | N
     return unsupported(engine.kind, engine.release, pair_facts(question.cfg, ends[0], ends[1]))
 
 
-def layouts(devices: int) -> Iterator[tuple[Layout, list[int]]]:
-    """Every tp x dp, with experts by tensor and by expert, and the numbers of stages to try with it, fewest first.
+def layouts(devices: int, held: int | None = None) -> Iterator[tuple[Layout, list[int]]]:
+    """Every tp x dp, with experts by tensor and by expert, and the numbers of stages to try with it, fewest first: the
+    one that is held to, or several.
 
     Stages have a number of devices that divides `devices` or is a power of two.
     """
     sizes = {size for size in range(1, devices + 1) if devices % size == 0 or size & (size - 1) == 0}
     for size in sorted(sizes):
-        stages = sorted({pp for pp in (*_PP, devices // size) if pp * size <= devices})
+        stages = sorted({pp for pp in ((held,) if held else (*_PP, devices // size)) if pp * size <= devices})
+        if not stages:
+            continue
         for tp in (tp for tp in range(1, size + 1) if size % tp == 0):
             for ep in sorted({1, size}):
                 yield Layout(tp=tp, dp=size // tp, ep=ep), stages
@@ -273,7 +284,11 @@ def options(question: Question, profile: Profile, devices: int) -> tuple[list[Op
     wanted, left_out = schemes(question, profile)
     rejected = {each.name: each.reason for each in left_out}
     most = int(question.demand.isl) + int(question.demand.osl) + question.drafts
-    for scheme, (base, stages) in itertools.product(wanted, list(layouts(devices))):
+    held = [(base, stages) for base, stages in layouts(devices, question.held.get("pp")) if question.admits(base)]
+    if not held:
+        asked = ", ".join(f"{axis} {degree}" for axis, degree in question.held.items())
+        rejected[f"layouts on {profile.name}"] = f"none on {devices} devices has {asked}"
+    for scheme, (base, stages) in itertools.product(wanted, held):
         try:
             base.check(question.cfg)
         except UsageError as error:
@@ -282,6 +297,8 @@ def options(question: Question, profile: Profile, devices: int) -> tuple[list[Op
         for kv in kv_formats(question, profile):
             kept = 0
             for pp in stages:
+                if pp > (question.most_pp or pp):
+                    continue
                 layout = dataclasses.replace(base, pp=pp)
                 name = f"{layout.name} on {profile.name}, {scheme.name}, KV {kv}"
                 try:

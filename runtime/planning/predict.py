@@ -16,11 +16,10 @@ from foundation.errors import UsageError
 from hw_profiles import Profile
 from model.config import ModelConfig
 from runtime.deployment.plan import Demand, Plan, Predicted
-from runtime.pricing.bands import band
 from runtime.serving import Report, Uniform, Workload, closed_loop, open_loop, simulate
 from runtime.simulation.build import PriceTables, require_positions
 from runtime.simulation.planned import Deployed, deployed
-from runtime.simulation.validation import report_half_widths
+from runtime.simulation.trust import report_bands
 
 DEFAULT_CONCURRENCY = 16
 OPEN_LOOP = 500
@@ -91,7 +90,7 @@ def whole(report: Report, shares: float, plan: Plan) -> Report:
 def predicted(plan: Plan, report: Report, share: Deployed, shares: float) -> Predicted:
     """The plan's figures from a share's report."""
     of_all = whole(report, shares, plan)
-    halves = report_half_widths(share.serving, report, share.serving.deployment.replicas)
+    bands = report_bands(share.serving, report, share.serving.deployment.replicas)
     figures = {name: getattr(report, name).in_ms() for name in ("ttft", "tpot", "e2e")}
     demand = plan.demand
     per_user = of_all.output_tokens_per_s_per_user
@@ -109,8 +108,9 @@ def predicted(plan: Plan, report: Report, share: Deployed, shares: float) -> Pre
             f"{name}_ms": (low, high)
             for name in ("ttft", "tpot")
             if (mean := figures[name]["mean"]) is not None
-            for low, high in [band(mean, halves[name])]
+            for low, high in [bands[name].around(mean)]
         },
+        band_basis=bands["tpot"].basis,
         evidence=report.evidence,
         extrapolated=report.extrapolated,
         kv_peak_fraction=report.kv.peak_fraction,
@@ -125,4 +125,4 @@ def predicted(plan: Plan, report: Report, share: Deployed, shares: float) -> Pre
 def missed(demand: Demand, of_all: Report) -> list[str]:
     """What a report of a whole plan misses of its demand, in words."""
     kept_up = not of_all.saturated
-    return demand.missed(of_all.ttft.in_ms()["mean"], of_all.tpot.in_ms()["mean"], of_all.requests_per_s, kept_up)
+    return demand.missed(of_all.ttft.in_ms(), of_all.tpot.in_ms(), of_all.requests_per_s, kept_up)

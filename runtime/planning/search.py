@@ -359,10 +359,7 @@ class _Search:
 
 def merit(figures: Predicted, demand: Demand) -> tuple[float, float]:
     """As `score`, of simulated figures."""
-    missed = 0.0
-    for target, stats in ((demand.ttft_ms, figures.ttft_ms), (demand.tpot_ms, figures.tpot_ms)):
-        if target is not None:
-            missed += max((stats["mean"] or 0.0) / target - 1, 0.0)
+    missed = demand.over(figures.ttft_ms, figures.tpot_ms)
     if demand.rate is not None and figures.saturated_by:
         missed += max(1 - figures.requests_per_s / demand.rate, GROWTH)
     if demand.objective == "latency" or demand.rate is not None:

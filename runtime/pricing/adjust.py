@@ -18,7 +18,7 @@ BESIDE = (
         f"link.scale_up.{name}"
         for name in ("bandwidth_bytes_per_s", "latency_s", "cross_node_latency_s", "domain_devices")
     ),
-    *(f"link.scale_out.{name}" for name in ("bandwidth_bytes_per_s", "latency_s")),
+    *(f"link.scale_out.{name}" for name in ("bandwidth_bytes_per_s", "latency_s", "collective_latency_s")),
     *(f"overhead.{name}_s" for name in ("kernel_launch", "vector_launch", "collective_launch")),
     *(f"efficiency.{name}" for name in ("compute", "memory", "network")),
 )

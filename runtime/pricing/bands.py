@@ -1,39 +1,189 @@
-"""How far to trust a simulated figure: the half-width of a band that should hold the truth nine times in ten.
+"""How far to trust a simulated figure: an interval that should hold the truth nine times in ten, and what it rests on.
 
-Three independent parts, added in quadrature: the held-out error of the operator prices that the figure is
-made of (by time; correlated within a kind of operator, independent between kinds), what the engine description cannot
-know of a release and its settings, and what a run's own arrival pattern leaves open. The second and third
-were set once by reasoning about what they stand for and are checked against measurements by
-`glm5 validate`, not fitted row by row. A figure outside a fit's range, or on a chip without
-measurements, takes the wider parts.
+The unit is a deployment group: rows of one source, model, chip, engine release and layout share their errors, so that
+ten rows of one server teach as much as one. A row's residual is r = ln(measured / predicted) = bias + group + row.
+`residuals.json` holds those of every published deployment that was predicted, with what kind of prediction it was;
+`python -m bench.fit_bands` makes it. A band is the interval of one more row of one more group of the same kind:
+
+- a kind is the engine, how its operators are priced on the chip (tables of its own, or carried over) and the regime
+  that the run was in. Where fewer than `FEW` groups are of that kind, the next wider kind that has as many is asked
+  (its engine, its regime, all), the interval is widened by a quarter, and the answer says so;
+- the middle is the groups' mean, drawn towards zero as it is uncertain: with few groups a bias is mostly chance;
+- to either side, Student's t at 95 % over the groups' means times sqrt(between^2 (1 + 1/G) + within^2);
+- operator prices that are less certain than those of the groups were, and steps outside a fit's range, add to it.
+
+Sources of the form: Dunn et al., arXiv 1809.07441 and Lee et al., arXiv 2306.06342 (one row a group; hierarchical
+data); with so few groups the t interval is taken where theirs would be the largest residual seen.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
-ENGINE_TPOT = 0.17  # release-to-release spread of one engine's decode step on one chip
-ENGINE_TTFT = 0.21  # the same for host time, tokenisation and scheduling in front of the first token
-UNMEASURED_CHIP = 0.10  # no operator was measured on this chip
+FEW = 4
+"""Groups from which a kind has an interval of its own."""
+WIDENED = 1.25
+USUAL_PRICE_ERROR = 0.08
+"""Held-out error of the operator prices that the groups' predictions were made of, by time: the median of them."""
 EXTRAPOLATED = 0.10
-SATURATED_TTFT = 0.40  # queueing time magnifies every error of the pool's size and of the service rate
+"""What steps outside the range of a fit add, by their share."""
+_FILE = Path(__file__).with_name("residuals.json")
+_T95 = (
+    6.31,
+    2.92,
+    2.35,
+    2.13,
+    2.02,
+    1.94,
+    1.89,
+    1.86,
+    1.83,
+    1.81,
+    1.80,
+    1.78,
+    1.77,
+    1.76,
+    1.75,
+    1.75,
+    1.74,
+    1.73,
+    1.73,
+)
+"""Student's t, 95 %, one-sided, for 1, 2, .. degrees of freedom; 1.65 beyond."""
 
 
-def half_width(kind: str, price_error: float, measured_chip: bool, extrapolated: float, saturated: bool) -> float:
-    """Relative half-width of the band of a "tpot", "ttft" or "step" figure.
+@dataclass(frozen=True)
+class PredictionKind:
+    """engine: its kind. priced: "measured" (operator tables of the chip), "carried" (from other chips), or "own" (the
+    chip's own calibration). regime: "steady", "eager" (most of the time in steps without graphs) or "saturated"."""
 
-    measured_chip: operators were measured on this chip. extrapolated: share of the steps that lie outside
-    the range of a fit.
+    engine: str
+    priced: str
+    regime: str
+
+    def wider(self) -> tuple[tuple[str, dict[str, str]], ...]:
+        """Kinds that hold this one, narrowest first: their names, and what they ask of a group."""
+        return (
+            (f"{self.engine} on chips with {self.priced} prices, {self.regime}", vars(self)),
+            (f"{self.engine}, {self.regime}", {"engine": self.engine, "regime": self.regime}),
+            (f"{self.priced} prices, {self.regime}", {"priced": self.priced, "regime": self.regime}),
+            (self.regime, {"regime": self.regime}),
+            ("all", {}),
+        )
+
+
+@dataclass(frozen=True)
+class GroupResiduals:
+    """ln(measured / predicted) of a group's rows in one regime, by figure: "tpot", "ttft", "throughput", "step"."""
+
+    name: str
+    kind: PredictionKind
+    figures: dict[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Band:
+    """low, high: of ln(measured / predicted). basis: in words, what it rests on."""
+
+    low: float
+    high: float
+    basis: str
+
+    def around(self, value: float) -> list[float]:
+        """The interval of a predicted value."""
+        return [value * math.exp(self.low), value * math.exp(self.high)]
+
+
+@cache
+def known_groups() -> tuple[GroupResiduals, ...]:
+    """The groups of `residuals.json`."""
+    held = json.loads(_FILE.read_text(encoding="utf-8"))
+    return tuple(
+        GroupResiduals(
+            each["group"],
+            PredictionKind(each["engine"], each["priced"], each["regime"]),
+            {name: tuple(rows) for name, rows in each["figures"].items()},
+        )
+        for each in held["groups"]
+    )
+
+
+def band(
+    figure: str,
+    kind: PredictionKind,
+    price_error: float,
+    extrapolated: float = 0.0,
+    groups: Iterable[GroupResiduals] | None = None,
+) -> Band:
+    """The band of a figure ("tpot", "ttft", "throughput", "step") that was predicted under these circumstances.
+
+    price_error: held-out error of the prices behind it. extrapolated: share of its steps outside a fit's range. groups:
+    what to go by instead of all that are known.
     """
-    parts = [price_error, {"tpot": ENGINE_TPOT, "ttft": ENGINE_TTFT, "step": ENGINE_TPOT}[kind]]
-    if not measured_chip:
-        parts.append(UNMEASURED_CHIP)
-    parts.append(EXTRAPOLATED * extrapolated)
-    if saturated and kind == "ttft":
-        parts.append(SATURATED_TTFT)
-    return math.sqrt(sum(part * part for part in parts))
+    held = [g for g in (known_groups() if groups is None else groups) if g.figures.get(figure)]
+    own = 0
+    for place, (name, asked) in enumerate(kind.wider()):
+        rows = _by_group(
+            [g for g in held if all(getattr(g.kind, key) == value for key, value in asked.items())], figure
+        )
+        if place == 0:
+            own = len(rows)
+        if len(rows) >= FEW or name == "all":
+            break
+    low, high = _interval(list(rows.values()))
+    words = f"{len(rows)} deployment groups measured: {name}"
+    if place:
+        middle = (low + high) / 2
+        low, high = (middle + WIDENED * (end - middle) for end in (low, high))
+        few = f"{own} group{'s' * (own != 1)} of this kind" if own else "no measurement of this kind"
+        words = f"{few}, so the band of {words}, a quarter wider"
+    more = math.hypot(max(0.0, price_error - USUAL_PRICE_ERROR), EXTRAPOLATED * extrapolated)
+    middle, half = (low + high) / 2, math.hypot((high - low) / 2, more)
+    return Band(middle - half, middle + half, words)
 
 
-def band(value: float, half: float) -> list[float]:
-    """Lower and upper end: the same factor down as up, since errors of times are relative."""
-    return [value / (1 + half), value * (1 + half)]
+def _by_group(held: Sequence[GroupResiduals], figure: str) -> dict[str, tuple[float, ...]]:
+    rows: dict[str, tuple[float, ...]] = {}
+    for group in held:
+        rows[group.name] = (*rows.get(group.name, ()), *group.figures[figure])
+    return rows
+
+
+def _interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Of one more row of one more group."""
+    means = [statistics.fmean(rows) for rows in groups]
+    count = len(means)
+    if count < 2:
+        return -math.log(2), math.log(2)  # nothing to go by: a factor of two
+    between = statistics.variance(means)
+    inside = [statistics.variance(rows) for rows in groups if len(rows) > 1]
+    within = statistics.fmean(inside) if inside else 0.0
+    bias = statistics.fmean(means)
+    bias *= bias**2 / (bias**2 + between / count) if bias else 1.0
+    half = _T95[count - 2] if count - 2 < len(_T95) else 1.65
+    half *= math.sqrt(between * (1 + 1 / count) + within)
+    return bias - half, bias + half
+
+
+def coverage(figure: str, groups: Sequence[GroupResiduals] | None = None) -> tuple[float, float, int]:
+    """(share of the rows inside, the groups weighing alike; median half-width of the bands; groups): each group's rows
+    against the band that the other groups give. Half-widths are of the upper end, as a share of the prediction."""
+    groups = known_groups() if groups is None else groups
+    held: dict[str, list[float]] = {}
+    widths: list[float] = []
+    for group in groups:
+        rows = group.figures.get(figure, ())
+        if not rows:
+            continue
+        found = band(figure, group.kind, USUAL_PRICE_ERROR, groups=[g for g in groups if g.name != group.name])
+        held.setdefault(group.name, []).extend(float(found.low <= row <= found.high) for row in rows)
+        widths.append(math.exp((found.high - found.low) / 2) - 1)
+    if not held:
+        return math.nan, math.nan, 0
+    return statistics.fmean(map(statistics.fmean, held.values())), statistics.median(widths), len(held)

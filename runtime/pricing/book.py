@@ -8,7 +8,7 @@ tables they are used ('fitted'); otherwise the joint fit over NVIDIA generations
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from foundation.reading import Unreadable, read_json
 from model.formats import matrix_format
 from runtime.pricing.adjust import Changes, OtherChip, own_rates, reference_chip
 from runtime.pricing.chip import Chip, rate_of
+from runtime.pricing.choices import FusedReduce, fused_reduce
+from runtime.pricing.eras import ENGINES, choose
 from runtime.pricing.grid import Array, Polyline, Surface, log_knots
 from runtime.pricing.kernel import KERNEL_BOUNDS, Kernel, Timing, kernel_from_json
 from runtime.pricing.load import ExpertLoad
@@ -27,8 +29,6 @@ from runtime.pricing.network import Network
 from runtime.pricing.price import Price, PriceError, PriceEvidence
 
 PRICES_FOLDER = Path(__file__).resolve().parents[2] / "hw_profiles" / "prices"
-TABLED_ENGINES = ("sglang", "trtllm", "vllm")
-"""Engines with operator tables, in the order they stand in for one another."""
 TOKEN_KNOTS = log_knots(1.0, 2.0**20, 3)
 BATCH_KNOTS = log_knots(1.0, 2.0**13, 2)
 BYTE_KNOTS = log_knots(1.0, 2.0**40, 1)
@@ -98,7 +98,8 @@ class Tabulated:
 class PriceBook:
     """Prices of one chip under one engine. Build with `open_book`.
 
-    wide: the format of what no scheme quantises ("bf16", or "f32" where everything is computed in float32).
+    release: of the engine; "" for the newest that was measured. family: of the chip. wide: the format of what no
+    scheme quantises ("bf16", or "f32" where everything is computed in float32).
     """
 
     def __init__(
@@ -108,7 +109,10 @@ class PriceBook:
         measured: Mapping[str, Any] | None,
         transfer: Mapping[str, Any],
         wide: str = "bf16",
+        release: str = "",
+        family: str = "",
     ) -> None:
+        self._chooses = engine, release, family
         self.chip = chip
         self.wide = wide
         self.engine = engine
@@ -121,9 +125,11 @@ class PriceBook:
         for key, body in transfer["kernels"].items():
             self._kernels[f"transfer:{key}"] = carried(kernel_from_json(key, body, "transferred"))
         if measured and own:
-            for key, body in measured["kernels"].items():
-                self._kernels[key] = own(kernel_from_json(key, body))
-        self.network = Network(chip, (measured or {}).get("collectives", {}), engine, reference)
+            for key, era in choose(measured["kernels"], engine, release).items():
+                kernel = own(kernel_from_json(key, era.body))
+                self._kernels[key] = kernel.of_later_release(era.later) if era.later else kernel
+        curves = choose((measured or {}).get("collectives", {}), engine, release)
+        self.network = Network(chip, curves, engine, reference)
         self._tables: dict[tuple[Any, ...], Tabulated] = {}
         self._loads: dict[int, ExpertLoad] = {}
 
@@ -137,14 +143,18 @@ class PriceBook:
         """
         base = weight_format.partition("-g")[0]  # one table for every group size
         for number, name in enumerate((base, *FALLBACK_FORMAT.get(base, ()))):
-            for engine in (self.engine, *TABLED_ENGINES, "any"):
+            for engine in (self.engine, *ENGINES, "any"):
                 for key in (f"{family}/{name}/{engine}{suffix}", f"{family}/{name}/{engine}"):
                     if key in self._kernels:
                         return self._kernels[key], number > 0
-            for engine in (*TABLED_ENGINES, "any"):
+            for engine in (*ENGINES, "any"):
                 if (key := f"transfer:{family}/{name}/{engine}") in self._kernels:
                     return self._kernels[key], number > 0 and self._kernels[key].rates is None
         raise PriceError(f"no price for {family} in {weight_format}: neither measured nor transferred")
+
+    def fused_reduce(self, model: str) -> FusedReduce | None:
+        """The all-reduce that the engine fuses with the next norm, for a model type; None where it does not."""
+        return fused_reduce(*self._chooses, model)
 
     def named(self, key: str) -> Kernel | None:
         """A kernel by its exact key, or None."""
@@ -158,7 +168,13 @@ class PriceBook:
     def time(self, kernel: Kernel, features: Mapping[str, Any], weight_format: str = "bf16") -> Timing:
         if self.wide != "bf16":  # then everything is computed in it
             weight_format = self.wide
-        return kernel.time(features, self.chip.peak(weight_format), self.chip.memory_bandwidth_bytes_per_s)
+        timing = kernel.time(features, self.chip.peak(weight_format), self.chip.memory_bandwidth_bytes_per_s)
+        if self.chip.sustained_clock_fraction == 1:
+            return timing
+        # measured in short bursts, at a clock that long steps do not keep
+        computes = timing.bound == KERNEL_BOUNDS.index("compute")
+        seconds = np.where(computes, timing.seconds / self.chip.sustained_clock_fraction, timing.seconds)
+        return replace(timing, seconds=seconds)
 
     # ---- tabulating -------------------------------------------------------------------------------
 
@@ -270,8 +286,15 @@ def _nearest(knots: Array, size: float) -> int:
     return min(int(knots.searchsorted(size * 0.84)), len(knots) - 1)
 
 
-def open_book(chip: Chip, engine: str = "sglang", prices: Path | None = None, wide: str = "bf16") -> PriceBook:
+def open_book(
+    chip: Chip,
+    engine: str = "sglang",
+    prices: Path | None = None,
+    wide: str = "bf16",
+    release: str = "",
+    family: str = "",
+) -> PriceBook:
     """A price book for a chip. `prices` defaults to `hw_profiles/prices/<chip.name>.json` if there is one."""
     path = prices or PRICES_FOLDER / f"{chip.name}.json"
     measured = read_prices(path) if prices or path.is_file() else None
-    return PriceBook(chip, engine, measured, read_prices(PRICES_FOLDER / "transfer.json"), wide)
+    return PriceBook(chip, engine, measured, read_prices(PRICES_FOLDER / "transfer.json"), wide, release, family)

@@ -21,12 +21,13 @@ DEFAULTS: Mapping[str, tuple[float, str]] = {
     "link.scale_up.latency_s": (1e-6, "1 us"),
     "link.scale_up.domain_devices": (8, "8"),
     "link.scale_out.latency_s": (5e-6, "5 us"),
+    "link.scale_out.collective_latency_s": (44e-6, "44 us"),
     "overhead.collective_launch_s": (10e-6, "10 us"),
     "overhead.p2p_latency_s": (10e-6, "10 us"),
     "efficiency.network": (0.65, "0.65"),
 }
 """What stands in for a figure that a profile does not have, and how it is written. 0.65 is the median of NCCL above
-200 MB on five measured NVLink chips (10th to 90th percentile 0.49 to 0.75)."""
+200 MB on five measured NVLink chips (10th to 90th percentile 0.49 to 0.75); 44 us is NCCL's over InfiniBand."""
 
 
 def rate_of(weight_format: str) -> str:
@@ -46,7 +47,7 @@ class Link:
     """One level of the network. Bandwidth is per device and per direction.
 
     efficiency: share of the bandwidth that large collectives reach. cross_node_latency_s: of a hop between two servers
-    of one domain; None: as `latency_s`.
+    of one domain; None: as `latency_s`. collective_latency_s: of the smallest all-reduce over two domains.
     """
 
     bandwidth_bytes_per_s: float
@@ -54,14 +55,16 @@ class Link:
     domain_devices: int = 8
     efficiency: float = DEFAULTS["efficiency.network"][0]
     cross_node_latency_s: float | None = None
+    collective_latency_s: float = DEFAULTS["link.scale_out.collective_latency_s"][0]
 
 
 @dataclass(frozen=True, slots=True)
 class Chip:
     """Peak rates are dense FLOP/s by number format (see `RATES`).
 
-    node_devices: devices in one server; None: as many as share the scale-up link. absent: figures that the profile does
-    not have, by dotted field.
+    node_devices: devices in one server; None: as many as share the scale-up link. sustained_clock_fraction: of the
+    clock at which kernels were measured, what long matrix products keep under the power limit. absent: figures that
+    the profile does not have, by dotted field.
 
     compute_curve, memory_curve: (size, share of the peak) knots by FLOP and by bytes, where the profile's own
     machine was measured; they then say more than the single factors.
@@ -81,6 +84,7 @@ class Chip:
     compute_curve: Knots | None = None
     memory_curve: Knots | None = None
     node_devices: int | None = None
+    sustained_clock_fraction: float = 1.0
     absent: frozenset[str] = frozenset()
 
     @property
@@ -106,7 +110,10 @@ class Chip:
                 return mine
             taken = {
                 field: getattr(theirs, field)
-                for field, path in (("latency_s", f"link.{name}.latency_s"), ("efficiency", "efficiency.network"))
+                for field, path in (
+                    *((field, f"link.{name}.{field}") for field in ("latency_s", "collective_latency_s")),
+                    ("efficiency", "efficiency.network"),
+                )
                 if path in self.absent
             }
             return replace(mine, **taken)
@@ -161,7 +168,8 @@ class Chip:
             cross = get("link.scale_up.cross_node_latency_s")
             scale_up = Link(rate, figure("link.scale_up.latency_s"), int(domain), shares, cross)
         if rate := get("link.scale_out.bandwidth_bytes_per_s"):
-            scale_out = Link(rate, figure("link.scale_out.latency_s"), 1 << 20, shares)
+            start = figure("link.scale_out.collective_latency_s")
+            scale_out = Link(rate, figure("link.scale_out.latency_s"), 1 << 20, shares, None, start)
         return cls(
             name,
             peaks,
@@ -177,5 +185,6 @@ class Chip:
             (measured or {}).get("efficiency.compute"),
             (measured or {}).get("efficiency.memory"),
             int(node or domain),
+            get("chip.sustained_clock_fraction") or 1.0,
             frozenset(absent),
         )

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log
+from statistics import median
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -57,6 +58,29 @@ def log_knots(low: float, high: float, per_octave: int) -> Array:
     return low * 2.0 ** (np.arange(count) / per_octave)
 
 
+def rising(seconds: ArrayLike) -> Array:
+    """The non-decreasing sequence nearest to `seconds`: least absolute deviations of logarithms.
+
+    Where neighbours fall they are pooled at their median, so that one outlier moves none of the others, as a running
+    maximum of them would. Never falling, the result keeps what more work means; a sequence that rises is returned as
+    it is.
+    """
+    values = np.maximum(seconds, 1e-12)
+    if (values[1:] >= values[:-1]).all():
+        return values
+    pools: list[list[float]] = []
+    middles: list[float] = []
+    for value in np.log(values).tolist():
+        pools.append([value])
+        middles.append(value)
+        while len(middles) > 1 and middles[-2] > middles[-1]:
+            last = pools.pop()
+            middles.pop()
+            pools[-1].extend(last)
+            middles[-1] = median(pools[-1])
+    return np.exp(np.repeat(middles, [len(pool) for pool in pools]))
+
+
 class Polyline:
     """Seconds as a non-decreasing function of one size, linear in log-log between knots.
 
@@ -65,9 +89,8 @@ class Polyline:
     """
 
     def __init__(self, knots: Array, seconds: Array) -> None:
-        rising = np.maximum.accumulate(np.maximum(seconds, 1e-12))
         self._x = np.log(knots)
-        self._y = np.log(rising)
+        self._y = np.log(rising(seconds))
         self._xs: list[float] = self._x.tolist()
         self._ys: list[float] = self._y.tolist()
 
@@ -90,10 +113,11 @@ class Surface:
     """
 
     def __init__(self, rows: Array, columns: Array, seconds: Array) -> None:
-        rising = np.maximum(seconds, 1e-12)
-        for axis in (0, 1):
-            rising = np.maximum.accumulate(rising, axis=axis)
-        self._r, self._c, self._z = np.log(rows), np.log(columns), np.log(rising)
+        filled = np.array(seconds, float)
+        for lines in (filled.T, filled):  # rising lines stay so: what is nearest to the larger line is the larger
+            for number in np.flatnonzero((np.diff(lines, axis=1) < 0).any(axis=1)):
+                lines[number] = rising(lines[number])
+        self._r, self._c, self._z = np.log(rows), np.log(columns), np.log(np.maximum(filled, 1e-12))
         self._rs: list[float] = self._r.tolist()
         self._cs: list[float] = self._c.tolist()
         self._zs: list[list[float]] = self._z.tolist()

@@ -10,6 +10,7 @@ kernels measured inside a captured graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.pricing.chip import Knots
+from runtime.pricing.eras import OLDER_ERROR
 from runtime.pricing.grid import Array, RatioGrid
 from runtime.pricing.price import Bound, PriceEvidence
 from runtime.pricing.work import FAMILIES, Features
@@ -147,6 +149,11 @@ class Kernel:
     def resting_on(self, assumed: frozenset[str]) -> Kernel:
         """The same kernel, graded for figures that nobody gave."""
         return replace(self, assumed=assumed, evidence="assumed") if assumed else self
+
+    def of_later_release(self, taken: str) -> Kernel:
+        """The same kernel, for a release of its engine that is older than any that was measured."""
+        wider = replace(self, relative_error=math.hypot(self.relative_error, OLDER_ERROR))
+        return wider.resting_on(self.assumed | {taken})
 
     def measured_by(self, rates: Rates, launch_s: float) -> Kernel:
         """The same work at the rates that a machine's own calibration found.

@@ -9,22 +9,28 @@ the formula makes of the difference: curve x formula(chip) / formula(reference).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from runtime.pricing.chip import DEFAULTS, Chip, Link
+from runtime.pricing.eras import OLDER_ERROR, Chosen
 from runtime.pricing.grid import Array, Polyline
 from runtime.pricing.placement import Hops, Span
-from runtime.pricing.price import Price, PriceError, PriceEvidence, total
+from runtime.pricing.price import Price, PriceError, PriceEvidence, total, weakest
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 VOLUME: Mapping[str, float] = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
 """Times (group - 1) / group * total_bytes: what each device sends."""
 FORMULA_ERROR = 0.5
 """90th percentile of the formula against NCCL on five measured NVLink chips, 2 to 8 devices (median 0.21)."""
+RING_S_PER_BYTE, RING_LIMIT_S = 0.15e-6 / 1e3, 32e-6
+"""What an all-reduce between domains takes beside start and bandwidth: the small packets of NCCL's low-latency
+protocol, until it changes to another. Fitted to replayed NCCL on 2 x 8 A100 (44, 48, 55.5, 66.6 and 83 us at 2, 16, 64,
+128 and 256 KiB; microsoft/mscclpp issue 531); 88 us at 1 MB on 2 x 8 H100 comes out at 86."""
 FREE = Price(0.0, "network", "measured", 0.0)
 _SAYS = {"all_reduce": "an all-reduce", "all_gather": "an all-gather", "reduce_scatter": "a reduce-scatter",
          "all_to_all": "an all-to-all"}  # fmt: skip
@@ -36,24 +42,27 @@ class MeasuredCurve:
     curve: Polyline
     relative_error: float
     evidence: PriceEvidence = "fitted"
+    assumed: frozenset[str] = frozenset()
 
     @classmethod
-    def from_json(cls, body: Mapping[str, Any]) -> MeasuredCurve:
+    def of(cls, chosen: Chosen) -> MeasuredCurve:
+        body = chosen.body
         sizes = np.asarray(body["bytes"], float)
-        curve = Polyline(sizes, np.asarray(body["seconds"], float))
-        return cls(sizes, curve, float(body["error"]["left_out"][1]))
+        curve, error = Polyline(sizes, np.asarray(body["seconds"], float)), float(body["error"]["left_out"][1])
+        if not chosen.later:
+            return cls(sizes, curve, error)
+        return cls(sizes, curve, math.hypot(error, OLDER_ERROR), "assumed", frozenset({chosen.later}))
 
     def scaled(self, ratios: Array) -> MeasuredCurve:
         """On other links. ratios: by which each size takes longer."""
         if np.allclose(ratios, 1.0, rtol=1e-9):
             return self
-        return MeasuredCurve(
-            self.sizes, Polyline(self.sizes, self.curve.many(self.sizes) * ratios), self.relative_error, "transferred"
-        )
+        curve = Polyline(self.sizes, self.curve.many(self.sizes) * ratios)
+        return replace(self, curve=curve, evidence=weakest(("transferred", self.evidence)))
 
     def price(self, size: float) -> Price:
         beyond = not self.sizes[0] <= size <= self.sizes[-1]
-        return Price(self.curve(size), "network", self.evidence, self.relative_error, beyond)
+        return Price(self.curve(size), "network", self.evidence, self.relative_error, beyond, self.assumed)
 
 
 class Network:
@@ -62,26 +71,30 @@ class Network:
     A group is a `Span`, or a number of neighbours from the first of a domain on.
     """
 
-    def __init__(self, chip: Chip, tables: Mapping[str, Any], engine: str, reference: Chip | None = None) -> None:
+    def __init__(self, chip: Chip, tables: Mapping[str, Chosen], engine: str, reference: Chip | None = None) -> None:
         self._chip = chip
         self._engine = engine
         self._reference = reference or chip
-        self._curves = {key: MeasuredCurve.from_json(body) for key, body in tables.items()}
+        self._curves = {key: MeasuredCurve.of(chosen) for key, chosen in tables.items()}
         self._scaled: dict[tuple[str, Span], MeasuredCurve] = {}
 
-    def collective(self, op: Collective, total_bytes: float, group: int | Span, *, captured: bool = True) -> Price:
+    def collective(
+        self, op: Collective, total_bytes: float, group: int | Span, *, captured: bool = True, tables: str = ""
+    ) -> Price:
         """One collective over the devices of `group`.
 
-        `captured` picks the engine's all-reduce kernel as replayed from a graph; otherwise as launched
-        from the host. Raises PriceError when the chip has no figure of a link it goes over.
+        tables: the engine whose all-reduce it is, where that is another's. captured: its kernel as replayed from a
+        graph; otherwise as launched from the host. Raises PriceError when the chip has no figure of a link it goes
+        over.
         """
         span = self._span(group)
         if span.devices <= 1 or total_bytes <= 0:
             return FREE
         names = [f"{op}/{span.devices}/nccl"]
         if op == "all_reduce":
-            own = f"{op}/{span.devices}/{self._engine}"
-            engine = self._engine if f"{own}-graph" in self._curves else "sglang"
+            wanted = tables or self._engine
+            own = f"{op}/{span.devices}/{wanted}"
+            engine = wanted if f"{own}-graph" in self._curves else "sglang"
             modes = ("graph",) if captured else ("eager", "graph")
             names = [*(f"{op}/{span.devices}/{engine}-{mode}" for mode in modes), *names]
         for name in names:
@@ -109,7 +122,7 @@ class Network:
         fitting = next((ranks for ranks in measured if ranks >= span.devices), measured[-1])
         price = self._measured(f"{prefix}{fitting}/any", "all_to_all", span, fitting).price(size)
         far = price.extrapolated or span.devices > measured[-1]
-        return Price(price.seconds, "network", price.evidence, price.relative_error, far)
+        return replace(price, extrapolated=far)
 
     def hops(self, size_bytes: float, hops: Hops) -> Price:
         """A message handed on from stage to stage of a pipeline."""
@@ -202,26 +215,31 @@ def _seconds(chip: Chip, op: Collective, total_bytes: float, span: Span) -> tupl
     what = f"{_SAYS[op]} over {span.text}"
     ways = 2.0 if op == "all_reduce" else 1.0
     used = ["overhead.collective_launch_s", "efficiency.network"]
-    latency = _figure(chip.collective_launch_s, "overhead.collective_launch_s")
-    local = remote = 0.0
+    start = latency = _figure(chip.collective_launch_s, "overhead.collective_launch_s")
+    local = remote = steps_s = 0.0
     if inside > 1:
         near = _link(chip, False, what)
         rate = near.bandwidth_bytes_per_s * near.efficiency
         steps = np.ceil(np.log2(inside))
         between = min(np.ceil(np.log2(-(-span.nodes // domains))), steps)  # of them between servers
         cross = near.latency_s if near.cross_node_latency_s is None else near.cross_node_latency_s
-        latency += ways * ((steps - between) * near.latency_s + between * cross)
+        steps_s = (steps - between) * near.latency_s + between * cross
+        latency += ways * steps_s
         share = (inside - 1) / (group if op == "all_to_all" else inside)
         local = VOLUME[op] * share * total_bytes / rate
         used.append("link.scale_up.latency_s")
     if domains > 1:
         far = _link(chip, True, what)
         rate = far.bandwidth_bytes_per_s * far.efficiency
-        latency += ways * np.ceil(np.log2(domains)) * far.latency_s
+        # of the smallest all-reduce over two domains, what is not spent inside them, by the two ways it goes
+        first = max((far.collective_latency_s - start - 2.0 * steps_s) / 2.0, far.latency_s)
+        latency += ways * (first + (np.ceil(np.log2(domains)) - 1) * far.latency_s)
+        if op != "all_to_all":
+            latency += ways / 2.0 * min(RING_S_PER_BYTE * total_bytes, RING_LIMIT_S)
         if op == "all_to_all":
             remote = total_bytes * (group - inside) / group / rate
         else:
             remote = VOLUME[op] * (domains - 1) / domains * total_bytes / inside / rate
-        used.append("link.scale_out.latency_s")
+        used += ["link.scale_out.collective_latency_s", *(["link.scale_out.latency_s"] if domains > 2 else [])]
     busy = max(local, remote) if op == "all_to_all" else local + remote
     return float(latency + busy), used

@@ -174,7 +174,12 @@ def collective(op: TracedOp, sizes: Sizes, context: Context) -> Price:
         mode = "ll" if tokens <= 256 else "normal"
         share = max(1, tokens // layout.tp)  # each tp rank sends its part of the group's tokens
         return network.deepep(phase, mode, share, context.cfg.hidden_size, moe.top_k, placement.stage)
-    return network.collective(kind, float(size), placement.span(op.axes))  # type: ignore[arg-type]
+    span, tables = placement.span(op.axes), ""
+    fused = context.book.fused_reduce(context.cfg.model_type)
+    if fused and kind == "all_reduce" and layout.dp == 1 and span.nodes == 1:
+        tokens = op.inputs[0].elements(sizes) // context.cfg.hidden_size
+        tables = fused.tables if tokens <= fused.most_tokens else ""
+    return network.collective(kind, float(size), span, tables=tables)  # type: ignore[arg-type]
 
 
 def price(op: TracedOp, sizes: Sizes, context: Context) -> Price | None:

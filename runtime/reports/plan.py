@@ -114,11 +114,7 @@ def _verdict(plan: Plan) -> str:
     if found is None:
         return '<p class="quiet">A plan made for a given layout: nothing was searched, priced or simulated.</p>'
     wants = [f"{demand.rate:g} requests/s"] if demand.rate is not None else []
-    wants += [
-        f"{name} up to {ms(target)}"
-        for name, target in (("TTFT", demand.ttft_ms), ("TPOT", demand.tpot_ms))
-        if target is not None
-    ]
+    wants += demand.wants()
     out = ""
     if wants and found.meets_targets:
         out += f'<p class="good">Meets what was asked: {" and ".join(wants)}.</p>'

@@ -49,6 +49,7 @@ def _bar(ledger: Ledger) -> str:
     parts = [(f"weights: {name}", size) for name, size in (*named, ("the rest", rest))] + [
         ("KV cache", ledger.kv_bytes),
         ("activations", ledger.activation_bytes),
+        ("engine's workspaces", ledger.workspace_bytes),
         ("communication buffers", ledger.communication_bytes),
         ("driver and runtime", ledger.runtime_bytes),
         ("left free", ledger.free_bytes),

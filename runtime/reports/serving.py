@@ -222,6 +222,7 @@ def _memory_of(ledger: Mapping[str, Any], pool: int) -> str:
     parts += [
         ("KV pool", ledger["kv_bytes"]),
         ("activations", ledger["activation_bytes"]),
+        ("engine's workspaces", ledger.get("workspace_bytes", 0.0)),
         ("communication buffers", ledger["communication_bytes"]),
         ("driver and runtime", ledger["runtime_bytes"]),
         ("left free", ledger["free_bytes"]),

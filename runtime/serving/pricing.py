@@ -28,7 +28,8 @@ class BatchShape:
         of a step with `query_tokens > 1` includes the drafting.
     prefill_chunks: (new tokens, tokens already in the cache before them) per prompt chunk.
     decode_rows: sequences the decode kernels run on, graph padding included; at least n.
-    graphed: the step replays a captured graph instead of launching each kernel from the host.
+    graphed: the step replays a captured graph instead of launching each kernel from the host. pieces: it replays
+        graphs of what lies between attention.
     """
 
     decode_contexts: np.ndarray = field(default_factory=lambda: _NO_CONTEXTS)
@@ -36,6 +37,7 @@ class BatchShape:
     prefill_chunks: list[tuple[int, int]] = field(default_factory=list)
     decode_rows: int = 0
     graphed: bool = False
+    pieces: bool = False
 
     @property
     def decode_count(self) -> int:

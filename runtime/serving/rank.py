@@ -77,10 +77,14 @@ class Rank:
     def shape(self, plan: StepPlan, step: int = 0) -> BatchShape:
         """What `plan` computes, `step` decode steps from now."""
         chunks = [(new, before) for _, new, before in plan.chunks]
+        engine, q = self.engine, self.query_tokens
+        count = len(self.kv) if plan.decode else 0
+        prompts = sum(new for new, _ in chunks)
+        rows, graphed = (count, False) if chunks else engine.decode_rows(count)
+        pieces = not graphed and engine.in_pieces(count, prompts, count * q + prompts)
         if not plan.decode:
-            return BatchShape(query_tokens=self.query_tokens, prefill_chunks=chunks)
-        rows, graphed = (len(self.kv), False) if chunks else self.engine.decode_rows(len(self.kv))
-        return BatchShape(self.kv + (self.query_tokens + step), self.query_tokens, chunks, rows, graphed)
+            return BatchShape(query_tokens=q, prefill_chunks=chunks, pieces=pieces)
+        return BatchShape(self.kv + (q + step), q, chunks, rows, graphed, pieces)
 
     # Coming in
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from runtime.serving import scheduler
 from runtime.serving.meter import Meter
-from runtime.serving.pricing import BatchShape, StepPricer
+from runtime.serving.pricing import StepPricer
 from runtime.serving.rank import Rank, StepPlan
 from runtime.serving.request import Request
 
@@ -128,7 +128,7 @@ class Replica:
     def _seconds(self, rank: Rank, plan: StepPlan, step: int) -> float:
         """Step time on one rank, `step` decode steps from now."""
         shape = rank.shape(plan, step)
-        return with_host_time(self.pricer.seconds(shape), host_seconds(rank, shape), self.engine.overlap_scheduling)
+        return self.engine.step_seconds(self.pricer.seconds(shape), shape.graphed, shape.pieces)
 
     def _decode_run(self, plans: list[StepPlan], now: float, next_event: float) -> np.ndarray:
         """[steps] seconds of the decode steps up to the next scheduling event."""
@@ -151,16 +151,6 @@ class Replica:
         rank, plan = max(self._busy(plans), key=lambda busy: len(busy[0].kv) + sum(new for _, new, _ in busy[1].chunks))
         shape = rank.shape(plan, len(durations) // 2)
         self.meter.steps(self.number, self.ranks, shape, self.pricer, durations, now, used_before)
-
-
-def host_seconds(rank: Rank, shape: BatchShape) -> float:
-    """Host time of a step of that shape under the rank's engine."""
-    return rank.engine.graph_step_host_seconds if shape.graphed else rank.engine.eager_step_host_seconds
-
-
-def with_host_time(device_seconds: float, host: float, overlapped: bool) -> float:
-    """Step time: host work hides behind the device where the engine overlaps them, and adds up otherwise."""
-    return max(device_seconds, host) if overlapped else device_seconds + host
 
 
 def curve(seconds: Callable[[int], float], steps: int, tolerance: float) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Six things happen, each leading to the next:
 
-    send      a client sends a request; the front end tokenizes it
+    send      a client sends a request; a front end takes it up, one at a time
     arrive    the router hands it to a rank's queue
     wake      an idle replica plans and begins a run of steps
     step      a run ends: tokens are made, requests finish, the next run begins
@@ -95,7 +95,9 @@ class Simulation:
         self._to_send: Iterator[Request] = iter(())
         self._measuring = not (workload.warmup or self.endless)
         self._turn = [0] * len(roles)
-        self._tokenizer_free_at = 0.0
+        first = roles[0]
+        self._front_ends = [0.0] * (first.replicas * (first.ranks if first.engine.front_end_per_rank else 1))
+        """When each front end is free, as a heap: whoever is free soonest takes the next request."""
         self._link_free_at: dict[int, float] = {}
         self._asleep = {id(replica) for group in self.groups for replica in group}
         self._heap: list[tuple[float, int, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -133,9 +135,9 @@ class Simulation:
             self._start_measuring()
         request.sent_at = self.now
         engine = self.roles[0].engine
-        start = max(self.now, self._tokenizer_free_at)
-        self._tokenizer_free_at = start + request.prompt_tokens * engine.tokenize_seconds_per_token
-        self._at(self._tokenizer_free_at + engine.request_seconds, 0, self._arrive, request, 0)
+        free_at = max(self.now, heapq.heappop(self._front_ends)) + engine.front_seconds(request.prompt_tokens)
+        heapq.heappush(self._front_ends, free_at)
+        self._at(free_at + engine.request_delay_seconds, 0, self._arrive, request, 0)
 
     def _arrive(self, request: Request, role: int) -> None:
         request.visible_at = self.now

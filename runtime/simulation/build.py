@@ -18,7 +18,7 @@ from hw_profiles import Profile
 from model.config import MOST_DRAFTS, MOST_EXPERTS, ModelConfig
 from model.formats import Formats, Scheme, scheme
 from model.split import MOST_DEVICES, Layout
-from runtime.deployment.engines import Engine, engine_for, formats_for, sized_cache
+from runtime.deployment.engines import Engine, engine_for, formats_for, sized_cache, with_pool
 from runtime.deployment.ledger import Ledger, fullest, stage_ledgers
 from runtime.pricing import Chip, PriceBook, load, open_book
 from runtime.pricing.pricer import GraphPricer, OpLists
@@ -75,7 +75,7 @@ def spec_for(
 
     more: the other fields of `Spec`. Raises `UsageError` or `EngineError`.
     """
-    described = engine_for(engine, cfg, profile, layout, settings)
+    described = engine_for(engine, cfg, profile, layout, settings, more.get("drafts", 0))
     held = formats_for(described, cfg, profile, scheme(formats) if isinstance(formats, str) else formats, kv)
     return Spec(cfg, profile, layout, held, described, named=engine, settings=dict(settings or {}), **more)
 
@@ -213,14 +213,17 @@ class PriceTables:
 
     def book(self, profile: Profile, engine: Engine, wide: str) -> tuple[PriceBook, dict[Any, Any]]:
         """The price book of a chip under an engine, and the tables made from it so far."""
-        key = (id(profile), engine.prices, wide)
+        key = (id(profile), engine.prices, engine.release, wide)
         if key not in self._books:
             graded = {curve.grade for curve in profile.curves.values()}
             kept = {"measured", "user"} if "measured" in graded else {"measured"}  # a curve set by hand beside its own
             curves = {path: curve.knots for path, curve in profile.curves.items() if curve.grade in kept}
             chip = Chip.from_fields(profile.name, profile.number, curves)
             # the profile is kept, so that its id stays its own
-            self._books[key] = open_book(chip, engine.prices, profile.prices_path, wide), {"profile": profile}
+            # a release of the engine whose tables they are: others only borrow them
+            release = engine.release if engine.kind == engine.prices else ""
+            book = open_book(chip, engine.prices, profile.prices_path, wide, release, profile.family)
+            self._books[key] = book, {"profile": profile}
         return self._books[key]
 
     def load(self, name: str, experts: int) -> load.ExpertLoad:
@@ -262,7 +265,7 @@ def assumed(spec: Spec, memory: bool = True, drafting: bool = True) -> frozenset
     found = {f"{path} {text}" for path, text in taken.items() if profile.number(path) is None}
     times = ("graph_step_host_seconds", "eager_step_host_seconds")
     if engine.hosts and profile.vendor not in engine.hosts and not all(name in spec.settings for name in times):
-        replayed, launched = (getattr(engine, name) * 1e3 for name in times)
+        replayed, launched = (engine.step_seconds(0.0, whole, False) * 1e3 for whole in (True, False))
         found.add(
             f"host times of {engine.name} as beside {' and '.join(engine.hosts)} chips: {replayed:g} ms a step that "
             f"replays a graph, {launched:.3g} ms one that launches each kernel"
@@ -288,7 +291,7 @@ def build(spec: Spec, tables: PriceTables | None = None) -> Built:
     pricer = pricer_of(spec, tables or PriceTables())
     pool = spec.pool_tokens or (held.pool_tokens if held else 0)
     deployment = Deployment(
-        spec.engine,
+        with_pool(spec.engine, spec.cfg, pool, spec.settings),
         pricer,
         pool_tokens=pool,
         devices=spec.layout.devices,

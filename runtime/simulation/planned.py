@@ -12,6 +12,7 @@ import numpy as np
 from hw_profiles import Profile
 from model.config import ModelConfig
 from model.formats import Formats
+from runtime.deployment.engines import with_pool
 from runtime.deployment.plan import Plan, Pool, profile_of
 from runtime.pricing.load import ExpertLoad
 from runtime.serving import Deployment, Disaggregated
@@ -27,7 +28,8 @@ def spec_of(cfg: ModelConfig, pool: Pool, profile: Profile) -> Spec:
         expert_load=load, drafts=pool.drafts, pool_tokens=pool.pool_tokens, redundant_slots=pool.redundant_slots,
         replicas=pool.replicas,
     )  # fmt: skip
-    return dataclasses.replace(made, formats=pool.formats)
+    engine = with_pool(made.engine, cfg, pool.pool_tokens, pool.settings)
+    return dataclasses.replace(made, formats=pool.formats, engine=engine)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from hw_profiles import Profile
 from model.config import ModelConfig
 from model.hf_config import load_config, preset_names
 from model.split import Layout
-from runtime.deployment.engines import Circumstances
+from runtime.deployment.engines import Circumstances, nearest_release
 from runtime.deployment.engines import load as load_engine
 from runtime.serving import Workload, closed_loop, open_loop
 from runtime.serving.workload import Fixed, Lengths, Uniform
@@ -77,12 +77,17 @@ _FLAGS: Mapping[str, _Setting] = {
     "chunked-prefill-size": ("chunked_prefill_tokens", int),
     "block-size": ("page_tokens", int),
     "page-size": ("page_tokens", int),
+    "max-model-len": ("context_tokens", int),
+    "context-length": ("context_tokens", int),
+    "cuda-graph-max-bs": ("graph_max_batch", int),
+    "max-cudagraph-capture-size": ("graph_max_batch", int),
     "stream-interval": ("stream_interval_tokens", int),
 }
 """Servers' flags, and words for them -> `Engine` settings."""
 _SWITCHES: tuple[tuple[str, str, Any], ...] = (
     (r"no[- ]prefix[- ]cach\w*|no-enable-prefix-caching|disable-radix-cache|radix cache off", "prefix_cache", False),
-    (r"enforce[- ]eager|disable[- ]cuda[- ]graph\b|\beager mode", "graph_batch_sizes", ()),
+    (r"enforce[- ]eager|disable[- ]cuda[- ]graph\b|\beager mode", "graph_mode", "eager"),
+    (r"full[-_]decode[-_]only", "graph_mode", "full"),
     (r"enable-mixed-chunk", "policy", "mixed"),
     (r"disable-overlap-schedule|no-async-scheduling", "overlap_scheduling", False),
 )
@@ -93,9 +98,10 @@ _SWITCHES: tuple[tuple[str, str, Any], ...] = (
 class PublishedRow:
     """A published row, read.
 
-    group: rows of one group share their errors: source, model, chip, engine, release and layout. release: as the source
-    has it. measured: figures by column. accept_length: tokens a step with drafts; None where none are drafted. apart:
-    why the row is scored apart from the others, or "".
+    group: rows of one group share their errors: source, model, chip, engine, release and layout. engine: with the
+    described release that stands for its own. release: as the source has it. measured: figures by column.
+    accept_length: tokens a step with drafts; None where none are drafted. apart: why the row is scored apart from the
+    others, or "".
     """
 
     name: str
@@ -138,6 +144,7 @@ def read(row: Mapping[str, str]) -> PublishedRow:
     if devices != layout.devices:
         raise UsageError(f"devices {devices}: tp x dp x pp is {layout.devices}")
     drafts, accept_length, apart = _drafts(cell["mtp"])
+    engine = nearest_release(cell["engine"], f"{cell['engine_version']} {cell.get('date', '')}")
     if not cfg.mtp_layers:
         drafts, accept_length = 0, None  # drafted by something else than the model
     return PublishedRow(
@@ -148,9 +155,9 @@ def read(row: Mapping[str, str]) -> PublishedRow:
         layout=layout,
         scheme=scheme_of_words(cell["formats"]),
         kv=_kv(cell["kv_dtype"]),
-        engine=cell["engine"],
+        engine=engine,
         release=cell["engine_version"],
-        settings=settings_of(cell["server_flags"], cell["engine"], Circumstances.of(cfg, profile)),
+        settings=settings_of(cell["server_flags"], engine, Circumstances.of(cfg, profile)),
         drafts=drafts,
         accept_length=accept_length,
         load=_load(cell),

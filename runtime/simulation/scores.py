@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from runtime.pricing.bands import PredictionKind
+
 
 @dataclasses.dataclass(frozen=True)
 class ScoredRow:
@@ -15,6 +17,7 @@ class ScoredRow:
     "step_s".
 
     group: rows of one deployment, which share their errors. apart: why it is not scored with the others, or "".
+    kind: of the prediction; None where there is none.
     """
 
     name: str
@@ -26,6 +29,7 @@ class ScoredRow:
     skipped: str | None = None
     group: str = ""
     apart: str = ""
+    kind: PredictionKind | None = None
 
     def error(self, quantity: str) -> float:
         return abs(self.predicted[quantity] / self.measured[quantity] - 1)
@@ -36,16 +40,14 @@ class ScoredRow:
 
 
 def by_group(rows: Iterable[ScoredRow]) -> dict[str, dict[str, Any]]:
-    """Of each deployment group, how many rows, and the median of ln(measured / predicted) by quantity; `summary` for
-    each model, chip and engine of the benchmark's file; empty for step times."""
-    rows = [row for row in rows if row.predicted and "step_s" not in row.predicted]
+    """Of each deployment group: its `summary`, why it is scored apart, and the median of ln(measured / predicted) by
+    quantity."""
     groups: dict[str, list[ScoredRow]] = {}
     for row in rows:
-        groups.setdefault(row.group or " ".join(row.name.split()[:3]), []).append(row)
-    if not any(row.group for row in rows):
-        return {name: summary(group) for name, group in groups.items()}
+        if row.group and row.predicted:
+            groups.setdefault(row.group, []).append(row)
     return {
-        name: {"rows": len(group), "apart": next((row.apart for row in group if row.apart), ""), **_residuals(group)}
+        name: {**summary(group), "apart": next((row.apart for row in group if row.apart), ""), **_residuals(group)}
         for name, group in groups.items()
     }
 

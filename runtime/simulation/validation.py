@@ -9,7 +9,6 @@ here. A row that cannot be priced is listed with the reason and counted.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ import hw_profiles
 from foundation.errors import Failure, UsageError
 from foundation.reading import Unreadable, read_csv
 from model.split import Layout
-from runtime.deployment.engines import Circumstances
+from runtime.deployment.engines import Circumstances, nearest_release
 from runtime.deployment.engines import load as load_engine
 from runtime.deployment.engines.inferencex import launch_kv, launch_settings
-from runtime.pricing.bands import band, half_width
+from runtime.pricing.bands import band
 from runtime.pricing.pricer import relative_error
 from runtime.serving import bench_serving, simulate
 from runtime.serving.pricing import BatchShape
@@ -31,6 +30,7 @@ from runtime.simulation import published
 from runtime.simulation.build import Built, build, spec_for
 from runtime.simulation.published import model_of
 from runtime.simulation.scores import ScoredRow
+from runtime.simulation.trust import kind_of, report_bands
 
 END_TO_END = (
     "model",
@@ -105,48 +105,25 @@ def _end_to_end(row: Mapping[str, str]) -> ScoredRow:
     cfg, profile = model_of(row["model"]), hw_profiles.load(row["system"])
     tp, dp, ep = (int(row[key]) for key in ("tp", "dp", "ep"))
     layout = Layout(tp=tp, dp=dp, ep=ep)
-    kind = load_engine(row["engine"]).kind
+    engine = nearest_release(row["engine"], f"{row.get('engine_version', '')} {row.get('measured', '')}")
+    kind = load_engine(engine).kind
     sizes = (int(row[key]) for key in ("concurrency", "isl", "osl"))
     settings = launch_settings(kind, Circumstances.of(cfg, profile), *sizes)
-    built = build(spec_for(cfg, profile, layout, row["precision"], launch_kv(kind), row["engine"], settings))
+    built = build(spec_for(cfg, profile, layout, row["precision"], launch_kv(kind), engine, settings))
     load = bench_serving(int(row["concurrency"]), int(row["isl"]), int(row["osl"]))
     report = simulate(load, built.deployment)
     predicted = {"ttft_ms": 1e3 * report.ttft.mean, "tpot_ms": 1e3 * report.tpot.mean}
-    halves = report_half_widths(built, report)
+    bands = report_bands(built, report)
     return ScoredRow(
         name=f"{row['model']} {row['system']} {row['engine']} {row['isl']}/{row['osl']} c{row['concurrency']}",
         measured={key: float(row[key]) for key in predicted},
         predicted=predicted,
-        bands={key: band(value, halves[key.removesuffix("_ms")]) for key, value in predicted.items()},
+        bands={key: bands[key.removesuffix("_ms")].around(value) for key, value in predicted.items()},
+        kind=kind_of(built, report.saturated),
         saturated=report.saturated,
         evidence=report.evidence,
+        group=f"{row['model']} {row['system']} {row['engine']} {built.spec.layout.name}",
     )
-
-
-def report_half_widths(built: Built, report: Any, replicas: int = 1) -> dict[str, float]:
-    """Half-widths of the bands of a report's "tpot" and "ttft": the price errors of a step as the run had them
-    on average."""
-    deployment = built.deployment
-    batch = max(1, round(report.mean_in_system / (deployment.ranks * replicas)))
-    rows, _ = deployment.engine.decode_rows(min(batch, deployment.engine.max_running_requests))
-    isl, osl = (
-        round(statistics.fmean(getattr(r, name) for r in report.requests))
-        for name in ("prompt_tokens", "output_tokens")
-    )
-    queries = deployment.speculation.query_tokens if deployment.speculation else 1
-    decode = BatchShape(np.full(rows, isl + osl // 2), queries, decode_rows=rows, graphed=True)
-    prefill = BatchShape(prefill_chunks=[(isl, 0)])
-    shapes = {"tpot": decode, "ttft": prefill}
-    return {
-        kind: half_width(
-            kind,
-            relative_error(built.pricer.price(shape)),
-            built.pricer.book.measured,
-            report.extrapolated,
-            report.saturated,
-        )
-        for kind, shape in shapes.items()
-    }
 
 
 def _published(row: Mapping[str, str], builds: dict[Any, Built]) -> ScoredRow:
@@ -165,7 +142,7 @@ def _published(row: Mapping[str, str], builds: dict[Any, Built]) -> ScoredRow:
         builds[key] = build(spec)
     built = builds[key]
     report = simulate(asked.load, built.deployment)
-    halves = report_half_widths(built, report)
+    found = report_bands(built, report)
     measured: dict[str, float] = {}
     predicted: dict[str, float] = {}
     for quantity, stats in (("tpot_ms", report.tpot), ("ttft_ms", report.ttft)):
@@ -173,11 +150,11 @@ def _published(row: Mapping[str, str], builds: dict[Any, Built]) -> ScoredRow:
         for column, value in ((f"{name}_mean_ms", stats.mean), (f"{name}_median_ms", stats.p50)):
             if column in asked.measured and quantity not in measured:
                 measured[quantity], predicted[quantity] = asked.measured[column], 1e3 * value
-    bands = {key: band(value, halves[key.removesuffix("_ms")]) for key, value in predicted.items()}
+    bands = {key: found[key.removesuffix("_ms")].around(value) for key, value in predicted.items()}
     if "output_tok_s" in asked.measured:
         measured["output_tok_s"] = asked.measured["output_tok_s"]
         predicted["output_tok_s"] = value = report.output_tokens_per_s
-        bands["output_tok_s"] = band(value, halves["tpot"])
+        bands["output_tok_s"] = found["throughput"].around(value)
     return ScoredRow(
         name=f"{asked.name} {row['isl']}/{row['osl']} c{row['concurrency'] or row['rate']}",
         measured=measured,
@@ -187,6 +164,7 @@ def _published(row: Mapping[str, str], builds: dict[Any, Built]) -> ScoredRow:
         evidence=report.evidence,
         group=asked.group,
         apart=asked.apart,
+        kind=kind_of(built, report.saturated),
     )
 
 
@@ -215,14 +193,16 @@ def _step(row: Mapping[str, str]) -> ScoredRow:
     else:
         shape = BatchShape(prefill_chunks=[(length, 0)] * local)
     price = built.pricer.price(shape)
-    half = half_width("step", relative_error(price), built.pricer.book.measured, price.extrapolated, False)
+    found = band("step", kind_of(built), relative_error(price), price.extrapolated)
     return ScoredRow(
         name=row.get("name") or row["model"],
         measured={"step_s": float(row["measured_s"])},
         predicted={"step_s": price.seconds},
-        bands={"step_s": band(price.seconds, half)},
+        bands={"step_s": found.around(price.seconds)},
+        kind=kind_of(built),
         saturated=False,
         evidence=price.evidence,
+        group=f"{row['model']} {row['device']} {layout.name}",
     )
 
 

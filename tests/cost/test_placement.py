@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import hw_profiles
 from model.split import Layout
 from runtime.pricing import Chip, Link, PriceError
 from runtime.pricing.network import Network
 from runtime.pricing.placement import Hops, Span, place, second_pool
 
 NPU = Chip("npu", {"bf16": 256e12}, 1.2e12, Link(200e9, 1e-6, 8), Link(10e9, 5e-6, 1 << 20), node_devices=8)
+NPU_FIELDS = replace(NPU, absent=frozenset({"link.scale_out.collective_latency_s"}))
 ALONE = replace(NPU, scale_out=None)
 
 
@@ -100,6 +102,36 @@ def test_a_faster_link_is_never_slower(op: str, tp: int, dp: int, size: float, f
     span = place(Layout(tp, dp), 8, 8).stage
     slow_s, fast_s = (Network(chip, {}, "sglang").collective(op, size, span).seconds for chip in (NPU, fast))  # type: ignore[arg-type]
     assert fast_s <= slow_s
+
+
+@pytest.mark.parametrize(
+    ("chip", "nic", "size", "micros"),
+    [
+        ("a100-sxm-80gb", 12.5e9, 2 * 1024, 44), ("a100-sxm-80gb", 12.5e9, 16 * 1024, 48),
+        ("a100-sxm-80gb", 12.5e9, 64 * 1024, 55.5), ("a100-sxm-80gb", 12.5e9, 128 * 1024, 66.6),
+        ("a100-sxm-80gb", 12.5e9, 256 * 1024, 83), ("h100-sxm", 50e9, 1e6, 88),
+    ],
+)  # fmt: skip
+def test_all_reduces_between_servers_take_what_nccl_takes(chip: str, nic: float, size: float, micros: float) -> None:
+    """2 x 8 A100 with four 200 Gb/s NICs a server (microsoft/mscclpp issue 531), and 2 x 8 H100 over InfiniBand."""
+    here = Chip.from_fields(chip, hw_profiles.load(chip, {"link.scale_out.bandwidth_bytes_per_s": nic}).number)
+    seconds = Network(here, {}, "sglang").collective("all_reduce", size, 16).seconds
+    assert seconds * 1e6 == pytest.approx(micros, rel=0.06)
+
+
+def test_another_fabric_adds_its_own_latency() -> None:
+    chips = [
+        Chip.from_fields("h100", hw_profiles.load("h100-sxm", {"link.scale_out.collective_latency_s": s}).number)
+        for s in (44e-6, 100e-6)
+    ]
+    for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):
+        infiniband, tcpx = (Network(chip, {}, "sglang").collective(op, 1e6, 16).seconds for chip in chips)
+        assert tcpx - infiniband == pytest.approx(56e-6 if op == "all_reduce" else 28e-6)
+        assert Network(chips[0], {}, "sglang").collective(op, 1e6, 32).seconds > infiniband
+    assert (
+        "link.scale_out.collective_latency_s 44 us"
+        in Network(NPU_FIELDS, {}, "sglang").collective("all_reduce", 1e6, 16).assumed
+    )
 
 
 def test_hops_are_priced_one_by_one() -> None:

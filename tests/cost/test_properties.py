@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.pricing import GLM5, MlaLayer, attention, load, open_book
-from runtime.pricing.grid import Polyline, RatioGrid, Surface
+from runtime.pricing.grid import Polyline, RatioGrid, Surface, rising
 from tests.cost.chips import CHIPS, UNMEASURED
 
 BOOKS = {name: open_book(chip) for name, chip in {**CHIPS, "some-npu": UNMEASURED}.items()}
@@ -86,6 +86,45 @@ def test_skew_touches_fewer_experts_and_loads_one_rank_more() -> None:
     assert skewed.busiest_rank(batch, 8, 1)[1] < 0.6 * even.busiest_rank(batch, 8, 1)[1]
     assert skewed.busiest_rank(batch, 8, 8)[0] > 1.2 * even.busiest_rank(batch, 8, 8)[0]
     assert skewed.imbalance(8) > 1.2 and even.imbalance(8) == pytest.approx(1.0)
+
+
+def least_deviation(values: list[float]) -> float:
+    """The least sum of |ln fit - ln value| of any non-decreasing fit, by dynamic programming over the values."""
+    logs, levels = np.log(values), np.sort(np.log(values))
+    best = np.zeros(len(levels))
+    for value in logs:
+        best = np.minimum.accumulate(best) + np.abs(levels - value)
+    return float(best.min())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(1e-6, 1e-2), min_size=1, max_size=12))
+def test_a_risen_curve_is_the_nearest_one(values: list[float]) -> None:
+    fit = rising(values)
+    assert (np.diff(fit) >= 0).all()
+    assert np.abs(np.log(fit / np.array(values))).sum() == pytest.approx(least_deviation(values), abs=1e-9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2, 6), st.integers(2, 6), st.integers(0, 2**32 - 1))
+def test_a_surface_of_any_table_never_falls(rows: int, columns: int, seed: int) -> None:
+    table = np.exp(np.random.default_rng(seed).normal(size=(rows, columns)))
+    r, c = np.arange(1.0, rows + 1), np.arange(1.0, columns + 1)
+    filled = Surface(r, c, table).many(r[:, None], c[None, :])
+    for axis in (0, 1):
+        assert (np.diff(filled, axis=axis) >= -1e-12).all()
+
+
+@pytest.mark.parametrize("at", [0, 3, 11, -1])
+def test_an_outlier_stays_alone(at: int) -> None:
+    """One measurement ten times too slow is read as its neighbours, and moves none of them."""
+    seconds = 3e-6 + 1e-9 * np.arange(24.0) ** 2
+    spoilt = seconds.copy()
+    spoilt[at] *= 10
+    curve = Polyline(np.arange(1.0, 25.0), spoilt)
+    fit = curve.many(np.arange(1.0, 25.0))
+    away = np.abs(fit / seconds - 1)
+    assert (away[:-1] < 0.05).all() and (at == -1 or away[-1] < 0.05)
 
 
 def test_ratio_grid_interpolates_and_holds_its_edges() -> None:

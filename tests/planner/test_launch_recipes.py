@@ -96,7 +96,12 @@ ASCEND = (
     """--compilation-config '{"cudagraph_mode": "FULL_DECODE_ONLY"}' """
     """--speculative-config '{"num_speculative_tokens": 3, "method": "mtp", "enforce_eager": true}' """
 )
-ASCEND_SETTINGS = {"memory_fraction": 0.95, "max_step_tokens": 4096, "chunked_prefill_tokens": 4096}
+ASCEND_SETTINGS = {
+    "graph_mode": "full",
+    "memory_fraction": 0.95,
+    "max_step_tokens": 4096,
+    "chunked_prefill_tokens": 4096,
+}
 ASCEND_ENVIRONMENT = {
     "HCCL_OP_EXPANSION_MODE": "AIV", "OMP_PROC_BIND": "false", "OMP_NUM_THREADS": "1", "HCCL_BUFFSIZE": "200",
     "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",

@@ -395,3 +395,37 @@ def test_the_json_of_a_search_is_valid_for_the_schema() -> None:
     from runtime.deployment.schema import plan_schema
 
     jsonschema.validate(json.loads(planned().text), plan_schema())
+
+
+# --- what is held ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held", [{"tp": 4}, {"dp": 2, "ep": 8}, {"pp": 2}, {"tp": 2, "pp": 4}])
+def test_a_layout_is_held_to_what_is_given(held: dict[str, int]) -> None:
+    found, _, _ = options(Question(load_config("glm-4.5-air"), LIGHT, held=held), hw_profiles.load("h200-sxm"), 8)
+    assert found and all(getattr(option.layout, axis) == degree for option in found for axis, degree in held.items())
+
+
+def test_stages_at_most() -> None:
+    found, _, _ = options(Question(load_config("glm-4.5-air"), LIGHT, most_pp=2), hw_profiles.load("h200-sxm"), 8)
+    assert {option.layout.pp for option in found} == {1, 2}
+
+
+def test_no_layout_is_as_held() -> None:
+    with pytest.raises(NoPlanError, match=r"none on 8 devices has tp 3"):
+        search(Question(load_config("glm-4.5-air"), LIGHT, held={"tp": 3}), chips(("h200-sxm", 8)))
+
+
+def test_targets_bound_a_percentile() -> None:
+    """A target between the mean and the 90th percentile is met by the mean alone."""
+    demand = Demand(isl=2048, osl=128, concurrency=16)
+    figures = search(Question(load_config("glm-4.5-air"), demand), chips(("h200-sxm", 2))).predicted
+    assert figures is not None
+    mean, tail = figures.ttft_ms["mean"], figures.ttft_ms["p90"]
+    assert mean is not None and tail is not None and mean < tail
+    asked = dataclasses.replace(demand, ttft_ms=(mean + tail) / 2)
+    assert not figures.missed(asked)
+    (missed,) = figures.missed(dataclasses.replace(asked, percentile=90))
+    assert missed.startswith("p90 TTFT ") and dataclasses.replace(asked, percentile=50).wants()[0].startswith(
+        "p50 TTFT"
+    )

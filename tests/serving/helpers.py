@@ -14,6 +14,7 @@ NO_OVERHEAD = {
     "eager_step_host_seconds": 0.0,
     "request_seconds": 0.0,
     "tokenize_seconds_per_token": 0.0,
+    "request_delay_seconds": 0.0,
     "response_seconds": 0.0,
 }
 

@@ -39,7 +39,7 @@ def test_littles_law_holds_at_every_station() -> None:
 
 def test_closed_loop_keeps_its_concurrency() -> None:
     report = simulate(bench_serving(16, 1024, 256), Deployment(load("sglang"), LinearPricer(), 500_000, devices=8))
-    assert 14 < report.mean_in_system <= 16
+    assert 14 < report.mean_in_system <= 16 * (1 + 1e-12)
     assert report.output_tokens_per_s == pytest.approx(8 * report.output_tokens_per_s_per_device)
     assert report.output_tokens_per_s_per_user == pytest.approx(1 / report.tpot.mean)
 

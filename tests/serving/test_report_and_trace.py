@@ -28,7 +28,8 @@ def test_latencies_are_what_the_client_sees() -> None:
     """One request: sent, tokenized, prefilled in 35 ms, then 9 steps of 10 ms."""
     engine = load(
         "sglang",
-        {"request_seconds": 0.1, "tokenize_seconds_per_token": 1e-5, "response_seconds": 0.02,
+        {"request_seconds": 0.06, "request_delay_seconds": 0.04, "tokenize_seconds_per_token": 1e-5,
+         "response_seconds": 0.02,
          "eager_step_host_seconds": 0.0, "graph_step_host_seconds": 0.0},
     )  # fmt: skip
     pricer = LinearPricer(per_decode=0.0, per_context=0.0)

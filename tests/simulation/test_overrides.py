@@ -82,9 +82,13 @@ MOVES = {
     "link.scale_up.domain_devices": Moves(8, 16, step(PREFILL, layout=Layout(tp=16), cfg=GLM5)),
     "link.scale_out.bandwidth_bytes_per_s": Moves(1e9, 50e9, step(PREFILL, **APART)),
     "link.scale_out.latency_s": Moves(5e-6, 1e-3, step(DECODE, **APART), more=True),
+    "link.scale_out.collective_latency_s": Moves(
+        44e-6, 150e-6, step(DECODE, layout=Layout(tp=16), cfg=GLM5), more=True
+    ),
     "link.host.bandwidth_bytes_per_s": Moves(10e9, 60e9, fetching),
     "link.host.latency_s": Moves(1e-6, 1e-3, fetching, more=True),
     "overhead.kernel_launch_s": Moves(1e-6, 10e-6, step(DECODE), more=True),
+    "chip.sustained_clock_fraction": Moves(0.7, 1.0, step(PREFILL)),
     "overhead.vector_launch_s": Moves(1e-6, 10e-6, step(DECODE), more=True),
     "overhead.collective_launch_s": Moves(5e-6, 50e-6, step(DECODE), more=True),
     "overhead.p2p_latency_s": Moves(5e-6, 50e-6, step(DECODE, **APART), more=True),
@@ -128,6 +132,7 @@ def test_a_figure_moves_an_answer_the_right_way(field: str) -> None:
         ("link.scale_up.bandwidth_bytes_per_s", 200e9),
         ("link.scale_out.bandwidth_bytes_per_s", 1e9),
         ("link.scale_out.latency_s", 1e-3),
+        ("link.scale_out.collective_latency_s", 150e-6),
         ("overhead.collective_launch_s", 50e-6),
         ("efficiency.network", 0.2),
     ],

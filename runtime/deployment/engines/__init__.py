@@ -13,8 +13,9 @@ To describe another engine, add a TOML file (and, where a default is a formula, 
 import the simulator or JAX.
 """
 
-from runtime.deployment.engines.defaults import default_kv, engine_for, formats_for, sized_cache
-from runtime.deployment.engines.loader import ENGINES_HELP, Circumstances, Engine, Source, load, names
+from runtime.deployment.engines.defaults import default_kv, engine_for, formats_for, sized_cache, with_pool
+from runtime.deployment.engines.engine import Circumstances, Engine, Source
+from runtime.deployment.engines.loader import ENGINES_HELP, described, load, names, nearest_release
 
 __all__ = [
     "ENGINES_HELP",
@@ -22,9 +23,12 @@ __all__ = [
     "Engine",
     "Source",
     "default_kv",
+    "described",
     "engine_for",
     "formats_for",
     "load",
     "names",
+    "nearest_release",
     "sized_cache",
+    "with_pool",
 ]

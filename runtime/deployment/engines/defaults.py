@@ -11,39 +11,147 @@ from typing import Any
 
 from foundation.errors import UsageError
 from hw_profiles import Profile
-from model.config import ModelConfig
+from model.config import Mla, ModelConfig
 from model.formats import KV, CacheFormats, Formats, Scheme
 from model.split import Layout
-from runtime.deployment.engines.loader import Circumstances, Engine, load
+from runtime.deployment.engines.engine import Circumstances, Engine
+from runtime.deployment.engines.loader import expand, load
+
+Derived = dict[str, Any]
 
 
 def engine_for(
-    name: str, cfg: ModelConfig, profile: Profile, layout: Layout, overrides: Mapping[str, Any] | None = None
+    name: str,
+    cfg: ModelConfig,
+    profile: Profile,
+    layout: Layout,
+    overrides: Mapping[str, Any] | None = None,
+    drafts: int = 0,
 ) -> Engine:
-    """The engine's description with the settings it derives from the device and the model. name: as of `load`."""
+    """The engine's description with the settings it derives from the device and the model. name: as of `load`.
+    drafts: tokens drafted a step."""
     at, given = Circumstances.of(cfg, profile), overrides or {}
     engine = load(name, given, at)
-    sparse = engine.eager_sparse_layer_host_seconds if cfg.sparse else 0.0
-    launches = (engine.eager_layer_host_seconds + sparse) * cfg.num_layers / layout.pp
-    derived: dict[str, Any] = {"eager_step_host_seconds": engine.eager_step_host_seconds + launches}
+    layers = cfg.num_layers / layout.pp
+    sparse = layers if cfg.sparse else 0
+    derived: Derived = {
+        f"{how}_launch_seconds": layers * getattr(engine, f"{how}_layer_host_seconds")
+        + sparse * getattr(engine, f"{how}_sparse_layer_host_seconds")
+        for how in ("eager", "piecewise")
+        if f"{how}_step_host_seconds" not in given  # then all of a step's host work is given
+    }
     if engine.kind in _FORMULAS:
-        derived |= _FORMULAS[engine.kind](engine, layout, at)
-    return load(name, {**derived, **given}, at)
+        derived |= _FORMULAS[engine.kind](engine, EngineSite(cfg, profile, layout, drafts, at), given)
+    return dataclasses.replace(engine, **{key: value for key, value in derived.items() if key not in given})
 
 
-def _sglang(engine: Engine, layout: Layout, at: Circumstances) -> dict[str, Any]:
-    """SGLang 0.5.9, server_args.py: each rank of attention data parallelism gets its share of a chunk; before that
-    --mem-fraction-static is all but a reserve in MiB for activations, graphs and communication: 0.897 on one H200 node;
+@dataclasses.dataclass(frozen=True)
+class EngineSite:
+    """What a formula may ask."""
+
+    cfg: ModelConfig
+    profile: Profile
+    layout: Layout
+    drafts: int
+    at: Circumstances
+
+
+def _cut(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """The sizes up to `most`, which is captured too."""
+    return (*(size for size in sizes if size < most), most) if most else ()
+
+
+def _sglang(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived:
+    """SGLang, server_args.py: each rank of attention data parallelism gets its share of a chunk and is less afraid of
+    growth; before that --mem-fraction-static is all but a reserve in MiB for activations, graphs and communication;
     recipes often pass 0.85."""
-    derived: dict[str, Any] = {"chunked_prefill_tokens": max(1, engine.chunked_prefill_tokens // layout.dp)}
-    if at.memory_bytes:
-        graphs = engine.graph_batch_sizes[-1] if engine.graph_batch_sizes else 0
-        reserve = 512 + 1.5 * engine.chunked_prefill_tokens + 2 * graphs + 1024 * layout.devices / 8
-        derived["memory_fraction"] = round(max(0.05, 1 - max(reserve, 10240) * 2**20 / at.memory_bytes), 3)
+    layout, gib = on.layout, (on.at.built_bytes or on.at.memory_bytes or 1e18) / 2**30
+    most = engine.graph_max_batch
+    if layout.tp * layout.dp < 4 and "graph_max_batch" not in given and gib < 160:  # their tp counts both
+        few = ((1e9, 64),) if on.at.family == "ascend" else ((20, 8), (35, 24), (60, 32), (1e9, 256))
+        most = min(most, next(low for limit, low in few if gib < limit))
+    sizes = engine.graph_batch_sizes
+    if on.drafts:
+        sizes = (*range(1, 9), *range(10, 33, 2), *range(40, 65, 4), *range(72, 257, 8), *range(272, most + 1, 16))
+    sizes = _cut(sizes, most)
+    whole = engine.graph_mode != "eager" and layout.dp == layout.pp == 1 and on.profile.vendor == "NVIDIA"
+    pieces = engine.piecewise_step_tokens if whole else 0
+    mla = isinstance(on.cfg.attention, Mla)
+    if pieces and not mla:
+        pieces = max(pieces, engine.chunked_prefill_tokens)
+    derived: Derived = {
+        "chunked_prefill_tokens": max(1, engine.chunked_prefill_tokens // layout.dp),
+        "graph_batch_sizes": sizes,
+        "piecewise_step_tokens": pieces,
+    }
+    if layout.dp > 1:
+        derived |= {name: _BRAVE * getattr(engine, name) for name in ("new_token_ratio", "new_token_ratio_min")}
+    if on.at.memory_bytes:
+        graphs = max(expand(given.get("graph_batch_sizes", sizes)), default=0)
+        reserve = 512 + 1.5 * max(engine.chunked_prefill_tokens or engine.max_step_tokens, 2048) + 2 * graphs
+        reserve += 1024 * layout.devices / 8
+        if layout.dp > 1:
+            reserve += (3 if graphs <= 300 else 4.5) * graphs * layout.dp
+        if pieces:
+            reserve += engine.piecewise_reserve_mib if mla else 8 * _prompt_sizes(pieces)
+        if on.at.memory_bytes > 60 * 2**30:
+            reserve = max(reserve, 10240)
+        if on.drafts:
+            reserve += engine.drafting_reserve_mib
+        derived["memory_fraction"] = round(max(0.05, 1 - reserve * 2**20 / on.at.memory_bytes), 3)
     return derived
 
 
-_FORMULAS: Mapping[str, Callable[[Engine, Layout, Circumstances], dict[str, Any]]] = {"sglang": _sglang}
+_BRAVE = 0.3
+"""What SGLang multiplies schedule_conservativeness with under DP attention."""
+
+
+def _prompt_sizes(most: int) -> int:
+    """How many token counts SGLang captures for prompts (0.5.14, _generate_prefill_cuda_graph_batch_sizes)."""
+    sizes = (*range(4, 33, 4), *range(48, 257, 16), *range(288, 513, 32), *range(576, 1025, 64),
+             *range(1280, 4097, 256), *range(4608, most + 1, 512))  # fmt: skip
+    return sum(size <= most for size in sizes)
+
+
+def _vllm(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived:
+    """vLLM, config/vllm.py _set_cudagraph_sizes: sizes are of tokens, twice those of a full batch at most; a decode
+    graph holds sequences of 1 + drafts tokens."""
+    queries = 1 + on.drafts
+    most = min(2 * engine.max_running_requests * queries, engine.graph_max_batch or 2**30, engine.max_step_tokens)
+    tokens = [size for size in engine.graph_batch_sizes if size <= most]
+    sizes = sorted({size // queries for size in tokens if size >= queries})
+    limit = tokens[-1] if tokens else 0
+    return {"graph_batch_sizes": tuple(sizes), "piecewise_step_tokens": min(engine.piecewise_step_tokens, limit)}
+
+
+def _vllm_ascend(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived:
+    """vllm-ascend: as vLLM, with prompts in pieces only where decode steps are (FULL_DECODE_ONLY captures those)."""
+    derived = _vllm(engine, on, given)
+    return derived | ({"piecewise_step_tokens": 0} if engine.graph_mode == "full" else {})
+
+
+def _trtllm(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived:
+    """TensorRT-LLM, llm_args.py _generate_cuda_graph_batch_sizes: other sizes with padding than without."""
+    most = engine.graph_max_batch
+    padded = (1, 2, 4, *range(8, 129, 8), *range(192, most + 1, 64))
+    return {"graph_batch_sizes": _cut(padded if engine.graph_padding else engine.graph_batch_sizes, most)}
+
+
+_FORMULAS: Mapping[str, Callable[[Engine, EngineSite, Mapping[str, Any]], Derived]] = {
+    "sglang": _sglang,
+    "trtllm": _trtllm,
+    "vllm": _vllm,
+    "vllm-ascend": _vllm_ascend,
+}
+
+
+def with_pool(engine: Engine, cfg: ModelConfig, pool_tokens: int, given: Mapping[str, Any]) -> Engine:
+    """The engine with what it derives from its KV pool: SGLang takes in min(max(pool / context x 512, 2048), 4096)
+    requests at most, and no more than half the pool's tokens."""
+    if engine.kind != "sglang" or "max_running_requests" in given:
+        return engine
+    most = max(2048, min(int(512 * pool_tokens / (engine.context_tokens or cfg.max_positions)), 4096))
+    return dataclasses.replace(engine, max_running_requests=max(1, min(most, pool_tokens // 2)))
 
 
 def default_kv(engine: Engine, cfg: ModelConfig, profile: Profile) -> str:

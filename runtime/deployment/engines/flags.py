@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +14,8 @@ from model.cache import cache_rows
 from model.config import ModelConfig
 from model.formats import Formats
 from model.split import Layout
-from runtime.deployment.engines.loader import holds
+from runtime.deployment.engines.engine import holds
+from runtime.deployment.engines.releases import same_release
 from runtime.deployment.errors import EngineError, LaunchError
 
 Facts = Mapping[str, Any]
@@ -146,11 +146,6 @@ def launched() -> list[str]:
 def releases(name: str) -> list[str]:
     """Releases of an engine that there are tables of, oldest first; none for an engine without a file."""
     return list(_document(name)["releases"]) if name in launched() else []
-
-
-def same_release(release: str, other: str) -> bool:
-    """Whether two texts name one release: 0.23 is 0.23.0."""
-    return re.sub(r"(\.0)+$", "", release) == re.sub(r"(\.0)+$", "", other)
 
 
 @lru_cache

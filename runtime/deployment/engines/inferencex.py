@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from runtime.deployment.engines.loader import Circumstances
+from runtime.deployment.engines.engine import Circumstances
 
 
 def launch_settings(kind: str, at: Circumstances, concurrency: int, isl: int, osl: int) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def launch_settings(kind: str, at: Circumstances, concurrency: int, isl: int, os
     if kind == "trtllm":
         tokens = max(8192, math.ceil((concurrency + isl + 64) / 64) * 64)
         return {"memory_fraction": 0.75, "max_step_tokens": tokens, "prefix_cache": False,
-                "stream_interval_tokens": 10}  # fmt: skip
+                "graph_padding": True, "stream_interval_tokens": 10}  # fmt: skip
     return {}
 
 

@@ -93,6 +93,7 @@ def spot_plan(spec: Spec, replicas: int) -> Plan:
         for stage in memories(spec):
             reserved = {
                 "activations": stage.activation_bytes,
+                "workspaces": stage.workspace_bytes,
                 "collective buffers": stage.communication_bytes,
                 "the runtime": stage.runtime_bytes,
             }
@@ -119,6 +120,7 @@ def check_memory(cfg: ModelConfig, plan: Plan, factor: float = 1.0) -> list[list
         held = pool.devices[0].ledger
         reserved = {
             "activations": held.activation_bytes,
+            "workspaces": held.workspace_bytes,
             "collective buffers": held.communication_bytes * factor,
             "the runtime": held.runtime_bytes * factor,
         }

@@ -56,7 +56,7 @@ def read_placement(path: Path, load: Floats, nodes: int = 1, groups: int = 1) ->
         what = "no `placement` of [layers][devices][slots] in it"
         what = what if error.reason in ("syntax", "encoding") else f"cannot be read: {error}"
         raise PreviousError(f"{path}: {what}") from None
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError):
         raise PreviousError(f"{path}: no `placement` of [layers][devices][slots] in it") from None
     layers, experts = load.shape
     if not same or flat.ndim != 2 or len(flat) != layers:

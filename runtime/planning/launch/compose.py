@@ -156,14 +156,19 @@ def _servers(
     host_tier: bool,
     files: dict[str, Any],
 ) -> list[LaunchServer]:
-    engine = asked or pool.engine
-    named = load(engine)
+    named = load(asked or pool.engine)
+    planned = load(pool.engine)
+    same = asked is None or ("@" not in asked and named.kind == planned.kind)  # the plan's release, which may be older
+    engine = pool.engine if same else asked
+    named = planned if same else named
     kind = named.kind
     if kind not in LAUNCHED_ENGINES:
         raise LaunchError(f"no launch commands for {engine}: use --engine {', '.join(LAUNCHED_ENGINES)}")
     flags = table(kind, release or named.release)
     profile = profile_of(pool)
-    described = engine_for(engine, cfg, profile, pool.layout, pool.settings if engine == pool.engine else None)
+    described = engine_for(
+        engine, cfg, profile, pool.layout, pool.settings if engine == pool.engine else None, pool.drafts
+    )
     placement = None
     if pool.experts and not experts.in_order(pool.experts):
         placement = f"experts-{pool.role}.json"
@@ -190,14 +195,16 @@ def _servers(
                 profile=profile,
                 pool=pool,
                 peer=peers[0] if peers else None,
-                connected=all(load(asked or each.engine).kind == kind for each in peers)
+                connected=all((named if asked else load(each.engine)).kind == kind for each in peers)
                 and all(profile_of(each).vendor == profile.vendor for each in peers),
                 engine=described,
                 index=index,
                 parts=tuple(parts.values()),
                 node_devices=per_node,
                 model=model or _checkpoint(cfg, pool) or _MODEL,
-                context_tokens=min(cfg.max_positions, *(each.pool_tokens for each in plan.pools)),
+                context_tokens=min(
+                    described.context_tokens or cfg.max_positions, *(each.pool_tokens for each in plan.pools)
+                ),
                 experts_file=placement,
                 host_bytes=host_bytes,
             )

@@ -8,15 +8,16 @@ from typing import Any
 
 from hw_profiles import Profile
 from model.config import ModelConfig
-from runtime.deployment.engines import Engine
-from runtime.deployment.engines.flags import LaunchTable, format_facts, layout_facts, pair_facts, same_release
+from runtime.deployment.engines import Engine, load
+from runtime.deployment.engines.flags import LaunchTable, format_facts, layout_facts, pair_facts
+from runtime.deployment.engines.releases import same_release
 from runtime.deployment.errors import LaunchError
 from runtime.deployment.plan import Pool
 from runtime.planning.launch.words import Command, Word
 
 EXPRESSED = (
     "chunked_prefill_tokens", "max_step_tokens", "max_running_requests", "memory_fraction", "page_tokens",
-    "prefix_cache", "graph_batch_sizes",
+    "prefix_cache", "graph_batch_sizes", "graph_max_batch", "graph_mode", "context_tokens",
 )  # fmt: skip
 """Engine settings that flags say; the others describe an engine and cannot be told to it."""
 
@@ -84,7 +85,7 @@ class LaunchServer:
         if self.peer is not None and self.connected:
             ends = [(each.layout, each.formats) for each in (pool, self.peer)]
             found |= pair_facts(self.cfg, *(ends if pool.role == "prefill" else ends[::-1]))
-        return {**found, "nodes": len(self.parts) > 1}
+        return {**found, "nodes": len(self.parts) > 1, "graph_mode": self.engine.graph_mode}
 
     @property
     def stage_sizes(self) -> str:
@@ -100,15 +101,16 @@ class LaunchServer:
                 f"{self.table.name}'s own releases run on {' and '.join(self.table.runs_on)}: take "
                 f"{self.profile.vendor}'s build for this chip, whose flags may differ"
             )
-        if self.pool.engine != self.table.name:
+        planned = load(self.pool.engine)
+        if planned.kind != self.table.name:
             found.append(
                 f"planned for {self.pool.engine}: pages, limits and figures of the plan follow its rules; "
                 f"plan with --engine {self.table.name} for this engine's"
             )
         else:
-            if not same_release(self.engine.release, self.table.release):
+            if not same_release(planned.release, self.table.release):
                 found.append(
-                    f"planned for {self.table.name} {self.engine.release}: limits and figures of the plan follow its "
+                    f"planned for {self.table.name} {planned.release}: limits and figures of the plan follow its "
                     f"rules, the flags those of {self.table.release}"
                 )
             others = sorted(key for key in self.pool.settings if key not in EXPRESSED)

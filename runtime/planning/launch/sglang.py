@@ -67,7 +67,7 @@ def _command(server: LaunchServer, rank: int) -> Command:
     line.whole("step", engine.max_step_tokens)
     if not engine.prefix_cache:
         line.flag("no_prefix_cache")
-    if "graph_batch_sizes" in pool.settings and engine.graph_batch_sizes:
+    if {"graph_batch_sizes", "graph_max_batch"} & pool.settings.keys() and engine.graph_batch_sizes:
         line.whole("graph_limit", engine.graph_batch_sizes[-1])
     line.extras(server)
     if pool.drafts:

@@ -154,7 +154,7 @@ def _limits(server: LaunchServer, line: Line) -> None:
         line.flag("no_prefix_cache")
     elif server.table.can("prefix_cache") and server.pool.role == "serve":
         line.flag("prefix_cache")
-    if "graph_batch_sizes" in server.pool.settings and engine.graph_batch_sizes:
+    if {"graph_batch_sizes", "graph_max_batch"} & server.pool.settings.keys() and engine.graph_batch_sizes:
         if server.table.can("graph_limit"):
             line.whole("graph_limit", engine.graph_batch_sizes[-1])
         else:
