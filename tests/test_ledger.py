@@ -177,3 +177,13 @@ def test_a_model_that_does_not_fit_prints_its_ledger() -> None:
     first, *rest = str(refused.value).splitlines()
     assert "does not fit 4 devices" in first and "use more devices" in first
     assert any("weights: experts" in line for line in rest) and rest[-1].startswith("= free")
+
+
+def test_a_cautious_engine_is_named_where_memory_is_left() -> None:
+    """SGLang leaves a quarter of an H200 to DP attention over eight ranks by default."""
+    cfg, profile = load_config("glm-5-fp8"), hw_profiles.load("h200-sxm")
+    with pytest.raises(
+        CapacityError, match="or give the engine more than its 0.77 of it: --set engine.memory_fraction"
+    ):
+        memory(spec_for(cfg, profile, Layout(1, 8, 8), "fp8"))
+    assert memory(spec_for(cfg, profile, Layout(1, 8, 8), "fp8", None, "sglang", {"memory_fraction": 0.85})).pool_tokens

@@ -216,16 +216,21 @@ def stage_ledgers(
     return stages
 
 
-def fullest(stages: Sequence[Ledger], cfg: ModelConfig, layout: Layout, page_tokens: int) -> Ledger:
+def fullest(
+    stages: Sequence[Ledger], cfg: ModelConfig, layout: Layout, page_tokens: int, fraction: float | None = None
+) -> Ledger:
     """The ledger of the stage whose pool holds the fewest tokens: what a replica can hold.
 
-    Raises `CapacityError` with the ledger where the model does not fit or leaves no room for one page.
+    fraction: the engine's share of the memory, for the message. Raises `CapacityError` with the ledger where the model
+    does not fit or leaves no room for one page.
     """
     found = min(stages, key=lambda stage: stage.kv_bytes / stage.kv_bytes_per_token)
     if found.pool_tokens < page_tokens:
+        unused = fraction is not None and found.free_bytes > 0.1 * found.usable_bytes
+        more = f", or give the engine more than its {fraction:g} of it: --set engine.memory_fraction" if unused else ""
         raise CapacityError(
             f"{cfg.name} does not fit {layout.devices} devices ({layout.name}): "
             f"{found.weights_total_bytes / 1e9:.1f} GB of weights a device of {found.usable_bytes / 1e9:.1f} GB "
-            "usable; use more devices or narrower formats\n" + "\n".join(found.lines())
+            f"usable; use more devices or narrower formats{more}\n" + "\n".join(found.lines())
         )
     return found

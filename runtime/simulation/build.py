@@ -164,7 +164,7 @@ def _parsed(value: str) -> Any:
 
 def memory(spec: Spec) -> Ledger:
     """The ledger of a deployment's fullest device. Raises `CapacityError` where it does not fit."""
-    return fullest(memories(spec), spec.cfg, spec.layout, spec.engine.page_tokens)
+    return fullest(memories(spec), spec.cfg, spec.layout, spec.engine.page_tokens, spec.engine.memory_fraction)
 
 
 def memories(spec: Spec) -> list[Ledger]:

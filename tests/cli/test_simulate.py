@@ -99,7 +99,7 @@ def test_disaggregation() -> None:
 def test_replicas_and_layouts() -> None:
     one, two = run(*SMALL), run(*SMALL, "--devices", 16, "--tp", 8)
     assert two["devices"] == 16 and two["kv"]["pool_tokens"] == 2 * one["kv"]["pool_tokens"]
-    spread = run(*SMALL, "--tp", 1, "--dp", 8, "--ep", 8)
+    spread = run(*SMALL, "--tp", 1, "--dp", 8, "--ep", 8, "--set", "engine.memory_fraction=0.85")
     assert spread["layout"] == {"tp": 1, "dp": 8, "ep": 8, "pp": 1}
     staged = run(*SMALL, "--devices", 16, "--pp", 2)
     assert staged["layout"]["tp"] == 8 and "pipeline" in staged["share_by_op"]
@@ -250,7 +250,10 @@ MISTAKES: list[tuple[str, str]] = [
     ("--seed -1", "greater than or equal to 0"),
     ("--length-ratio 0", "0.01"),
     ("--expert-load gaussian", "gaussian"),
-    ("--isl 190000 --tp 1 --dp 8 --ep 8 --concurrency 1 --requests 1", "tokens of KV cache"),
+    (
+        "--isl 190000 --tp 1 --dp 8 --ep 8 --concurrency 1 --requests 1 --set engine.memory_fraction=0.85",
+        "tokens of KV cache",
+    ),
     ("--isl 202752 --osl 1", "202,752 tokens in and 1 out are 202,753, and glm-5-fp8 has 202,752 positions"),
     ("--isl 100 --osl 300000 --rate 1", "100 tokens in and 300,000 out are 300,100"),
     ("--model deepseek-v3 --isl 200000", "has 163,840 positions"),

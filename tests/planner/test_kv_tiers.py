@@ -144,7 +144,9 @@ def test_without_a_host_link_there_is_one_tier() -> None:
 
 def quiet_engine(given_: Pool, **settings_: Any) -> Any:
     """The pool's engine without host time, in chunks larger than any prompt unless given."""
-    own = {"eager_step_host_seconds": 0.0, "chunked_prefill_tokens": 10**9, **settings_}
+    own = {
+        "eager_step_host_seconds": 0.0, "piecewise_step_tokens": 0, "chunked_prefill_tokens": 10**9, **settings_
+    }  # fmt: skip
     return make_engine(given_.engine, load_config("glm-5-fp8"), hw_profiles.load(H200), given_.layout, own)
 
 

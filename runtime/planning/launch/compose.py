@@ -159,7 +159,7 @@ def _servers(
     named = load(asked or pool.engine)
     planned = load(pool.engine)
     same = asked is None or ("@" not in asked and named.kind == planned.kind)  # the plan's release, which may be older
-    engine = pool.engine if same else asked
+    engine = pool.engine if same or asked is None else asked
     named = planned if same else named
     kind = named.kind
     if kind not in LAUNCHED_ENGINES:
