@@ -80,7 +80,7 @@ def test_the_kept_residuals_are_of_known_kinds_and_finite() -> None:
     groups = known_groups()
     assert len({group.name for group in groups}) >= 10
     for group in groups:
-        assert group.figures and group.kind.regime in ("steady", "saturated", "eager")
+        assert group.figures and group.kind.regime in ("steady", "saturated", "burst")
         assert all(math.isfinite(row) for rows in group.figures.values() for row in rows)
 
 

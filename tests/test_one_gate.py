@@ -27,6 +27,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "np.memmap": "the bytes of tensors whose header was read",
     },
     "runtime.deployment.tensors": {"np.memmap": "the bytes of tensors whose header was read"},
+    "runtime.pricing.bands": {"_FILE.read_text": "residuals, ours", "json.loads": "of them"},
     "runtime.deployment.manifest": {"path.open": "to hash a file that the manifest lists"},
     "runtime.training.state": {"safe_open": "a run's own state"},
     "runtime.training.export": {"TEMPLATE.read_text": "the template that is ours"},

@@ -65,7 +65,7 @@ def test_formats(words: str, scheme: str) -> None:
          {"max_step_tokens": 16384, "chunked_prefill_tokens": 16384, "prefix_cache": False}),
         ("sglang", "--tp 8 --mem-fraction-static 0.82 --chunked-prefill-size 32768 --disable-radix-cache",
          {"memory_fraction": 0.82, "chunked_prefill_tokens": 32768, "prefix_cache": False}),
-        ("trtllm", "TP8 EP8; max_num_tokens tuned per point", {}),
+        ("trtllm", "TP8 EP8; free_gpu_memory_fraction 0.8", {"memory_fraction": 0.8}),
         ("sglang", "2 nodes, InfiniBand; flags not given (TP16 inferred)", {}),
     ],
 )  # fmt: skip
@@ -132,3 +132,18 @@ def test_what_cannot_be_read(changed: dict[str, str], mentions: str) -> None:
     with pytest.raises(Failure, match=mentions) as error:
         read({**ROW, **changed})
     assert "\n" not in str(error.value)
+
+
+def test_a_server_that_was_tuned_has_graphs_for_its_clients() -> None:
+    row = {**ROW, "engine": "trtllm", "engine_version": "main 2026-02", "concurrency": "250"}
+    assert 250 in read({**row, "server_flags": "max_num_tokens tuned per point"}).settings["graph_batch_sizes"]
+    assert "graph_batch_sizes" not in read({**row, "server_flags": "defaults"}).settings
+
+
+@pytest.mark.parametrize(
+    ("engine", "version", "apart"),
+    [("sglang", "2025-07", True), ("sglang", "0.4.9", True), ("sglang", "0.5.3", False), ("vllm", "0.9.2", True),
+     ("vllm", "0.11 era", False), ("vllm", "nightly 2026-02-13", False), ("vllm", "main", False)],
+)  # fmt: skip
+def test_what_is_older_than_all_that_is_described_is_scored_apart(engine: str, version: str, apart: bool) -> None:
+    assert ("older than every" in read({**ROW, "engine": engine, "engine_version": version}).apart) == apart

@@ -20,8 +20,10 @@ from runtime.simulation.validation import END_TO_END, STEP, read_rows, score
 
 DATA = Path(__file__).parent / "data"
 SILICON, ASCEND = DATA / "silicon_dev.csv", DATA / "ascend_step_dev.csv"
-GLM, SGLANG, TRTLLM = (f"{name} tp8" for name in ("glm-5-fp8 h200-sxm sglang", "deepseek-v3 h200-sxm sglang",
-                                              "deepseek-v3 h200-sxm trtllm"))  # fmt: skip
+GLM, SGLANG, TRTLLM = (
+    f"{name} tp8 dp1 ep1 pp1"
+    for name in ("glm-5-fp8 h200-sxm sglang", "deepseek-v3 h200-sxm sglang", "deepseek-v3 h200-sxm trtllm")
+)
 
 
 @cache

@@ -8,8 +8,9 @@ ten rows of one server teach as much as one. A row's residual is r = ln(measured
 - a kind is the engine, how its operators are priced on the chip (tables of its own, or carried over) and the regime
   that the run was in. Where fewer than `FEW` groups are of that kind, the next wider kind that has as many is asked
   (its engine, its regime, all), the interval is widened by a quarter, and the answer says so;
-- the middle is the groups' mean, drawn towards zero as it is uncertain: with few groups a bias is mostly chance;
-- to either side, Student's t at 95 % over the groups' means times sqrt(between^2 (1 + 1/G) + within^2);
+- the middle is the mean of the groups' medians, drawn towards zero as it is uncertain: a bias of few groups is mostly
+  chance;
+- to either side, Student's t at 95 % over the groups' medians times sqrt(between^2 (1 + 1/G) + within^2);
 - operator prices that are less certain than those of the groups were, and steps outside a fit's range, add to it.
 
 Sources of the form: Dunn et al., arXiv 1809.07441 and Lee et al., arXiv 2306.06342 (one row a group; hierarchical
@@ -56,12 +57,14 @@ _T95 = (
     1.73,
 )
 """Student's t, 95 %, one-sided, for 1, 2, .. degrees of freedom; 1.65 beyond."""
+_MAD = 0.6745
+"""Median absolute deviation of a normal distribution over its standard deviation."""
 
 
 @dataclass(frozen=True)
 class PredictionKind:
     """engine: its kind. priced: "measured" (operator tables of the chip), "carried" (from other chips), or "own" (the
-    chip's own calibration). regime: "steady", "eager" (most of the time in steps without graphs) or "saturated"."""
+    chip's own calibration). regime: "steady", "saturated", or "burst" (a run that is all ramp and drain)."""
 
     engine: str
     priced: str
@@ -156,14 +159,19 @@ def _by_group(held: Sequence[GroupResiduals], figure: str) -> dict[str, tuple[fl
 
 
 def _interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Of one more row of one more group."""
-    means = [statistics.fmean(rows) for rows in groups]
+    """Of one more row of one more group. Medians within groups: a burst of four-token answers among a server's rows,
+    say, has a time per output token that is a matter of chance."""
+    means = [statistics.median(rows) for rows in groups]
     count = len(means)
     if count < 2:
         return -math.log(2), math.log(2)  # nothing to go by: a factor of two
     between = statistics.variance(means)
-    inside = [statistics.variance(rows) for rows in groups if len(rows) > 1]
-    within = statistics.fmean(inside) if inside else 0.0
+    inside = [
+        statistics.median(abs(row - mean) for row in rows) / _MAD
+        for rows, mean in zip(groups, means, strict=True)
+        if len(rows) > 2
+    ]
+    within = statistics.fmean(spread**2 for spread in inside) if inside else 0.0
     bias = statistics.fmean(means)
     bias *= bias**2 / (bias**2 + between / count) if bias else 1.0
     half = _T95[count - 2] if count - 2 < len(_T95) else 1.65

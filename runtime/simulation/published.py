@@ -19,8 +19,9 @@ from hw_profiles import Profile
 from model.config import ModelConfig
 from model.hf_config import load_config, preset_names
 from model.split import Layout
-from runtime.deployment.engines import Circumstances, nearest_release
+from runtime.deployment.engines import Circumstances, described, nearest_release
 from runtime.deployment.engines import load as load_engine
+from runtime.deployment.engines.releases import older_than_all
 from runtime.serving import Workload, closed_loop, open_loop
 from runtime.serving.workload import Fixed, Lengths, Uniform
 from runtime.simulation.build import Spec, spec_for
@@ -92,6 +93,7 @@ _SWITCHES: tuple[tuple[str, str, Any], ...] = (
     (r"disable-overlap-schedule|no-async-scheduling", "overlap_scheduling", False),
 )
 """Words that stand for a setting's value."""
+_TUNED = r"tuned per point|best configuration"
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,10 @@ def read(row: Mapping[str, str]) -> PublishedRow:
     if devices != layout.devices:
         raise UsageError(f"devices {devices}: tp x dp x pp is {layout.devices}")
     drafts, accept_length, apart = _drafts(cell["mtp"])
-    engine = nearest_release(cell["engine"], f"{cell['engine_version']} {cell.get('date', '')}")
+    version = f"{cell['engine_version']} {cell.get('date', '')}"
+    engine = nearest_release(cell["engine"], version)
+    if older_than_all(version, described(cell["engine"])):
+        apart = apart or f"older than every described release of {cell['engine']}"
     if not cfg.mtp_layers:
         drafts, accept_length = 0, None  # drafted by something else than the model
     return PublishedRow(
@@ -157,7 +162,7 @@ def read(row: Mapping[str, str]) -> PublishedRow:
         kv=_kv(cell["kv_dtype"]),
         engine=engine,
         release=cell["engine_version"],
-        settings=settings_of(cell["server_flags"], engine, Circumstances.of(cfg, profile)),
+        settings=settings_of(cell["server_flags"], engine, Circumstances.of(cfg, profile), _clients(cell)),
         drafts=drafts,
         accept_length=accept_length,
         load=_load(cell),
@@ -191,10 +196,14 @@ def scheme_of_words(words: str) -> str:
     raise UsageError(f"formats {words!r}: none that is known")
 
 
-def settings_of(flags: str, engine: str, at: Circumstances) -> dict[str, Any]:
-    """Settings of the engine from the server's command line, or from words about it."""
+def settings_of(flags: str, engine: str, at: Circumstances, clients: int = 0) -> dict[str, Any]:
+    """Settings of the engine from the server's command line, or from words about it. clients: in flight, which a server
+    that was tuned for them has graphs for."""
     found: dict[str, Any] = {}
     words = flags.lower().replace("_", "-")
+    if clients and re.search(_TUNED, words):
+        sizes = load_engine(engine, at=at).graph_batch_sizes
+        found["graph_batch_sizes"] = tuple(sorted({*sizes, clients}))
     for flag, (setting, kind) in _FLAGS.items():
         for value in re.findall(rf"(?:^|[\s(,;]|--){re.escape(flag)}[ =:]+([\d.]+k?)", words):
             number = value.rstrip(".,")
@@ -210,6 +219,11 @@ def settings_of(flags: str, engine: str, at: Circumstances) -> dict[str, Any]:
     if "max_step_tokens" in found and described.policy == "mixed" and described.chunked_prefill_tokens:
         found.setdefault("chunked_prefill_tokens", found["max_step_tokens"])  # one budget
     return found
+
+
+def _clients(cell: Mapping[str, str]) -> int:
+    found = re.match(r"\d+", cell["concurrency"])
+    return int(found[0]) if found else 0
 
 
 def _kv(words: str) -> str | None:

@@ -13,17 +13,19 @@ from runtime.serving.pricing import BatchShape
 from runtime.simulation.build import Built
 
 
-def kind_of(built: Built, saturated: bool = False) -> PredictionKind:
-    """The kind of a prediction made with these prices."""
-    book = built.pricer.book
-    priced = "measured" if book.measured else "carried"
-    return PredictionKind(built.spec.engine.kind, priced, "saturated" if saturated else "steady")
+def kind_of(built: Built, report: Report | None = None) -> PredictionKind:
+    """The kind of a prediction: of a report, or of a single step."""
+    priced = "measured" if built.pricer.book.measured else "carried"
+    regime = "steady"
+    if report is not None:
+        regime = "burst" if report.steady_s is None else "saturated" if report.saturated else "steady"
+    return PredictionKind(built.spec.engine.kind, priced, regime)
 
 
 def report_bands(built: Built, report: Report, replicas: int = 1) -> dict[str, Band]:
     """The bands of a report's "tpot", "ttft" and "throughput": of this kind of prediction, and with the price errors of
     a step as the run had them on average."""
-    deployment, kind = built.deployment, kind_of(built, report.saturated)
+    deployment, kind = built.deployment, kind_of(built, report)
     batch = max(1, round(report.mean_in_system / (deployment.ranks * replicas)))
     rows, _ = deployment.engine.decode_rows(min(batch, deployment.engine.max_running_requests))
     isl, osl = (

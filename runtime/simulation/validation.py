@@ -119,7 +119,7 @@ def _end_to_end(row: Mapping[str, str]) -> ScoredRow:
         measured={key: float(row[key]) for key in predicted},
         predicted=predicted,
         bands={key: bands[key.removesuffix("_ms")].around(value) for key, value in predicted.items()},
-        kind=kind_of(built, report.saturated),
+        kind=kind_of(built, report),
         saturated=report.saturated,
         evidence=report.evidence,
         group=f"{row['model']} {row['system']} {row['engine']} {built.spec.layout.name}",
@@ -164,7 +164,7 @@ def _published(row: Mapping[str, str], builds: dict[Any, Built]) -> ScoredRow:
         evidence=report.evidence,
         group=asked.group,
         apart=asked.apart,
-        kind=kind_of(built, report.saturated),
+        kind=kind_of(built, report),
     )
 
 

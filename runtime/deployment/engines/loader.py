@@ -83,7 +83,12 @@ def load(name: str, overrides: Mapping[str, Any] | None = None, at: Circumstance
         raise EngineError(f"{path.name}: kind = {found.about.get('kind')!r} must be one of {', '.join(KINDS)}")
     values = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in values.items()}  # 1e4 tokens
     about = {"name": path.stem, "description": "", **found.about}
-    engine = validated(Engine, {**about, **values}, EngineError, path.name, say=_say)
+    try:
+        engine = validated(Engine, {**about, **values}, EngineError, path.name, say=_say)
+    except EngineError as error:
+        if path.parent == _FOLDER or str(error).startswith(path.name):
+            raise
+        raise EngineError(f"{path.name}: {error}") from None
     return replace(engine, cache=_cache_rules(path.name, found.cache), evidence=evidence)
 
 

@@ -25,6 +25,14 @@ def same_release(release: str, other: str) -> bool:
     return re.sub(r"(\.0)+$", "", release) == re.sub(r"(\.0)+$", "", other)
 
 
+def older_than_all(version: str, known: Mapping[str, str]) -> bool:
+    """Whether a version is told, by its number or its day, and older than each of the known releases."""
+    if dotted := re.search(r"\d+(\.\d+)+", version):
+        return all(number(each) > number(dotted[0]) for each in known)
+    day = re.search(r"\d{4}-\d{2}(-\d{2})?", version)
+    return day is not None and all(known[each] and known[each][: len(day[0])] > day[0] for each in known)
+
+
 def latest_not_newer(version: str, known: Mapping[str, str]) -> str:
     """Of known releases (each with its day, newest first) the newest that is not newer than a version, by the number in
     the text or else by the day in it; the oldest where all are newer, the newest where the text tells neither."""
