@@ -129,7 +129,7 @@ def band(
     price_error: held-out error of the prices behind it. extrapolated: share of its steps outside a fit's range. groups:
     what to go by instead of all that are known.
     """
-    held = [g for g in (known_groups() if groups is None else groups) if g.figures.get(figure)]
+    held = [g for g in (known_groups() if groups is None else groups) if _rows(g, figure)]
     own = 0
     for place, (name, asked) in enumerate(kind.wider()):
         rows = _by_group(
@@ -154,8 +154,13 @@ def band(
 def _by_group(held: Sequence[GroupResiduals], figure: str) -> dict[str, tuple[float, ...]]:
     rows: dict[str, tuple[float, ...]] = {}
     for group in held:
-        rows[group.name] = (*rows.get(group.name, ()), *group.figures[figure])
+        rows[group.name] = (*rows.get(group.name, ()), *_rows(group, figure))
     return rows
+
+
+def _rows(group: GroupResiduals, figure: str) -> tuple[float, ...]:
+    """A group's residuals of a figure; a time per output token is a step's time, too."""
+    return group.figures.get(figure, ()) or (group.figures.get("tpot", ()) if figure == "step" else ())
 
 
 def _interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from runtime.planning.launch import launch
 from runtime.planning.options import Option, Question, make_option, pair_refused, role_refused
 from runtime.planning.pairs import matched
 from runtime.planning.redundancy import _spend
-from runtime.planning.search import Chips, _Search
+from runtime.planning.search import SIMULATED, Chips, _Search
 from runtime.simulation.build import PriceTables
 from tests.planner.launching import PRODUCT
 
@@ -121,7 +121,7 @@ def test_every_contender_of_two_pools_can_be_launched(
     engine: str, model: str, chip: str, count: int, more: dict[str, Any]
 ) -> None:
     question = asked(engine, model, **more)
-    search = _Search(question, [Chips(hw_profiles.load(chip), count)], None, "", lambda _: None)
+    search = _Search(question, [Chips(hw_profiles.load(chip), count)], None, "", lambda _: None, SIMULATED)
     two = [each for each in search.contenders() if each.transfer]
     assert two
     for contender in two:
