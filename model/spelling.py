@@ -70,7 +70,7 @@ def spelling(name: str, shape: tuple[int, ...], look: Look) -> Spelling | None:
         key = "_packed" if packed else ""
         # compressed-tensors divides by its scale of the matrix, modelopt multiplies
         factor = look(name + "_global_scale") or look(name + "_scale_2")
-        parts = {key: (out, width // 2), "_scale": (out, groups)}
+        parts: dict[str, tuple[int, ...]] = {key: (out, width // 2), "_scale": (out, groups)}
         each, types = (16, ("F8_E4M3",)) if factor else (32, ("U8", "F8_E8M0"))
         if scale and (scale.dtype not in types or groups != -(-width // each)):
             found = f"scales {scale.dtype} {list(scale.shape)}"

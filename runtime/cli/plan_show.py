@@ -124,6 +124,8 @@ def _predicted(console: object, plan: Plan) -> None:
     outside = f", {got.extrapolated:.0%} of steps outside the fits' range" if got.extrapolated else ""
     limit = f"; limited by {got.saturated_by}" if got.saturated_by else f"; bound by {got.bottleneck}"
     console.print(f"evidence: {got.evidence}{outside}{limit}")
+    if got.band_basis:
+        console.print(f"bands: {got.band_basis}")
     show_assumed(console, got.assumed)
 
 

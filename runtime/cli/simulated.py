@@ -153,6 +153,8 @@ def show(result: dict[str, Any], report: Report) -> None:
     console.print("time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
     outside = f", {report.extrapolated:.0%} of steps outside the fits' range" if report.extrapolated else ""
     console.print(f"evidence: {report.evidence}{outside}")
+    if basis := result.get("band_basis", {}).get("tpot"):
+        console.print(f"bands: {basis}")
     show_assumed(console, report.assumed)
     if report.saturated:
         why = "the backlog grows" if report.sustained is False else "requests wait for admission"

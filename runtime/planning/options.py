@@ -211,7 +211,9 @@ def _as_stored(own: Scheme, profile: Profile) -> Scheme | None:
         return next((each for each in (name, *alike) if not missing_formats(profile, scheme_of(each, each))), None)
 
     dense, experts = computes(own.dense), computes(own.experts)
-    return own if (dense, experts) == (own.dense, own.experts) else dense and experts and scheme_of(dense, experts)
+    if (dense, experts) == (own.dense, own.experts):
+        return own
+    return None if dense is None or experts is None else scheme_of(dense, experts)
 
 
 def _rate(profile: Profile, scheme: Scheme) -> float:

@@ -61,7 +61,7 @@ _FORMATS: tuple[tuple[str, str], ...] = (
 )
 """A format's words -> the scheme; the first that is found holds."""
 
-_Setting = tuple[str, Callable[[str], Any]]
+_Setting = tuple[str, Callable[[float], Any]]
 _FLAGS: Mapping[str, _Setting] = {
     "gpu-memory-utilization": ("memory_fraction", float),
     "util": ("memory_fraction", float),
