@@ -142,7 +142,8 @@ class OptionPrices:
 
     def _prompts_only(self, in_flight: float, places: int) -> Estimate:
         """Where answers have one token, which prefilling makes: prompts follow one another, and nothing decodes."""
-        took = self.front_seconds + max(in_flight / places, 1.0) * self.prefill_seconds(0)[0]
+        alone, each = self.prefill_seconds(0)[0], max(in_flight / places, 1.0)
+        took = max(self.front_seconds + alone, each * alone)  # while one is at the front end, others are computed
         rate = in_flight / took
         return Estimate(max(1, round(in_flight)), rate, rate * self.output, took, 0.0)
 
@@ -162,8 +163,9 @@ class OptionPrices:
     def sweep(self, replicas: int, fine: bool = False) -> list[Estimate]:
         """Steady states over loads: a request a rank and doublings (fine: four steps to one), up to what the cache
         holds."""
-        if self.demand.osl == 1:  # two a rank keep it busy; more only wait
-            return [self.serving(float(count * self.ranks * replicas), replicas) for count in (1, 2)]
+        if self.demand.osl == 1:  # one computed a rank, another behind it, and those at the front end; more only wait
+            busy = 1 + math.ceil((self.front_seconds + self.prefill_seconds(0)[0]) / self.prefill_seconds(0)[0])
+            return [self.serving(float(count * self.ranks * replicas), replicas) for count in (1, busy)]
         counts = limits(self.holds) if fine else [2**i for i in range(13) if 2**i < self.holds]
         counts = [count for count in (*counts, self.holds) if count <= _LONGEST_SWEEP]
         return [self.serving(float(count * self.ranks * replicas), replicas) for count in counts]
