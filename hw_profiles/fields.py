@@ -69,7 +69,7 @@ def _fields() -> dict[str, Field]:
         "chip.memory.usable_bytes": Field("bytes", 1e6, 1e13, "device memory an application sees in all"),
         "chip.memory.bandwidth_bytes_per_s": Field(*bandwidth, "peak bandwidth, reads plus writes"),
         "chip.sustained_clock_fraction": Field(
-            "",
+            "share",
             0.3,
             1.0,
             "share of the clock of short measurements that long matrix products keep under the power limit",

@@ -70,14 +70,7 @@ def validate(
     for key, value in summary(rows).items():
         console.print(f"{key}: {value:.1%}" if isinstance(value, float) else f"{key}: {value}")
     for name, group in groups.items():
-        keys = (
-            "tpot_mape",
-            "tpot_median_error",
-            "ttft_mape",
-            "tpot_residual",
-            "ttft_residual",
-            "output_tok_s_residual",
-        )
+        keys = [key for key in group if key.endswith(("_mape", "_residual"))]
         shown = [f"{key} {group[key]:{'+.1%' if key.endswith('residual') else '.1%'}}" for key in keys]
         apart = f" (apart: {group['apart']})" if group.get("apart") else ""
         console.print(f"{name}, {group['rows']} rows: {', '.join(shown)}{apart}")

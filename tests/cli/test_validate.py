@@ -30,8 +30,10 @@ def test_json_of_end_to_end_rows(tmp_path: Path) -> None:
     assert result["rows"] == 2 and result["skipped"] == 1
     for name in ("tpot", "ttft"):
         for figure in ("mape", "median_error", "inside_band", "median_half_width"):
-            assert 0 <= result[f"{name}_{figure}"] <= 1
-    assert set(result["groups"]) == {"deepseek-v3 h200-sxm sglang", "glm-5-fp8 h200-sxm sglang"}
+            assert 0 <= result[f"{name}_{figure}"] <= (4 if figure == "median_half_width" else 1)
+    assert set(result["groups"]) == {
+        f"{model} h200-sxm sglang tp8 dp1 ep1 pp1" for model in ("deepseek-v3", "glm-5-fp8")
+    }
     assert "abacus" in result["rows_detail"][2]["skipped"] and result["rows_detail"][2]["predicted"] == {}
 
 

@@ -161,11 +161,14 @@ def test_links_inside_are_the_packages_own(sent: Path) -> None:
 
 def test_sizes_of_the_manifest(sent: Path) -> None:
     for change, complaint in (
-        (lambda raw: raw["programs"][0]["gear"].update(tokens=0), "programs[0].gear: sizes of 1 to"),
-        (lambda raw: raw["programs"][0]["gear"].update(context_pages=2**40), "programs[0].gear: sizes of 1 to"),
-        (lambda raw: raw.update(programs=[]), "has no programs"),
-        (lambda raw: next(iter(raw["caches"].values()))[0].update(shape=[10**12, 4]), "caches of 1"),
-        (lambda raw: next(iter(raw["caches"].values()))[0].update(shape=[-1, 4]), "has the shape [-1, 4]"),
+        (lambda raw: raw["programs"][0]["gear"].update(tokens=0), "programs[0].gear.tokens is 0, which must lie"),
+        (lambda raw: raw["programs"][0]["gear"].update(context_pages=2**40), "programs[0].gear.context_pages is "),
+        (lambda raw: raw.update(programs=[]), "programs: their number is 0"),
+        (
+            lambda raw: next(iter(raw["caches"].values()))[0].update(shape=[10**12, 4]),
+            "is [1000000000000, 4], not pool_pages",
+        ),
+        (lambda raw: next(iter(raw["caches"].values()))[0].update(shape=[-1, 4]), "is [-1, 4], not pool_pages"),
     ):
         honest = (sent / FILE).read_text()
         resealed(sent, change)
