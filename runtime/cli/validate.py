@@ -18,7 +18,7 @@ def validate(
     from runtime.simulation.validation import score
 
     rows = score(file)
-    groups = by_group(rows)
+    whole, groups = summary(rows), by_group(rows)
     result = {
         "rows_detail": [
             {
@@ -34,7 +34,7 @@ def validate(
             }
             for row in rows
         ],
-        **summary(rows),
+        **whole,
         "groups": groups,
         "over_groups": over_groups(groups),
     }
@@ -67,7 +67,7 @@ def validate(
     for row in rows:
         if row.skipped:
             console.print(f"[yellow]skipped[/] {row.name}: {row.skipped}", soft_wrap=True)
-    for key, value in summary(rows).items():
+    for key, value in whole.items():
         console.print(f"{key}: {value:.1%}" if isinstance(value, float) else f"{key}: {value}")
     for name, group in groups.items():
         keys = [key for key in group if key.endswith(("_mape", "_residual"))]

@@ -80,12 +80,10 @@ class Demand:
         named = (("TTFT", self.ttft_ms), ("TPOT", self.tpot_ms))
         return [f"{which}{name} up to {target:,.4g} ms" for name, target in named if target is not None]
 
-    def over(self, ttft_ms: Figures, tpot_ms: Figures) -> float:
-        """By how much the targets are missed: the sum of the relative excesses."""
-        named = ((self.ttft_ms, ttft_ms), (self.tpot_ms, tpot_ms))
-        return sum(
-            max((stats[self.statistic] or 0.0) / target - 1, 0.0) for target, stats in named if target is not None
-        )
+    def over(self, ttft_ms: float | None, tpot_ms: float | None) -> float:
+        """By how much the targets are missed by these figures: the sum of the relative excesses."""
+        pairs = ((self.ttft_ms, ttft_ms), (self.tpot_ms, tpot_ms))
+        return sum(max((got or 0.0) / target - 1, 0.0) for target, got in pairs if target is not None)
 
     @property
     def lengths(self) -> str:

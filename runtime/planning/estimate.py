@@ -47,10 +47,7 @@ class Estimate:
 
     def misses(self, demand: Demand) -> float:
         """By how much the targets are missed: 0 where they are met, else the sum of relative excesses."""
-        over = 0.0
-        for target, value in ((demand.ttft_ms, self.ttft_seconds), (demand.tpot_ms, self.tpot_seconds)):
-            if target is not None:
-                over += max(value * 1e3 / target - 1, 0.0)
+        over = demand.over(self.ttft_seconds * 1e3, self.tpot_seconds * 1e3)
         if demand.rate is not None:  # a load that is not kept up with is a miss too
             over += max(1 - self.requests_per_s / demand.rate - 1e-6, 0.0)
         return over

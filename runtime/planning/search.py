@@ -359,7 +359,7 @@ class _Search:
 
 def merit(figures: Predicted, demand: Demand) -> tuple[float, float]:
     """As `score`, of simulated figures."""
-    missed = demand.over(figures.ttft_ms, figures.tpot_ms)
+    missed = demand.over(figures.ttft_ms[demand.statistic], figures.tpot_ms[demand.statistic])
     if demand.rate is not None and figures.saturated_by:
         missed += max(1 - figures.requests_per_s / demand.rate, GROWTH)
     if demand.objective == "latency" or demand.rate is not None:

@@ -63,8 +63,8 @@ _MAD = 0.6745
 
 @dataclass(frozen=True)
 class PredictionKind:
-    """engine: its kind. priced: "measured" (operator tables of the chip), "carried" (from other chips), or "own" (the
-    chip's own calibration). regime: "steady", "saturated", or "burst" (a run that is all ramp and drain)."""
+    """engine: its kind. priced: "measured" (operator tables of the chip) or "carried" (from other chips). regime:
+    "steady", "saturated", or "burst" (a run that is all ramp and drain)."""
 
     engine: str
     priced: str

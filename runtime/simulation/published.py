@@ -101,9 +101,8 @@ class PublishedRow:
     """A published row, read.
 
     group: rows of one group share their errors: source, model, chip, engine, release and layout. engine: with the
-    described release that stands for its own. release: as the source has it. measured: figures by column.
-    accept_length: tokens a step with drafts; None where none are drafted. apart: why the row is scored apart from the
-    others, or "".
+    described release that stands for its own. measured: figures by column. accept_length: tokens a step with drafts;
+    None where none are drafted. apart: why the row is scored apart from the others, or "".
     """
 
     name: str
@@ -114,7 +113,6 @@ class PublishedRow:
     scheme: str
     kv: str | None
     engine: str
-    release: str
     settings: Mapping[str, Any]
     drafts: int
     accept_length: float | None
@@ -161,7 +159,6 @@ def read(row: Mapping[str, str]) -> PublishedRow:
         scheme=scheme_of_words(cell["formats"]),
         kv=_kv(cell["kv_dtype"]),
         engine=engine,
-        release=cell["engine_version"],
         settings=settings_of(cell["server_flags"], engine, Circumstances.of(cfg, profile), _clients(cell)),
         drafts=drafts,
         accept_length=accept_length,
@@ -200,10 +197,9 @@ def settings_of(flags: str, engine: str, at: Circumstances, clients: int = 0) ->
     """Settings of the engine from the server's command line, or from words about it. clients: in flight, which a server
     that was tuned for them has graphs for."""
     found: dict[str, Any] = {}
-    words = flags.lower().replace("_", "-")
+    words, defaults = flags.lower().replace("_", "-"), load_engine(engine, at=at)
     if clients and re.search(_TUNED, words):
-        sizes = load_engine(engine, at=at).graph_batch_sizes
-        found["graph_batch_sizes"] = tuple(sorted({*sizes, clients}))
+        found["graph_batch_sizes"] = tuple(sorted({*defaults.graph_batch_sizes, clients}))
     for flag, (setting, kind) in _FLAGS.items():
         for value in re.findall(rf"(?:^|[\s(,;]|--){re.escape(flag)}[ =:]+([\d.]+k?)", words):
             number = value.rstrip(".,")
@@ -215,13 +211,13 @@ def settings_of(flags: str, engine: str, at: Circumstances, clients: int = 0) ->
     for pattern, setting, value in _SWITCHES:
         if re.search(pattern, words):
             found[setting] = value
-    described = load_engine(engine, at=at)
-    if "max_step_tokens" in found and described.policy == "mixed" and described.chunked_prefill_tokens:
+    if "max_step_tokens" in found and defaults.policy == "mixed" and defaults.chunked_prefill_tokens:
         found.setdefault("chunked_prefill_tokens", found["max_step_tokens"])  # one budget
     return found
 
 
 def _clients(cell: Mapping[str, str]) -> int:
+    """Clients of a closed loop; 0 where their number is not said ("all at once")."""
     found = re.match(r"\d+", cell["concurrency"])
     return int(found[0]) if found else 0
 
@@ -252,14 +248,14 @@ def _load(cell: Mapping[str, str]) -> Workload:
     ratio = min(1.0, float(said[0])) if said else 1.0
     prompt, output = (_lengths(_whole(cell, axis), ratio) for axis in ("isl", "osl"))
     count = re.match(r"\d+", cell["num_prompts"])
-    clients = re.match(r"\d+", cell["concurrency"])
-    requests = int(count[0]) if count else 10 * int(clients[0]) if clients else 0
+    clients = _clients(cell)
+    requests = int(count[0]) if count else 10 * clients
     rate = re.match(r"[\d.]+", cell["rate"])
     if rate and not clients:
         return open_loop(float(rate[0]), requests or 1000, prompt, output)
     if not requests:
         raise UsageError("neither concurrency, rate nor num_prompts is a number")
-    return closed_loop(min(int(clients[0]), requests) if clients else requests, requests, prompt, output)
+    return closed_loop(min(clients, requests) if clients else requests, requests, prompt, output)
 
 
 def _lengths(tokens: int, ratio: float) -> Lengths:
@@ -272,10 +268,7 @@ def _measured(cell: Mapping[str, str]) -> dict[str, float]:
         text = cell.get(column, "")
         if not text:
             continue
-        try:
-            value = float(text)
-        except ValueError:
-            raise UsageError(f"{column} is {text!r}, not a number") from None
+        value = _number(column, text)
         if not (math.isfinite(value) and value > 0):
             raise UsageError(f"{column} is {text}: a measured figure is above zero")
         found[column] = value
@@ -284,14 +277,18 @@ def _measured(cell: Mapping[str, str]) -> dict[str, float]:
     return found
 
 
+def _number(column: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{column} is {text!r}, not a number") from None
+
+
 def _whole(cell: Mapping[str, str], column: str, default: int | None = None) -> int:
     text = cell[column]
     if not text and default is not None:
         return default
-    try:
-        value = float(text)
-    except ValueError:
-        raise UsageError(f"{column} is {text!r}, not a number") from None
+    value = _number(column, text)
     if not (math.isfinite(value) and value >= 1):
         raise UsageError(f"{column} is {text}: give one or more")
     return round(value)

@@ -129,7 +129,6 @@ def _end_to_end(row: Mapping[str, str]) -> ScoredRow:
 def _published(row: Mapping[str, str], builds: dict[Any, Built]) -> ScoredRow:
     """builds: what rows of one deployment share."""
     asked = published.read(row)
-    spec = asked.spec()
     key = (
         asked.group,
         asked.scheme,
@@ -139,7 +138,7 @@ def _published(row: Mapping[str, str], builds: dict[Any, Built]) -> ScoredRow:
         asked.accept_length,
     )
     if key not in builds:
-        builds[key] = build(spec)
+        builds[key] = build(asked.spec())
     built = builds[key]
     report = simulate(asked.load, built.deployment)
     found = report_bands(built, report)

@@ -28,6 +28,7 @@ from runtime.execution.package.generate import Package
 from runtime.execution.package.ort import OrtExecutor
 from runtime.execution.package.xla import XlaExecutor
 from tests.cli.cli import glm5, make_checkpoint, refused
+from tests.export.damage import damaged
 
 RUN = ("--prompt-ids", "1,2,3", "--max-tokens", 2, "--ignore-eos")
 ROOT = Path(__file__).parents[2]
@@ -179,18 +180,9 @@ def test_sizes_of_the_manifest(sent: Path) -> None:
 def test_mutated_manifests(sent: Path) -> None:
     """Values changed at random, by seed: tokens or one line."""
     values = [-1, 0, 7, 2**31, 10**12, 1.5, "x", "", "object", "../x", None, True, [], {}, [1], {"a": 1}]
-    honest, rng, outcomes = json.loads((sent / FILE).read_text()), np.random.default_rng(0), set()
+    honest, rng, outcomes = (sent / FILE).read_text(), np.random.default_rng(0), set()
     for _ in range(60):
-        raw = json.loads(json.dumps(honest))
-        at: Any = raw
-        while True:
-            keys = list(at) if isinstance(at, dict) else list(range(len(at)))
-            key = keys[rng.integers(len(keys))]
-            if not isinstance(at[key], dict | list) or not at[key] or rng.random() < 0.05:
-                break
-            at = at[key]
-        at[key] = values[rng.integers(len(values))]
-        (sent / FILE).write_text(json.dumps(raw))
+        (sent / FILE).write_text(damaged(honest, values, rng, 0.05))
         try:
             Package(sent, "ort").generate([Prompt((1, 2, 3), 2)])
             outcomes.add("ran")

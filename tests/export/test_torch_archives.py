@@ -19,6 +19,7 @@ from backends.errors import ArtifactError
 from backends.toolchains import torch as torch_target
 from runtime.deployment.manifest import Step, Value
 from runtime.execution.package.torch import TorchExecutor
+from tests.export.damage import damaged
 from tests.export.test_targets import graph_of
 
 PROGRAM, SAMPLES = "models/model.json", "data/sample_inputs/model.pt"
@@ -291,16 +292,8 @@ def test_mutations_are_refused_or_run(honest: Entries, tmp_path: Path) -> None:
     values = [-1, 0, 2**31, 2**63, 10**30, 1.5, "x", "", None, True, [], {}, {"as_int": 3}, "a b", "import"]
     outcomes = set()
     for number in range(40):
-        document = json.loads(honest[PROGRAM])
-        at: Any = document
-        while True:
-            keys = list(at) if isinstance(at, dict) else list(range(len(at)))
-            key = keys[rng.integers(len(keys))]
-            if not isinstance(at[key], dict | list) or not at[key] or rng.random() < 0.02:
-                break
-            at = at[key]
-        at[key] = values[rng.integers(len(values))]
-        path = save(tmp_path / f"{number}.pt2", {**honest, PROGRAM: json.dumps(document).encode()})
+        document = damaged(honest[PROGRAM], values, rng, 0.02)
+        path = save(tmp_path / f"{number}.pt2", {**honest, PROGRAM: document.encode()})
         try:
             run(path)
             outcomes.add("ran")
