@@ -26,7 +26,7 @@ test: .venv/test
 	$(BIN)/pytest -n 2 --dist loadfile
 
 test-all: .venv/test
-	$(BIN)/pytest -n 2 --dist loadfile -m "not gpu"
+	HYPOTHESIS_PROFILE=random $(BIN)/pytest -n 2 --dist loadfile -m "not gpu"
 
 check: .venv/test
 	$(BIN)/ruff check .

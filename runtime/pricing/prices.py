@@ -174,12 +174,15 @@ def collective(op: TracedOp, sizes: Sizes, context: Context) -> Price:
         mode = "ll" if tokens <= 256 else "normal"
         share = max(1, tokens // layout.tp)  # each tp rank sends its part of the group's tokens
         return network.deepep(phase, mode, share, context.cfg.hidden_size, moe.top_k, placement.stage)
-    span, tables = placement.span(op.axes), ""
+    span = placement.span(op.axes)
+    plain = network.collective(kind, float(size), span)  # type: ignore[arg-type]
     fused = context.book.fused_reduce(context.cfg.model_type)
-    if fused and kind == "all_reduce" and layout.dp == 1 and span.nodes == 1:
-        tokens = op.inputs[0].elements(sizes) // context.cfg.hidden_size
-        tables = fused.tables if tokens <= fused.most_tokens else ""
-    return network.collective(kind, float(size), span, tables=tables)  # type: ignore[arg-type]
+    if fused is None or kind != "all_reduce" or layout.dp > 1 or span.nodes > 1:
+        return plain
+    if op.inputs[0].elements(sizes) // context.cfg.hidden_size > fused.most_tokens:
+        return plain
+    # a release fuses where that is not slower; two fits from different tables can cross before its limit
+    return min(plain, network.collective(kind, float(size), span, tables=fused.tables), key=lambda p: p.seconds)  # type: ignore[arg-type]
 
 
 def price(op: TracedOp, sizes: Sizes, context: Context) -> Price | None:
