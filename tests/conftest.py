@@ -27,7 +27,7 @@ if version("jaxlib").startswith("0.10."):  # XLA aborts on flags that a release 
     _XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _XLA_FLAGS)
 
-# Examples are the same in every run, so that a suite which passed passes again; HYPOTHESIS_PROFILE=random looks further.
+# Examples are the same in every run: a suite that passed passes again. HYPOTHESIS_PROFILE=random looks further.
 _QUIET = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("fixed", derandomize=True, **_QUIET)
 hypothesis.settings.register_profile("random", **_QUIET)

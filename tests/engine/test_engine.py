@@ -13,7 +13,7 @@ from model.checkpoint import Checkpoint
 from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.load import load_engine
 from runtime.execution.local.request import Completion, Prompt
-from runtime.execution.local.sampling import Sampling
+from runtime.serving.sampling import Sampling
 from tests.engine.conftest import SMALL
 
 VOCAB = 160

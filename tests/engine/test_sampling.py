@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foundation.errors import UsageError
-from runtime.execution.local.sampling import Sampling, choose, probabilities, verify
+from runtime.serving.sampling import Sampling, choose, probabilities, verify
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.06, 0.04], np.float32))
 
@@ -31,6 +31,19 @@ def test_top_p_keeps_the_smallest_sufficient_set() -> None:
 def test_top_k_keeps_the_best() -> None:
     kept = probabilities(LOGITS, Sampling(1.0, top_k=2))
     np.testing.assert_allclose(kept, np.array([2, 1, 0, 0, 0]) / 3, atol=1e-6)
+
+
+def test_min_p_drops_what_is_far_below_the_best() -> None:
+    kept = probabilities(LOGITS, Sampling(1.0, min_p=0.2))
+    np.testing.assert_allclose(kept, np.array([0.5, 0.25, 0.15, 0, 0]) / 0.9, atol=1e-6)
+
+
+def test_biases_and_masks_come_before_everything() -> None:
+    rng, biased = np.random.default_rng(0), Sampling(bias=((4, 10.0),))
+    assert choose(LOGITS, biased, rng) == 4 and choose(LOGITS, Sampling(), rng) == 0
+    assert choose(LOGITS, biased, rng, np.array([False, True, True, False, False])) == 1
+    drawn = {choose(LOGITS, Sampling(5.0), rng, np.arange(5) == 3) for _ in range(20)}
+    assert drawn == {3}
 
 
 def test_greedy_takes_the_lowest_of_equals() -> None:

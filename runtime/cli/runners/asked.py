@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from model.checkpoint import Checkpoint
     from model.tokenizer import Tokenizer
     from runtime.execution.local.request import Prompt
-    from runtime.execution.local.sampling import Sampling
     from runtime.execution.package.generate import Text
+    from runtime.serving.sampling import Sampling
 
 Words = tuple[int, ...] | list[str]
 """The token ids of one prompt, or the texts of one or several."""
@@ -70,7 +70,7 @@ class RunMode(ABC):
 
     def sampling(self) -> Sampling:
         """Raises `UsageError`."""
-        from runtime.execution.local.sampling import Sampling
+        from runtime.serving.sampling import Sampling
 
         return Sampling(self.temperature, self.top_p, self.top_k, self.seed)
 

@@ -18,9 +18,9 @@ from model.graph import Batch, Mode
 from runtime.execution.local.pool import PagePool
 from runtime.execution.local.programs import gear
 from runtime.execution.local.request import OnToken, Sequence
-from runtime.execution.local.sampling import choose
 from runtime.serving import Request
 from runtime.serving.rank import Rank, StepPlan
+from runtime.serving.sampling import choose
 
 _LAUNCH_TOKENS = 2048  # tokens of a rank in one launch; a step with more is run in several, with the same result
 _LEAST_CONTEXT = 128  # tokens; shorter contexts share one program

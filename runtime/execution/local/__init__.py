@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from runtime.execution.local.engine import EngineConfig, LocalEngine
     from runtime.execution.local.load import load_engine
     from runtime.execution.local.request import Completion, Prompt
-    from runtime.execution.local.sampling import Sampling
+    from runtime.serving.sampling import Sampling
 
 __all__ = ["Completion", "EngineConfig", "LocalEngine", "Prompt", "Sampling", "load_engine"]
 

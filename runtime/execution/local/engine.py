@@ -22,7 +22,7 @@ from model.graph import Batch, Mode
 from runtime.execution.local.pool import PagePool
 from runtime.execution.local.programs import Programs, gear
 from runtime.execution.local.request import Completion, OnToken, Prompt, Sequence, check_request
-from runtime.execution.local.sampling import choose, verify
+from runtime.serving.sampling import choose, verify
 
 
 @dataclasses.dataclass(frozen=True)

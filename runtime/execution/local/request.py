@@ -10,7 +10,7 @@ import numpy as np
 
 from foundation.errors import UsageError
 from model.config import ModelConfig
-from runtime.execution.local.sampling import Sampling
+from runtime.serving.sampling import Sampling
 
 FinishReason = Literal["stop", "length"]
 OnToken = Callable[[int, int], None]

@@ -23,9 +23,9 @@ from runtime.deployment.manifest import FILE, GearUnits, Manifest, Value, check_
 from runtime.deployment.tensors import numpy_dtype
 from runtime.execution.local.request import Completion, OnToken, Prompt
 from runtime.execution.local.request import Sequence as Running
-from runtime.execution.local.sampling import choose
 from runtime.execution.package.executor import executor, refusing
 from runtime.execution.package.runner import Runner, StepBatch, stored_weights
+from runtime.serving.sampling import choose
 
 _MOST = 1 << 26  # tokens of a step, and pages of the contexts it reads
 

@@ -1,8 +1,9 @@
 """Choosing tokens from logits, on the host and reproducibly.
 
 Temperature 0 is greedy (the lowest id among equals). Otherwise: scale by temperature, keep the `top_k`
-best, keep the smallest set whose probability reaches `top_p`, renormalise, draw. Each request draws from
-its own generator, so its tokens do not depend on what else is in the batch.
+best, keep the smallest set whose probability reaches `top_p`, drop what is below `min_p` of the best,
+renormalise, draw. Each request draws from its own generator, so its tokens do not depend on what else is
+in the batch.
 """
 
 from __future__ import annotations
@@ -16,12 +17,18 @@ from foundation.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a request's tokens are chosen. top_k 0 and top_p 1 keep everything."""
+    """How a request's tokens are chosen. top_k 0, top_p 1 and min_p 0 keep everything.
+
+    min_p: tokens less likely than this share of the likeliest are not drawn. bias: added to the logits of some
+    tokens, before anything else.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -30,14 +37,27 @@ class Sampling:
             raise UsageError(f"top-p must be above 0 and at most 1, not {self.top_p}")
         if self.top_k < 0:
             raise UsageError(f"top-k must be 0 (off) or more, not {self.top_k}")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"min-p must be from 0 (off) to 1, not {self.min_p}")
+        if bad := [value for _, value in self.bias if not -float("inf") < value < float("inf")]:
+            raise UsageError(f"a bias must be a finite number, not {bad[0]}")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
 
+def adjusted(logits: np.ndarray, sampling: Sampling, allowed: np.ndarray | None = None) -> np.ndarray:
+    """Logits `[vocab]` with the biases added, and minus infinity where `allowed` (bool `[vocab]`) says no."""
+    if sampling.bias:
+        logits = logits.copy()
+        ids, values = zip(*sampling.bias, strict=True)
+        np.add.at(logits, np.array(ids), np.array(values, logits.dtype))
+    return logits if allowed is None else np.where(allowed, logits, -np.inf)
+
+
 def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """The distribution that is drawn from: float64 `[vocab]`, for a temperature above 0."""
+    """The distribution that is drawn from: float64 `[vocab]`, for a temperature above 0. logits: `adjusted` ones."""
     scaled = logits.astype(np.float64) / sampling.temperature
     order = np.argsort(-scaled, kind="stable")
     if sampling.top_k:
@@ -47,13 +67,17 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     if sampling.top_p < 1:
         keep = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
         order, weights = order[:keep], weights[:keep] / weights[:keep].sum()
+    if sampling.min_p:
+        weights = np.where(weights >= sampling.min_p * weights[0], weights, 0.0)
+        weights /= weights.sum()
     full = np.zeros(logits.shape[0])
     full[order] = weights
     return full
 
 
-def choose(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> int:
-    """The next token id from logits `[vocab]`."""
+def choose(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator, allowed: np.ndarray | None = None) -> int:
+    """The next token id from logits `[vocab]`, among those `allowed` (bool `[vocab]`, one at least)."""
+    logits = adjusted(logits, sampling, allowed)
     if sampling.greedy:
         return int(np.argmax(logits))
     return _draw(probabilities(logits, sampling), rng)
