@@ -98,13 +98,6 @@ Deliver = Callable[[Update], None]
 """Called on the service's own thread: it must return at once and raise nothing (hand over to a queue)."""
 
 
-class Ticket(Protocol):
-    """A job that was taken."""
-
-    @property
-    def id(self) -> int: ...
-
-
 class Service(Protocol):
     """A scheduler that runs on a thread of its own. All methods may be called from any thread."""
 
@@ -112,11 +105,11 @@ class Service(Protocol):
         """Raises `UsageError` or `CapacityError` for what could never be served, before anything is rendered."""
         ...
 
-    def submit(self, jobs: Sequence[Job], deliver: Sequence[Deliver]) -> list[Ticket]:
-        """Takes all of the jobs or none. Raises `QueueFull`, `UsageError` or `CapacityError` at once."""
+    def submit(self, jobs: Sequence[Job], deliver: Sequence[Deliver]) -> list[int]:
+        """Takes all of the jobs or none, and gives their numbers. Raises `QueueFull`, `UsageError` or `CapacityError` at once."""
         ...
 
-    def abort(self, ticket: Ticket) -> None:
+    def abort(self, job: int) -> None:
         """Ends a job at the next step boundary, and frees what it holds. Nothing happens where it has ended."""
         ...
 
