@@ -20,7 +20,7 @@ from foundation.reading import Unreadable, read_json
 from model.formats import matrix_format
 from runtime.pricing.adjust import Changes, OtherChip, own_rates, reference_chip
 from runtime.pricing.chip import Chip, rate_of
-from runtime.pricing.choices import FusedReduce, fused_reduce
+from runtime.pricing.choices import FusedReduce, FusedShared, fused_reduce, fused_shared
 from runtime.pricing.eras import ENGINES, choose
 from runtime.pricing.grid import Array, Polyline, Surface, log_knots
 from runtime.pricing.kernel import KERNEL_BOUNDS, Kernel, Timing, kernel_from_json
@@ -155,6 +155,10 @@ class PriceBook:
     def fused_reduce(self, model: str) -> FusedReduce | None:
         """The all-reduce that the engine fuses with the next norm, for a model type; None where it does not."""
         return fused_reduce(*self._chooses, model)
+
+    def fused_shared(self, model: str) -> FusedShared | None:
+        """How the engine runs a shared expert with the routed ones, for a model type; None where it does not."""
+        return fused_shared(*self._chooses, model)
 
     def named(self, key: str) -> Kernel | None:
         """A kernel by its exact key, or None."""

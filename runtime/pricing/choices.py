@@ -6,6 +6,7 @@ A choice holds from its release on, until one of the same engine and kind that i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from runtime.pricing.eras import order
 
@@ -38,9 +39,46 @@ FUSED_REDUCES = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class FusedShared:
+    """The shared expert runs as one more of up to `most_experts` routed ones, which every token picks; not where ranks
+    hold whole experts, nor with experts of a format (`not_formats`) that the shared one does not have."""
+
+    engine: str
+    since: str
+    families: frozenset[str]
+    models: frozenset[str]
+    source: str
+    most_experts: int = 256
+    not_formats: frozenset[str] = frozenset({"w4afp8"})
+
+
+_TRITON = frozenset({"ampere", "hopper"})
+"""Where SGLang runs FP8 and 16-bit experts in Triton; flashinfer_trtllm, its choice on Blackwell, turns fusing off."""
+FUSED_SHARED = (
+    FusedShared("sglang", "0.4.7", _TRITON, frozenset({"deepseek_v3"}),
+                "sglang models/deepseek_v2.py determine_num_fused_shared_experts: 256 experts, one shared, no EP"),
+    FusedShared("sglang", "0.5.1", _TRITON, frozenset({"deepseek_v3", "glm4_moe"}),
+                "sglang models/glm4_moe.py determine_num_fused_shared_experts"),
+    FusedShared("sglang", "0.5.9", _TRITON, frozenset({"deepseek_v3", "glm4_moe", "glm_moe_dsa"}),
+                "sglang models/glm4_moe.py GlmMoeDsaForCausalLM.determine_num_fused_shared_experts"),
+)  # fmt: skip
+
+
+Choice = TypeVar("Choice", FusedReduce, FusedShared)
+
+
+def _chosen(choices: tuple[Choice, ...], engine: str, release: str, family: str, model: str) -> Choice | None:
+    asked = order(release)
+    mine = [c for c in choices if c.engine == engine and asked and (order(c.since) or asked) <= asked]
+    return mine[-1] if mine and family in mine[-1].families and model in mine[-1].models else None
+
+
 def fused_reduce(engine: str, release: str, family: str, model: str) -> FusedReduce | None:
     """What a release chooses; None where its all-reduces stay alone, or none of its releases is known."""
-    asked = order(release)
-    mine = [c for c in FUSED_REDUCES if c.engine == engine and asked and (order(c.since) or asked) <= asked]
-    chosen = mine[-1] if mine else None
-    return chosen if chosen and family in chosen.families and model in chosen.models else None
+    return _chosen(FUSED_REDUCES, engine, release, family, model)
+
+
+def fused_shared(engine: str, release: str, family: str, model: str) -> FusedShared | None:
+    """What a release chooses; None where the shared expert is computed by itself."""
+    return _chosen(FUSED_SHARED, engine, release, family, model)

@@ -69,5 +69,10 @@ def choose(entries: Mapping[str, Any], engine: str, release: str) -> dict[str, C
         taken = f"kernels of {engine} {release} as fast as in {oldest['release']}, the oldest release measured"
         found[key] = Chosen(fitting[-1]) if fitting else Chosen(oldest, taken)
     # one table that a later release has split in two is whole at an earlier one
-    whole = {key for key, chosen in found.items() if not chosen.later}
-    return {k: c for k, c in found.items() if not (c.later and (stem := engine_of(k)[0]) != k and stem in whole)}
+    def split_later(key: str, chosen: Chosen) -> bool:
+        stem = engine_of(key)[0]
+        if not chosen.later or stem == key or stem not in found:
+            return False
+        return order(found[stem].body["release"]) < order(chosen.body["release"])  # type: ignore[operator]
+
+    return {key: chosen for key, chosen in found.items() if not split_later(key, chosen)}

@@ -8,7 +8,9 @@ medians; `power_law_rows` in the price files.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +26,14 @@ class ExpertLoad:
     """Popularity of each expert in placement order; shares sum to 1.
 
     `even` marks the benchmark's round-robin load: no two ranks differ and no expert is hit twice before
-    all were hit once. Real routers are at best random, see `uniform`.
+    all were hit once. Real routers are at best random, see `uniform`. `shared`: experts beside these that every
+    token meets, where an engine runs the shared expert in the routed ones' kernels; on one rank's slice only.
     """
 
     name: str
     shares: Array
     even: bool = False
+    shared: int = 0
 
     def busiest_rank(self, tokens: ArrayLike, top_k: int, ranks: int) -> tuple[Array, Array]:
         """Expected (rows, active experts) of the busiest of `ranks` equal slices, per batch size.
@@ -42,6 +46,10 @@ class ExpertLoad:
         if experts % ranks:
             raise PriceError(f"{experts} experts / {ranks} ranks = {experts / ranks:g}: not a whole number")
         batch = np.maximum(np.asarray(tokens, float), 1e-9)
+        if self.shared:
+            assert ranks == 1, "experts of every token are not spread over ranks"
+            rows, active = dataclasses.replace(self, shared=0).busiest_rank(tokens, top_k, 1)
+            return rows + np.maximum(batch, 1.0) * self.shared, active + self.shared
         if self.even:
             rows = np.maximum(batch * top_k / ranks, 1.0)
             return rows, np.minimum(experts / ranks, rows)
@@ -72,6 +80,12 @@ def _pick_probability(shares: Array, top_k: int) -> Array:
             break
         chance = np.where(free, chance * (1.0 + excess / chance[free].sum()), chance)
     return np.minimum(chance, 1.0)
+
+
+@lru_cache(maxsize=64)
+def with_shared(load: ExpertLoad, shared: int) -> ExpertLoad:
+    """The load beside experts that every token meets; one object for one load."""
+    return dataclasses.replace(load, name=f"{load.name}+{shared}", shared=shared)
 
 
 def uniform(experts: int) -> ExpertLoad:

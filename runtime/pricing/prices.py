@@ -2,9 +2,10 @@
 
 The attention of an MLA layer is priced as one measured block (`runtime.pricing.attention`), from the normed
 input to the output projection; the ops of the stages "qkv", "indexer" and "attention" are its parts and
-are not priced again. Every other op has an entry in `PRICERS`. Plain primitives between ops (residual
-additions, reshapes) are fused into their neighbours by every engine, and cost nothing here; one that is in
-no list is an error, so that a new graph cannot be priced by omission.
+are not priced again. Every other op has an entry in `PRICERS`. A sum of two whole activations (the
+residual stream, routed and shared experts) is fused into the norm or kernel beside it, and costs what it moves;
+other plain primitives between ops (reshapes, casts) cost nothing here. One that is in no list is an error, so that
+a new graph cannot be priced by omission.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from model.formats import Formats
 from model.split import Layout
 from model.weights import Weight
 from runtime.pricing.book import PriceBook
-from runtime.pricing.load import ExpertLoad
+from runtime.pricing.load import ExpertLoad, with_shared
 from runtime.pricing.oplist import Sizes, TracedOp
 from runtime.pricing.placement import Placement, place
 from runtime.pricing.price import Price, PriceError, total
@@ -26,7 +27,7 @@ from runtime.pricing.price import Price, PriceError, total
 ATTENTION_STAGES = frozenset({"qkv", "indexer", "attention"})
 FUSED = frozenset(
     """
-    add add_any and argmax axis_index broadcast_in_dim clamp concatenate convert_element_type copy div dynamic_slice
+    add_any and argmax axis_index broadcast_in_dim clamp concatenate convert_element_type copy div dynamic_slice
     eq exp gather ge gt integer_pow iota le logistic lt max min mul ne neg not or reduce_and reduce_max reduce_or
     reduce_sum rem reshape rsqrt scatter select_n sign slice squeeze stop_gradient sub transpose
     """.split()  # noqa: SIM905
@@ -55,19 +56,39 @@ class Context:
         """The format that a weight is multiplied in. mtp: the program is the MTP layer's."""
         return self.formats.held(self.weights[weight], self.mtp).name
 
+    @property
+    def fuses_shared(self) -> bool:
+        """Whether the engine runs the shared expert in the routed ones' kernels."""
+        moe, choice = self.cfg.moe, self.book.fused_shared(self.cfg.model_type)
+        if moe is None or choice is None or moe.shared_experts != 1 or self.layout.by_expert:
+            return False
+        return moe.experts <= choice.most_experts and self.held("experts_gate_up") not in choice.not_formats
+
     def format_of(self, op: TracedOp) -> str:
         """The format that an op's matrix is multiplied in."""
         return self.held(op.weights[0]) if op.weights else self.book.wide
 
 
-Pricer = Callable[[TracedOp, Sizes, Context], Price]
+Pricer = Callable[[TracedOp, Sizes, Context], Price | None]
 
 
 def _elementwise(op: TracedOp, sizes: Sizes, context: Context) -> Price:
     return context.book.memory(op.moved_bytes(sizes) * context.book.wide_bytes / 2.0)  # traced in 16 bits
 
 
-def _linear(op: TracedOp, sizes: Sizes, context: Context) -> Price:
+def _sum(op: TracedOp, sizes: Sizes, context: Context) -> Price | None:
+    """What adding the residual moves beyond the norm that it is fused with: one more read, one more write."""
+    rows = op.outputs[0].elements(sizes)
+    if op.outputs[0].at(sizes)[-1:] != (context.cfg.hidden_size,) or any(i.elements(sizes) != rows for i in op.inputs):
+        return None
+    passes = 2.0 * rows * context.book.wide_bytes
+    alone, fused = context.book.memory(passes), context.book.memory(2 * passes)
+    return dataclasses.replace(fused, seconds=fused.seconds - alone.seconds)
+
+
+def _linear(op: TracedOp, sizes: Sizes, context: Context) -> Price | None:
+    if op.weights and context.weights[op.weights[0]].component == "shared_experts" and context.fuses_shared:
+        return None  # one more row a token of the routed experts
     x, w = op.inputs[0].at(sizes), op.inputs[1].at(sizes)
     return context.book.gemm(math.prod(x[:-1]), math.prod(w[1:]), w[0], context.format_of(op))
 
@@ -95,8 +116,9 @@ def _experts(op: TracedOp, sizes: Sizes, context: Context) -> Price:
     spread = {"moe_ep": layout.ep} if layout.by_expert else {"moe_tp": layout.stage_devices}
     fmt = context.held("experts_gate_up")
     dispatched = layout.by_expert and layout.dp > 1
+    load = with_shared(context.load, 1) if context.fuses_shared else context.load
     return context.book.moe(
-        tokens, width, moe.intermediate, moe.top_k, context.load, weight_format=fmt, dispatched=dispatched, **spread
+        tokens, width, moe.intermediate, moe.top_k, load, weight_format=fmt, dispatched=dispatched, **spread
     )
 
 
@@ -125,6 +147,7 @@ PRICERS: dict[str, Pricer] = {
     "glm.head_linear": _head_linear,
     "glm.bias": _elementwise,
     "glm.swiglu": _elementwise,
+    "add": _sum,
     "glm.rope": _elementwise,
     "glm.cache_write": lambda op, sizes, c: c.book.memory(2.0 * op.inputs[1].elements(sizes) * 2),
     "glm.paged_attention": _gqa,
