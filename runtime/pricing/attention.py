@@ -18,9 +18,12 @@ import numpy as np
 from model.formats import ROWS
 from runtime.pricing.book import BATCH_KNOTS, TOKEN_KNOTS, PriceBook, Tabulated, element_bytes
 from runtime.pricing.kernel import Kernel
-from runtime.pricing.price import Price, PriceError, total
+from runtime.pricing.price import Price, PriceError, total, weakest
 from runtime.pricing.work import MEASURED_BLOCKS, MlaShape
 
+_RATED = "trtllm"
+"""Whose table of the dense MLA prefill kernel agrees with the whole blocks of SGLang; SGLang's own is of a third of
+that rate (see docs/validation.md, where it falls short)."""
 IndexMode = Literal["index", "skip", "dense"]
 """Sparse with its own indexer; sparse with an earlier layer's choice; or attending to everything."""
 
@@ -148,10 +151,30 @@ def prefill(book: PriceBook, layer: MlaLayer, tokens: float, prefix: float = 0.0
     that path was measured.
     """
     layer, keys = _prefill_path(book, layer, tokens, prefix, sequences)
+    absorbed = _absorbed(book, layer, prefix * sequences)
     block = prefill_block(book, layer, sequences, host_launched=host_launched)
-    if block:
-        return block.price(tokens, keys)
-    return total(_prefill_parts(book, layer, tokens, keys, sequences).values())
+    if block is None:
+        return total(_prefill_parts(book, layer, tokens, keys, sequences, absorbed).values())
+    price = block.price(tokens, keys)
+    if layer.mode == "dense" and absorbed:  # what was measured expands the heads
+        more = _absorbing(book, layer, tokens, keys, sequences)
+        return replace(price, seconds=price.seconds + more, evidence=weakest((price.evidence, "transferred")))
+    return price
+
+
+def _absorbing(book: PriceBook, layer: MlaLayer, tokens: float, keys: float, sequences: int) -> float:
+    """Seconds that staying in the latent adds to a block that was measured with expanded heads: its products at the
+    rate that dense MLA prefill reaches, and absorbing instead of expanding."""
+    ways = []
+    for absorbed in (True, False):
+        parts = _projections(book, layer, tokens, absorbed)
+        ways.append(total([*parts.values(), mla_prefill(book, layer, tokens, keys, sequences, absorbed, _RATED)]))
+    return max(0.0, ways[0].seconds - ways[1].seconds)
+
+
+def _absorbed(book: PriceBook, layer: MlaLayer, cached_tokens: float) -> bool:
+    """Whether a prefill stays in the latent: sparse layers do, dense ones where the engine chooses it."""
+    return layer.mode != "dense" or (not layer.shape.index_heads and book.absorbs_prefill(cached_tokens))
 
 
 def _prefill_path(
@@ -177,7 +200,8 @@ def prefill_parts(book: PriceBook, layer: MlaLayer, tokens: float, prefix: float
     """Part -> price, scaled to the measured block where there is one."""
     whole = prefill(book, layer, tokens, prefix, sequences, host_launched=host_launched)
     path, keys = _prefill_path(book, layer, tokens, prefix, sequences)
-    return _scaled(_prefill_parts(book, path, tokens, keys, sequences), whole)
+    absorbed = _absorbed(book, path, prefix * sequences)
+    return _scaled(_prefill_parts(book, path, tokens, keys, sequences, absorbed), whole)
 
 
 def _scaled(parts: dict[str, Price], whole: Price) -> dict[str, Price]:
@@ -214,13 +238,14 @@ def _decode_parts(book: PriceBook, layer: MlaLayer, sequences: float, context: f
     return parts
 
 
-def _prefill_parts(book: PriceBook, layer: MlaLayer, tokens: float, keys: float, sequences: int) -> dict[str, Price]:
-    sparse = layer.mode != "dense"
-    parts = _projections(book, layer, tokens, absorbed=sparse)
-    if sparse:
+def _prefill_parts(
+    book: PriceBook, layer: MlaLayer, tokens: float, keys: float, sequences: int, absorbed: bool
+) -> dict[str, Price]:
+    parts = _projections(book, layer, tokens, absorbed)
+    if layer.mode != "dense":
         parts["attention"] = sparse_prefill(book, layer, tokens, keys, sequences)
     else:
-        parts["attention"] = mla_prefill(book, layer, tokens, keys, sequences)
+        parts["attention"] = mla_prefill(book, layer, tokens, keys, sequences, absorbed)
     if layer.mode == "index":
         parts["index_scores"] = index_scores(book, layer, tokens, keys, sequences)
         parts["select_topk"] = select_topk(book, layer.shape, tokens, keys)
@@ -239,13 +264,22 @@ def mla_decode(book: PriceBook, layer: MlaLayer, sequences: float, context: floa
                         ).price(sequences, context)  # fmt: skip
 
 
-def mla_prefill(book: PriceBook, layer: MlaLayer, tokens: float, keys: float, sequences: int = 1) -> Price:
-    """The expanded (per-head) attention kernel alone: `tokens` queries over a mean of `keys` keys."""
+def mla_prefill(
+    book: PriceBook, layer: MlaLayer, tokens: float, keys: float, sequences: int = 1, absorbed: bool = False,
+    tables: str | None = None,
+) -> Price:  # fmt: skip
+    """The dense attention kernel alone: `tokens` queries over a mean of `keys` keys, with expanded heads or absorbed
+    ones (all over one latent, which nobody measured: at the rate of the expanded kernel, graded 'transferred').
+    tables: the engine whose table to take, by default the book's."""
     s = layer.shape
-    kernel, _ = book.kernel("mla_prefill", "bf16")
-    dims = {"heads": float(layer.heads), "qk": float(s.nope + s.rope), "v": float(s.v), "sequences": float(sequences),
-            "kv_bytes": layer.heads * 2.0 * (s.nope + s.rope + s.v)}  # fmt: skip
-    return book.surface(("mla_prefill", layer.heads, s, sequences), kernel, "bf16", TOKEN_KNOTS,
+    kernel, _ = book.kernel("mla_prefill", "bf16", engine=tables)
+    qk, v = (s.kv_lora + s.rope, s.kv_lora) if absorbed else (s.nope + s.rope, s.v)
+    kv_bytes = float(layer.kv_bytes) if absorbed else layer.heads * 2.0 * (qk + v)
+    if absorbed:
+        kernel = replace(kernel, grid=None, low={}, high={}, evidence="transferred")
+    dims = {"heads": float(layer.heads), "qk": float(qk), "v": float(v), "sequences": float(sequences),
+            "kv_bytes": kv_bytes}  # fmt: skip
+    return book.surface(("mla_prefill", layer.heads, s, sequences, absorbed, tables), kernel, "bf16", TOKEN_KNOTS,
                         lambda t, c: {"tokens": t, "context": c, **dims}).price(tokens, keys)  # fmt: skip
 
 

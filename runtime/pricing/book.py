@@ -20,7 +20,14 @@ from foundation.reading import Unreadable, read_json
 from model.formats import matrix_format
 from runtime.pricing.adjust import Changes, OtherChip, own_rates, reference_chip
 from runtime.pricing.chip import Chip, rate_of
-from runtime.pricing.choices import FusedReduce, FusedShared, fused_reduce, fused_shared
+from runtime.pricing.choices import (
+    FusedReduce,
+    FusedShared,
+    absorbed_prefill,
+    fused_reduce,
+    fused_shared,
+    untuned_experts,
+)  # fmt: skip
 from runtime.pricing.eras import ENGINES, choose
 from runtime.pricing.grid import Array, Polyline, Surface, log_knots
 from runtime.pricing.kernel import KERNEL_BOUNDS, Kernel, Timing, kernel_from_json
@@ -135,20 +142,23 @@ class PriceBook:
 
     # ---- finding a kernel -------------------------------------------------------------------------
 
-    def kernel(self, family: str, weight_format: str, suffix: str = "") -> tuple[Kernel, bool]:
+    def kernel(
+        self, family: str, weight_format: str, suffix: str = "", engine: str | None = None
+    ) -> tuple[Kernel, bool]:
         """The kernel for a family and format, and whether another format stands in for it.
 
-        Order: this engine's table, another engine's, the joint fit; then the same for the fallback formats.
+        engine: whose table to take, by default the book's. Order: this engine's table, another engine's, the joint
+        fit; then the same for the fallback formats.
         Raises PriceError when nothing is known for the family.
         """
         base = weight_format.partition("-g")[0]  # one table for every group size
         for number, name in enumerate((base, *FALLBACK_FORMAT.get(base, ()))):
-            for engine in (self.engine, *ENGINES, "any"):
-                for key in (f"{family}/{name}/{engine}{suffix}", f"{family}/{name}/{engine}"):
+            for source in (engine or self.engine, *ENGINES, "any"):
+                for key in (f"{family}/{name}/{source}{suffix}", f"{family}/{name}/{source}"):
                     if key in self._kernels:
                         return self._kernels[key], number > 0
-            for engine in (*ENGINES, "any"):
-                if (key := f"transfer:{family}/{name}/{engine}") in self._kernels:
+            for source in (*ENGINES, "any"):
+                if (key := f"transfer:{family}/{name}/{source}") in self._kernels:
                     return self._kernels[key], number > 0 and self._kernels[key].rates is None
         raise PriceError(f"no price for {family} in {weight_format}: neither measured nor transferred")
 
@@ -159,6 +169,16 @@ class PriceBook:
     def fused_shared(self, model: str) -> FusedShared | None:
         """How the engine runs a shared expert with the routed ones, for a model type; None where it does not."""
         return fused_shared(*self._chooses, model)
+
+    def expert_tables(self, model: str, weight_format: str, experts: int, width: int) -> str | None:
+        """The engine whose experts' table holds for a model's; None for this one's own."""
+        choice = untuned_experts(*self._chooses, model, weight_format, experts, width)
+        return choice.tables if choice else None
+
+    def absorbs_prefill(self, cached_tokens: float) -> bool:
+        """Whether dense MLA prefill stays in the latent, for sequences with so many cached tokens together."""
+        choice = absorbed_prefill(*self._chooses)
+        return choice is not None and 0 < cached_tokens < choice.below
 
     def named(self, key: str) -> Kernel | None:
         """A kernel by its exact key, or None."""
@@ -238,18 +258,19 @@ class PriceBook:
         return self.bmm_curve(heads, n, k).price(m)
 
     def moe_curve(self, hidden: int, inter: int, top_k: int, load: ExpertLoad, moe_tp: int = 1, moe_ep: int = 1,
-                  weight_format: str = "fp8-block", dispatched: bool = False) -> Tabulated:  # fmt: skip
+                  weight_format: str = "fp8-block", dispatched: bool = False,
+                  tables: str | None = None) -> Tabulated:  # fmt: skip
         """Tokens of the whole expert group -> seconds of the routed experts on its busiest rank.
 
         Includes permutation, both grouped GEMMs, the activation and the weighted sum; not the router, the
         shared expert or any collective. `tokens` counts every token that enters the group: with attention
         data parallelism, the sum over its ranks. `dispatched`: an all-to-all has brought this rank its own
-        rows alone; otherwise every rank holds, and its kernels move, the rows of all.
+        rows alone; otherwise every rank holds, and its kernels move, the rows of all. `tables`: another engine's.
         Raises PriceError when `inter` does not divide by `moe_tp` or the experts by `moe_ep`.
         """
         if inter % moe_tp:
             raise PriceError(f"expert width {inter} / moe_tp {moe_tp} = {inter / moe_tp:g}: not a whole number")
-        kernel, stand_in = self.kernel("moe", weight_format, "/tp" if moe_tp > 1 else "")
+        kernel, stand_in = self.kernel("moe", weight_format, "/tp" if moe_tp > 1 else "", tables)
         sizes = {"hidden": float(hidden), "inter": inter / moe_tp, **element_bytes(weight_format)}
 
         def features(tokens: Array) -> Mapping[str, Any]:
@@ -259,14 +280,15 @@ class PriceBook:
             return {"rows": rows, "active": active, "touched": touched, "rows_per_expert": per_expert,
                     "spread": spread, **sizes}  # fmt: skip
 
-        key = ("moe", hidden, inter, top_k, id(load), moe_tp, moe_ep, weight_format, dispatched)
+        key = ("moe", hidden, inter, top_k, id(load), moe_tp, moe_ep, weight_format, dispatched, tables)
         self._loads[id(load)] = load  # keeps the id from being reused while the table is cached
         return self.curve(key, kernel, stand_in, weight_format, features)
 
     def moe(self, tokens: float, hidden: int, inter: int, top_k: int, load: ExpertLoad, moe_tp: int = 1,
-            moe_ep: int = 1, weight_format: str = "fp8-block", dispatched: bool = False) -> Price:  # fmt: skip
+            moe_ep: int = 1, weight_format: str = "fp8-block", dispatched: bool = False,
+            tables: str | None = None) -> Price:  # fmt: skip
         """Routed experts of one layer on the busiest rank; see `moe_curve`."""
-        curve = self.moe_curve(hidden, inter, top_k, load, moe_tp, moe_ep, weight_format, dispatched)
+        curve = self.moe_curve(hidden, inter, top_k, load, moe_tp, moe_ep, weight_format, dispatched, tables)
         return curve.price(tokens)
 
     def memory_curve(self) -> Tabulated:

@@ -65,13 +65,61 @@ FUSED_SHARED = (
 )  # fmt: skip
 
 
-Choice = TypeVar("Choice", FusedReduce, FusedShared)
+@dataclass(frozen=True)
+class UntunedExperts:
+    """Triton experts of a shape without a file of tuned block sizes, in releases whose default sizes were slow: they
+    run at `tables`, the table of an engine that has those defaults still.
+
+    tuned: (experts, width on a rank) that have a file, by chip family. since and until: the releases, until left out.
+    """
+
+    engine: str
+    since: str
+    until: str
+    families: frozenset[str]
+    models: frozenset[str]
+    formats: frozenset[str]
+    tuned: frozenset[tuple[str, int, int]]
+    source: str
+    tables: str = "sglang"
 
 
-def _chosen(choices: tuple[Choice, ...], engine: str, release: str, family: str, model: str) -> Choice | None:
+UNTUNED_EXPERTS = (
+    UntunedExperts("vllm", "0.5", "0.17", frozenset({"hopper"}), frozenset({"glm4_moe", "glm4_moe_lite"}),
+                   frozenset({"bf16"}), frozenset({("hopper", 128, 352), ("hopper", 128, 176)}),
+                   "vllm PR 34846 (2026-02-18): the old defaults matched under 1 % of tuned files, many-expert models "
+                   "gain up to 2x; vllm fused_moe/configs has no 16-bit file of 160 experts for H100 or H200"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AbsorbedPrefill:
+    """Dense MLA prefill in the latent, as decode attends, where the tokens that a step's sequences have cached already
+    are some, but fewer than `below` together; expanded heads otherwise."""
+
+    engine: str
+    since: str
+    families: frozenset[str]
+    source: str
+    below: int = 8192
+
+
+ABSORBED_PREFILLS = (
+    AbsorbedPrefill("sglang", "0.4.6", frozenset({"hopper"}),
+                    "sglang 0.5.9 models/deepseek_common/attention_backend_handler.py: FA3 takes the MLA method unless "
+                    "prefixes sum to nothing or to chunked_prefix_cache_threshold; trtllm_mla (Blackwell) never does"),
+)  # fmt: skip
+
+
+Choice = TypeVar("Choice", FusedReduce, FusedShared, UntunedExperts, AbsorbedPrefill)
+
+
+def _chosen(choices: tuple[Choice, ...], engine: str, release: str, family: str, model: str = "") -> Choice | None:
     asked = order(release)
     mine = [c for c in choices if c.engine == engine and asked and (order(c.since) or asked) <= asked]
-    return mine[-1] if mine and family in mine[-1].families and model in mine[-1].models else None
+    if not mine or family not in mine[-1].families:
+        return None
+    return mine[-1] if isinstance(mine[-1], AbsorbedPrefill) or model in mine[-1].models else None
 
 
 def fused_reduce(engine: str, release: str, family: str, model: str) -> FusedReduce | None:
@@ -82,3 +130,19 @@ def fused_reduce(engine: str, release: str, family: str, model: str) -> FusedRed
 def fused_shared(engine: str, release: str, family: str, model: str) -> FusedShared | None:
     """What a release chooses; None where the shared expert is computed by itself."""
     return _chosen(FUSED_SHARED, engine, release, family, model)
+
+
+def untuned_experts(
+    engine: str, release: str, family: str, model: str, weight_format: str, experts: int, width: int
+) -> UntunedExperts | None:
+    """What a release does with experts of this format, number and width on a rank; None where they are tuned."""
+    choice = _chosen(UNTUNED_EXPERTS, engine, release, family, model)
+    asked, until = order(release), order(choice.until) if choice else None
+    if choice is None or asked is None or until is None or asked >= until:
+        return None
+    return choice if weight_format in choice.formats and (family, experts, width) not in choice.tuned else None
+
+
+def absorbed_prefill(engine: str, release: str, family: str) -> AbsorbedPrefill | None:
+    """What a release chooses; None where prompts are always computed with expanded heads."""
+    return _chosen(ABSORBED_PREFILLS, engine, release, family)

@@ -68,6 +68,7 @@ def choose(entries: Mapping[str, Any], engine: str, release: str) -> dict[str, C
         oldest = tables[0][1]
         taken = f"kernels of {engine} {release} as fast as in {oldest['release']}, the oldest release measured"
         found[key] = Chosen(fitting[-1]) if fitting else Chosen(oldest, taken)
+
     # one table that a later release has split in two is whole at an earlier one
     def split_later(key: str, chosen: Chosen) -> bool:
         stem = engine_of(key)[0]

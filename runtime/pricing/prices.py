@@ -117,9 +117,12 @@ def _experts(op: TracedOp, sizes: Sizes, context: Context) -> Price:
     fmt = context.held("experts_gate_up")
     dispatched = layout.by_expert and layout.dp > 1
     load = with_shared(context.load, 1) if context.fuses_shared else context.load
+    held, mine = moe.experts // spread.get("moe_ep", 1), moe.intermediate // spread.get("moe_tp", 1)
+    tables = context.book.expert_tables(context.cfg.model_type, fmt, held, mine)
     return context.book.moe(
-        tokens, width, moe.intermediate, moe.top_k, load, weight_format=fmt, dispatched=dispatched, **spread
-    )
+        tokens, width, moe.intermediate, moe.top_k, load, weight_format=fmt, dispatched=dispatched, tables=tables,
+        **spread,
+    )  # fmt: skip
 
 
 def _gqa(op: TracedOp, sizes: Sizes, context: Context) -> Price:
