@@ -1,0 +1,90 @@
+"""Kernels that an engine's release chooses by model, chip and layout."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import hw_profiles
+from model.hf_config import load_config
+from model.split import Layout
+from runtime.pricing import open_book
+from runtime.pricing.load import uniform, with_shared
+from runtime.serving.pricing import BatchShape, StepPrice
+from runtime.simulation.build import build, spec_for
+from tests.cost.chips import CHIPS
+
+
+def step(
+    shape: BatchShape,
+    model: str,
+    engine: str,
+    chip: str = "h200-sxm",
+    scheme: str = "fp8",
+    layout: Layout = Layout(tp=8),
+) -> StepPrice:
+    spec = spec_for(load_config(model), hw_profiles.load(chip), layout, scheme, "bf16", engine, pool_tokens=10**6)
+    return build(spec).pricer.price(shape)
+
+
+DECODE = BatchShape(np.full(4, 2000), 1, decode_rows=4, graphed=True)
+PROMPTS = BatchShape(prefill_chunks=[(2048, 0)] * 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "chip", "scheme", "layout", "fused"), [
+        ("deepseek-v3", "sglang@0.5.9", "h200-sxm", "fp8", Layout(tp=8), True),
+        ("glm-4.6", "sglang@0.5.9", "h200-sxm", "bf16", Layout(tp=8), True),
+        ("glm-5-fp8", "sglang@0.5.14", "h200-sxm", "fp8", Layout(tp=8), True),
+        ("deepseek-v3", "sglang@0.5.9", "b200-sxm", "fp8", Layout(tp=8), False),
+        ("deepseek-v3", "sglang@0.5.9", "h200-sxm", "fp8", Layout(tp=8, ep=8), False),
+        ("deepseek-v3", "sglang@0.5.9", "h200-sxm", "w4afp8", Layout(tp=8), False),
+        ("deepseek-v3", "vllm@0.13", "h200-sxm", "fp8", Layout(tp=8), False),
+        ("kimi-k2", "sglang@0.5.9", "h200-sxm", "w4a16", Layout(tp=8), False),
+        ("deepseek-v3.2", "sglang@0.5.9", "h200-sxm", "fp8", Layout(tp=8), False),
+    ],
+)  # fmt: skip
+def test_where_sglang_runs_the_shared_expert_with_the_routed_ones(
+    model: str, engine: str, chip: str, scheme: str, layout: Layout, fused: bool
+) -> None:
+    """By the conditions of its determine_num_fused_shared_experts (256 experts at most, one shared, no EP, no W4AFP8),
+    and of flashinfer_trtllm, which turns it off."""
+    assert ("shared_experts" not in step(DECODE, model, engine, chip, scheme, layout).by_op) == fused
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_a_fused_shared_expert_is_one_more_row_a_token_and_one_more_expert(tokens: int) -> None:
+    load = uniform(256)
+    rows, active = load.busiest_rank(tokens, 8, 1)
+    more_rows, more_active = with_shared(load, 1).busiest_rank(tokens, 8, 1)
+    assert more_rows - rows == pytest.approx(tokens) and more_active - active == pytest.approx(1)
+    assert with_shared(load, 1) is with_shared(load, 1), "one object, so that tables are shared"
+
+
+def test_experts_that_old_vllm_had_not_tuned_run_at_the_old_defaults() -> None:
+    """Its defaults gained up to 2x at large batches with PR 34846; SGLang's table holds the old ones."""
+    old, new = (step(PROMPTS, "glm-4.6", f"vllm@{r}", scheme="bf16").by_op["experts"] for r in ("0.11", "0.28"))
+    assert 1.2 < old / new < 2.0
+    tuned = [step(PROMPTS, "glm-4.6", f"vllm@{r}").by_op["experts"] for r in ("0.11", "0.28")]
+    assert tuned[0] < 1.2 * tuned[1], "a file for FP8 came with its release"
+
+
+@pytest.mark.parametrize(("chip", "absorbs"), [("h200-sxm", True), ("b200-sxm", False)])
+def test_sglang_keeps_short_prefixes_of_dense_mla_in_the_latent_on_hopper(chip: str, absorbs: bool) -> None:
+    def seconds(*before: int) -> float:
+        chunks = [(2000, b) for b in before]
+        return step(BatchShape(prefill_chunks=chunks), "deepseek-v3", "sglang@0.5.9", chip).by_op["attention"]
+
+    fresh, touched = seconds(0, 0, 0, 0), seconds(4, 0, 0, 0)
+    assert (touched > 1.1 * fresh) == absorbs
+    if absorbs:  # at the threshold the heads are expanded again
+        assert seconds(2047, 2047, 2047, 2047) > seconds(2048, 2048, 2048, 2048)
+
+
+def test_the_residual_costs_what_it_moves() -> None:
+    """Two passes over [tokens, hidden] for each of two sums a layer, and one where shared and routed experts meet."""
+    book = open_book(CHIPS["h200-sxm"], "vllm")
+    once = book.memory(2 * 8192 * 5120 * 2.0).seconds
+    cfg = load_config("glm-4.6")
+    elementwise = step(PROMPTS, "glm-4.6", "vllm@0.28", scheme="bf16").by_op["elementwise"]
+    assert elementwise > cfg.num_layers * 4 * 0.9 * once, "two norms and two sums at least"
