@@ -113,6 +113,7 @@ def serve(
     """
     from backends.emulation.backend import SimBackend
     from backends.spmd.processes import Processes
+    from runtime.execution.cluster.executor import ClusterExecutor
     from runtime.execution.cluster.live import emulate
     from runtime.execution.cluster.timeline import write
     from runtime.execution.local.request import check_request
@@ -137,11 +138,15 @@ def serve(
         times.setdefault(index, []).append(time.perf_counter() - loaded - compiled())
         on_token(index, token)
 
+    def executor(role: int) -> ClusterExecutor:
+        pool = plan.pools[role]
+        return ClusterExecutor(next(each[role]).server(pages[role], pool.page_tokens), pool.layout.dp)
+
     loaded = time.perf_counter()
     outcome = emulate(
         prompts,
         clock.deployment,
-        lambda role: next(each[role]).server(pages[role], plan.pools[role].page_tokens),
+        executor,
         token,
         timelines,
     )
@@ -207,9 +212,9 @@ def number_formats(cfg: ModelConfig, pool: Pool) -> NumberFormats | None:
 
 
 def _pages(pool: Pool, prompts: Sequence[Prompt]) -> int:
-    """Pages a rank to have: the plan's, or what all prompts take together where that is less."""
+    """Pages a rank to have: the plan's, or what all prompts take together where that is less; and a spare one."""
     each = [-(-(len(p.prompt_ids) + p.max_tokens) // pool.page_tokens) for p in prompts]
-    return min(pool.kv_pages, sum(each)) + any(p.keep_logits for p in prompts)
+    return min(pool.kv_pages, sum(each)) + 1
 
 
 def _timelines(cfg: ModelConfig, plan: Plan, clock: Deployed) -> list[Timeline]:
