@@ -76,7 +76,7 @@ def run(
         str | None,
         typer.Option(
             autocompletion=completion.engines,
-            help="Whose scheduler serves, and with sim whose overheads; as of `glm5 simulate` [default: glm5; sim: sglang].",
+            help="Whose scheduler serves, with sim its overheads too, as of simulate [default: glm5; sim: sglang].",
         ),
     ] = None,
     scale_memory: Annotated[float, typer.Option(help="With sim: share of the chip's memory that is there.")] = 1.0,

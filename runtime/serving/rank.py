@@ -43,7 +43,7 @@ class Rank:
         released, for nothing else can change the answer.
     new_token_ratio: SGLang's estimate of how much of the rest of each answer will be generated.
     committed: pages of everything in service at its full length.
-    drafted_beyond: tokens behind those of a step that drafting writes to.
+    writes: tokens that a sequence writes to in a decode step, those that drafting writes to behind them included.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Rank:
         self.pool = pool
         self.speculation = speculation
         self.query_tokens = speculation.query_tokens if speculation else 1
-        self._writes = self.query_tokens + drafted_beyond
+        self.writes = self.query_tokens + drafted_beyond
         self.waiting: deque[Request] = deque()
         self.prefilling: list[Request] = []
         self.running: list[Request] = []
@@ -280,7 +280,7 @@ class Rank:
 
     def _pages_after(self, steps: int) -> np.ndarray:
         page = self.pool.page_tokens
-        return (self.kv + (self._writes + steps - 1 + page - 1)) // page
+        return (self.kv + (self.writes + steps - 1 + page - 1)) // page
 
     def _missing_pages(self, steps: int) -> int:
         return int(np.maximum(self._pages_after(steps) - self.pages, 0).sum())

@@ -25,6 +25,7 @@ OnToken = Callable[[int, int], None]
 class Worker(ABC):
     """Carries out a replica's steps.
 
+    drafted, accepted: tokens guessed so far, and those that were right.
     numbered: pages have numbers. drafted_beyond: tokens behind those of a step that drafting writes to.
     answers: those at work, by request. moving: what requests between two servers take along, shared by all workers of a
     deployment. arrivals: news of those whose cache has come in the step that is running.
@@ -41,6 +42,7 @@ class Worker(ABC):
     ):
         self.answers, self.moving, self._on_token = answers, moving, on_token
         self.arrivals: News = []
+        self.drafted = self.accepted = 0
         self._fresh: dict[Request, Answer] = {}
 
     def run(self, plans: list[StepPlan], ranks: list[Rank]) -> list[np.ndarray]:
@@ -167,6 +169,8 @@ class ModelWorker(Worker):
         if self._drafts:
             answer.verify_steps += 1
             answer.verified_tokens += made
+            self.drafted += len(row.tokens) - 1
+            self.accepted += max(0, made - 1)
         _keep(answer, row.start, logits[:made])
         self._made(rank, request, answer, made)
         return answer.tokens[len(answer.tokens) - made :]
@@ -235,6 +239,8 @@ class SyntheticWorker(Worker):
             running = list(rank.running) if plan.decode else []
             found = [self._go_on(rank, request, count) for request, count in zip(running, counts.tolist(), strict=True)]
             made.append(np.array(found, dtype=np.int64))
+            self.drafted += len(found) * (rank.query_tokens - 1)
+            self.accepted += sum(max(0, each - 1) for each in found)
         return made
 
     def _go_on(self, rank: Rank, request: Request, most: int) -> int:

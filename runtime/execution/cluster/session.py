@@ -46,6 +46,13 @@ def prepare(cfg: ModelConfig, options: SimOptions) -> Plan:
         plan, factor = _on_the_spot(cfg, options), 1.0
     else:
         plan, factor = _planned(cfg, options), options.scale_memory
+    runnable(cfg, plan)
+    deploy.check_memory(cfg, plan, factor)
+    return plan
+
+
+def runnable(cfg: ModelConfig, plan: Plan) -> None:
+    """Raises `UsageError` for a plan whose steps cannot be emulated."""
     for pool in plan.pools:
         if pool.drafts:
             raise UsageError(
@@ -58,8 +65,6 @@ def prepare(cfg: ModelConfig, options: SimOptions) -> Plan:
             f"the plan's pools keep pages of {sizes[0]} and {sizes[-1]} tokens: caches move between pools of one page "
             "size only; plan both with one engine"
         )
-    deploy.check_memory(cfg, plan, factor)
-    return plan
 
 
 def _planned(cfg: ModelConfig, options: SimOptions) -> Plan:
@@ -125,7 +130,7 @@ def serve(
     if isinstance(backend, SimBackend):
         backend.start(max(pool.layout.devices for pool in plan.pools))
     clock = clock or deploy.clock_of(checkpoint.config, plan)
-    clusters = [_clusters(checkpoint, backend, pool) for pool in plan.pools]
+    clusters = [clusters_of(checkpoint, backend, pool) for pool in plan.pools]
     each = [itertools.cycle(found) for found in clusters]
     pages = [_pages(pool, prompts) for pool in plan.pools]
     timelines = _timelines(checkpoint.config, plan, clock) if trace else []
@@ -160,7 +165,7 @@ def serve(
     return Result(outcome, wall, clock, loaded - began, compile_s, time.perf_counter() - loaded - compile_s)
 
 
-def _clusters(checkpoint: Checkpoint, backend: SimBackend | Processes, pool: Pool) -> list[Cluster]:
+def clusters_of(checkpoint: Checkpoint, backend: SimBackend | Processes, pool: Pool) -> list[Cluster]:
     """The devices of a pool's servers in turn: emulated ones are the same for all, those of processes are not."""
     from backends.emulation.backend import SimBackend
 

@@ -82,7 +82,8 @@ class EngineConfig:
 class LocalEngine:
     """Serves requests with `programs`; single-threaded, one `generate` call at a time.
 
-    steps, preemptions: so far. pool: of the last call. Raises `UsageError` for an engine whose steps the programs cannot carry out.
+    steps, preemptions: so far. pool: of the last call. Raises `UsageError` for an engine whose steps the programs
+    cannot carry out.
     """
 
     def __init__(self, cfg: ModelConfig, programs: Programs, config: EngineConfig):
