@@ -177,8 +177,12 @@ class Server:
 
     def __init__(self, cluster: Cluster, pages: int, page_size: int):
         self.cluster, self.pages, self.page_size = cluster, pages, page_size
+        self.clear()
+
+    def clear(self) -> None:
+        """Makes all caches anew, empty."""
         self.caches = [
-            [self._empty(number, layer) for layer in span] for number, span in enumerate(cluster.grid.stages)
+            [self._empty(number, layer) for layer in span] for number, span in enumerate(self.cluster.grid.stages)
         ]
 
     def _empty(self, number: int, layer: int) -> dict[str, Any]:

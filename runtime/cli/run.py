@@ -42,7 +42,9 @@ def run(
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 [default: the backend's preference].")] = None,
     keep_fp8: Annotated[bool, typer.Option("--keep-fp8", help="Keep FP8 weights in FP8.")] = False,
     pool_tokens: Annotated[int | None, typer.Option(min=1, help="Size of the KV page pool in tokens.")] = None,
-    prefill_chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens a prefill step feeds.")] = 256,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(min=1, help="Prompt tokens a prefill step feeds [default: as the engine does].")
+    ] = None,
     dump_logits: Annotated[
         Path | None, typer.Option(help="Store float32 logits [prompt + generated, vocab] in this .npz.")
     ] = None,
@@ -73,7 +75,8 @@ def run(
     engine: Annotated[
         str | None,
         typer.Option(
-            autocompletion=completion.engines, help="With sim: whose scheduler and overheads; as of `glm5 simulate`."
+            autocompletion=completion.engines,
+            help="Whose scheduler serves, with sim its overheads too, as of simulate [default: glm5; sim: sglang].",
         ),
     ] = None,
     scale_memory: Annotated[float, typer.Option(help="With sim: share of the chip's memory that is there.")] = 1.0,

@@ -227,9 +227,9 @@ def _engine(checkpoint: Checkpoint, formats: NumberFormats, limits: EngineConfig
 def _continue(checkpoint: Checkpoint, texts: Texts, max_tokens: int) -> list[tuple[int, tuple[int, ...]]]:
     """Each prompt with the float32 model's greedy continuation: (prompt's length, ids)."""
     from backends import registry
+    from runtime.execution.batches import gear
     from runtime.execution.local.engine import EngineConfig
     from runtime.execution.local.load import load_engine
-    from runtime.execution.local.programs import gear
     from runtime.execution.local.request import Prompt
 
     room = gear(max(len(ids) for _, ids in texts.prompts) + max_tokens)

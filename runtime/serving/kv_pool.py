@@ -1,6 +1,6 @@
 """A rank's KV pages: who holds how many, and which prompt blocks are kept for reuse.
 
-Pages are counted, not numbered. Each page is in one of three places:
+Pages are counted; where steps are carried out they are numbered, too (`pages.py`). Each page is in one of three places:
 
     free       nobody's
     private    held by one request (the pool keeps the sum; `Request.pages` keeps the share)
@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from foundation.errors import CapacityError
+from runtime.serving.pages import PageNumbers
 from runtime.serving.request import Request
 
 
@@ -22,10 +23,18 @@ class KvPool:
     """Pages of one rank, with an optional prefix cache evicted in least-recently-used order.
 
     tokens: capacity; only whole pages count. page_tokens: tokens per page. block_tokens: prompt tokens one
-    prefix hash stands for. Raises CapacityError when not even one page fits.
+    prefix hash stands for. numbered: say which pages, too. Raises CapacityError when not even one page fits.
     """
 
-    def __init__(self, tokens: int, page_tokens: int, *, prefix_cache: bool = False, block_tokens: int = 512):
+    def __init__(
+        self,
+        tokens: int,
+        page_tokens: int,
+        *,
+        prefix_cache: bool = False,
+        block_tokens: int = 512,
+        numbered: bool = False,
+    ):
         self.page_tokens = page_tokens
         self.total = int(tokens) // page_tokens
         if self.total < 1:
@@ -41,6 +50,7 @@ class KvPool:
         self.private = 0
         self._holders: dict[int, int] = {}  # prefix hash -> requests that hold it
         self._idle: OrderedDict[int, None] = OrderedDict()  # blocks nobody holds, oldest first
+        self.numbers = PageNumbers(self.total, self.block_pages) if numbered else None
 
     @property
     def tokens(self) -> int:
@@ -83,19 +93,25 @@ class KvPool:
         private = self._private_pages(request, matched)
         self.take(private)
         request.pages = matched * self.block_pages + private
+        if self.numbers:
+            self.numbers.share(request, request.prefix_hashes[:matched])
+            self.numbers.extend(request, request.pages)
         return cached
 
-    def publish(self, request: Request) -> None:
-        """Makes the whole blocks of a computed prompt available to later requests.
+    def publish(self, request: Request, tokens: int | None = None) -> None:
+        """Makes the whole blocks of a computed prompt available to later requests; of `tokens` tokens, where the cache
+        holds those.
 
         A block that another request published meanwhile stays private here, and so do the blocks after it.
         """
         if not self.prefix_cache:
             return
-        whole = min(len(request.prefix_hashes), request.prompt_tokens // self.block_tokens)
+        whole = (request.prompt_tokens if tokens is None else tokens) // self.block_tokens
         for block in request.prefix_hashes[request.shared : whole]:
             if block in self._holders or block in self._idle:
                 break
+            if self.numbers:
+                self.numbers.publish(request, request.shared, block)
             self.private -= self.block_pages
             self._holders[block] = 1
             request.shared += 1
@@ -103,6 +119,8 @@ class KvPool:
     def release(self, request: Request) -> None:
         """Gives back everything the request holds; its prefix blocks stay cached until evicted."""
         self.give(request.pages - request.shared * self.block_pages)
+        if self.numbers:
+            self.numbers.release(request, request.shared)
         for block in reversed(request.prefix_hashes[: request.shared]):  # so that leaves are evicted first
             self._holders[block] -= 1
             if not self._holders[block]:
@@ -115,10 +133,20 @@ class KvPool:
         if pages > self.available:
             raise CapacityError(f"{pages} KV pages are needed, {self.available} of {self.total} are available")
         while self.free < pages:
-            self._idle.popitem(last=False)
-            self.free += self.block_pages
+            self._evict()
         self.free -= pages
         self.private += pages
+
+    def flush(self) -> None:
+        """Forgets what is kept for reuse and held by nobody."""
+        while self._idle:
+            self._evict()
+
+    def _evict(self) -> None:
+        block, _ = self._idle.popitem(last=False)
+        self.free += self.block_pages
+        if self.numbers:
+            self.numbers.evict(block)
 
     def give(self, pages: int) -> None:
         """Moves pages from private use back to free."""
@@ -138,6 +166,10 @@ class KvPool:
                 held[block] = held.get(block, 0) + 1
         assert held == self._holders, "a prefix block is held by requests that do not exist"
         assert not self._holders.keys() & self._idle.keys()
+        if self.numbers:
+            self.numbers.check()
+            for request in requests:
+                assert len(self.numbers.table(request)) == request.pages, "a table is not what was counted"
 
     def _match(self, request: Request) -> int:
         """Leading blocks of the prompt that are cached."""

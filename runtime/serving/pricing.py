@@ -87,3 +87,15 @@ class StepPricer(Protocol):
     def seconds(self, shape: BatchShape) -> float:
         """`price(shape).seconds`, cheaply (tens of microseconds); called for nearly every step."""
         ...
+
+
+class _Unpriced:
+    def price(self, shape: BatchShape) -> StepPrice:
+        return StepPrice(0.0)
+
+    def seconds(self, shape: BatchShape) -> float:
+        return 0.0
+
+
+UNPRICED = _Unpriced()
+"""Where steps take what they take."""

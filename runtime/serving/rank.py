@@ -43,13 +43,22 @@ class Rank:
         released, for nothing else can change the answer.
     new_token_ratio: SGLang's estimate of how much of the rest of each answer will be generated.
     committed: pages of everything in service at its full length.
+    writes: tokens that a sequence writes to in a decode step, those that drafting writes to behind them included.
     """
 
-    def __init__(self, engine: Engine, pool: KvPool, speculation: Speculation | None, rng: np.random.Generator):
+    def __init__(
+        self,
+        engine: Engine,
+        pool: KvPool,
+        speculation: Speculation | None,
+        rng: np.random.Generator,
+        drafted_beyond: int = 0,
+    ):
         self.engine = engine
         self.pool = pool
         self.speculation = speculation
         self.query_tokens = speculation.query_tokens if speculation else 1
+        self.writes = self.query_tokens + drafted_beyond
         self.waiting: deque[Request] = deque()
         self.prefilling: list[Request] = []
         self.running: list[Request] = []
@@ -107,7 +116,7 @@ class Rank:
         """The request's prompt is in the cache and its next token made: it decodes from here, or is done."""
         self.prefilling.remove(request)
         self.pool.publish(request)
-        request.emitted += 1
+        request.emitted = min(request.emitted + 1, request.output_tokens)  # none, where an answer ended before it began
         if np.isnan(request.first_token_at):
             request.first_token_at = now + self.engine.response_seconds
         if request.finished:
@@ -159,19 +168,21 @@ class Rank:
             return
         self.pool.take(self._missing_pages(steps))
         np.maximum(self.pages, self._pages_after(steps), out=self.pages)
+        if self.pool.numbers:
+            for request, pages in zip(self.running, self.pages.tolist(), strict=True):
+                self.pool.numbers.extend(request, pages)
 
-    def decode(self, ends: np.ndarray) -> tuple[list[Request], np.ndarray]:
-        """Makes the tokens of steps that ended at `ends`.
+    def decode(self, ends: np.ndarray, made: np.ndarray | None = None) -> tuple[list[Request], np.ndarray]:
+        """Makes the tokens of steps that ended at `ends`. made: [slots] how many, where that is known.
 
         Returns the requests that finished, which are released, and the gaps between the tokens of each slot
         and those before them, for the first step.
         """
-        if self.speculation:
-            made = np.minimum(self.speculation.draw(self._rng, len(self.left)), self.left)
-        else:
-            made = len(ends)
-        self.kv += made
-        self.left -= made
+        if made is None and self.speculation:
+            made = self.draw()
+        count = len(ends) if made is None else made
+        self.kv += count
+        self.left -= count
         gaps = ends[0] - self.seen_at
         self.seen_at[:] = ends[-1]
         engine = self.engine
@@ -187,8 +198,16 @@ class Rank:
         self._keep(keep)
         for request in done:
             request.finished_at = float(ends[-1]) + engine.response_seconds
+            if self.pool.numbers:  # what was answered may be asked about
+                self.pool.publish(request, request.target - 1)
             self.release(request)
         return done, gaps
+
+    def draw(self) -> np.ndarray:
+        """[slots] tokens that a step makes, as the speculation has it."""
+        if self.speculation is None:
+            return np.ones(len(self.left), dtype=np.int64)
+        return np.minimum(self.speculation.draw(self._rng, len(self.left)), self.left)
 
     # Going out
 
@@ -203,13 +222,7 @@ class Rank:
 
     def preempt(self, request: Request) -> None:
         """Throws a request out of service; it waits again and all it had computed is lost."""
-        if request in self.prefilling:
-            self.prefilling.remove(request)
-        else:
-            slot = self.running.index(request)
-            self._leave(slot)
-            self._keep(np.arange(len(self.left)) != slot)
-        self.release(request)
+        self._throw_out(request)
         request.computed = 0
         request.kv_ready = False
         request.preemptions += 1
@@ -218,6 +231,23 @@ class Rank:
             self.waiting.appendleft(request)
         else:
             self.waiting.append(request)
+
+    def drop(self, request: Request) -> None:
+        """Takes a request out for good, waiting or in service; a cache that is being sent stays until it has been."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+            self.blocked = ""
+        elif request not in self.handed_off:
+            self._throw_out(request)
+
+    def _throw_out(self, request: Request) -> None:
+        if request in self.prefilling:
+            self.prefilling.remove(request)
+        else:
+            slot = self.running.index(request)
+            self._leave(slot)
+            self._keep(np.arange(len(self.left)) != slot)
+        self.release(request)
 
     def shorten(self, request: Request, output_tokens: int) -> None:
         """The answer of a request in service turns out to end after `output_tokens`, the next token at the earliest."""
@@ -250,7 +280,7 @@ class Rank:
 
     def _pages_after(self, steps: int) -> np.ndarray:
         page = self.pool.page_tokens
-        return (self.kv + (self.query_tokens + steps - 1 + page - 1)) // page
+        return (self.kv + (self.writes + steps - 1 + page - 1)) // page
 
     def _missing_pages(self, steps: int) -> int:
         return int(np.maximum(self._pages_after(steps) - self.pages, 0).sum())

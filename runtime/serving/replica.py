@@ -5,7 +5,8 @@ MoE layer, so that a step takes as long as on the rank with the most to do.
 
 Steps between two scheduling events differ only by contexts that grow by a token each. Such a run of decode
 steps is simulated at once: it is priced at a few points and interpolated where the price is straight to
-within a tolerance (`curve`).
+within a tolerance (`curve`). Where steps are carried out they are so one at a time, as each begins; what came of it is
+there when it ends.
 """
 
 from __future__ import annotations
@@ -18,29 +19,36 @@ from functools import partial
 import numpy as np
 
 from runtime.serving import scheduler
+from runtime.serving.clock import Clock, Virtual
 from runtime.serving.meter import Meter
-from runtime.serving.pricing import StepPricer
+from runtime.serving.pricing import BatchShape, StepPricer
 from runtime.serving.rank import Rank, StepPlan
 from runtime.serving.request import Request
+from runtime.serving.worker import Worker
 
 LONGEST_RUN = 4096
 """Decode steps simulated at once at most; bounds what one event holds in memory."""
 
+Observe = Callable[[list[BatchShape], float, float], None]
+"""Told of a step carried out: what each rank computes, start and end in seconds."""
+
 
 @dataclass(slots=True)
 class Run:
-    """Equal-looking steps in flight: one, or several that only decode. `ends`: [steps] seconds."""
+    """Equal-looking steps in flight: one, or several that only decode. `ends`: [steps] seconds. made: what the slots of
+    each rank got, where the step was carried out."""
 
     plans: list[StepPlan]
-    started_at: float
     ends: np.ndarray
+    made: list[np.ndarray] | None = None
 
 
 class Replica:
-    """Steps its ranks. `begin` starts a run and says when it ends; `end` carries it out.
+    """Steps its ranks. `begin` starts a run and says when it ends; `end` takes it to the books.
 
     tolerance: relative error allowed to interpolated step times; 0 prices every step.
     prefill_only: prompts leave for another replica when computed (`handed_off` of `end`).
+    worker: carries steps out; `clock` says whether they take what they are priced at.
     """
 
     def __init__(
@@ -48,10 +56,13 @@ class Replica:
         number: int,
         ranks: list[Rank],
         pricer: StepPricer,
-        meter: Meter,
+        meter: Meter | None,
         *,
         tolerance: float,
         prefill_only: bool = False,
+        worker: Worker | None = None,
+        clock: Clock | None = None,
+        observe: Observe | None = None,
     ):
         self.number = number
         self.ranks = ranks
@@ -60,7 +71,10 @@ class Replica:
         self.meter = meter
         self.tolerance = tolerance
         self.prefill_only = prefill_only
+        self.worker, self._clock, self._observe = worker, clock or Virtual(), observe
         self.run: Run | None = None
+        self._plans: list[StepPlan] = []
+        self._leaving: list[tuple[Rank, Request]] = []
         self._last_start = self._last_end = -math.inf
 
     def begin(self, now: float, next_event: float) -> float | None:
@@ -72,6 +86,8 @@ class Replica:
         plans = self._plan(now)
         if not any(plans):
             return None
+        if self.worker:
+            return self._carry_out(self.worker, plans, now)
         if any(plan.chunks for plan in plans):
             durations = np.array([max(self._seconds(r, p, 0) for r, p in self._busy(plans))])
             steps = 1
@@ -83,7 +99,7 @@ class Replica:
             if plan.decode:
                 rank.grow(steps)
         ends = now + np.cumsum(durations)
-        self.run = Run(plans, now, ends)
+        self.run = Run(plans, ends)
         self._last_end = float(ends[-1])
         self._last_start = float(ends[-2]) if steps > 1 else now
         self._record(plans, durations, now, used_before)
@@ -96,11 +112,12 @@ class Replica:
         now = float(run.ends[-1])
         finished: list[Request] = []
         handed_off: list[Request] = []
-        for rank, plan in zip(self.ranks, run.plans, strict=True):
+        for number, (rank, plan) in enumerate(zip(self.ranks, run.plans, strict=True)):
             if plan.decode:
-                done, gaps = rank.decode(run.ends)
+                done, gaps = rank.decode(run.ends, run.made[number] if run.made else None)
                 finished += done
-                self.meter.tokens(gaps, run.ends)
+                if self.meter:
+                    self.meter.tokens(gaps, run.ends)
             for request, tokens, before in plan.chunks:
                 request.computed = before + tokens
                 if request.computed < request.target:
@@ -112,7 +129,68 @@ class Replica:
                     rank.end_prefill(request, now)
                     if request.finished:
                         finished.append(request)
+        leaving, self._leaving = self._leaving, []
+        for rank, request in leaving:
+            if request in rank.prefilling or request in rank.running:
+                rank.drop(request)
         return finished, handed_off
+
+    def drop(self, request: Request) -> bool:
+        """Takes a request out, as soon as no step has it; False where it is not here."""
+        for rank in self.ranks:
+            if request in rank.waiting:
+                rank.drop(request)
+                if self.worker:
+                    self.worker.moving.pop(request, None)
+                return True
+            if request in rank.prefilling or request in rank.running:
+                if self.run is None:
+                    rank.drop(request)
+                else:
+                    self._leaving.append((rank, request))
+                return True
+        return False
+
+    def give_up(self) -> list[Request]:
+        """After a step that could not be carried out: its requests, which are gone; all others here start again, and
+        nothing is kept for reuse, for what caches hold is not known any more."""
+        assert self.worker is not None
+        lost: list[Request] = []
+        for rank, plan in zip(self.ranks, self._plans, strict=True):
+            concerned = [request for request, *_ in plan.chunks] + (rank.running if plan.decode else [])
+            for request in concerned:
+                rank.drop(request)
+            for request in list(rank.handed_off):
+                rank.release(request)
+                concerned.append(request)
+            for request in [*rank.running, *rank.prefilling]:
+                rank.preempt(request)
+            rank.pool.flush()
+            lost += concerned
+        for request in lost:
+            request.gone = True
+        self.worker.reset()
+        return lost
+
+    def _carry_out(self, worker: Worker, plans: list[StepPlan], now: float) -> float:
+        """Has one step carried out, and says when it ends."""
+        self._plans = plans
+        used_before = sum(rank.pool.used for rank in self.ranks)
+        shapes = [rank.shape(plan) for rank, plan in zip(self.ranks, plans, strict=True)] if self._observe else []
+        for rank, plan in zip(self.ranks, plans, strict=True):
+            if plan.decode:
+                rank.grow(1)
+        made = worker.run(plans, self.ranks)
+        if self._clock.measures:
+            end = max(now, self._clock.now())
+        else:
+            end = now + max(self._seconds(rank, plan, 0) for rank, plan in self._busy(plans))
+        self.run = Run(plans, np.array([end]), made)
+        self._last_start, self._last_end = now, end
+        self._record(plans, np.array([end - now]), now, used_before)
+        if self._observe:
+            self._observe(shapes, now, end)
+        return end
 
     def _plan(self, now: float) -> list[StepPlan]:
         """With overlap scheduling a step that follows another was planned as that one started."""
@@ -148,6 +226,8 @@ class Replica:
 
     def _record(self, plans: list[StepPlan], durations: np.ndarray, now: float, used_before: int) -> None:
         """Tells the meter about the run, as seen by the rank that computes the most tokens."""
+        if self.meter is None:
+            return
         rank, plan = max(self._busy(plans), key=lambda busy: len(busy[0].kv) + sum(new for _, new, _ in busy[1].chunks))
         shape = rank.shape(plan, len(durations) // 2)
         self.meter.steps(self.number, self.ranks, shape, self.pricer, durations, now, used_before)

@@ -24,6 +24,7 @@ class Request:
     pages: KV pages held, shared ones included. shared: leading prefix blocks held in the prefix cache.
     visible_at: when the scheduler that has it now could first see it.
     kv_ready: the cache arrives from elsewhere, no prefill is needed (disaggregation).
+    gone: nobody waits for it any more.
     """
 
     id: int
@@ -44,6 +45,7 @@ class Request:
     shared: int = 0
     visible_at: float = 0.0
     kv_ready: bool = False
+    gone: bool = False
 
     @property
     def target(self) -> int:

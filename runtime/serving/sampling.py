@@ -88,28 +88,43 @@ def _draw(weights: np.ndarray, rng: np.random.Generator) -> int:
     return min(index, int(np.flatnonzero(weights)[-1]))
 
 
+def settle(
+    logits: np.ndarray,
+    draft: int | None,
+    sampling: Sampling,
+    rng: np.random.Generator,
+    allowed: np.ndarray | None = None,
+) -> int:
+    """The token that follows, where `draft` was guessed for it: the guess was right where that is what comes.
+
+    Greedy takes the model's own choice. Otherwise a draft is accepted with its probability, and a refused one replaced
+    by a draw from the rest of the distribution (speculative sampling, arXiv 2211.17192, for a proposal that is
+    certain), which leaves the distribution of tokens unchanged.
+    """
+    if draft is None or sampling.greedy:
+        return choose(logits, sampling, rng, allowed)
+    weights = probabilities(adjusted(logits, sampling, allowed), sampling)
+    if rng.random() < weights[draft]:
+        return draft
+    weights[draft] = 0.0
+    return _draw(weights, rng)
+
+
 def verify(logits: np.ndarray, drafts: list[int], sampling: Sampling, rng: np.random.Generator) -> list[int]:
     """The tokens that a run of drafts yields: those accepted, then one more.
 
-    logits `[1 + len(drafts), vocab]`: row j is the model's distribution after j drafts. Greedy accepts a
-    draft that equals the model's own choice. Otherwise a draft is accepted with its probability, and a
-    refused one replaced by a draw from the rest of the distribution (speculative sampling, arXiv
-    2211.17192, for a proposal that is certain), which leaves the distribution of tokens unchanged.
+    logits `[1 + len(drafts), vocab]`: row j is the model's distribution after j drafts.
     """
     out: list[int] = []
-    for row, draft in zip(logits, drafts, strict=False):
-        if sampling.greedy:
-            token = int(np.argmax(row))
-            out.append(token)
-            if token != draft:
-                return out
-            continue
-        weights = probabilities(row, sampling)
-        if rng.random() < weights[draft]:
-            out.append(draft)
-            continue
-        weights[draft] = 0.0
-        out.append(_draw(weights, rng))
-        return out
-    out.append(choose(logits[len(drafts)], sampling, rng))
+    for row, draft in zip(logits, [*drafts, None], strict=True):
+        out.append(settle(row, draft, sampling, rng))
+        if out[-1] != draft:
+            break
     return out
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Natural logarithms of what the model says itself, float64 `[vocab]`: before biases, masks and temperature."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max()
+    return wide - np.log(np.exp(wide).sum())

@@ -55,10 +55,10 @@ def _prefill_first(rank: Rank, known_at: float, now: float) -> StepPlan:
         if step.chunks and -(-tokens // page) * page >= step_left:
             break
         if -(-tokens // page) * page > chunk_left:
-            tokens = int(chunk_left) // page * page
-            if not tokens and step.chunks:
+            whole = int(chunk_left) // page * page
+            if not whole and step.chunks:
                 break
-            tokens = max(tokens, int(min(chunk_left, page)))
+            tokens = min(tokens, max(whole, int(min(chunk_left, page))))
         rank.admit(request, now)
         if not request.kv_ready:
             add(request, tokens)

@@ -106,7 +106,8 @@ class Service(Protocol):
         ...
 
     def submit(self, jobs: Sequence[Job], deliver: Sequence[Deliver]) -> list[int]:
-        """Takes all of the jobs or none; their numbers. Raises `QueueFull`, `UsageError` or `CapacityError`."""
+        """Takes all of the jobs or none, and gives their numbers. Raises `QueueFull`, `UsageError` or `CapacityError`
+        at once."""
         ...
 
     def abort(self, job: int) -> None:

@@ -1,31 +1,19 @@
-"""The simulation: a heap of events.
+"""Who sends what is simulated: a workload's clients, what of it is measured, and the report.
 
-Six things happen, each leading to the next:
-
-    send      a client sends a request; a front end takes it up, one at a time
-    arrive    the router hands it to a rank's queue
-    wake      an idle replica plans and begins a run of steps
-    step      a run ends: tokens are made, requests finish, the next run begins
-    move      a cache computed by a prefill replica has reached a decode replica
-    done      a client has its last token; in a closed loop it sends the next request
+What happens to a request once it is sent is `loop.py`.
 """
 
 from __future__ import annotations
 
 import copy
-import heapq
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from runtime.serving.deployment import Deployment, Disaggregated, check_capacity
-from runtime.serving.kv_pool import KvPool
+from runtime.serving.loop import Loop, MakeWorker
 from runtime.serving.meter import Meter
-from runtime.serving.rank import Rank
 from runtime.serving.replica import Replica
 from runtime.serving.report import Report, make_report
 from runtime.serving.request import Request
@@ -57,7 +45,7 @@ def simulate(
 class Simulation:
     """One run. `simulate` is the way in; tests look inside.
 
-    groups: replicas by role; a request passes through them in order.
+    make_worker, observe: as of `Loop`, where steps are carried out.
     """
 
     def __init__(
@@ -68,22 +56,25 @@ class Simulation:
         tolerance: float = 1e-3,
         trace: Trace | None = None,
         progress: Callable[[int, int], None] | None = None,
+        make_worker: MakeWorker | None = None,
+        observe: Callable[[int, int, Any, float, float], None] | None = None,
     ):
         self.workload = replace(workload, requests=[copy.copy(request) for request in workload.requests])
-        self.deployment = deployment
         self.trace = trace
         self.progress = progress
-        self.now = 0.0
         self.finished = 0
-        split = isinstance(deployment, Disaggregated)
-        roles = [deployment.prefilling, deployment.decode] if split else [deployment]
-        self.roles = roles
-        self.meters = [Meter(trace) for _ in roles]
-        number = itertools.count()
-        self.groups = [
-            [self._replica(next(number), r, role, seed, tolerance) for _ in range(role.replicas)]
-            for r, role in enumerate(roles)
-        ]
+        self.meters = [Meter(trace) for _ in range(2 if isinstance(deployment, Disaggregated) else 1)]
+        self.loop = Loop(
+            deployment,
+            seed=seed,
+            tolerance=tolerance,
+            block_tokens=workload.block_tokens,
+            reuse=any(request.prefix_hashes for request in workload.requests),
+            make_worker=make_worker,
+            meters=self.meters,
+            done=lambda request: self._done(request),
+            observe=observe,
+        )
         if trace is not None:
             trace.names = {-1: "requests"} | self._names()
         self._check(self.workload.requests)
@@ -94,23 +85,21 @@ class Simulation:
         self.watch = Watch(self._holds(), not self.endless) if workload.concurrency is None else None
         self._to_send: Iterator[Request] = iter(())
         self._measuring = not (workload.warmup or self.endless)
-        self._turn = [0] * len(roles)
-        first = roles[0]
-        self._front_ends = [0.0] * (first.replicas * (first.ranks if first.engine.front_end_per_rank else 1))
-        """When each front end is free, as a heap: whoever is free soonest takes the next request."""
-        self._link_free_at: dict[int, float] = {}
-        self._asleep = {id(replica) for group in self.groups for replica in group}
-        self._heap: list[tuple[float, int, int, Callable[..., None], tuple[Any, ...]]] = []
-        self._order = itertools.count()
+
+    @property
+    def groups(self) -> list[list[Replica]]:
+        return self.loop.groups
+
+    @property
+    def now(self) -> float:
+        return self.loop.now
 
     def run(self) -> Report:
         """Plays all events and reports."""
         self._start_clients()
-        while self._heap and not self._decided():
-            time, _, _, handle, arguments = heapq.heappop(self._heap)
-            assert time >= self.now, "the clock ran backwards"
-            self.now = time
-            handle(*arguments)
+        loop = self.loop
+        while loop.next_at is not None and not self._decided():
+            loop.advance()
         expected = self._to_measure if self.endless else len(self.workload.requests)
         assert self.finished == expected, "a request was lost"
         for rank in (rank for replica in self.groups[-1] for rank in replica.ranks):
@@ -119,10 +108,9 @@ class Simulation:
             self.watch.end()
         if self.trace is not None:
             self.trace.requests = [request for request in self.workload.requests if request.measured]
-        devices = sum(role.devices for role in self.roles)
-        return make_report(
-            self.workload, self.meters, self.groups, devices, self.watch, self.now, self.deployment.assumed
-        )
+        devices = sum(role.devices for role in loop.roles)
+        assumed = loop.deployment.assumed
+        return make_report(self.workload, self.meters, self.groups, devices, self.watch, self.now, assumed)
 
     # Events
 
@@ -133,55 +121,7 @@ class Simulation:
             self._go_on(request)
         if request.measured and not self._measuring:
             self._start_measuring()
-        request.sent_at = self.now
-        engine = self.roles[0].engine
-        free_at = max(self.now, heapq.heappop(self._front_ends)) + engine.front_seconds(request.prompt_tokens)
-        heapq.heappush(self._front_ends, free_at)
-        self._at(free_at + engine.request_delay_seconds, 0, self._arrive, request, 0)
-
-    def _arrive(self, request: Request, role: int) -> None:
-        request.visible_at = self.now
-        if not role:
-            request.queued_at = self.now
-        replica, rank = self._route(role)
-        rank.waiting.append(request)
-        if id(replica) in self._asleep:
-            self._asleep.discard(id(replica))
-            self._at(self.now, 2, self._wake, replica)
-
-    def _wake(self, replica: Replica) -> None:
-        next_event = self._heap[0][0] if self._heap else math.inf
-        ends_at = replica.begin(self.now, next_event)
-        if ends_at is None:
-            self._asleep.add(id(replica))
-        else:
-            self._at(ends_at, 1, self._step, replica)
-
-    def _step(self, replica: Replica) -> None:
-        finished, handed_off = replica.end()
-        for request in finished:
-            self._at(request.finished_at, 0, self._done, request)
-        for request in handed_off:
-            self._hand_off(replica, request)
-        self._at(self.now, 2, self._wake, replica)
-
-    def _hand_off(self, replica: Replica, request: Request) -> None:
-        link = self.deployment
-        assert isinstance(link, Disaggregated)
-        start = max(self.now, self._link_free_at.get(replica.number, 0.0))
-        moved = request.prompt_tokens * link.kv_bytes_per_token
-        arrives = start + link.link_latency_seconds + moved / link.link_bandwidth_bytes_per_s
-        self._link_free_at[replica.number] = arrives
-        self._at(arrives, 0, self._move, request, replica)
-
-    def _move(self, request: Request, source: Replica) -> None:
-        rank = next(rank for rank in source.ranks if request in rank.handed_off)
-        rank.release(request)
-        if id(source) in self._asleep:  # its queue may have been waiting for these pages
-            self._asleep.discard(id(source))
-            self._at(self.now, 2, self._wake, source)
-        request.kv_ready = True
-        self._arrive(request, 1)
+        self.loop.send(request)
 
     def _done(self, request: Request) -> None:
         self.finished += request.measured or not self.endless
@@ -208,7 +148,7 @@ class Simulation:
             return
         if self.workload.concurrency is None:
             for request in requests:
-                self._at(request.sent_at, 0, self._send, request)
+                self.loop.at(request.sent_at, 0, self._send, request)
             return
         self._to_send = iter(requests[warmup:] if self._measuring else requests[:warmup])
         for _ in range(self.workload.concurrency):
@@ -217,7 +157,7 @@ class Simulation:
     def _send_next(self) -> None:
         request = next(self._to_send, None)
         if request is not None:
-            self._at(self.now, 0, self._send, request)
+            self.loop.at(self.now, 0, self._send, request)
 
     def _go_on(self, request: Request) -> None:
         """A request of an endless load is sent: measured once the ramp is over, or where it never will be. The next
@@ -242,7 +182,7 @@ class Simulation:
         request.measured = False
         if request.id >= self._to_measure + self.workload.warmup:
             self._check([request])
-        self._at(request.sent_at, 0, self._send, request)
+        self.loop.at(request.sent_at, 0, self._send, request)
 
     def _decided(self) -> bool:
         """Nothing more is to be learnt from an endless load."""
@@ -255,48 +195,14 @@ class Simulation:
 
     # Set-up
 
-    def _at(self, time: float, priority: int, handle: Callable[..., None], *arguments: Any) -> None:
-        """At one time, arrivals (0) come before ends of steps (1), and those before new plans (2)."""
-        heapq.heappush(self._heap, (time, priority, next(self._order), handle, arguments))
-
-    def _route(self, role: int) -> tuple[Replica, Rank]:
-        places = [(replica, rank) for replica in self.groups[role] for rank in replica.ranks]
-        if self.roles[role].router == "least-loaded":
-            return min(places, key=lambda place: place[1].load)
-        place = places[self._turn[role] % len(places)]
-        self._turn[role] += 1
-        return place
-
-    def _replica(self, number: int, role: int, deployment: Deployment, seed: int, tolerance: float) -> Replica:
-        engine, block = deployment.engine, self.workload.block_tokens
-        reuse = engine.prefix_cache and any(request.prefix_hashes for request in self.workload.requests)
-        ranks = [
-            Rank(
-                engine,
-                KvPool(deployment.pool_tokens, engine.page_tokens, prefix_cache=reuse, block_tokens=block),
-                deployment.speculation,
-                np.random.default_rng([seed, number, rank]),
-            )
-            for rank in range(deployment.ranks)
-        ]
-        prefill_only = isinstance(self.deployment, Disaggregated) and role == 0
-        return Replica(
-            number,
-            ranks,
-            deployment.pricer,
-            self.meters[role],
-            tolerance=tolerance,
-            prefill_only=prefill_only,
-        )
-
     def _check(self, requests: list[Request]) -> None:
-        check_capacity(requests, self.roles, [group[0].ranks[0].pool for group in self.groups])
+        check_capacity(requests, self.loop.roles, [group[0].ranks[0].pool for group in self.groups])
 
     def _holds(self) -> int:
         """Requests that can be in service, at their mean length."""
         requests = self.workload.requests
         mean = sum(each.prompt_tokens + each.output_tokens for each in requests) / len(requests)
-        ranks = [rank for group in self.groups for replica in group for rank in replica.ranks]
+        ranks = self.loop.ranks
         return sum(max(1, min(rank.engine.max_running_requests, int(rank.pool.tokens / mean))) for rank in ranks)
 
     def _names(self) -> dict[int, str]:

@@ -24,6 +24,11 @@ def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(int(t) for t in np.random.default_rng([seed, length]).integers(1, VOCAB, length))
 
 
+def assert_all_pages_are_back(engine: LocalEngine) -> None:
+    assert engine.pool is not None and engine.pool.used == 0
+    engine.pool.check([])
+
+
 def alone(engine: LocalEngine, request: Prompt) -> Completion:
     return engine.generate([request])[0]
 
@@ -34,7 +39,7 @@ def test_batched_tokens_equal_each_request_alone(engines: Engines, family: str) 
     requests = [Prompt(prompt(n, n), max_tokens=6 + n % 5) for n in (3, 40, 17, 70, 1, 33)]
     together = engine.generate(requests)
     assert [c.token_ids for c in together] == [alone(engine, r).token_ids for r in requests]
-    assert engine.pool.free_pages == engine.pool.pages
+    assert_all_pages_are_back(engine)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +53,7 @@ def test_drafts_leave_greedy_tokens_as_they_are(engines: Engines, family: str, d
     assert [c.token_ids for c in drafted] == [c.token_ids for c in plain]
     assert all(c.accept_length is not None and 1 <= c.accept_length <= 1 + drafts for c in drafted)
     assert all(c.accept_length is None for c in plain)
-    pool = engines[family, drafts].pool
-    assert pool.free_pages == pool.pages
+    assert_all_pages_are_back(engines[family, drafts])
 
 
 @pytest.mark.parametrize(("family", "drafts"), [("dsa", 0), pytest.param("dsa", 3, marks=pytest.mark.slow), ("gqa", 0)])
@@ -73,7 +77,7 @@ def test_preempted_sequences_continue_where_they_were(engines: Engines) -> None:
     expected = [c.token_ids for c in roomy.generate(requests)]
     assert [c.token_ids for c in tight.generate(requests)] == expected
     assert tight.preemptions > 0 and roomy.preemptions == 0
-    assert tight.pool.free_pages == tight.pool.pages
+    assert_all_pages_are_back(tight)
 
 
 def test_stop_token_ends_a_request_and_is_reported(engines: Engines) -> None:
@@ -121,7 +125,7 @@ def test_any_workload_ends_once_and_returns_its_pages(
     done = engine.generate(requests)
     assert [len(c.token_ids) for c in done] == [r.max_tokens for r in requests]
     assert [c.prompt_ids for c in done] == [r.prompt_ids for r in requests]
-    assert engine.pool.free_pages == engine.pool.pages
+    assert_all_pages_are_back(engine)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from runtime.deployment import engines
 from runtime.deployment.choice import chosen_scheme
 from runtime.deployment.engines import Circumstances, engine_for, formats_for, load, names
 from runtime.deployment.errors import EngineError
+from runtime.execution.batches import gear
 from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.load import MEMORY_FRACTION
-from runtime.execution.local.programs import gear
 from tests.cli.cli import glm5
 
 GIB = 2**30

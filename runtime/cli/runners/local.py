@@ -1,4 +1,4 @@
-"""`glm5 run` on a backend of this host: the serving engine on one device."""
+"""`glm5 run` on a backend of this host: one device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class LocalRun(CheckpointRun):
     dtype: str | None
     keep_fp8: bool
     pool_tokens: int | None
-    prefill_chunk: int
+    prefill_chunk: int | None
+    engine: str | None
 
     @classmethod
     def why_not(cls, name: str, backend: str) -> str:
@@ -31,7 +32,7 @@ class LocalRun(CheckpointRun):
         adapter = registry.usable(self.backend)
         opened = self.opened()
         requests, answers = self.asked(opened, words)
-        config = EngineConfig(drafts=self.mtp, prefill_chunk=self.prefill_chunk)
+        config = EngineConfig(self.engine or "glm5", drafts=self.mtp, prefill_chunk=self.prefill_chunk)
         engine = load_engine(opened, adapter, config, self.dtype, self.keep_fp8, self.pool_tokens)
         load_s = time.perf_counter() - started
         completions = engine.generate(requests, answers.token)

@@ -46,6 +46,13 @@ def prepare(cfg: ModelConfig, options: SimOptions) -> Plan:
         plan, factor = _on_the_spot(cfg, options), 1.0
     else:
         plan, factor = _planned(cfg, options), options.scale_memory
+    runnable(cfg, plan)
+    deploy.check_memory(cfg, plan, factor)
+    return plan
+
+
+def runnable(cfg: ModelConfig, plan: Plan) -> None:
+    """Raises `UsageError` for a plan whose steps cannot be emulated."""
     for pool in plan.pools:
         if pool.drafts:
             raise UsageError(
@@ -58,8 +65,6 @@ def prepare(cfg: ModelConfig, options: SimOptions) -> Plan:
             f"the plan's pools keep pages of {sizes[0]} and {sizes[-1]} tokens: caches move between pools of one page "
             "size only; plan both with one engine"
         )
-    deploy.check_memory(cfg, plan, factor)
-    return plan
 
 
 def _planned(cfg: ModelConfig, options: SimOptions) -> Plan:
@@ -113,6 +118,7 @@ def serve(
     """
     from backends.emulation.backend import SimBackend
     from backends.spmd.processes import Processes
+    from runtime.execution.cluster.executor import ClusterExecutor
     from runtime.execution.cluster.live import emulate
     from runtime.execution.cluster.timeline import write
     from runtime.execution.local.request import check_request
@@ -124,7 +130,7 @@ def serve(
     if isinstance(backend, SimBackend):
         backend.start(max(pool.layout.devices for pool in plan.pools))
     clock = clock or deploy.clock_of(checkpoint.config, plan)
-    clusters = [_clusters(checkpoint, backend, pool) for pool in plan.pools]
+    clusters = [clusters_of(checkpoint, backend, pool) for pool in plan.pools]
     each = [itertools.cycle(found) for found in clusters]
     pages = [_pages(pool, prompts) for pool in plan.pools]
     timelines = _timelines(checkpoint.config, plan, clock) if trace else []
@@ -137,11 +143,15 @@ def serve(
         times.setdefault(index, []).append(time.perf_counter() - loaded - compiled())
         on_token(index, token)
 
+    def executor(role: int) -> ClusterExecutor:
+        pool = plan.pools[role]
+        return ClusterExecutor(next(each[role]).server(pages[role], pool.page_tokens), pool.layout.dp)
+
     loaded = time.perf_counter()
     outcome = emulate(
         prompts,
         clock.deployment,
-        lambda role: next(each[role]).server(pages[role], plan.pools[role].page_tokens),
+        executor,
         token,
         timelines,
     )
@@ -155,7 +165,7 @@ def serve(
     return Result(outcome, wall, clock, loaded - began, compile_s, time.perf_counter() - loaded - compile_s)
 
 
-def _clusters(checkpoint: Checkpoint, backend: SimBackend | Processes, pool: Pool) -> list[Cluster]:
+def clusters_of(checkpoint: Checkpoint, backend: SimBackend | Processes, pool: Pool) -> list[Cluster]:
     """The devices of a pool's servers in turn: emulated ones are the same for all, those of processes are not."""
     from backends.emulation.backend import SimBackend
 
@@ -207,9 +217,9 @@ def number_formats(cfg: ModelConfig, pool: Pool) -> NumberFormats | None:
 
 
 def _pages(pool: Pool, prompts: Sequence[Prompt]) -> int:
-    """Pages a rank to have: the plan's, or what all prompts take together where that is less."""
+    """Pages a rank to have: the plan's, or what all prompts take together where that is less; and a spare one."""
     each = [-(-(len(p.prompt_ids) + p.max_tokens) // pool.page_tokens) for p in prompts]
-    return min(pool.kv_pages, sum(each)) + any(p.keep_logits for p in prompts)
+    return min(pool.kv_pages, sum(each)) + 1
 
 
 def _timelines(cfg: ModelConfig, plan: Plan, clock: Deployed) -> list[Timeline]:

@@ -1,11 +1,10 @@
-"""The serving engine: prompts in, tokens out, on one device of any backend.
+"""Prompts in, tokens out, on one device of any backend.
 
     from runtime.execution.local import Prompt, load_engine
     [answer] = load_engine(Checkpoint(DIR), backend).generate([Prompt(ids, max_tokens=8)])
 
-Owns: the page pool, sampling, compiled programs by shape, continuous batching and speculative decoding.
-Imports JAX through `programs` only; reads the model through `model` and devices through `backends`. The names below
-are imported when they are asked for.
+Owns compiled programs by shape, and what carries the scheduler's steps out with them. Reads the model through `model`
+and devices through `backends`. The names below are imported when they are asked for.
 """
 
 from __future__ import annotations
@@ -17,16 +16,14 @@ if TYPE_CHECKING:
     from runtime.execution.local.engine import EngineConfig, LocalEngine
     from runtime.execution.local.load import load_engine
     from runtime.execution.local.request import Completion, Prompt
-    from runtime.serving.sampling import Sampling
 
-__all__ = ["Completion", "EngineConfig", "LocalEngine", "Prompt", "Sampling", "load_engine"]
+__all__ = ["Completion", "EngineConfig", "LocalEngine", "Prompt", "load_engine"]
 
 _MODULES = {
     "Completion": "request",
     "EngineConfig": "engine",
     "LocalEngine": "engine",
     "Prompt": "request",
-    "Sampling": "sampling",
     "load_engine": "load",
 }
 

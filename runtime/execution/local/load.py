@@ -59,17 +59,17 @@ def load_engine(
     if pool_tokens is None and offered.devices[0].memory_bytes:
         spare = int(offered.devices[0].memory_bytes * MEMORY_FRACTION) - weight_bytes
         row = token_bytes(checkpoint.config, dtype, config.drafts > 0)
-        pool_tokens = min(spare // row, config.max_running * checkpoint.config.max_positions)
-        if pool_tokens < config.page_size:
+        engine = config.described
+        pool_tokens = min(spare // row, engine.max_running_requests * checkpoint.config.max_positions)
+        if pool_tokens < engine.page_tokens:
             raise CapacityError(
                 f"the weights take {weight_bytes / 1e9:.1f} GB of the device's "
                 f"{offered.devices[0].memory_bytes / 1e9:.1f} GB, which leaves no room for the cache"
             )
     if pool_tokens is not None:
         config = dataclasses.replace(config, pool_tokens=pool_tokens)
-    programs = Programs(
-        backend, checkpoint.config, weights, config.pages, config.page_size, dtype, drafts=config.drafts
-    )
+    page_tokens = config.described.page_tokens
+    programs = Programs(backend, checkpoint.config, weights, config.pages, page_tokens, dtype, drafts=config.drafts)
     return LocalEngine(checkpoint.config, programs, config)
 
 

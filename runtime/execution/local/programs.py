@@ -24,14 +24,6 @@ from model.graph import Batch, Mode
 from model.weights import Quantized
 
 
-def gear(n: int, least: int = 1) -> int:
-    """The smallest power of two that is at least `n` and `least`."""
-    size = least
-    while size < n:
-        size *= 2
-    return size
-
-
 @dataclasses.dataclass(frozen=True)
 class ProgramShape:
     """A program's static shape: sequences, tokens each, pages each, and the graph's mode."""
@@ -45,7 +37,8 @@ class ProgramShape:
 class Programs:
     """Runs the graph's steps on a backend, keeping weights and caches there.
 
-    `weights` are the backend's buffers in the graph's layout; caches have `pages + 1` pages a layer.
+    `weights` are the backend's buffers in the graph's layout; caches have `pages` pages a layer, and two more: page 0,
+    which is nobody's, and a spare one.
     """
 
     def __init__(
@@ -60,9 +53,8 @@ class Programs:
     ):
         self.backend, self.cfg, self.weights = backend, cfg, weights
         self.page_size, self.dtype, self.drafts = page_size, dtype, drafts
-        self._pages = pages + 1
-        self.caches = [self._cache(kind) for kind in cfg.layers]
-        self.mtp_cache = self._cache(cfg.mtp_type) if drafts else None
+        self.pages = pages
+        self.clear()
         self._loaded: dict[tuple[str, ProgramShape], Executable] = {}
         self.compile_s = 0.0  # spent on exporting and loading programs so far
 
@@ -71,9 +63,14 @@ class Programs:
         """How many programs have been compiled so far."""
         return len(self._loaded)
 
+    def clear(self) -> None:
+        """Makes all caches anew, empty."""
+        self.caches = [self._cache(kind) for kind in self.cfg.layers]
+        self.mtp_cache = self._cache(self.cfg.mtp_type) if self.drafts else None
+
     def _cache(self, kind: LayerType) -> graph.LayerCache:
         return {
-            row.name: self.backend.zeros((self._pages, self.page_size, *row.shape), self.dtype)
+            row.name: self.backend.zeros((self.pages + 2, self.page_size, *row.shape), self.dtype)
             for row in cache_rows(self.cfg, kind)
         }
 

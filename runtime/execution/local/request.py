@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
 from foundation.errors import UsageError
 from model.config import ModelConfig
+from runtime.serving import Request
+from runtime.serving.answer import Answer, page_hashes
 from runtime.serving.sampling import Sampling
+from runtime.serving.service import Job
+from runtime.serving.worker import OnToken as OnToken
 
 FinishReason = Literal["stop", "length"]
-OnToken = Callable[[int, int], None]
-"""Told of each new token: index of the prompt, token id."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,61 +69,43 @@ class Completion:
     logits: np.ndarray | None = None
 
 
-@dataclasses.dataclass
-class Sequence:
-    """A request in flight. `done` tokens of `tokens` are in the cache; `pages` are held for them."""
+def job_of(prompt: Prompt) -> Job:
+    return Job(prompt.prompt_ids, prompt.max_tokens, prompt.sampling, prompt.stop_ids)
 
-    request: Prompt
-    index: int
-    tokens: list[int]
-    rng: np.random.Generator
-    submitted_s: float
-    pages: list[int] = dataclasses.field(default_factory=list)
-    done: int = 0
-    drafts: list[int] = dataclasses.field(default_factory=list)
-    finish: FinishReason | None = None
-    first_token_s: float = 0.0
-    last_token_s: float = 0.0
-    verify_steps: int = 0
-    verified_tokens: int = 0
-    logits: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - len(self.request.prompt_ids)
+def answers_of(prompts: Sequence[Prompt]) -> list[Answer]:
+    """One for each prompt, drawing from a generator of its own."""
+    return [
+        Answer(job_of(prompt), number, [prompt.sampling.seed, number], prompt.keep_logits)
+        for number, prompt in enumerate(prompts)
+    ]
 
-    @property
-    def prefilling(self) -> bool:
-        """More than one known token is not in the cache yet."""
-        return len(self.tokens) - self.done > 1 or self.generated == 0
 
-    @property
-    def finished(self) -> bool:
-        """Nothing is left to compute. Kept logits want the last token fed too."""
-        return self.finish is not None and (not self.request.keep_logits or self.done == len(self.tokens))
-
-    def accept(self, token: int, now_s: float) -> None:
-        """Appends a sampled token, and finishes the sequence where it ends."""
-        if self.generated == 0:
-            self.first_token_s = now_s
-        self.tokens.append(token)
-        self.last_token_s = now_s
-        if token in self.request.stop_ids:
-            self.finish = "stop"
-        elif self.generated >= self.request.max_tokens:
-            self.finish = "length"
-
-    def completion(self) -> Completion:
-        prompt = len(self.request.prompt_ids)
-        logits = None
-        if self.request.keep_logits:
-            logits = np.stack([self.logits[i] for i in range(len(self.tokens))])
-        return Completion(
-            prompt_ids=self.request.prompt_ids,
-            token_ids=tuple(self.tokens[prompt:]),
-            finish_reason=self.finish or "length",
-            ttft_s=self.first_token_s - self.submitted_s,
-            decode_s=self.last_token_s - self.first_token_s,
-            accept_length=self.verified_tokens / self.verify_steps if self.verify_steps else None,
-            logits=logits,
+def requests_of(prompts: Sequence[Prompt], page_tokens: int | None) -> list[Request]:
+    """As the scheduler sees them. page_tokens: of a page whose contents may be reused, None where none may; where
+    logits are kept every token must be computed."""
+    return [
+        Request(
+            number,
+            len(prompt.prompt_ids),
+            prompt.max_tokens,
+            page_hashes(prompt.prompt_ids, page_tokens) if page_tokens and not prompt.keep_logits else (),
         )
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def completion_of(answer: Answer, request: Request) -> Completion:
+    """What a request came to, its times by the clock that it was scheduled on."""
+    logits = None
+    if answer.kept is not None:
+        logits = np.stack([answer.kept[position] for position in range(len(answer.tokens))])
+    return Completion(
+        prompt_ids=answer.job.prompt_ids,
+        token_ids=tuple(answer.tokens[len(answer.job.prompt_ids) :]),
+        finish_reason="stop" if answer.finish == "stop" else "length",
+        ttft_s=request.first_token_at - request.sent_at,
+        decode_s=request.finished_at - request.first_token_at,
+        accept_length=answer.verified_tokens / answer.verify_steps if answer.verify_steps else None,
+        logits=logits,
+    )

@@ -1,0 +1,78 @@
+"""Rows of tokens as the batches that programs take: in parts of a bounded size, padded to a static shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from model.graph import Batch
+from runtime.serving.executor import ByRank
+
+
+def gear(n: int, least: int = 1) -> int:
+    """The smallest power of two, times `least`, that is at least `n`."""
+    size = least
+    while size < n:
+        size *= 2
+    return size
+
+
+def widest(rows: ByRank) -> int:
+    """Tokens of the longest row."""
+    return max((len(row.tokens) for rank in rows for row in rank), default=0)
+
+
+def context(rows: ByRank) -> int:
+    """Tokens that the longest context has with its row."""
+    return max((row.start + len(row.tokens) for rank in rows for row in rank), default=0)
+
+
+def parts(rows: ByRank, most_tokens: int) -> Iterator[ByRank]:
+    """The rows in their order, cut so that a rank's rows, all as long as the longest, are at most so many tokens."""
+    count = max(map(len, rows), default=0)
+    first, wide = 0, 0
+    for place in range(count):
+        each = max(len(rank[place].tokens) for rank in rows if place < len(rank))
+        if place > first and max(wide, each) * (place + 1 - first) > most_tokens:
+            yield [rank[first:place] for rank in rows]
+            first, wide = place, 0
+        wide = max(wide, each)
+    if count:
+        yield [rank[first:] for rank in rows]
+
+
+def padded(rows: ByRank, size: int, width: int, pages: int) -> Batch:
+    """A step's inputs, [ranks x size, ..]: rows of padding have length 0 and hold no pages."""
+    tokens = np.zeros((len(rows), size, width), np.int32)
+    table = np.zeros((len(rows), size, pages), np.int32)
+    start, length = np.zeros((len(rows), size), np.int32), np.zeros((len(rows), size), np.int32)
+    for number, rank in enumerate(rows):
+        for place, row in enumerate(rank):
+            tokens[number, place, : len(row.tokens)] = row.tokens
+            start[number, place], length[number, place] = row.start, len(row.tokens)
+            held = row.pages[:pages]
+            table[number, place, : len(held)] = held
+    return Batch(*(part.reshape(-1, *part.shape[2:]) for part in (tokens, start, length, table)))
+
+
+def following(batch: Batch, tokens: list[list[list[int]]]) -> Batch:
+    """The batch with other tokens, [ranks][rows][..], in the place of its own."""
+    ids, lengths = np.zeros_like(batch.tokens), np.zeros_like(batch.length)
+    size = len(lengths) // len(tokens)
+    for number, rank in enumerate(tokens):
+        for place, row in enumerate(rank):
+            ids[number * size + place, : len(row)] = row
+            lengths[number * size + place] = len(row)
+    return batch._replace(tokens=ids, length=lengths)
+
+
+def unpadded(rows: ByRank, logits: np.ndarray) -> list[list[np.ndarray]]:
+    """Logits [ranks x size, (t,) vocab] by rank and row: [tokens, vocab], or [1, vocab] of the last."""
+    size = logits.shape[0] // len(rows)
+    if logits.ndim == 2:
+        return [[logits[number * size + place][None] for place in range(len(rank))] for number, rank in enumerate(rows)]
+    return [
+        [logits[number * size + place, : len(row.tokens)] for place, row in enumerate(rank)]
+        for number, rank in enumerate(rows)
+    ]

@@ -1,0 +1,133 @@
+"""Services, ready to be asked: a checkpoint on a device of this host, or a plan's deployment at its own pace."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from foundation.errors import CapacityError, UsageError
+from model.cache import cache_rows
+from model.config import ModelConfig
+from runtime.deployment.plan import Plan, Pool
+from runtime.execution.cluster import deploy
+from runtime.execution.cluster.session import clusters_of, runnable
+from runtime.serving import Deployment, Disaggregated
+from runtime.serving.clock import Clock, Paced, Wall
+from runtime.serving.executor import refuse
+from runtime.serving.live import LiveService, ModelLimits
+from runtime.serving.worker import ModelWorker, SyntheticWorker, Worker
+from runtime.simulation.planned import Deployed
+
+if TYPE_CHECKING:
+    from backends.emulation.backend import SimBackend
+    from backends.interface import Backend
+    from model.checkpoint import Checkpoint
+    from runtime.execution.local.engine import EngineConfig, LocalEngine
+
+HOST_CACHE_BYTES = 1e9
+"""For the caches of an emulated server at most: a chip's would not fit this host."""
+
+NextToken = Callable[[int, int], int]
+"""The token id of an answer: number of the job, place in the answer from 0 on."""
+
+
+def local_service(
+    checkpoint: Checkpoint,
+    backend: Backend,
+    config: EngineConfig | None = None,
+    dtype: str | None = None,
+    keep_fp8: bool = False,
+    pool_tokens: int | None = None,
+    max_queue: int = 1024,
+) -> LiveService:
+    """A checkpoint on a device of a backend, as fast as it goes. config and the rest: as of `load_engine`, whose errors
+    are raised."""
+    from runtime.execution.local.engine import EngineConfig
+    from runtime.execution.local.load import load_engine
+
+    return engine_service(
+        load_engine(checkpoint, backend, config or EngineConfig(), dtype, keep_fp8, pool_tokens), max_queue
+    )
+
+
+def engine_service(engine: LocalEngine, max_queue: int = 1024, clock: Clock | None = None) -> LiveService:
+    """An engine that is loaded already. It must not be asked otherwise while the service is open."""
+
+    def hire(role: int, answers: Any, moving: Any) -> Worker:
+        return ModelWorker(engine.executor, answers, moving, engine.config.drafts)
+
+    return LiveService(engine.deployment, hire, clock or Wall(), _limits(engine.cfg), max_queue)
+
+
+def emulated_service(
+    cfg: ModelConfig,
+    plan: Plan,
+    *,
+    checkpoint: Checkpoint | None = None,
+    backend: SimBackend | None = None,
+    next_token: NextToken | None = None,
+    time_scale: float = 1.0,
+    max_queue: int = 1024,
+    clock: Clock | None = None,
+    priced: Deployed | None = None,
+) -> LiveService:
+    """A plan's deployment, at the pace that it is priced at: with the tokens of a checkpoint on emulated devices, or
+    with those of `next_token`, where no model is run.
+
+    time_scale: seconds of the wall for each of the clock's. clock: paced by default. priced: the plan's deployment, by
+    default as its profiles price it. Raises `UsageError` for a plan that cannot be run, and what loading one raises.
+    """
+    if (checkpoint is None) == (next_token is None):
+        raise UsageError("give a checkpoint whose tokens are real, or a function that makes them up")
+    clock, priced = clock or Paced(time_scale), priced or deploy.clock_of(cfg, plan)
+    if next_token is not None:
+        made_up = next_token
+
+        def invent(role: int, answers: Any, moving: Any) -> Worker:
+            return SyntheticWorker(made_up, cfg.vocab_size, answers, moving)
+
+        return LiveService(priced.deployment, invent, clock, _limits(cfg), max_queue)
+    assert checkpoint is not None and backend is not None
+    runnable(cfg, plan)
+    backend.start(max(pool.layout.devices for pool in plan.pools))
+    pages = [_pages(cfg, pool) for pool in plan.pools]
+    deployment = _within(priced.deployment, [n * pool.page_tokens for n, pool in zip(pages, plan.pools, strict=True)])
+    roles = [deployment.prefill, deployment.decode] if isinstance(deployment, Disaggregated) else [deployment]
+    each = [itertools.cycle(clusters_of(checkpoint, backend, pool)) for pool in plan.pools]
+    from runtime.execution.cluster.executor import ClusterExecutor
+
+    def hire(role: int, answers: Any, moving: Any) -> Worker:
+        pool = plan.pools[role]
+        executor = ClusterExecutor(next(each[role]).server(pages[role] + 1, pool.page_tokens), pool.layout.dp)
+        refuse(roles[role], executor, moves=len(roles) > 1)
+        speculation = roles[role].speculation
+        return ModelWorker(executor, answers, moving, speculation.query_tokens - 1 if speculation else 0)
+
+    return LiveService(deployment, hire, clock, _limits(cfg), max_queue)
+
+
+def _limits(cfg: ModelConfig) -> ModelLimits:
+    return ModelLimits(cfg.vocab_size, cfg.max_positions)
+
+
+def _pages(cfg: ModelConfig, pool: Pool) -> int:
+    """Pages a rank to have: the plan's, or those that this host has room for."""
+    row_bytes = 4 * sum(row.width for kind in cfg.layers for row in cache_rows(cfg, kind))
+    room = int(HOST_CACHE_BYTES // (row_bytes * pool.page_tokens * pool.layout.dp * pool.replicas))
+    if room < 1:
+        raise CapacityError(f"{cfg.name}: this host has no room for a page of its cache; give a smaller model")
+    return min(pool.kv_pages, room)
+
+
+def _within(deployment: Deployment | Disaggregated, tokens: list[int]) -> Deployment | Disaggregated:
+    """The deployment with pools of so many tokens a rank."""
+    if isinstance(deployment, Disaggregated):
+        prefill, decode = deployment.prefill, deployment.decode
+        return dataclasses.replace(
+            deployment,
+            prefill=dataclasses.replace(prefill, pool_tokens=min(prefill.pool_tokens, tokens[0])),
+            decode=dataclasses.replace(decode, pool_tokens=min(decode.pool_tokens, tokens[1])),
+        )
+    return dataclasses.replace(deployment, pool_tokens=min(deployment.pool_tokens, tokens[0]))

@@ -1,0 +1,244 @@
+"""The scheduler at work: a heap of events.
+
+Five things happen to a request, each leading to the next:
+
+    send      a client sends it; a front end takes it up, one at a time
+    arrive    the router hands it to a rank's queue
+    wake      an idle replica plans and begins a step, or a run of alike ones
+    step      it ends: tokens are made, requests finish, the next one begins
+    move      a cache computed by a prefill replica has reached a decode replica
+
+Who sends (a workload, other threads), whether somebody waits for the time to pass, and whether steps are carried out is
+others' business: see `simulation`, `live`, `clock` and `worker`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from runtime.serving.clock import Clock, Virtual
+from runtime.serving.deployment import Deployment, Disaggregated
+from runtime.serving.kv_pool import KvPool
+from runtime.serving.meter import Meter
+from runtime.serving.rank import Rank
+from runtime.serving.replica import Observe, Replica
+from runtime.serving.request import Request
+from runtime.serving.worker import News, Worker
+
+MakeWorker = Callable[[int], Worker]
+"""The hands of a new replica of a role: 0 is the first that a request passes through."""
+
+
+class Loop:
+    """Replicas by role (`groups`; a request passes through them in order), and what happens to them next.
+
+    seed: draws of speculative acceptance. tolerance: as of `Replica`. block_tokens: that a prefix hash stands for;
+    reuse: there are any. make_worker: carries steps out; None only prices them. meters: one a role. done: told of each
+    request as its client has the last token. tell: told of news as clients hear them. failed: told of a step that
+    raised and of its requests, which are gone then; by default it is raised. observe: told of each step carried out:
+    role, replica within it, shapes, start and end.
+    """
+
+    def __init__(
+        self,
+        deployment: Deployment | Disaggregated,
+        *,
+        seed: int = 0,
+        tolerance: float = 0.0,
+        block_tokens: int = 512,
+        reuse: bool = False,
+        clock: Clock | None = None,
+        make_worker: MakeWorker | None = None,
+        meters: Sequence[Meter] = (),
+        done: Callable[[Request], None] = lambda request: None,
+        tell: Callable[[News], None] | None = None,
+        failed: Callable[[Exception, list[Request]], None] | None = None,
+        observe: Callable[[int, int, Any, float, float], None] | None = None,
+    ):
+        self.deployment = deployment
+        self.roles = (
+            [deployment.prefilling, deployment.decode] if isinstance(deployment, Disaggregated) else [deployment]
+        )
+        self.now = 0.0
+        self.clock = clock or Virtual()
+        self._done, self._tell, self._failed = done, tell, failed
+        number = itertools.count()
+        self.groups: list[list[Replica]] = []
+        for role, each in enumerate(self.roles):
+            group = []
+            for within in range(each.replicas):
+                worker = make_worker(role) if make_worker else None
+                ranks = _ranks(each, next(number), seed, block_tokens, reuse, worker)
+                group.append(
+                    Replica(
+                        len(group) + sum(map(len, self.groups)),
+                        ranks,
+                        each.pricer,
+                        meters[role] if meters else None,
+                        tolerance=tolerance,
+                        prefill_only=len(self.roles) > 1 and role == 0,
+                        worker=worker,
+                        clock=self.clock,
+                        observe=_observed(observe, role, within),
+                    )
+                )
+            self.groups.append(group)
+        self._turn = [0] * len(self.roles)
+        first = self.roles[0]
+        self._front_ends = [0.0] * (first.replicas * (first.ranks if first.engine.front_end_per_rank else 1))
+        """When each front end is free, as a heap: whoever is free soonest takes the next request."""
+        self.in_front = 0
+        """Requests that a front end has, or that are on their way from it."""
+        self._link_free_at: dict[int, float] = {}
+        self._asleep = {id(replica) for group in self.groups for replica in group}
+        self._heap: list[tuple[float, int, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._order = itertools.count()
+
+    @property
+    def ranks(self) -> list[Rank]:
+        return [rank for group in self.groups for replica in group for rank in replica.ranks]
+
+    @property
+    def next_at(self) -> float | None:
+        """When the next event is; None where nothing is to be done."""
+        return self._heap[0][0] if self._heap else None
+
+    def at(self, time: float, priority: int, handle: Callable[..., None], *arguments: Any) -> None:
+        """At one time, arrivals (0) come before ends of steps (1), and those before new plans (2)."""
+        heapq.heappush(self._heap, (time, priority, next(self._order), handle, arguments))
+
+    def advance(self) -> None:
+        """Lets the next event happen."""
+        time, _, _, handle, arguments = heapq.heappop(self._heap)
+        assert time >= self.now, "the clock ran backwards"
+        self.now = time
+        handle(*arguments)
+
+    def send(self, request: Request) -> None:
+        """A client sends a request now."""
+        request.sent_at = self.now
+        engine = self.roles[0].engine
+        free_at = max(self.now, heapq.heappop(self._front_ends)) + engine.front_seconds(request.prompt_tokens)
+        heapq.heappush(self._front_ends, free_at)
+        self.in_front += 1
+        self.at(free_at + engine.request_delay_seconds, 0, self._arrive, request, 0)
+
+    def drop(self, request: Request) -> None:
+        """Nobody waits for a request any more: it is out at once, or as the step that it is in ends. `done` is not
+        told."""
+        request.gone = True
+        for group in self.groups:
+            for replica in group:
+                if replica.drop(request):
+                    self._rouse(replica)
+                    return
+
+    # Events
+
+    def _arrive(self, request: Request, role: int) -> None:
+        self.in_front -= not role
+        if request.gone:
+            return
+        request.visible_at = self.now
+        if not role:
+            request.queued_at = self.now
+        replica, rank = self._route(role)
+        rank.waiting.append(request)
+        self._rouse(replica)
+
+    def _rouse(self, replica: Replica) -> None:
+        if id(replica) in self._asleep:
+            self._asleep.discard(id(replica))
+            self.at(self.now, 2, self._wake, replica)
+
+    def _wake(self, replica: Replica) -> None:
+        next_event = self._heap[0][0] if self._heap else math.inf
+        try:
+            ends_at = replica.begin(self.now, next_event)
+        except Exception as error:
+            if self._failed is None or replica.worker is None:
+                raise
+            self._failed(error, replica.give_up())
+            self.at(self.now, 2, self._wake, replica)
+            return
+        if ends_at is None:
+            self._asleep.add(id(replica))
+            return
+        if self._tell and replica.worker and replica.worker.arrivals:
+            self.at(self.now + replica.engine.response_seconds, 0, self._tell, replica.worker.arrivals)
+        self.at(ends_at, 1, self._step, replica)
+
+    def _step(self, replica: Replica) -> None:
+        finished, handed_off = replica.end()
+        if self._tell and replica.worker and (news := replica.worker.news(handed_off)):
+            self.at(self.now + replica.engine.response_seconds, 0, self._tell, news)
+        for request in finished:
+            self.at(request.finished_at, 0, self._done, request)
+        for request in handed_off:
+            self._hand_off(replica, request)
+        self.at(self.now, 2, self._wake, replica)
+
+    def _hand_off(self, replica: Replica, request: Request) -> None:
+        link = self.deployment
+        assert isinstance(link, Disaggregated)
+        start = max(self.now, self._link_free_at.get(replica.number, 0.0))
+        moved = request.prompt_tokens * link.kv_bytes_per_token
+        arrives = start + link.link_latency_seconds + moved / link.link_bandwidth_bytes_per_s
+        self._link_free_at[replica.number] = arrives
+        self.at(arrives, 0, self._move, request, replica)
+
+    def _move(self, request: Request, source: Replica) -> None:
+        found = next(((n, rank) for n, rank in enumerate(source.ranks) if request in rank.handed_off), None)
+        if found is None:  # lost with a step that failed
+            return
+        number, rank = found
+        if source.worker and not request.gone:
+            source.worker.send(number, rank, request)
+        rank.release(request)
+        self._rouse(source)  # its queue may have been waiting for these pages
+        request.kv_ready = True
+        self._arrive(request, 1)
+
+    # Set-up
+
+    def _route(self, role: int) -> tuple[Replica, Rank]:
+        places = [(replica, rank) for replica in self.groups[role] for rank in replica.ranks]
+        if self.roles[role].router == "least-loaded":
+            return min(places, key=lambda place: place[1].load)
+        place = places[self._turn[role] % len(places)]
+        self._turn[role] += 1
+        return place
+
+
+def _ranks(
+    role: Deployment, number: int, seed: int, block_tokens: int, reuse: bool, worker: Worker | None
+) -> list[Rank]:
+    engine = role.engine
+    return [
+        Rank(
+            engine,
+            KvPool(
+                role.pool_tokens,
+                engine.page_tokens,
+                prefix_cache=engine.prefix_cache and reuse,
+                block_tokens=block_tokens,
+                numbered=worker is not None and worker.numbered,
+            ),
+            role.speculation,
+            np.random.default_rng([seed, number, rank]),
+            worker.drafted_beyond if worker else 0,
+        )
+        for rank in range(role.ranks)
+    ]
+
+
+def _observed(observe: Callable[[int, int, Any, float, float], None] | None, role: int, within: int) -> Observe | None:
+    if observe is None:
+        return None
+    return lambda shapes, start, end: observe(role, within, shapes, start, end)
