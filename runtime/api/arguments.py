@@ -30,7 +30,8 @@ class ArgumentWriter:
 
     def __init__(self, schema: Mapping[str, Any], exact: bool):
         self._schema, self._exact = schema, exact
-        self._properties = schema.get("properties") if isinstance(schema.get("properties"), dict) else {}
+        properties = schema.get("properties")
+        self._properties: dict[str, Any] = properties if isinstance(properties, dict) else {}
         self._written: set[str] = set()
         self._value: _Value | None = None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +43,16 @@ class CallEnded:
 Event = Thought | Said | CallBegun | CallGrown | CallEnded
 
 
-def merged(events: list[Event]) -> list[Event]:
+def merged(events: Iterable[Event]) -> list[Event]:
     """The same, with neighbours of a kind made one: how events compare that were cut differently."""
     found: list[Event] = []
-    for event in events:
-        last = found[-1] if found else None
-        if isinstance(event, Thought) and isinstance(last, Thought):
-            found[-1] = Thought(last.text + event.text)
-        elif isinstance(event, Said) and isinstance(last, Said):
-            found[-1] = Said(last.text + event.text)
-        elif isinstance(event, CallGrown) and isinstance(last, CallGrown):
-            found[-1] = CallGrown(last.json + event.json)
+    for kind, group in itertools.groupby(events, type):
+        if kind is Thought:
+            found.append(Thought("".join(event.text for event in group if isinstance(event, Thought))))
+        elif kind is Said:
+            found.append(Said("".join(event.text for event in group if isinstance(event, Said))))
+        elif kind is CallGrown:
+            found.append(CallGrown("".join(event.json for event in group if isinstance(event, CallGrown))))
         else:
-            found.append(event)
+            found += group
     return found

@@ -13,10 +13,11 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import llguidance
+import numpy as np
 
 from runtime.api.refusal import Refusal, wrong
 from runtime.api.schemas import branches, definitions, kinds
@@ -51,6 +52,14 @@ class _Tokens:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Compiled:
+    """A grammar at its beginning, to be copied by who follows it. first: which marks it may begin with."""
+
+    matcher: llguidance.LLMatcher
+    first: frozenset[int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Calls:
     """Grammars of calls: of a call's name and the mark behind it, and of each tool's arguments from that mark to the
     call's end. inexact: tools that are held to the form alone."""
@@ -66,7 +75,7 @@ class Grammars:
     def __init__(self, vocabulary: Vocabulary):
         self._vocabulary = vocabulary
         self._tokenizer: llguidance.LLTokenizer | None = None
-        self._held: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+        self._held: OrderedDict[str, _Compiled] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -77,7 +86,7 @@ class Grammars:
     def answer(self, schema: Any, param: str) -> llguidance.LLMatcher:
         """Of an answer that is JSON of a schema. Raises `Refusal`."""
         try:
-            return self._compiled("json", schema, lambda: _json(schema))
+            return self._compiled("json", schema, lambda: _json(schema)).matcher
         except NoGrammar as error:
             raise wrong(f"the schema cannot be held to: {error}", param, "invalid_schema") from None
 
@@ -86,15 +95,15 @@ class Grammars:
         made = {name: self.arguments(tool, f"{param}[{at}]") for at, (name, tool) in enumerate(tools.items())}
         markup, ways, terms = self._vocabulary.markup, [], {}
         for mark in (markup.key, markup.call_end):
-            may = [name for name, (matcher, _) in made.items() if matcher.deep_copy().consume_token(mark)]
+            may = [name for name, (form, _) in made.items() if mark in form.first]
             if may:
                 terms[f"NAME{mark}"] = " | ".join(map(_literal, may))
                 ways.append(f"NAME{mark} NL? <[{mark}]>")
         names = self._compiled("names", terms, lambda: _lark(f"start: {' | '.join(ways)}", **terms))
         inexact = frozenset(name for name, (_, exact) in made.items() if not exact)
-        return Calls(names, {name: matcher for name, (matcher, _) in made.items()}, inexact)
+        return Calls(names.matcher, {name: form.matcher for name, (form, _) in made.items()}, inexact)
 
-    def arguments(self, tool: Tool, param: str) -> tuple[llguidance.LLMatcher, bool]:
+    def arguments(self, tool: Tool, param: str) -> tuple[_Compiled, bool]:
         """Of a call's arguments, from the first mark behind its name to the mark that ends it, and whether it holds to
         the whole of the tool's schema. Raises `Refusal` for a strict tool that it cannot be held to."""
         schema = dict(tool.parameters)
@@ -109,27 +118,31 @@ class Grammars:
             raise
         return self._compiled("arguments", {}, lambda: self._arguments({})), False
 
-    def _compiled(self, kind: str, given: Any, write: Any) -> llguidance.LLMatcher:
-        """A matcher of one's own, at the beginning. Raises `NoGrammar`."""
+    def _compiled(self, kind: str, given: Any, write: Callable[[], str]) -> _Compiled:
+        """Raises `NoGrammar`."""
         name = f"{kind} {json.dumps(given, ensure_ascii=False)}"
         if len(name) > MOST_SCHEMA_BYTES:
             raise NoGrammar(f"it is larger than {MOST_SCHEMA_BYTES:,} bytes")
         with self._lock:
             if (found := self._held.get(name)) is not None:
                 self._held.move_to_end(name)
-                return found.deep_copy()
+                return found
             if self._tokenizer is None:
                 ends = sorted(self._vocabulary.stop_ids) or [0]
                 tokens = llguidance.TokenizerWrapper(_Tokens(self._vocabulary))
                 self._tokenizer = llguidance.LLTokenizer(tokens, self._vocabulary.size, ends)
-        made = llguidance.LLMatcher(self._tokenizer, write(), log_level=0)
-        if made.is_error():
-            raise NoGrammar(_first_line(made.get_error()))
+        matcher = llguidance.LLMatcher(self._tokenizer, write(), log_level=0)
+        if matcher.is_error():
+            raise NoGrammar(_first_line(matcher.get_error()))
+        markup = self._vocabulary.markup
+        marks = [token for token in (markup.key, markup.call_end) if token is not None]
+        allowed = np.unpackbits(np.frombuffer(matcher.deep_copy().compute_bitmask(), np.uint8), bitorder="little")
+        made = _Compiled(matcher, frozenset(token for token in marks if allowed[token]))
         with self._lock:
             self._held[name] = made
             while len(self._held) > MOST_HELD:
                 self._held.popitem(last=False)
-            return made.deep_copy()
+        return made
 
     def _arguments(self, schema: Mapping[str, Any]) -> str:
         """Raises `NoGrammar`."""
@@ -149,7 +162,7 @@ class Grammars:
         parts = []
         for at, (name, part) in enumerate(named.items()):
             rules.append(f"value{at}: {_value(part, schema, at, terms)}")
-            pair = f'{key} {_literal(name)} {between} value{at} <[{markup.value_end}]> NL?'
+            pair = f"{key} {_literal(name)} {between} value{at} <[{markup.value_end}]> NL?"
             parts.append(pair if name in needed else f"({pair})?")
         if extra is not False:
             other = extra if isinstance(extra, dict) else {}

@@ -42,7 +42,7 @@ class Reader:
         ends: frozenset[int] = frozenset(),
         plain: bool = False,
     ):
-        self._markup, self._tools, self._ends, self._plain = vocabulary.markup, tools, ends, plain
+        self._markup, self._tools, self._ends = vocabulary.markup, tools, ends
         self._state: State = "thinking" if thinking else "text"
         self._stream = vocabulary.tokenizer.stream(skip_special_tokens=True)
         self._stops = StopText(stops)

@@ -16,7 +16,6 @@ class StopText:
         self._held = ""
         self.found: str | None = None
 
-
     def put(self, text: str) -> str:
         """What may be shown now. After a stop was found, nothing."""
         if not self._stops:

@@ -94,6 +94,9 @@ def sampling_defaults(path: Path) -> dict[str, Any]:
         raw = read_json(path / GENERATION_FILE)
     except Unreadable:
         return {}
-    kinds = {"temperature": (int, float), "top_p": (int, float), "top_k": (int,)}
-    known = {name: raw.get(name) for name in kinds} if isinstance(raw, dict) else {}
-    return {name: value for name, value in known.items() if type(value) in kinds[name] and value >= 0}
+    found = {}
+    for name, kinds in (("temperature", (int, float)), ("top_p", (int, float)), ("top_k", (int,))):
+        value = raw.get(name) if isinstance(raw, dict) else None
+        if value is not None and type(value) in kinds and value >= 0:
+            found[name] = value
+    return found

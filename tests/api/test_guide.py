@@ -62,7 +62,8 @@ def drawn(guide: Guide, seed: int, most: int = 60, likely: str = "") -> list[int
 marks = [token for token in vars(MARKUP).values() if token is not None]
 PERSON = {
     "type": "object",
-    "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0}, "tags": {"type": "array", "items": {"enum": ["a", "b"]}}},
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}}},
     "required": ["name", "age"],
     "additionalProperties": False,
 }  # fmt: skip
@@ -105,7 +106,8 @@ TOOLS = {
             "properties": {
                 "city": {"type": "string", "minLength": 1}, "days": {"$ref": "#/$defs/days"},
                 "unit": {"type": ["string", "null"], "enum": ["C", "F", None]},
-                "code": {"type": "string", "pattern": "^[A-Z]{2}/$"}, "kind": {"anyOf": [{"const": "x y"}, {"type": "boolean"}]},
+                "code": {"type": "string", "pattern": "^[A-Z]{2}/$"},
+                "kind": {"anyOf": [{"const": "x y"}, {"type": "boolean"}]},
                 "any": {}, "where": {"type": "object", "properties": {"lat": {"type": "number"}}, "required": ["lat"]},
             },
             "required": ["city"],
@@ -229,8 +231,8 @@ def test_a_bad_schema_is_refused(schema: Any) -> None:
     tool = Tool("t", {"type": "object", "properties": {"a": schema}, "required": ["a"]}, strict=True)
     with pytest.raises(Refusal):
         GRAMMARS.arguments(tool, "tools[0]")
-    matcher, exact = GRAMMARS.arguments(dataclasses.replace(tool, strict=False), "tools[0]")
-    assert not exact and not matcher.is_error()
+    form, exact = GRAMMARS.arguments(dataclasses.replace(tool, strict=False), "tools[0]")
+    assert not exact and not form.matcher.is_error()
 
 
 def test_the_cache_is_bounded() -> None:

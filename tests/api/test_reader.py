@@ -208,7 +208,7 @@ def well_formed(events: list[Event]) -> None:
 def test_any_burst_of_any_tokens_tells_the_same(
     tokens: list[int], thinking: bool, cut: bool, data: st.DataObject
 ) -> None:
-    """Whole, a token at a time and in bursts; and an answer that is cut tells a beginning of what the whole one does."""
+    """Whole, a token at a time and in bursts; and what is whole is JSON."""
     whole = told(tokens, thinking, cut, stops=["STOP"])
     well_formed(whole)
     reader, events, at = Reader(VOCABULARY, thinking, TOOLS, ["STOP"], frozenset({USER})), [], 0
