@@ -78,7 +78,12 @@ def made(endpoint: Endpoint) -> Guard:
             Route("/health", routes.health),
             Route("/metrics", routes.metrics),
         ],
-        exception_handlers={HTTPException: _not_there, ClientDisconnect: _gone, Exception: _broken},  # type: ignore[dict-item]
+        exception_handlers={
+            Refusal: routes.refused,
+            HTTPException: _not_there,
+            ClientDisconnect: _gone,
+            Exception: _broken,
+        },  # type: ignore[dict-item]  # fmt: skip
     )
     return Guard(app, endpoint)
 
@@ -167,6 +172,10 @@ class _Routes:
         ready = self._endpoint.state == "ready"
         said = {"status": self._endpoint.state, **({} if ready else {"progress": self._endpoint.progress})}
         return JSONResponse(said, 200 if ready else 503)
+
+    async def refused(self, request: Request, error: Refusal) -> Response:
+        self._endpoint.metrics.refused(error.status)
+        return refused(request.url.path, error)
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._endpoint.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -33,23 +33,20 @@ class Guard:
         own = {"x-request-id": given if _ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"}
         if endpoint.emulated is not None:
             own["x-glm5-emulated"] = endpoint.emulated.header()
-        started = False
 
         async def answer(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
                 MutableHeaders(scope=message).update(own)
             await send(message)
 
         try:
             self._admit(scope["path"], headers)
-            await self._app(scope, _Bounded(receive, headers, endpoint), answer)
+            bounded = _Bounded(receive, headers, endpoint)
         except Refusal as refusal:
-            if started:
-                raise
             endpoint.metrics.refused(refusal.status)
             await refused(scope["path"], refusal)(scope, receive, answer)
+            return
+        await self._app(scope, bounded, answer)
 
     def _admit(self, path: str, headers: Headers) -> None:
         """Raises `Refusal` without a key."""

@@ -16,7 +16,7 @@ from runtime.api.grammar import Calls
 from runtime.api.vocabulary import Vocabulary
 from runtime.serving.service import ConstraintBroken
 
-Phase = Literal["thinking", "text", "name", "arguments", "called", "over"]
+Phase = Literal["thinking", "text", "name", "arguments", "called", "parted", "over"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,10 @@ class Guide:
                 return mask(self._calls)
             case "text" if self._text is None:
                 return mask(self._calls, others=True) if rules.forbid else None
-            case "called":
-                return mask((self._calls if rules.parallel else frozenset()) | rules.ends)
+            case "called" | "parted":
+                more = self._calls if rules.parallel else frozenset()
+                line = rules.vocabulary.lines if more and self._phase == "called" else frozenset()
+                return mask(more | line | rules.ends)
         found = self._follow()
         if self._phase == "text" and rules.calls is not None and not self._begun:
             found[list(self._calls)] = True
@@ -100,13 +102,15 @@ class Guide:
                     self._phase = "text"
                 elif token == markup.call and rules.calls is not None:
                     self._call()
-            case "text" | "called":
+            case "text" | "called" | "parted":
                 if token == markup.call and rules.calls is not None:
                     self._call()
                 elif self._phase == "text" and self._text is not None:
                     self._begun = True
                     self._take(token)
-                elif token == markup.think:
+                elif self._phase == "called":
+                    self._phase = "parted"
+                elif token == markup.think and self._phase == "text":
                     self._phase = "thinking"
             case "name":
                 self._take(token)

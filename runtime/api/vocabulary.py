@@ -71,6 +71,11 @@ class Vocabulary:
         found = self.tokenizer.pieces()[: self.size]
         return found + [b""] * (self.size - len(found))
 
+    @functools.cached_property
+    def lines(self) -> frozenset[int]:
+        """The token that ends a line: some models put it between calls."""
+        return frozenset({self.pieces.index(b"\n")} if b"\n" in self.pieces else ())
+
     def thinking_after(self, prompt_ids: Sequence[int]) -> bool:
         """Whether what follows a prompt is thinking: the last mark of it stands behind the last speaker's."""
         for token in reversed(prompt_ids):

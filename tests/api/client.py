@@ -137,10 +137,12 @@ def of_chunks(chunks: list[Any]) -> list[Answer]:
 
 
 @contextmanager
-def serving(service: Service | None = None, emulated: Emulated | None = None, **settings: Any) -> Iterator[Api]:
+def serving(
+    service: Service | None = None, emulated: Emulated | None = None, positions: int = 2048, **settings: Any
+) -> Iterator[Api]:
     """A server, which is ready."""
     double = service or Scripted()
-    endpoint = Endpoint((MODEL, "alias"), VOCABULARY, 2048, Settings(**settings), {}, emulated)
+    endpoint = Endpoint((MODEL, "alias"), VOCABULARY, positions, Settings(**settings), {}, emulated)
     server = Server(endpoint, lambda: double)
     listening = bound("127.0.0.1", 0)
     port = listening.getsockname()[1]
