@@ -230,4 +230,6 @@ async def _gone(request: Request, error: ClientDisconnect) -> Response:
 
 async def _broken(request: Request, error: Exception) -> Response:
     """A bug of ours; the traceback goes to the log."""
-    return refused(request.url.path, Refusal(500, "the server failed: see its log"))
+    answer = refused(request.url.path, Refusal(500, "the server failed: see its log"))
+    answer.headers["connection"] = "close"  # as uvicorn does behind a traceback
+    return answer

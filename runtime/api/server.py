@@ -24,6 +24,8 @@ _BEHIND_S = 5.0  # for answers that were ended to be written
 
 def bound(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0 takes a free one. Raises `UsageError`."""
+    if not 0 <= port < 1 << 16:
+        raise UsageError(f"cannot listen on {host} port {port}: ports are 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, kind, protocol)
