@@ -13,9 +13,10 @@ from runtime.api.endpoint import Endpoint
 from runtime.api.guide import Guide, Rules
 from runtime.api.reader import Reader
 from runtime.api.refusal import Refusal, wrong
+from runtime.api.synthetic import Invented
 from runtime.api.tools import Choice, Tool
 from runtime.serving.sampling import Sampling
-from runtime.serving.service import Job
+from runtime.serving.service import Constraint, Job
 
 MOST_CHOICES = 128  # answers to one request: prompts, times `n`
 MOST_STOPS, MOST_STOP_CHARACTERS = 16, 1000
@@ -143,7 +144,7 @@ def prepared(endpoint: Endpoint, ask: Ask) -> Prepared:
                     stop_ids=rules.ends,
                     min_tokens=min(drawn.min_tokens, most),
                     logprobs=drawn.logprobs,
-                    constraint=Guide(rules, thinking) if rules.needed else None,
+                    constraint=_constraint(endpoint, rules, thinking, most, seed + number),
                 )
             )
             plain = ask.messages is None
@@ -190,6 +191,12 @@ def _rules(endpoint: Endpoint, ask: Ask) -> tuple[Rules, Mapping[str, Tool] | No
     required, forbid = choice.mode == "required", bool(ask.tools) and not wanted
     rules = Rules(vocabulary, ends, text, calls, required, choice.parallel, forbid, budget)
     return rules, wanted or None
+
+
+def _constraint(endpoint: Endpoint, rules: Rules, thinking: bool, most: int, seed: int) -> Constraint | None:
+    if endpoint.inventor is not None:
+        return Invented(endpoint.inventor, Guide(rules, thinking), most, rules.ends, seed)
+    return Guide(rules, thinking) if rules.needed else None
 
 
 def _sampling(endpoint: Endpoint, drawn: Drawn, seed: int) -> Sampling:

@@ -13,6 +13,7 @@ from runtime.api.grammar import Grammars
 from runtime.api.metrics import Metrics
 from runtime.api.refusal import Refusal, closing, full
 from runtime.api.settings import Emulated, Settings
+from runtime.api.synthetic import Inventor
 from runtime.api.vocabulary import Vocabulary
 from runtime.serving.service import Counts, Service, Update
 
@@ -40,11 +41,13 @@ class Endpoint:
         self.names, self.vocabulary, self.max_positions = names, vocabulary, max_positions
         self.settings, self.recommended, self.emulated = settings, dict(recommended or {}), emulated
         self.grammars = Grammars(vocabulary)
+        self.inventor = Inventor(vocabulary) if emulated is not None and emulated.tokens == "synthetic" else None
         self.metrics = Metrics(names[0], self._counts, emulated)
         self.state: Literal["starting", "ready", "closing"] = "starting"
         self.progress = "loading"
         self.began = int(time.time())
         self.mailbox = Mailbox()
+        self.last_counts: Counts | None = None  # when the service was ended
         self._service: Service | None = None
         self._preparing = 0
         self._threads = ThreadPoolExecutor(_THREADS, "glm5-api")
@@ -103,6 +106,7 @@ class Endpoint:
         """Ends the service and the threads. Blocks."""
         self.close()
         if self._service is not None:
+            self.last_counts = self._service.counts()
             self._service.close()
         for threads in (self._threads, self._grammar_threads):
             threads.shutdown(wait=False, cancel_futures=True)

@@ -54,6 +54,15 @@ class Guide:
         self._thoughts, self._begun = 0, False
         self._name = b""
 
+    @property
+    def thinking(self) -> bool:
+        return self._phase == "thinking"
+
+    @property
+    def closes(self) -> bool:
+        """Whether the answer is held to a form that has an end of its own."""
+        return self._rules.text is not None or self._rules.required or self._phase not in ("thinking", "text")
+
     def copy(self) -> Guide:
         made = object.__new__(Guide)
         made.__dict__.update(self.__dict__)
