@@ -62,6 +62,12 @@ class TextStream:
         return new
 
 
+def spells_bytes(inner: Any) -> bool:
+    """Whether the tokens of a `tokenizers.Tokenizer` are written a character for each byte."""
+    decoder = inner.decoder
+    return decoder is not None and any(s["type"] == "ByteLevel" for s in _flat(json.loads(decoder.__getstate__())))
+
+
 def _unsettled(inner: Any) -> Callable[[int], bool]:
     """Whether what follows a token may change the text up to it."""
     steps = _steps(inner.decoder)

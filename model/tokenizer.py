@@ -7,6 +7,7 @@ Both are foreign programs, and work in a process of their own (`foundation/forei
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from foundation.child import ChildFailure, one_line
 from foundation.foreign_text import MOST_BYTES, ForeignTemplate, ForeignTokenizer, is_tame
 from foundation.paths import Outside, inside
 from foundation.reading import Unreadable, parse_json, read_text
-from foundation.streaming import TextStream
+from foundation.streaming import TextStream, spells_bytes
 from model.errors import TokenizerError
 from model.hf_config import GENERATION_FILE
 
@@ -26,6 +27,18 @@ from model.hf_config import GENERATION_FILE
 CHAT_STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 
 
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
+def _byte_characters() -> dict[str, int]:
+    """The character that byte-level vocabularies write for each byte: itself where it can be printed (GPT-2's
+    `bytes_to_unicode`)."""
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + at): byte for at, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 # Names that a message's thoughts are passed under: the one that most templates read, that of gpt-oss's, another.
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
@@ -154,9 +167,35 @@ class Tokenizer:
         """An incremental `decode`."""
         return TextStream(functools.partial(self.decode, skip_special_tokens=skip_special_tokens), self._inner)
 
+    def find(self, token: str) -> int | None:
+        """The id of one token, spelt as in tokenizer.json; None where there is none."""
+        return self._inner.token_to_id(token)
+
+    def apart(self) -> dict[int, bool]:
+        """Tokens that stand beside the vocabulary of plain text, such as `<|user|>`: id -> whether it is special, that
+        is, no part of what a reader sees."""
+        return {token: added.special for token, added in self._inner.get_added_tokens_decoder().items()}
+
+    def pieces(self) -> list[bytes]:
+        """What each id stands for in a text, as bytes: a token may hold a part of a character. b"" for an id that no
+        token has."""
+        bytewise = spells_bytes(self._inner)
+        known, apart = self._inner.get_vocab(with_added_tokens=True), self.apart()
+        found = [b""] * (max(known.values(), default=-1) + 1)
+        for token, number in known.items():
+            if number in apart:
+                found[number] = token.encode()
+            elif bytewise and all(character in _BYTES for character in token):
+                found[number] = bytes(map(_BYTES.__getitem__, token))
+            elif _BYTE_TOKEN.fullmatch(token):
+                found[number] = bytes([int(token[3:5], 16)])
+            else:
+                found[number] = token.replace("\u2581", " ").encode()  # of SentencePiece
+        return found
+
     def token_id(self, token: str) -> int:
         """The id of one token, spelt as in tokenizer.json; raises `TokenizerError` where there is none."""
-        found = self._inner.token_to_id(token)
+        found = self.find(token)
         if found is None:
             raise TokenizerError(f"{self.where}: has no token {token!r}")
         return found
@@ -189,8 +228,16 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, path: str | Path) -> ChatTemplate:
+        """`find`, which raises `TokenizerError` where there is none."""
+        found = cls.find(path)
+        if found is None:
+            raise TokenizerError(f"{path}: has no chat template (chat_template.jinja); pass a plain prompt instead")
+        return found
+
+    @classmethod
+    def find(cls, path: str | Path) -> ChatTemplate | None:
         """The template of a checkpoint directory: chat_template.jinja, else `chat_template` in
-        tokenizer_config.json. Raises `TokenizerError` where there is none."""
+        tokenizer_config.json, else None."""
         file, config = Path(path) / "chat_template.jinja", Path(path) / "tokenizer_config.json"
         source = _read_text(file)
         if source is None:
@@ -199,7 +246,7 @@ class ChatTemplate:
                 entries = [entry for entry in source if isinstance(entry, dict)]
                 source = {entry.get("name"): entry.get("template") for entry in entries}.get("default")
         if not isinstance(source, str):
-            raise TokenizerError(f"{path}: has no chat template (chat_template.jinja); pass a plain prompt instead")
+            return None
         return cls(source, str(file), _special_tokens(Path(path)))
 
     def render(

@@ -34,6 +34,7 @@ FLOORS = (
     "reports",
     "training",
     "porting",
+    "api",
     "cli",
 )
 OURS = {*MAY_IMPORT, "tests", "bench"}

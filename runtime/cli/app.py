@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from runtime.cli import backends, calibrate, export, model, plan, profiles, run, simulate, validate
+from runtime.cli import backends, calibrate, export, model, plan, profiles, run, serve, simulate, validate
 from runtime.cli.compare import compare
 from runtime.cli.eval import evaluate
 from runtime.cli.quantize import quantize
@@ -21,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("run")(run.run)
+app.command("serve")(serve.serve)
 app.command("model")(model.model)
 app.command("backends")(backends.backends)
 app.command("simulate")(simulate.simulate)

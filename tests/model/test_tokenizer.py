@@ -408,3 +408,9 @@ def test_a_large_tokenizer_is_refused_unread(folder: Path) -> None:
     with (folder / "tokenizer.json").open("r+b") as file:
         file.truncate(foreign_text.MOST_BYTES + 1)
     assert "larger than" in complaint(folder)
+
+
+@given(any_text)
+def test_the_pieces_of_a_text_are_its_bytes(text: str) -> None:
+    pieces = TOKENIZER.pieces()
+    assert b"".join(pieces[token] for token in TOKENIZER.encode(text)) == text.encode()

@@ -1,0 +1,235 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import Field
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from foundation.reading import Unreadable, parse_json
+from model.errors import TokenizerError
+from runtime.api.answer import Answering
+from runtime.api.ask import Ask, Prepared, prepared, rendered
+from runtime.api.dialects.chat import Chat, ChatBody
+from runtime.api.dialects.completions import TextCompletion
+from runtime.api.dialects.forms import Body, checked_model, read
+from runtime.api.dialects.messages import Messages
+from runtime.api.dialects.responses import Responses
+from runtime.api.endpoint import Endpoint
+from runtime.api.guard import Guard, refused
+from runtime.api.refusal import Refusal, wrong
+from runtime.api.streams import AnswerStream
+
+Result = TypeVar("Result")
+
+
+class Dialect(Protocol):
+    """A request in one of the forms: what it asks for, and how answers to it are written."""
+
+    ask: Ask
+    streams: bool
+
+    def whole(self, answering: Answering) -> dict[str, Any]: ...
+    def stream(self, answering: Answering) -> Any: ...
+
+
+class TokenizeBody(Body):
+    """As vLLM has it: a prompt, or a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(Body):
+    """As vLLM has it."""
+
+    model: str | None = None
+    tokens: list[int] = Field(max_length=10_000_000)
+
+
+def made(endpoint: Endpoint) -> Guard:
+    """The application that serves an endpoint."""
+    routes = _Routes(endpoint)
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", routes.answered(Chat, named=False), methods=["POST"]),
+            Route("/v1/completions", routes.answered(TextCompletion, named=False), methods=["POST"]),
+            Route("/v1/responses", routes.answered(Responses, named=True), methods=["POST"]),
+            Route("/v1/messages", routes.answered(Messages, named=True), methods=["POST"]),
+            Route("/v1/messages/count_tokens", routes.count_tokens, methods=["POST"]),
+            Route("/v1/models", routes.models),
+            Route("/v1/models/{name:path}", routes.one_model),
+            Route("/tokenize", routes.tokenize, methods=["POST"]),
+            Route("/detokenize", routes.detokenize, methods=["POST"]),
+            Route("/health", routes.health),
+            Route("/metrics", routes.metrics),
+        ],
+        exception_handlers={
+            Refusal: routes.refused,
+            HTTPException: _not_there,
+            ClientDisconnect: _gone,
+            Exception: _broken,
+        },  # type: ignore[dict-item]  # fmt: skip
+    )
+    return Guard(app, endpoint)
+
+
+class _Routes:
+    def __init__(self, endpoint: Endpoint):
+        self._endpoint = endpoint
+
+    def answered(self, dialect: Callable[[Endpoint, Any], Dialect], named: bool) -> Callable[[Request], Any]:
+        """A route that answers requests of a dialect."""
+
+        async def route(request: Request) -> Response:
+            endpoint = self._endpoint
+            body = await request.body()
+            endpoint.refuse_full()
+            asked, ready = await _unless_gone(request, endpoint.prepared(_asked, endpoint, dialect, body))
+            answering = Answering(endpoint, ready)
+            answering.submit()
+            if asked.streams:
+                return AnswerStream(endpoint, answering, asked.stream(answering), named)
+            try:
+                await _unless_gone(request, answering.whole())
+                return JSONResponse(asked.whole(answering))
+            finally:
+                answering.close()
+
+        return route
+
+    async def count_tokens(self, request: Request) -> Response:
+        def count(body: bytes) -> int:
+            asked = Messages(self._endpoint, _parsed(body), counting=True)
+            return len(rendered(self._endpoint, asked.ask)[0])
+
+        return JSONResponse({"input_tokens": await self._endpoint.prepared(count, await request.body())})
+
+    async def tokenize(self, request: Request) -> Response:
+        return JSONResponse(await self._endpoint.prepared(self._tokens, await request.body()))
+
+    def _tokens(self, data: bytes) -> dict[str, Any]:
+        endpoint, raw = self._endpoint, _parsed(data)
+        body = read(TokenizeBody, raw)
+        checked_model(endpoint.names, body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise wrong("give one of prompt and messages", "prompt")
+        if body.messages is not None:
+            kept = {name: raw[name] for name in ChatBody.model_fields if name in raw}
+            (ids,) = rendered(endpoint, Chat(endpoint, kept).ask)
+        else:
+            try:
+                ids = endpoint.vocabulary.tokenizer.encode(body.prompt or "", body.add_special_tokens)
+            except TokenizerError as error:
+                raise wrong(str(error), "prompt") from None
+        found: dict[str, Any] = {"count": len(ids), "max_model_len": endpoint.max_positions, "tokens": ids}
+        if body.return_token_strs:
+            found["token_strs"] = [endpoint.vocabulary.pieces[token].decode(errors="replace") for token in ids]
+        return found
+
+    async def detokenize(self, request: Request) -> Response:
+        def text(data: bytes) -> str:
+            body = read(DetokenizeBody, _parsed(data))
+            checked_model(self._endpoint.names, body.model)
+            try:
+                return self._endpoint.vocabulary.tokenizer.decode(body.tokens)
+            except TokenizerError as error:
+                raise wrong(str(error), "tokens") from None
+
+        return JSONResponse({"prompt": await self._endpoint.prepared(text, await request.body())})
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._endpoint.names]})
+
+    async def one_model(self, request: Request) -> Response:
+        return JSONResponse(self._model(checked_model(self._endpoint.names, request.path_params["name"])))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "id": name, "object": "model", "created": self._endpoint.began, "owned_by": "glm5",
+            "root": self._endpoint.names[0], "max_model_len": self._endpoint.max_positions,
+        }  # fmt: skip
+        if self._endpoint.emulated is not None:
+            found["emulated"] = self._endpoint.emulated.header()
+        return found
+
+    async def health(self, request: Request) -> Response:
+        """200 when requests are served; 503, with what is still to be done, until then and while the server closes."""
+        ready = self._endpoint.state == "ready"
+        said = {"status": self._endpoint.state, **({} if ready else {"progress": self._endpoint.progress})}
+        return JSONResponse(said, 200 if ready else 503)
+
+    async def refused(self, request: Request, error: Refusal) -> Response:
+        self._endpoint.metrics.refused(error.status)
+        return refused(request.url.path, error)
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._endpoint.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _asked(endpoint: Endpoint, dialect: Callable[[Endpoint, Any], Dialect], body: bytes) -> tuple[Dialect, Prepared]:
+    asked = dialect(endpoint, _parsed(body))
+    return asked, prepared(endpoint, asked.ask)
+
+
+def _parsed(body: bytes) -> Any:
+    """What a body holds. Raises `Refusal`."""
+    try:
+        return parse_json(body.decode())
+    except UnicodeDecodeError:
+        raise wrong("the body is not UTF-8 text") from None
+    except Unreadable as error:
+        raise wrong(f"the body is not JSON that is taken: {error}", code="invalid_json") from None
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of work, given up when the client goes away. Raises `ClientDisconnect`."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for each in (task, watch):
+            each.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Refusal):
+                await each
+
+
+async def _not_there(request: Request, error: HTTPException) -> Response:
+    message = {404: f"there is no {request.url.path} here", 405: f"{request.url.path} has no {request.method}"}
+    path = request.url.path
+    answer = refused(path, Refusal(error.status_code, message.get(error.status_code, error.detail)))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _gone(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=499)  # to nobody
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    """A bug of ours; the traceback goes to the log."""
+    answer = refused(request.url.path, Refusal(500, "the server failed: see its log"))
+    answer.headers["connection"] = "close"  # as uvicorn does behind a traceback
+    return answer

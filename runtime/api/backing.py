@@ -1,0 +1,172 @@
+"""From what a command names to the service behind an endpoint: a checkpoint on a backend, or a deployment's pace."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from foundation.errors import UsageError
+from runtime.api.settings import Emulated
+from runtime.api.synthetic import Inventor
+from runtime.api.vocabulary import Vocabulary, sampling_defaults
+from runtime.serving.sampling import Sampling
+from runtime.serving.service import Job, Service, Update
+
+if TYPE_CHECKING:
+    from model.checkpoint import Checkpoint
+    from model.config import ModelConfig
+    from runtime.deployment.plan import Plan
+    from runtime.execution.cluster.options import SimOptions
+    from runtime.simulation.planned import Deployed
+
+Tokens = Literal["model", "synthetic"]
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backing:
+    """What is to be served, as a command names it.
+
+    checkpoint: a directory; by default the embedded one. model: whose pace is kept, with synthetic tokens and no plan.
+    sim: the devices, for a backend that emulates; None for another. mtp to prefill_chunk: of a local engine. warm: how
+    many requests at once the programs are compiled for ahead.
+    """
+
+    backend: str
+    checkpoint: Path | None = None
+    model: str | None = None
+    sim: SimOptions | None = None
+    mtp: int = 0
+    dtype: str | None = None
+    keep_fp8: bool = False
+    pool_tokens: int | None = None
+    prefill_chunk: int = 256
+    tokens: Tokens = "model"
+    time_scale: float = 1.0
+    max_queue: int = 256
+    warm: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What was found of it, before anything large is loaded. checkpoint: None where no model is run."""
+
+    name: str
+    config: ModelConfig
+    vocabulary: Vocabulary
+    recommended: dict[str, Any]
+    checkpoint: Checkpoint | None = None
+    plan: Plan | None = None
+    priced: Deployed | None = None
+    emulated: Emulated | None = None
+    notes: tuple[str, ...] = ()
+
+
+def opened(backing: Backing) -> Opened:
+    """Raises a `Failure` for whatever cannot be served."""
+    from model.checkpoint import Checkpoint
+    from runtime.execution.local.load import embedded_checkpoint
+
+    if not 0 < backing.time_scale < float("inf"):
+        raise UsageError(f"--time-scale must be above 0, not {backing.time_scale:g}")
+    path = backing.checkpoint or embedded_checkpoint()
+    if backing.tokens == "synthetic":
+        return _synthetic(backing, path)
+    checkpoint = Checkpoint(path)
+    found = _opened(path, checkpoint.config, checkpoint=checkpoint, notes=tuple(checkpoint.notes))
+    return found if backing.sim is None else _emulated(backing, backing.sim, found)
+
+
+def _opened(path: Path, config: ModelConfig, **more: Any) -> Opened:
+    vocabulary = Vocabulary.load(path, config.vocab_size, config.eos_token_ids)
+    return Opened(path.resolve().name, config, vocabulary, sampling_defaults(path), **more)
+
+
+def _synthetic(backing: Backing, path: Path) -> Opened:
+    from model.hf_config import load_config
+    from runtime.deployment.plan import Plan
+
+    if backing.sim is None:
+        raise UsageError("--tokens synthetic stands in for a model that is emulated: --backend sim")
+    if backing.sim.plan is not None and backing.model is None:
+        config = Plan.read(backing.sim.plan).config()
+    elif backing.model is not None:
+        config = load_config(backing.model)
+    else:
+        raise UsageError("--tokens synthetic keeps a model's pace: name it with --model, or give --plan")
+    found = dataclasses.replace(_opened(path, config), name=config.name)
+    if found.vocabulary.tokenizer.vocab_size > config.vocab_size:
+        raise UsageError(f"{path}: its tokenizer has more tokens than {config.name}; --checkpoint another")
+    return _emulated(backing, backing.sim, found)
+
+
+def _emulated(backing: Backing, options: SimOptions, found: Opened) -> Opened:
+    from runtime.execution.cluster.deploy import clock_of
+    from runtime.execution.cluster.session import prepare
+
+    plan = prepare(found.config, options)
+    priced = clock_of(found.config, plan)
+    evidence, band = trusted(priced)
+    profile = " + ".join(dict.fromkeys(pool.profile for pool in plan.pools))
+    names = ", ".join(pool.name for pool in plan.pools)
+    emulated = Emulated(profile, len(plan.devices), names, evidence, band, backing.tokens, backing.time_scale)
+    return dataclasses.replace(found, plan=plan, priced=priced, emulated=emulated)
+
+
+def trusted(priced: Deployed) -> tuple[str, str]:
+    """How far to trust a deployment's pace: the weakest evidence behind a step, and a band of TPOT in words."""
+    import math
+
+    import numpy as np
+
+    from runtime.pricing.bands import band
+    from runtime.pricing.pricer import relative_error
+    from runtime.serving.pricing import BatchShape
+    from runtime.simulation.trust import kind_of
+
+    built = priced.serving
+    rows, _ = built.deployment.engine.decode_rows(min(8, built.deployment.engine.max_running_requests))
+    price = built.pricer.price(BatchShape(np.full(rows, 4096), decode_rows=rows, graphed=True))
+    found = band("tpot", kind_of(built), relative_error(price), float(price.extrapolated))
+    evidence = "assumed" if built.deployment.assumed else price.evidence
+    low, high = (100 * (math.exp(each) - 1) for each in (found.low, found.high))
+    return evidence, f"TPOT {low:+.0f} to {high:+.0f} %"
+
+
+def make_service(backing: Backing, found: Opened, inventor: Inventor | None, progress: Progress) -> Service:
+    """The service, with what it needs compiled. inventor: makes up tokens, where no model does. progress: told in words
+    what is being done. Raises what loading raises."""
+    raise UsageError("glm5 serve needs a scheduler that runs, which this version has not: glm5 run generates")
+
+
+def warmed(service: Service, found: Opened, most: int, progress: Progress) -> None:
+    """Has a service compile what requests need first: 1, 2, 4, ... of them at once, up to `most`."""
+    count, began = 1, time.monotonic()
+    while count <= most:
+        progress(f"compiling for {count} of {most} requests at once, {time.monotonic() - began:.0f} s so far")
+        _at_once(service, found, count)
+        count *= 2
+
+
+def _at_once(service: Service, found: Opened, count: int) -> None:
+    import threading
+
+    left = [count]
+    over = threading.Event()
+
+    def deliver(update: Update) -> None:
+        if update.finish is not None:
+            left[0] -= 1
+            if not left[0]:
+                over.set()
+
+    size, length = found.config.vocab_size, min(64, found.config.max_positions // 4)
+    jobs = [
+        Job(tuple((count * 31 + number * 17 + at) % size for at in range(length)), 4, Sampling())
+        for number in range(count)
+    ]
+    service.submit(jobs, [deliver] * count)
+    over.wait()

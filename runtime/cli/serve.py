@@ -1,0 +1,222 @@
+"""`glm5 serve`: an HTTP API in front of a model, on any backend, or at the pace of a deployment that is emulated."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from foundation.errors import UsageError
+from foundation.reading import Unreadable, read_lines
+from model.formats import SCHEMES_HELP
+from runtime.cli import completion
+from runtime.cli.given import refuse_unread
+
+if TYPE_CHECKING:
+    import socket
+
+    from runtime.api.backing import Backing, Opened
+    from runtime.api.endpoint import Endpoint
+    from runtime.api.settings import Settings
+    from runtime.serving.service import Service
+
+_LOCAL = frozenset({"mtp", "dtype", "keep_fp8", "pool_tokens", "prefill_chunk"})
+_EMULATED = frozenset(
+    {"plan", "profile", "devices", "tp", "dp", "ep", "pp", "formats", "kv", "engine", "scale_memory", "model",
+     "tokens", "time_scale"}
+)  # fmt: skip
+
+
+def serve(
+    context: typer.Context,
+    backend: Annotated[
+        str, typer.Option(autocompletion=completion.backends, help="Where to run; `glm5 backends` lists them.")
+    ] = "cpu",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A Hugging Face checkpoint directory [default: an embedded tiny model].")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; one beyond this machine wants a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="GLM5_API_KEY", help="A key that requests must send; several may be given."),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="A file with a key a line.")] = None,
+    guard_health: Annotated[bool, typer.Option("--guard-health", help="/health needs a key, too.")] = False,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="What requests may call the model; several may be given [default: its own]."),
+    ] = None,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are refused.")] = 256,
+    max_body_mb: Annotated[float, typer.Option(help="Megabytes a request's body may have.")] = 16.0,
+    ping_seconds: Annotated[float, typer.Option(help="Between signs of life in a stream that is silent.")] = 10.0,
+    drain_seconds: Annotated[float, typer.Option(help="Seconds that answers go on after SIGTERM.")] = 30.0,
+    warm_up: Annotated[
+        int, typer.Option(min=0, max=256, help="Compile ahead for this many requests at once; 0: when they come.")
+    ] = 8,
+    mtp: Annotated[int, typer.Option(min=0, max=16, help="Draft this many tokens a step with the MTP layer.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 [default: the backend's preference].")] = None,
+    keep_fp8: Annotated[bool, typer.Option("--keep-fp8", help="Keep FP8 weights in FP8.")] = False,
+    pool_tokens: Annotated[int | None, typer.Option(min=1, help="Size of the KV page pool in tokens.")] = None,
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens a prefill step feeds.")] = 256,
+    plan: Annotated[
+        Path | None, typer.Option(help="With sim: the plan to keep the pace of (`glm5 plan --out`).")
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(autocompletion=completion.chips, help="With sim: the accelerator, of `glm5 profiles list`."),
+    ] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="With sim: devices in all [default: 1].")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="With sim: tensor parallelism.")] = None,
+    dp: Annotated[int | None, typer.Option(min=1, help="With sim: attention data parallelism.")] = None,
+    ep: Annotated[int | None, typer.Option(min=1, help="With sim: expert parallelism, 1 or tp x dp.")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, help="With sim: pipeline stages.")] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(autocompletion=completion.schemes, help=f"With sim: {SCHEMES_HELP} [default: the chip's own]."),
+    ] = None,
+    kv: Annotated[
+        str | None, typer.Option(autocompletion=completion.caches, help="With sim: KV cache in bf16, fp8 or int8.")
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=completion.engines, help="With sim: whose scheduler and overheads; as of `glm5 simulate`."
+        ),
+    ] = None,
+    scale_memory: Annotated[float, typer.Option(help="With sim: share of the chip's memory that is there.")] = 1.0,
+    tokens: Annotated[
+        str, typer.Option(help="With sim: `model`, of the checkpoint; or `synthetic`, made up, of any model's pace.")
+    ] = "model",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=completion.models, help="With --tokens synthetic and no --plan: whose pace is kept."
+        ),
+    ] = None,
+    time_scale: Annotated[
+        float,
+        typer.Option(help="With sim: seconds here for each of the chips'; above 1 where this machine is too slow."),
+    ] = 1.0,
+) -> None:
+    """Serve a model over HTTP: OpenAI's and Anthropic's forms, tools, schemas, metrics."""
+    values = dict(locals())
+    from backends import registry
+
+    emulates = registry.get(backend).emulates
+    unread = _LOCAL if emulates else _EMULATED
+    refuse_unread(context, set(values) - unread, lambda name: _why_not(emulates, backend))
+    keys = _keys(api_key, api_key_file)
+    _positive(max_body_mb=max_body_mb, ping_seconds=ping_seconds, drain_seconds=drain_seconds)
+    try:
+        from runtime.api.backing import Backing, opened
+        from runtime.api.server import bound, is_loopback
+        from runtime.api.settings import Settings
+    except ModuleNotFoundError as error:
+        raise UsageError(f"glm5 serve needs {error.name}: pip install 'glm5-runtime[serve]'") from None
+    if tokens not in ("model", "synthetic"):
+        raise UsageError(f"--tokens is model or synthetic, not {tokens!r}")
+    sim = None
+    if emulates:
+        from runtime.execution.cluster.options import SimOptions
+
+        sim = SimOptions(**{f.name: values[f.name] for f in dataclasses.fields(SimOptions) if f.name in values})
+    names = [field.name for field in dataclasses.fields(Backing) if field.name not in ("sim", "warm")]
+    backing = Backing(sim=sim, warm=warm_up, **{name: values[name] for name in names})
+    with bound(host, port) as listening:
+        found = opened(backing)
+        for note in found.notes:
+            _say(note)
+        if not keys and not is_loopback(host):
+            _say(f"warning: anyone who reaches {host} may use this server; give --api-key")
+        settings = Settings(
+            keys=keys, open_health=not guard_health, max_queue=max_queue, max_body_bytes=int(max_body_mb * 1e6),
+            ping_s=ping_seconds, drain_s=drain_seconds,
+        )  # fmt: skip
+        _serve(listening, backing, found, settings, tuple(served_model_name or ()), host)
+
+
+def _serve(
+    listening: socket.socket, backing: Backing, found: Opened, settings: Settings, names: tuple[str, ...], host: str
+) -> None:
+    from runtime.api.backing import make_service
+    from runtime.api.endpoint import Endpoint
+    from runtime.api.server import Server
+
+    endpoint = Endpoint(
+        names or (found.name,),
+        found.vocabulary,
+        found.config.max_positions,
+        settings,
+        found.recommended,
+        found.emulated,
+    )
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{listening.getsockname()[1]}"
+    began = time.monotonic()
+
+    def progress(words: str) -> None:
+        endpoint.progress = words
+        _say(words)
+
+    def make() -> Service:
+        return make_service(backing, found, endpoint.inventor, progress)
+
+    def ready() -> None:
+        print(f"glm5: serving {endpoint.names[0]} on {url}, ready after {time.monotonic() - began:.1f} s", flush=True)
+        if endpoint.emulated is not None:
+            print(f"glm5: emulated: {endpoint.emulated.header()}", flush=True)
+
+    server = Server(endpoint, make, ready)
+    server.serve_on(listening)
+    _say(_ended(endpoint))
+    if server.loading:  # and cannot be asked to stop
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def _ended(endpoint: Endpoint) -> str:
+    counts = endpoint.last_counts
+    if endpoint.emulated is None or counts is None:
+        return "ended"
+    late = f"this machine was behind the chips' clock by {1000 * counts.most_late_s:,.1f} ms at most"
+    return f"ended; {late} (--time-scale {endpoint.emulated.time_scale:g})"
+
+
+def _why_not(emulates: bool, backend: str) -> str:
+    if emulates:
+        return f"does not go with --backend {backend}: the plan and its formats decide that; leave it out"
+    return "needs a backend that emulates: --backend sim"
+
+
+def _keys(given: list[str] | None, path: Path | None) -> tuple[str, ...]:
+    """Raises `UsageError`."""
+    keys = list(given or ())
+    if path is not None:
+        try:
+            keys += [line for line in read_lines(path, 1 << 20) if line.strip()]
+        except Unreadable as error:
+            raise UsageError(f"--api-key-file {path}: {error}") from None
+        if not keys:
+            raise UsageError(f"--api-key-file {path}: no key in it")
+    for key in keys:
+        if not key or not key.isascii() or not key.isprintable() or " " in key:
+            raise UsageError("a key has printable ASCII characters and no spaces")
+    return tuple(dict.fromkeys(keys))
+
+
+def _positive(**given: float) -> None:
+    for name, value in given.items():
+        if not 0 < value < 1e6:
+            raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {value:g}")
+
+
+def _say(words: str) -> None:
+    print(f"glm5: {words}", file=sys.stderr, flush=True)
