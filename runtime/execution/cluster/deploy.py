@@ -8,7 +8,7 @@ from typing import Any
 
 import hw_profiles
 from backends.emulation.memory import Limits, Memory, account
-from foundation.errors import CapacityError, UsageError
+from foundation.errors import CapacityError, UsageError, first_line
 from hw_profiles import Profile
 from model.config import ModelConfig
 from model.split import Grid, Layout, Slots, slots_in_order
@@ -99,7 +99,7 @@ def spot_plan(spec: Spec, replicas: int) -> Plan:
             }
             limits = Limits(spec.profile.name, stage.usable_bytes, reserved, spec.formats, 1, spec.engine.page_tokens)
             account(spec.cfg, Grid.of(spec.cfg, spec.layout), limits)
-        raise CapacityError(str(error).splitlines()[0]) from None
+        raise CapacityError(first_line(error)) from None
 
 
 def grid_of(cfg: ModelConfig, pool: Pool) -> Grid:

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from backends.errors import BackendUnavailable
-from foundation.errors import Failure, UsageError
+from foundation.errors import Failure, UsageError, first_line
 from runtime.execution.cluster.joining import Address, gather, given_secret, knock
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _child(place: ProcessPlace, sender: Connection, key: bytes, work: Callable[[
     except Exception as error:
         code = 2
         if _OF_RUNTIME.match(str(error)):
-            sender.send(_lost(place, str(error).splitlines()[0]))
+            sender.send(_lost(place, first_line(error)))
         else:
             traceback.print_exc()
             code = _BUG
@@ -187,8 +187,7 @@ def connect(
         devices = join(backend.platform, *where, len(plan.devices), JOIN_SECONDS)
     except jax.errors.JaxRuntimeError as error:
         raise UsageError(
-            f"{place} found not all others at {place.coordinator} within {JOIN_SECONDS:g} s "
-            f"({str(error).splitlines()[0]})"
+            f"{place} found not all others at {place.coordinator} within {JOIN_SECONDS:g} s ({first_line(error)})"
         ) from None
     if reason := backend.unavailable():
         raise BackendUnavailable(f"backend {backend.name} cannot be used here: {reason} (see `glm5 backends`)")
