@@ -32,12 +32,12 @@ from model.split import Layout
 from model.tokenizer import ChatTemplate, Tokenizer
 from runtime.cli.app import app
 from runtime.cli.main import main
-from runtime.cli.runners.asked import _read_prompts
 from runtime.deployment import engines
 from runtime.deployment.manifest import FILE as MANIFEST_FILE
 from runtime.deployment.manifest import Manifest
 from runtime.deployment.plan import Plan, _digest
 from runtime.deployment.tensors import TensorReader, TensorWriter, numpy_dtype
+from runtime.execution.prompts import read_prompts
 from runtime.planning.check import check
 from runtime.planning.experts import read_load, read_placement
 from runtime.planning.launch import launch
@@ -400,7 +400,7 @@ def _prompts(rng: Random) -> bytes:
 
 def _prompts_read(folder: Path) -> None:
     tokenizer = Tokenizer.load(CHECKPOINT)
-    for text in _read_prompts(folder / "prompts.txt")[:20]:
+    for text in read_prompts(folder / "prompts.txt")[:20]:
         tokenizer.encode(text[:1000])
 
 

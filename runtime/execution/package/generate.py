@@ -19,15 +19,13 @@ from foundation.errors import CapacityError, UsageError
 from foundation.foreign_text import MOST_BYTES, ForeignTokenizer, is_tame
 from foundation.reading import Unreadable, read_text
 from foundation.streaming import TextStream
-from runtime.deployment.manifest import FILE, GearUnits, Manifest, Value, check_files
+from runtime.deployment.manifest import FILE, MOST_STEP, GearUnits, Manifest, Value, check_files
 from runtime.deployment.tensors import numpy_dtype
 from runtime.execution.local.request import Completion, OnToken, Prompt
 from runtime.execution.local.request import Sequence as Running
 from runtime.execution.package.executor import executor, refusing
 from runtime.execution.package.runner import Runner, StepBatch, stored_weights
 from runtime.serving.sampling import choose
-
-_MOST = 1 << 26  # tokens of a step, and pages of the contexts it reads
 
 
 class Package:
@@ -142,8 +140,10 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
         raise ArtifactError(f"{where}: has no programs, or pages of no tokens; export the package again")
     for number, program in enumerate(manifest.programs):
         b, t, pages = dataclasses.astuple(program.gear)
-        if min(b, t, pages) < 1 or b * max(t, pages) > _MOST:
-            raise ArtifactError(f"{where}: programs[{number}].gear: sizes of 1 to {_MOST:,} in all; export it again")
+        if min(b, t, pages) < 1 or b * max(t, pages) > MOST_STEP:
+            raise ArtifactError(
+                f"{where}: programs[{number}].gear: sizes of 1 to {MOST_STEP:,} in all; export it again"
+            )
     with refusing(where, "the runner"):
         each = {unit: sum(map(_bytes, caches)) for unit, caches in manifest.caches.items()}
         layers = {layer.index: layer.unit for layer in manifest.layers}
