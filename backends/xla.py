@@ -20,6 +20,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from backends.errors import ArtifactError, BackendUnavailable
 from backends.interface import Artifact, Backend, DeviceInfo, Executable, Program
+from foundation.errors import first_line
 from model import ops
 
 FORMAT = "stablehlo-jax-export"
@@ -38,7 +39,7 @@ class XlaBackend(Backend):
         try:
             return jax.local_devices(backend=self.platform), None
         except RuntimeError as error:
-            return [], str(error).splitlines()[0]
+            return [], first_line(error)
 
     def devices(self) -> tuple[DeviceInfo, ...]:
         return tuple(DeviceInfo(d.id, d.device_kind, _memory_bytes(d)) for d in self._found[0])

@@ -18,3 +18,8 @@ class UsageError(Failure):
 
 class CapacityError(Failure):
     """A pool's pages or a device's memory are too few."""
+
+
+def first_line(said: object) -> str:
+    """The first line of what an error says that is not blank; where it says nothing, the name of its type."""
+    return next((line.strip() for line in str(said).splitlines() if line.strip()), type(said).__name__)

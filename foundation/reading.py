@@ -23,6 +23,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn
 
+from foundation.errors import first_line
+
 MOST_BYTES = 1 << 26
 """67 MB: twice the largest tokenizer.json, and more than an index of a million tensors."""
 MOST_TOML_BYTES = 1 << 20
@@ -187,7 +189,7 @@ def parse_toml(text: str) -> dict[str, Any]:
                 raise Unreadable("syntax", _TOO_LONG)
         return tables
     except tomllib.TOMLDecodeError as error:
-        raise Unreadable("syntax", str(error).splitlines()[0]) from None
+        raise Unreadable("syntax", first_line(error)) from None
     except _NoNumber as error:
         raise _placed(error.what, text, max(0, text.find(error.digits))) from None
     except ValueError:  # more digits than Python takes

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from foundation.paths import Outside, inside
 from foundation.reading import Unreadable, read_text, read_toml
 from hw_profiles.errors import InvalidOverride, InvalidProfile, UnknownProfile
 from hw_profiles.fields import CURVES, FIELDS, LABELS, show, suggest, wrong_value
@@ -61,8 +62,14 @@ def prices_sha256(text: str) -> str:
 
 
 def _check_prices(profile: Profile) -> None:
-    """Raises where a profile's prices are not those it was written with, as where `glm5 calibrate` was killed between
-    the two files."""
+    """Raises where a profile's prices lie outside its folder, or are not those it was written with, as where
+    `glm5 calibrate` was killed between the two files."""
+    if profile.prices and profile.path:
+        try:
+            inside(profile.path.parent, profile.prices)
+        except Outside as error:
+            if error.reason != "absent":  # which whoever needs them says
+                raise InvalidProfile(f"{profile.path.name}: prices: {profile.prices}: {error}") from None
     if profile.prices_sha256 and profile.prices_path and profile.path:
         try:
             same = prices_sha256(read_text(profile.prices_path)) == profile.prices_sha256

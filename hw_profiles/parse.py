@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from foundation.paths import Outside, spelt_inside
 from hw_profiles.errors import InvalidProfile
 from hw_profiles.fields import (
     CURVES,
@@ -63,9 +64,11 @@ class _Parser:
         if isinstance(devices, bool) or not isinstance(devices, int) or not 1 <= devices <= 16:
             self.wrong("package_devices", f"must be a whole number from 1 to 16, got {show(devices)}")
         prices = self.text(document, "prices") if "prices" in document else None
-        if prices and Path(prices).is_absolute():
-            self.wrong("prices", f"must be a path relative to the TOML, got {show(prices)}")
-
+        if prices:
+            try:
+                spelt_inside(prices)
+            except Outside:
+                self.wrong("prices", f"must be relative to the TOML, a path below its folder, got {show(prices)}")
         digest = self.text(document, "prices_sha256") if "prices_sha256" in document else None
         if digest and not prices:
             self.wrong("prices_sha256", "is of the file that `prices` names, and there is none")

@@ -4,10 +4,10 @@ import datetime
 import json
 from collections.abc import Iterator, Mapping, Sequence
 
-from foundation.reading import parse_toml
+from foundation.reading import Unreadable, parse_toml
 from hw_profiles.checks import check
 from hw_profiles.errors import InvalidProfile
-from hw_profiles.fields import CURVES, FIELDS, LABELS, asked_as, refused, suggest
+from hw_profiles.fields import CURVES, FIELDS, LABELS, asked_as, refused, show, suggest
 from hw_profiles.parse import parse
 
 NEEDED = ("chip.peak.bf16_flops_per_s", "chip.memory.capacity_bytes", "chip.memory.bandwidth_bytes_per_s")
@@ -53,7 +53,12 @@ def new_profile(
     lines += [f"weights = {_text([asked_as(each.strip()) for each in weights])}"]
     lines += [f"kv = {_text([each.strip() for each in kv])}", 'source = "given"']
     text = "\n".join(lines) + "\n"
-    if problems := check(parse(parse_toml(text), name)):
+    try:
+        tables = parse_toml(text)
+    except Unreadable as error:
+        texts = ", ".join(show(each) for each in (name, vendor, source) if not each.isprintable()) or "what is given"
+        raise InvalidProfile(f"{texts} cannot be written to a profile ({error}); use plain text") from None
+    if problems := check(parse(tables, name)):
         raise InvalidProfile(problems)
     return text
 

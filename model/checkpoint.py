@@ -22,10 +22,10 @@ from model import quantised
 from model.config import LayerType, Mla, ModelConfig
 from model.errors import CheckpointError
 from model.formats import E4M3, MatrixFormat
-from model.hf_config import load_config, read_own
+from model.hf_config import from_hf, load_config, read_own
 from model.quantised import Matrix
 from model.spelling import Found, Spelling, spelling, tensor_name
-from model.stored_tensors import StoredTensor, stored_tensors
+from model.stored_tensors import HEAD, StoredTensor, stored_tensors
 from model.weights import Arrangement, Quantized, Weight, layer_weights, outer_weights
 
 SCALE_SUFFIX = "_scale_inv"
@@ -38,10 +38,8 @@ _IGNORED = re.compile(
     r"(\.shared_head\.head\.weight|layers\.\d+\.embed_tokens\.weight|rotary_emb\.inv_freq"
     r"|layers\.\d+\..*\.(input|output|activation|[qkv])(_global)?_(scale|zero_point))$"
 )
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _MTP_OWN = ("enorm.weight", "hnorm.weight", "eh_proj.weight")  # what no other layer has
 
-_COMPARED = 1 << 24  # elements at a time
 
 Put = Callable[[Weight, np.ndarray], Any]
 Convert = Callable[[Weight, "np.ndarray | Quantized"], "np.ndarray | Quantized"]
@@ -142,26 +140,14 @@ class Checkpoint:
 
     def _untie(self) -> None:
         """A stored head that is not the embedding is the model's, whatever the config says of ties."""
-        if not self.config.tie_embeddings or _HEAD not in self._index or self._same(_HEAD, _EMBEDDING):
+        said = from_hf(self.raw_config, str(self.path / "config.json"))
+        if said.tie_embeddings == self.config.tie_embeddings:
             return
-        self.config = dataclasses.replace(self.config, tie_embeddings=False)
         raw = {**self.raw_config, "tie_word_embeddings": False}
         if isinstance(inner := raw.get("text_config"), dict):
             raw["text_config"] = {**inner, "tie_word_embeddings": False}
         self.raw_config = raw
         self.notes.append(f"{self.path}: config.json ties the head to the embedding, but stores another: that is used")
-
-    def _same(self, one: str, other: str) -> bool:
-        """Whether two tensors hold the same bytes; reads as far as they do."""
-        a, b = self._index[one], self._index.get(other)
-        if b is None or (a.shape, a.dtype_name) != (b.shape, b.dtype_name):
-            return False
-        rows = max(1, _COMPARED // max(1, int(np.prod(a.shape[1:]))))
-        left, right = a.array(), b.array()
-        return all(
-            left[start : start + rows].tobytes() == right[start : start + rows].tobytes()
-            for start in range(0, len(left), rows)
-        )
 
     def _check(self) -> None:
         expected: set[str] = set()
@@ -184,7 +170,7 @@ class Checkpoint:
                         self._expect(tensor_name(name, suffix), shape)
                     expected.update(tensor_name(name, suffix) for suffix in found.spare)
         if self.config.tie_embeddings:
-            expected.add(_HEAD)
+            expected.add(HEAD)
         for prefix in self.undeclared_mtp:
             self.notes.append(
                 f"{self.path}: {prefix.rstrip('.')} is an MTP layer, but config.json has num_nextn_predict_layers "

@@ -34,6 +34,7 @@ from model.config import (
 )
 from model.errors import ConfigError
 from model.quantization_config import UnknownQuantization, modelslim_scheme_name, scheme_name
+from model.stored_tensors import stores_own_head
 
 _ALIASES = {"kimi_k2": "deepseek_v3"}
 MODEL_TYPES = ("glm_moe_dsa", "glm4_moe_lite", "glm4_moe", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25")
@@ -370,7 +371,8 @@ def load_config(name_or_path: str | Path) -> ModelConfig:
         return from_hf(json.loads(file.read_text()), str(name_or_path))
     if path.is_dir():
         cfg = from_hf(_with_modelopt(read_own(path, "config.json"), path), str(path / "config.json"))
-        cfg = dataclasses.replace(cfg, eos_token_ids=_ends(cfg, path / GENERATION_FILE))
+        tied = cfg.tie_embeddings and not stores_own_head(path)  # which counts, whatever the config says
+        cfg = dataclasses.replace(cfg, eos_token_ids=_ends(cfg, path / GENERATION_FILE), tie_embeddings=tied)
         if (described := path / MODELSLIM_FILE).exists():
             return dataclasses.replace(cfg, weight_format=_modelslim(described))
         return cfg

@@ -19,6 +19,8 @@ from model.errors import CheckpointError
 from model.safetensors_file import SafetensorsFile
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_COMPARED = 1 << 24  # elements at a time
 _FUSED = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)(_scale_inv|_scale)?$")
 _HALVES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
@@ -62,6 +64,27 @@ def stored_tensors(path: Path, mtp_prefixes: tuple[str, ...] = ()) -> dict[str, 
                 raise CheckpointError(f"{path}: tensor {seen} is stored twice, by itself and in {name}")
             found[seen] = tensor
     return found
+
+
+def stores_own_head(path: Path) -> bool:
+    """Whether the checkpoint directory stores a head that is not its embedding; not where it cannot be read."""
+    try:
+        held = stored_tensors(path)
+    except CheckpointError:
+        return False
+    return HEAD in held and not _same(held[HEAD], held.get(EMBEDDING))
+
+
+def _same(a: StoredTensor, b: StoredTensor | None) -> bool:
+    """Whether two tensors hold the same bytes; reads as far as they do."""
+    if b is None or (a.shape, a.dtype_name) != (b.shape, b.dtype_name):
+        return False
+    rows = max(1, _COMPARED // max(1, int(np.prod(a.shape[1:]))))
+    left, right = a.array(), b.array()
+    return all(
+        left[start : start + rows].tobytes() == right[start : start + rows].tobytes()
+        for start in range(0, len(left), rows)
+    )
 
 
 def _listed(path: Path) -> tuple[dict[str, SafetensorsFile], set[Path]]:

@@ -17,6 +17,7 @@ import tokenizers
 
 from foundation.child import ChildFailure, one_line
 from foundation.foreign_text import MOST_BYTES, ForeignTemplate, ForeignTokenizer, is_tame
+from foundation.limits import within
 from foundation.paths import Outside, inside
 from foundation.reading import Unreadable, parse_json, read_text
 from foundation.streaming import TextStream, spells_bytes
@@ -40,6 +41,8 @@ def _byte_characters() -> dict[str, int]:
 
 _BYTES = _byte_characters()
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_MORE_TEMPLATES = "additional_chat_templates"
+_MOST_TEMPLATES = 32  # of a checkpoint; those that there are have two or three
 # Names that a message's thoughts are passed under: the one that most templates read, that of gpt-oss's, another.
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
@@ -53,19 +56,19 @@ def _named(where: str, doing: str = "") -> Iterator[None]:
         raise TokenizerError(f"{where}: {doing.format(error) if doing else error}") from None
 
 
-def _read_text(path: Path, most_bytes: int = MOST_BYTES) -> str | None:
-    """The text of a file, None where there is none."""
+def _read_text(folder: Path, name: str) -> str | None:
+    """The text of a file in a folder, None where there is none."""
     try:
-        return read_text(inside(path.parent, path.name), most_bytes)
+        return read_text(inside(folder, name), MOST_BYTES)
     except (Outside, Unreadable) as error:
         if error.reason == "absent":
             return None
-        raise TokenizerError(f"{path}: cannot be read ({error})") from None
+        raise TokenizerError(f"{folder / name}: cannot be read ({error})") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty where there is no file."""
-    text = _read_text(path)
+    text = _read_text(path.parent, path.name)
     if text is None:
         return {}
     try:
@@ -104,7 +107,7 @@ class Tokenizer:
         name stop tokens is corrupt.
         """
         file = Path(path) / "tokenizer.json"
-        text = _read_text(file)
+        text = _read_text(file.parent, file.name)
         if text is None:
             raise TokenizerError(f"{file}: no such file (without it, give token ids instead of text)")
         named = _special_tokens(Path(path))
@@ -216,15 +219,20 @@ def _stop_token_ids(folder: Path, inner: tokenizers.Tokenizer) -> tuple[int, ...
 
 
 class ChatTemplate:
-    """A chat template. `where` names it in errors; `variables` are always passed to it.
+    """A checkpoint's chat template, or several of them by name: "default", and others that are asked for.
 
-    Raises `TokenizerError` for a template with a syntax error.
+    `where` names it in errors; `variables` are always passed to it. Raises `TokenizerError` for a default template
+    with a syntax error.
     """
 
-    def __init__(self, source: str, where: str = "chat template", variables: Mapping[str, Any] | None = None):
+    def __init__(
+        self, source: str | Mapping[str, str], where: str = "chat template", variables: Mapping[str, Any] | None = None
+    ):
         self.where, self.variables = where, dict(variables or {})
-        with _named(where):
-            self._foreign = ForeignTemplate(source)
+        self._sources = {"default": source} if isinstance(source, str) else dict(source)
+        self._foreign: dict[str, ForeignTemplate] = {}
+        if "default" in self._sources:
+            self._chosen("default", None)
 
     @classmethod
     def load(cls, path: str | Path) -> ChatTemplate:
@@ -236,44 +244,67 @@ class ChatTemplate:
 
     @classmethod
     def find(cls, path: str | Path) -> ChatTemplate | None:
-        """The template of a checkpoint directory: chat_template.jinja, else `chat_template` in
-        tokenizer_config.json, else None."""
-        file, config = Path(path) / "chat_template.jinja", Path(path) / "tokenizer_config.json"
-        source = _read_text(file)
-        if source is None:
-            file, source = config, _read_json(config).get("chat_template")
-            if isinstance(source, list):  # several, by name
-                entries = [entry for entry in source if isinstance(entry, dict)]
-                source = {entry.get("name"): entry.get("template") for entry in entries}.get("default")
-        if not isinstance(source, str):
-            return None
-        return cls(source, str(file), _special_tokens(Path(path)))
+        """The templates of a checkpoint directory: chat_template.jinja and additional_chat_templates/NAME.jinja, else
+        `chat_template` in tokenizer_config.json, a text or a list of names and texts, else None."""
+        folder = Path(path)
+        file, config, more = folder / "chat_template.jinja", folder / "tokenizer_config.json", folder / _MORE_TEMPLATES
+        names = sorted(each.name for each in more.glob("*.jinja"))
+        within(f"{more}: chat templates:", len(names), _MOST_TEMPLATES, TokenizerError)
+        texts = {
+            "default": _read_text(folder, file.name),
+            **{name[:-6]: _read_text(folder, f"{more.name}/{name}") for name in names},
+        }
+        found = {name: text for name, text in texts.items() if text is not None}
+        if not found:
+            file, raw = config, _read_json(config).get("chat_template")
+            entries = raw if isinstance(raw, list) else [{"name": "default", "template": raw}]
+            texts = {each.get("name"): each.get("template") for each in entries if isinstance(each, dict)}
+            found = {name: text for name, text in texts.items() if isinstance(name, str) and isinstance(text, str)}
+        within(f"{file}: chat templates:", len(found), _MOST_TEMPLATES, TokenizerError)
+        return cls(found, str(file), _special_tokens(folder)) if found else None
+
+    def _chosen(self, name: str | None, tools: object) -> ForeignTemplate:
+        """The template of that name; without one, as transformers 5.23 does (`get_chat_template`): for tools the one
+        that is called so, else the default."""
+        if name is None:
+            name = "tool_use" if tools is not None and "tool_use" in self._sources else "default"
+        if name not in self._sources:
+            names = ", ".join(sorted(map(repr, self._sources)))
+            raise TokenizerError(f"{self.where}: has no chat template called {name!r}; there is {names}")
+        if name not in self._foreign:
+            with _named(self.where if name == "default" else f"{self.where}: {name}"):
+                self._foreign[name] = ForeignTemplate(self._sources[name])
+        return self._foreign[name]
 
     def render(
         self,
         messages: Iterable[Mapping[str, Any]],
         tools: Iterable[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        chat_template: str | None = None,
         **variables: Any,
     ) -> str:
         """The text of a chat, special tokens spelt out: `Tokenizer.encode` takes it as it is.
 
+        chat_template: the name of one of several; by default "tool_use" where there are tools, and "default".
         messages: `{"role": .., "content": ..}`, JSON data; a key whose value is None is left out, and thoughts may be
         `reasoning_content`, `thinking` or `reasoning`. variables: what the template offers, for GLM
         `enable_thinking`, `clear_thinking`, `reasoning_effort`; None leaves a variable undefined.
         Raises `TokenizerError` where the template fails, refuses the chat, takes too much time or memory, or does what
         the sandbox forbids.
         """
-        return self.render_each([messages], tools, add_generation_prompt, **variables)[0]
+        return self.render_each([messages], tools, add_generation_prompt, chat_template, **variables)[0]
 
     def render_each(
         self,
         chats: Iterable[Iterable[Mapping[str, Any]]],
         tools: Iterable[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        chat_template: str | None = None,
         **variables: Any,
     ) -> list[str]:
         """`render` of several chats, which asks the other process once."""
+        template = self._chosen(chat_template, tools)
         shared = {
             **self.variables,
             "documents": None,
@@ -289,7 +320,7 @@ class ChatTemplate:
             contexts.append({**shared, "messages": chat})
         try:
             with _named(self.where):
-                return self._foreign.render(contexts)
+                return template.render(contexts)
         except (TypeError, ValueError, RecursionError) as error:
             raise TokenizerError(f"the chat must be JSON data ({one_line(error)})") from None
 

@@ -31,14 +31,16 @@ from runtime.planning.experts import (
 def plan_experts(
     context: typer.Context,
     load: Annotated[Path, typer.Option(help="Expert loads: .npy of layers × experts, any unit.")],
-    devices: Annotated[int, typer.Option(help="Devices that share the experts.")],
+    devices: Annotated[int, typer.Option(min=1, help="Devices that share the experts.")],
     slots: Annotated[
-        int | None, typer.Option(help="Expert slots a layer, all devices; by default one an expert.")
+        int | None, typer.Option(min=1, help="Expert slots a layer, all devices; by default one an expert.")
     ] = None,
-    nodes: Annotated[int, typer.Option(help="Nodes the devices are in.")] = 1,
-    groups: Annotated[int, typer.Option(help="Expert groups; more than one keeps each group on a node.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes the devices are in.")] = 1,
+    groups: Annotated[int, typer.Option(min=1, help="Expert groups; more than one keeps each group on a node.")] = 1,
     previous: Annotated[Path | None, typer.Option(help="Placement in use: this command's --json output.")] = None,
-    max_moves: Annotated[int | None, typer.Option(help="With --previous: experts to move at most, per layer.")] = None,
+    max_moves: Annotated[
+        int | None, typer.Option(min=0, help="With --previous: experts to move at most, per layer.")
+    ] = None,
     sglang: Annotated[Path | None, typer.Option(help="Write SGLang's --init-expert-location file here.")] = None,
     dense_layers: Annotated[int, typer.Option(help="With --sglang: first layers that have no experts.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the placement and its figures as JSON.")] = False,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar, cast
 
-from foundation.errors import Failure
+from foundation.errors import Failure, first_line
 
 _PLAIN = (str, int, float, type(None))
 _LONGEST = 60
@@ -152,7 +152,7 @@ def _first(errors: Sequence[Any]) -> Fault:
         case "literal_error":
             choices = tuple(re.findall(r"'([^']*)'", context["expected"]))
             return Fault(path, f"must be one of {', '.join(choices)}", value, choices)
-    wanted = _WANTED.get(kind) or errors[0]["msg"].splitlines()[0].removeprefix("Input should be ")
+    wanted = _WANTED.get(kind) or first_line(errors[0]["msg"]).removeprefix("Input should be ")
     return Fault(path, f"must be {wanted}", value)
 
 

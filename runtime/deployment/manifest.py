@@ -41,6 +41,9 @@ PACKAGE_FORMATS: tuple[Format, ...] = get_args(Format)
 Phase = Literal["prefill", "decode"]
 StepKind = Literal["graph", "all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 
+MOST_STEP = 1 << 26
+"""Tokens of a step, and pages of the contexts that it reads; of a gear's sizes in all."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Gear:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from foundation.errors import Failure
+from foundation.errors import Failure, first_line
 from hw_profiles import Profile
 from model.config import ModelConfig
 from model.split import moe_layers
@@ -45,7 +45,7 @@ def _pool(pool: Pool, cfg: ModelConfig, profile: Profile, where: str, device: in
         spec = dataclasses.replace(spec_of(cfg, pool, profile), pool_tokens=None)
         again = pool_of(spec, pool.replicas, role=pool.role, experts=pool.experts, first_device=device, first_node=node)
     except Failure as error:
-        return [f"{where}: {str(error).splitlines()[0]}"]
+        return [f"{where}: {first_line(error)}"]
     wrong: list[str] = []
     if again.page_tokens != pool.page_tokens:
         wrong.append(f"{where}: {pool.page_tokens} tokens a page, {pool.engine} has {again.page_tokens}")

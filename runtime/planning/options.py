@@ -14,8 +14,9 @@ from typing import Any
 
 import hw_profiles
 from foundation.errors import CapacityError, UsageError
+from foundation.limits import within
 from hw_profiles import Profile
-from model.config import ModelConfig
+from model.config import MOST_DRAFTS, ModelConfig
 from model.formats import FORMATS, KV, Scheme, matrix_format, scheme_of
 from model.formats import scheme as named_scheme
 from model.quantization_config import is_scheme
@@ -25,6 +26,7 @@ from runtime.deployment.engines import load
 from runtime.deployment.engines.flags import format_facts, layout_facts, pair_facts, unsupported
 from runtime.deployment.plan import Demand, PoolRole, Rejected
 from runtime.planning.assign import stage_pages
+from runtime.serving.workload import MOST_REQUESTS
 from runtime.simulation.build import Spec, memories, spec_for
 
 _MARGIN, _MOST_FRACTION = 0.02, 0.95
@@ -51,6 +53,10 @@ class Question:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     held: Mapping[str, int] = dataclasses.field(default_factory=dict)
     most_pp: int | None = None
+
+    def __post_init__(self) -> None:
+        within("concurrency", self.demand.concurrency or 0, MOST_REQUESTS)
+        within("drafts a step (--mtp):", self.drafts, MOST_DRAFTS)
 
     def admits(self, stage: Layout) -> bool:
         """Whether the layout of a stage is one of those that may be searched."""

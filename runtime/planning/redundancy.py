@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from foundation.errors import CapacityError
+from foundation.errors import CapacityError, first_line
 from model.split import moe_layers
 from runtime.deployment.errors import LoadError
 from runtime.deployment.plan import Experts, Rejected
@@ -130,7 +130,7 @@ def _spend(
                 replicas=option.spec.replicas,
             )
         except CapacityError as error:
-            lost.append(Rejected(label, str(error).splitlines()[0]))
+            lost.append(Rejected(label, first_line(error)))
             continue
         if sized.pool_tokens < question.demand.isl + question.demand.osl:
             lost.append(Rejected(label, f"leaves {sized.pool_tokens:,} tokens of cache, less than one request"))

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from foundation.errors import CapacityError, UsageError
+from foundation.errors import CapacityError, UsageError, first_line
 from foundation.limits import within
 from hw_profiles import Profile
 from model.config import ModelConfig
@@ -184,7 +184,7 @@ class _Search:
     def _models(self, chips: Chips) -> list[OptionPrices]:
         fitting, refused, rejected = options(self.question, chips.profile, chips.count)
         self.refused += refused
-        rejected += [Rejected(each.name, each.error.splitlines()[0]) for each in refused]
+        rejected += [Rejected(each.name, first_line(each.error)) for each in refused]
         self.rejected += rejected
         self.progress(f"{chips.profile.name}: {len(fitting)} layouts and formats fit, {len(rejected)} do not")
         found = []
@@ -279,7 +279,7 @@ class _Search:
             try:
                 sized = self._resized(option, settings)
             except (CapacityError, UsageError) as error:
-                self.rejected.append(Rejected(f"{option.name}, {settings}", str(error).splitlines()[0]))
+                self.rejected.append(Rejected(f"{option.name}, {settings}", first_line(error)))
                 continue
             yield self._alone(OptionPrices(sized, demand, self.coarse), part.replicas)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from foundation.errors import first_line
 from hw_profiles import Profile
 from runtime.deployment.errors import NoPlanError
 from runtime.deployment.plan import Plan, Rejected
@@ -120,7 +121,7 @@ def _with_others(
     for place in sorted(tried):
         found = tried[place]
         if isinstance(found, NoPlanError):
-            reason = str(found).splitlines()[0]
+            reason = first_line(found)
         elif place != at and found.predicted and (missed := found.predicted.missed(question.demand)):
             reason = "; ".join(missed)
         else:

@@ -22,22 +22,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import hw_profiles
 from backends.emulation.table import format_table
 from foundation.errors import UsageError
-from foundation.reading import Unreadable, read_lines, read_text
+from foundation.limits import within
+from foundation.reading import Unreadable, read_text
 from hw_profiles import Profile
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.formats import CacheFormats, Formats
 from model.tokenizer import ChatTemplate, Tokenizer
 from runtime.deployment.choice import chip_formats
+from runtime.execution.prompts import read_prompts
 from runtime.reports.compare import BASELINE
-from runtime.training.data import HARDER, TASKS, Generator
+from runtime.training.data import HARDER, MOST_QUESTIONS, TASKS, Generator
 
 if TYPE_CHECKING:
     from backends.emulation.fidelity import Observed
@@ -46,7 +48,6 @@ if TYPE_CHECKING:
 
 _TEXT = Path(__file__).parents[1] / "data" / "compare.txt"
 _PROMPTS = ("A mixture of experts", "The capital of France is", "To serve a large model you need", "1, 2, 3, 4,")
-_Read = TypeVar("_Read")
 _LEAST = 1e-300  # of a probability, before its logarithm is taken
 
 
@@ -95,7 +96,11 @@ def read_texts(
         cut = [np.asarray(own.row(np.random.default_rng(i), task, window)[0], np.int32) for i, task in enumerate(TASKS)]
         source = "text of the kind that this model was trained on"
     else:
-        ids = tokenizer.encode(_read(read_text, text or _TEXT, "--text"), add_special_tokens=True)
+        try:
+            read = read_text(text or _TEXT)
+        except Unreadable as error:
+            raise UsageError(f"--text {text}: {error}") from None
+        ids = tokenizer.encode(read, add_special_tokens=True)
         window = min(window, len(ids), cfg.max_positions)
         if window < 2:
             raise UsageError(f"--text {text}: {len(ids)} tokens; give at least 2")
@@ -103,11 +108,9 @@ def read_texts(
         source = str(text) if text else "the prose that ships with glm5"
     lines = _PROMPTS
     if prompts:
-        lines = [line for line in _read(read_lines, prompts, "--prompts") if line.strip()]
+        lines = read_prompts(prompts)
     elif own:
         lines = [own.questions(task, 1)[0].prompt for task in ("sentences", "arithmetic", "copy", "long-copy")]
-    if not lines:
-        raise UsageError(f"--prompts {prompts}: no prompt in it")
     encoded = [(line, tuple(tokenizer.encode(line, add_special_tokens=True))) for line in lines]
     for line, prompt in encoded:
         if not prompt or len(prompt) + max_tokens > cfg.max_positions:
@@ -127,13 +130,6 @@ def _own_kind(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Generator | None:
     return Generator(tokenizer, ChatTemplate.load(checkpoint.path))
 
 
-def _read(read: Callable[[Path], _Read], path: Path, option: str) -> _Read:
-    try:
-        return read(path)
-    except Unreadable as error:
-        raise UsageError(f"{option} {path}: {error}") from None
-
-
 def compare(
     checkpoint: Checkpoint,
     targets: Sequence[Compared],
@@ -150,6 +146,7 @@ def compare(
     """
     from backends.emulation.number_formats import NumberFormats
 
+    within("questions a task:", questions, MOST_QUESTIONS)
     cfg = checkpoint.config
     wanted = [
         (target, NumberFormats(cfg, chip_formats(cfg, target.profile, target.formats, target.kv))) for target in targets

@@ -30,6 +30,8 @@ MOST_REQUEST_TOKENS = 100_000_000
 """Of a prompt or an answer: a hundred times the longest context served today."""
 _BLOCK = 1000
 """Requests of an endless load made at a time."""
+_LEAST_RATE, _MOST_RATE = 1e-6, 1e9  # requests a second: beyond, a clock no longer tells steps apart
+_MOST_BURSTINESS = 100.0  # beyond, gaps are too small for a number
 
 
 class Lengths(Protocol):
@@ -165,8 +167,11 @@ def open_loop(
     """
     if not (rate > 0 and math.isfinite(rate)):
         raise WorkloadError(f"request rate {rate} per second: give a finite rate above zero")
-    if not (cv >= 0 and math.isfinite(cv)):
-        raise WorkloadError(f"burstiness cv {cv}: give zero (even), 1 (Poisson) or more (bursty)")
+    if not _LEAST_RATE <= rate <= _MOST_RATE:
+        raise WorkloadError(f"request rate {rate:g} per second: give one from {_LEAST_RATE:g} to {_MOST_RATE:g}")
+    if not 0 <= cv <= _MOST_BURSTINESS:
+        most = f"{_MOST_BURSTINESS:g} at most"
+        raise WorkloadError(f"burstiness cv {cv}: give zero (even), 1 (Poisson) or more (bursty), {most}")
     _whole("the number of requests", requests, MOST_REQUESTS)
     count = warmup + requests
     within("a load of requests:", count, MOST_REQUESTS, WorkloadError)

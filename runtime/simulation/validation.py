@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import hw_profiles
-from foundation.errors import Failure, UsageError
+from foundation.errors import Failure, UsageError, first_line
 from foundation.reading import Unreadable, read_csv
 from model.split import Layout
 from runtime.deployment.engines import Circumstances, nearest_release
@@ -220,7 +220,7 @@ def score(path: Path, progress: Any = lambda done, total: None) -> list[ScoredRo
             else:
                 scored.append(_step(row) if kind == "step" else _end_to_end(row))
         except Failure as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             scored.append(ScoredRow(f"row {number + 1}: {row['model']}", {}, {}, {}, False, "assumed", reason))
         except (ValueError, KeyError) as error:
             reason = f"malformed: {error}"

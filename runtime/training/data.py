@@ -182,6 +182,7 @@ class TrainingBatch(NamedTuple):
 
 TASKS = ("recall", "arithmetic", "copy", "tools", "sentences")
 HARDER = ("thinking", "long-sums", "long-copy")  # asked, never trained: they leave room below full marks
+MOST_QUESTIONS = 100_000  # that one run asks of a task
 
 
 class Generator:

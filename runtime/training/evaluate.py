@@ -18,12 +18,13 @@ import numpy as np
 
 from backends.interface import Backend
 from foundation.errors import UsageError
+from foundation.limits import within
 from model.checkpoint import Checkpoint, Put
 from model.tokenizer import ChatTemplate, Tokenizer
 from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.load import load_engine
 from runtime.execution.local.request import Prompt
-from runtime.training.data import HARDER, TASKS, Exercise, Generator, parse_call
+from runtime.training.data import HARDER, MOST_QUESTIONS, TASKS, Exercise, Generator, parse_call
 
 SEED, SAMPLES = 1, 100
 
@@ -97,6 +98,7 @@ def evaluate(
 
     Raises `UsageError` for an unknown task, `TokenizerError` for a checkpoint without tokenizer or chat template.
     """
+    within("questions a task:", samples, MOST_QUESTIONS)
     opened = RandomIndexer(path) if random_indexer else Checkpoint(path)
     engine = load_engine(opened, backend, engine_config(drafts), dtype, keep_fp8)
     return ask(engine, opened.path, samples, tasks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from runtime.execution.package.ort import OrtExecutor
 from runtime.execution.package.xla import XlaExecutor
 from tests.cli.cli import glm5, make_checkpoint, refused
 from tests.export.damage import damaged
+from tests.export.test_targets import graph_of as graph_of_function
 
 RUN = ("--prompt-ids", "1,2,3", "--max-tokens", 2, "--ignore-eos")
 ROOT = Path(__file__).parents[2]
@@ -374,3 +376,86 @@ def test_the_files_of_a_manifest(package: Path) -> None:
     check_files(package, manifest)
     assert {name for _, name in manifest.named_files()} <= set(manifest.files)
     assert {"tokenizer", "devices[0].weights"} <= {field for field, _ in manifest.named_files()}
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+GREEDY = 200_000  # squared, in float32: 160 GB
+
+
+def greedy_onnx(path: Path) -> None:
+    """The graph with a sum over so many numbers that nobody needs in its result."""
+    model = onnx.load(path)
+    tokens, result = model.graph.input[-1].name, model.graph.output[0].name
+    for node in model.graph.node:
+        for at, name in enumerate(node.output):
+            if name == result:
+                node.output[at] = "before"
+    zero, axes = helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0]), [0]
+    size = helper.make_tensor("size", TensorProto.INT64, [2], [GREEDY, GREEDY])
+    model.graph.initializer.extend([zero, size, helper.make_tensor("axes", TensorProto.INT64, [1], axes)])
+    model.graph.node.extend([
+        helper.make_node("Cast", [tokens], ["ids"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["ids"], ["sum"], keepdims=0),
+        helper.make_node("Mul", ["sum", "zero"], ["nothing"]),
+        helper.make_node("Expand", ["nothing", "size"], ["large"]),
+        helper.make_node("ReduceMax", ["large"], ["least"], keepdims=0),
+        helper.make_node("Add", ["before", "least"], [result]),
+    ])  # fmt: skip
+    path.write_bytes(model.SerializeToString())
+
+
+def greedy_torch(path: Path) -> None:
+    import torch
+
+    from backends.toolchains import torch as target
+
+    inner = torch.export.load(path)
+    shapes = [node.meta["val"] for node in inner.graph.nodes if node.op == "placeholder"]
+    table, tokens = (np.zeros(tuple(each.shape), str(each.dtype).removeprefix("torch.")) for each in shapes)
+
+    def greedy(table: Any, tokens: Any) -> Any:
+        row = jnp.arange(GREEDY, dtype=jnp.float32) * tokens.ravel()[0].astype(jnp.float32)
+        return table[tokens] + jnp.max(row[:, None] + row[None, :]) * 0
+
+    path.write_bytes(target.write(graph_of_function(greedy, table, tokens)))
+
+
+def greedy_stablehlo(path: Path) -> None:
+    inner = export.deserialize(bytearray(path.read_bytes()))
+
+    def greedy(*given: Any) -> Any:
+        (first, *rest) = inner.call(*given)
+        many = jnp.arange(GREEDY**2 // 16, dtype=jnp.float32) * first.ravel()[0]
+        return (first + jnp.sort(many)[7] * 0, *rest)
+
+    shapes = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in inner.in_avals]
+    path.write_bytes(export.export(jax.jit(greedy))(*shapes).serialize())
+
+
+@pytest.mark.parametrize(
+    ("fmt", "runtime", "spoil"),
+    [
+        ("onnx", "ort", greedy_onnx),
+        pytest.param("torch", "torch", greedy_torch, marks=pytest.mark.slow),
+        pytest.param("stablehlo", "xla", greedy_stablehlo, marks=pytest.mark.slow),
+    ],
+)
+def test_operators_may_take_what_a_step_needs(
+    package: Path, tmp_path: Path, fmt: str, runtime: str, spoil: Callable[[Path], None]
+) -> None:
+    sizes = ("--phase", "decode", "--context", 32, "--page-size", 16)
+    small, sent = package.parent / "small", tmp_path / "sent"
+    assert glm5("export", "--checkpoint", small, "--format", fmt, *sizes, "--out", sent).code == 0
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    (answer,) = Package(sent, runtime, linked=False).generate([Prompt((1, 2, 3), 2)])
+    assert len(answer.token_ids) == 2 and resource.getrlimit(resource.RLIMIT_DATA) == before
+    raw = json.loads((sent / FILE).read_text())
+    files = graph_of(raw)
+    spoil(sent / files.get("cpu", files.get("any", "")))
+    resealed(sent)
+    with pytest.raises(ArtifactError) as caught:
+        Package(sent, runtime, linked=False).generate([Prompt((1, 2, 3), 2)])
+    said = str(caught.value)
+    assert "takes more than 2." in said and "GB of memory beside its weights" in said and "--trust-package" in said
+    assert "\n" not in said and resource.getrlimit(resource.RLIMIT_DATA) == before

@@ -32,12 +32,12 @@ from model.split import Layout
 from model.tokenizer import ChatTemplate, Tokenizer
 from runtime.cli.app import app
 from runtime.cli.main import main
-from runtime.cli.runners.asked import _read_prompts
 from runtime.deployment import engines
 from runtime.deployment.manifest import FILE as MANIFEST_FILE
 from runtime.deployment.manifest import Manifest
 from runtime.deployment.plan import Plan, _digest
 from runtime.deployment.tensors import TensorReader, TensorWriter, numpy_dtype
+from runtime.execution.prompts import read_prompts
 from runtime.planning.check import check
 from runtime.planning.experts import read_load, read_placement
 from runtime.planning.launch import launch
@@ -47,6 +47,7 @@ from runtime.serving.workload import mooncake_trace
 from runtime.simulation.validation import read_rows
 from runtime.training import config as training
 from tests.export.test_manifest import MANIFEST
+from tests.fuzz import graphs
 from tests.fuzz.mutations import (
     WORDS,
     encoded,
@@ -400,7 +401,7 @@ def _prompts(rng: Random) -> bytes:
 
 def _prompts_read(folder: Path) -> None:
     tokenizer = Tokenizer.load(CHECKPOINT)
-    for text in _read_prompts(folder / "prompts.txt")[:20]:
+    for text in read_prompts(folder / "prompts.txt")[:20]:
         tokenizer.encode(text[:1000])
 
 
@@ -409,6 +410,11 @@ class Served(BaseException):
 
 
 _OPTIONS: dict[str, list[str]] = {
+    "run": ["--backend", "--checkpoint", "--prompt", "--prompt-ids", "--prompts", "--chat", "--no-thinking",
+            "--max-tokens", "--temperature", "--top-p", "--top-k", "--seed", "--mtp", "--ignore-eos", "--dtype",
+            "--keep-fp8", "--pool-tokens", "--prefill-chunk", "--dump-logits", "--json", "--artifact",
+            "--trust-package", "--plan", "--profile", "--devices", "--tp", "--dp", "--ep", "--pp", "--formats", "--kv",
+            "--engine", "--scale-memory", "--trace", "--coordinator", "--process"],
     "simulate": ["--devices", "--tp", "--dp", "--ep", "--pp", "--isl", "--osl", "--concurrency", "--rate", "--requests",
                  "--mtp", "--accept", "--expert-load", "--set", "--seed", "--kv", "--formats", "--engine", "--profile",
                  "--model", "--length-ratio", "--burstiness", "--prefill-devices", "--trace-file", "--plan", "--html"],
@@ -427,7 +433,14 @@ _OPTIONS: dict[str, list[str]] = {
     "quantize": ["--formats", "--profile", "--layout", "--out"],
     "compare": ["--profile", "--formats", "--window", "--max-tokens", "--tasks", "--html", "--text", "--prompts"],
 }  # fmt: skip
+# What decides the mode of a run, and that which follows is what another one reads.
+_RUNS: list[list[str]] = [
+    [], [], ["--backend", "sim", "--profile", "h200-sxm"], ["--artifact", "none"],
+    ["--backend", "sim", "--plan", "none"],
+    ["--coordinator", "localhost:1", "--process", "0/2"],
+]  # fmt: skip
 _BASES: dict[str, list[str]] = {
+    "run": ["--prompt", "hello", "--max-tokens", "4"],
     "simulate": ["--devices", "8", "--concurrency", "4", "--isl", "64", "--osl", "8"],
     "plan": ["--devices", "8", "--concurrency", "4", "--isl", "64", "--osl", "8"],
     "plan experts": ["--load", "../load.npy", "--devices", "4", "--slots", "24"],
@@ -445,6 +458,8 @@ _BASES: dict[str, list[str]] = {
 def _words(rng: Random) -> bytes:
     verb = rng.choice(list(_BASES))
     words = [*verb.split(), *mutated_words(rng, _BASES[verb], _OPTIONS[verb])]
+    if verb == "run":
+        words[1:1] = rng.choice(_RUNS)
     return json.dumps([word.replace("\0", "") for word in words]).encode()
 
 
@@ -554,6 +569,9 @@ def kinds() -> dict[str, Kind]:
             "place.json", _of_json(_placement), lambda f: read_placement(f / "place.json", read_load(_load_file()))
         ),
         "measured rows": Kind("rows.csv", _csv, lambda f: read_rows(f / "rows.csv")),
+        "onnx graph": Kind("graph.onnx", graphs.onnx_graph, graphs.onnx_opens),
+        "torch graph": Kind("graph.pt2", graphs.pt2_graph, graphs.pt2_opens),
+        "stablehlo graphs": Kind("graph.jax_export", graphs.stablehlo_graph, graphs.stablehlo_opens),
         "prompts": Kind("prompts.txt", _prompts, _prompts_read, named=False),
         "command": Kind("words.json", _words, _command, named=False),
         "the judge": Kind("judge.txt", lambda rng: b"", _judged),

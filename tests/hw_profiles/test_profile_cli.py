@@ -93,6 +93,15 @@ def test_check_reports_the_implausible(tmp_path: Path) -> None:
         ("show", "h200", "--set", "nonsense"),
         ("show", "h200", "--set", f"{BANDWIDTH}=0"),
         ("show", "h200", "--set", "chip.memory.speed=3"),
+        *[
+            ("new", "no/my.toml", "--bf16", "1e14", "--memory", "8e10", "--bandwidth", "2e12", *more)
+            for more in (
+                ("--name", "a\nb"),
+                ("--vendor", "a\x7fb"),
+                ("--source", "\ud800"),
+                ("--name", "x = 1\n[link]"),
+            )
+        ],
     ],
 )
 def test_an_expected_error_is_one_line_and_exit_2(arguments: tuple[str, ...]) -> None:

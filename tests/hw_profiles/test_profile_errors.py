@@ -68,7 +68,17 @@ CASES = [
     ("kind", "gpu", "kind", "accelerator"),
     ("schema", 2, "schema", "must be 1"),
     ("memory", {}, "memory", "unknown key"),
-    ("prices", "/etc/prices.json", "prices", "relative"),
+    *[
+        ("prices", path, "prices", "relative to the TOML")
+        for path in (
+            "/etc/prices.json",
+            "../prices.json",
+            "a/../../b.json",
+            "c:/b.json",
+            "..\\b.json",
+            "x" * 2000,
+        )
+    ],
     ("package_devices", 0, "package_devices", "from 1 to 16"),
     ("sources.smi.grade", ..., "sources.smi", "must be one of"),
     ("sources.smi", "a string", "sources.smi", "title, date and grade"),

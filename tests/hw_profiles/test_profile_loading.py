@@ -14,6 +14,7 @@ from hw_profiles import (
     WEIGHT_SCHEMES,
     Curve,
     InvalidOverride,
+    InvalidProfile,
     MissingFigure,
     UnknownProfile,
     dumps,
@@ -176,3 +177,21 @@ def test_a_curve_is_linear_in_the_log_of_the_size() -> None:
 def test_a_curve_stays_between_its_knots(knots: dict[float, float], size: float) -> None:
     share = curve(*sorted(knots.items())).at(size)
     assert min(knots.values()) * (1 - 1e-9) <= share <= max(knots.values()) * (1 + 1e-9)
+
+
+def test_prices_are_a_file_below_the_folder_of_the_profile(tmp_path: Path) -> None:
+    """Links too: a profile that was sent opens nothing but what came with it."""
+    folder, outside = tmp_path / "sent", tmp_path / "prices.json"
+    (folder / "more").mkdir(parents=True)
+    outside.write_text("{}")
+    named = 'prices = "PATH"\n' + (ROOT / "hw_profiles/profiles/h200-sxm.toml").read_text()
+    (folder / "link.json").symlink_to(outside)
+    (folder / "more" / "own.json").write_text("{}")
+    (folder / "near.json").symlink_to("more/own.json")
+    for path, wrong in (("link.json", "leads out of the folder"), ("more", "no regular file")):
+        (folder / "chip.toml").write_text(named.replace("PATH", path))
+        with pytest.raises(InvalidProfile, match=wrong):
+            load(folder / "chip.toml")
+    for path in ("more/own.json", "near.json", "./more/own.json", "absent.json"):
+        (folder / "chip.toml").write_text(named.replace("PATH", path))
+        assert load(folder / "chip.toml").prices_path == folder / path

@@ -351,3 +351,65 @@ def test_rendered_text_ends_where_the_model_goes_on() -> None:
     ids = Tokenizer.load(TINY).encode(rendered(USER))
     assert ids[:3] == [TOKENIZER.token_id(name) for name in ("[gMASK]", "<sop>", "<|user|>")]
     assert ids[-2:] == [TOKENIZER.token_id(name) for name in ("<|assistant|>", "<think>")]
+
+
+# --- several, by name ----------------------------------------------------------------------------
+
+NAMED = {
+    "default": "plain {{ messages[0].content }}",
+    "tool_use": "tools {% for tool in tools %}{{ tool.function.name }}{% endfor %}",
+    "rag": "rag {{ messages[0].content }}",
+}
+
+
+@pytest.fixture(params=["a list in tokenizer_config.json", "files"])
+def several(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A checkpoint of several templates, spelt in one of the two ways."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((TINY / name).read_bytes())
+    if request.param == "files":
+        (tmp_path / "additional_chat_templates").mkdir()
+        for name, text in NAMED.items():
+            inner = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+            (tmp_path / inner).write_text(text)
+        return tmp_path
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": name, "template": text} for name, text in NAMED.items()]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize("tools", [None, [], [WEATHER]])
+@pytest.mark.parametrize("name", [None, "default", "tool_use", "rag"])
+def test_which_of_several_templates(several: Path, name: str | None, tools: list[Any] | None) -> None:
+    if name == "tool_use" and tools is None:
+        tools = [WEATHER]  # else it is an error in both
+    ours = ChatTemplate.load(several).render([USER], tools, chat_template=name)
+    theirs = hugging_face(several).apply_chat_template(
+        [USER], tools=tools, chat_template=name, tokenize=False, add_generation_prompt=True
+    )
+    assert ours == theirs
+
+
+def test_a_template_that_is_not_there_is_named(several: Path) -> None:
+    with pytest.raises(TokenizerError, match="no chat template called 'rags'; there is 'default', 'rag', 'tool_use'$"):
+        ChatTemplate.load(several).render([USER], chat_template="rags")
+    with pytest.raises(TokenizerError, match="no chat template called 'default'; there is 'x'$"):
+        ChatTemplate({"x": "{{ messages }}"}).render([USER])
+    broken = ChatTemplate({"default": "fine", "tool_use": "{% if %}"}, "t.jinja")  # as long as nobody asks for it
+    assert broken.render([USER]) == "fine"
+    with pytest.raises(TokenizerError, match="t.jinja: tool_use: line 1"):
+        broken.render([USER], [])
+
+
+def test_templates_lie_inside_the_checkpoint(several: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "more.jinja").write_text("secret")
+    more = several / "additional_chat_templates"
+    if more.exists():
+        for each in more.iterdir():
+            each.unlink()
+        more.rmdir()
+    more.symlink_to(outside)
+    with pytest.raises(TokenizerError, match="a link that leads out of the folder"):
+        ChatTemplate.load(several)

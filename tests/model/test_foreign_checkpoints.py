@@ -15,12 +15,14 @@ import pytest
 from model.checkpoint import Checkpoint
 from model.checkpoint_writer import save
 from model.errors import CheckpointError
-from model.formats import FORMATS
-from model.hf_config import from_hf
+from model.formats import FORMATS, Formats
+from model.hf_config import from_hf, load_config
 from model.quantised import quantise
 from model.safetensors_file import SafetensorsFile, write
 from model.spelling import spell
+from model.split import Layout
 from model.weights import Quantized
+from runtime.deployment.ledger import stage_weight_bytes
 from tests.cli.cli import glm5, make_checkpoint, refused
 from tests.model.oracle import CASES, FAMILIES, Oracle, random_weights, torch_logits
 from tests.model.test_checkpoint import assert_same
@@ -135,6 +137,12 @@ def test_a_head_is_compared_to_its_last_row(made: Path, change: str) -> None:
         tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(ml_dtypes.bfloat16)
     opened = Checkpoint(copy(made, "tied", tensors, tie_word_embeddings=True))
     assert opened.config.tie_embeddings == (change == "equal") == (not opened.notes)
+    planned = load_config(opened.path)  # what plans and simulations know of it
+    assert planned == opened.config
+    head = stage_weight_bytes(planned, Layout(), Formats("f32", "f32", "f32"), 0, mtp=False).get("head", 0.0)
+    assert head == (0 if change == "equal" else 4 * planned.vocab_size * planned.hidden_size)
+    (opened.path / "model.safetensors").unlink()  # a config alone
+    assert load_config(opened.path).tie_embeddings
 
 
 def test_quantize_keeps_the_head_and_says_so(tmp_path: Path) -> None:

@@ -38,6 +38,41 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
         return f"127.0.0.1:{found.getsockname()[1]}"
 
 
+class Clock:
+    """The clock of those that join, which a test may put forward: whoever waits then has waited long enough."""
+
+    def __init__(self) -> None:
+        self._ahead_s = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self._ahead_s
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(min(seconds, 0.01))
+
+    def forward(self) -> None:
+        self._ahead_s += 1000.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(joining, "time", made)
+    return made
+
+
+def await_listening(place: str) -> None:
+    while True:
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(_address(place), 20):
+            return
+        time.sleep(0.005)
+
+
+def _address(place: str) -> tuple[str, int]:
+    host, _, port = place.rpartition(":")
+    return host, int(port)
+
+
 class Meeting:
     """Each in a thread of its own: what it returned or raised, by its number."""
 
@@ -104,14 +139,20 @@ def test_a_folder_that_is_not_ones_own_is_not_used(place: str, tmp_path: Path, h
 
 
 @pytest.mark.parametrize(("first", "second"), [(SECRET, OTHER), (SECRET, b""), (SECRET, SECRET + b"x")])
-def test_another_secret_is_turned_away_and_process_0_waits_on_in_vain(place: str, first: bytes, second: bytes) -> None:
-    came = meet(place, 2, [first, second], 1)
-    assert came[1] == (
+def test_another_secret_is_turned_away_and_process_0_waits_on_in_vain(
+    place: str, first: bytes, second: bytes, clock: Clock
+) -> None:
+    found = Meeting()
+    found.add(0, lambda: gather(place, 2, first, 20))
+    with pytest.raises(UsageError) as turned_away:
+        knock(place, 1, 2, second, 20)
+    clock.forward()
+    assert str(turned_away.value) == (
         f"process 1 of 2 is not let in at {place}: it has another secret than process 0; set GLM5_JOIN_SECRET, or "
         "GLM5_JOIN_SECRET_FILE to a file that holds it, to the same for all"
     )
-    assert came[0] == (
-        f"process 0 of 2: process 1 has not come to {place} within 1 s; 1 that knew no secret were turned away"
+    assert found.ended()[0] == (
+        f"process 0 of 2: process 1 has not come to {place} within 20 s; 1 that knew no secret were turned away"
     )
 
 
@@ -141,20 +182,21 @@ def test_an_imposter_keeps_nobody_out(place: str) -> None:
     assert len({each[12:] for each in heard if len(each) == 44}) == len(heard)  # a nonce for each
 
 
-def test_what_was_heard_once_opens_nothing(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_heard_once_opens_nothing(place: str, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     said: list[bytes] = []
     pack = joining._mac
     monkeypatch.setattr(joining, "_mac", lambda secret, *parts: said.append(pack(secret, *parts)) or said[-1])
     meet(place, 2, [SECRET] * 2)
     old = said[:]
     found = Meeting()
-    found.add(0, lambda: gather(place, 2, SECRET, 1))
-    time.sleep(0.3)
+    found.add(0, lambda: gather(place, 2, SECRET, 20))
+    await_listening(place)
     for mac in old:
-        with socket.create_connection(("127.0.0.1", int(place.rpartition(":")[2])), 5) as caller:
+        with socket.create_connection(_address(place), 20) as caller:
             caller.recv(44)
             caller.sendall(joining._WHO.pack(1, 2) + bytes(32) + mac)
             assert caller.recv(1) == b"\1"
+    clock.forward()
     assert "process 1 has not come" in str(found.ended()[0])
 
 
@@ -210,22 +252,33 @@ def test_a_false_process_0_of_another_user_is_noticed(place: str, listening: Cal
 @pytest.mark.parametrize(
     ("index", "count", "said"), [(1, 3, "another number of processes"), (1, 2, "there is a process 1 already")]
 )
-def test_who_has_no_place(place: str, index: int, count: int, said: str) -> None:
-    found = Meeting()
-    found.add(0, lambda: gather(place, 3 if count == 2 else 2, SECRET, 2))
+def test_who_has_no_place(
+    place: str, index: int, count: int, said: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, is_in, let_in = Meeting(), threading.Event(), joining._Gate._let_in
+
+    def told(gate: joining._Gate, caller: socket.socket) -> bool:
+        kept = let_in(gate, caller)
+        if kept:
+            is_in.set()
+        return kept
+
+    monkeypatch.setattr(joining._Gate, "_let_in", told)
+    found.add(0, lambda: gather(place, 3 if count == 2 else 2, SECRET, 20))
     if count == 2:
-        found.add(1, lambda: knock(place, 1, 3, SECRET, 2))
-        time.sleep(0.7)
+        found.add(1, lambda: knock(place, 1, 3, SECRET, 20))
+        assert is_in.wait(20)
         count = 3
     with pytest.raises(UsageError, match=said):
-        knock(place, index, count, SECRET, 3)
+        knock(place, index, count, SECRET, 20)
+    clock.forward()
     found.ended()
 
 
 def test_one_that_was_killed_may_come_again(place: str) -> None:
     found = Meeting()
     found.add(0, lambda: gather(place, 3, SECRET, 20))
-    time.sleep(0.3)
+    await_listening(place)
     with pytest.MonkeyPatch.context() as patched:  # it is let in, and is gone
         patched.setattr(joining, "_ANSWER_SECONDS", 0.0)
         with pytest.raises(UsageError):
@@ -235,13 +288,16 @@ def test_one_that_was_killed_may_come_again(place: str) -> None:
     assert len(set(found.ended().values())) == 1
 
 
-def test_process_0_listens_where_it_is_told_and_nowhere_else(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_0_listens_where_it_is_told_and_nowhere_else(
+    place: str, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
     port = int(place.rpartition(":")[2])
     found = Meeting()
-    found.add(0, lambda: gather(place, 2, SECRET, 1))
-    time.sleep(0.3)
+    found.add(0, lambda: gather(place, 2, SECRET, 20))
+    await_listening(place)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), 1)
+    clock.forward()
     found.ended()
     with pytest.raises(UsageError, match="process 0 cannot listen there"):
         gather(f"192.0.2.1:{port}", 2, SECRET, 1)

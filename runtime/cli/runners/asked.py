@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foundation.errors import UsageError
-from foundation.reading import Unreadable, read_lines
 from foundation.writing import require_writable
 from runtime.cli.runners.answers import Answers
+from runtime.execution.prompts import read_prompts
 
 if TYPE_CHECKING:
     from model.checkpoint import Checkpoint
@@ -66,7 +66,7 @@ class RunMode(ABC):
         """What to continue. Raises `UsageError`."""
         if self.prompt_ids is not None:
             return _parse_ids(self.prompt_ids)
-        return _read_prompts(self.prompts) if self.prompts else [self.prompt if self.prompt is not None else "Hello"]
+        return read_prompts(self.prompts) if self.prompts else [self.prompt if self.prompt is not None else "Hello"]
 
     def sampling(self) -> Sampling:
         """Raises `UsageError`."""
@@ -142,14 +142,5 @@ def _parse_ids(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"--prompt-ids takes whole numbers separated by commas, not {text!r}") from None
-
-
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        lines = [line for line in read_lines(path) if line.strip()]
-    except Unreadable as error:
-        raise UsageError(f"--prompts {path}: {error}") from None
-    if not lines:
-        raise UsageError(f"--prompts {path}: no prompt in it")
-    return lines
+        shown = text if len(text) <= 60 else f"{text[:57]}..."
+        raise UsageError(f"--prompt-ids takes whole numbers separated by commas, not {shown!r}") from None

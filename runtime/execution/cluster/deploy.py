@@ -8,7 +8,8 @@ from typing import Any
 
 import hw_profiles
 from backends.emulation.memory import Limits, Memory, account
-from foundation.errors import CapacityError, UsageError
+from foundation.errors import CapacityError, UsageError, first_line
+from foundation.limits import within
 from hw_profiles import Profile
 from model.config import ModelConfig
 from model.split import Grid, Layout, Slots, slots_in_order
@@ -17,6 +18,9 @@ from runtime.deployment.plan import Plan, Pool
 from runtime.planning.assign import plan_for
 from runtime.simulation.build import COMMUNICATION_BYTES, RUNTIME_BYTES, Spec, memories
 from runtime.simulation.planned import Deployed, deployed
+
+MOST_EMULATED = 1024
+"""Devices that one host stands in for, without a plan: each has weights and caches of its own."""
 
 
 def lay_out(
@@ -32,6 +36,7 @@ def lay_out(
     Of those that the model divides by: one server before several, experts split by expert, few stages, wide tp.
     Raises `UsageError` where there is none.
     """
+    within("--devices", devices, MOST_EMULATED)
     found: list[tuple[tuple[Any, ...], Layout, int]] = []
     why = ""
     for replicas in (n for n in range(1, devices + 1) if devices % n == 0):
@@ -99,7 +104,7 @@ def spot_plan(spec: Spec, replicas: int) -> Plan:
             }
             limits = Limits(spec.profile.name, stage.usable_bytes, reserved, spec.formats, 1, spec.engine.page_tokens)
             account(spec.cfg, Grid.of(spec.cfg, spec.layout), limits)
-        raise CapacityError(str(error).splitlines()[0]) from None
+        raise CapacityError(first_line(error)) from None
 
 
 def grid_of(cfg: ModelConfig, pool: Pool) -> Grid:

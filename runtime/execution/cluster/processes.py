@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from backends.errors import BackendUnavailable
-from foundation.errors import Failure, UsageError
+from foundation.errors import Failure, UsageError, first_line
 from runtime.execution.cluster.joining import Address, gather, given_secret, knock
 
 if TYPE_CHECKING:
@@ -52,12 +52,12 @@ class ProcessPlace:
         if coordinator is None or process is None:
             raise UsageError("--coordinator and --process go together: where process 0 listens, and which this is")
         host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        if not host or not 0 < _whole(port) < 65536:
             raise UsageError(f"--coordinator takes HOST:PORT, not {coordinator!r}")
         index, _, count = process.partition("/")
-        if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        if not 0 <= _whole(index) < _whole(count):
             raise UsageError(f"--process takes I/N with I from 0 to N - 1, not {process!r}")
-        return cls(coordinator, int(index), int(count))
+        return cls(coordinator, _whole(index), _whole(count))
 
     def check(self, plan: Plan) -> None:
         """Raises `UsageError` where the plan's devices cannot be dealt out."""
@@ -69,6 +69,11 @@ class ProcessPlace:
 
     def __str__(self) -> str:
         return f"process {self.index} of {self.count}"
+
+
+def _whole(text: str) -> int:
+    """A whole number of a command line, -1 for what is none."""
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +157,7 @@ def _child(place: ProcessPlace, sender: Connection, key: bytes, work: Callable[[
     except Exception as error:
         code = 2
         if _OF_RUNTIME.match(str(error)):
-            sender.send(_lost(place, str(error).splitlines()[0]))
+            sender.send(_lost(place, first_line(error)))
         else:
             traceback.print_exc()
             code = _BUG
@@ -187,8 +192,7 @@ def connect(
         devices = join(backend.platform, *where, len(plan.devices), JOIN_SECONDS)
     except jax.errors.JaxRuntimeError as error:
         raise UsageError(
-            f"{place} found not all others at {place.coordinator} within {JOIN_SECONDS:g} s "
-            f"({str(error).splitlines()[0]})"
+            f"{place} found not all others at {place.coordinator} within {JOIN_SECONDS:g} s ({first_line(error)})"
         ) from None
     if reason := backend.unavailable():
         raise BackendUnavailable(f"backend {backend.name} cannot be used here: {reason} (see `glm5 backends`)")

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +19,14 @@ from foundation.errors import CapacityError, UsageError
 from foundation.foreign_text import MOST_BYTES, ForeignTokenizer, is_tame
 from foundation.reading import Unreadable, read_text
 from foundation.streaming import TextStream
-from runtime.deployment.manifest import FILE, GearUnits, Manifest, Value, check_files
+from runtime.deployment.manifest import FILE, MOST_STEP, GearUnits, Manifest, Value, check_files
 from runtime.deployment.tensors import numpy_dtype
 from runtime.execution.local.request import Completion, OnToken, Prompt
 from runtime.execution.local.request import Sequence as Running
 from runtime.execution.package.executor import executor, refusing
+from runtime.execution.package.room import room_bytes, within_room
 from runtime.execution.package.runner import Runner, StepBatch, stored_weights
 from runtime.serving.sampling import choose
-
-_MOST = 1 << 26  # tokens of a step, and pages of the contexts it reads
 
 
 class Package:
@@ -50,6 +49,7 @@ class Package:
         _check_sizes(folder, self.manifest)
         with refusing(folder / FILE, "the runner"):
             self.runner = Runner(folder, self.manifest, runtime, weights, linked)
+        self._held_bytes = None if trusted else _held_bytes(self.manifest)
         self.text = Text(folder / self.manifest.tokenizer) if self.manifest.tokenizer else None
 
     @property
@@ -131,8 +131,25 @@ class Package:
         table[0] = np.arange(1, 1 + gear.context_pages)
         first[0], length[0] = start, len(chunk)
         batches = [StepBatch(tokens, first, length, table), *[padding] * (self.runner.dp - 1)]
-        with refusing(self.folder / FILE, "the runner"):
+        with self._bounded(program), refusing(self.folder / FILE, "the runner"):
             return self.runner.executor.get(self.runner.step(program, batches)[0]["logits"])[0]
+
+    def _bounded(self, program: GearUnits) -> AbstractContextManager[None]:
+        if self._held_bytes is None:
+            return nullcontext()
+        most = room_bytes(program.gear, self.manifest.page_size, self._held_bytes)
+        return within_room(self.folder, most)
+
+
+def _held_bytes(manifest: Manifest) -> int:
+    """Bytes of the files and the caches of all devices."""
+    return sum(file.bytes for file in manifest.files.values()) + _cache_bytes(manifest)
+
+
+def _cache_bytes(manifest: Manifest) -> int:
+    each = {unit: sum(map(_bytes, caches)) for unit, caches in manifest.caches.items()}
+    layers = {layer.index: layer.unit for layer in manifest.layers}
+    return sum(each[layers[layer]] for device in manifest.devices for layer in device.layers)
 
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:
@@ -142,12 +159,12 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
         raise ArtifactError(f"{where}: has no programs, or pages of no tokens; export the package again")
     for number, program in enumerate(manifest.programs):
         b, t, pages = dataclasses.astuple(program.gear)
-        if min(b, t, pages) < 1 or b * max(t, pages) > _MOST:
-            raise ArtifactError(f"{where}: programs[{number}].gear: sizes of 1 to {_MOST:,} in all; export it again")
+        if min(b, t, pages) < 1 or b * max(t, pages) > MOST_STEP:
+            raise ArtifactError(
+                f"{where}: programs[{number}].gear: sizes of 1 to {MOST_STEP:,} in all; export it again"
+            )
     with refusing(where, "the runner"):
-        each = {unit: sum(map(_bytes, caches)) for unit, caches in manifest.caches.items()}
-        layers = {layer.index: layer.unit for layer in manifest.layers}
-        held = sum(each[layers[layer]] for device in manifest.devices for layer in device.layers)
+        held = _cache_bytes(manifest)
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if held > there:
         raise CapacityError(

@@ -22,6 +22,7 @@ from typing import Any
 from torch.export.pt2_archive import PT2ArchiveWriter
 
 from backends.errors import ArtifactError
+from foundation.errors import first_line
 from foundation.reading import Unreadable, parse_json
 from runtime.deployment.document import Fault, place, plain, validated
 from runtime.execution.package.executor import TRUST
@@ -124,7 +125,7 @@ def _json(path: Path, entries: Mapping[str, bytes], name: str) -> Any:
     try:
         return parse_json(content.decode("utf-8"))
     except (Unreadable, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path}: {name}: no JSON ({str(error).splitlines()[0]})") from None
+        raise ArtifactError(f"{path}: {name}: no JSON ({first_line(error)})") from None
 
 
 def _config(path: Path, entries: Mapping[str, bytes], name: str) -> Any:

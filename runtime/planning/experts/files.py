@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from foundation.limits import within
 from foundation.npy import read_npy
 from foundation.reading import Unreadable, read_json
 from foundation.writing import replacing
+from model.config import MOST_LAYERS
 from runtime.deployment.errors import LoadError, PreviousError
 from runtime.planning.experts.packing import Floats, Packing
 from runtime.planning.experts.placement import ExpertPlacement, checked_load, placement_of
@@ -36,6 +38,7 @@ def sglang_init_expert_location(placement: ExpertPlacement, dense_layers: int = 
     number of slots on every device, experts + `--ep-num-redundant-experts` in all, and a row for every
     layer of the model: `dense_layers` rows for the first ones, without experts, are put in front.
     """
+    within("layers without experts (--dense-layers):", dense_layers, MOST_LAYERS)
     layers, slots = placement.slot_expert.shape
     dense = (np.arange(slots) % placement.replicas.shape[1]).tolist()
     return {"physical_to_logical_map": [dense] * dense_layers + placement.slot_expert.tolist()}

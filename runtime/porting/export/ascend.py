@@ -22,7 +22,7 @@ from backends.ascend import atc, catalog, plugin
 from backends.ascend.lowerings import FUSED, CannOptions, is_latent, split_port
 from backends.errors import Unsupported
 from backends.toolchains.walker import Graph, Port
-from foundation.errors import UsageError
+from foundation.errors import UsageError, first_line
 from hw_profiles import Profile
 from model.config import LayerType
 from model.formats import FORMATS, SCHEMES
@@ -70,7 +70,7 @@ class AscendWriter:
         try:
             onnx.checker.check_model(model, full_check=True)
         except Exception as error:  # of the checker, or of its shape inference
-            raise Unsupported(f"{stem}: the ONNX checker refuses it: {str(error).splitlines()[0]}") from None
+            raise Unsupported(f"{stem}: the ONNX checker refuses it: {first_line(error)}") from None
         (folder / f"{stem}.onnx").write_bytes(model.SerializeToString(deterministic=True))
         self.custom |= {node.op_type for node in model.graph.node if node.domain == catalog.PLUGIN}
         self.declined += made.declined

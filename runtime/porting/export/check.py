@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from backends.ascend import catalog, constraints
 from backends.ascend.catalog import PLUGIN, STANDARD
-from foundation.errors import UsageError
+from foundation.errors import UsageError, first_line
 from runtime.deployment.manifest import Manifest, wrong_files
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _load(path: Path, name: str) -> tuple[onnx.ModelProto | None, list[Refusal]]
     try:
         return onnx.load(str(path), load_external_data=False), []
     except Exception as error:  # protobuf's errors have no public base
-        return None, [Refusal(name, "file", f"not an ONNX model ({str(error).splitlines()[0]})", "E16001")]
+        return None, [Refusal(name, "file", f"not an ONNX model ({first_line(error)})", "E16001")]
 
 
 def _model(name: str, model: onnx.ModelProto, manifest: Manifest, family: str | None) -> Iterator[Refusal]:

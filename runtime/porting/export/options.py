@@ -8,17 +8,19 @@ from pathlib import Path
 
 from backends.toolchains.narrow import HOLDS, refusal
 from foundation.errors import UsageError
+from foundation.limits import within
 from model.checkpoint import Checkpoint, groups
 from model.config import ModelConfig
 from model.formats import FORMATS, SCHEMES, matrix_format, scheme
 from model.quantised import shared_size
 from model.split import Grid, Layout
 from model.weights import layer_weights
-from runtime.deployment.manifest import Gear
+from runtime.deployment.manifest import MOST_STEP, Gear
 from runtime.porting.export.job import ExportJob
 
 _NEEDS = {"onnx": ("onnx",), "ascend": ("onnx",), "torch": ("torch",)}  # packages beyond the core's
 _CONTEXT = 4096  # tokens, by default
+_MOST_GEARS = 256  # of a phase; each is traced and written
 WIDE = {"f32": "float32", "bf16": "bfloat16"}
 """The dtype of a scheme's wide format."""
 
@@ -116,7 +118,16 @@ def gears(cfg: ModelConfig, phase: str, batch: str, chunk: str, context: str | N
             raise UsageError(f"--context {size}: {cfg.name} has {cfg.max_positions} positions")
         if max(tokens) > size:
             raise UsageError(f"--chunk {max(tokens)}: exceeds --context {size}")
-    return [Gear(b, t, c // page_size) for b in sizes("--batch", batch) for t in tokens for c in contexts]
+    found = [Gear(b, t, c // page_size) for b in sizes("--batch", batch) for t in tokens for c in contexts]
+    within(f"gears ({phase}): their number", len(found), _MOST_GEARS)
+    for gear in found:
+        size, held = max(gear.tokens, gear.context_pages) * gear.sequences, gear.context_pages * page_size
+        if size > MOST_STEP or gear.sequences * held >= 2**31:
+            raise UsageError(
+                f"--batch {gear.sequences:,} of --context {held:,}: a step has at most {MOST_STEP:,} tokens and pages, "
+                f"and {2**31 - 1:,} tokens of context; export fewer sequences"
+            )
+    return found
 
 
 def sizes(option: str, text: str) -> list[int]:
@@ -126,5 +137,7 @@ def sizes(option: str, text: str) -> list[int]:
     except ValueError:
         found = []
     if not found or found[0] < 1:
-        raise UsageError(f"{option} {text}: give whole numbers of 1 or more, separated by commas")
+        shown = text if len(text) <= 60 else f"{text[:57]}..."
+        raise UsageError(f"{option} {shown}: give whole numbers of 1 or more, separated by commas")
+    within(option, found[-1], MOST_STEP)
     return found

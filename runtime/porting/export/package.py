@@ -77,6 +77,8 @@ def export(request: ExportJob, out: Path, check: Check | None = None) -> Manifes
     check: is given the finished package before it takes its name; what it raises leaves nothing behind.
     Raises `UsageError`, `Unsupported` (a number format or primitive that the format lacks).
     """
+    if request.device is not None and not 0 <= request.device < request.grid.devices:
+        raise UsageError(f"--device {request.device}: the layout has devices 0 to {request.grid.devices - 1}")
     with new_folder(out) as folder:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(f"--out {out}: is not an empty folder; choose another or remove it")
@@ -118,8 +120,6 @@ def _manifest(request: ExportJob, what: Cut, programs: list[GearUnits], folder: 
     cfg, grid, checkpoint = request.cfg, request.grid, request.checkpoint
     found = shares.devices(cfg, grid)
     if request.device is not None:
-        if not 0 <= request.device < len(found):
-            raise UsageError(f"--device {request.device}: the layout has devices 0 to {len(found) - 1}")
         found = (found[request.device],)
     return Manifest(
         format=request.format,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from backends.errors import ArtifactError, Unsupported
 from backends.toolchains.walker import Graph
+from foundation.errors import first_line
 from runtime.deployment.manifest import Manifest, Step
 from runtime.porting.export.job import ExportJob, op_uses, values
 from runtime.porting.export.readme import readme
@@ -73,7 +74,7 @@ class OnnxWriter:
         try:
             onnx.checker.check_model(written.model, full_check=True)
         except Exception as error:  # of the checker, or of its shape inference
-            raise Unsupported(f"{stem}: the ONNX checker refuses it: {str(error).splitlines()[0]}") from None
+            raise Unsupported(f"{stem}: the ONNX checker refuses it: {first_line(error)}") from None
         (folder / f"{stem}.onnx").write_bytes(written.model.SerializeToString(deterministic=True))
         found = Counter({(form.name, form.form, form.target): n for form, n in written.ops.items()})
         return graph_step(graph, {"any": f"{stem}.onnx"}, found)
