@@ -29,7 +29,7 @@ from runtime.pricing.oplist import OpList, Sizes, TracedOp
 from runtime.pricing.price import Price, total, weakest
 from runtime.pricing.prices import Context, label, outside_attention, price
 from runtime.pricing.work import MlaShape
-from runtime.serving.pricing import BatchShape, StepPrice
+from runtime.serving.pricing import BatchShape, PricedPart, StepPrice
 
 _SPARSE = "engine.sparse_layer_seconds"
 _MODES = {"full": "index", "shared": "skip", "none": "dense"}
@@ -271,7 +271,8 @@ class GraphPricer:
         ]
         if self._around_sparse:
             each = f"{_SPARSE} {self._sparse_layer_seconds * 1e6:g} us"
-            small = Price(self._around_sparse, "overhead", "assumed", 0.5, assumed=frozenset({each}))
+            named = frozenset({each})
+            small = Price(self._around_sparse, "overhead", "assumed", 0.5, assumed=named, sources=named)
             parts.append(("attention", small))
         for kind, count in self._kinds:
             if rows:
@@ -311,6 +312,11 @@ def _step_price(parts: list[tuple[str, Price]]) -> StepPrice:
         evidence=_GRADE.get(weakest(part.evidence for _, part in parts if part.seconds > 0), "assumed"),
         assumed=frozenset[str]().union(*(part.assumed for _, part in parts if part.seconds > 0)),
         errors=[weighted[name] / max(seconds, 1e-30) for name, seconds in by_op.items()],
+        parts=[
+            PricedPart(name, part.bound, part.seconds, _GRADE.get(part.evidence, "assumed"), part.sources)
+            for name, part in parts
+            if part.seconds > 0
+        ],
     )
 
 

@@ -318,6 +318,13 @@ class Engine:
             return max(device_seconds, launch + host)
         return max(device_seconds, launch) + host
 
+    def host_settings(self, graphed: bool, pieces: bool) -> tuple[str, ...]:
+        """The settings that make a step's host time."""
+        if graphed:
+            return ("graph_step_host_seconds",)
+        how, step = ("piecewise", "graph") if pieces else ("eager", "eager")
+        return f"{step}_step_host_seconds", f"{how}_layer_host_seconds", f"{how}_sparse_layer_host_seconds"
+
 
 ABOUT = ("name", "description", "kind", "release", "released", "prices", "hosts")
 SETTINGS = tuple(f.name for f in fields(Engine) if f.name not in (*ABOUT, "cache", "evidence"))
