@@ -118,7 +118,8 @@ def ledger_json(held: Ledger | None) -> dict[str, Any] | None:
 class progress_bar:
     """A progress bar on a terminal; nothing elsewhere."""
 
-    def __init__(self, wanted: bool):
+    def __init__(self, wanted: bool, what: str = "requests"):
+        self._what = what
         self._bar: Any = None
         self._task: Any = None
         if wanted and sys.stderr.isatty():
@@ -132,7 +133,7 @@ class progress_bar:
         if self._bar is None:
             return None
         self._bar.start()
-        self._task = self._bar.add_task("requests")
+        self._task = self._bar.add_task(self._what)
         return lambda done, total: self._bar.update(self._task, completed=done, total=total)
 
     def __exit__(self, *_: object) -> None:

@@ -208,8 +208,11 @@ def _split(
     took = engine.step_seconds(price.seconds, shape.graphed, shape.pieces)
     shares = []
     for each in parts if took else ():
-        constants = [name for name in engine.evidence if f"engine.{name}" in {text.split()[0] for text in each.sources}]
-        evidence, sources = _known(engine, *constants) if constants else (each.evidence, each.sources)
+        evidence, sources = each.evidence, each.sources
+        named = {text: text.split()[0].removeprefix("engine.") for text in sources if text.startswith("engine.")}
+        if named and all(name in engine.evidence for name in named.values()):
+            grade, words = _known(engine, *named.values())
+            evidence, sources = (grade if named.keys() == sources else evidence), (sources - named.keys()) | words
         shares.append(((each.bound, each.op, evidence), each.seconds / took, sources))
     host = took - price.seconds
     if took and host > 0:
