@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from runtime.pricing import bands
-from runtime.simulation.validation import score
+from runtime.simulation.validation import FIGURES, score
 
 DATA = Path(__file__).resolve().parent.parent / "tests" / "data"
 FILES = [DATA / name for name in ("public_dev.csv", "ascend_step_dev.csv")]
 """Not silicon_dev.csv: some of its rows were in view when constants of engines were set."""
-FIGURES = {"tpot_ms": "tpot", "ttft_ms": "ttft", "output_tok_s": "throughput", "step_s": "step"}
 OUT = Path(bands.__file__).with_name("residuals.json")
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 import hw_profiles
-from foundation.errors import Failure
+from foundation.errors import Failure, UsageError
 from model.hf_config import load_config
 from runtime.deployment.engines import Circumstances
 from runtime.serving.workload import Fixed, Uniform
 from runtime.simulation import published
+from runtime.simulation.mechanisms import MECHANISMS, mechanism
 from runtime.simulation.published import MEASURED, model_of, read, scheme_of_words, settings_of
 
 ROW = {
@@ -147,3 +149,23 @@ def test_a_server_that_was_tuned_has_graphs_for_its_clients() -> None:
 )  # fmt: skip
 def test_what_is_older_than_all_that_is_described_is_scored_apart(engine: str, version: str, apart: bool) -> None:
     assert ("older than every" in read({**ROW, "engine": engine, "engine_version": version}).apart) == apart
+
+
+def test_causes_are_switched_off_by_what_is_said_of_the_deployment() -> None:
+    """A cause that is off is the deployment with other settings, a row's own settings going before; nothing else of
+    the row changes, and one that says nothing of it changes nothing."""
+    plain = read(ROW).spec()
+    off = {each.name: read(ROW, each).spec() for each in MECHANISMS}
+    assert not plain.engine.overlap_scheduling and off["overlap"].engine.overlap_scheduling
+    assert plain.engine.eager_launch_seconds > 0 == off["launches"].engine.eager_launch_seconds
+    assert off["front-end"].engine.front_seconds(1000) == 0 < plain.engine.front_seconds(1000)
+    assert plain.profile.number("chip.sustained_clock_fraction") != off["clocks"].profile.number(
+        "chip.sustained_clock_fraction"
+    )
+    assert (plain.engine.release, off["releases"].engine.release) == ("0.11", "0.28")
+    assert off["kernels"].engine == dataclasses.replace(plain.engine, release="")
+    assert off["padding"].engine.graph_batch_sizes == plain.engine.graph_batch_sizes
+    eager = {**ROW, "server_flags": "--enforce-eager"}
+    assert read(eager, mechanism("graphs")).spec().engine.graph_mode == "eager"
+    with pytest.raises(UsageError, match=r"--without magic: no such cause; there are releases, .*expert-load"):
+        mechanism("magic")

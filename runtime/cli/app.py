@@ -9,6 +9,7 @@ import typer
 from runtime.cli import backends, calibrate, export, model, plan, profiles, run, serve, simulate, validate
 from runtime.cli.compare import compare
 from runtime.cli.eval import evaluate
+from runtime.cli.fit import fit
 from runtime.cli.quantize import quantize
 from runtime.cli.train import train
 from runtime.cli.version import version
@@ -26,6 +27,7 @@ app.command("model")(model.model)
 app.command("backends")(backends.backends)
 app.command("simulate")(simulate.simulate)
 app.command("validate")(validate.validate)
+app.command("fit")(fit)
 app.command("calibrate")(calibrate.calibrate)
 app.command("quantize")(quantize)
 app.command("compare")(compare)

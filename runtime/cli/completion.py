@@ -54,3 +54,10 @@ def caches(incomplete: str) -> list[str]:
     from model.formats import KV
 
     return _begun(KV, incomplete)
+
+
+def mechanisms(incomplete: str) -> list[str]:
+    """Causes that a prediction is made of."""
+    from runtime.simulation.mechanisms import MECHANISMS
+
+    return _begun([each.name for each in MECHANISMS], incomplete)

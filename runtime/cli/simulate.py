@@ -16,7 +16,7 @@ from foundation.writing import require_writable
 from model.formats import SCHEMES_HELP
 from runtime.cli import completion
 from runtime.cli.given import given
-from runtime.cli.simulated import load_of, pools_of, progress_bar, result_of, show
+from runtime.cli.simulated import explained, load_of, pools_of, progress_bar, result_of, show
 from runtime.deployment.engines import ENGINES_HELP
 
 if TYPE_CHECKING:
@@ -78,6 +78,9 @@ def simulate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of lengths, arrivals and acceptance.")] = 0,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace here.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say what TPOT and TTFT are made of, and where each price comes from.")
+    ] = False,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -89,7 +92,7 @@ def simulate(
     from model.hf_config import load_config
     from model.split import MOST_DEVICES, Layout
     from runtime.deployment.plan import Demand
-    from runtime.serving import Trace
+    from runtime.serving import StepLog, Trace
     from runtime.serving import simulate as run_load
     from runtime.simulation.build import build, chip_with, model_override, require_positions, spec_for, split_settings
 
@@ -102,7 +105,7 @@ def simulate(
         from runtime.cli.simulate_plan import load_beside_plan, simulated_plan
 
         changed = load_beside_plan(context)
-        recorder = Trace() if trace else None
+        recorder = StepLog() if explain else Trace() if trace else None
         with progress_bar(not as_json) as progress:
             result, report = simulated_plan(plan, changed, requests, seed, recorder, progress)
         return _give(result, report, recorder, trace, html, as_json)
@@ -137,12 +140,13 @@ def simulate(
     deployment: Any = dataclasses.replace(built.deployment, replicas=devices // layout.devices, devices=devices)
     if prefill_devices:
         deployment = _disaggregated(built, deployment, prefill_devices)
-    recorder = Trace() if trace else None
+    recorder = StepLog() if explain else Trace() if trace else None
     with progress_bar(not as_json) as progress:
         report = run_load(load, deployment, seed=seed, trace=recorder, progress=progress)
     result = result_of(spec, built, report, devices + prefill_devices, devices // layout.devices)
     demand = Demand(isl, osl, length_ratio, inflight, rate)
     result |= load_of(demand, report, load.description if trace_file else "")
+    result |= explained(recorder, report, deployment)
     if prefill_devices:
         pools = (("prefill", prefill_devices), ("decode", devices))
         name = f"{layout.name} on {found.name}, {spec.formats.scheme.name}, KV {spec.formats.kv}"

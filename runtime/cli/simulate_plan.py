@@ -14,7 +14,7 @@ from runtime.cli.given import given, refuse_unread
 if TYPE_CHECKING:
     from runtime.serving import Report
 
-_FREE = frozenset({"plan", "requests", "seed", "trace", "html", "as_json"})
+_FREE = frozenset({"plan", "requests", "seed", "trace", "explain", "html", "as_json"})
 """Options that go with a plan."""
 
 _LOAD = frozenset({"isl", "osl", "concurrency", "rate"})
@@ -37,7 +37,7 @@ def simulated_plan(
 
     load: fields of its demand to change.
     """
-    from runtime.cli.simulated import load_of, pools_of, result_of
+    from runtime.cli.simulated import explained, load_of, pools_of, result_of
     from runtime.deployment.plan import Plan
     from runtime.planning.predict import simulate_plan, whole
 
@@ -58,4 +58,5 @@ def simulated_plan(
     }
     profile = " + ".join(dict.fromkeys(pool.profile for pool in plan.pools))
     of_load = load_of(plan.demand, of_all)
-    return {**result, **of_all.to_json(), "profile": profile, "plan": made, **pools_of(held), **of_load}, of_all
+    result |= {**of_all.to_json(), "profile": profile, "plan": made, **pools_of(held), **of_load}
+    return result | explained(trace, report, share.deployment), of_all

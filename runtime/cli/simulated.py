@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from runtime.deployment.ledger import Ledger
     from runtime.deployment.plan import Demand
-    from runtime.serving import Report
+    from runtime.serving import Deployment, Disaggregated, Report, Trace
     from runtime.simulation.build import Built, Spec
 
 
@@ -75,6 +75,42 @@ def pools_of(named: dict[str, tuple[int, Ledger | None]]) -> dict[str, Any]:
     }
 
 
+def explained(recorder: Trace | None, report: Report, deployment: Deployment | Disaggregated) -> dict[str, Any]:
+    """What of the JSON object says what the figures are made of, where that was asked for."""
+    from runtime.serving import StepLog, explain
+
+    if not isinstance(recorder, StepLog):
+        return {}
+    return {"explain": {name: each.to_json() for name, each in explain(recorder, report, deployment).items()}}
+
+
+def show_explained(console: Console, parts_of: Mapping[str, Any]) -> None:
+    """The parts of each figure, and below them where their prices come from."""
+    from rich.table import Table
+
+    sources: dict[str, int] = {}
+    for name, figure in parts_of.items():
+        title = name.removesuffix("_ms").upper()
+        terms = " + ".join(f"{term} {ms:,.2f}" for term, ms in figure["terms_ms"].items() if ms)
+        console.print(f"\n[bold]{title} {figure['mean_ms']:,.2f} ms[/] = {terms}")
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for heading in ("ms", "share"):
+            table.add_column(heading, justify="right")
+        for heading in ("term", "of", "evidence", "sources"):
+            table.add_column(heading)
+        shown = [part for part in figure["parts"] if part["share"] >= _LEAST_SHARE]
+        for part in shown:
+            cited = ", ".join(str(sources.setdefault(text, len(sources) + 1)) for text in part["sources"])
+            cells = (f"{part['ms']:,.2f}", f"{part['share']:.1%}", part["term"], part["part"], part["evidence"], cited)
+            table.add_row(*cells)
+        if left := figure["mean_ms"] - sum(part["ms"] for part in shown):
+            share = f"{left / figure['mean_ms']:.1%}"
+            table.add_row(f"{left:,.2f}", share, "", f"{len(figure['parts']) - len(shown)} smaller parts, see --json")
+        console.print(table)
+    for text, number in sources.items():
+        console.print(f"{number:>3}  {text}", markup=False)
+
+
 def ledger_json(held: Ledger | None) -> dict[str, Any] | None:
     return dataclasses.asdict(held) | {"free_bytes": held.free_bytes} if held else None
 
@@ -82,7 +118,8 @@ def ledger_json(held: Ledger | None) -> dict[str, Any] | None:
 class progress_bar:
     """A progress bar on a terminal; nothing elsewhere."""
 
-    def __init__(self, wanted: bool):
+    def __init__(self, wanted: bool, what: str = "requests"):
+        self._what = what
         self._bar: Any = None
         self._task: Any = None
         if wanted and sys.stderr.isatty():
@@ -96,7 +133,7 @@ class progress_bar:
         if self._bar is None:
             return None
         self._bar.start()
-        self._task = self._bar.add_task("requests")
+        self._task = self._bar.add_task(self._what)
         return lambda done, total: self._bar.update(self._task, completed=done, total=total)
 
     def __exit__(self, *_: object) -> None:
@@ -156,6 +193,7 @@ def show(result: dict[str, Any], report: Report) -> None:
     if basis := result.get("band_basis", {}).get("tpot"):
         console.print(f"bands: {basis}")
     show_assumed(console, report.assumed)
+    show_explained(console, result.get("explain", {}))
     if report.saturated:
         why = "the backlog grows" if report.sustained is False else "requests wait for admission"
         console.print(f"[bold red]SATURATED[/] by {report.saturated_by}: {why}")
@@ -165,6 +203,8 @@ def show(result: dict[str, Any], report: Report) -> None:
         console.print(f"note: {note}")
 
 
+_LEAST_SHARE = 0.001
+"""Of a figure, from which a part of it is printed."""
 _LENGTHS = ("prompt_tokens", "output_tokens")
 
 

@@ -8,16 +8,23 @@ from typing import Annotated
 
 import typer
 
+from runtime.cli import completion
+
 
 def validate(
     file: Annotated[Path, typer.Argument(help="CSV of end-to-end rows or of step times; see docs/validation.md.")],
+    without: Annotated[
+        str | None,
+        typer.Option(autocompletion=completion.mechanisms, help="Switch this cause off."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Predict every row of a CSV of measurements, and score the predictions."""
+    from runtime.simulation.mechanisms import mechanism
     from runtime.simulation.scores import by_group, over_groups, summary
     from runtime.simulation.validation import score
 
-    rows = score(file)
+    rows = score(file, without=mechanism(without) if without is not None else None)
     whole, groups = summary(rows), by_group(rows)
     result = {
         "rows_detail": [

@@ -34,6 +34,8 @@ USUAL_PRICE_ERROR = 0.08
 """Held-out error of the operator prices that the groups' predictions were made of, by time: the median of them."""
 EXTRAPOLATED = 0.10
 """What steps outside the range of a fit add, by their share."""
+NOISE = 0.044
+"""Least spread of a deployment's own residuals: two runs of one configuration differ by so much in TPOT."""
 _FILE = Path(__file__).with_name("residuals.json")
 _T95 = (
     6.31,
@@ -149,6 +151,20 @@ def band(
     more = math.hypot(max(0.0, price_error - USUAL_PRICE_ERROR), EXTRAPOLATED * extrapolated)
     middle, half = (low + high) / 2, math.hypot((high - low) / 2, more)
     return Band(middle - half, middle + half, words)
+
+
+def band_of_own(residuals: Sequence[float], price_error: float, beyond: bool) -> Band:
+    """The band of a figure of a deployment that was itself measured: of one more row beside those of `residuals`, each
+    predicted from the others. beyond: under a load unlike theirs."""
+    count = len(residuals)
+    spread = max(statistics.stdev(residuals), NOISE)
+    bias = statistics.fmean(residuals)
+    half = _T95[min(count - 2, len(_T95) - 1)] * spread * math.sqrt(1 + 1 / count)
+    words = f"{count} measurements of this deployment, each predicted from the others"
+    if beyond:
+        half = WIDENED * math.hypot(half, EXTRAPOLATED + max(0.0, price_error - USUAL_PRICE_ERROR))
+        words = f"{words}; under a load unlike theirs, so a quarter wider and more"
+    return Band(bias - half, bias + half, words)
 
 
 def _by_group(held: Sequence[GroupResiduals], figure: str) -> dict[str, tuple[float, ...]]:

@@ -86,6 +86,7 @@ class Tabulated:
     evidence: PriceEvidence
     relative_error: float
     assumed: frozenset[str] = frozenset()
+    sources: frozenset[str] = frozenset()
 
     def seconds(self, *sizes: float) -> float:
         """Seconds at one point, in about 2 microseconds."""
@@ -99,7 +100,7 @@ class Tabulated:
         """The full price at one point, in about 10 microseconds."""
         bound = KERNEL_BOUNDS[self.bound_at(*sizes)]
         far = self.extrapolated_at(*sizes)
-        return Price(self.table(*sizes), bound, self.evidence, self.relative_error, far, self.assumed)
+        return Price(self.table(*sizes), bound, self.evidence, self.relative_error, far, self.assumed, self.sources)
 
 
 class PriceBook:
@@ -214,6 +215,7 @@ class PriceBook:
                 "transferred" if stand_in and kernel.evidence == "fitted" else kernel.evidence,
                 max(kernel.relative_error, STAND_IN_ERROR) if stand_in else kernel.relative_error,
                 kernel.assumed,
+                kernel.cited,
             )
         return self._tables[key]
 
@@ -233,6 +235,7 @@ class PriceBook:
                 kernel.evidence,
                 kernel.relative_error,
                 kernel.assumed,
+                kernel.cited,
             )
         return self._tables[key]
 

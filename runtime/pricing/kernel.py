@@ -119,6 +119,11 @@ class Kernel:
     assumed: frozenset[str] = frozenset()
     """Figures of the chip that nobody gave, and what was taken for them."""
 
+    @property
+    def cited(self) -> frozenset[str]:
+        """Where its prices come from, in words."""
+        return frozenset({f"{self.key}: {self.source}"})
+
     def time(self, features: Features, peak_flops_per_s: float, bandwidth_bytes_per_s: float) -> Timing:
         """Seconds at each point of the broadcast features."""
         seconds, bound = formula(

@@ -43,26 +43,30 @@ class MeasuredCurve:
     relative_error: float
     evidence: PriceEvidence = "fitted"
     assumed: frozenset[str] = frozenset()
+    source: str = ""
 
     @classmethod
-    def of(cls, chosen: Chosen) -> MeasuredCurve:
+    def of(cls, key: str, chosen: Chosen) -> MeasuredCurve:
         body = chosen.body
         sizes = np.asarray(body["bytes"], float)
         curve, error = Polyline(sizes, np.asarray(body["seconds"], float)), float(body["error"]["left_out"][1])
+        source = f"{key}: {body.get('source', '')}"
         if not chosen.later:
-            return cls(sizes, curve, error)
-        return cls(sizes, curve, math.hypot(error, OLDER_ERROR), "assumed", frozenset({chosen.later}))
+            return cls(sizes, curve, error, source=source)
+        return cls(sizes, curve, math.hypot(error, OLDER_ERROR), "assumed", frozenset({chosen.later}), source)
 
     def scaled(self, ratios: Array) -> MeasuredCurve:
         """On other links. ratios: by which each size takes longer."""
         if np.allclose(ratios, 1.0, rtol=1e-9):
             return self
         curve = Polyline(self.sizes, self.curve.many(self.sizes) * ratios)
-        return replace(self, curve=curve, evidence=weakest(("transferred", self.evidence)))
+        source = f"{self.source}, scaled to this chip's links"
+        return replace(self, curve=curve, evidence=weakest(("transferred", self.evidence)), source=source)
 
     def price(self, size: float) -> Price:
         beyond = not self.sizes[0] <= size <= self.sizes[-1]
-        return Price(self.curve(size), "network", self.evidence, self.relative_error, beyond, self.assumed)
+        sources = frozenset({self.source})
+        return Price(self.curve(size), "network", self.evidence, self.relative_error, beyond, self.assumed, sources)
 
 
 class Network:
@@ -75,7 +79,7 @@ class Network:
         self._chip = chip
         self._engine = engine
         self._reference = reference or chip
-        self._curves = {key: MeasuredCurve.of(chosen) for key, chosen in tables.items()}
+        self._curves = {key: MeasuredCurve.of(key, chosen) for key, chosen in tables.items()}
         self._scaled: dict[tuple[str, Span], MeasuredCurve] = {}
 
     def collective(
@@ -182,7 +186,8 @@ class Network:
     def _by_formula(self, seconds: float, used: list[str], far: bool = False) -> Price:
         assumed = self._chip.assumed("link.scale_up.domain_devices", *used)
         evidence: PriceEvidence = "assumed" if assumed else "transferred"
-        return Price(seconds, "network", evidence, FORMULA_ERROR, far, assumed)
+        sources = frozenset({f"latency and bandwidth of the profile of {self._chip.name}"})
+        return Price(seconds, "network", evidence, FORMULA_ERROR, far, assumed, sources)
 
 
 def _neighbours(count: int, chip: Chip) -> Span:

@@ -28,7 +28,7 @@ class Price:
     `relative_error` is the 90th percentile of |predicted / measured - 1| on held-out measurements of
     that kernel (or of the chips it was transferred to). `extrapolated` says the inputs lie outside
     the measured range; the time then follows the roofline from the nearest measured point. assumed: figures that
-    nobody gave, and what was taken for them, in words.
+    nobody gave, and what was taken for them, in words. sources: tables and formulas that it was read from, in words.
     """
 
     seconds: float
@@ -37,6 +37,7 @@ class Price:
     relative_error: float
     extrapolated: bool = False
     assumed: frozenset[str] = frozenset()
+    sources: frozenset[str] = frozenset()
 
     def __add__(self, other: Price) -> Price:
         return total([self, other])
@@ -66,4 +67,8 @@ def total(prices: Iterable[Price]) -> Price:
     bound = max(shares, key=shares.__getitem__)
     error = float(np.dot([p.seconds for p in parts], [p.relative_error for p in parts]) / max(seconds, 1e-30))
     grade, far = weakest(p.evidence for p in parts), any(p.extrapolated for p in parts)
-    return Price(seconds, bound, grade, error, far, frozenset[str]().union(*(p.assumed for p in parts)))
+    assumed, sources = (
+        frozenset[str]().union(*each)
+        for each in ((p.assumed for p in parts), (p.sources for p in parts if p.seconds > 0))
+    )
+    return Price(seconds, bound, grade, error, far, assumed, sources)

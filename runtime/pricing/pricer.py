@@ -29,7 +29,7 @@ from runtime.pricing.oplist import OpList, Sizes, TracedOp
 from runtime.pricing.price import Price, total, weakest
 from runtime.pricing.prices import Context, label, outside_attention, price
 from runtime.pricing.work import MlaShape
-from runtime.serving.pricing import BatchShape, StepPrice
+from runtime.serving.pricing import BatchShape, PricedPart, StepPrice
 
 _SPARSE = "engine.sparse_layer_seconds"
 _MODES = {"full": "index", "shared": "skip", "none": "dense"}
@@ -97,7 +97,8 @@ class GraphPricer:
 
     shared: tables of earlier pricers of the same book and load, which are used and added to: layouts that differ
     in pp, and formats that differ in the cache's, have most of theirs in common. coarse: fewer knots. replicas: how
-    many of the layout sit one behind another (see `placement`).
+    many of the layout sit one behind another (see `placement`). sparse_layer_seconds, layer_seconds: of small kernels,
+    a layer with sparse attention or any. time_factor: of what the rest takes.
     """
 
     def __init__(
@@ -112,6 +113,8 @@ class GraphPricer:
         shared: dict[Any, Any] | None = None,
         coarse: bool = False,
         replicas: int = 1,
+        layer_seconds: float = 0.0,
+        time_factor: float = 1.0,
     ):
         self._shared = {} if shared is None else shared
         self._coarse = coarse
@@ -127,6 +130,8 @@ class GraphPricer:
         # an engine's small kernels around sparse attention, once a step for each layer that has it
         self._sparse_layer_seconds = sparse_layer_seconds
         self._around_sparse = sparse_layer_seconds * sum(n for kind, n in main_kinds(cfg) if kind.indexer != "none")
+        self._layer_seconds, self._time_factor = layer_seconds, time_factor
+        self._small = layer_seconds * sum(n for _, n in main_kinds(cfg))
         self._kinds = main_kinds(cfg)
         self._decode_surfaces = {kind: self._decode_surface(kind) for kind in cfg.layer_counts}
         self._prefill = lru_cache(maxsize=65536)(self._prefill_price)
@@ -259,7 +264,7 @@ class GraphPricer:
                 out += self._prefill(kind, tokens, round(prefix), chunks).seconds
         if self.layout.pp > 1:
             out += self._hops(rows * q + tokens).seconds
-        return out
+        return self._time_factor * out + self._small
 
     def price(self, shape: BatchShape) -> StepPrice:
         """The full price: by op, by what bounds it, and how it is known."""
@@ -271,7 +276,8 @@ class GraphPricer:
         ]
         if self._around_sparse:
             each = f"{_SPARSE} {self._sparse_layer_seconds * 1e6:g} us"
-            small = Price(self._around_sparse, "overhead", "assumed", 0.5, assumed=frozenset({each}))
+            named = frozenset({each})
+            small = Price(self._around_sparse, "overhead", "assumed", 0.5, assumed=named, sources=named)
             parts.append(("attention", small))
         for kind, count in self._kinds:
             if rows:
@@ -292,6 +298,14 @@ class GraphPricer:
             parts.append(("mtp", total(drafting)))
         if self.layout.pp > 1:
             parts.append(("pipeline", self._hops(rows * q + tokens)))
+        if self._time_factor != 1:
+            named = frozenset({f"engine.kernel_time_factor {self._time_factor:g}"})
+            slower = (part.times(self._time_factor) for _, part in parts)
+            slower = (dataclasses.replace(part, sources=part.sources | named) for part in slower)
+            parts = [(name, part) for (name, _), part in zip(parts, slower, strict=True)]
+        if self._small:
+            each = frozenset({f"engine.layer_seconds {self._layer_seconds * 1e6:g} us"})
+            parts.append(("small kernels", Price(self._small, "overhead", "assumed", 0.5, sources=each)))
         return _step_price(parts)
 
 
@@ -311,6 +325,11 @@ def _step_price(parts: list[tuple[str, Price]]) -> StepPrice:
         evidence=_GRADE.get(weakest(part.evidence for _, part in parts if part.seconds > 0), "assumed"),
         assumed=frozenset[str]().union(*(part.assumed for _, part in parts if part.seconds > 0)),
         errors=[weighted[name] / max(seconds, 1e-30) for name, seconds in by_op.items()],
+        parts=[
+            PricedPart(name, part.bound, part.seconds, _GRADE.get(part.evidence, "assumed"), part.sources)
+            for name, part in parts
+            if part.seconds > 0
+        ],
     )
 
 

@@ -10,6 +10,7 @@ Owns: loads, KV pools, schedulers, the event loop and the report. What a step co
 
 from runtime.serving.deployment import Deployment, Disaggregated
 from runtime.serving.errors import ServingError, TraceFileError, WorkloadError
+from runtime.serving.explain import Explained, StepLog, explain
 from runtime.serving.pricing import BOUNDS, EVIDENCE_GRADES, BatchShape, StepPrice, StepPricer
 from runtime.serving.report import KvUse, Report, Stats
 from runtime.serving.request import Request
@@ -31,6 +32,7 @@ from runtime.serving.workload import (
 __all__ = [
     "BOUNDS",
     "EVIDENCE_GRADES",
+    "Explained",
     "BatchShape",
     "Deployment",
     "Disaggregated",
@@ -43,6 +45,7 @@ __all__ = [
     "ServingError",
     "Speculation",
     "Stats",
+    "StepLog",
     "StepPrice",
     "StepPricer",
     "Trace",
@@ -52,6 +55,7 @@ __all__ = [
     "Workload",
     "bench_serving",
     "closed_loop",
+    "explain",
     "mooncake_trace",
     "open_loop",
     "simulate",

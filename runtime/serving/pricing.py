@@ -55,6 +55,17 @@ class BatchShape:
         return self.decode_count * self.query_tokens + self.prefill_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class PricedPart:
+    """Of one step: the seconds of an op that are bound by the same, how they are known, and from where, in words."""
+
+    op: str
+    bound: str
+    seconds: float
+    evidence: str
+    sources: frozenset[str] = frozenset()
+
+
 @dataclass(slots=True)
 class StepPrice:
     """What one step costs on the device, and why.
@@ -65,6 +76,7 @@ class StepPrice:
     extrapolated: an input lay outside the range its price was fitted on.
     evidence: weakest grade that went in, one of `EVIDENCE_GRADES`.
     assumed: figures that nobody gave, and what was taken for them, in words.
+    parts: the same seconds by op and bound, with their sources.
     errors: relative error of each entry of `by_op`, in its order (90th percentile, as a share).
     """
 
@@ -75,6 +87,7 @@ class StepPrice:
     evidence: str = "assumed"
     errors: list[float] = field(default_factory=list)
     assumed: frozenset[str] = frozenset()
+    parts: list[PricedPart] = field(default_factory=list)
 
 
 class StepPricer(Protocol):

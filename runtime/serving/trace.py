@@ -7,16 +7,19 @@ Format: "Trace Event Format", Google; times in microseconds.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from foundation.writing import replacing
-from runtime.serving.pricing import BatchShape
+from runtime.serving.pricing import BatchShape, StepPricer
 from runtime.serving.request import Request
+
+if TYPE_CHECKING:
+    from runtime.serving.rank import Rank
 
 
 @dataclass
@@ -37,8 +40,10 @@ class Trace:
         in_service: int,
         waiting: int,
         used: float,
+        ranks: Sequence[Rank] = (),
+        pricer: StepPricer | None = None,
     ) -> None:
-        """Steps of one kind, one after another from `start`."""
+        """Steps of one kind, one after another from `start`. ranks, pricer: who takes them, for logs that note it."""
         self.runs.append(
             {
                 "replica": replica,

@@ -249,6 +249,8 @@ def pricer_of(spec: Spec, tables: PriceTables) -> GraphPricer:
         shared,
         tables.coarse,
         spec.replicas,
+        spec.engine.layer_seconds,
+        spec.engine.kernel_time_factor,
     )
 
 

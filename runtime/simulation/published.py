@@ -7,6 +7,7 @@ stands for which. Columns, and how each is read: docs/validation.md.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from runtime.deployment.engines.releases import older_than_all
 from runtime.serving import Workload, closed_loop, open_loop
 from runtime.serving.workload import Fixed, Lengths, Uniform
 from runtime.simulation.build import Spec, spec_for
+from runtime.simulation.mechanisms import Mechanism
 
 COLUMNS = (
     "source", "model", "formats", "chip", "devices", "engine", "engine_version", "tp", "dp", "ep", "pp", "kv_dtype",
@@ -102,7 +104,8 @@ class PublishedRow:
 
     group: rows of one group share their errors: source, model, chip, engine, release and layout. engine: with the
     described release that stands for its own. measured: figures by column. accept_length: tokens a step with drafts;
-    None where none are drafted. apart: why the row is scored apart from the others, or "".
+    None where none are drafted. without: a cause that is switched off. apart: why the row is scored apart
+    from the others, or "".
     """
 
     name: str
@@ -119,10 +122,11 @@ class PublishedRow:
     load: Workload
     measured: Mapping[str, float]
     apart: str = ""
+    without: Mechanism | None = None
 
     def spec(self) -> Spec:
         """The deployment. Raises `UsageError` or `EngineError`."""
-        return spec_for(
+        found = spec_for(
             self.cfg,
             self.profile,
             self.layout,
@@ -132,11 +136,16 @@ class PublishedRow:
             self.settings,
             drafts=self.drafts,
             accept_length=self.accept_length,
+            expert_load=self.without.expert_load if self.without else None,
         )
+        if self.without and self.without.newest_tables:
+            return dataclasses.replace(found, engine=dataclasses.replace(found.engine, release=""))
+        return found
 
 
-def read(row: Mapping[str, str]) -> PublishedRow:
-    """A row of a CSV with `COLUMNS`. Raises `UsageError` naming the column that cannot be read."""
+def read(row: Mapping[str, str], without: Mechanism | None = None) -> PublishedRow:
+    """A row of a CSV with `COLUMNS`. without: a cause to switch off. Raises `UsageError` naming the column that cannot
+    be read."""
     cell = {key: (value or "").strip() for key, value in row.items() if key is not None}
     cfg, profile = model_of(cell["model"]), hw_profiles.load(cell["chip"])
     layout = Layout(**{axis: _whole(cell, axis, 1) for axis in ("tp", "dp", "ep", "pp")})
@@ -146,6 +155,11 @@ def read(row: Mapping[str, str]) -> PublishedRow:
     drafts, accept_length, apart = _drafts(cell["mtp"])
     version = f"{cell['engine_version']} {cell.get('date', '')}"
     engine = nearest_release(cell["engine"], version)
+    off = without or Mechanism("", "")
+    if off.newest:
+        engine = cell["engine"]
+    if changed := {path: value for path, value in off.chip.items() if profile.number(path) is not None}:
+        profile = hw_profiles.load(cell["chip"], changed)
     if older_than_all(version, described(cell["engine"])):
         apart = apart or f"older than every described release of {cell['engine']}"
     if not cfg.mtp_layers:
@@ -159,12 +173,16 @@ def read(row: Mapping[str, str]) -> PublishedRow:
         scheme=scheme_of_words(cell["formats"]),
         kv=_kv(cell["kv_dtype"]),
         engine=engine,
-        settings=settings_of(cell["server_flags"], engine, Circumstances.of(cfg, profile), _clients(cell)),
+        settings={
+            **off.settings,
+            **settings_of(cell["server_flags"], engine, Circumstances.of(cfg, profile), _clients(cell)),
+        },
         drafts=drafts,
         accept_length=accept_length,
         load=_load(cell),
         measured=_measured(cell),
         apart=apart,
+        without=without,
     )
 
 

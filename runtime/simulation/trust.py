@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 
 import numpy as np
 
-from runtime.pricing.bands import Band, PredictionKind, band
+from runtime.pricing.bands import FEW, Band, PredictionKind, band, band_of_own
 from runtime.pricing.pricer import relative_error
 from runtime.serving import Report
 from runtime.serving.pricing import BatchShape
 from runtime.simulation.build import Built
+
+_UNLIKE = 1.5
+"""By how much a load may lie outside those that an engine was fitted to, and still be like them."""
 
 
 def kind_of(built: Built, report: Report | None = None) -> PredictionKind:
@@ -39,4 +43,18 @@ def report_bands(built: Built, report: Report, replicas: int = 1) -> dict[str, B
         "ttft": relative_error(built.pricer.price(BatchShape(prefill_chunks=[(isl, 0)]))),
     }
     errors["throughput"] = errors["tpot"]
-    return {figure: band(figure, kind, error, report.extrapolated) for figure, error in errors.items()}
+    found = {figure: band(figure, kind, error, report.extrapolated) for figure, error in errors.items()}
+    fitted = built.spec.engine.fitted
+    if fitted is None:
+        return found
+    spec = built.spec
+    if (fitted.model, fitted.chip, fitted.layout) != (spec.cfg.name, spec.profile.name, spec.layout.name):
+        of = f"{fitted.model} on {fitted.chip}, {fitted.layout}"
+        return {
+            name: dataclasses.replace(each, basis=f"constants fitted to another deployment ({of}); {each.basis}")
+            for name, each in found.items()
+        }
+    loads = ((report.mean_in_system, fitted.in_flight), (isl, fitted.prompt_tokens))
+    beyond = any(not low / _UNLIKE <= value <= high * _UNLIKE for value, (low, high) in loads)
+    own = {name: rows for name, rows in fitted.residuals.items() if len(rows) >= FEW}
+    return found | {name: band_of_own(own[name], errors[name], beyond) for name in found if name in own}

@@ -24,11 +24,12 @@ from runtime.deployment.engines import load as load_engine
 from runtime.deployment.engines.inferencex import launch_kv, launch_settings
 from runtime.pricing.bands import band
 from runtime.pricing.pricer import relative_error
-from runtime.serving import bench_serving, simulate
+from runtime.serving import Report, bench_serving, simulate
 from runtime.serving.pricing import BatchShape
 from runtime.simulation import published
 from runtime.simulation.build import Built, build, spec_for
-from runtime.simulation.published import model_of
+from runtime.simulation.mechanisms import Mechanism
+from runtime.simulation.published import PublishedRow, model_of
 from runtime.simulation.scores import ScoredRow
 from runtime.simulation.trust import kind_of, report_bands
 
@@ -126,9 +127,27 @@ def _end_to_end(row: Mapping[str, str]) -> ScoredRow:
     )
 
 
-def _published(row: Mapping[str, str], builds: dict[Any, Built]) -> ScoredRow:
+FIGURES = {"tpot_ms": "tpot", "ttft_ms": "ttft", "output_tok_s": "throughput", "step_s": "step"}
+"""Quantities of scored rows -> figures of bands."""
+
+
+def beside(asked: PublishedRow, report: Report) -> tuple[dict[str, float], dict[str, float]]:
+    """What a row measured and what a report of it says, by quantity: means where there are, else medians."""
+    measured: dict[str, float] = {}
+    predicted: dict[str, float] = {}
+    for quantity, stats in (("tpot_ms", report.tpot), ("ttft_ms", report.ttft)):
+        name = FIGURES[quantity]
+        for column, value in ((f"{name}_mean_ms", stats.mean), (f"{name}_median_ms", stats.p50)):
+            if column in asked.measured and quantity not in measured:
+                measured[quantity], predicted[quantity] = asked.measured[column], 1e3 * value
+    if "output_tok_s" in asked.measured:
+        measured["output_tok_s"], predicted["output_tok_s"] = asked.measured["output_tok_s"], report.output_tokens_per_s
+    return measured, predicted
+
+
+def _published(row: Mapping[str, str], builds: dict[Any, Built], without: Mechanism | None) -> ScoredRow:
     """builds: what rows of one deployment share."""
-    asked = published.read(row)
+    asked = published.read(row, without)
     key = (
         asked.group,
         asked.scheme,
@@ -142,18 +161,8 @@ def _published(row: Mapping[str, str], builds: dict[Any, Built]) -> ScoredRow:
     built = builds[key]
     report = simulate(asked.load, built.deployment)
     found = report_bands(built, report)
-    measured: dict[str, float] = {}
-    predicted: dict[str, float] = {}
-    for quantity, stats in (("tpot_ms", report.tpot), ("ttft_ms", report.ttft)):
-        name = quantity.removesuffix("_ms")
-        for column, value in ((f"{name}_mean_ms", stats.mean), (f"{name}_median_ms", stats.p50)):
-            if column in asked.measured and quantity not in measured:
-                measured[quantity], predicted[quantity] = asked.measured[column], 1e3 * value
-    bands = {key: found[key.removesuffix("_ms")].around(value) for key, value in predicted.items()}
-    if "output_tok_s" in asked.measured:
-        measured["output_tok_s"] = asked.measured["output_tok_s"]
-        predicted["output_tok_s"] = value = report.output_tokens_per_s
-        bands["output_tok_s"] = found["throughput"].around(value)
+    measured, predicted = beside(asked, report)
+    bands = {key: found[FIGURES[key]].around(value) for key, value in predicted.items()}
     return ScoredRow(
         name=f"{asked.name} {row['isl']}/{row['osl']} c{row['concurrency'] or row['rate']}",
         measured=measured,
@@ -205,10 +214,12 @@ def _step(row: Mapping[str, str]) -> ScoredRow:
     )
 
 
-def score(path: Path, progress: Any = lambda done, total: None) -> list[ScoredRow]:
-    """Scores every row of a file. Raises `UsageError` for a malformed file; rows that cannot be priced
-    come back with `skipped` set."""
+def score(path: Path, progress: Any = lambda done, total: None, without: Mechanism | None = None) -> list[ScoredRow]:
+    """Scores every row of a file. without: a cause to switch off, of published rows. Raises `UsageError` for a
+    malformed file; rows that cannot be priced come back with `skipped` set."""
     kind, rows = read_rows(path)
+    if without and kind != "published":
+        raise UsageError(f"--without {without.name} is for rows of published deployments, and these are {kind} rows")
     scored: list[ScoredRow] = []
     builds: dict[Any, Built] = {}
     for number, row in enumerate(rows):
@@ -216,7 +227,7 @@ def score(path: Path, progress: Any = lambda done, total: None) -> list[ScoredRo
             if fault := _fault(kind, row):
                 raise UsageError(fault)
             if kind == "published":
-                scored.append(_published(row, builds))
+                scored.append(_published(row, builds, without))
             else:
                 scored.append(_step(row) if kind == "step" else _end_to_end(row))
         except Failure as error:

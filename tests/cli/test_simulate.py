@@ -298,3 +298,21 @@ def test_a_malformed_trace(tmp_path: Path, body: str, reason: str) -> None:
     path.write_text(body)
     assert reason in refused("simulate", "--trace-file", path)
     assert "cannot read" in refused("simulate", "--trace-file", tmp_path / "none.jsonl")
+
+
+def test_the_figures_explained() -> None:
+    """Terms and parts of TPOT and TTFT add up to the reported means, and every price names its source."""
+    plain, result = run(*SMALL), run(*SMALL, "--explain")
+    assert {name: value for name, value in result.items() if name != "explain"} == plain
+    for name, figure in result["explain"].items():
+        assert figure["mean_ms"] == result[name]["mean"]
+        assert sum(figure["terms_ms"].values()) == pytest.approx(figure["mean_ms"])
+        assert sum(part["ms"] for part in figure["parts"]) == pytest.approx(figure["mean_ms"])
+        assert sum(part["share"] for part in figure["parts"]) == pytest.approx(1)
+        assert all(part["sources"] for part in figure["parts"] if part["term"] != "waiting")
+    assert list(result["explain"]) == ["tpot_ms", "ttft_ms"]
+    parts = {(part["term"], part["part"]): part for part in figure["parts"]}
+    assert parts["host", "on the way to the scheduler"]["evidence"] == "fitted"  # a fitted constant is called so
+    said = glm5("simulate", *SMALL, "--explain").out
+    assert f"TPOT {result['tpot_ms']['mean']:,.2f} ms = " in said and "moe/fp8-block/sglang: " in said
+    assert set(run("--isl", 1024, "--osl", 1, "--requests", 3, "--explain")["explain"]) == {"ttft_ms"}

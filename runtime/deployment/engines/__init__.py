@@ -14,13 +14,14 @@ import the simulator or JAX.
 """
 
 from runtime.deployment.engines.defaults import default_kv, engine_for, formats_for, sized_cache, with_pool
-from runtime.deployment.engines.engine import Circumstances, Engine, Source
+from runtime.deployment.engines.engine import Circumstances, Engine, FittedTo, Source
 from runtime.deployment.engines.loader import ENGINES_HELP, described, load, names, nearest_release
 
 __all__ = [
     "ENGINES_HELP",
     "Circumstances",
     "Engine",
+    "FittedTo",
     "Source",
     "default_kv",
     "described",

@@ -129,11 +129,29 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class FittedTo:
+    """Measurements that an engine's constants were fitted to (`glm5 fit`): of one deployment.
+
+    rows: how many. model, chip, layout: whose. in_flight, prompt_tokens: the least and the most of their loads.
+    residuals: ln(measured / predicted) of "tpot", "ttft" and "throughput", each row predicted by a fit to the others.
+    """
+
+    rows: int
+    model: str
+    chip: str
+    layout: str
+    in_flight: tuple[float, float]
+    prompt_tokens: tuple[float, float]
+    residuals: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
 class Engine:
     """One serving engine's policy and overheads. Tokens, seconds and fractions of one.
 
     kind, release: which engine this is. released: the day that release came out. prices: whose operator tables price
-        it. hosts: vendors of the chips beside which its host times were taken; empty: it does not say.
+        it. hosts: vendors of the chips beside which its host times were taken; empty: it does not say. fitted: what
+        measurements its constants were fitted to, if any.
 
     Scheduling
     policy: "prefill-first": while a prompt waits and is admitted, steps compute prompts only and decoding
@@ -193,6 +211,8 @@ class Engine:
     piecewise_launch_seconds: host work to launch a whole step in pieces; from the two above where nothing is given.
     sparse_layer_seconds: device time of the small kernels around sparse attention (index-key quantisation,
         page-table transforms) that whole-block measurements of later releases no longer have, a layer and step.
+    layer_seconds: device time of small kernels that have no price (quantisation, reordering), a layer and step.
+    kernel_time_factor: what kernels take of the time that their tables say, all alike.
     request_seconds: what the front end (HTTP, chat template, hand-over to the engine) works on a request; it serves one
         at a time, so a burst arrives spread out.
     tokenize_seconds_per_token: the tokenizer's share of that work.
@@ -243,6 +263,8 @@ class Engine:
     piecewise_sparse_layer_host_seconds: float = 0.0
     piecewise_launch_seconds: float = 0.0
     sparse_layer_seconds: float = 0.0
+    layer_seconds: float = 0.0
+    kernel_time_factor: float = 1.0
     request_delay_seconds: float = 0.0
     front_end_per_rank: bool = False
     graph_mode: GraphMode = "full"
@@ -256,6 +278,7 @@ class Engine:
     piecewise_reserve_mib: float = 0.0
     drafting_reserve_mib: float = 0.0
     evidence: Mapping[str, Source] = field(default_factory=dict, repr=False, compare=False)
+    fitted: FittedTo | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -318,9 +341,16 @@ class Engine:
             return max(device_seconds, launch + host)
         return max(device_seconds, launch) + host
 
+    def host_settings(self, graphed: bool, pieces: bool) -> tuple[str, ...]:
+        """The settings that make a step's host time."""
+        if graphed:
+            return ("graph_step_host_seconds",)
+        how, step = ("piecewise", "graph") if pieces else ("eager", "eager")
+        return f"{step}_step_host_seconds", f"{how}_layer_host_seconds", f"{how}_sparse_layer_host_seconds"
+
 
 ABOUT = ("name", "description", "kind", "release", "released", "prices", "hosts")
-SETTINGS = tuple(f.name for f in fields(Engine) if f.name not in (*ABOUT, "cache", "evidence"))
+SETTINGS = tuple(f.name for f in fields(Engine) if f.name not in (*ABOUT, "cache", "evidence", "fitted"))
 REQUIRED = tuple(f.name for f in fields(Engine) if f.name in SETTINGS and f.default is MISSING)
 
 
@@ -340,6 +370,8 @@ def _check(engine: Engine) -> None:
             refuse(key, "must be a whole number, one or more")
         if key in _FRACTIONS and value > 1:
             refuse(key, "must be a fraction, at most 1")
+    if not 0.25 <= engine.kernel_time_factor <= 4:
+        refuse("kernel_time_factor", "must be from 0.25 to 4")
     if engine.memory_fraction == 0:
         refuse("memory_fraction", "leaves no memory: give a fraction above 0")
     within(f"engine {engine.name}: graph_batch_sizes:", max(engine.graph_batch_sizes, default=0), _MOST, EngineError)

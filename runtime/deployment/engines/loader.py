@@ -11,7 +11,9 @@ model: `cases = [{when = {..}, value = ..}, ..]`, the first whose conditions hol
 before the memory.
 The section `cache` says what rows are stored in; its values are names of `model.formats.ROWS`, `kv` one of `KV`.
 Tables `[releases."0.13"]` describe older releases: what differs there, and in all that are older still, from the next
-newer one. Grades: A read from the engine's own source or documentation, B measured by others, C assumed.
+newer one. Or a file `extends` a release of an engine described here, by name, and holds what is otherwise; its section
+`fitted` then says which measurements that is from (`glm5 fit` writes such files). Grades: A read from the engine's own
+source or documentation, B measured by others, C assumed.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from runtime.deployment.engines.engine import (
     Choice,
     Circumstances,
     Engine,
+    FittedTo,
     Setting,
     Source,
 )
@@ -89,7 +92,7 @@ def load(name: str, overrides: Mapping[str, Any] | None = None, at: Circumstance
         if path.parent == _FOLDER or str(error).startswith(path.name):
             raise
         raise EngineError(f"{path.name}: {error}") from None
-    return replace(engine, cache=_cache_rules(path.name, found.cache), evidence=evidence)
+    return replace(engine, cache=_cache_rules(path.name, found.cache), evidence=evidence, fitted=found.fitted)
 
 
 def described(name: str) -> dict[str, str]:
@@ -127,6 +130,12 @@ class _Part:
     about: Mapping[str, Any]
     settings: Mapping[str, Setting]
     cache: Mapping[str, Setting]
+    fitted: FittedTo | None = None
+
+    def over(self, older: _Part) -> _Part:
+        """This part's words, settings and rules before those of another."""
+        settings, cache = {**older.settings, **self.settings}, {**older.cache, **self.cache}
+        return _Part({**older.about, **self.about}, settings, cache, self.fitted)
 
 
 @dataclass(frozen=True)
@@ -145,14 +154,10 @@ class _Description:
                 f"{file.removesuffix('.toml')}: {asked} is not described; described are {', '.join(known[::-1])}: "
                 f"name one of them, as {file.removesuffix('.toml')}@{known[0]}"
             )
-        about: dict[str, Any] = {}
-        settings: dict[str, Setting] = {}
-        cache: dict[str, Setting] = {}
-        for part in self.parts[: last + 1]:
-            about |= part.about
-            settings |= part.settings
-            cache |= part.cache
-        return _Part(about, settings, cache)
+        found = self.parts[0]
+        for part in self.parts[1 : last + 1]:
+            found = replace(part.over(found), fitted=None)
+        return found
 
 
 @lru_cache(maxsize=32)
@@ -163,23 +168,40 @@ def _description(path: Path, modified_ns: int) -> _Description:
     except Unreadable as error:
         what = f" is not valid TOML: {error}" if error.reason == "syntax" else f": {error}"
         raise EngineError(f"{path.name}{what}") from None
-    older = document.pop("releases", {})
+    extends, older = document.pop("extends", None), document.pop("releases", {})
     if not isinstance(older, Mapping) or not all(isinstance(each, Mapping) for each in older.values()):
         raise EngineError(f'{path.name}: releases = {older!r} must hold tables, as [releases."0.13"]')
     sections = {name: part for name, part in document.items() if isinstance(part, dict)}
+    fitted = sections.pop("fitted", None)
+    if fitted is not None:
+        fitted = validated(FittedTo, fitted, EngineError, path.name, say=_say)
     sections = validated(dict[str, dict[str, Setting]], sections, EngineError, path.name, say=_say)
     cache = sections.pop("cache", document.get("cache", {}))
     if not isinstance(cache, Mapping):
         raise EngineError(f"{path.name}: cache = {cache!r} must be a section of settings")
     settings = {key: entry for section in sections.values() for key, entry in section.items()}
     about = {key: document[key] for key in ABOUT if key in document}
+    if extends is not None:
+        return _Description((_Part(about, settings, cache, fitted).over(_extended(path.name, extends, about, older)),))
     newest = about.get("release", "")
-    parts = [_Part(about, settings, cache)]
+    parts = [_Part(about, settings, cache, fitted)]
     for release in sorted(older, key=number, reverse=True):
         if not number(release) or number(release) >= number(str(newest)):
             raise EngineError(f"{path.name}: releases.{release!r} must be the number of a release before {newest}")
         parts.append(_older(path.name, release, older[release]))
     return _Description(tuple(parts))
+
+
+def _extended(file: str, extends: Any, about: Mapping[str, Any], older: Any) -> _Part:
+    """The release that a file extends. about, older: what the file says of itself, and of older releases."""
+    if said := [key for key in ("kind", "release", "released", "prices") if key in about] or (older and ["releases"]):
+        raise EngineError(f"{file} says {said[0]}: that is {extends}'s, which it extends; leave it out")
+    base, _, release = str(extends).partition("@")
+    if base not in names():
+        raise EngineError(f"{file}: extends = {extends!r} must be one of {', '.join(names())}, or one @RELEASE")
+    path = _FOLDER / f"{base}.toml"
+    found = _description(path, path.stat().st_mtime_ns).at(path.name, release)
+    return replace(found, about={key: value for key, value in found.about.items() if key != "name"})
 
 
 def _older(file: str, release: str, table: Mapping[str, Any]) -> _Part:
