@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROMPT ?= The quick fox runs past the road. It
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all test-clients check bench clean
 
 DEMO := build/demo
 
@@ -26,7 +26,11 @@ test: .venv/test
 	$(BIN)/pytest -n 2 --dist loadfile
 
 test-all: .venv/test
-	HYPOTHESIS_PROFILE=random $(BIN)/pytest -n 2 --dist loadfile -m "not gpu"
+	HYPOTHESIS_PROFILE=random $(BIN)/pytest -n 2 --dist loadfile -m "not gpu and not clients"
+
+# Other people's clients against a server of this checkout; they want packages that the product must not have.
+test-clients: .venv/test build/clients/ready
+	GLM5=$(abspath $(BIN))/glm5 build/clients/bin/python -m pytest -p no:cacheprovider -m clients tests/clients
 
 check: .venv/test
 	$(BIN)/ruff check .
@@ -46,6 +50,11 @@ bench: .venv/test
 .venv/test: pyproject.toml .venv/core
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+build/clients/ready: tests/clients/requirements.txt
+	test -x build/clients/bin/python || $(PYTHON) -m venv build/clients
+	build/clients/bin/pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
 	touch $@
 
 clean:
