@@ -15,12 +15,12 @@ from runtime.api.ask import Prepared
 from runtime.api.endpoint import Endpoint
 from runtime.api.events import CallEnded, Event, merged
 from runtime.api.reader import Reader
-from runtime.api.refusal import Refusal, closing, full, wrong
+from runtime.api.refusal import ApiRefusal, closing, full, wrong
 from runtime.serving.service import QueueFull, TokenLogprob, Update
 
 End = Literal["stop", "length", "calls", "string", "failed", "closed"]
 """stop: the model's own end. length: the limit. calls: the model's end, behind calls. string: a stop string. failed:
-see `Turn.refusal`. closed: the server stopped."""
+see `OneAnswer.refusal`. closed: the server stopped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Shown:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class Told:
     """News of a choice: events, tokens beside them, and the end where it has come."""
 
     index: int
@@ -41,14 +41,14 @@ class Step:
     end: End | None = None
 
 
-class Turn:
+class OneAnswer:
     """One choice: what has come of it, and what it took. Tokens unless named otherwise."""
 
     def __init__(self, index: int, reader: Reader, prompt_tokens: int):
         self.index, self.reader, self.prompt_tokens = index, reader, prompt_tokens
         self.job: int | None = None
         self.end: End | None = None
-        self.refusal: Refusal | None = None
+        self.refusal: ApiRefusal | None = None
         self.completion_tokens = self.reasoning_tokens = self.cached_tokens = 0
         self.events: list[Event] = []  # of a whole answer, and tokens beside them
         self.shown: list[Shown] = []
@@ -56,7 +56,7 @@ class Turn:
         self.first_at: float | None = None  # seconds of the wall clock
         self.last_at = 0.0
 
-    def take(self, update: Update) -> Step:
+    def take(self, update: Update) -> Told:
         """What an update tells."""
         events, shown = [], []
         self.cached_tokens = max(self.cached_tokens, update.cached_tokens)
@@ -73,7 +73,7 @@ class Turn:
                 break
         if self.end is None and update.finish is not None:
             events += self._finish(update)
-        return Step(self.index, events, shown, self.end)
+        return Told(self.index, events, shown, self.end)
 
     def _finish(self, update: Update) -> list[Event]:
         events = self.reader.end(cut=update.finish != "stop")
@@ -81,7 +81,7 @@ class Turn:
             case "aborted":
                 self.end, self.refusal = "closed", closing()
             case "error":
-                self.end, self.refusal = "failed", Refusal(500, update.error or "the answer failed", code="failed")
+                self.end, self.refusal = "failed", ApiRefusal(500, update.error or "the answer failed", code="failed")
             case "length":
                 self.end = "length"
             case _:
@@ -102,13 +102,13 @@ class Answering:
         self._endpoint, self.prepared = endpoint, prepared
         per_prompt = len(prepared.jobs) // len(prepared.prompts)
         lengths = [len(prepared.prompts[at // per_prompt]) for at in range(len(prepared.jobs))]
-        self.turns = [Turn(at, reader, lengths[at]) for at, reader in enumerate(prepared.readers)]
+        self.turns = [OneAnswer(at, reader, lengths[at]) for at, reader in enumerate(prepared.readers)]
         self._news: deque[tuple[int, Update]] = deque()
         self._arrived = asyncio.Event()
         self._began = time.monotonic()
 
     def submit(self) -> None:
-        """Raises `Refusal`."""
+        """Raises `ApiRefusal`."""
         loop, mailbox = asyncio.get_running_loop(), self._endpoint.mailbox
         slots = [mailbox.slot(loop, self._put, turn.index) for turn in self.turns]
         try:
@@ -124,7 +124,7 @@ class Answering:
         self._news.append((index, update))
         self._arrived.set()
 
-    async def steps(self) -> AsyncGenerator[Step, None]:
+    async def steps(self) -> AsyncGenerator[Told, None]:
         """What is told, until all choices have ended."""
         left = {turn.index for turn in self.turns}
         while left:
@@ -143,8 +143,8 @@ class Answering:
                 if step.events or step.shown or step.end:
                     yield step
 
-    async def whole(self) -> list[Turn]:
-        """All of it, in `Turn.events` and `Turn.shown`. Raises `Refusal` where a choice failed."""
+    async def whole(self) -> list[OneAnswer]:
+        """All of it, in `OneAnswer.events` and `OneAnswer.shown`. Raises `ApiRefusal` where a choice failed."""
         async with contextlib.aclosing(self.steps()) as steps:
             async for step in steps:
                 turn = self.turns[step.index]
@@ -164,7 +164,7 @@ class Answering:
                 self._endpoint.abort(turn.job)
                 self._endpoint.metrics.ended("abort")
 
-    def _ended(self, turn: Turn, running: bool) -> None:
+    def _ended(self, turn: OneAnswer, running: bool) -> None:
         if running and turn.job is not None:
             self._endpoint.abort(turn.job)
         metrics = self._endpoint.metrics
@@ -174,7 +174,7 @@ class Answering:
         names = {"length": "length", "failed": "error", "closed": "abort"}
         metrics.ended(names.get(turn.end or "stop", "stop"))
 
-    def _time(self, turn: Turn, tokens: int) -> None:
+    def _time(self, turn: OneAnswer, tokens: int) -> None:
         if not tokens:
             return
         now, metrics = time.monotonic(), self._endpoint.metrics

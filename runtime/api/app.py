@@ -19,17 +19,17 @@ from foundation.reading import Unreadable, parse_json
 from model.errors import TokenizerError
 from runtime.api.answer import Answering
 from runtime.api.ask import Ask, Prepared, prepared, rendered
-from runtime.api.dialects.chat import Chat, ChatBody
-from runtime.api.dialects.completions import TextCompletion
-from runtime.api.dialects.forms import Body, checked_model, read
-from runtime.api.dialects.messages import Messages
-from runtime.api.dialects.responses import Responses
+from runtime.api.dialects.chat import ChatBody, ChatRequest
+from runtime.api.dialects.completions import CompletionRequest
+from runtime.api.dialects.forms import RequestBody, checked_model, read
+from runtime.api.dialects.messages import MessagesRequest
+from runtime.api.dialects.responses import ResponsesRequest
 from runtime.api.endpoint import Endpoint
 from runtime.api.guard import Guard, refused
-from runtime.api.refusal import Refusal, wrong
+from runtime.api.refusal import ApiRefusal, wrong
 from runtime.api.streams import AnswerStream
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 class Dialect(Protocol):
@@ -42,7 +42,7 @@ class Dialect(Protocol):
     def stream(self, answering: Answering) -> Any: ...
 
 
-class TokenizeBody(Body):
+class TokenizeBody(RequestBody):
     """As vLLM has it: a prompt, or a chat."""
 
     model: str | None = None
@@ -54,7 +54,7 @@ class TokenizeBody(Body):
     return_token_strs: bool = False
 
 
-class DetokenizeBody(Body):
+class DetokenizeBody(RequestBody):
     """As vLLM has it."""
 
     model: str | None = None
@@ -66,10 +66,10 @@ def made(endpoint: Endpoint) -> Guard:
     routes = _Routes(endpoint)
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", routes.answered(Chat, named=False), methods=["POST"]),
-            Route("/v1/completions", routes.answered(TextCompletion, named=False), methods=["POST"]),
-            Route("/v1/responses", routes.answered(Responses, named=True), methods=["POST"]),
-            Route("/v1/messages", routes.answered(Messages, named=True), methods=["POST"]),
+            Route("/v1/chat/completions", routes.answered(ChatRequest, named=False), methods=["POST"]),
+            Route("/v1/completions", routes.answered(CompletionRequest, named=False), methods=["POST"]),
+            Route("/v1/responses", routes.answered(ResponsesRequest, named=True), methods=["POST"]),
+            Route("/v1/messages", routes.answered(MessagesRequest, named=True), methods=["POST"]),
             Route("/v1/messages/count_tokens", routes.count_tokens, methods=["POST"]),
             Route("/v1/models", routes.models),
             Route("/v1/models/{name:path}", routes.one_model),
@@ -79,7 +79,7 @@ def made(endpoint: Endpoint) -> Guard:
             Route("/metrics", routes.metrics),
         ],
         exception_handlers={
-            Refusal: routes.refused,
+            ApiRefusal: routes.refused,
             HTTPException: _not_there,
             ClientDisconnect: _gone,
             Exception: _broken,
@@ -114,7 +114,7 @@ class _Routes:
 
     async def count_tokens(self, request: Request) -> Response:
         def count(body: bytes) -> int:
-            asked = Messages(self._endpoint, _parsed(body), counting=True)
+            asked = MessagesRequest(self._endpoint, _parsed(body), counting=True)
             return len(rendered(self._endpoint, asked.ask)[0])
 
         return JSONResponse({"input_tokens": await self._endpoint.prepared(count, await request.body())})
@@ -130,7 +130,7 @@ class _Routes:
             raise wrong("give one of prompt and messages", "prompt")
         if body.messages is not None:
             kept = {name: raw[name] for name in ChatBody.model_fields if name in raw}
-            (ids,) = rendered(endpoint, Chat(endpoint, kept).ask)
+            (ids,) = rendered(endpoint, ChatRequest(endpoint, kept).ask)
         else:
             try:
                 ids = endpoint.vocabulary.tokenizer.encode(body.prompt or "", body.add_special_tokens)
@@ -173,7 +173,7 @@ class _Routes:
         said = {"status": self._endpoint.state, **({} if ready else {"progress": self._endpoint.progress})}
         return JSONResponse(said, 200 if ready else 503)
 
-    async def refused(self, request: Request, error: Refusal) -> Response:
+    async def refused(self, request: Request, error: ApiRefusal) -> Response:
         self._endpoint.metrics.refused(error.status)
         return refused(request.url.path, error)
 
@@ -187,7 +187,7 @@ def _asked(endpoint: Endpoint, dialect: Callable[[Endpoint, Any], Dialect], body
 
 
 def _parsed(body: bytes) -> Any:
-    """What a body holds. Raises `Refusal`."""
+    """What a body holds. Raises `ApiRefusal`."""
     try:
         return parse_json(body.decode())
     except UnicodeDecodeError:
@@ -196,7 +196,7 @@ def _parsed(body: bytes) -> Any:
         raise wrong(f"the body is not JSON that is taken: {error}", code="invalid_json") from None
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
     """The result of work, given up when the client goes away. Raises `ClientDisconnect`."""
 
     async def gone() -> None:
@@ -212,14 +212,14 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> R
     finally:
         for each in (task, watch):
             each.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Refusal):
+            with contextlib.suppress(asyncio.CancelledError, ApiRefusal):
                 await each
 
 
 async def _not_there(request: Request, error: HTTPException) -> Response:
     message = {404: f"there is no {request.url.path} here", 405: f"{request.url.path} has no {request.method}"}
     path = request.url.path
-    answer = refused(path, Refusal(error.status_code, message.get(error.status_code, error.detail)))
+    answer = refused(path, ApiRefusal(error.status_code, message.get(error.status_code, error.detail)))
     answer.headers.update(error.headers or {})
     return answer
 
@@ -230,6 +230,6 @@ async def _gone(request: Request, error: ClientDisconnect) -> Response:
 
 async def _broken(request: Request, error: Exception) -> Response:
     """A bug of ours; the traceback goes to the log."""
-    answer = refused(request.url.path, Refusal(500, "the server failed: see its log"))
+    answer = refused(request.url.path, ApiRefusal(500, "the server failed: see its log"))
     answer.headers["connection"] = "close"  # as uvicorn does behind a traceback
     return answer

@@ -12,9 +12,9 @@ from model.errors import TokenizerError
 from runtime.api.endpoint import Endpoint
 from runtime.api.guide import Guide, Rules
 from runtime.api.reader import Reader
-from runtime.api.refusal import Refusal, wrong
+from runtime.api.refusal import ApiRefusal, wrong
 from runtime.api.synthetic import Invented
-from runtime.api.tools import Choice, Tool
+from runtime.api.tools import Tool, ToolChoice
 from runtime.serving.sampling import Sampling
 from runtime.serving.service import Constraint, Job
 
@@ -46,7 +46,7 @@ class Drawn:
 
 
 @dataclasses.dataclass(frozen=True)
-class Format:
+class JsonFormat:
     """JSON that is asked for. param: where the request says so."""
 
     schema: Any
@@ -64,8 +64,8 @@ class Ask:
     messages: list[dict[str, Any]] | None = None
     prompts: list[str | list[int]] | None = None
     tools: Mapping[str, Tool] = dataclasses.field(default_factory=dict)
-    choice: Choice = Choice()
-    format: Format | None = None
+    choice: ToolChoice = ToolChoice()
+    format: JsonFormat | None = None
     thinking: bool | None = None
     effort: str | None = None
     budget: int | None = None
@@ -83,7 +83,7 @@ class Prepared:
 
 
 def rendered(endpoint: Endpoint, ask: Ask) -> list[list[int]]:
-    """The token ids of each prompt. Raises `Refusal`. Takes a while: not for the event loop."""
+    """The token ids of each prompt. Raises `ApiRefusal`. Takes a while: not for the event loop."""
     vocabulary = endpoint.vocabulary
     try:
         if ask.messages is None:
@@ -106,7 +106,7 @@ def rendered(endpoint: Endpoint, ask: Ask) -> list[list[int]]:
 def _chat(endpoint: Endpoint, ask: Ask) -> str:
     template = endpoint.vocabulary.template
     if template is None:
-        raise Refusal(400, "this checkpoint has no chat template: use /v1/completions", code="no_chat_template")
+        raise ApiRefusal(400, "this checkpoint has no chat template: use /v1/completions", code="no_chat_template")
     if reserved := _RESERVED & set(ask.variables):
         raise wrong(f"{min(reserved)} is the request's own", "chat_template_kwargs")
     variables = dict(ask.variables)
@@ -124,7 +124,7 @@ def _chat(endpoint: Endpoint, ask: Ask) -> str:
 
 
 def prepared(endpoint: Endpoint, ask: Ask) -> Prepared:
-    """Everything that can be wrong with an ask is found here. Raises `Refusal`. Not for the event loop."""
+    """Everything that can be wrong with an ask is found here. Raises `ApiRefusal`. Not for the event loop."""
     prompts = rendered(endpoint, ask)
     room = [_room(endpoint, ask, prompt) for prompt in prompts]
     rules, tools = _rules(endpoint, ask)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from runtime.simulation.planned import Deployed
 
 Tokens = Literal["model", "synthetic"]
-Progress = Callable[[str], None]
+_Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +136,36 @@ def trusted(priced: Deployed) -> tuple[str, str]:
     return evidence, f"TPOT {low:+.0f} to {high:+.0f} %"
 
 
-def make_service(backing: Backing, found: Opened, inventor: Inventor | None, progress: Progress) -> Service:
+def make_service(backing: Backing, found: Opened, inventor: Inventor | None, progress: _Progress) -> Service:
     """The service, with what it needs compiled. inventor: makes up tokens, where no model does. progress: told in words
     what is being done. Raises what loading raises."""
-    raise UsageError("glm5 serve needs a scheduler that runs, which this version has not: glm5 run generates")
+    from backends import registry
+    from backends.emulation.backend import SimBackend
+    from runtime.execution.services import emulated_service, local_service
+
+    progress("loading")
+    adapter = registry.usable(backing.backend)
+    if found.plan is None:
+        from runtime.execution.local.engine import EngineConfig
+
+        assert found.checkpoint is not None
+        config = EngineConfig(drafts=backing.mtp, prefill_chunk=backing.prefill_chunk)
+        service: Service = local_service(
+            found.checkpoint, adapter, config, backing.dtype, backing.keep_fp8, backing.pool_tokens, backing.max_queue
+        )
+    else:
+        assert isinstance(adapter, SimBackend)
+        made_up = None if inventor is None else inventor.next_token
+        service = emulated_service(
+            found.config, found.plan, checkpoint=found.checkpoint, backend=adapter, next_token=made_up,
+            time_scale=backing.time_scale, max_queue=backing.max_queue, priced=found.priced,
+        )  # fmt: skip
+    if inventor is None:
+        warmed(service, found, backing.warm, progress)
+    return service
 
 
-def warmed(service: Service, found: Opened, most: int, progress: Progress) -> None:
+def warmed(service: Service, found: Opened, most: int, progress: _Progress) -> None:
     """Has a service compile what requests need first: 1, 2, 4, ... of them at once, up to `most`."""
     count, began = 1, time.monotonic()
     while count <= most:

@@ -11,13 +11,13 @@ from typing import Any, Literal, TypeVar
 
 from runtime.api.grammar import Grammars
 from runtime.api.metrics import Metrics
-from runtime.api.refusal import Refusal, closing, full
+from runtime.api.refusal import ApiRefusal, closing, full
 from runtime.api.settings import Emulated, Settings
 from runtime.api.synthetic import Inventor
 from runtime.api.vocabulary import Vocabulary
 from runtime.serving.service import Counts, Service, Update
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 _MOST_PREPARED = 64  # requests whose prompts are made at once, beyond those that may wait
 _THREADS = 8  # that make them; a chat template's process serves one at a time
 
@@ -55,11 +55,11 @@ class Endpoint:
 
     @property
     def service(self) -> Service:
-        """Raises `Refusal` while there is none, or none any more."""
+        """Raises `ApiRefusal` while there is none, or none any more."""
         if self.state == "closing":
             raise closing()
         if self._service is None:
-            raise Refusal(503, f"the server is not ready yet: {self.progress}", code="not_ready")
+            raise ApiRefusal(503, f"the server is not ready yet: {self.progress}", code="not_ready")
         return self._service
 
     def serve(self, service: Service) -> None:
@@ -73,12 +73,12 @@ class Endpoint:
             self._service.abort(job)
 
     def refuse_full(self) -> None:
-        """Raises `Refusal` where another request would have to wait longer than is allowed: before any work on it."""
+        """Raises `ApiRefusal` where another request would have to wait and may not: before any work on it."""
         most = self.settings.max_queue
         if self.service.counts().waiting >= most or self._preparing >= most + _MOST_PREPARED:
             raise full()
 
-    async def prepared(self, work: Callable[..., Result], *given: Any) -> Result:
+    async def prepared(self, work: Callable[..., _Result], *given: Any) -> _Result:
         """The result of work on a request, done on another thread."""
         self._preparing += 1
         try:
@@ -86,9 +86,9 @@ class Endpoint:
         finally:
             self._preparing -= 1
 
-    def compiled(self, work: Callable[..., Result], *given: Any) -> Result:
+    def compiled(self, work: Callable[..., _Result], *given: Any) -> _Result:
         """The result of work on a grammar, which has threads of its own. Not for the event loop."""
-        made: Future[Result] = self._grammar_threads.submit(work, *given)
+        made: Future[_Result] = self._grammar_threads.submit(work, *given)
         return made.result()
 
     def close(self) -> None:
@@ -115,17 +115,17 @@ class Endpoint:
         return None if self._service is None else self._service.counts()
 
 
-Put = Callable[[int, Update], None]
+_Put = Callable[[int, Update], None]
 
 
 class Mailbox:
     """Hands what the service's thread tells over to an event loop: all that came since the loop last looked at once."""
 
     def __init__(self) -> None:
-        self._letters: deque[tuple[Put, int, Update]] = deque()
+        self._letters: deque[tuple[_Put, int, Update]] = deque()
         self._told = False
 
-    def slot(self, loop: asyncio.AbstractEventLoop, put: Put, index: int) -> Callable[[Update], None]:
+    def slot(self, loop: asyncio.AbstractEventLoop, put: _Put, index: int) -> Callable[[Update], None]:
         """What to give a service: for each update `put(index, update)` is called on the loop."""
 
         def deliver(update: Update) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import llguidance
 import numpy as np
 
-from runtime.api.refusal import Refusal, wrong
+from runtime.api.refusal import ApiRefusal, wrong
 from runtime.api.schemas import branches, definitions, kinds
 from runtime.api.tools import Tool
 from runtime.api.vocabulary import Vocabulary
@@ -84,14 +84,14 @@ class Grammars:
         return len(self._held)
 
     def answer(self, schema: Any, param: str) -> llguidance.LLMatcher:
-        """Of an answer that is JSON of a schema. Raises `Refusal`."""
+        """Of an answer that is JSON of a schema. Raises `ApiRefusal`."""
         try:
             return self._compiled("json", schema, lambda: _json(schema)).matcher
         except NoGrammar as error:
             raise wrong(f"the schema cannot be held to: {error}", param, "invalid_schema") from None
 
     def calls(self, tools: Mapping[str, Tool], param: str = "tools") -> Calls:
-        """Of calls of these tools. Raises `Refusal` for a strict one that its schema cannot be held to."""
+        """Of calls of these tools. Raises `ApiRefusal` for a strict one that its schema cannot be held to."""
         made = {name: self.arguments(tool, f"{param}[{at}]") for at, (name, tool) in enumerate(tools.items())}
         markup, ways, terms = self._vocabulary.markup, [], {}
         for mark in (markup.key, markup.call_end):
@@ -105,7 +105,7 @@ class Grammars:
 
     def arguments(self, tool: Tool, param: str) -> tuple[_Compiled, bool]:
         """Of a call's arguments, from the first mark behind its name to the mark that ends it, and whether it holds to
-        the whole of the tool's schema. Raises `Refusal` for a strict tool that it cannot be held to."""
+        the whole of the tool's schema. Raises `ApiRefusal` for a strict tool that it cannot be held to."""
         schema = dict(tool.parameters)
         try:
             return self._compiled("arguments", schema, lambda: self._arguments(schema)), True
@@ -113,7 +113,7 @@ class Grammars:
             if tool.strict:
                 message = f"the schema cannot be held to: {error}"
                 raise wrong(message, param, "invalid_schema") from None
-        except Refusal as refusal:
+        except ApiRefusal as refusal:
             refusal.param = param
             raise
         return self._compiled("arguments", {}, lambda: self._arguments({})), False

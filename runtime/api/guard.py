@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.api.endpoint import Endpoint
-from runtime.api.refusal import Refusal
+from runtime.api.refusal import ApiRefusal
 
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -42,14 +42,14 @@ class Guard:
         try:
             self._admit(scope["path"], headers)
             bounded = _Bounded(receive, headers, endpoint)
-        except Refusal as refusal:
+        except ApiRefusal as refusal:
             endpoint.metrics.refused(refusal.status)
             await refused(scope["path"], refusal)(scope, receive, answer)
             return
         await self._app(scope, bounded, answer)
 
     def _admit(self, path: str, headers: Headers) -> None:
-        """Raises `Refusal` without a key."""
+        """Raises `ApiRefusal` without a key."""
         settings = self._endpoint.settings
         if not settings.keys or (settings.open_health and path == "/health"):
             return
@@ -58,7 +58,7 @@ class Guard:
         pairs = [(key.encode(), each.encode()) for key in settings.keys for each in given]
         if not any([hmac.compare_digest(*pair) for pair in pairs]):  # each of them, however the first compares
             message = "no such key: send one as `Authorization: Bearer KEY` or `x-api-key: KEY`"
-            raise Refusal(401, message, code="invalid_api_key")
+            raise ApiRefusal(401, message, code="invalid_api_key")
 
 
 class _Bounded:
@@ -80,7 +80,7 @@ class _Bounded:
             async with asyncio.timeout_at(self._until):
                 message = await self._receive()
         except TimeoutError:
-            raise Refusal(408, f"the body did not come within {self._seconds:g} s", code="timeout") from None
+            raise ApiRefusal(408, f"the body did not come within {self._seconds:g} s", code="timeout") from None
         if message["type"] == "http.request":
             self._bytes += len(message.get("body", b""))
             self._whole = not message.get("more_body", False)
@@ -88,11 +88,11 @@ class _Bounded:
                 raise self._large()
         return message
 
-    def _large(self) -> Refusal:
-        return Refusal(413, f"the body is larger than {self._most:,} bytes", code="request_too_large")
+    def _large(self) -> ApiRefusal:
+        return ApiRefusal(413, f"the body is larger than {self._most:,} bytes", code="request_too_large")
 
 
-def refused(path: str, refusal: Refusal) -> JSONResponse:
+def refused(path: str, refusal: ApiRefusal) -> JSONResponse:
     """A refusal in the shape of whoever is asked at a path."""
     body: dict[str, Any] = refusal.anthropic() if path.startswith("/v1/messages") else refusal.openai()
     status = 529 if refusal.status == 429 and path.startswith("/v1/messages") else refusal.status

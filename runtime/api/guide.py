@@ -16,7 +16,7 @@ from runtime.api.grammar import Calls
 from runtime.api.vocabulary import Vocabulary
 from runtime.serving.service import ConstraintBroken
 
-Phase = Literal["thinking", "text", "name", "arguments", "called", "parted", "over"]
+_Phase = Literal["thinking", "text", "name", "arguments", "called", "parted", "over"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Guide:
 
     def __init__(self, rules: Rules, thinking: bool):
         self._rules, self._markup = rules, rules.vocabulary.markup
-        self._phase: Phase = "thinking" if thinking else "text"
+        self._phase: _Phase = "thinking" if thinking else "text"
         self._matcher = rules.text.deep_copy() if rules.text is not None else None
         self._text = self._matcher
         self._thoughts, self._begun = 0, False

@@ -23,7 +23,7 @@ from runtime.api.stops import StopText
 from runtime.api.tools import Tool
 from runtime.api.vocabulary import Vocabulary
 
-State = Literal["thinking", "text", "name", "between", "key", "value", "done"]
+_State = Literal["thinking", "text", "name", "between", "key", "value", "done"]
 
 
 class Reader:
@@ -43,7 +43,7 @@ class Reader:
         plain: bool = False,
     ):
         self._markup, self._tools, self._ends = vocabulary.markup, tools, ends
-        self._state: State = "thinking" if thinking else "text"
+        self._state: _State = "thinking" if thinking else "text"
         self._stream = vocabulary.tokenizer.stream(skip_special_tokens=True)
         self._stops = StopText(stops)
         self._blank = ""  # white space that is held back until something follows
@@ -148,7 +148,7 @@ class Reader:
         """The text that a mark ends: half a character does not go on behind it."""
         return self._text(self._stream.flush())
 
-    def _enter(self, state: State) -> None:
+    def _enter(self, state: _State) -> None:
         self._state, self._blank, self._shown, self._word = state, "", False, ""
 
     # --- what the marks do; None: the token is text here ---

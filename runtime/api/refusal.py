@@ -14,7 +14,7 @@ _ANTHROPIC = {
 }  # fmt: skip
 
 
-class Refusal(Exception):
+class ApiRefusal(Exception):
     """No answer: an HTTP status, one line, the parameter that is at fault, a code that programs compare."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
@@ -35,14 +35,14 @@ class Refusal(Exception):
         return {"retry-after": "1"} if self.status in (429, 503) else {}
 
 
-def wrong(message: str, param: str | None = None, code: str | None = None) -> Refusal:
+def wrong(message: str, param: str | None = None, code: str | None = None) -> ApiRefusal:
     """A request that no server could serve."""
-    return Refusal(400, message, param, code)
+    return ApiRefusal(400, message, param, code)
 
 
-def full() -> Refusal:
-    return Refusal(429, "as many requests wait as may: try again later", code="queue_full")
+def full() -> ApiRefusal:
+    return ApiRefusal(429, "as many requests wait as may: try again later", code="queue_full")
 
 
-def closing() -> Refusal:
-    return Refusal(503, "the server is shutting down", code="shutting_down")
+def closing() -> ApiRefusal:
+    return ApiRefusal(503, "the server is shutting down", code="shutting_down")

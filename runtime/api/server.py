@@ -49,7 +49,7 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-class Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """Serves an endpoint until a signal; then its answers go on for `drain_s`, and what is left is ended.
 
     make: gives the service, on a thread of its own, while the server already says that it is not ready. ready: told

@@ -33,7 +33,7 @@ class Tool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class ToolChoice:
     """Which calls are wanted. auto: none or some. required: one at least. name: of that tool, with `required`."""
 
     mode: Literal["none", "auto", "required"] = "auto"
@@ -42,7 +42,7 @@ class Choice:
 
 
 def checked(tools: list[Tool], param: str = "tools") -> dict[str, Tool]:
-    """The tools by name. Raises `Refusal`."""
+    """The tools by name. Raises `ApiRefusal`."""
     if len(tools) > MOST_TOOLS:
         raise wrong(f"{len(tools):,} tools are more than the {MOST_TOOLS:,} that are taken", param)
     found: dict[str, Tool] = {}

@@ -148,7 +148,7 @@ def _serve(
 ) -> None:
     from runtime.api.backing import make_service
     from runtime.api.endpoint import Endpoint
-    from runtime.api.server import Server
+    from runtime.api.server import HttpServer
 
     endpoint = Endpoint(
         names or (found.name,),
@@ -174,7 +174,7 @@ def _serve(
         if endpoint.emulated is not None:
             print(f"glm5: emulated: {endpoint.emulated.header()}", flush=True)
 
-    server = Server(endpoint, make, ready)
+    server = HttpServer(endpoint, make, ready)
     server.serve_on(listening)
     _say(_ended(endpoint))
     if server.loading:  # and cannot be asked to stop

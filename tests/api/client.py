@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from runtime.api.endpoint import Endpoint
-from runtime.api.server import Server, bound
+from runtime.api.server import HttpServer, bound
 from runtime.api.settings import Emulated, Settings
 from runtime.serving.service import Service
 from tests.api.double import Scripted
@@ -37,7 +37,7 @@ class Answer:
 class Api:
     """One server. `says` decides what its service answers."""
 
-    def __init__(self, server: Server, service: Service, endpoint: Endpoint, port: int):
+    def __init__(self, server: HttpServer, service: Service, endpoint: Endpoint, port: int):
         self.server, self.endpoint, self.port = server, endpoint, port
         self.service: Any = service
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
@@ -143,7 +143,7 @@ def serving(
     """A server, which is ready."""
     double = service or Scripted()
     endpoint = Endpoint((MODEL, "alias"), VOCABULARY, positions, Settings(**settings), {}, emulated)
-    server = Server(endpoint, lambda: double)
+    server = HttpServer(endpoint, lambda: double)
     listening = bound("127.0.0.1", 0)
     port = listening.getsockname()[1]
     thread = threading.Thread(target=server.serve_on, args=(listening,), daemon=True)

@@ -16,7 +16,7 @@ from runtime.api.events import CallBegun, CallGrown, Said, merged
 from runtime.api.grammar import MOST_HELD, Grammars
 from runtime.api.guide import Guide, Rules
 from runtime.api.reader import Reader
-from runtime.api.refusal import Refusal
+from runtime.api.refusal import ApiRefusal
 from runtime.api.tools import Tool
 from runtime.serving.service import ConstraintBroken
 from tests.api.words import MARKUP, USER, VOCABULARY, call, ids
@@ -225,11 +225,11 @@ def test_a_copy_goes_its_own_way(seed: int, at: int) -> None:
      {"$ref": "http://example.com/x"}, {"$ref": "#/nowhere"}, 3, {"minimum": "x", "type": "integer"}, False],
 )  # fmt: skip
 def test_a_bad_schema_is_refused(schema: Any) -> None:
-    with pytest.raises(Refusal, match="cannot be held to") as refused:
+    with pytest.raises(ApiRefusal, match="cannot be held to") as refused:
         GRAMMARS.answer(schema, "response_format")
     assert (refused.value.status, refused.value.param) == (400, "response_format")
     tool = Tool("t", {"type": "object", "properties": {"a": schema}, "required": ["a"]}, strict=True)
-    with pytest.raises(Refusal):
+    with pytest.raises(ApiRefusal):
         GRAMMARS.arguments(tool, "tools[0]")
     form, exact = GRAMMARS.arguments(dataclasses.replace(tool, strict=False), "tools[0]")
     assert not exact and not form.matcher.is_error()
@@ -240,7 +240,7 @@ def test_the_cache_is_bounded() -> None:
     for at in range(MOST_HELD + 20):
         grammars.answer({"const": at}, "x")
     assert grammars.held == MOST_HELD
-    with pytest.raises(Refusal, match="larger than"):
+    with pytest.raises(ApiRefusal, match="larger than"):
         grammars.answer({"enum": ["x" * (1 << 20)]}, "x")
 
 
@@ -249,7 +249,7 @@ def test_a_pattern_that_cannot_be_followed_ends_its_answer_alone() -> None:
     pattern = "^((((a{1,1000}b?){1,1000}c?){1,1000}d?){1,1000})$"
     try:
         guide = Guide(rules({"type": "string", "pattern": pattern}), False)
-    except Refusal:
+    except ApiRefusal:
         pytest.skip("this release refuses the pattern")
     other = Guide(rules(PERSON), False)
     with pytest.raises(ConstraintBroken, match="cannot be held"):

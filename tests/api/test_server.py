@@ -13,7 +13,7 @@ import pytest
 
 from foundation.errors import CapacityError, UsageError
 from runtime.api.endpoint import Endpoint
-from runtime.api.server import Server, bound, is_loopback
+from runtime.api.server import HttpServer, bound, is_loopback
 from runtime.api.settings import Emulated, Settings
 from tests.api.client import MODEL, Api, events, serving, wait_for
 from tests.api.double import Scripted
@@ -161,7 +161,7 @@ def test_nothing_is_served_until_the_service_is_there() -> None:
         return double
 
     endpoint = Endpoint((MODEL,), VOCABULARY, 2048, Settings())
-    server, listening = Server(endpoint, make), bound("127.0.0.1", 0)
+    server, listening = HttpServer(endpoint, make), bound("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     thread = threading.Thread(target=server.serve_on, args=(listening,))
     thread.start()
@@ -187,7 +187,7 @@ def test_a_service_that_cannot_be_made_ends_the_server_with_its_reason() -> None
 
     endpoint = Endpoint((MODEL,), VOCABULARY, 2048, Settings())
     with pytest.raises(CapacityError, match="no room"):
-        Server(endpoint, make).serve_on(bound("127.0.0.1", 0))
+        HttpServer(endpoint, make).serve_on(bound("127.0.0.1", 0))
 
 
 @pytest.mark.parametrize("path", list(SHAPES))

@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import Field
 
-from runtime.api.answer import Answering, End, Step, Turn
+from runtime.api.answer import Answering, End, OneAnswer, Told
 from runtime.api.ask import Ask
 from runtime.api.dialects.forms import (
     MOST_LOGPROBS,
-    Body,
-    Function,
+    FunctionTool,
+    RequestBody,
     Sampled,
     arguments_of,
     checked_model,
@@ -36,16 +36,16 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
-class _Tool(Body):
+class _Tool(RequestBody):
     type: str
-    function: Function
+    function: FunctionTool
 
 
-class _Options(Body):
+class _Options(RequestBody):
     include_usage: bool | None = None
 
 
-class _Message(Body):
+class _Message(RequestBody):
     role: str
     content: str | list[dict[str, Any]] | None = None
     reasoning_content: str | None = None
@@ -76,11 +76,11 @@ class ChatBody(Sampled):
     thinking_token_budget: int | None = Field(None, ge=0)
 
 
-class Chat:
+class ChatRequest:
     """A request to it."""
 
     def __init__(self, endpoint: Endpoint, raw: Any):
-        """Raises `Refusal`."""
+        """Raises `ApiRefusal`."""
         body = read(ChatBody, raw)
         self._endpoint, self._body = endpoint, body
         self.model = checked_model(endpoint.names, body.model)
@@ -124,7 +124,7 @@ class Chat:
         choices = [self._choice(turn) for turn in answering.turns]
         return {**self._head("chat.completion"), "choices": choices, "usage": usage(answering)}
 
-    def _choice(self, turn: Turn) -> dict[str, Any]:
+    def _choice(self, turn: OneAnswer) -> dict[str, Any]:
         thoughts = "".join(event.text for event in turn.events if isinstance(event, Thought))
         text = "".join(event.text for event in turn.events if isinstance(event, Said))
         calls = _calls(turn.events)
@@ -156,7 +156,7 @@ class Chat:
             yield {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(answering)}
         yield "[DONE]"
 
-    def _deltas(self, step: Step, begun: set[int], calls: dict[int, int]) -> list[dict[str, Any]]:
+    def _deltas(self, step: Told, begun: set[int], calls: dict[int, int]) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []
         for event in step.events:
             match event:
@@ -202,7 +202,7 @@ def _calls(events: list[Event]) -> list[dict[str, Any]]:
 
 
 def _message(given: _Message, param: str) -> dict[str, Any]:
-    """A message as templates have it. Raises `Refusal`."""
+    """A message as templates have it. Raises `ApiRefusal`."""
     role = _ROLES.get(given.role)
     if role is None:
         raise wrong(f"{param}.role is one of {', '.join(_ROLES)}, not {given.role[:40]!r}", f"{param}.role")
@@ -224,7 +224,7 @@ def _message(given: _Message, param: str) -> dict[str, Any]:
 
 
 def text_of(content: str | list[dict[str, Any]] | None, param: str) -> str:
-    """The text of a message's parts. Raises `Refusal` for parts that are none."""
+    """The text of a message's parts. Raises `ApiRefusal` for parts that are none."""
     if content is None or isinstance(content, str):
         return content or ""
     texts = []

@@ -11,7 +11,16 @@ from pydantic import Field
 from runtime.api.answer import Answering, Shown
 from runtime.api.ask import Ask
 from runtime.api.dialects.chat import FINISH
-from runtime.api.dialects.forms import MOST_LOGPROBS, Body, Sampled, checked_model, format_of, new_id, read, usage
+from runtime.api.dialects.forms import (
+    MOST_LOGPROBS,
+    RequestBody,
+    Sampled,
+    checked_model,
+    format_of,
+    new_id,
+    read,
+    usage,
+)
 from runtime.api.endpoint import Endpoint
 from runtime.api.events import Event, Said
 from runtime.api.refusal import wrong
@@ -19,7 +28,7 @@ from runtime.api.refusal import wrong
 _DEFAULT_TOKENS = 16  # OpenAI's
 
 
-class _Options(Body):
+class _Options(RequestBody):
     include_usage: bool | None = None
 
 
@@ -39,11 +48,11 @@ class CompletionBody(Sampled):
     response_format: dict[str, Any] | None = None
 
 
-class TextCompletion:
+class CompletionRequest:
     """A request to it."""
 
     def __init__(self, endpoint: Endpoint, raw: Any):
-        """Raises `Refusal`."""
+        """Raises `ApiRefusal`."""
         body = read(CompletionBody, raw)
         self._endpoint, self._body = endpoint, body
         self.model = checked_model(endpoint.names, body.model)

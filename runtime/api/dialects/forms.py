@@ -10,23 +10,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from foundation.reading import Unreadable, parse_json
 from runtime.api.answer import Answering, Shown
-from runtime.api.ask import MOST_STOP_CHARACTERS, MOST_STOPS, Drawn, Format
-from runtime.api.refusal import Refusal, wrong
-from runtime.api.tools import Choice, Tool
+from runtime.api.ask import MOST_STOP_CHARACTERS, MOST_STOPS, Drawn, JsonFormat
+from runtime.api.refusal import ApiRefusal, wrong
+from runtime.api.tools import Tool, ToolChoice
 from runtime.api.vocabulary import Vocabulary
 
 MOST_LOGPROBS = 20
 _NO_FIELD = {"str", "int", "float", "bool", "none", "constrained-str", "constrained-int", "constrained-float"}
-Form = TypeVar("Form", bound="Body")
+Form = TypeVar("Form", bound="RequestBody")
 
 
-class Body(BaseModel):
+class RequestBody(BaseModel):
     """Fields of a request, of exactly their types; fields that nobody knows are let be, as OpenAI's are."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class Sampled(Body):
+class Sampled(RequestBody):
     """How tokens are chosen: what OpenAI's forms and vLLM's additions to them have alike."""
 
     temperature: float | None = Field(None, ge=0, le=2)
@@ -45,7 +45,7 @@ class Sampled(Body):
     repetition_penalty: float | None = None
 
     def drawn(self, **more: Any) -> Drawn:
-        """Raises `Refusal`."""
+        """Raises `ApiRefusal`."""
         for name, neutral in (("presence_penalty", 0), ("frequency_penalty", 0), ("repetition_penalty", 1)):
             if getattr(self, name) not in (None, neutral):
                 raise wrong(f"{name} is not supported: leave it out, or at {neutral}", name, "unsupported_parameter")
@@ -58,7 +58,7 @@ class Sampled(Body):
 
 
 def read(form: type[Form], raw: Any) -> Form:
-    """A body's fields. Raises `Refusal`, which names the first that is wrong."""
+    """A body's fields. Raises `ApiRefusal`, which names the first that is wrong."""
     if not isinstance(raw, dict):
         raise wrong("the body is a JSON object")
     try:
@@ -92,7 +92,7 @@ def new_id(kind: str) -> str:
 
 
 def stops(given: str | list[str] | None, param: str) -> tuple[str, ...]:
-    """Raises `Refusal`."""
+    """Raises `ApiRefusal`."""
     found = () if given is None else (given,) if isinstance(given, str) else tuple(given)
     if len(found) > MOST_STOPS:
         raise wrong(f"{len(found)} stop strings are more than {MOST_STOPS}", param)
@@ -115,7 +115,7 @@ def _bias(given: dict[str, float]) -> dict[int, float]:
 # --- tools, and JSON that is asked for ---
 
 
-class Function(Body):
+class FunctionTool(RequestBody):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -125,40 +125,40 @@ class Function(Body):
         return Tool(self.name, self.parameters or {}, self.description, bool(self.strict))
 
 
-def format_of(given: dict[str, Any] | None, param: str, nested: bool) -> Format | None:
-    """What `response_format` (nested) or `text.format` asks for. Raises `Refusal`."""
+def format_of(given: dict[str, Any] | None, param: str, nested: bool) -> JsonFormat | None:
+    """What `response_format` (nested) or `text.format` asks for. Raises `ApiRefusal`."""
     if given is None:
         return None
     kind = given.get("type")
     if kind == "text":
         return None
     if kind == "json_object":
-        return Format({"type": "object"}, param)
+        return JsonFormat({"type": "object"}, param)
     if kind != "json_schema":
         raise wrong(f"{param}.type is text, json_object or json_schema", f"{param}.type")
     holder, where = (given.get("json_schema"), f"{param}.json_schema") if nested else (given, param)
     if not isinstance(holder, dict) or "schema" not in holder:
         raise wrong(f"{where}.schema is missing", f"{where}.schema", "missing_required_parameter")
-    return Format(holder["schema"], where)
+    return JsonFormat(holder["schema"], where)
 
 
-def choice_of(given: Any, parallel: bool | None, param: str = "tool_choice") -> Choice:
-    """OpenAI's `tool_choice`, of chats (`function.name`) and of responses (`name`). Raises `Refusal`."""
+def choice_of(given: Any, parallel: bool | None, param: str = "tool_choice") -> ToolChoice:
+    """OpenAI's `tool_choice`, of chats (`function.name`) and of responses (`name`). Raises `ApiRefusal`."""
     parallel = parallel is not False
     if given is None:
-        return Choice(parallel=parallel)
+        return ToolChoice(parallel=parallel)
     if given in ("none", "auto", "required"):
-        return Choice(given, None, parallel)
+        return ToolChoice(given, None, parallel)
     if isinstance(given, dict) and given.get("type") == "function":
         function = given.get("function")
         name = function.get("name") if isinstance(function, dict) else given.get("name")
         if isinstance(name, str):
-            return Choice("required", name, parallel=False)
+            return ToolChoice("required", name, parallel=False)
     raise wrong(f"{param} is none, auto, required or a function by name", param)
 
 
 def arguments_of(text: Any, param: str) -> dict[str, Any]:
-    """The arguments of a call in a history: JSON text, or already an object. Raises `Refusal`."""
+    """The arguments of a call in a history: JSON text, or already an object. Raises `ApiRefusal`."""
     if isinstance(text, dict):
         return text
     try:
@@ -171,9 +171,9 @@ def arguments_of(text: Any, param: str) -> dict[str, Any]:
 
 
 def checked_model(names: tuple[str, ...], given: str | None) -> str:
-    """The name that answers bear. Raises `Refusal` for a model that is not served."""
+    """The name that answers bear. Raises `ApiRefusal` for a model that is not served."""
     if given is not None and given not in names:
-        raise Refusal(
+        raise ApiRefusal(
             404, f"the model {given[:100]!r} does not exist here: {names[0]} does", "model", "model_not_found"
         )
     return given or names[0]

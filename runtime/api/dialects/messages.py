@@ -10,21 +10,21 @@ from typing import Any
 from pydantic import Field
 
 from foundation.reading import Unreadable, parse_json
-from runtime.api.answer import Answering, Turn
+from runtime.api.answer import Answering, OneAnswer
 from runtime.api.ask import Ask, Drawn
-from runtime.api.dialects.forms import Body, checked_model, new_id, read, stops
+from runtime.api.dialects.forms import RequestBody, checked_model, new_id, read, stops
 from runtime.api.endpoint import Endpoint
 from runtime.api.events import CallBegun, CallEnded, CallGrown, Event, Said, Thought
 from runtime.api.refusal import wrong
-from runtime.api.tools import Choice, Tool, checked
+from runtime.api.tools import Tool, ToolChoice, checked
 
 
-class _Message(Body):
+class _Message(RequestBody):
     role: str
     content: str | list[dict[str, Any]]
 
 
-class _Tool(Body):
+class _Tool(RequestBody):
     name: str
     type: str | None = None
     description: str | None = None
@@ -32,18 +32,18 @@ class _Tool(Body):
     strict: bool | None = None
 
 
-class _Choice(Body):
+class _Choice(RequestBody):
     type: str
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
 
-class _Thinking(Body):
+class _Thinking(RequestBody):
     type: str
     budget_tokens: int | None = Field(None, ge=1)
 
 
-class CountBody(Body):
+class CountBody(RequestBody):
     """What is counted: all of a request but how it is answered."""
 
     messages: list[_Message] = Field(min_length=1)
@@ -66,11 +66,11 @@ class MessagesBody(CountBody):
     output_format: dict[str, Any] | None = None
 
 
-class Messages:
+class MessagesRequest:
     """A request to it; counting: to count its tokens alone."""
 
     def __init__(self, endpoint: Endpoint, raw: Any, counting: bool = False):
-        """Raises `Refusal`."""
+        """Raises `ApiRefusal`."""
         body = read(CountBody if counting else MessagesBody, raw)
         self.model = checked_model(endpoint.names, body.model)
         drawn = Drawn()
@@ -181,12 +181,12 @@ class _Blocks:
         return {"type": "content_block_delta", "index": self._index, "delta": delta}
 
 
-def _ended(turn: Turn) -> dict[str, Any]:
+def _ended(turn: OneAnswer) -> dict[str, Any]:
     reasons = {"length": "max_tokens", "calls": "tool_use", "string": "stop_sequence"}
     return {"stop_reason": reasons.get(turn.end or "", "end_turn"), "stop_sequence": turn.reader.stopped_by}
 
 
-def _usage(turn: Turn, output_tokens: int | None = None) -> dict[str, Any]:
+def _usage(turn: OneAnswer, output_tokens: int | None = None) -> dict[str, Any]:
     """Input tokens are those that were not found in the cache."""
     return {
         "input_tokens": turn.prompt_tokens - turn.cached_tokens,
@@ -210,24 +210,24 @@ def _input(arguments: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _choice(given: _Choice | None) -> Choice:
+def _choice(given: _Choice | None) -> ToolChoice:
     if given is None:
-        return Choice()
+        return ToolChoice()
     parallel = not given.disable_parallel_tool_use
     match given.type:
         case "auto":
-            return Choice("auto", None, parallel)
+            return ToolChoice("auto", None, parallel)
         case "any":
-            return Choice("required", None, parallel)
+            return ToolChoice("required", None, parallel)
         case "none":
-            return Choice("none")
+            return ToolChoice("none")
         case "tool" if given.name:
-            return Choice("required", given.name, parallel=False)
+            return ToolChoice("required", given.name, parallel=False)
     raise wrong("tool_choice.type is auto, any, none, or tool with a name", "tool_choice")
 
 
 def _chat(body: CountBody) -> list[dict[str, Any]]:
-    """The messages as templates have them. Raises `Refusal`."""
+    """The messages as templates have them. Raises `ApiRefusal`."""
     found: list[dict[str, Any]] = []
     if body.system:
         found.append({"role": "system", "content": _text(body.system, "system")})

@@ -10,12 +10,12 @@ from typing import Any
 
 from pydantic import Field
 
-from runtime.api.answer import Answering, Step, Turn
+from runtime.api.answer import Answering, OneAnswer, Told
 from runtime.api.ask import Ask
 from runtime.api.dialects.chat import EFFORTS, text_of
 from runtime.api.dialects.forms import (
     MOST_LOGPROBS,
-    Function,
+    FunctionTool,
     Sampled,
     arguments_of,
     checked_model,
@@ -33,7 +33,7 @@ from runtime.api.tools import Tool, checked
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
-class _FlatTool(Function):
+class _FlatTool(FunctionTool):
     type: str
     name: str | None = None  # type: ignore[assignment]
 
@@ -61,11 +61,11 @@ class ResponsesBody(Sampled):
     thinking_token_budget: int | None = Field(None, ge=0)
 
 
-class Responses:
+class ResponsesRequest:
     """A request to it."""
 
     def __init__(self, endpoint: Endpoint, raw: Any):
-        """Raises `Refusal`."""
+        """Raises `ApiRefusal`."""
         body = read(ResponsesBody, raw)
         self._endpoint, self._body = endpoint, body
         self.model = checked_model(endpoint.names, body.model)
@@ -115,7 +115,7 @@ class Responses:
     def whole(self, answering: Answering) -> dict[str, Any]:
         (turn,) = answering.turns
         items = _Items(self._endpoint, self._logprobs)
-        items.put(Step(0, turn.events, turn.shown))
+        items.put(Told(0, turn.events, turn.shown))
         items.close(turn.end == "length")
         return self._response(turn, answering, items.done)
 
@@ -144,7 +144,7 @@ class Responses:
             kind = "response.incomplete" if turn.end == "length" else "response.completed"
             yield event(kind, response=self._response(turn, answering, items.done))
 
-    def _response(self, turn: Turn | None, answering: Answering, output: list[dict[str, Any]]) -> dict[str, Any]:
+    def _response(self, turn: OneAnswer | None, answering: Answering, output: list[dict[str, Any]]) -> dict[str, Any]:
         body, asked = self._body, self.ask
         status, error, why = "in_progress", None, None
         if turn is not None and turn.refusal is not None:
@@ -187,7 +187,7 @@ class _Items:
         self._text = ""
         self._shown: list[Any] = []
 
-    def put(self, step: Step) -> list[tuple[str, dict[str, Any]]]:
+    def put(self, step: Told) -> list[tuple[str, dict[str, Any]]]:
         found: list[tuple[str, dict[str, Any]]] = []
         shown = list(step.shown)
         for event in step.events:
@@ -271,7 +271,7 @@ class _Items:
 
 
 def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
-    """The input as a chat. Raises `Refusal`."""
+    """The input as a chat. Raises `ApiRefusal`."""
     found: list[dict[str, Any]] = []
     if body.instructions:
         found.append({"role": "system", "content": body.instructions})
