@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from model.checkpoint import Checkpoint
     from runtime.execution.local.engine import EngineConfig, LocalEngine
 
-HOST_CACHE_BYTES = 1e9
+HOST_CACHE_BYTES = 2.5e8
 """For the caches of an emulated server at most: a chip's would not fit this host."""
 
 NextToken = Callable[[int, int], int]
@@ -76,26 +76,29 @@ def emulated_service(
     """A plan's deployment, at the pace that it is priced at: with the tokens of a checkpoint on emulated devices, or
     with those of `next_token`, where no model is run.
 
-    time_scale: seconds of the wall for each of the clock's. clock: paced by default. priced: the plan's deployment, by
-    default as its profiles price it. Raises `UsageError` for a plan that cannot be run, and what loading one raises.
+    time_scale: seconds of the wall for each of the clock's, which stands still while programs are compiled. clock:
+    paced by default. priced: the plan's deployment, by default as its profiles price it. Raises `UsageError` for a plan
+    that cannot be run, and what loading one raises.
     """
     if (checkpoint is None) == (next_token is None):
         raise UsageError("give a checkpoint whose tokens are real, or a function that makes them up")
-    clock, priced = clock or Paced(time_scale), priced or deploy.clock_of(cfg, plan)
+    Paced(time_scale)  # refuses what is no scale before anything is loaded
+    priced = priced or deploy.clock_of(cfg, plan)
     if next_token is not None:
         made_up = next_token
 
         def invent(role: int, answers: Any, moving: Any) -> Worker:
             return SyntheticWorker(made_up, cfg.vocab_size, answers, moving)
 
-        return LiveService(priced.deployment, invent, clock, _limits(cfg), max_queue)
+        return LiveService(priced.deployment, invent, clock or Paced(time_scale), _limits(cfg), max_queue)
     assert checkpoint is not None and backend is not None
     runnable(cfg, plan)
     backend.start(max(pool.layout.devices for pool in plan.pools))
     pages = [_pages(cfg, pool) for pool in plan.pools]
     deployment = _within(priced.deployment, [n * pool.page_tokens for n, pool in zip(pages, plan.pools, strict=True)])
     roles = [deployment.prefill, deployment.decode] if isinstance(deployment, Disaggregated) else [deployment]
-    each = [itertools.cycle(clusters_of(checkpoint, backend, pool)) for pool in plan.pools]
+    clusters = [clusters_of(checkpoint, backend, pool) for pool in plan.pools]
+    each = [itertools.cycle(found) for found in clusters]
     from runtime.execution.cluster.executor import ClusterExecutor
 
     def hire(role: int, answers: Any, moving: Any) -> Worker:
@@ -105,7 +108,10 @@ def emulated_service(
         speculation = roles[role].speculation
         return ModelWorker(executor, answers, moving, speculation.query_tokens - 1 if speculation else 0)
 
-    return LiveService(deployment, hire, clock, _limits(cfg), max_queue)
+    def compiling_s() -> float:
+        return sum(cluster.compile_s for found in clusters for cluster in found)
+
+    return LiveService(deployment, hire, clock or Paced(time_scale, compiling_s), _limits(cfg), max_queue)
 
 
 def _limits(cfg: ModelConfig) -> ModelLimits:

@@ -58,18 +58,18 @@ class Wall:
 
 
 class Paced:
-    """time_scale: seconds of the wall for each of the clock's; above 1 it goes slower."""
+    """time_scale: seconds of the wall for each of the clock's; above 1 it goes slower. paused_s: as of `Wall`."""
 
     measures = False
 
-    def __init__(self, time_scale: float = 1.0):
+    def __init__(self, time_scale: float = 1.0, paused_s: Callable[[], float] = lambda: 0.0):
         if not 0 < time_scale < float("inf"):
             raise UsageError(f"--time-scale must be above 0, not {time_scale:g}")
         self.time_scale = time_scale
-        self._began = time.perf_counter()
+        self._wall = Wall(paused_s)
 
     def now(self) -> float:
-        return (time.perf_counter() - self._began) / self.time_scale
+        return self._wall.now() / self.time_scale
 
     def wait_s(self, until: float) -> float:
-        return self._began + until * self.time_scale - time.perf_counter()
+        return until * self.time_scale - self._wall.now()

@@ -181,7 +181,9 @@ class LiveService:
             for entry in inbox:
                 self._entries[entry.number] = self._requests[entry.request] = entry
                 self._answers[entry.request] = entry.answer
-                self._loop.at(max(self._loop.now, entry.submitted_at), 0, self._loop.send, entry.request)
+                # a clock that has been set back meanwhile, for what does not count, may not have come so far
+                at = max(self._loop.now, min(entry.submitted_at, self._clock.now()))
+                self._loop.at(at, 0, self._loop.send, entry.request)
             try:
                 for number in [*self._entries] if closed else aborts:
                     if entry := self._entries.get(number):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +12,8 @@ from hypothesis import strategies as st
 
 from backends import registry
 from foundation.errors import CapacityError, UsageError
+from model import graph
+from model.cache import cache_rows
 from model.checkpoint import Checkpoint
 from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.load import load_engine
@@ -109,22 +114,65 @@ def test_tokens_stream_in_order(engines: Engines) -> None:
     assert [tuple(seen[i]) for i in (0, 1)] == [c.token_ids for c in done]
 
 
+class Graph:
+    """The graph's step over one sequence at a time, from its first token on: no scheduling, no pages to share."""
+
+    def __init__(self, engine: LocalEngine):
+        self._engine = engine
+        self._step = jax.jit(partial(graph.step, engine.cfg, mode=graph.Mode("expanded", "all")))
+
+    def check(self, done: Completion) -> None:
+        """The answer is what the model says at every place."""
+        known = [*done.prompt_ids, *done.token_ids]
+        ids = np.zeros((1, 128), np.int32)
+        ids[0, : len(known)] = known
+        cfg, pages = self._engine.cfg, np.arange(1, 17, dtype=np.int32)[None]
+        caches = [
+            {row.name: np.zeros((18, 8, *row.shape), np.float32) for row in cache_rows(cfg, kind)}
+            for kind in cfg.layers
+        ]
+        batch = graph.Batch(ids, np.zeros(1, np.int32), np.array([len(known)], np.int32), pages)
+        said = np.asarray(self._step(self._engine.programs.weights, caches, batch).logits)[0].argmax(-1)
+        first = len(done.prompt_ids) - 1
+        assert tuple(said[first : first + len(done.token_ids)]) == done.token_ids
+
+
+@pytest.fixture(scope="session")
+def graphs(engines: Engines) -> dict[str, Graph]:
+    return {family: Graph(engines[family, 0]) for family in ("dsa", "gqa")}
+
+
 @settings(max_examples=12)
 @given(
-    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=7),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=7),
+    policy=st.sampled_from(["glm5", "vllm", "sglang"]),
     chunk=st.sampled_from([7, 32]),
     pool_tokens=st.sampled_from([128, 256, 1024]),
+    shared=st.integers(0, 40),
+    which=st.sampled_from([("gqa", 2), ("dsa", 0)]),
 )
-def test_any_workload_ends_once_and_returns_its_pages(
-    engines: Engines, lengths: list[int], chunk: int, pool_tokens: int
+def test_tokens_are_the_models_whatever_the_schedule(
+    engines: Engines,
+    graphs: dict[str, Graph],
+    lengths: list[int],
+    policy: str,
+    chunk: int,
+    pool_tokens: int,
+    shared: int,
+    which: tuple[str, int],
 ) -> None:
-    shared = engines["gqa", 0]
-    config = EngineConfig(**{**vars(SMALL), "prefill_chunk": chunk, "pool_tokens": pool_tokens})
-    engine = LocalEngine(shared.cfg, shared.programs, config)  # same programs and caches, another scheduler
-    requests = [Prompt(prompt(n, i), max_tokens=1 + n % 7) for i, n in enumerate(lengths)]
+    """Any policy, chunks, pages that run short, prompts that begin alike, drafts."""
+    base = engines[which]
+    config = EngineConfig(
+        **{**vars(SMALL), "engine": policy, "prefill_chunk": chunk, "pool_tokens": pool_tokens, "drafts": which[1]}
+    )
+    engine = LocalEngine(base.cfg, base.programs, config)  # same programs and caches, another scheduler
+    requests = [Prompt(prompt(shared) + prompt(n, i), max_tokens=1 + n % 13) for i, n in enumerate(lengths)]
     done = engine.generate(requests)
     assert [len(c.token_ids) for c in done] == [r.max_tokens for r in requests]
     assert [c.prompt_ids for c in done] == [r.prompt_ids for r in requests]
+    for completion in done:
+        graphs[which[0]].check(completion)
     assert_all_pages_are_back(engine)
 
 
