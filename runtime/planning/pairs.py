@@ -19,7 +19,7 @@ from model.formats import CacheFormats
 from runtime.deployment.plan import Transfer
 from runtime.planning.contender import Contender, Part
 from runtime.planning.estimate import Estimate, OptionPrices, limits, mean_prompt, score
-from runtime.planning.options import Question, pair_refused
+from runtime.planning.options import Question, nodes_refused, pair_refused
 from runtime.simulation.transfer import transfer_of
 
 RATIOS = tuple((a, b) for a in range(1, 8) for b in range(1, 8) if math.gcd(a, b) == 1 and a + b <= 8)
@@ -126,7 +126,7 @@ def pairs(
         else:
             splits = [(x * g, y * g) for x, y in RATIOS if (g := devices // (x * a + y * b))]
         for split in splits:
-            if not all(split):
+            if not all(split) or any(map(nodes_refused, (prefill.option, decode.option), split)):
                 continue
             sender, taker = (
                 dataclasses.replace(model.option.spec, replicas=count)
