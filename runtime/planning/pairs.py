@@ -97,17 +97,24 @@ class Pair:
 
 
 def matched(
-    question: Question, prefills: list[OptionPrices], decodes: list[OptionPrices], most: int
+    question: Question,
+    prefills: list[OptionPrices],
+    decodes: list[OptionPrices],
+    most: int,
+    devices: int | None = None,
 ) -> list[tuple[OptionPrices, OptionPrices]]:
     """The first `most` decode options of each cache format, each with the first `most` prefill options whose cache the
-    engine hands on to it. Both are given best first."""
+    engine hands on to it. Both are given best first. devices: of both together, where they share them: what leaves no
+    room for the other end is no partner."""
     found: list[tuple[OptionPrices, OptionPrices]] = []
     of_cache: Counter[CacheFormats] = Counter()
     for decode in decodes:
         cache = decode.option.spec.formats.cache
         if of_cache[cache] == most:
             continue
-        fitting = (m for m in prefills if pair_refused(question, m.option, decode.option) is None)
+        room = math.inf if devices is None else devices - decode.option.devices
+        near = (m for m in prefills if m.option.devices <= room)
+        fitting = (m for m in near if pair_refused(question, m.option, decode.option) is None)
         if partners := list(itertools.islice(fitting, most)):
             of_cache[cache] += 1
             found += [(prefill, decode) for prefill in partners]
