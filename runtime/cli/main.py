@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_NO_WAY = (errno.ENAMETOOLONG, errno.EACCES)  # to a path that was given, whoever asked first whether it is there
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -49,6 +50,10 @@ def _run(arguments: Sequence[str] | None) -> NoReturn:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:  # of stdout, or of a file that nobody else names
             _leave_unprinted()
             _fail(f"{error.filename or 'the output'} cannot be written: {error.strerror}")
+        if isinstance(error, OSError) and error.errno in _NO_WAY and error.filename is not None:
+            shown = str(error.filename)
+            shown = shown if len(shown) <= 60 and shown.isprintable() else f"{shown[:57]!r}..."
+            _fail(f"{shown}: {error.strerror}")
         # A wrong command line. Its exception is public only as an interface: click's, or typer's own copy.
         message = getattr(error, "format_message", None)
         if message is None:

@@ -122,11 +122,23 @@ def _predicted(console: object, plan: Plan) -> None:
         console.print(f"{title} {stats['mean']:,.1f} ms (9 in 10 expected within {low:,.1f} to {high:,.1f}){wanted}")
     _verdict(console, plan)
     outside = f", {got.extrapolated:.0%} of steps outside the fits' range" if got.extrapolated else ""
-    limit = f"; limited by {got.saturated_by}" if got.saturated_by else f"; bound by {got.bottleneck}"
+    limit = f"; limited by {_limit(plan)}" if got.saturated_by else f"; bound by {got.bottleneck}"
     console.print(f"evidence: {got.evidence}{outside}{limit}")
     if got.band_basis:
         console.print(f"bands: {got.band_basis}")
     show_assumed(console, got.assumed)
+
+
+def _limit(plan: Plan) -> str:
+    """What holds a plan back. A limit of running requests that the plan sets is the plan's, not the hardware's: it is
+    there because more of them would take longer a token, or do not fit."""
+    got = plan.predicted
+    assert got
+    limit = plan.serving.settings.get("max_running_requests")
+    if got.saturated_by == "max-running" and limit is not None:
+        why = "beyond it a token takes longer" if plan.demand.tpot_ms is not None else "as engine.max_running_requests"
+        return f"max-running, {limit} requests a rank that the plan admits ({why})"
+    return got.saturated_by if got.saturated_by not in ("", "arrivals") else got.bottleneck or "arrivals"
 
 
 def _verdict(console: Console, plan: Plan) -> None:
@@ -136,8 +148,7 @@ def _verdict(console: Console, plan: Plan) -> None:
     played = sum(row.simulated for row in plan.alternatives)
     if missed := got.missed(plan.demand):
         console.print(f"[bold red]misses its targets[/]: {'; '.join(missed)}")
-        limit = got.saturated_by if got.saturated_by not in ("", "arrivals") else got.bottleneck
-        console.print(f"limited by {limit}; the nearest of {played} simulated plans of this size")
+        console.print(f"limited by {_limit(plan)}; the nearest of {played} simulated plans of this size")
     if plan.demand.objective == "min-devices":
         sizes = {f"{n} x {plan.serving.profile}": n for n in range(1, len(plan.devices) + plan.idle_devices)}
         below = [each for each in plan.rejected if each.name in sizes]

@@ -7,6 +7,7 @@ one node. The KV pool of a replica is as long as its fullest stage allows; the o
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -106,6 +107,16 @@ def first_nodes(pools: Sequence[tuple[Profile, int]]) -> list[int]:
         shared = second_pool(first, second, node) // node if before.name == profile.name else -(-first // node)
         found.append(shared)
     return found
+
+
+def uneven_nodes(devices: int, replicas: int, node: int) -> list[int] | None:
+    """The devices on each node of the first replica that has not as many on each, where replicas of `devices` stand one
+    behind the other on nodes of `node`; None where all are even."""
+    for first in range(0, devices * replicas, devices):
+        counts = list(Counter(index // node for index in range(first, first + devices)).values())
+        if len(set(counts)) > 1:
+            return counts
+    return None
 
 
 def in_order(cfg: ModelConfig, layout: Layout) -> Experts | None:

@@ -23,11 +23,11 @@ from model.quantization_config import is_scheme
 from model.split import Layout
 from runtime.deployment.choice import missing_formats, offered_schemes
 from runtime.deployment.engines import load
-from runtime.deployment.engines.flags import format_facts, layout_facts, pair_facts, unsupported
+from runtime.deployment.engines.flags import format_facts, layout_facts, pair_facts, releases, unsupported, why_uneven
 from runtime.deployment.plan import Demand, PoolRole, Rejected
-from runtime.planning.assign import stage_pages
+from runtime.planning.assign import stage_pages, uneven_nodes
 from runtime.serving.workload import MOST_REQUESTS
-from runtime.simulation.build import Spec, memories, spec_for
+from runtime.simulation.build import Spec, memories, node_devices, spec_for
 
 _MARGIN, _MOST_FRACTION = 0.02, 0.95
 """Of a device's memory left free, and the most that recipes pass to an engine."""
@@ -258,6 +258,14 @@ def pair_refused(question: Question, prefill: Option, decode: Option) -> str | N
     return unsupported(engine.kind, engine.release, pair_facts(question.cfg, ends[0], ends[1]))
 
 
+def nodes_refused(option: Option, replicas: int) -> str | None:
+    """Why the engine's launch lines cannot put so many replicas of an option on nodes of its chip; None where they can,
+    or where there are none for this engine."""
+    engine, node = option.spec.engine, node_devices(option.spec.profile)
+    counts = uneven_nodes(option.devices, replicas, node) if releases(engine.kind) else None
+    return why_uneven(engine.kind, counts, node) if counts else None
+
+
 def layouts(devices: int, held: int | None = None) -> Iterator[tuple[Layout, list[int]]]:
     """Every tp x dp, with experts by tensor and by expert, and the numbers of stages to try with it, fewest first: the
     one that is held to, or several.
@@ -317,6 +325,9 @@ def options(question: Question, profile: Profile, devices: int) -> tuple[list[Op
                     continue
                 except CapacityError as error:
                     refused.append(Refused(name, str(error), _excess(question, profile, layout, scheme, kv)))
+                    continue
+                if why := nodes_refused(option, replicas):
+                    rejected[name] = why
                     continue
                 if option.pool_tokens < most:
                     reason = f"its cache of {option.pool_tokens:,} tokens does not hold one request of {most:,}"

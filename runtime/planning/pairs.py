@@ -19,7 +19,7 @@ from model.formats import CacheFormats
 from runtime.deployment.plan import Transfer
 from runtime.planning.contender import Contender, Part
 from runtime.planning.estimate import Estimate, OptionPrices, limits, mean_prompt, score
-from runtime.planning.options import Question, pair_refused
+from runtime.planning.options import Question, nodes_refused, pair_refused
 from runtime.simulation.transfer import transfer_of
 
 RATIOS = tuple((a, b) for a in range(1, 8) for b in range(1, 8) if math.gcd(a, b) == 1 and a + b <= 8)
@@ -97,17 +97,24 @@ class Pair:
 
 
 def matched(
-    question: Question, prefills: list[OptionPrices], decodes: list[OptionPrices], most: int
+    question: Question,
+    prefills: list[OptionPrices],
+    decodes: list[OptionPrices],
+    most: int,
+    devices: int | None = None,
 ) -> list[tuple[OptionPrices, OptionPrices]]:
     """The first `most` decode options of each cache format, each with the first `most` prefill options whose cache the
-    engine hands on to it. Both are given best first."""
+    engine hands on to it. Both are given best first. devices: of both together, where they share them: what leaves no
+    room for the other end is no partner."""
     found: list[tuple[OptionPrices, OptionPrices]] = []
     of_cache: Counter[CacheFormats] = Counter()
     for decode in decodes:
         cache = decode.option.spec.formats.cache
         if of_cache[cache] == most:
             continue
-        fitting = (m for m in prefills if pair_refused(question, m.option, decode.option) is None)
+        room = math.inf if devices is None else devices - decode.option.devices
+        near = (m for m in prefills if m.option.devices <= room)
+        fitting = (m for m in near if pair_refused(question, m.option, decode.option) is None)
         if partners := list(itertools.islice(fitting, most)):
             of_cache[cache] += 1
             found += [(prefill, decode) for prefill in partners]
@@ -126,7 +133,7 @@ def pairs(
         else:
             splits = [(x * g, y * g) for x, y in RATIOS if (g := devices // (x * a + y * b))]
         for split in splits:
-            if not all(split):
+            if not all(split) or any(map(nodes_refused, (prefill.option, decode.option), split)):
                 continue
             sender, taker = (
                 dataclasses.replace(model.option.spec, replicas=count)

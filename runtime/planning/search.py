@@ -235,7 +235,8 @@ class _Search:
             return (1e9 if late else 0.0) - rate, m.option.name
 
         able = (m for m in self._for_role(decodes, "decode") if m.option.devices <= room[1])
-        chosen = matched(self.question, prompts, sorted(able, key=decoding), PAIRED)
+        together = devices if isinstance(devices, int) else None
+        chosen = matched(self.question, prompts, sorted(able, key=decoding), PAIRED, together)
         chunked = {id(m): self._for_prompts(m) for m in {id(m): m for m, _ in chosen}.values()}
         return list(pairs(self.question, [(chunked[id(m)], decode) for m, decode in chosen], devices))
 

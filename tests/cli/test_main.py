@@ -100,3 +100,26 @@ def test_an_interrupt_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("runtime.cli.model.load_config", interrupt)
     assert glm5("model", "glm-5") == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "--model", "a" * 5000),
+        ("model", "a" * 300 + "/b"),
+        ("profiles", "show", "a" * 5000 + ".toml"),
+        ("simulate", "--profile", "a/" + "b" * 300),
+        ("run", "--checkpoint", "c" * 5000),
+        ("run", "--artifact", "c" * 5000, "--backend", "ort"),
+        ("run", "--backend", "sim", "--plan", "p" * 5000),
+        ("simulate", "--engine", "e" * 5000 + ".toml"),
+        ("export", "--out", "o" * 5000),
+        ("quantize", "--formats", "fp8", "--out", "o" * 300),
+        ("plan", "--out", "o" * 5000),
+    ],
+)
+def test_a_path_that_no_file_can_have_is_one_line(words: tuple[str, ...]) -> None:
+    from tests.cli.cli import glm5
+
+    found = glm5(*words)
+    assert found.code == 2 and len(found.err.splitlines()) == 1, found.err[-400:]

@@ -63,6 +63,11 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
         yield from _places(inner, (*path, key))
 
 
+def _value(rng: Random) -> Any:
+    """One of `VALUES`; a copy, since a later change may be inside it."""
+    return copy.deepcopy(rng.choice(VALUES))
+
+
 def mutated_json(rng: Random, document: Any) -> Any:
     """A copy with one to three places changed."""
     document = copy.deepcopy(document)
@@ -72,7 +77,7 @@ def mutated_json(rng: Random, document: Any) -> Any:
             path = path[: rng.randint(1, 2)]
         if not path:
             if rng.random() < 0.1:
-                return rng.choice(VALUES)
+                return _value(rng)
             continue
         holder = document
         for key in path[:-1]:
@@ -84,11 +89,11 @@ def mutated_json(rng: Random, document: Any) -> Any:
 def _change(rng: Random, holder: Any, key: Any) -> None:
     kind, now = rng.random(), holder[key]
     if kind < 0.55:
-        holder[key] = rng.choice(VALUES)
+        holder[key] = _value(rng)
     elif kind < 0.67:
         del holder[key]
     elif kind < 0.78 and isinstance(holder, dict):
-        holder[f"{key}\0{rng.randint(0, 9)}" if kind < 0.74 else "zz"] = rng.choice(VALUES)
+        holder[f"{key}\0{rng.randint(0, 9)}" if kind < 0.74 else "zz"] = _value(rng)
     elif isinstance(now, bool):
         holder[key] = not now
     elif isinstance(now, int | float):
@@ -96,7 +101,7 @@ def _change(rng: Random, holder: Any, key: Any) -> None:
     elif isinstance(now, str):
         holder[key] = rng.choice((now + "x", now[:-1], now.upper(), now * 2, "../" + now, "/" + now, now + "\0", [now]))
     elif isinstance(now, list):
-        more = rng.choice(VALUES)
+        more = _value(rng)
         holder[key] = rng.choice((now * 2, now[::-1], now[:-1], [*now, more], {str(i): x for i, x in enumerate(now)}))
     elif isinstance(now, dict):
         holder[key] = rng.choice((list(now.values()), list(now), {**now, "x": 1}))

@@ -96,6 +96,12 @@ def test_each_decode_option_meets_the_best_prefill_options_that_fit_it() -> None
     bf16, fp8 = (SimpleNamespace(option=option(question, Layout(2), kv)) for kv in ("bf16", "fp8"))
     mixed: Any = [bf16, bf16, fp8]
     assert matched(question, mixed, mixed, 1) == [(bf16, bf16), (fp8, fp8)]
+    # on devices that both share, a partner leaves room: without that a small cluster had no pairs at all
+    assert wide.option.devices > narrow.option.devices
+    for devices in range(2, 2 * wide.option.devices + 2):
+        found = matched(question, [wide, narrow], [wide, narrow], 1, devices)
+        assert all(a.option.devices + b.option.devices <= devices for a, b in found)
+        assert bool(found) == (devices >= 2 * narrow.option.devices)
 
 
 @pytest.mark.parametrize(("engine", "placed"), [("vllm-ascend", False), ("sglang", True)])

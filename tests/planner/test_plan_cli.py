@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from runtime.cli.main import main
+from runtime.cli.plan_show import _limit
+from runtime.deployment.plan import Plan
 from tests.cli.cli import glm5, refused
 
 LOAD = ("--isl", 2048, "--osl", 128, "--concurrency", 8)
@@ -130,3 +133,24 @@ def test_planning_is_small(devices: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert int(done.stderr.splitlines()[-1]) <= 2e9
+
+
+def test_a_limit_of_the_plans_own_is_called_so(plan: Path) -> None:
+    """Not as if the chips had no more places."""
+    found = Plan.read(plan)
+    assert found.predicted
+
+    def shown(saturated_by: str, settings: dict[str, int], tpot_ms: float | None) -> str:
+        assert found.predicted
+        figures = dataclasses.replace(found.predicted, saturated_by=saturated_by, bottleneck="memory")
+        pool = dataclasses.replace(found.serving, settings=settings)
+        demand = dataclasses.replace(found.demand, tpot_ms=tpot_ms)
+        return _limit(dataclasses.replace(found, predicted=figures, pools=(pool,), demand=demand))
+
+    own = {"max_running_requests": 8}
+    assert shown("max-running", own, 20.0) == (
+        "max-running, 8 requests a rank that the plan admits (beyond it a token takes longer)"
+    )
+    assert shown("max-running", own, None).endswith("admits (as engine.max_running_requests)")
+    assert shown("max-running", {}, 20.0) == "max-running"
+    assert shown("kv-pool", own, 20.0) == "kv-pool" and shown("arrivals", own, 20.0) == "memory"

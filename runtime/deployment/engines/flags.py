@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,14 @@ def table(name: str, release: str) -> LaunchTable:
 def checkpoint(model: str, scheme: str) -> str | None:
     """The published checkpoint of a preset (its name without "-fp8") in these formats, if there is one."""
     return _document("checkpoints").get(scheme, {}).get(model)
+
+
+def why_uneven(name: str, counts: Sequence[int], node: int) -> str:
+    """What to say of a server that has not as many devices on each of its nodes, which every engine wants."""
+    return (
+        f"{' + '.join(map(str, counts))} devices over nodes of {node}: {name} wants as many on each node; plan with a "
+        "number of devices that divides or fills nodes"
+    )
 
 
 def unsupported(name: str, release: str, facts: Facts) -> str | None:

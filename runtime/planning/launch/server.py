@@ -9,7 +9,7 @@ from typing import Any
 from hw_profiles import Profile
 from model.config import ModelConfig
 from runtime.deployment.engines import Engine, load
-from runtime.deployment.engines.flags import LaunchTable, format_facts, layout_facts, pair_facts
+from runtime.deployment.engines.flags import LaunchTable, format_facts, layout_facts, pair_facts, why_uneven
 from runtime.deployment.engines.releases import same_release
 from runtime.deployment.errors import LaunchError
 from runtime.deployment.plan import Pool
@@ -139,13 +139,9 @@ class LaunchServer:
             raise LaunchError("no serving engine runs float32 weights; plan with bf16, fp8, w8a8, w4a8 or w4a16")
         for why in self.table.refusals(self.facts):
             raise LaunchError(why)
-        sizes = {part.count for part in self.parts}
-        if len(sizes) > 1:
-            counts = " + ".join(str(part.count) for part in self.parts)
-            raise LaunchError(
-                f"{self.title}: {counts} devices over nodes of {self.node_devices}: {self.table.name} wants as many on "
-                "each node; plan with a number of devices that divides or fills nodes"
-            )
+        counts = [part.count for part in self.parts]
+        if len(set(counts)) > 1:
+            raise LaunchError(f"{self.title}: {why_uneven(self.table.name, counts, self.node_devices)}")
 
 
 _SERVED = {"vllm": ("NVIDIA",), "vllm-ascend": ("Huawei",)}
