@@ -19,7 +19,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import typer
 
 import hw_profiles
 import runtime
@@ -30,7 +29,6 @@ from model.checkpoint_writer import write_shards
 from model.hf_config import load_config
 from model.split import Layout
 from model.tokenizer import ChatTemplate, Tokenizer
-from runtime.cli.app import app
 from runtime.cli.main import main
 from runtime.deployment import engines
 from runtime.deployment.manifest import FILE as MANIFEST_FILE
@@ -463,9 +461,6 @@ def _words(rng: Random) -> bytes:
     return json.dumps([word.replace("\0", "") for word in words]).encode()
 
 
-_VERBS = typer.main.get_command(app)  # once, since that is what a command that is refused costs
-
-
 def _command(folder: Path) -> None:
     """Runs the words in the folder, up to where the work would begin."""
     _load_file()
@@ -479,7 +474,6 @@ def _command(folder: Path) -> None:
         stack.enter_context(contextlib.chdir(folder))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(said))
-        stack.enter_context(mock.patch("runtime.cli.app.app", _VERBS))
         for name in work:
             with contextlib.suppress(AttributeError, ImportError):
                 stack.enter_context(mock.patch(name, side_effect=Served))

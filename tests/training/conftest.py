@@ -15,7 +15,7 @@ from tests.training import small
 
 @pytest.fixture(scope="package", autouse=True)
 def made_once() -> Iterator[None]:
-    """Runs that train the same config share its tokenizer and the tracing of its steps, which are all that they cost."""
+    """Runs of the same config share its tokenizer and the tracing of its steps, which are all that they cost."""
     kept: dict[Hashable, Any] = {}
 
     def once(make: Callable[..., Any], key: Callable[..., Hashable]) -> Callable[..., Any]:
