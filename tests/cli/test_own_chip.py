@@ -3,6 +3,7 @@ begins."""
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import tomllib
@@ -261,17 +262,18 @@ def test_a_misspelt_field_gets_the_nearest(typed: str, meant: str) -> None:
 
 FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
 FLOAT4 = {"num_bits": 4, "type": "float", "symmetric": True}
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
     ("scheme", "chip_name", "weights", "activations"),
     [
         ("fp8-channel", "h200-sxm", {**FLOAT8, "strategy": "channel"}, {**FLOAT8, "strategy": "token"}),
-        ("fp8-tensor", "h200-sxm", {**FLOAT8, "strategy": "tensor"}, {**FLOAT8, "strategy": "tensor"}),
+        slow("fp8-tensor", "h200-sxm", {**FLOAT8, "strategy": "tensor"}, {**FLOAT8, "strategy": "tensor"}),
         ("nvfp4/nvfp4", "b200-sxm", {**FLOAT4, "strategy": "tensor_group", "group_size": 16}, FLOAT4),
-        ("nvfp4a16/nvfp4a16", "h200-sxm", {**FLOAT4, "strategy": "tensor_group", "group_size": 16}, None),
+        slow("nvfp4a16/nvfp4a16", "h200-sxm", {**FLOAT4, "strategy": "tensor_group", "group_size": 16}, None),
         ("mxfp4/mxfp4", "b200-sxm", {**FLOAT4, "strategy": "group", "group_size": 32}, FLOAT4),
-        ("mxfp8", "b200-sxm", {**FLOAT8, "strategy": "group", "group_size": 32}, FLOAT8),
+        slow("mxfp8", "b200-sxm", {**FLOAT8, "strategy": "group", "group_size": 32}, FLOAT8),
     ],
 )
 def test_checkpoints_in_narrow_floats_are_planned_and_simulated(

@@ -115,7 +115,7 @@ def shapes(draw: st.DrawFn) -> tuple[np.ndarray, int, int, int, int]:
     return load, devices, nodes, groups, devices * width
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(shapes())
 def test_never_worse_than_the_greedy_rules(shape: tuple[np.ndarray, int, int, int, int]) -> None:
     load, devices, nodes, groups, slots = shape
