@@ -151,8 +151,8 @@ def test_h100_is_refused_with_the_ledger() -> None:
     ("model", "chip", "scheme", "fits", "refused"),
     [
         (FP8, "h200-sxm", None, 8, 4),
-        ("glm-5", "h200-sxm", None, 16, 8),
-        (FP8, "ascend-910c-die", "w4a8", 16, 4),
+        pytest.param("glm-5", "h200-sxm", None, 16, 8, marks=pytest.mark.slow),
+        pytest.param(FP8, "ascend-910c-die", "w4a8", 16, 4, marks=pytest.mark.slow),
         ("glm-5", "ascend-910c-die", None, 32, 16),
         (FP8, "ascend-910b3", "w4a8", 8, 4),
     ],
@@ -232,8 +232,7 @@ def test_a_format_the_chip_does_not_compute_in_is_refused() -> None:
 
 
 def test_the_same_question_gets_the_same_plan() -> None:
-    asked = question("glm-4.5-air", most_pp=1)
-    one, two = (search(asked, chips(("h200-sxm", 2))) for _ in range(2))
+    one, two = (search(question("glm-4.7-flash"), chips(("h200-sxm", 1))) for _ in range(2))
     assert one.text == two.text
 
 
