@@ -144,22 +144,28 @@ def _names(held: Mapping[str, Any], key: str) -> list[str]:
     return [name for name in value if isinstance(name, str)]
 
 
+_NAME = re.compile(r"[\w.]*")
+
+
 def _matcher(patterns: list[str], plain: bool = False) -> Applies:
     """As compressed-tensors matches modules: "Linear", names, or "re:" patterns. plain: as transformers' fine-grained
     FP8 does, by a name's beginning or end, or a pattern that ends where a part of the name does."""
     names, compiled = set(patterns), []
     for pattern in patterns:
         regular = f"(?:{pattern})(?:(?<=\\.)|(?=\\.|$))" if plain else pattern[3:]
-        if (re.fullmatch(r"[\w.]*", pattern) is None) if plain else pattern.startswith("re:"):
+        if not _NAME.fullmatch(pattern) if plain else pattern.startswith("re:"):
             try:
                 compiled.append(re.compile(regular))
             except re.error:
                 raise UnknownQuantization(f"with the pattern {pattern!r}") from None
 
+    ends = tuple(name for name in names if name)  # of real checkpoints, hundreds
+    begins = tuple(f"{name}." for name in ends)
+
     def applies(module: str) -> bool:
         if module in names or (not plain and "Linear" in names) or any(each.match(module) for each in compiled):
             return True
-        return plain and any(name and (module.startswith(f"{name}.") or module.endswith(name)) for name in patterns)
+        return plain and (module.startswith(begins) or module.endswith(ends))
 
     return applies
 

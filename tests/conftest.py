@@ -29,11 +29,19 @@ os.environ.setdefault("XLA_FLAGS", _XLA_FLAGS)
 
 # Examples are the same in every run: a suite that passed passes again. HYPOTHESIS_PROFILE=random looks further.
 _QUIET = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
-hypothesis.settings.register_profile("fixed", derandomize=True, **_QUIET)
-hypothesis.settings.register_profile("random", **_QUIET)
+hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=40, **_QUIET)
+hypothesis.settings.register_profile("random", max_examples=200, **_QUIET)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 _compiled: str | None = None
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Price tables with a quarter of their knots, for what holds whatever a step costs."""
+    from runtime.pricing import pricer
+
+    monkeypatch.setattr(pricer, "token_grid", pricer.coarse_grid)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -33,7 +33,7 @@ from tests.plans import formats
 MODELS = ("glm-5-fp8", "glm-5.2", "deepseek-v3.2", "glm-4.5", "glm-4.7-flash", "kimi-k2")
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     model=st.sampled_from(MODELS),
     tp=st.sampled_from((1, 2, 4)),

@@ -20,7 +20,7 @@ from runtime.pricing.price import PriceError, total
 from runtime.pricing.pricer import relative_error, token_grid
 from runtime.pricing.prices import label, outside_attention, price
 from runtime.serving.pricing import BOUNDS, EVIDENCE_GRADES, BatchShape, StepPrice
-from runtime.simulation.build import Built, build, spec_for
+from runtime.simulation.build import Built, PriceTables, build, spec_for
 
 H200, NPU = "h200-sxm", "ascend-910c-die"
 BANDWIDTH = "chip.memory.bandwidth_bytes_per_s"
@@ -38,12 +38,13 @@ def built(
     drafts: int = 0,
     kv: str = "bf16",
     release: str | None = None,
+    coarse: bool = False,
 ) -> Built:
     cfg, profile = load_config(model), hw_profiles.load(chip, dict(overrides))
     spec = spec_for(cfg, profile, layout, scheme, kv, engine, expert_load=load, drafts=drafts, pool_tokens=10**6)
     if release is not None:
         spec = dataclasses.replace(spec, engine=dataclasses.replace(spec.engine, release=release))
-    return build(spec)
+    return build(spec, PriceTables(coarse=coarse))
 
 
 def decode(rows: int, context: float, queries: int = 1) -> BatchShape:
@@ -74,7 +75,7 @@ SHAPES = st.builds(
 @settings(max_examples=25)
 @given(shape=SHAPES)
 def test_the_quick_answer_is_the_full_one(case: str, shape: BatchShape) -> None:
-    pricer = built(**CASES[case]).pricer
+    pricer = built(**CASES[case], coarse=True).pricer
     full = pricer.price(shape)
     assert pricer.seconds(shape) == pytest.approx(full.seconds, rel=1e-9)
     assert sum(full.by_op.values()) == pytest.approx(full.seconds)
@@ -87,7 +88,7 @@ def test_the_quick_answer_is_the_full_one(case: str, shape: BatchShape) -> None:
 @settings(max_examples=15)
 @given(rows=st.integers(1, 200), context=st.integers(16, 60_000), more=st.floats(1.0, 4.0))
 def test_more_work_is_never_cheaper(case: str, rows: int, context: int, more: float) -> None:
-    seconds = built(**CASES[case]).pricer.seconds
+    seconds = built(**CASES[case], coarse=True).pricer.seconds
     least = seconds(decode(rows, context)) * (1 - 1e-9)
     assert seconds(decode(int(rows * more), context)) >= least
     assert seconds(decode(rows, int(context * more))) >= least
@@ -113,7 +114,7 @@ BETTER: dict[str, tuple[str, float]] = {
 def test_a_better_chip_is_never_slower(what: str, rows: int, context: int, tokens: int) -> None:
     field, figure = BETTER[what]
     assert figure > hw_profiles.load(NPU).require(field).value
-    case = {"chip": NPU, "scheme": "w4a8", "layout": Layout(tp=16), "engine": "vllm-ascend"}
+    case = {"chip": NPU, "scheme": "w4a8", "layout": Layout(tp=16), "engine": "vllm-ascend", "coarse": True}
     plain, better = built(**case).pricer, built(**case, overrides=((field, figure),)).pricer
     for shape in (decode(rows, context), BatchShape(prefill_chunks=[(tokens, context)])):
         assert better.seconds(shape) <= plain.seconds(shape) * (1 + 1e-9)

@@ -83,6 +83,7 @@ def write(path: Path, *rows: dict[str, str]) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [

@@ -326,11 +326,19 @@ WRITERS = {
 }
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "writers",
+    [
+        ("quantize, its config", "quantize, a shard", "export, weights", "simulate, a page"),
+        pytest.param(tuple(WRITERS), marks=pytest.mark.slow),
+    ],
+    ids=["some", "all"],
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, writers: tuple[str, ...]) -> None:
     make_checkpoint(tmp_path / "small")
     (tmp_path / "out").mkdir()
     asked = []
-    for limit, verb, *words in WRITERS.values():
+    for limit, verb, *words in map(WRITERS.__getitem__, writers):
         model = () if verb == "simulate" else ("--checkpoint", str(tmp_path / "small"))
         asked.append((limit, [verb, *model, *(str(w).replace("OUT", str(tmp_path / "out")) for w in words)]))
     uncached = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}

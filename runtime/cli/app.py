@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated
 
-import typer
+import typer.core
+import typer.main
 
 from runtime.cli import backends, calibrate, export, model, plan, profiles, run, serve, simulate, validate
 from runtime.cli.compare import compare
@@ -51,3 +53,11 @@ def glm5(
     ] = False,
 ) -> None:
     """What goes before a verb."""
+
+
+@cache
+def command() -> typer.core.TyperGroup:
+    """The whole command, put together once a process: it takes longer than what many a mistake is refused in."""
+    made = typer.main.get_command(app)
+    assert isinstance(made, typer.core.TyperGroup)
+    return made

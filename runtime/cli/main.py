@@ -35,12 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _run(arguments: Sequence[str] | None) -> NoReturn:
     import typer
 
-    from runtime.cli.app import app
+    from runtime.cli.app import command
     from runtime.cli.pipe import for_its_reader
 
     try:
         with for_its_reader():
-            code = app(arguments, prog_name="glm5", standalone_mode=False)
+            code = command()(arguments, prog_name="glm5", standalone_mode=False)
         sys.exit(code)
     except Failure as error:
         _fail(str(error))

@@ -3,6 +3,7 @@ begins."""
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import tomllib
@@ -19,6 +20,7 @@ from model.formats import SCHEMES
 from model.hf_config import load_config
 from tests.cli.cli import glm5, refused
 
+pytestmark = pytest.mark.usefixtures("coarse")
 AIR = ("--model", "glm-4.5-air")
 LOAD = ("--isl", 256, "--osl", 16, "--concurrency", 2, "--requests", 4)
 UP, OUT = (f"link.{level}.bandwidth_bytes_per_s" for level in ("scale_up", "scale_out"))
@@ -77,8 +79,9 @@ def test_a_layout_inside_a_server_does_not_ask_for_it(npu: Path, words: tuple[ob
     assert not any("scale_out" in line for line in fast["assumed"])
 
 
-def test_a_plan_has_no_layout_over_links_that_are_unknown(npu: Path, tmp_path: Path) -> None:
-    glm5("plan", *AIR, "--profile", npu, "--devices", 16, *LOAD[:6], "--out", tmp_path / "plan.json")
+def test_a_plan_has_no_layout_over_links_that_are_unknown(tmp_path: Path) -> None:
+    four = chip(tmp_path, {"node.devices": 4, "link.scale_up.domain_devices": 4, UP: 200e9})
+    glm5("plan", *AIR, "--profile", four, "--devices", 8, *LOAD[:6], "--out", tmp_path / "plan.json")
     plan = json.loads((tmp_path / "plan.json").read_text())
     for pool in plan["pools"]:
         for replica in range(pool["replicas"]):
@@ -115,7 +118,7 @@ def test_what_nobody_said_is_listed_and_graded(npu: Path, tmp_path: Path) -> Non
 
 
 def test_a_plan_says_what_it_assumes(npu: Path, tmp_path: Path) -> None:
-    words = (*AIR, "--profile", npu, "--devices", 8, *LOAD[:6], "--mtp", 1)
+    words = (*AIR, "--profile", npu, "--devices", 4, *LOAD[:6], "--mtp", 1)
     out, page = tmp_path / "plan.json", tmp_path / "plan.html"
     text = glm5("plan", *words, "--out", out, "--html", page).out
     found = json.loads(out.read_text())["predicted"]
@@ -259,17 +262,18 @@ def test_a_misspelt_field_gets_the_nearest(typed: str, meant: str) -> None:
 
 FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
 FLOAT4 = {"num_bits": 4, "type": "float", "symmetric": True}
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
     ("scheme", "chip_name", "weights", "activations"),
     [
         ("fp8-channel", "h200-sxm", {**FLOAT8, "strategy": "channel"}, {**FLOAT8, "strategy": "token"}),
-        ("fp8-tensor", "h200-sxm", {**FLOAT8, "strategy": "tensor"}, {**FLOAT8, "strategy": "tensor"}),
+        slow("fp8-tensor", "h200-sxm", {**FLOAT8, "strategy": "tensor"}, {**FLOAT8, "strategy": "tensor"}),
         ("nvfp4/nvfp4", "b200-sxm", {**FLOAT4, "strategy": "tensor_group", "group_size": 16}, FLOAT4),
-        ("nvfp4a16/nvfp4a16", "h200-sxm", {**FLOAT4, "strategy": "tensor_group", "group_size": 16}, None),
+        slow("nvfp4a16/nvfp4a16", "h200-sxm", {**FLOAT4, "strategy": "tensor_group", "group_size": 16}, None),
         ("mxfp4/mxfp4", "b200-sxm", {**FLOAT4, "strategy": "group", "group_size": 32}, FLOAT4),
-        ("mxfp8", "b200-sxm", {**FLOAT8, "strategy": "group", "group_size": 32}, FLOAT8),
+        slow("mxfp8", "b200-sxm", {**FLOAT8, "strategy": "group", "group_size": 32}, FLOAT8),
     ],
 )
 def test_checkpoints_in_narrow_floats_are_planned_and_simulated(

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 
-from runtime.cli.app import app
+from runtime.cli.app import command
 from runtime.cli.runners.asked import RunMode
 from runtime.cli.runners.emulated import EmulatedRun
 from runtime.cli.runners.local import LocalRun
@@ -24,7 +23,7 @@ MODES: dict[type[RunMode], tuple[str, ...]] = {
 }
 """What asks for each."""
 ASKS_FOR_ANOTHER = ("artifact", "coordinator", "process")
-COMMAND: Any = typer.main.get_command(app)
+COMMAND: Any = command()
 OPTIONS = {p.name: p for p in COMMAND.commands["run"].params if p.name != "help"}
 TYPED = {
     "checkpoint": "folder", "prompt": "Hi", "prompt_ids": "1,2", "prompts": "file", "dtype": "float32",

@@ -23,6 +23,7 @@ def figures(text: str) -> Counter[str]:
     return Counter(word.strip(",") for word in re.findall(r"\S*\d\S*", text))
 
 
+@pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize("columns", [80, 60, 34])
 @pytest.mark.parametrize(
     "command",

@@ -174,7 +174,14 @@ def test_the_page_fits_a_phone_and_paper(made: tuple[dict[str, Any], str], tmp_p
     check(made[1], tmp_path)
 
 
-def test_the_summary(checkpoint: Path) -> None:
+def test_the_summary(made: tuple[dict[str, Any], str], capsys: pytest.CaptureFixture[str]) -> None:
+    command._print(made[0])
+    out = capsys.readouterr().out
+    assert "perplexity in float32" in out and "\ncpu-host" in out and "\nbf16 " in out
+
+
+@pytest.mark.slow
+def test_the_summary_of_a_command(checkpoint: Path) -> None:
     out = glm5("compare", "--checkpoint", checkpoint, "--profile", "cpu-host", "--window", 48, "--max-tokens", 8).out
     assert "perplexity in float32" in out and "\ncpu-host " in out and "\nbf16 " in out
 

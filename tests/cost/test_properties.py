@@ -17,7 +17,6 @@ names = st.sampled_from(sorted(BOOKS))
 tokens = st.integers(1, 100_000)
 
 
-@settings(max_examples=150, deadline=None)
 @given(names, tokens, tokens, st.sampled_from([32, 576, 2624, 19360]), st.sampled_from([128, 2048, 6144]),
        st.sampled_from(FORMATS))  # fmt: skip
 def test_more_tokens_never_make_a_gemm_cheaper(name: str, a: int, b: int, n: int, k: int, fmt: str) -> None:
@@ -28,7 +27,6 @@ def test_more_tokens_never_make_a_gemm_cheaper(name: str, a: int, b: int, n: int
 LOADS = [load.uniform(256), load.balanced(256), load.power_law(256, 1.2)]
 
 
-@settings(max_examples=150, deadline=None)
 @given(names, tokens, tokens, st.sampled_from(LOADS), st.sampled_from([(8, 1), (1, 8), (1, 1), (2, 4)]))
 def test_more_tokens_never_make_experts_cheaper(name: str, a: int, b: int, spread, layout) -> None:
     low, high = sorted((a, b))
@@ -37,7 +35,6 @@ def test_more_tokens_never_make_experts_cheaper(name: str, a: int, b: int, sprea
     assert prices[0] <= prices[1]
 
 
-@settings(max_examples=100, deadline=None)
 @given(names, st.integers(1, 1024), st.integers(1, 1024), st.integers(1, 200_000), st.integers(1, 200_000),
        st.sampled_from(["index", "skip", "dense"]))  # fmt: skip
 def test_more_sequences_or_context_never_make_a_block_cheaper(name, b1, b2, c1, c2, mode) -> None:
@@ -49,7 +46,6 @@ def test_more_sequences_or_context_never_make_a_block_cheaper(name, b1, b2, c1, 
     assert table.seconds(*small) <= table.seconds(*large)
 
 
-@settings(max_examples=150, deadline=None)
 @given(names, st.floats(1, 1e10), st.floats(1, 1e10), st.sampled_from([2, 4, 8, 16, 64]),
        st.sampled_from(["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]))  # fmt: skip
 def test_more_bytes_never_travel_faster(name, a, b, group, op) -> None:
@@ -71,7 +67,6 @@ def test_more_bandwidth_is_never_slower(name: str, factor: float, count: int, fm
         assert after <= before * (1 + 1e-12)
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.integers(1, 5000), st.sampled_from([1, 2, 8, 32]), st.sampled_from(LOADS))
 def test_busiest_rank_is_possible(batch: int, ranks: int, spread) -> None:
     rows, active = spread.busiest_rank(np.array([float(batch)]), 8, ranks)
@@ -97,7 +92,6 @@ def least_deviation(values: list[float]) -> float:
     return float(best.min())
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(1e-6, 1e-2), min_size=1, max_size=12))
 def test_a_risen_curve_is_the_nearest_one(values: list[float]) -> None:
     fit = rising(values)
@@ -105,7 +99,6 @@ def test_a_risen_curve_is_the_nearest_one(values: list[float]) -> None:
     assert np.abs(np.log(fit / np.array(values))).sum() == pytest.approx(least_deviation(values), abs=1e-9)
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.integers(2, 6), st.integers(2, 6), st.integers(0, 2**32 - 1))
 def test_a_surface_of_any_table_never_falls(rows: int, columns: int, seed: int) -> None:
     table = np.exp(np.random.default_rng(seed).normal(size=(rows, columns)))

@@ -129,7 +129,7 @@ def test_held_bytes_of_random_shapes(data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=300, **QUIET)
+@settings(**QUIET)
 @given(data=st.data())
 def test_held_bytes_of_many_random_shapes(data: st.DataObject) -> None:
     check_random(data)

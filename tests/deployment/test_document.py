@@ -169,7 +169,6 @@ def without_derived(document: Any) -> Any:
 PLACES: dict[str, list[Keys]] = {}
 
 
-@settings(max_examples=250)
 @given(data=st.data())
 def test_a_plan_changed_anywhere(data: st.DataObject) -> None:
     document = json.loads(plan_text())
@@ -187,7 +186,6 @@ def test_a_plan_changed_anywhere(data: st.DataObject) -> None:
         assert without_derived(to_json(read)) == without_derived(document)
 
 
-@settings(max_examples=250)
 @given(data=st.data())
 def test_a_manifest_changed_anywhere(data: st.DataObject) -> None:
     document = json.loads(MANIFEST.to_json())

@@ -286,19 +286,21 @@ import signal, sys
 from runtime.cli.main import main
 from runtime.porting.export import writers
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs behind
-write = writers.TorchWriter.write
+write = writers.OnnxWriter.write
 def interrupted(*arguments):
     write(*arguments)
     signal.raise_signal(int(sys.argv[1]))
-writers.TorchWriter.write = interrupted
-main(["export", "--format", "torch", "--phase", "both", "--out", sys.argv[2]])
+writers.OnnxWriter.write = interrupted
+main(["export", "--format", "onnx", "--out", sys.argv[2], "--checkpoint", sys.argv[3]])
 """
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
-def test_an_interrupted_export_leaves_nothing_that_looks_whole(tmp_path: Path, end: signal.Signals) -> None:
+def test_an_interrupted_export_leaves_nothing_that_looks_whole(
+    small: Path, tmp_path: Path, end: signal.Signals
+) -> None:
     """By a signal that arrives when the first graph is written."""
-    command = [sys.executable, "-c", INTERRUPTED, str(int(end)), str(tmp_path / "p")]
+    command = [sys.executable, "-c", INTERRUPTED, str(int(end)), str(tmp_path / "p"), str(small)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ended.returncode == (130 if end == signal.SIGINT else -end), ended.stderr
     assert not (tmp_path / "p").exists()
@@ -371,7 +373,7 @@ def test_a_package_without_weights_or_devices(small: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("format", ["onnx", pytest.param("stablehlo", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("model", ["glm-5", "glm-5.2"])
+@pytest.mark.parametrize("model", [pytest.param("glm-5", marks=pytest.mark.slow), "glm-5.2"])
 def test_full_size_in_little_memory(tmp_path: Path, format: str, model: str) -> None:
     """At most 4 GB, with shared-indexer layers as a type of their own."""
     words = ["export", "--model", model, "--format", format, "--phase", "decode", "--tp", "8", "--weights", "none"]

@@ -168,7 +168,6 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
     return document
 
 
-@settings(max_examples=300, deadline=None)
 @given(mutated())
 def test_any_mutation_gives_a_profile_or_a_profile_error(document: dict[str, Any]) -> None:
     try:
@@ -184,7 +183,6 @@ def test_any_mutation_gives_a_profile_or_a_profile_error(document: dict[str, Any
 
 
 @settings(
-    max_examples=200,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     deadline=None,
 )

@@ -63,7 +63,7 @@ def test_the_comparison_is_fair(oracles: Oracles, name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [each if each in ("glm_moe_dsa", "glm4_moe") else pytest.param(each, marks=pytest.mark.slow) for each in FAMILIES],
+    [each if each == "glm_moe_dsa" else pytest.param(each, marks=pytest.mark.slow) for each in FAMILIES],
 )
 def test_whole_prefill(oracles: Oracles, name: str) -> None:
     oracle = oracles(name)
@@ -120,7 +120,7 @@ def test_any_chunks_of_ragged_batches(
         ("glm_moe_dsa", 5),
         pytest.param("glm_moe_dsa", 16, marks=pytest.mark.slow),
         pytest.param("deepseek_v32", 4, marks=pytest.mark.slow),
-        ("glm4_moe", 16),
+        pytest.param("glm4_moe", 16, marks=pytest.mark.slow),
     ],
 )
 def test_page_sizes(oracles: Oracles, name: str, page_size: int) -> None:
@@ -197,7 +197,7 @@ def test_others_and_padding_do_not_matter(oracles: Oracles, name: str, data: st.
         pytest.param("deepseek_v32", "expanded", marks=pytest.mark.slow),
         pytest.param("deepseek_v3", "expanded", marks=pytest.mark.slow),
         pytest.param("glm4_moe_lite", "absorbed", marks=pytest.mark.slow),
-        ("glm4_moe", "absorbed"),
+        pytest.param("glm4_moe", "absorbed", marks=pytest.mark.slow),
     ],
 )
 def test_bfloat16_is_as_good_as_transformers(oracles: Oracles, name: str, attention: str) -> None:

@@ -110,7 +110,10 @@ def weight_of(name: str) -> Weight:
     return next(w for kind in CFG.layers for w in layer_weights(CFG, kind) if w.name == name)
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "fp8-tensor", "fp8-channel", "w8a8", "mxfp8"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["fp8", "w8a8", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fp8-tensor", "fp8-channel", "mxfp8"))],
+)
 def test_gate_and_up_are_two_matrices(scheme: str) -> None:
     held, rng = formats(scheme), np.random.default_rng(2)
     weight = weight_of("gate_up")
@@ -135,7 +138,10 @@ def jnp_operands(value: Any) -> tuple[Any, ...]:
     return tuple(map(jnp.asarray, value)) if isinstance(value, Quantized) else (jnp.asarray(value),)
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "w4a8", "nvfp4", "w4afp8", "w4a16-g16"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["fp8", "w4a8", "w4afp8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nvfp4", "w4a16-g16"))],
+)
 def test_experts_one_by_one(scheme: str) -> None:
     """Against a loop over tokens and choices with the product of each expert alone; some experts live elsewhere."""
     held, rng = formats(scheme), np.random.default_rng(3)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.emulation import products, rounding
@@ -41,11 +41,10 @@ def same_bits(found: Any, wanted: Any) -> None:
 # --- casts -----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=64))
 def test_e4m3_cast_is_torchs(numbers: list[float]) -> None:
     """Every finite and infinite float32: nearest, ties to even, saturating (torch 2.13 saturates too)."""
-    x = np.array(numbers, np.float32)
+    x = np.resize(np.array(numbers, np.float32), 64)  # one shape: one program
     clipped = torch.from_numpy(np.clip(x, -448.0, 448.0)).to(torch.float8_e4m3fn).float().numpy()
     same_bits(rounding.to_type(jnp.asarray(x), E4M3), clipped)
     same_bits(quantised.cast(x, E4M3), clipped)

@@ -60,7 +60,7 @@ def check(placement: ExpertPlacement, load: np.ndarray, room: list[int]) -> None
     assert (placement.node_max_over_mean <= placement.max_over_mean * (1 + 1e-9)).all()
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(problems())
 def test_every_placement_is_whole(problem: tuple[np.ndarray, int, int, list[int]]) -> None:
     load, devices, nodes, room = problem
@@ -71,7 +71,7 @@ def test_every_placement_is_whole(problem: tuple[np.ndarray, int, int, list[int]
         assert (again.slot_expert == placement.slot_expert).all()
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.integers(0, 10**6), st.sampled_from([(2, 2, 4), (2, 4, 8), (4, 4, 4), (3, 6, 6)]), st.integers(1, 3))
 def test_groups_stay_on_their_node(seed: int, shape: tuple[int, int, int], size: int) -> None:
     nodes, groups, devices = shape

@@ -20,7 +20,7 @@ OTHER = power_law_suite(1.2, 9, layers=6, experts=64)
 def test_more_budget_is_never_worse(load: np.ndarray, devices: int, slots: int, groups: int) -> None:
     previous = place_experts(BEFORE, devices, 2, slots, groups=groups)
     last = np.inf
-    for budget in (0, 1, 2, 3, 5, 8, 16, 40, slots):
+    for budget in (0, 1, 3, 8, 40, slots):
         placement = rebalance(previous, load, budget)
         check(placement, load, placement.device_slots.tolist())
         assert moves(previous, placement).max() <= budget
@@ -35,7 +35,7 @@ def test_more_budget_is_never_worse(load: np.ndarray, devices: int, slots: int, 
         assert (last <= place_experts(load, devices, 2, slots).max_over_mean + 1e-12).all()
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(st.integers(0, 10**6), st.integers(0, 6))
 def test_unequal_devices(seed: int, budget: int) -> None:
     rng = np.random.default_rng(seed)

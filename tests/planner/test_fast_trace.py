@@ -22,7 +22,7 @@ def shapes(op: TracedOp) -> list[Any]:
     return [(x.element_bytes, x.weight) for x in (*op.inputs, *op.outputs)]
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(
     model=st.sampled_from(MODELS),
     tp=POWERS,

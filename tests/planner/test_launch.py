@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import hw_profiles
@@ -29,7 +29,6 @@ LAYOUTS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=120, deadline=None)
 @given(LAYOUTS, st.sampled_from(RELEASES), st.integers(0, 3), st.integers(1, 3), st.booleans(), st.booleans())
 def test_every_flag_has_a_source_and_every_device_a_process(
     layout: Layout, of: tuple[str, str], drafts: int, replicas: int, apart: bool, host_tier: bool

@@ -172,33 +172,39 @@ def test_vllm_ascend_disaggregated_on_six_nodes() -> None:
             "prefill": {"dp_size": 4, "tp_size": 8}, "decode": {"dp_size": 16, "tp_size": 4}
         },
     }  # fmt: skip
-    ours = [command for command in found.commands if command.title.startswith("prefill")]
-    assert [command.node for command in ours] == [0, 0, 1, 1]
-    for rank, command in enumerate(ours):
-        says(
-            command,
-            both + "--data-parallel-size 4 --tensor-parallel-size 8 --max-num-batched-tokens 4096 --max-num-seqs 64 "
-            f"--gpu-memory-utilization 0.95 --enforce-eager --data-parallel-rank {rank}",
-        )
-        transfer = json.loads(pairs(command)["--kv-transfer-config"][0])
-        assert transfer == connector | {"kv_role": "kv_producer", "kv_port": "30000", "engine_id": "0"}
-        assert additional(command) == {"multistream_overlap_shared_expert": True, "enable_flashcomm1": True}
-        first = 8 * (rank % 2)
-        assert command.environment["ASCEND_RT_VISIBLE_DEVICES"] == ",".join(map(str, range(first, first + 8)))
-    theirs = [command for command in found.commands if command.title.startswith("decode")]
-    assert [command.node for command in theirs] == [2 + rank // 4 for rank in range(16)]
-    for rank, command in enumerate(theirs):
-        says(
-            command,
-            both + "--data-parallel-size 16 --tensor-parallel-size 4 --max-num-batched-tokens 32 --max-num-seqs 8 "
-            f"--gpu-memory-utilization 0.92 --async-scheduling --data-parallel-rank {rank}",
-        )
-        transfer = json.loads(pairs(command)["--kv-transfer-config"][0])
-        assert transfer == connector | {"kv_role": "kv_consumer", "kv_port": "30100", "engine_id": "1"}
-        assert "TASK_QUEUE_ENABLE" in command.environment and "VLLM_ASCEND_ENABLE_FUSED_MC2" not in command.environment
-        wanted = ASCEND_OPTIONS | {"enable_mlapo": True}
-        del wanted["enable_balance_scheduling"]  # refused beside a KV connector
-        assert additional(command) == wanted
+    after = ASCEND_OPTIONS | {"enable_mlapo": True}
+    del after["enable_balance_scheduling"]  # refused beside a KV connector
+    sides: list[tuple[str, list[int], str, dict[str, str], dict[str, Any]]] = [
+        (
+            "prefill",
+            [0, 0, 1, 1],
+            "--data-parallel-size 4 --tensor-parallel-size 8 --max-num-batched-tokens 4096 --max-num-seqs 64 "
+            "--gpu-memory-utilization 0.95 --enforce-eager",
+            {"kv_role": "kv_producer", "kv_port": "30000", "engine_id": "0"},
+            {"multistream_overlap_shared_expert": True, "enable_flashcomm1": True},
+        ),
+        (
+            "decode",
+            [2 + rank // 4 for rank in range(16)],
+            "--data-parallel-size 16 --tensor-parallel-size 4 --max-num-batched-tokens 32 --max-num-seqs 8 "
+            "--gpu-memory-utilization 0.92 --async-scheduling",
+            {"kv_role": "kv_consumer", "kv_port": "30100", "engine_id": "1"},
+            after,
+        ),
+    ]
+    for side, nodes, flags, role, wanted in sides:
+        commands = [command for command in found.commands if command.title.startswith(side)]
+        assert [command.node for command in commands] == nodes
+        width = {"prefill": 8, "decode": 4}[side]
+        for rank, command in enumerate(commands):
+            says(command, f"{both}{flags} --data-parallel-rank {rank}")
+            assert json.loads(pairs(command)["--kv-transfer-config"][0]) == connector | role
+            assert additional(command) == wanted
+            first = width * rank % 16
+            visible = ",".join(map(str, range(first, first + width)))
+            assert command.environment["ASCEND_RT_VISIBLE_DEVICES"] == visible
+            assert "VLLM_ASCEND_ENABLE_FUSED_MC2" not in command.environment
+            assert ("TASK_QUEUE_ENABLE" in command.environment) or side == "prefill"
     assert found.router is not None
     proxy = pairs(found.router)
     assert [len(proxy[f"--{side}-{what}"]) for side in ("prefiller", "decoder") for what in ("hosts", "ports")] == [

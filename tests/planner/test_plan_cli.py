@@ -38,8 +38,8 @@ def test_a_plan_is_checked_and_simulated_as_it_is(plan: Path) -> None:
 
 
 def test_what_a_person_sees(plan: Path) -> None:
-    shown = glm5("plan", *LOAD).out
-    assert "glm-5-fp8 on 8 devices" in shown and "KV pages" in shown and "█" in shown
+    shown = glm5("plan", "--model", "glm-4.5-air", "--devices", 2, *LOAD).out
+    assert "glm-4.5-air on 2 devices" in shown and "KV pages" in shown and "█" in shown
     assert "TPOT" in shown and "chosen" in shown and "rejected" in shown
 
 
@@ -83,7 +83,10 @@ def test_an_edited_plan_is_refused(plan: Path, tmp_path: Path) -> None:
         (("--isl", 202752, "--osl", 1), "are 202,753, and glm-5-fp8 has 202,752 positions"),
         (("--model", "glm-4.5-air", "--osl", 131072, "--objective", "min-devices"), "has 131,072 positions"),
         (("--osl", 1, "--tpot-ms", 20), "answers of one token have no time per output token: leave out --tpot-ms"),
-        (("--osl", 1, "--profile", "h200-sxm:8", "--profile", "h20-141gb:8"), "give one --profile"),
+        (
+            ("--model", "glm-4.7-flash", "--osl", 1, "--profile", "h200-sxm:1", "--profile", "h20-141gb:1"),
+            "give one --profile",
+        ),
         (("--formats", "fp7"), "unknown formats 'fp7'"),
         (("--kv", "int8"), "h200-sxm keeps no int8 cache"),
         (("--profile", "h200-sxm:0"), "at least one device"),

@@ -57,7 +57,6 @@ def test_a_plan_is_plain_json_with_what_is_promised() -> None:
     assert used == pytest.approx(ledger["usable_bytes"], rel=1e-12)
 
 
-@settings(max_examples=150)
 @given(data=st.data())
 def test_an_edited_byte_is_refused(data: st.DataObject) -> None:
     text = plan().text

@@ -26,6 +26,7 @@ from tests.cli.cli import glm5
 from tests.plans import formats, plan_for
 from tests.reports.test_plan_page import PREDICTED
 
+pytestmark = pytest.mark.usefixtures("coarse")
 SMALL = ("--model", "glm-4.7-flash", "--devices", 1, "--isl", 1024, "--osl", 64)
 FLASH = load_config("glm-4.7-flash")
 H200 = hw_profiles.load("h200-sxm")

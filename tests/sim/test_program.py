@@ -28,8 +28,8 @@ from tests.sim.servers import plan_of
 
 Shapes = list[tuple[int, ...]]
 Seen = list[tuple[str, Shapes, Shapes, tuple[str, ...]]]
-LAYOUTS = (Layout(tp=8, ep=8, pp=2), Layout(tp=2, dp=2), Layout(tp=2, dp=4, ep=8, pp=3))
-MORE = (Layout(), Layout(tp=4), Layout(dp=8, ep=8), Layout(dp=4, pp=6))
+LAYOUTS = (Layout(tp=2, dp=2), Layout(tp=2, dp=4, ep=8, pp=3))
+MORE = (Layout(tp=8, ep=8, pp=2), Layout(), Layout(tp=4), Layout(dp=8, ep=8), Layout(dp=4, pp=6))
 
 
 def executed(cfg: ModelConfig, cluster: Cluster, number: int, mode: Mode, sizes: Sizes) -> Seen:

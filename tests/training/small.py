@@ -61,6 +61,7 @@ rows = 4
 length = 32
 draft_rows = 2
 draft_weight = 0.3
+drafts = 1
 """,
 }
 

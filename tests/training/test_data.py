@@ -7,16 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.tokenizer import ChatTemplate, Tokenizer
+from runtime.execution.local.load import embedded_checkpoint
 from runtime.training import config, export, words
 from runtime.training.data import OTHER_WEIGHT, TASKS, Generator, held_out, parse_call
 
 READ = config.read(config.DEFAULT)
-MADE = export.make_tokenizer(READ)
-GENERATOR = export.make_generator(READ, MADE)
+# The tokenizer that the config gives, as tests/training/test_embedded.py proves.
+GENERATOR = export.make_generator(READ, tokenizers.Tokenizer.from_file(str(embedded_checkpoint() / "tokenizer.json")))
 TOKENIZER: Tokenizer = GENERATOR.tokenizer
 ALL = dict.fromkeys(TASKS, 1.0)
 
