@@ -297,7 +297,11 @@ def test_biases_least_lengths_and_log_probabilities(drafts: int) -> None:
 def test_a_full_queue_refuses_all_or_none() -> None:
     held = threading.Event()
     served, _ = simple(settings={"max_running_requests": 2}, max_queue=3)
-    blocking = Client(lambda update: bool(held.wait(60)))
+
+    def block(update: Update) -> None:
+        held.wait(60)
+
+    blocking = Client(block)
     job = Job(prompt(5), 3, Sampling())
     served.submit([job], [blocking])
     waiting = [Client() for _ in range(3)]
@@ -398,7 +402,7 @@ def synthetic(asked: Deployment | Disaggregated, clock: Clock) -> LiveService:
 
 
 def plain_and_split(drafts: int) -> list[Deployment | Disaggregated]:
-    overheads = {"request_seconds": 0.01, "response_seconds": 0.02, "request_delay_seconds": 0.03}
+    overheads: dict[str, Any] = {"request_seconds": 0.01, "response_seconds": 0.02, "request_delay_seconds": 0.03}
     first = deployment(700, drafts, "vllm", max_running_requests=5, **overheads)
     return [first, Disaggregated(deployment(700, engine="sglang", **overheads), first, 1e3, 1e5, 1e-3)]
 

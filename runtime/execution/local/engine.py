@@ -11,22 +11,12 @@ from model.config import ModelConfig
 from runtime.deployment.engines import Engine, load
 from runtime.execution.local.executor import LocalExecutor
 from runtime.execution.local.programs import Programs
-from runtime.execution.local.request import (
-    Completion,
-    OnToken,
-    Prompt,
-    answers_of,
-    check_request,
-    completion_of,
-    requests_of,
-)
+from runtime.execution.local.request import Completion, OnToken, Prompt, check_request
+from runtime.execution.serve_all import serve_all, without_times
 from runtime.serving import Deployment, Speculation
-from runtime.serving.clock import Wall
 from runtime.serving.executor import refuse
 from runtime.serving.kv_pool import KvPool
-from runtime.serving.loop import Loop
 from runtime.serving.pricing import UNPRICED
-from runtime.serving.worker import ModelWorker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +52,11 @@ class EngineConfig:
         }
         engine = load(self.engine, {name: value for name, value in given.items() if value is not None})
         return dataclasses.replace(
-            engine,
+            without_times(engine),
             # prompts alone in a step are cut to what a step takes; beside answers, they fill what those leave
             max_step_tokens=engine.chunked_prefill_tokens
             if self.prefill_chunk and engine.policy == "prefill-first"
             else engine.max_step_tokens,
-            overlap_scheduling=False,
-            request_seconds=0.0,
-            tokenize_seconds_per_token=0.0,
-            request_delay_seconds=0.0,
-            response_seconds=0.0,
         )
 
     @property
@@ -119,24 +104,12 @@ class LocalEngine:
         """Serves all requests; completions in the order of the requests."""
         for request in requests:
             self.validate(request)
-        engine = self.deployment.engine
-        sent = requests_of(requests, engine.page_tokens if engine.prefix_cache else None)
-        answers = dict(zip(sent, answers_of(requests), strict=True))
-        loop = Loop(
-            self.deployment,
-            block_tokens=engine.page_tokens,
-            reuse=engine.prefix_cache,
-            clock=Wall(lambda: self.programs.compile_s),
-            make_worker=lambda role: ModelWorker(self.executor, answers, {}, self.config.drafts, on_token),
-            observe=self._observe,
+        found, sent, loop = serve_all(
+            requests, self.deployment, self.executor, lambda: self.programs.compile_s, on_token, self._observe
         )
-        for request in sent:
-            loop.send(request)
-        while loop.next_at is not None:
-            loop.advance()
         self.preemptions += sum(request.preemptions for request in sent)
         self.pool = loop.ranks[0].pool
-        return [completion_of(answers[request], request) for request in sent]
+        return found
 
     def _observe(self, *step: object) -> None:
         self.steps += 1

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-import numpy as np
 import tokenizers
 
 from backends.errors import ArtifactError
@@ -22,11 +20,11 @@ from foundation.streaming import TextStream
 from runtime.deployment.manifest import FILE, MOST_STEP, GearUnits, Manifest, Value, check_files
 from runtime.deployment.tensors import numpy_dtype
 from runtime.execution.local.request import Completion, OnToken, Prompt
-from runtime.execution.local.request import Sequence as Running
 from runtime.execution.package.executor import executor, refusing
 from runtime.execution.package.room import room_bytes, within_room
-from runtime.execution.package.runner import Runner, StepBatch, stored_weights
-from runtime.serving.sampling import choose
+from runtime.execution.package.runner import Runner, stored_weights
+from runtime.execution.package.steps import PackageExecutor
+from runtime.execution.serve_all import serve_all
 
 
 class Package:
@@ -50,6 +48,7 @@ class Package:
         with refusing(folder / FILE, "the runner"):
             self.runner = Runner(folder, self.manifest, runtime, weights, linked)
         self._held_bytes = None if trusted else _held_bytes(self.manifest)
+        self.executor = PackageExecutor(self.runner, self._bounded)
         self.text = Text(folder / self.manifest.tokenizer) if self.manifest.tokenizer else None
 
     @property
@@ -62,13 +61,12 @@ class Package:
         return self.runner.load_s
 
     def generate(self, requests: Sequence[Prompt], on_token: OnToken = lambda i, t: None) -> list[Completion]:
-        """Serves the requests one after another. Raises `UsageError` for one that no gear holds."""
+        """Serves the requests. Raises `UsageError` for one that no gear holds."""
         for request in requests:
             self._check(request)
-        return [self._serve(request, index, on_token) for index, request in enumerate(requests)]
-
-    def _context(self, program: GearUnits) -> int:
-        return program.gear.context_pages * self.manifest.page_size
+        asked = [dataclasses.replace(request, keep_logits=False) for request in requests]
+        found, *_ = serve_all(asked, self.executor.deployment(), self.executor, lambda: self.runner.load_s, on_token)
+        return found
 
     def _check(self, request: Prompt) -> None:
         ids, model = request.prompt_ids, self.manifest.model
@@ -78,61 +76,12 @@ class Package:
             raise UsageError(f"max-tokens must be at least 1, not {request.max_tokens}")
         if bad := [i for i in ids if not 0 <= i < model.vocab_size]:
             raise UsageError(f"token id {bad[0]} is out of range: the vocabulary has {model.vocab_size} entries")
-        total, largest = len(ids) + request.max_tokens, max(map(self._context, self.manifest.programs))
+        total, largest = len(ids) + request.max_tokens, self.executor.largest_context
         if total > largest:
             raise UsageError(
                 f"prompt ({len(ids)} tokens) + max-tokens ({request.max_tokens}) = {total} exceeds the package's "
                 f"largest gear, a context of {largest}; shorten one of them, or export with a larger --context"
             )
-
-    def _program(self, tokens: int, context: int) -> GearUnits:
-        """The gear that takes the next tokens at least waste: all of them if it can, over the least context."""
-        holds = [p for p in self.manifest.programs if self._context(p) >= context + min(tokens, p.gear.tokens)]
-
-        def waste(program: GearUnits) -> tuple[int, ...]:
-            gear = program.gear
-            return (-min(tokens, gear.tokens), gear.tokens, self._context(program), gear.sequences)
-
-        return min(holds, key=waste)
-
-    def _serve(self, request: Prompt, index: int, on_token: OnToken) -> Completion:
-        running = Running(
-            request,
-            index,
-            list(request.prompt_ids),
-            np.random.default_rng([request.sampling.seed, index]),
-            self._now_s(),
-        )
-        while running.finish is None:
-            rest = len(running.tokens) - running.done
-            program = self._program(rest, running.done)
-            chunk = running.tokens[running.done : running.done + min(rest, program.gear.tokens)]
-            logits = self._step(program, chunk, running.done)
-            running.done += len(chunk)
-            if running.done == len(running.tokens):
-                token = choose(logits, request.sampling, running.rng)
-                running.accept(token, self._now_s())
-                on_token(index, token)
-        return running.completion()
-
-    def _now_s(self) -> float:
-        """Seconds on a clock that stands still while graphs are loaded."""
-        return time.perf_counter() - self.runner.load_s
-
-    def _step(self, program: GearUnits, chunk: list[int], start: int) -> np.ndarray:
-        """Feeds one sequence; the other rows, and the other dp ranks, are padding. Logits [vocab]."""
-        gear = program.gear
-        empty = np.zeros(gear.sequences, np.int32)
-        tokens = np.zeros((gear.sequences, gear.tokens), np.int32)
-        table = np.zeros((gear.sequences, gear.context_pages), np.int32)
-        padding = StepBatch(tokens, empty, empty, table)
-        tokens, table, first, length = tokens.copy(), table.copy(), empty.copy(), empty.copy()
-        tokens[0, : len(chunk)] = chunk
-        table[0] = np.arange(1, 1 + gear.context_pages)
-        first[0], length[0] = start, len(chunk)
-        batches = [StepBatch(tokens, first, length, table), *[padding] * (self.runner.dp - 1)]
-        with self._bounded(program), refusing(self.folder / FILE, "the runner"):
-            return self.runner.executor.get(self.runner.step(program, batches)[0]["logits"])[0]
 
     def _bounded(self, program: GearUnits) -> AbstractContextManager[None]:
         if self._held_bytes is None:

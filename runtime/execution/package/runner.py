@@ -65,19 +65,24 @@ class Runner:
         self._weights: dict[tuple[Any, str | None], Env] = {
             (place, owner): self._load(self.devices[place], owner, weights) for place, owner in owned
         }
-        self.caches: dict[tuple[tuple[int, int, int], str | None], Env] = {
-            (place, owner): {
-                cache.name: executor.put(np.zeros(cache.shape, numpy_dtype(cache.dtype)))
-                for cache in manifest.caches[manifest.owner_units[owner]]
-            }
-            for place, owner in owned
-            if owner != "outer"
-        }
+        self._owned = owned
+        self.clear()
         self._loaded: dict[str, Loaded] = {}
         self._bound: dict[Any, BoundGraph] = {}
         self.load_s = 0.0  # spent on loading graphs so far
         self._whole: dict[int, BoundGraph | None] = {}  # a program's step as one graph
         self._linked = linked and not manifest.axes and len(manifest.devices) == 1
+
+    def clear(self) -> None:
+        """Makes all caches anew, empty."""
+        self.caches: dict[tuple[tuple[int, int, int], str | None], Env] = {
+            (place, owner): {
+                cache.name: self.executor.put(np.zeros(cache.shape, numpy_dtype(cache.dtype)))
+                for cache in self.manifest.caches[self.manifest.owner_units[owner]]
+            }
+            for place, owner in self._owned
+            if owner != "outer"
+        }
 
     def _any(self, stage: int) -> DeviceShare:
         return next(device for place, device in self.devices.items() if place[0] == stage)
