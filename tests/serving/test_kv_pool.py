@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from foundation.errors import CapacityError
 from runtime.serving import Request
@@ -70,3 +72,34 @@ def test_impossible_pools_are_refused() -> None:
         KvPool(63, 64)
     with pytest.raises(CapacityError, match="not whole pages of 100"):
         KvPool(1000, 100, prefix_cache=True)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 90), st.integers(0, 2)), max_size=60))
+def test_numbered_pages_are_where_the_counts_say(actions: list[tuple[int, int, int]]) -> None:
+    """Random requests of three families of prompts come, grow and go; pages of blocks are shared, others are not."""
+    pool = KvPool(20 * 8, 8, prefix_cache=True, block_tokens=8, numbered=True)
+    numbers = pool.numbers
+    assert numbers is not None
+    held: dict[int, Request] = {}
+    contents: dict[int, tuple[int, int]] = {}  # of pages of whole blocks: family and place
+    for owner, tokens, family in actions:
+        request = held.pop(owner, None)
+        if request is not None:
+            pool.release(request)
+            pool.check(held.values())
+            continue
+        request = Request(owner, tokens, 5, tuple(1000 * family + place for place in range(tokens // 8)))
+        if pool.missing_pages(request) > pool.available:
+            continue
+        cached = pool.admit(request)
+        table = numbers.table(request)
+        for place in range(request.shared):
+            assert contents[table[place]] == (family, place)
+        assert cached == min(request.shared * 8, tokens - 1)
+        others = {page for other in held.values() for page in numbers.table(other)}
+        assert not others & set(table[request.shared :]) and 0 not in table
+        for place in range(request.shared, tokens // 8):
+            contents[table[place]] = (family, place)
+        pool.publish(request)
+        held[owner] = request
+        pool.check(held.values())

@@ -221,11 +221,13 @@ def test_a_prompt_seen_before_is_not_computed_again() -> None:
 class OnlyMultiples(Constraint):
     """Tokens divisible by a number, so many of them; breaks at one token."""
 
+    vocab = VOCAB
+
     def __init__(self, of: int, most: int = 1000, breaks_at: int | None = None):
         self.of, self.left, self.breaks_at = of, most, breaks_at
 
     def allowed(self) -> np.ndarray | None:
-        return (np.arange(VOCAB) % self.of == 0) & (self.left > 0)
+        return (np.arange(self.vocab) % self.of == 0) & (self.left > 0)
 
     def accept(self, token: int) -> None:
         assert token % self.of == 0 and self.left > 0

@@ -1,0 +1,44 @@
+"""A plan's deployment as a service: the checkpoint's tokens, when the simulation says."""
+
+from __future__ import annotations
+
+import pytest
+
+from backends.emulation.backend import SimBackend
+from foundation.errors import UsageError
+from model.checkpoint import Checkpoint
+from model.split import Layout
+from runtime.execution.services import emulated_service
+from runtime.serving.clock import Virtual
+from runtime.serving.sampling import Sampling
+from runtime.serving.service import Job
+from tests.serving.test_live import Client, assert_nothing_is_held
+from tests.sim.servers import plan_of, prompts_of, reference, ticking
+
+
+def test_tokens_are_the_checkpoints_and_times_those_of_made_up_ones(checkpoints: dict[str, Checkpoint]) -> None:
+    checkpoint = checkpoints["gqa"]
+    cfg = checkpoint.config
+    plan = plan_of(cfg, Layout(dp=2, ep=2), engine="glm5")
+    priced = ticking(cfg, plan)
+    prompts = prompts_of(cfg, [20, 7, 20], [6, 4, 5])
+    prompts[2] = prompts[0]
+    jobs = [Job(each.prompt_ids, each.max_tokens, Sampling()) for each in prompts]
+    expected = [list(each.token_ids) for each in reference(checkpoint, prompts)]
+    real = emulated_service(
+        cfg, plan, checkpoint=checkpoint, backend=SimBackend(mapped=True), clock=Virtual(), priced=priced
+    )
+    made_up = emulated_service(cfg, plan, next_token=lambda job, place: job + place, clock=Virtual(), priced=priced)
+    told: list[list[Client]] = []
+    for served in (real, made_up):
+        clients = [Client() for _ in jobs]
+        served.submit(jobs, clients)
+        told.append([client.wait() for client in clients])
+        assert_nothing_is_held(served)
+    assert [client.tokens for client in told[0]] == expected
+    times = [[[update.at_s for update in client.updates] for client in clients] for clients in told]
+    assert times[0] == times[1]
+    with pytest.raises(UsageError, match="give a checkpoint whose tokens are real, or a function"):
+        emulated_service(cfg, plan)
+    with pytest.raises(UsageError, match="--time-scale must be above 0"):
+        emulated_service(cfg, plan, next_token=lambda job, place: 1, time_scale=0.0)
