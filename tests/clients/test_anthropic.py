@@ -19,6 +19,7 @@ TOOL = {
         "type": "object",
         "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},
         "required": ["city"],
+        "additionalProperties": False,
     },
 }
 
