@@ -30,7 +30,7 @@ test-all: .venv/test
 
 # Other people's clients against a server of this checkout; they want packages that the product must not have.
 test-clients: .venv/test build/clients/ready
-	GLM5=$(abspath $(BIN))/glm5 build/clients/bin/python -m pytest -p no:cacheprovider -m clients tests/clients
+	GLM5=$(abspath $(BIN))/glm5 build/clients/bin/python -m pytest -p no:cacheprovider -W default --confcutdir tests/clients -m clients tests/clients
 
 check: .venv/test
 	$(BIN)/ruff check .

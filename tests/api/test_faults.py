@@ -183,6 +183,10 @@ def test_11_thoughts_are_free_in_front_of_json(api: Api, stream: bool, burst: in
     response = api.chunks("/v1/responses", body)[-1]["response"] if stream else api.post("/v1/responses", body).json()
     reasoning, message = response["output"]
     assert reasoning["content"][0]["text"] == "some { thoughts" and message["content"][0]["text"] == '{"name":"x"}'
+    form = {"type": "json_schema", "schema": PERSON}
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 90, "output_config": {"format": form}}
+    api.says('{"name":"x"}', burst=burst)
+    assert api.post("/v1/messages", body).json()["content"] == [{"type": "text", "text": '{"name":"x"}'}]
 
 
 @pytest.mark.parametrize("text", ['{"name":"x" }', ' {"name":"x"}', '{"name":"x"}\n', '{ "name":"x"}', '{"name": "x"}'])

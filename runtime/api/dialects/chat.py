@@ -11,6 +11,7 @@ from pydantic import Field
 from runtime.api.answer import Answering, End, OneAnswer, Told
 from runtime.api.ask import Ask
 from runtime.api.dialects.forms import (
+    EFFORTS,
     MOST_LOGPROBS,
     FunctionTool,
     RequestBody,
@@ -32,7 +33,6 @@ from runtime.api.tools import checked
 FINISH: dict[End, str] = {
     "stop": "stop", "string": "stop", "length": "length", "calls": "tool_calls", "failed": "error", "closed": "abort"
 }  # fmt: skip
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 

@@ -16,6 +16,7 @@ from runtime.api.tools import Tool, ToolChoice
 from runtime.api.vocabulary import Vocabulary
 
 MOST_LOGPROBS = 20
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _NO_FIELD = {"str", "int", "float", "bool", "none", "constrained-str", "constrained-int", "constrained-float"}
 Form = TypeVar("Form", bound="RequestBody")
 

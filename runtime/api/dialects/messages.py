@@ -12,7 +12,7 @@ from pydantic import Field
 from foundation.reading import Unreadable, parse_json
 from runtime.api.answer import Answering, OneAnswer
 from runtime.api.ask import Ask, Drawn
-from runtime.api.dialects.forms import RequestBody, checked_model, new_id, read, stops
+from runtime.api.dialects.forms import EFFORTS, RequestBody, checked_model, format_of, new_id, read, stops
 from runtime.api.endpoint import Endpoint
 from runtime.api.events import CallBegun, CallEnded, CallGrown, Event, Said, Thought
 from runtime.api.refusal import wrong
@@ -43,6 +43,11 @@ class _Thinking(RequestBody):
     budget_tokens: int | None = Field(None, ge=1)
 
 
+class _Output(RequestBody):
+    effort: str | None = None
+    format: dict[str, Any] | None = None
+
+
 class CountBody(RequestBody):
     """What is counted: all of a request but how it is answered."""
 
@@ -63,7 +68,7 @@ class MessagesBody(CountBody):
     temperature: float | None = Field(None, ge=0, le=1)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
-    output_format: dict[str, Any] | None = None
+    output_config: _Output | None = None
 
 
 class MessagesRequest:
@@ -73,7 +78,7 @@ class MessagesRequest:
         """Raises `ApiRefusal`."""
         body = read(CountBody if counting else MessagesBody, raw)
         self.model = checked_model(endpoint.names, body.model)
-        drawn = Drawn()
+        drawn, output = Drawn(), _Output()
         self.streams = False
         if isinstance(body, MessagesBody):
             self.streams = bool(body.stream)
@@ -81,8 +86,9 @@ class MessagesRequest:
                 max_tokens=body.max_tokens, temperature=body.temperature, top_p=body.top_p, top_k=body.top_k,
                 stops=stops(body.stop_sequences, "stop_sequences"),
             )  # fmt: skip
-            if body.output_format is not None:
-                raise wrong("output_format is not supported: give a tool", "output_format")
+            output = body.output_config or output
+            if output.effort is not None and output.effort not in EFFORTS:
+                raise wrong(f"output_config.effort is one of {', '.join(EFFORTS)}", "output_config.effort")
         for at, tool in enumerate(body.tools or ()):
             if tool.type not in (None, "custom"):
                 raise wrong(f"tools[{at}].type: {tool.type[:40]!r} is not run here", f"tools[{at}].type")
@@ -93,7 +99,9 @@ class MessagesRequest:
             messages=_chat(body),
             tools=checked(tools),
             choice=_choice(body.tool_choice),
+            format=format_of(output.format, "output_config.format", nested=False),
             thinking=thinks,
+            effort=output.effort,
             budget=body.thinking.budget_tokens if body.thinking is not None and thinks else None,
         )
         self._id = new_id("msg_")

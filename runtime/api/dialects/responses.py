@@ -12,8 +12,9 @@ from pydantic import Field
 
 from runtime.api.answer import Answering, OneAnswer, Told
 from runtime.api.ask import Ask
-from runtime.api.dialects.chat import EFFORTS, text_of
+from runtime.api.dialects.chat import text_of
 from runtime.api.dialects.forms import (
+    EFFORTS,
     MOST_LOGPROBS,
     FunctionTool,
     Sampled,
