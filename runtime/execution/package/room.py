@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from backends.errors import ArtifactError
+from foundation.reading import read_text
 from runtime.deployment.manifest import Gear
 from runtime.execution.package.executor import TRUST
 
@@ -39,7 +40,7 @@ def within_room(what: object, most_bytes: int) -> Iterator[None]:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    held = int(_STATM.read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+    held = int(read_text(_STATM).split()[5]) * os.sysconf("SC_PAGE_SIZE")
     most = held + most_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (most if soft == resource.RLIM_INFINITY else min(soft, most), hard))
     try:
