@@ -42,7 +42,7 @@ _LARGEST = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class ChipChoice:
     """What a chip comes to under an engine. plan: the fewest nodes that meet the targets, or the nearest where none of
     those tried does; None where there is none, and `reason` says why. bands: of "ttft", "tpot" and "throughput". tried:
     other numbers of devices, and what they missed.
@@ -109,7 +109,7 @@ def choose(
     most: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
     processes: int | None = None,
-) -> list[Choice]:
+) -> list[ChipChoice]:
     """What each chip comes to under its question's engine, in their order. most: devices of each. processes: side by
     side, by default one a core.
 
@@ -124,14 +124,14 @@ def choose(
         require_positions(question.cfg, demand.isl, demand.osl)
     work = [(question, profile, most) for question, profile in questions]
     count = min(processes or os.cpu_count() or 1, len(work))
-    found: list[Choice] = []
+    found: list[ChipChoice] = []
     for each in _side_by_side(work, count):
         found.append(each)
         progress(len(found), len(work))
     return found
 
 
-def _side_by_side(work: Sequence[tuple[Question, Profile, int]], count: int) -> Iterator[Choice]:
+def _side_by_side(work: Sequence[tuple[Question, Profile, int]], count: int) -> Iterator[ChipChoice]:
     if count <= 1:
         yield from map(_chosen, work)
         return
@@ -145,13 +145,13 @@ def _leave_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _chosen(work: tuple[Question, Profile, int]) -> Choice:
+def _chosen(work: tuple[Question, Profile, int]) -> ChipChoice:
     question, profile, most = work
     node = node_devices(profile)
     try:
         return _Choosing(question, profile, max(1, most // node)).choice()
     except Failure as error:
-        return Choice(profile.name, question.engine, node, reason=str(error).splitlines()[0])
+        return ChipChoice(profile.name, question.engine, node, reason=str(error).splitlines()[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +173,7 @@ class _Choosing:
         self.played: dict[int, _Played | None] = {}
         self.unplayed = ""
 
-    def choice(self) -> Choice:
+    def choice(self) -> ChipChoice:
         models = self._models()
         least = min((self._least(model) for model in models), default=None)
         assert least is not None
@@ -182,7 +182,7 @@ class _Choosing:
         done = {count: found for count, found in self.played.items() if found}
         name, engine = self.profile.name, models[0].option.spec.engine.name
         if not done:
-            return Choice(name, engine, self.node, reason=self.unplayed or "no layout could be simulated")
+            return ChipChoice(name, engine, self.node, reason=self.unplayed or "no layout could be simulated")
         met = [count for count, found in done.items() if found.figures.meets_targets]
         demand = self.question.demand
         best = min(met) if met else min(done, key=lambda count: (merit(done[count].figures, demand)[0], count))
@@ -193,7 +193,7 @@ class _Choosing:
             if count != best
         ]
         plan = dataclasses.replace(chosen.plan, predicted=chosen.figures)
-        return Choice(name, engine, self.node, plan, chosen.bands, "", tuple(tried))
+        return ChipChoice(name, engine, self.node, plan, chosen.bands, "", tuple(tried))
 
     def _search(self, models: list[OptionPrices], start: int, climbing: bool) -> None:
         """Simulates numbers of nodes: up until one meets the targets, then down to the fewest that is tried."""
@@ -339,7 +339,7 @@ def _own_kv(question: Question, profile: Profile) -> str | None:
     return kv if kv in profile.formats.kv else None
 
 
-def row_of(choice: Choice, price: float | None) -> dict[str, Any]:
+def row_of(choice: ChipChoice, price: float | None) -> dict[str, Any]:
     """A choice as JSON. price: of a device-hour.
 
     Ranges are those of the bands: of tokens and cost, that of throughput, at whose slow end more devices are needed

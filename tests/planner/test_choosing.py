@@ -12,7 +12,7 @@ import pytest
 import hw_profiles
 from model.hf_config import load_config
 from runtime.deployment.plan import Demand
-from runtime.planning.choosing import Choice, choose, engine_beside, row_of
+from runtime.planning.choosing import ChipChoice, choose, engine_beside, row_of
 from runtime.planning.options import Question
 from runtime.reports.choose import choices_page
 from tests.cli.cli import glm5, refused
@@ -21,25 +21,25 @@ CFG = load_config("glm-4.7-flash")
 LOAD = Demand(512, 16, 1.0, 8, None, 2000.0, 60.0, "min-devices", 90)
 
 
-def chosen(demand: Demand = LOAD, chip: str = "h200-sxm", most: int = 8, **overrides: Any) -> Choice:
+def chosen(demand: Demand = LOAD, chip: str = "h200-sxm", most: int = 8, **overrides: Any) -> ChipChoice:
     profile = hw_profiles.load(chip, overrides.pop("set", {}))
     (found,) = choose([(Question(CFG, demand, engine_beside(profile), **overrides), profile)], most, processes=1)
     return found
 
 
 @pytest.fixture(scope="module")
-def found() -> Choice:
+def found() -> ChipChoice:
     return chosen()
 
 
-def test_whole_nodes_that_meet_the_targets(found: Choice) -> None:
+def test_whole_nodes_that_meet_the_targets(found: ChipChoice) -> None:
     assert found.met and found.plan and found.engine == "sglang"
     assert found.devices % found.node_devices == 0 and found.devices == 8
     assert found.figures.tpot_ms["p90"] <= 60 and found.plan.demand.percentile == 90
     assert found.devices_if_slow >= found.devices
 
 
-def test_every_figure_has_its_range(found: Choice) -> None:
+def test_every_figure_has_its_range(found: ChipChoice) -> None:
     row = row_of(found, 2.0)
     for name in ("ttft_ms", "tpot_ms", "output_tokens_per_s_per_device", "cost_per_million_output_tokens"):
         low, high = row[f"{name}_range"]
@@ -55,7 +55,7 @@ def test_every_figure_has_its_range(found: Choice) -> None:
     assert found.met_if_slow == (slow_tpot <= 60 and row["ttft_ms_range"][1] <= 2000)
 
 
-def test_the_slow_end_is_of_the_band(found: Choice) -> None:
+def test_the_slow_end_is_of_the_band(found: ChipChoice) -> None:
     bands = {name: dataclasses.replace(band, low=-math.log(2.5), high=0.1) for name, band in found.bands.items()}
     assert dataclasses.replace(found, bands=bands).devices_if_slow == 24
     sure = {name: dataclasses.replace(band, low=0.0, high=1e-6) for name, band in found.bands.items()}
