@@ -9,6 +9,7 @@ import typer.core
 import typer.main
 
 from runtime.cli import backends, calibrate, export, model, plan, profiles, run, serve, simulate, validate
+from runtime.cli.choose import choose
 from runtime.cli.compare import compare
 from runtime.cli.eval import evaluate
 from runtime.cli.fit import fit
@@ -29,6 +30,7 @@ app.command("model")(model.model)
 app.command("backends")(backends.backends)
 app.command("simulate")(simulate.simulate)
 app.command("validate")(validate.validate)
+app.command("choose")(choose)
 app.command("fit")(fit)
 app.command("calibrate")(calibrate.calibrate)
 app.command("quantize")(quantize)

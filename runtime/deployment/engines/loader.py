@@ -174,7 +174,7 @@ def _description(path: Path, modified_ns: int) -> _Description:
     sections = {name: part for name, part in document.items() if isinstance(part, dict)}
     fitted = sections.pop("fitted", None)
     if fitted is not None:
-        fitted = validated(FittedTo, fitted, EngineError, path.name, say=_say)
+        fitted = validated(dict[str, FittedTo], {"fitted": fitted}, EngineError, path.name, say=_say)["fitted"]
     sections = validated(dict[str, dict[str, Setting]], sections, EngineError, path.name, say=_say)
     cache = sections.pop("cache", document.get("cache", {}))
     if not isinstance(cache, Mapping):

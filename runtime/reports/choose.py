@@ -1,0 +1,83 @@
+"""The page of a choice of chips: `glm5 choose --html FILE`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from foundation.writing import replacing
+from runtime.reports.page import EVIDENCE, assumed_list, document, section
+
+
+def write_page(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes the page, whole or not at all. result: the JSON object of `glm5 choose`. Raises `UsageError` where the
+    file cannot be written."""
+    with replacing(path) as temporary:
+        temporary.write_text(choices_page(result), encoding="utf-8")
+
+
+def choices_page(result: Mapping[str, Any]) -> str:
+    """The page's HTML."""
+    targets = ", ".join(result["targets"]) or "no targets"
+    rows = [row for row in result["choices"] if "devices" in row]
+    out = [row for row in result["choices"] if "devices" not in row]
+    sections = [
+        section("Chips", _table(rows, result["currency"] or "cost")) if rows else "",
+        section("What does not serve it", _reasons(out)),
+        section("How sure this is", "".join(map(_basis, rows))),
+        section("Other numbers of devices", "".join(map(_tried, rows))),
+    ]
+    return document("Choice of chips", result["model"], f"{result['load']} · {targets}", sections)
+
+
+def _table(rows: list[Mapping[str, Any]], currency: str) -> str:
+    priced = any(row["cost_per_million_output_tokens"] is not None for row in rows)
+    stat = rows[0]["statistic"]
+    heads = ["chip", "devices", "targets", f"TTFT {stat}, ms", f"TPOT {stat}, ms", "output tok/s a device"]
+    heads += [f"{currency} a million output tokens"] * priced + ["plan"]
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in _cells(row, priced))}</tr>" for row in rows)
+    head = "".join(f"<th>{escape(each)}</th>" for each in heads)
+    words = "In brackets: where nine in ten are expected. Devices: up to where servers are at the slow end."
+    note = f'<p class="quiet">{words}</p>'
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
+
+
+def _cells(row: Mapping[str, Any], priced: bool) -> list[str]:
+    def ranged(name: str, digits: int) -> str:
+        if row.get(name) is None:
+            return "–"
+        low, high = row[f"{name}_range"]
+        return f"{row[name]:,.{digits}f} ({low:,.{digits}f}–{high:,.{digits}f})"
+
+    more = f"–{row['devices_if_slow']}" if row["devices_if_slow"] > row["devices"] else ""
+    met = "met" if row["meets_targets"] else f"missed: {row['reason']}"
+    met += "; also at the slow end" if row["meets_targets_if_slow"] else ""
+    formats = f"{row['formats']['weights']}, KV {row['formats']['kv']}"
+    return [
+        escape(row["profile"]),
+        f"{row['devices']}{more}",
+        escape(met),
+        ranged("ttft_ms", 0),
+        ranged("tpot_ms", 1),
+        ranged("output_tokens_per_s_per_device", 0),
+        *([ranged("cost_per_million_output_tokens", 2)] if priced else []),
+        escape(f"{row['plan']}, {row['engine']}, {formats}"),
+    ]
+
+
+def _reasons(rows: list[Mapping[str, Any]]) -> str:
+    lines = (f"<li>{escape(row['profile'])}, {escape(row['engine'])}: {escape(row['reason'])}</li>" for row in rows)
+    return f"<ul>{''.join(lines)}</ul>" if rows else ""
+
+
+def _basis(row: Mapping[str, Any]) -> str:
+    bands = "".join(f"<li>{escape(name)}: {escape(words)}</li>" for name, words in row["band_basis"].items())
+    known = f"{row['evidence']}. {EVIDENCE[row['evidence']]}"
+    return f"<h3>{escape(row['profile'])}</h3><p>{escape(known)}</p><ul>{bands}</ul>{assumed_list(row['assumed'])}"
+
+
+def _tried(row: Mapping[str, Any]) -> str:
+    lines = "".join(f"<li>{each['devices']} devices: {escape(each['missed'])}</li>" for each in row["tried"])
+    return f"<h3>{escape(row['profile'])}</h3><ul>{lines}</ul>" if lines else ""
