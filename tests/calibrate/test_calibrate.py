@@ -17,6 +17,7 @@ from backends import registry
 from foundation.errors import UsageError
 from model.hf_config import load_config
 from model.split import Layout
+from runtime.porting import calibrate_ops
 from runtime.porting.calibrate import QUICK, Calibration, Effort, Gemm, Stream, measure, prices, profile
 from runtime.pricing import Chip, open_book
 from runtime.serving.pricing import BatchShape
@@ -27,7 +28,11 @@ SMALL = Effort(widths=(128,), rows=(1, 32), tokens=(1, 8), rounds=1, cold_bytes=
 
 @pytest.fixture(scope="module")
 def found() -> Calibration:
-    return measure(registry.usable("cpu"), SMALL)
+    """With kernels of one layer, which are quicker to compile than four."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate_ops, "_LAYERS", 1)
+        patch.setattr(calibrate_ops, "_WIDTHS", (64, 128))
+        return measure(registry.usable("cpu"), SMALL)
 
 
 @pytest.fixture

@@ -84,9 +84,14 @@ def chunk(phase: str) -> tuple[object, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", RUNTIME)
 @pytest.mark.parametrize(
-    "layout", [(), ("--tp", 2), ("--tp", 2, "--dp", 2, "--ep", 4), ("--tp", 4, "--ep", 4)], ids=str
+    ("format", "layout"),
+    [
+        *((format, layout) for format in RUNTIME for layout in ((), ("--tp", 2, "--dp", 2, "--ep", 4))),
+        ("onnx", ("--tp", 2)),
+        ("stablehlo", ("--tp", 4, "--ep", 4)),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_the_embedded_checkpoint(tmp_path: Path, format: str, layout: tuple[object, ...], phase: str) -> None:

@@ -2,6 +2,7 @@
 
     python -m tests.sim.matrix 2,2,4,2 1,8,8,1      these: tp,dp,ep,pp
     python -m tests.sim.matrix all                  every one with tp, dp, ep, pp in 1, 2, 4, 8 that the model admits
+    python -m tests.sim.matrix some                 every fifth of those
 
 A process of its own, because JAX takes the number of host devices once, before it starts.
 """
@@ -41,7 +42,10 @@ def main(words: list[str]) -> None:
     import jax
 
     checkpoint = Checkpoint(RANDOM)
-    layouts = admitted(checkpoint.config) if words == ["all"] else [Layout(*map(int, w.split(","))) for w in words]
+    if words in (["all"], ["some"]):
+        layouts = admitted(checkpoint.config)[:: 1 if words == ["all"] else 5]
+    else:
+        layouts = [Layout(*map(int, word.split(","))) for word in words]
     jax.config.update("jax_num_cpu_devices", MOST_HOSTS)
     requests = prompts_of(checkpoint.config, LENGTHS, MOST)
     expected = reference(checkpoint, requests)

@@ -97,7 +97,7 @@ QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
 @pytest.mark.slow
-@settings(max_examples=15, **QUIET)
+@settings(max_examples=6, **QUIET)
 @given(data=st.data())
 def test_random_layouts(checkpoints: Checkpoints, data: st.DataObject) -> None:
     check_any(checkpoints, data)

@@ -142,10 +142,10 @@ def test_many_devices_from_the_command_line(devices: int) -> None:
 
 
 @pytest.mark.slow
-def test_every_layout_on_host_devices() -> None:
-    """Every layout with degrees in 1, 2, 4, 8 that the embedded checkpoint admits: some quarter of an hour."""
-    command = [sys.executable, "-m", "tests.sim.matrix", "all"]
+def test_layouts_on_host_devices() -> None:
+    """A fifth of the 72 with degrees in 1, 2, 4, 8 that the checkpoint admits; `tests.sim.matrix all` runs them all."""
+    command = [sys.executable, "-m", "tests.sim.matrix", "some"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     found = [json.loads(line) for line in lines]
-    assert len(found) == 72
+    assert len(found) == 15
     assert all(each["same_tokens"] and each["logit_error"] < 1e-4 for each in found)

@@ -153,7 +153,7 @@ def test_figures_set_to_what_they_are_change_nothing() -> None:
 
 
 @given(st.lists(st.floats(80e9, 2e12), min_size=2, max_size=2), st.sampled_from(engine_names()))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_more_memory_never_shrinks_a_pool(capacities: list[float], engine: str) -> None:
     small, large = (
         memory(spec({"chip.memory.capacity_bytes": value}, engine=engine)).pool_tokens for value in sorted(capacities)

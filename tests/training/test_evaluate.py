@@ -113,7 +113,8 @@ def test_a_random_indexer_is_the_same_size_and_nothing_else_changes() -> None:
                 assert np.std(mine[name]) == pytest.approx(np.std(theirs[name]), rel=0.1)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.training.evaluate.load_engine", lambda *given: scripted(lambda prompt: "of no use"))
     found = glm5("eval", "--samples", 2, "--task", "copy", "--task", "sentences", "--json").json
     assert set(found["tasks"]) == {"copy", "sentences"}
     assert all(0 <= score["right"] <= score["asked"] == 2 for score in found["tasks"].values())
