@@ -53,10 +53,10 @@ class Ours:
 
     def __init__(self, folder: Path, batch: int):
         checkpoint = Checkpoint(folder)
-        config = EngineConfig(pool_tokens=batch * 512, max_running=batch)
+        config = EngineConfig(page_size=(page := 16), pool_tokens=batch * 512, max_running=batch)
         engine = load_engine(checkpoint, registry.usable("cpu"), config)
         self.programs, self.batch = engine.programs, batch
-        pages = 512 // config.page_size
+        pages = 512 // page
         self.table = np.arange(1, 1 + batch * pages, dtype=np.int32).reshape(batch, pages)
 
     def prefill(self, ids: np.ndarray) -> float:

@@ -114,7 +114,9 @@ ABSORBED_PREFILLS = (
 KernelChoice = TypeVar("KernelChoice", FusedReduce, FusedShared, UntunedExperts, AbsorbedPrefill)
 
 
-def _chosen(choices: tuple[KernelChoice, ...], engine: str, release: str, family: str, model: str = "") -> KernelChoice | None:
+def _chosen(
+    choices: tuple[KernelChoice, ...], engine: str, release: str, family: str, model: str = ""
+) -> KernelChoice | None:
     asked = order(release)
     mine = [c for c in choices if c.engine == engine and asked and (order(c.since) or asked) <= asked]
     if not mine or family not in mine[-1].families:
