@@ -44,7 +44,6 @@ ALLOWED: dict[str, dict[str, str]] = {
         "export.deserialize": "of it",
     },
     "runtime.execution.package.xla": {"path.read_bytes": "a graph, hashed before", "export.deserialize": "of it"},
-    "runtime.execution.package.room": {"_STATM.read_text": "the kernel's, of this process"},
     "runtime.execution.package.torch": {"torch.export.load": "a graph, hashed before"},
     "backends.xla": {"export.deserialize": "an artifact, hashed before"},
     "backends.ascend.catalog": {"tomllib.loads": "tables of ours", "<>.read_text": "tables of ours"},
