@@ -18,7 +18,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from foundation.errors import Failure, UsageError
+from foundation.errors import Failure, UsageError, first_line
 from hw_profiles import Profile
 from runtime.deployment.engines import default_kv, engine_for, load, names
 from runtime.deployment.errors import NoPlanError
@@ -151,7 +151,7 @@ def _chosen(work: tuple[Question, Profile, int]) -> ChipChoice:
     try:
         return _Choosing(question, profile, max(1, most // node)).choice()
     except Failure as error:
-        return ChipChoice(profile.name, question.engine, node, reason=str(error).splitlines()[0])
+        return ChipChoice(profile.name, question.engine, node, reason=first_line(error))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +244,7 @@ class _Choosing:
         if others or not refused:
             raise NoPlanError(others or left_out)
         closest = min(refused, key=lambda each: each.excess_bytes)
-        raise NoPlanError(f"does not fit {self.most * self.node} devices: {closest.error.splitlines()[0]}")
+        raise NoPlanError(f"does not fit {self.most * self.node} devices: {first_line(closest.error)}")
 
     def _sensible(self, option: Option) -> bool:
         """Replicas that nodes are made of, or made of nodes; tensors split within one."""
@@ -308,7 +308,7 @@ class _Choosing:
             try:
                 done.append(self._simulated(option, replicas, estimate, nodes))
             except Failure as error:
-                self.unplayed = str(error).splitlines()[0]
+                self.unplayed = first_line(error)
                 continue
             if done[-1].figures.meets_targets:
                 break

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from foundation.errors import UsageError
+from foundation.errors import UsageError, first_line
 from runtime.serving.answer import Answer, page_hashes
 from runtime.serving.clock import Clock
 from runtime.serving.deployment import Deployment, Disaggregated, check_capacity
@@ -298,4 +298,4 @@ class LiveService:
 
 
 def _said(error: Exception) -> str:
-    return f"the step could not be carried out: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return f"the step could not be carried out: {first_line(error)}"

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from foundation.errors import Failure, UsageError
+from foundation.errors import Failure, UsageError, first_line
 from foundation.writing import replacing
 from runtime.deployment.engines import FittedTo
 from runtime.serving import simulate
@@ -119,7 +119,7 @@ def _readable(path: Path) -> tuple[list[PublishedRow], list[str]]:
                 raise UsageError(found.apart)
             rows.append(found)
         except (Failure, ValueError, KeyError) as error:
-            skipped.append(f"row {number}: {str(error).splitlines()[0]}")
+            skipped.append(f"row {number}: {first_line(error)}")
     names = list(dict.fromkeys(_deployment(row) for row in rows))
     if len(names) > 1:
         raise UsageError(f"{path}: rows of {len(names)} deployments ({'; '.join(names[:3])}): keep the rows of one")

@@ -27,17 +27,11 @@ class LocalRun(CheckpointRun):
         from backends import registry
         from runtime.execution.local.engine import EngineConfig
         from runtime.execution.local.load import load_engine
-        from runtime.execution.local.room import require_room
 
         words, started = self.words(), time.perf_counter()
         adapter = registry.usable(self.backend)
         opened = self.opened()
         requests, answers = self.asked(opened, words)
-        offered = adapter.capabilities()
-        dtype = self.dtype or offered.preferred_dtype
-        if self.pool_tokens is not None and dtype in offered.dtypes:
-            memory = offered.devices[0].memory_bytes
-            require_room(opened.config, self.pool_tokens, dtype, self.mtp > 0, memory)
         config = EngineConfig(self.engine or "glm5", drafts=self.mtp, prefill_chunk=self.prefill_chunk)
         engine = load_engine(opened, adapter, config, self.dtype, self.keep_fp8, self.pool_tokens)
         load_s = time.perf_counter() - started

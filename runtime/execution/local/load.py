@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ def load_engine(
         if checkpoint.undeclared_mtp:
             why = "holds an MTP layer that its config.json does not declare (num_nextn_predict_layers)"
         raise UsageError(f"{checkpoint.path} {why}: --mtp needs one")
+    if pool_tokens is not None:
+        memory = offered.devices[0].memory_bytes
+        _require_room(checkpoint.config, pool_tokens, dtype, config.drafts > 0, memory)
     weight_bytes = 0
 
     def put(_: Any, array: Any) -> Any:
@@ -71,6 +75,17 @@ def load_engine(
     page_tokens = config.described.page_tokens
     programs = Programs(backend, checkpoint.config, weights, config.pages, page_tokens, dtype, drafts=config.drafts)
     return LocalEngine(checkpoint.config, programs, config)
+
+
+def _require_room(cfg: ModelConfig, pool_tokens: int, dtype: str, mtp: bool, memory_bytes: int | None) -> None:
+    """Raises `CapacityError` for a pool larger than a device's memory, or this host's where that is not told."""
+    held = memory_bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = pool_tokens * token_bytes(cfg, dtype, mtp)
+    if needed > held:
+        raise CapacityError(
+            f"--pool-tokens {pool_tokens:,} takes {needed / 1e9:,.1f} GB of cache, and there are {held / 1e9:,.1f} GB "
+            "of memory; ask for fewer"
+        )
 
 
 def token_bytes(cfg: ModelConfig, dtype: str, mtp: bool) -> int:
