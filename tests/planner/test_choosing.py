@@ -32,13 +32,15 @@ def found() -> ChipChoice:
     return chosen()
 
 
+@pytest.mark.slow
 def test_whole_nodes_that_meet_the_targets(found: ChipChoice) -> None:
     assert found.met and found.plan and found.engine == "sglang"
     assert found.devices % found.node_devices == 0 and found.devices == 8
-    assert found.figures.tpot_ms["p90"] <= 60 and found.plan.demand.percentile == 90
+    assert (found.figures.tpot_ms["p90"] or 99) <= 60 and found.plan.demand.percentile == 90
     assert found.devices_if_slow >= found.devices
 
 
+@pytest.mark.slow
 def test_every_figure_has_its_range(found: ChipChoice) -> None:
     row = row_of(found, 2.0)
     for name in ("ttft_ms", "tpot_ms", "output_tokens_per_s_per_device", "cost_per_million_output_tokens"):
@@ -55,6 +57,7 @@ def test_every_figure_has_its_range(found: ChipChoice) -> None:
     assert found.met_if_slow == (slow_tpot <= 60 and row["ttft_ms_range"][1] <= 2000)
 
 
+@pytest.mark.slow
 def test_the_slow_end_is_of_the_band(found: ChipChoice) -> None:
     bands = {name: dataclasses.replace(band, low=-math.log(2.5), high=0.1) for name, band in found.bands.items()}
     assert dataclasses.replace(found, bands=bands).devices_if_slow == 24
@@ -63,6 +66,7 @@ def test_the_slow_end_is_of_the_band(found: ChipChoice) -> None:
     assert dataclasses.replace(found, bands=sure).met_if_slow
 
 
+@pytest.mark.slow
 def test_targets_out_of_reach_give_the_nearest_plan() -> None:
     near = chosen(dataclasses.replace(LOAD, tpot_ms=0.1))
     assert near.plan is not None and not near.met
