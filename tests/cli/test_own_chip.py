@@ -21,6 +21,7 @@ from model.hf_config import load_config
 from tests.cli.cli import glm5, refused
 
 pytestmark = pytest.mark.usefixtures("coarse")
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 AIR = ("--model", "glm-4.5-air")
 LOAD = ("--isl", 256, "--osl", 16, "--concurrency", 2, "--requests", 4)
 UP, OUT = (f"link.{level}.bandwidth_bytes_per_s" for level in ("scale_up", "scale_out"))
@@ -50,7 +51,7 @@ def npu(tmp_path: Path) -> Path:
     ("words", "what"),
     [
         (("--devices", 16, "--tp", 4, "--pp", 4), "a hop between pipeline stages"),
-        (("--devices", 16, "--tp", 8, "--dp", 2), "all-"),
+        slow(("--devices", 16, "--tp", 8, "--dp", 2), "all-"),
         (("--devices", 16, "--tp", 2, "--dp", 8, "--ep", 16), "an all-to-all"),
         (("--devices", 8, "--tp", 8, "--prefill-devices", 8), "which the cache takes from prefill to decode"),
     ],
@@ -68,7 +69,7 @@ def test_a_layout_that_crosses_servers_needs_the_link_between_them(
 
 
 @pytest.mark.parametrize(
-    "words", [("--tp", 4, "--pp", 2), ("--tp", 8), ("--tp", 4, "--prefill-devices", 4, "--devices", 4)]
+    "words", [("--tp", 4, "--pp", 2), slow(("--tp", 8)), ("--tp", 4, "--prefill-devices", 4, "--devices", 4)]
 )
 def test_a_layout_inside_a_server_does_not_ask_for_it(npu: Path, words: tuple[object, ...]) -> None:
     slow, fast = (
@@ -262,7 +263,6 @@ def test_a_misspelt_field_gets_the_nearest(typed: str, meant: str) -> None:
 
 FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
 FLOAT4 = {"num_bits": 4, "type": "float", "symmetric": True}
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,7 @@ def test_tokens_of_every_format_and_phase(tmp_path: Path, format: str, phase: st
     assert found["token_ids"] == expected["token_ids"] and found["finish_reason"] == expected["finish_reason"]
 
 
+@pytest.mark.slow
 def test_a_package_has_the_words_of_the_checkpoint(small: Path, tmp_path: Path) -> None:
     """What is put around a prompt, special tokens of any file, and stop tokens that only the generation settings
     name; the last without a tokenizer too."""

@@ -244,11 +244,19 @@ def unusable(cfg: ModelConfig) -> str | None:
 DISTINCT = {(raw_preset(name)["model_type"], *fields_of(raw_preset(name))): name for name in PRESETS}
 
 
-@pytest.mark.parametrize("preset", DISTINCT.values())
+WIDEST = ("deepseek-v3", "glm-4.7", "glm-5.3-fp8", "kimi-k2.5")  # all but three fields of the others are theirs too
+
+
+@pytest.mark.parametrize(
+    "preset", [name if name in WIDEST else pytest.param(name, marks=pytest.mark.slow) for name in DISTINCT.values()]
+)
 def test_any_field_dropped_or_corrupted(preset: str) -> None:
     """Every field of every kind of preset, replaced by every kind of junk."""
     raw = raw_preset(preset)
     assert complaint(raw) is None
+    for key, value in raw.get("quantization_config", {}).items():
+        if isinstance(value, list):  # of the names that stay wide a few stand for all
+            raw["quantization_config"][key] = value[:20]
     found = [
         f"{'.'.join(map(str, path))} = {'(dropped)' if value is MISSING else repr(value)}: {problem}"
         for path in fields_of(raw)

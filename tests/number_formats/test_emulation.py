@@ -312,7 +312,7 @@ def _rows(checkpoint: Checkpoint) -> list[list[tuple[str, int]]]:
     ("profile", "scheme", "kv"),
     [
         ("h200-sxm", "fp8", "fp8"),
-        ("ascend-910c", "w4a8", "int8"),
+        pytest.param("ascend-910c", "w4a8", "int8", marks=pytest.mark.slow),
         pytest.param("ascend-950dt", "mxfp4", "fp8", marks=pytest.mark.slow),
     ],
 )
