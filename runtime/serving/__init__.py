@@ -1,11 +1,19 @@
-"""Discrete-event simulation of a serving deployment: what latency, throughput and queueing a load will see.
+"""The one scheduler: what is computed when, of which requests, in which pages; simulated, or carried out.
 
     engine = load("sglang")                     # runtime.deployment.engines
     deployment = Deployment(engine, pricer, pool_tokens=330_000, devices=8)
     report = simulate(bench_serving(16, 8192, 1024), deployment)
 
-Owns: loads, KV pools, schedulers, the event loop and the report. What a step costs comes from a
-`StepPricer`. numpy only: must not import JAX, the model, the backends or a chip's profile.
+    who asks     simulation.py   a workload's clients, and the report           live.py   other threads (`service.py`)
+    what next    loop.py         events: requests to ranks, steps, caches that move
+                 replica.py      ranks that step together    rank.py      one rank's books, kv_pool.py and pages.py its
+                 scheduler.py    an engine's policy                       pages, by count and by number
+    how long     clock.py        virtual, wall or paced      pricing.py   what a step costs, from a `StepPricer`
+    by whom      worker.py       a step's rows, and the tokens that come of them (answer.py, sampling.py)
+                 executor.py     what computes the rows: `runtime/execution/` has them; none in a simulation
+
+Owns: loads, KV pools, schedulers, the event loop, answers and the report. numpy only: must not import JAX, the model,
+the backends or a chip's profile.
 """
 
 from runtime.serving.deployment import Deployment, Disaggregated

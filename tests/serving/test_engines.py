@@ -16,6 +16,7 @@ from runtime.deployment.errors import EngineError
 from runtime.execution.batches import gear
 from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.load import MEMORY_FRACTION
+from runtime.execution.serve_all import without_times
 from tests.cli.cli import glm5
 
 GIB = 2**30
@@ -69,12 +70,12 @@ def test_the_copy_of_a_description_simulates_as_the_engine(tmp_path: Path) -> No
 
 
 def test_our_own_engine_is_described_as_it_is() -> None:
-    """The limits in glm5.toml are the engine's defaults, and its batch sizes those that steps are padded to."""
+    """What glm5.toml says is what serves, and its batch sizes are those that steps are padded to."""
     engine, config = load("glm5"), EngineConfig()
-    assert engine.chunked_prefill_tokens == engine.max_step_tokens == config.prefill_chunk
-    assert (engine.max_running_requests, engine.page_tokens) == (config.max_running, config.page_size)
+    assert config.described == without_times(engine)
+    assert EngineConfig(prefill_chunk=64).described.max_step_tokens == 64
     assert engine.memory_fraction == MEMORY_FRACTION
-    padded = {gear(n, config.least_batch) for n in range(1, config.max_running + 1)}
+    padded = {gear(n, config.least_batch) for n in range(1, engine.max_running_requests + 1)}
     assert engine.graph_batch_sizes == tuple(sorted(padded))
 
 

@@ -2,9 +2,8 @@
 
     plan -> grid, limits, servers     deploy.py     what backends.spmd needs, from a `Plan`
          -> every device's memory     deploy.py     counted before anything is loaded
-    requests -> simulation            live.py       the serving simulator decides each step and what it costs;
-                                                    ending a step runs it on the server, ragged batch and all
-         -> servers                   worker.py     rows, pages and tokens of one server
+    requests -> simulation            live.py       the serving simulator decides each step and what it costs
+         -> servers                   executor.py   a step's rows, ragged batch and all, on the server's devices
          -> timeline                  timeline.py   a row a device: ops and collectives at their prices
 
 One scheduler, one clock: the steps that `glm5 simulate` prices are the steps that run here, so that the virtual TTFT

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import cached_property
 
 from foundation.errors import CapacityError
 from model.config import ModelConfig
@@ -41,7 +40,7 @@ class EngineConfig:
     least_context: int = 128
     prefix_cache: bool | None = None
 
-    @cached_property
+    @property
     def described(self) -> Engine:
         """The engine, its times left out: here steps take what they take. Raises `EngineError`."""
         given = {
