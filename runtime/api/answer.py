@@ -181,7 +181,6 @@ class Answering:
         if turn.first_at is None:
             turn.first_at = now
             metrics.first_token_s.observe(now - self._began)
-            metrics.prefill_s.observe(now - self._began)
         else:
             for _ in range(tokens):
                 metrics.between_tokens_s.observe((now - turn.last_at) / tokens)
