@@ -62,10 +62,11 @@ class OneAnswer:
         self.cached_tokens = max(self.cached_tokens, update.cached_tokens)
         for at, token in enumerate(update.tokens):
             self.completion_tokens += 1
-            self.reasoning_tokens += self.reader.thinking
+            thinking = self.reader.thinking
             if at < len(update.logprobs) and self.reader.is_text(token):
                 shown.append(Shown(token, update.logprobs[at]))
             told = self.reader.put(token)
+            self.reasoning_tokens += thinking and self.reader.thinking  # the mark behind thoughts is none of them
             self._called |= _calls(told)
             events += told
             if self.reader.stopped_by is not None:
@@ -96,16 +97,19 @@ def _calls(events: list[Event]) -> bool:
 
 
 class Answering:
-    """The answers to one request. `submit`, then `steps` or `whole`, and `close` whatever happened."""
+    """The answers to one request. `submit`, then `steps` or `whole`, and `close` whatever happened.
 
-    def __init__(self, endpoint: Endpoint, prepared: Prepared):
+    began: when the request came, by `time.monotonic`.
+    """
+
+    def __init__(self, endpoint: Endpoint, prepared: Prepared, began: float):
         self._endpoint, self.prepared = endpoint, prepared
         per_prompt = len(prepared.jobs) // len(prepared.prompts)
         lengths = [len(prepared.prompts[at // per_prompt]) for at in range(len(prepared.jobs))]
         self.turns = [OneAnswer(at, reader, lengths[at]) for at, reader in enumerate(prepared.readers)]
         self._news: deque[tuple[int, Update]] = deque()
         self._arrived = asyncio.Event()
-        self._began = time.monotonic()
+        self._began = began
 
     def submit(self) -> None:
         """Raises `ApiRefusal`."""
@@ -181,7 +185,6 @@ class Answering:
         if turn.first_at is None:
             turn.first_at = now
             metrics.first_token_s.observe(now - self._began)
-            metrics.prefill_s.observe(now - self._began)
         else:
             for _ in range(tokens):
                 metrics.between_tokens_s.observe((now - turn.last_at) / tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
@@ -96,11 +97,11 @@ class _Routes:
         """A route that answers requests of a dialect."""
 
         async def route(request: Request) -> Response:
-            endpoint = self._endpoint
+            endpoint, began = self._endpoint, time.monotonic()
             body = await request.body()
             endpoint.refuse_full()
             asked, ready = await _unless_gone(request, endpoint.prepared(_asked, endpoint, dialect, body))
-            answering = Answering(endpoint, ready)
+            answering = Answering(endpoint, ready, began)
             answering.submit()
             if asked.streams:
                 return AnswerStream(endpoint, answering, asked.stream(answering), named)

@@ -274,7 +274,7 @@ def test_usage_counts_what_was_generated(api: Api) -> None:
         answer = api.chat(stream, stop="STOP")
         tokens = ids("one two</think>three STOP")
         assert answer.usage["completion_tokens"] == len(tokens)
-        assert answer.usage["completion_tokens_details"]["reasoning_tokens"] == tokens.index(MARKUP.think_end) + 1
+        assert answer.usage["completion_tokens_details"]["reasoning_tokens"] == tokens.index(MARKUP.think_end)
         assert answer.usage["prompt_tokens"] == len(last(api).prompt_ids)
     assert USER not in tokens
 

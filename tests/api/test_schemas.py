@@ -1,0 +1,176 @@
+"""Schemas of every kind: answers are valid, or cut, or the schema is refused before the first token; none runs on.
+
+The oracle is jsonschema. Answers are made up (`synthetic`), and drawn from what the guide allows.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.api.events import CallGrown
+from runtime.api.guide import Guide
+from runtime.api.reader import Reader
+from runtime.api.refusal import ApiRefusal
+from runtime.api.schemas import kinds, type_of
+from runtime.api.synthetic import Invented
+from runtime.api.tools import Tool
+from runtime.serving.service import ConstraintBroken
+from tests.api.test_guide import ENDS, rules
+from tests.api.test_synthetic import INVENTOR, made
+from tests.api.words import VOCABULARY
+
+names = st.sampled_from(["a", "b", "name", "with space", 'quo"te', "ü"])
+values = st.one_of(st.none(), st.booleans(), st.integers(-99, 99), st.sampled_from(["x", "", 'a"b', "ü", "null", "12"]))
+leaves = st.one_of(
+    st.just({}),
+    st.just(True),
+    st.sampled_from(["string", "integer", "number", "boolean", "null", "array", "object"]).map(lambda t: {"type": t}),
+    st.lists(values, min_size=1, max_size=3).map(lambda found: {"enum": found}),
+    values.map(lambda value: {"const": value}),
+    st.tuples(st.integers(0, 3), st.integers(3, 6)).map(
+        lambda n: {"type": "string", "minLength": n[0], "maxLength": n[1]}
+    ),
+    st.sampled_from(["^[a-z]{2,4}$", "^x|y$", "[0-9]", "^(ab)+/$", "a{1,3}"]).map(
+        lambda p: {"type": "string", "pattern": p}
+    ),
+    st.sampled_from(["date", "date-time", "uuid", "ipv4", "email"]).map(lambda f: {"type": "string", "format": f}),
+    st.tuples(st.integers(-5, 5), st.integers(5, 9)).map(
+        lambda n: {"type": "integer", "minimum": n[0], "maximum": n[1]}
+    ),
+    st.sampled_from([["string", "null"], ["integer", "string"], ["object", "null"]]).map(lambda t: {"type": t}),
+    st.sampled_from(
+        [{"not": {}}, {"uniqueItems": True, "type": "array"}, {"if": {}}, {"type": "string", "pattern": "(?=x)"}]
+    ),
+)
+
+
+def larger(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    properties = st.dictionaries(names, inner, max_size=3)
+    return st.one_of(
+        st.tuples(properties, st.booleans(), st.booleans()).map(
+            lambda p: {
+                "type": "object",
+                "properties": p[0],
+                "required": list(p[0])[: 1 + p[1]],
+                "additionalProperties": p[2],
+            }  # fmt: skip
+        ),
+        st.tuples(inner, st.integers(0, 2)).map(
+            lambda p: {"type": "array", "items": p[0], "minItems": p[1], "maxItems": p[1] + 2}
+        ),
+        st.lists(inner, min_size=1, max_size=3).map(lambda found: {"anyOf": found}),
+    )
+
+
+plain = st.recursive(leaves, larger, max_leaves=5)
+schemas = plain | plain.map(lambda each: {"$ref": "#/$defs/x", "$defs": {"x": each}})
+
+
+def drawn(guide: Guide, seed: int, most: int = 60) -> list[int]:
+    rng, found = np.random.default_rng(seed), []
+    while len(found) < most and found[-1:] != [*ENDS]:
+        allowed = guide.allowed()
+        assert allowed is not None
+        if not allowed.any():
+            break
+        found.append(int(rng.choice(np.flatnonzero(allowed))))
+        guide.accept(found[-1])
+    return found
+
+
+few, many = settings(max_examples=10), settings(max_examples=500)
+some_properties = st.dictionaries(names, plain, max_size=3)
+
+
+@few
+@given(schemas, st.integers(0, 1000))
+def test_answers_are_valid_or_cut_or_refused(schema: Any, seed: int) -> None:
+    check_answers(schema, seed)
+
+
+@pytest.mark.slow
+@many
+@given(schemas, st.integers(0, 1000))
+def test_answers_of_many_schemas(schema: Any, seed: int) -> None:
+    check_answers(schema, seed)
+
+
+@few
+@given(some_properties, st.booleans(), st.integers(0, 1000))
+def test_arguments_are_valid_or_cut_or_refused(properties: dict[str, Any], strict: bool, seed: int) -> None:
+    check_arguments(properties, strict, seed)
+
+
+@pytest.mark.slow
+@many
+@given(some_properties, st.booleans(), st.integers(0, 1000))
+def test_arguments_of_many_schemas(properties: dict[str, Any], strict: bool, seed: int) -> None:
+    check_arguments(properties, strict, seed)
+
+
+def check_answers(schema: Any, seed: int) -> None:
+    try:
+        held = rules(schema)
+    except ApiRefusal as refusal:
+        assert refusal.status == 400
+        return
+    for tokens in (made(Invented(INVENTOR, Guide(held, False), 150, ENDS), 150), drawn(Guide(held, False), seed)):
+        if tokens[-1:] == [*ENDS]:
+            text = VOCABULARY.tokenizer.decode(tokens[:-1])
+            jsonschema.validate(json.loads(text), schema)
+
+
+def check_arguments(properties: dict[str, Any], strict: bool, seed: int) -> None:
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties)[:2],
+        "additionalProperties": False,
+    }
+    tool = Tool("f", schema, strict=strict)
+    try:
+        held = rules(tools={"f": tool}, required=True, parallel=False)
+    except ApiRefusal as refusal:
+        assert refusal.status == 400 and strict
+        return
+    exact = held.calls is not None and not held.calls.inexact
+    for make in (
+        lambda: made(Invented(INVENTOR, Guide(held, False), 200, ENDS), 200),
+        lambda: drawn(Guide(held, False), seed),
+    ):
+        try:
+            tokens = make()
+        except ConstraintBroken:
+            continue
+        reader = Reader(VOCABULARY, False, {"f": Tool("f", schema, exact=exact)}, ends=ENDS)
+        events = [event for token in tokens for event in reader.put(token)]
+        if tokens[-1:] == [*ENDS]:
+            arguments = json.loads("".join(event.json for event in events if isinstance(event, CallGrown)))
+            if exact:
+                jsonschema.validate(arguments, schema)
+
+
+@given(schemas, values)
+def test_no_value_of_a_schema_is_of_a_type_that_it_has_not(schema: Any, value: Any) -> None:
+    """What decides whether a text is a string or JSON."""
+    if isinstance(schema, dict) and jsonschema.Draft202012Validator(schema).is_valid(value):
+        assert type_of(value) & kinds(schema, schema)
+
+
+@pytest.mark.parametrize("word", ["anyOf", "allOf", "oneOf"])
+def test_a_schema_that_goes_round_and_round_ends(word: str) -> None:
+    schema = {"$defs": {"x": {word: [{"$ref": "#/$defs/x"}] * 50}}, "$ref": "#/$defs/x"}
+    assert kinds(schema, schema)
+    with pytest.raises(ApiRefusal):
+        rules(
+            tools={
+                "f": Tool("f", {"properties": {"a": {"$ref": "#/$defs/x"}}, **schema, "type": "object"}, strict=True)
+            }
+        )
