@@ -24,7 +24,8 @@ EXPERTS = ("plan", "experts", "--load", "load.npy", "--devices", "4", "--slots",
 EXPORT = ("export", "--model", "glm-5", "--format", "stablehlo", "--out", "package")
 BASES = {
     "run": RUN, "run sim": SIM, "simulate": SIMULATE, "plan": PLAN, "plan experts": EXPERTS, "export": EXPORT,
-    "serve": ("serve", "--port", "0"), "serve sim": ("serve", "--port", "0", "--backend", "sim", "--profile", "h200-sxm"),
+    "serve": ("serve", "--port", "0"),
+    "serve sim": ("serve", "--port", "0", "--backend", "sim", "--profile", "h200-sxm"),
     "eval": ("eval",), "compare": ("compare", "--profile", "h200-sxm"),
 }  # fmt: skip
 LARGE, HUGE = 10**9, 10**18
