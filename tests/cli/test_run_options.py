@@ -30,6 +30,7 @@ TYPED = {
     "pool_tokens": "64", "dump_logits": "logits.npz", "artifact": "package", "plan": "plan.json", "profile": "h200-sxm",
     "devices": "1", "tp": "1", "dp": "1", "ep": "1", "pp": "1", "formats": "bf16", "kv": "bf16", "engine": "sglang",
     "trace": "trace.json", "coordinator": "127.0.0.1:1", "process": "0/2",
+    "prefill_chunk": "64",
 }  # fmt: skip
 """A value for each option that has no default; others are given at theirs."""
 
@@ -46,7 +47,6 @@ def words(name: str, mode: type[RunMode]) -> list[str]:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[RunMode]:
     """Runs that were ready to begin."""
-    monkeypatch.setattr("runtime.cli.app.app", COMMAND)  # made once
     found: list[RunMode] = []
     for mode in MODES:
         monkeypatch.setattr(mode, "run", lambda self: found.append(self))
