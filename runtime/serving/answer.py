@@ -109,6 +109,10 @@ class Answer:
         """bool [vocab]: what may come next, None where everything may. Where only a stop token may, it may come before
         `min_tokens`, too."""
         self._look()
+        if self._grammar is not None and len(self._grammar) != vocab:  # a tokenizer knows fewer tokens than a model has
+            known = self._grammar[:vocab]
+            self._grammar = np.zeros(vocab, bool)
+            self._grammar[: len(known)] = known
         if self.generated >= self.job.min_tokens or not self.job.stop_ids:
             return self._grammar
         going_on = np.ones(vocab, bool) if self._grammar is None else self._grammar.copy()

@@ -100,7 +100,8 @@ class LiveService:
         now = self._clock.now()
         for job in jobs:
             self.check(len(job.prompt_ids), job.max_tokens)
-            if bad := [i for i in (*job.prompt_ids, *job.stop_ids) if not 0 <= i < self.limits.vocab]:
+            named = (*job.prompt_ids, *job.stop_ids, *(token for token, _ in job.sampling.bias))
+            if bad := [i for i in named if not 0 <= i < self.limits.vocab]:
                 raise UsageError(f"token id {bad[0]} is out of range: the vocabulary has {self.limits.vocab} entries")
         self._room(len(jobs))  # before anything is hashed
         made = [self._entry(job, each, now) for job, each in zip(jobs, deliver, strict=True)]

@@ -107,7 +107,7 @@ def settle(
     if rng.random() < weights[draft]:
         return draft
     weights[draft] = 0.0
-    return _draw(weights, rng)
+    return _draw(weights, rng) if weights.any() else draft
 
 
 def verify(logits: np.ndarray, drafts: list[int], sampling: Sampling, rng: np.random.Generator) -> list[int]:

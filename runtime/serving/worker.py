@@ -62,7 +62,7 @@ class Worker(ABC):
     def news(self, moving_on: Sequence[Request] = ()) -> News:
         """What clients have not been told yet. moving_on: requests that go to another server, and are told of there."""
         for request in moving_on:
-            del self._fresh[request]
+            self._fresh.pop(request, None)
         fresh, self._fresh = self._fresh, {}
         return [(answer, answer.news(request.cached)) for request, answer in fresh.items()]
 
@@ -159,13 +159,13 @@ class ModelWorker(Worker):
         answer = self.answers[request]
         _keep(answer, before, logits)
         if before + new == len(answer.tokens):
-            self._made(rank, request, answer, answer.extend(logits[-1:]))
+            self._made(rank, request, answer, _extended(answer, logits[-1:], ()))
         return answer.tokens[before + 1 : before + new + 1]
 
     def _end_next(self, rank: Rank, request: Request, row: FedRow, logits: np.ndarray) -> list[int]:
         """The tokens made."""
         answer = self.answers[request]
-        made = answer.extend(logits, row.tokens[1:])
+        made = _extended(answer, logits, row.tokens[1:])
         if self._drafts:
             answer.verify_steps += 1
             answer.verified_tokens += made
@@ -247,11 +247,9 @@ class SyntheticWorker(Worker):
         answer, made = self.answers[request], 0
         while made < most and answer.finish is None:
             try:
-                wanted = self._next_token(answer.number, answer.generated)
+                made += answer.choose(self._next_token(answer.number, answer.generated), self._vocab)
             except Exception as error:  # others' code, and one answer's
                 answer.fail(f"no token could be made up ({error})")
-            else:
-                made += answer.choose(wanted, self._vocab)
         self._made(rank, request, answer, made)
         return made
 
@@ -260,6 +258,16 @@ class SyntheticWorker(Worker):
 
     def _arrive(self, number: int, rank: Rank, request: Request, contents: Any) -> None:
         pass
+
+
+def _extended(answer: Answer, logits: np.ndarray, drafts: Sequence[int]) -> int:
+    """How many tokens an answer got. Logits that nothing can be chosen from end it, and no other."""
+    before = answer.generated
+    try:
+        answer.extend(logits, drafts)
+    except Exception as error:
+        answer.fail(f"no token could be chosen ({error})")
+    return answer.generated - before
 
 
 def _table(rank: Rank, request: Request) -> list[int]:

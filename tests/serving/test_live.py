@@ -327,6 +327,7 @@ def test_what_can_never_be_served_is_refused_at_once() -> None:
         (Job((), 3, Sampling()), UsageError, "no tokens"),
         (Job((1,), 0, Sampling()), UsageError, "max-tokens"),
         (Job((1, VOCAB), 3, Sampling()), UsageError, f"token id {VOCAB} is out of range"),
+        (Job((1,), 3, Sampling(bias=((-1, 1.0),))), UsageError, "token id -1 is out of range"),
         (Job((1,) * 399, 3, Sampling()), UsageError, "400 positions"),
         (Job((1,) * 90, 20, Sampling()), CapacityError, "pool holds 100"),
     ):
@@ -362,6 +363,33 @@ def test_a_fault_of_the_scheduler_ends_what_is_there_and_the_service_goes_on() -
     failed = ask(served, [job, job])
     assert all(client.last.finish == "error" and "a bug" in str(client.last.error) for client in failed)
     assert ask(served, [job])[0].tokens == reference(job)
+    assert_nothing_is_held(served)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_what_one_job_brings_along_ends_no_other(drafts: int) -> None:
+    """A mask of fewer tokens than the model has, and one that is no mask."""
+    served, _ = simple(drafts=drafts)
+
+    class Short(OnlyMultiples):
+        vocab = 20
+
+    class Wrong(OnlyMultiples):
+        def allowed(self) -> np.ndarray | None:
+            return np.ones((2, 3))
+
+    job = Job(prompt(9), 8, Sampling())
+    fine, short, wrong = ask(
+        served,
+        [
+            job,
+            Job(prompt(9), 8, Sampling(), constraint=Short(1)),
+            Job(prompt(9), 8, Sampling(), constraint=Wrong(1)),
+        ],
+    )
+    assert fine.tokens == reference(job)
+    assert len(short.tokens) == 8 and max(short.tokens) < 20
+    assert wrong.last.finish == "error" and "no token could be chosen" in str(wrong.last.error)
     assert_nothing_is_held(served)
 
 

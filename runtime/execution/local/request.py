@@ -97,6 +97,8 @@ def requests_of(prompts: Sequence[Prompt], page_tokens: int | None) -> list[Requ
 
 def completion_of(answer: Answer, request: Request) -> Completion:
     """What a request came to, its times by the clock that it was scheduled on."""
+    if answer.finish == "error":
+        raise RuntimeError(answer.error)  # nobody brought along what could fail: a bug
     logits = None
     if answer.kept is not None:
         logits = np.stack([answer.kept[position] for position in range(len(answer.tokens))])
