@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -118,8 +120,6 @@ def _emulated(backing: Backing, options: SimOptions, found: Opened) -> Opened:
 
 def trusted(priced: Deployed) -> tuple[str, str]:
     """How far to trust a deployment's pace: the weakest evidence behind a step, and a band of TPOT in words."""
-    import math
-
     import numpy as np
 
     from runtime.pricing.bands import band
@@ -161,22 +161,24 @@ def make_service(backing: Backing, found: Opened, inventor: Inventor | None, pro
             time_scale=backing.time_scale, max_queue=backing.max_queue, priced=found.priced,
         )  # fmt: skip
     if inventor is None:
-        warmed(service, found, backing.warm, progress)
+        warmed(service, found, backing, progress)
     return service
 
 
-def warmed(service: Service, found: Opened, most: int, progress: _Progress) -> None:
-    """Has a service compile what requests need first: 1, 2, 4, ... of them at once, up to `most`."""
-    count, began = 1, time.monotonic()
-    while count <= most:
-        progress(f"compiling for {count} of {most} requests at once, {time.monotonic() - began:.0f} s so far")
-        _at_once(service, found, count)
-        count *= 2
+def warmed(service: Service, found: Opened, backing: Backing, progress: _Progress) -> None:
+    """Has a service compile what requests need first: prompts up to a chunk, and 1, 2, 4, ... requests at once."""
+    began = time.monotonic()
+    most_tokens = min(backing.prefill_chunk, found.config.max_positions // 2)
+    alone = [(1, length) for length in sorted({min(length, most_tokens) for length in (32, 128, most_tokens)})]
+    together = [(count, min(64, most_tokens)) for count in (2, 4, 8, 16, 32, 64, 128, 256) if count <= backing.warm]
+    shapes = [*alone, *together] if backing.warm else []
+    for at, (count, length) in enumerate(shapes, start=1):
+        seconds = time.monotonic() - began
+        progress(f"compiling {at} of {len(shapes)} ({count} x {length} tokens), {seconds:.0f} s so far")
+        _at_once(service, found, count, length)
 
 
-def _at_once(service: Service, found: Opened, count: int) -> None:
-    import threading
-
+def _at_once(service: Service, found: Opened, count: int, length: int) -> None:
     left = [count]
     over = threading.Event()
 
@@ -186,7 +188,7 @@ def _at_once(service: Service, found: Opened, count: int) -> None:
             if not left[0]:
                 over.set()
 
-    size, length = found.config.vocab_size, min(64, found.config.max_positions // 4)
+    size = found.config.vocab_size
     jobs = [
         Job(tuple((count * 31 + number * 17 + at) % size for at in range(length)), 4, Sampling())
         for number in range(count)

@@ -6,12 +6,14 @@ import json
 import os
 import socket
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
 from foundation.errors import CapacityError, UsageError
+from runtime.api.backing import Backing, warmed
 from runtime.api.endpoint import Endpoint
 from runtime.api.server import HttpServer, bound, is_loopback
 from runtime.api.settings import Emulated, Settings
@@ -188,6 +190,19 @@ def test_a_service_that_cannot_be_made_ends_the_server_with_its_reason() -> None
     endpoint = Endpoint((MODEL,), VOCABULARY, 2048, Settings())
     with pytest.raises(CapacityError, match="no room"):
         HttpServer(endpoint, make).serve_on(bound("127.0.0.1", 0))
+
+
+def test_what_is_compiled_ahead_is_said() -> None:
+    service, said = Scripted(lambda job: [5] * 9, slots=3), list[str]()
+    found: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=1024, max_positions=2048))
+    warmed(service, found, Backing("cpu", warm=5), said.append)
+    assert [(len(job.prompt_ids), job.max_tokens) for job in service.jobs.values()] == [
+        (32, 4), (128, 4), (256, 4), *[(64, 4)] * 6
+    ]  # fmt: skip
+    assert len(said) == 5 and said[-1].startswith("compiling 5 of 5 (4 x 64 tokens)")
+    warmed(service, found, Backing("cpu", warm=0), said.append)
+    assert len(said) == 5
+    service.close()
 
 
 @pytest.mark.parametrize("path", list(SHAPES))
