@@ -14,7 +14,8 @@ from foundation.errors import UsageError
 from foundation.writing import require_writable
 from model.formats import SCHEMES_HELP
 from runtime.cli import completion
-from runtime.cli.given import refuse_before
+from runtime.cli.given import given, refuse_before
+from runtime.cli.loads import LengthCv, LengthFile, SharedPrefix, ThinkS, Turns, habits_asked, lengths_asked
 from runtime.cli.plan_check import plan_check
 from runtime.cli.plan_experts import plan_experts
 from runtime.cli.plan_launch import plan_launch
@@ -58,6 +59,11 @@ def plan(
     length_ratio: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Lengths are uniform in [ratio x L, L].")
     ] = 0.8,
+    length_cv: LengthCv = None,
+    length_file: LengthFile = None,
+    shared_prefix: SharedPrefix = None,
+    turns: Turns = None,
+    think_s: ThinkS = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Requests in flight [default: the most the targets allow].")
     ] = None,
@@ -124,9 +130,20 @@ def plan(
     cfg = load_config(model)
     if mtp and not cfg.mtp_layers:
         raise UsageError(f"{cfg.name} has no MTP layer to draft with: leave out --mtp")
+    asked = lengths_asked(cfg, context.params, given(context)) | habits_asked(context.params)
+    if asked.get("turns", 1) > 1 and concurrency is None:
+        raise UsageError("--turns is of clients that hold conversations: say how many with --concurrency")
     question = Question(
         cfg,
-        Demand(isl, osl, length_ratio, concurrency, rate, ttft_ms, tpot_ms, objective, PERCENTILES[percentile]),
+        Demand(
+            concurrency=concurrency,
+            rate=rate,
+            ttft_ms=ttft_ms,
+            tpot_ms=tpot_ms,
+            objective=objective,
+            percentile=PERCENTILES[percentile],
+            **asked,
+        ),
         engine,
         None if formats == "auto" else formats,
         None if kv == "auto" else kv,

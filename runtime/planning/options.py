@@ -299,7 +299,7 @@ def options(question: Question, profile: Profile, devices: int) -> tuple[list[Op
     refused: list[Refused] = []
     wanted, left_out = schemes(question, profile)
     rejected = {each.name: each.reason for each in left_out}
-    most = int(question.demand.isl) + int(question.demand.osl) + question.drafts
+    most = sum(question.demand.longest) + question.drafts
     held = [(base, stages) for base, stages in layouts(devices, question.held.get("pp")) if question.admits(base)]
     if not held:
         asked = ", ".join(f"{axis} {degree}" for axis, degree in question.held.items())
