@@ -34,6 +34,12 @@ Turns = Annotated[
     ),
 ]
 ThinkS = Annotated[float | None, typer.Option(help="Seconds from an answer to the next turn [default: 0].")]
+Acceptance = Annotated[
+    str | None,
+    typer.Option(
+        metavar="P1,P2,...", help="Chance of each draft of --mtp to be accepted, given that those before it were."
+    ),
+]
 
 LENGTHS = ("isl", "osl", "length_ratio", "length_cv", "length_file")
 """Options that say how long requests are."""
@@ -102,6 +108,23 @@ def shared_prefix(text: str) -> tuple[float, int]:
         raise UsageError(f"--shared-prefix {text}: give a share from 0 to 1, and perhaps groups, as 0.8 or 0.8:16")
     made = Sharing(number, int(groups) if colon else 1)
     return made.share, made.groups
+
+
+def acceptance_asked(text: str | None, drafts: int) -> tuple[int, tuple[float, ...]]:
+    """(drafts a step, chance of each) of P1,P2,...; drafts: 0 for as many as are said. Raises `UsageError` or
+    `WorkloadError`."""
+    from runtime.serving import Speculation
+
+    if text is None:
+        return drafts, ()
+    try:
+        chances = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--acceptance {text}: give a chance from 0 to 1 for each draft, as 0.85,0.7,0.5") from None
+    Speculation(chances)
+    if drafts not in (0, len(chances)):
+        raise UsageError(f"--acceptance has {len(chances)} chances for the {drafts} drafts of --mtp: give one for each")
+    return len(chances), chances
 
 
 def _refuse(beside: str, said: Mapping[str, str], names: tuple[str, ...]) -> None:

@@ -15,7 +15,17 @@ from foundation.writing import require_writable
 from model.formats import SCHEMES_HELP
 from runtime.cli import completion
 from runtime.cli.given import given, refuse_before
-from runtime.cli.loads import LengthCv, LengthFile, SharedPrefix, ThinkS, Turns, habits_asked, lengths_asked
+from runtime.cli.loads import (
+    Acceptance,
+    LengthCv,
+    LengthFile,
+    SharedPrefix,
+    ThinkS,
+    Turns,
+    acceptance_asked,
+    habits_asked,
+    lengths_asked,
+)
 from runtime.cli.plan_check import plan_check
 from runtime.cli.plan_experts import plan_experts
 from runtime.cli.plan_launch import plan_launch
@@ -87,6 +97,7 @@ def plan(
         str, typer.Option(autocompletion=completion.caches, help="KV cache: auto, bf16, fp8 or int8.")
     ] = "auto",
     mtp: Annotated[int, typer.Option(min=0, help="Drafts a step of multi-token prediction.")] = 0,
+    acceptance: Acceptance = None,
     expert_load: Annotated[
         Path | None, typer.Option(help="Tokens of each expert: .npy of MoE layers x experts. Decides redundant slots.")
     ] = None,
@@ -128,6 +139,7 @@ def plan(
     if of_model:
         raise UsageError(f"--set {of_model[0][0]}: a plan is for a model as it is; give a config.json with the change")
     cfg = load_config(model)
+    mtp, chances = acceptance_asked(acceptance, mtp)
     if mtp and not cfg.mtp_layers:
         raise UsageError(f"{cfg.name} has no MTP layer to draft with: leave out --mtp")
     asked = lengths_asked(cfg, context.params, given(context)) | habits_asked(context.params)
@@ -151,6 +163,7 @@ def plan(
         of_engine,
         {axis: degree for axis, degree in (("tp", tp), ("dp", dp), ("ep", ep), ("pp", pp)) if degree is not None},
         max_pp,
+        chances,
     )
     chips = _chips(profile or ["h200-sxm"], devices, 384 if objective == "min-devices" else 8, of_chip)
     found = _answer(question, chips, expert_load)

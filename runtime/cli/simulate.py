@@ -19,11 +19,13 @@ from runtime.cli.given import given
 from runtime.cli.loads import (
     HABITS,
     LENGTHS,
+    Acceptance,
     LengthCv,
     LengthFile,
     SharedPrefix,
     ThinkS,
     Turns,
+    acceptance_asked,
     habits_asked,
     lengths_asked,
 )
@@ -80,6 +82,7 @@ def simulate(
     requests: Annotated[int | None, typer.Option(help="Requests to measure [default: 10 x concurrency].")] = None,
     mtp: Annotated[int, typer.Option(min=0, help="Drafts a step of multi-token prediction.")] = 0,
     accept: Annotated[float | None, typer.Option(help="Mean tokens a step with --mtp.")] = None,
+    acceptance: Acceptance = None,
     prefill_devices: Annotated[
         int, typer.Option(min=0, help="Disaggregate: this many further devices prefill, in the same layout.")
     ] = 0,
@@ -142,9 +145,12 @@ def simulate(
         )
     if prefill_devices % layout.devices:
         raise UsageError(f"--prefill-devices {prefill_devices} is not a multiple of the layout's {layout.devices}")
+    if accept is not None and acceptance is not None:
+        raise UsageError("--accept and --acceptance: give one of them")
+    mtp, chances = acceptance_asked(acceptance, mtp)
     spec = spec_for(
         cfg, found, layout, formats or cfg.stored_scheme, kv, engine, of_engine,
-        expert_load=expert_load, drafts=mtp, accept_length=accept, replicas=devices // layout.devices,
+        expert_load=expert_load, drafts=mtp, accept_length=accept, acceptance=chances, replicas=devices // layout.devices,
     )  # fmt: skip
     demand = _demand(context, cfg, concurrency, rate, trace_file)
     load = _workload(demand, trace_file, requests, burstiness, spec.engine.page_tokens, seed)

@@ -244,7 +244,8 @@ class Pool:
     profile: name or path of the chip's profile; profile_settings: figures of it that were set by hand.
     scheme: the name of the weight formats.
     engine: name; settings: its settings, per dp rank, that differ from what it derives itself.
-    drafts: tokens of multi-token prediction a step.
+    drafts: tokens of multi-token prediction a step. acceptance: the chance of each that it is accepted, given that those
+        before it were; empty where nobody said.
     page_tokens: tokens a KV page. Each dp rank of a replica holds `kv_pages` pages of its own sequences; its tp
         ranks hold the same latents and index keys.
     experts: None where experts are split by tensor.
@@ -268,6 +269,7 @@ class Pool:
     experts: Experts | None
     expert_load: str
     slot_load: tuple[float, ...] = ()
+    acceptance: tuple[float, ...] = ()
 
     @property
     def kv_pages(self) -> int:

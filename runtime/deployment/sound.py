@@ -80,6 +80,8 @@ def _pool(pool: _Pool, where: str) -> Iterator[str]:
     yield from _outside(f"{where}.replicas", pool.replicas, 1, MOST_DEVICES)
     yield from _outside(f"{where}.page_tokens", pool.page_tokens, 1, MOST_POSITIONS)
     yield from _outside(f"{where}.drafts", pool.drafts, 0, MOST_DRAFTS)
+    if pool.acceptance and (len(pool.acceptance) != pool.drafts or not all(0 <= p <= 1 for p in pool.acceptance)):
+        yield f"{where}.acceptance must hold a chance from 0 to 1 for each of {pool.drafts} drafts, or nothing"
     for number, device in enumerate(pool.devices):
         at = f"{where}.devices[{number}]"
         if not 0 <= device.layers[0] < device.layers[1] <= MOST_LAYERS:

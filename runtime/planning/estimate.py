@@ -60,7 +60,7 @@ class OptionPrices:
         self.option, self.demand = option, demand
         self.engine = option.spec.engine
         self.pricer = pricer_of(option.spec, tables)
-        made = speculation(option.spec.drafts)
+        made = speculation(option.spec.drafts, acceptance=option.spec.acceptance)
         self.query_tokens = made.query_tokens if made else 1
         self.accepted = made.mean_tokens if made else 1.0
         self.prompt, found = demand.prompt_means

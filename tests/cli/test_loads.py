@@ -74,7 +74,27 @@ def test_a_plan_holds_its_load(tmp_path: Path) -> None:
     assert "lengths are those of a file" in refused("simulate", "--plan", plan, "--isl", 5)
 
 
+def test_acceptance_by_position(tmp_path: Path) -> None:
+    words = ("simulate", "--isl", 1024, "--osl", 64, "--concurrency", 1, "--requests", 40)
+    by_position = glm5(*words, "--mtp", 3, "--acceptance", "0.9,0.5,0.2", "--json").json
+    mean = 1 + 0.9 + 0.9 * 0.5 + 0.9 * 0.5 * 0.2
+    as_mean = glm5(*words, "--mtp", 3, "--accept", mean, "--json").json
+    assert by_position["tpot_ms"]["mean"] == pytest.approx(as_mean["tpot_ms"]["mean"], rel=0.05)
+    assert not any("acceptance" in line for line in by_position["assumed"])
+    assert glm5(*words, "--acceptance", "0.9,0.5,0.2", "--json").json == by_position
+    plan = tmp_path / "plan.json"
+    held = ("--tp", 8, "--pp", 1, "--kv", "bf16", "--formats", "fp8", "--concurrency", 4, "--isl", 512, "--osl", 32)
+    made = glm5("plan", *held, "--acceptance", "0.9,0.5,0.2", "--out", plan, "--json").json
+    assert made["pools"][-1]["acceptance"] == [0.9, 0.5, 0.2]
+    again = glm5("simulate", "--plan", plan, "--json").json
+    assert again["tpot_ms"]["mean"] == pytest.approx(made["predicted"]["tpot_ms"]["mean"])
+
+
 MISTAKES = [
+    ("--acceptance 0.9,1.2", "chances from 0 to 1"),
+    ("--acceptance 0.9,,0.2", "give a chance"),
+    ("--acceptance nan", "chances from 0 to 1"),
+    ("--mtp 2 --acceptance 0.9", "1 chances for the 2 drafts"),
     ("--shared-prefix 1.5", "from 0 to 1"),
     ("--shared-prefix -0.1", "from 0 to 1"),
     ("--shared-prefix nan", "from 0 to 1"),

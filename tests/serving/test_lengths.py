@@ -1,7 +1,8 @@
-"""Lengths of requests: means hold, bounds are kept, a file is read or refused."""
+"""What is drawn of a load, lengths and accepted drafts: means hold, bounds are kept, a file is read or refused."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.serving import Histogram, Lognormal, WorkloadError, closed_loop, open_loop, read_histogram
+from runtime.serving import (
+    Deployment,
+    Fixed,
+    Histogram,
+    Lognormal,
+    Speculation,
+    WorkloadError,
+    closed_loop,
+    open_loop,
+    read_histogram,
+    simulate,
+)
+from tests.serving.helpers import plain_engine
+from tests.serving.pricers import LinearPricer
 
 DRAWN = 10_000
 
@@ -32,6 +46,19 @@ def test_a_lognormal_far_below_its_cut_is_a_lognormal() -> None:
     assert np.median(drawn) == pytest.approx(3000 / 2**0.5, rel=0.01)
     assert drawn.std() / drawn.mean() == pytest.approx(1.0, rel=0.05)
     assert (Lognormal(1, 1.0, 8).draw(np.random.default_rng(0), 100) == 1).all()
+
+
+@given(acceptance=st.lists(st.floats(0, 1), min_size=1, max_size=5), seed=st.integers(0, 3))
+@settings(max_examples=12)
+def test_drafts_are_accepted_as_often_as_asked(acceptance: list[float], seed: int) -> None:
+    """Tokens made a step, over a long answer, against the sum over positions of the chance to get so far."""
+    reach = [math.prod(acceptance[: position + 1]) for position in range(len(acceptance))]
+    mean, tokens = 1 + sum(reach), 6000
+    deployment = Deployment(plain_engine(), LinearPricer(), 100_000, speculation=Speculation(tuple(acceptance)))
+    steps = simulate(closed_loop(1, 1, Fixed(10), Fixed(tokens)), deployment, seed=seed).steps["decode"]
+    spread = sum((2 * k + 3) * chance for k, chance in enumerate(reach)) + 1 - mean**2  # E[n^2] - mean^2
+    error = 5 * math.sqrt(max(spread, 0.0) / steps) + len(reach) / steps
+    assert abs((tokens - 1) / steps - mean) <= error
 
 
 ROWS = st.lists(st.tuples(st.integers(1, 10**5), st.integers(1, 10**4), st.floats(0.01, 100)), min_size=1, max_size=8)
