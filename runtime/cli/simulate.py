@@ -150,7 +150,8 @@ def simulate(
     mtp, chances = acceptance_asked(acceptance, mtp)
     spec = spec_for(
         cfg, found, layout, formats or cfg.stored_scheme, kv, engine, of_engine,
-        expert_load=expert_load, drafts=mtp, accept_length=accept, acceptance=chances, replicas=devices // layout.devices,
+        expert_load=expert_load, drafts=mtp, accept_length=accept, acceptance=chances,
+        replicas=devices // layout.devices,
     )  # fmt: skip
     demand = _demand(context, cfg, concurrency, rate, trace_file)
     load = _workload(demand, trace_file, requests, burstiness, spec.engine.page_tokens, seed)

@@ -107,7 +107,7 @@ class Demand:
     def spans(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """The least and the most new input tokens, and output tokens, of a request."""
         if self.histogram:
-            ins, outs = ([row[i] for row in self.histogram] for i in (0, 1))
+            ins, outs = [row[0] for row in self.histogram], [row[1] for row in self.histogram]
             return (min(ins), max(ins)), (min(outs), max(outs))
         if self.length_cv is not None:
             return (1, max(1, int(self.isl * self.length_most))), (1, max(1, int(self.osl * self.length_most)))
@@ -244,8 +244,8 @@ class Pool:
     profile: name or path of the chip's profile; profile_settings: figures of it that were set by hand.
     scheme: the name of the weight formats.
     engine: name; settings: its settings, per dp rank, that differ from what it derives itself.
-    drafts: tokens of multi-token prediction a step. acceptance: the chance of each that it is accepted, given that those
-        before it were; empty where nobody said.
+    drafts: tokens of multi-token prediction a step. acceptance: the chance of each that it is accepted, given that
+        those before it were; empty where nobody said.
     page_tokens: tokens a KV page. Each dp rank of a replica holds `kv_pages` pages of its own sequences; its tp
         ranks hold the same latents and index keys.
     experts: None where experts are split by tensor.

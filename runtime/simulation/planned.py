@@ -25,7 +25,8 @@ def spec_of(cfg: ModelConfig, pool: Pool, profile: Profile) -> Spec:
     load = ExpertLoad(pool.expert_load, np.array(pool.slot_load)) if pool.slot_load else pool.expert_load
     made = spec_for(
         cfg, profile, pool.layout, pool.formats.scheme, pool.formats.kv, pool.engine, pool.settings,
-        expert_load=load, drafts=pool.drafts, acceptance=pool.acceptance, pool_tokens=pool.pool_tokens, redundant_slots=pool.redundant_slots,
+        expert_load=load, drafts=pool.drafts, acceptance=pool.acceptance,
+        pool_tokens=pool.pool_tokens, redundant_slots=pool.redundant_slots,
         replicas=pool.replicas,
     )  # fmt: skip
     engine = with_pool(made.engine, cfg, pool.pool_tokens, pool.settings)
