@@ -15,10 +15,13 @@ from foundation.reading import Unreadable, read_toml
 from foundation.writing import require_writable
 from model.formats import SCHEMES_HELP
 from runtime.cli import completion
+from runtime.cli.given import given
+from runtime.cli.loads import LengthCv, LengthFile, SharedPrefix, ThinkS, Turns, habits_asked, lengths_asked
 from runtime.cli.plan import PERCENTILES
 
 
 def choose(
+    context: typer.Context,
     profiles: Annotated[
         str,
         typer.Option(
@@ -33,6 +36,11 @@ def choose(
     length_ratio: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Lengths are uniform in [ratio x L, L].")
     ] = 0.8,
+    length_cv: LengthCv = None,
+    length_file: LengthFile = None,
+    shared_prefix: SharedPrefix = None,
+    turns: Turns = None,
+    think_s: ThinkS = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Requests in flight.")] = None,
     rate: Annotated[float | None, typer.Option(help="Requests a second, instead.")] = None,
     ttft_ms: Annotated[float | None, typer.Option(help="Target: time to the first token.")] = None,
@@ -91,7 +99,11 @@ def choose(
     if not listed:
         raise UsageError("--profiles names no chip: give some, as a,b,c, or all")
     chips = [hw_profiles.load(name) for name in dict.fromkeys(names() if listed == ["all"] else listed)]
-    demand = Demand(isl, osl, length_ratio, concurrency, rate, ttft_ms, tpot_ms, "min-devices", PERCENTILES[percentile])
+    demand = Demand(
+        concurrency=concurrency, rate=rate, ttft_ms=ttft_ms, tpot_ms=tpot_ms, objective="min-devices",
+        percentile=PERCENTILES[percentile], **lengths_asked(cfg, context.params, given(context)),
+        **habits_asked(context.params),
+    )  # fmt: skip
     asked = [
         (Question(cfg, demand, name, None if formats == "auto" else formats, kv, mtp), chip)
         for chip in chips

@@ -14,7 +14,18 @@ from foundation.errors import UsageError
 from foundation.writing import require_writable
 from model.formats import SCHEMES_HELP
 from runtime.cli import completion
-from runtime.cli.given import refuse_before
+from runtime.cli.given import given, refuse_before
+from runtime.cli.loads import (
+    Acceptance,
+    LengthCv,
+    LengthFile,
+    SharedPrefix,
+    ThinkS,
+    Turns,
+    acceptance_asked,
+    habits_asked,
+    lengths_asked,
+)
 from runtime.cli.plan_check import plan_check
 from runtime.cli.plan_experts import plan_experts
 from runtime.cli.plan_launch import plan_launch
@@ -58,6 +69,11 @@ def plan(
     length_ratio: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Lengths are uniform in [ratio x L, L].")
     ] = 0.8,
+    length_cv: LengthCv = None,
+    length_file: LengthFile = None,
+    shared_prefix: SharedPrefix = None,
+    turns: Turns = None,
+    think_s: ThinkS = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Requests in flight [default: the most the targets allow].")
     ] = None,
@@ -81,6 +97,7 @@ def plan(
         str, typer.Option(autocompletion=completion.caches, help="KV cache: auto, bf16, fp8 or int8.")
     ] = "auto",
     mtp: Annotated[int, typer.Option(min=0, help="Drafts a step of multi-token prediction.")] = 0,
+    acceptance: Acceptance = None,
     expert_load: Annotated[
         Path | None, typer.Option(help="Tokens of each expert: .npy of MoE layers x experts. Decides redundant slots.")
     ] = None,
@@ -122,11 +139,23 @@ def plan(
     if of_model:
         raise UsageError(f"--set {of_model[0][0]}: a plan is for a model as it is; give a config.json with the change")
     cfg = load_config(model)
+    mtp, chances = acceptance_asked(acceptance, mtp)
     if mtp and not cfg.mtp_layers:
         raise UsageError(f"{cfg.name} has no MTP layer to draft with: leave out --mtp")
+    asked = lengths_asked(cfg, context.params, given(context)) | habits_asked(context.params)
+    if asked.get("turns", 1) > 1 and concurrency is None:
+        raise UsageError("--turns is of clients that hold conversations: say how many with --concurrency")
     question = Question(
         cfg,
-        Demand(isl, osl, length_ratio, concurrency, rate, ttft_ms, tpot_ms, objective, PERCENTILES[percentile]),
+        Demand(
+            concurrency=concurrency,
+            rate=rate,
+            ttft_ms=ttft_ms,
+            tpot_ms=tpot_ms,
+            objective=objective,
+            percentile=PERCENTILES[percentile],
+            **asked,
+        ),
         engine,
         None if formats == "auto" else formats,
         None if kv == "auto" else kv,
@@ -134,6 +163,7 @@ def plan(
         of_engine,
         {axis: degree for axis, degree in (("tp", tp), ("dp", dp), ("ep", ep), ("pp", pp)) if degree is not None},
         max_pp,
+        chances,
     )
     chips = _chips(profile or ["h200-sxm"], devices, 384 if objective == "min-devices" else 8, of_chip)
     found = _answer(question, chips, expert_load)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from runtime.cli.simulated import show_assumed
+from runtime.cli.simulated import NO_PREFIX_CACHE, show_assumed
+from runtime.deployment.engines import load as load_engine
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +37,7 @@ def show(plan: Plan) -> None:
     if plan.transfer:
         moved = plan.transfer
         console.print(
-            f"a prompt of {plan.demand.isl:,} tokens moves {moved.bytes / 1e9:.2f} GB from prefill to decode in "
+            f"a prompt of {plan.demand.longest[0]:,} tokens moves {moved.bytes / 1e9:.2f} GB from prefill to decode in "
             f"{moved.seconds * 1e3:,.1f} ms"
         )
     if plan.predicted:
@@ -102,7 +103,7 @@ def _predicted(console: object, plan: Plan) -> None:
     assert isinstance(console, Terminal)
     got = plan.predicted
     assert got
-    load = f"{got.rate:g} requests/s" if got.rate is not None else f"{got.concurrency:,} requests in flight"
+    load = plan.demand.load
     user = got.output_tokens_per_s_per_user
     console.print(
         f"predicted with {load}: [bold]{got.output_tokens_per_s:,.0f} output tok/s[/], "
@@ -120,6 +121,11 @@ def _predicted(console: object, plan: Plan) -> None:
             wanted = f"; {bound} {stats[bound] or 0.0:,.1f}{wanted}"
         title = name.removesuffix("_ms").upper()
         console.print(f"{title} {stats['mean']:,.1f} ms (9 in 10 expected within {low:,.1f} to {high:,.1f}){wanted}")
+    if plan.demand.shares:
+        console.print(f"prefix cache: {got.prefix_hit_rate:.1%} of prompt tokens found in it")
+        first = plan.pools[0]
+        if not first.settings.get("prefix_cache", load_engine(first.engine).prefix_cache):
+            console.print(f"note: {NO_PREFIX_CACHE}")
     _verdict(console, plan)
     outside = f", {got.extrapolated:.0%} of steps outside the fits' range" if got.extrapolated else ""
     limit = f"; limited by {_limit(plan)}" if got.saturated_by else f"; bound by {got.bottleneck}"

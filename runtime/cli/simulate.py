@@ -16,10 +16,25 @@ from foundation.writing import require_writable
 from model.formats import SCHEMES_HELP
 from runtime.cli import completion
 from runtime.cli.given import given
+from runtime.cli.loads import (
+    HABITS,
+    LENGTHS,
+    Acceptance,
+    LengthCv,
+    LengthFile,
+    SharedPrefix,
+    ThinkS,
+    Turns,
+    acceptance_asked,
+    habits_asked,
+    lengths_asked,
+)
 from runtime.cli.simulated import explained, load_of, pools_of, progress_bar, result_of, show
 from runtime.deployment.engines import ENGINES_HELP
 
 if TYPE_CHECKING:
+    from model.config import ModelConfig
+    from runtime.deployment.plan import Demand
     from runtime.serving import Report, Workload
     from runtime.simulation.build import Built
 
@@ -55,6 +70,11 @@ def simulate(
         float,
         typer.Option(min=0.01, max=1.0, help="Lengths are uniform in [ratio x L, L], as benchmark clients draw them."),
     ] = 0.8,
+    length_cv: LengthCv = None,
+    length_file: LengthFile = None,
+    shared_prefix: SharedPrefix = None,
+    turns: Turns = None,
+    think_s: ThinkS = None,
     concurrency: Annotated[int | None, typer.Option(help="Closed loop: requests in flight.")] = None,
     rate: Annotated[float | None, typer.Option(help="Open loop: requests a second.")] = None,
     burstiness: Annotated[float, typer.Option(help="Open loop: coefficient of variation of the gaps.")] = 1.0,
@@ -62,6 +82,7 @@ def simulate(
     requests: Annotated[int | None, typer.Option(help="Requests to measure [default: 10 x concurrency].")] = None,
     mtp: Annotated[int, typer.Option(min=0, help="Drafts a step of multi-token prediction.")] = 0,
     accept: Annotated[float | None, typer.Option(help="Mean tokens a step with --mtp.")] = None,
+    acceptance: Acceptance = None,
     prefill_devices: Annotated[
         int, typer.Option(min=0, help="Disaggregate: this many further devices prefill, in the same layout.")
     ] = 0,
@@ -91,7 +112,6 @@ def simulate(
     """
     from model.hf_config import load_config
     from model.split import MOST_DEVICES, Layout
-    from runtime.deployment.plan import Demand
     from runtime.serving import StepLog, Trace
     from runtime.serving import simulate as run_load
     from runtime.simulation.build import build, chip_with, model_override, require_positions, spec_for, split_settings
@@ -125,17 +145,21 @@ def simulate(
         )
     if prefill_devices % layout.devices:
         raise UsageError(f"--prefill-devices {prefill_devices} is not a multiple of the layout's {layout.devices}")
+    if accept is not None and acceptance is not None:
+        raise UsageError("--accept and --acceptance: give one of them")
+    mtp, chances = acceptance_asked(acceptance, mtp)
     spec = spec_for(
         cfg, found, layout, formats or cfg.stored_scheme, kv, engine, of_engine,
-        expert_load=expert_load, drafts=mtp, accept_length=accept, replicas=devices // layout.devices,
+        expert_load=expert_load, drafts=mtp, accept_length=accept, acceptance=chances,
+        replicas=devices // layout.devices,
     )  # fmt: skip
-    load = _workload(concurrency, rate, burstiness, trace_file, requests, isl, osl, length_ratio, seed)
-    if trace_file is None:
-        require_positions(cfg, isl, osl)
+    demand = _demand(context, cfg, concurrency, rate, trace_file)
+    load = _workload(demand, trace_file, requests, burstiness, spec.engine.page_tokens, seed)
+    if trace_file is None and demand.turns == 1:
+        require_positions(cfg, *demand.longest)
     else:
         longest = max(load.requests, key=lambda each: each.prompt_tokens + each.output_tokens)
         require_positions(cfg, longest.prompt_tokens, longest.output_tokens)
-    inflight = None if rate is not None or trace_file else load.concurrency
     built = build(spec)
     deployment: Any = dataclasses.replace(built.deployment, replicas=devices // layout.devices, devices=devices)
     if prefill_devices:
@@ -144,8 +168,7 @@ def simulate(
     with progress_bar(not as_json) as progress:
         report = run_load(load, deployment, seed=seed, trace=recorder, progress=progress)
     result = result_of(spec, built, report, devices + prefill_devices, devices // layout.devices)
-    demand = Demand(isl, osl, length_ratio, inflight, rate)
-    result |= load_of(demand, report, load.description if trace_file else "")
+    result |= load_of(demand, report, load.description if trace_file else "", built.spec.engine.prefix_cache)
     result |= explained(recorder, report, deployment)
     if prefill_devices:
         pools = (("prefill", prefill_devices), ("decode", devices))
@@ -175,35 +198,36 @@ def _give(
 def _refuse_unread(said: Mapping[str, str], rate: float | None, trace_file: Path | None) -> None:
     """Raises `UsageError` for an option that the load asked for does not read."""
     if trace_file is not None:
-        for name in ("isl", "osl", "length_ratio", "burstiness"):
+        for name in (*LENGTHS, *HABITS, "burstiness"):
             if name in said:
                 raise UsageError(f"{said[name]} does not go with --trace-file, whose requests decide it: leave it out")
     elif rate is None and "burstiness" in said:
         raise UsageError("--burstiness is of an open loop: add --rate")
 
 
-def _workload(
-    concurrency: int | None,
-    rate: float | None,
-    burstiness: float,
-    trace_file: Path | None,
-    requests: int | None,
-    isl: int,
-    osl: int,
-    ratio: float,
-    seed: int,
-) -> Workload:
-    from runtime.serving import Uniform, closed_loop, mooncake_trace, open_loop
+def _demand(
+    context: typer.Context, cfg: ModelConfig, concurrency: int | None, rate: float | None, trace_file: Path | None
+) -> Demand:
+    from runtime.deployment.plan import Demand
 
     if sum(option is not None for option in (concurrency, rate, trace_file)) > 1:
         raise UsageError("give one of --concurrency, --rate and --trace-file")
+    asked = lengths_asked(cfg, context.params, given(context)) | habits_asked(context.params)
+    inflight = 16 if concurrency is None and rate is None and trace_file is None else concurrency
+    return Demand(concurrency=inflight, rate=rate, **asked)
+
+
+def _workload(
+    demand: Demand, trace_file: Path | None, requests: int | None, burstiness: float, page_tokens: int, seed: int
+) -> Workload:
+    from runtime.planning.predict import workload
+    from runtime.serving import mooncake_trace
+
     if trace_file is not None:
         return mooncake_trace(trace_file, limit=requests)
-    prompt, output = Uniform(isl, ratio), Uniform(osl, ratio)
-    if rate is not None:
-        return open_loop(rate, requests or 500, prompt, output, cv=burstiness, seed=seed)
-    inflight = 16 if concurrency is None else concurrency
-    return closed_loop(inflight, requests or 10 * max(inflight, 1), prompt, output, seed=seed)
+    if demand.concurrency is not None and demand.turns == 1:
+        requests = requests or 10 * max(demand.concurrency, 1)
+    return workload(demand, 1, seed, requests, page_tokens=[page_tokens], burstiness=burstiness)[0]
 
 
 def _disaggregated(built: Built, decode: Any, prefill_devices: int) -> Any:

@@ -10,6 +10,7 @@ import typer
 
 from foundation.errors import UsageError
 from runtime.cli.given import given, refuse_unread
+from runtime.cli.loads import HABITS, habits_asked
 
 if TYPE_CHECKING:
     from runtime.serving import Report
@@ -17,14 +18,15 @@ if TYPE_CHECKING:
 _FREE = frozenset({"plan", "requests", "seed", "trace", "explain", "html", "as_json"})
 """Options that go with a plan."""
 
-_LOAD = frozenset({"isl", "osl", "concurrency", "rate"})
+_LOAD = frozenset({"isl", "osl", "concurrency", "rate", *HABITS})
 """Options that ask how the plan does under another load; all others are decided by it."""
 
 
 def load_beside_plan(context: typer.Context) -> dict[str, Any]:
     """What was said of the load. Raises `UsageError` for an option that would change what the plan decided."""
     refuse_unread(context, _FREE | _LOAD, lambda _: "does not go with --plan, which decides it: make another plan")
-    load = {name: context.params[name] for name in given(context) if name in _LOAD}
+    load = {name: context.params[name] for name in given(context) if name in _LOAD and name not in HABITS}
+    load |= habits_asked(context.params)
     if "concurrency" in load and "rate" in load:
         raise UsageError("--concurrency and --rate: give one of them")
     return load
@@ -45,7 +47,13 @@ def simulated_plan(
     made = plan.hash
     if "concurrency" in load or "rate" in load:
         load = {"concurrency": None, "rate": None, **load}
-    plan = dataclasses.replace(plan, demand=dataclasses.replace(plan.demand, **load))
+    for name in ("isl", "osl"):
+        if name in load and plan.demand.histogram:
+            raise UsageError(f"--{name}: the plan's lengths are those of a file; make another plan")
+    demand = dataclasses.replace(plan.demand, **load)
+    if demand.turns > 1 and demand.rate is not None:
+        raise UsageError("conversations are held by clients: give --concurrency, and not --rate")
+    plan = dataclasses.replace(plan, demand=demand)
     report, share, shares = simulate_plan(
         plan, plan.config(), seed=seed, requests=requests, trace=trace, progress=progress
     )
@@ -57,6 +65,6 @@ def simulated_plan(
         for pool, each in zip(plan.pools, share.pools, strict=True)
     }
     profile = " + ".join(dict.fromkeys(pool.profile for pool in plan.pools))
-    of_load = load_of(plan.demand, of_all)
+    of_load = load_of(plan.demand, of_all, prefix_cache=share.pools[0].spec.engine.prefix_cache)
     result |= {**of_all.to_json(), "profile": profile, "plan": made, **pools_of(held), **of_load}
     return result | explained(trace, report, share.deployment), of_all

@@ -41,22 +41,28 @@ def result_of(spec: Spec, built: Built, report: Report, devices: int, replicas: 
     }
 
 
-def load_of(demand: Demand, report: Report, trace: str = "") -> dict[str, Any]:
+def load_of(demand: Demand, report: Report, trace: str = "", prefix_cache: bool = True) -> dict[str, Any]:
     """What of the JSON object is of the load, and whether what was asked is met: None where nothing was. trace: the
-    description of one, whose requests are what they are."""
-    from runtime.deployment.plan import length_range
+    description of one, whose requests are what they are. prefix_cache: the engine has one."""
     from runtime.planning.predict import missed
 
-    if trace:
+    as_drawn = bool(trace) or demand.turns > 1 or demand.length_cv is not None or bool(demand.histogram)
+    if as_drawn:
         lengths = ([getattr(r, name) for r in report.requests] for name in ("prompt_tokens", "output_tokens"))
         ranges = [[min(each), max(each)] for each in lengths]
-        load = {"name": trace, "length_ratio": None}
     else:
-        ranges = [list(length_range(tokens, demand.length_ratio)) for tokens in (demand.isl, demand.osl)]
-        load = {"name": demand.load, "length_ratio": demand.length_ratio}
+        ranges = [list(span) for span in demand.spans]
+    uniform = not (trace or demand.histogram or demand.length_cv is not None)
+    load = {"name": trace or demand.load, "length_ratio": demand.length_ratio if uniform else None}
+    if not trace:
+        load |= {"length_cv": demand.length_cv, "shared_prefix": demand.shared_prefix}
+        load |= {"prefix_groups": demand.prefix_groups, "turns": demand.turns, "think_s": demand.think_s}
+        load |= {"habits": demand.habits}
     load |= {"prompt_tokens": ranges[0], "output_tokens": ranges[1]}
     asked = not trace and (demand.rate is not None or demand.ttft_ms is not None or demand.tpot_ms is not None)
     notes = []
+    if any(request.prefix_hashes for request in report.requests) and not prefix_cache:
+        notes.append(NO_PREFIX_CACHE)
     if demand.tpot_ms is not None and demand.osl == 1:
         notes.append(f"answers have one token, hence no TPOT: the target of {demand.tpot_ms:g} ms does not count")
     if report.sustained is None and report.sent_per_s is not None:
@@ -161,7 +167,8 @@ def show(result: dict[str, Any], report: Report) -> None:
     load = result["load"]
     lengths = (f"{low:,}" if low == high else f"{low:,} to {high:,}" for low, high in (load[n] for n in _LENGTHS))
     ratio = f" (length ratio {load['length_ratio']:g})" if load["length_ratio"] not in (None, 1) else ""
-    console.print(f"{load['name']}, {' tokens in and '.join(lengths)} out{ratio}")
+    said = "".join(f"; {habit}" for habit in load.get("habits", ()))
+    console.print(f"{load['name']}, {' tokens in and '.join(lengths)} out{ratio}{said}", markup=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("ms")
     for heading in ("mean", "p50", "p90", "p99", "9 in 10 expected within"):
@@ -203,6 +210,7 @@ def show(result: dict[str, Any], report: Report) -> None:
         console.print(f"note: {note}")
 
 
+NO_PREFIX_CACHE = "the engine's prefix cache is off (engine.prefix_cache): what prompts share is computed each time"
 _LEAST_SHARE = 0.001
 """Of a figure, from which a part of it is printed."""
 _LENGTHS = ("prompt_tokens", "output_tokens")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -32,7 +33,7 @@ from runtime.deployment.kv import PoolKv
 from runtime.deployment.ledger import Ledger
 from runtime.deployment.sound import number_faults, plan_faults
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _HASH = re.compile(r'^"hash": "([0-9a-f]{64})",$', re.MULTILINE)
 
 PoolRole = Literal["serve", "prefill", "decode"]
@@ -50,9 +51,19 @@ class ModelRef:
     config_hash: str
 
 
+LENGTH_MOST = 8.0
+"""Times their mean at which lognormal lengths are cut where nobody says: beyond are 0.2 % of them at cv 1."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Demand:
     """What is asked of a plan: request lengths in tokens (uniform in [length_ratio x L, L]), load, targets.
+
+    length_cv: lengths are lognormal instead, isl and osl their means, with that coefficient of variation, and cut at
+    `length_most` times the mean. histogram: or they are these (input, output, weight), isl and osl their longest.
+    shared_prefix: share of each prompt's tokens that the requests of its group begin with, one of `prefix_groups`.
+    turns, think_s: requests are turns of conversations, which `concurrency` clients hold; a prompt is the conversation
+    so far and isl new tokens, sent think_s seconds after the answer before.
 
     concurrency: requests in flight (closed loop), or rate: requests a second (open loop); one of them. ttft_ms and
     tpot_ms bound the means over requests, or with percentile that percentile of them. objective: what is made best
@@ -68,6 +79,68 @@ class Demand:
     tpot_ms: float | None = None
     objective: Objective = "throughput"
     percentile: Percentile | None = None
+    length_cv: float | None = None
+    length_most: float = LENGTH_MOST
+    histogram: tuple[tuple[int, int, float], ...] = ()
+    shared_prefix: float = 0.0
+    prefix_groups: int = 1
+    turns: int = 1
+    think_s: float = 0.0
+
+    @property
+    def shares(self) -> bool:
+        """Whether prompts begin like others before them."""
+        return self.shared_prefix > 0 or self.turns > 1
+
+    @property
+    def means(self) -> tuple[float, float]:
+        """New input tokens and output tokens of a request, on average."""
+        if self.histogram:
+            weight = sum(row[2] for row in self.histogram)
+            mean_in, mean_out = (sum(row[i] * row[2] for row in self.histogram) / weight for i in (0, 1))
+            return mean_in, mean_out
+        if self.length_cv is not None:
+            return float(self.isl), float(self.osl)
+        return self.isl * (1 + self.length_ratio) / 2, max(self.osl * (1 + self.length_ratio) / 2, 1.0)
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The least and the most new input tokens, and output tokens, of a request."""
+        if self.histogram:
+            ins, outs = [row[0] for row in self.histogram], [row[1] for row in self.histogram]
+            return (min(ins), max(ins)), (min(outs), max(outs))
+        if self.length_cv is not None:
+            return (1, max(1, int(self.isl * self.length_most))), (1, max(1, int(self.osl * self.length_most)))
+        return length_range(self.isl, self.length_ratio), length_range(self.osl, self.length_ratio)
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """(prompt, answer) of the longest request, by their sum; of a conversation's last turn, where the ones before
+        it are isl and osl long (with a histogram, as long as usual)."""
+        if self.histogram:
+            most_in, most_out = max((row[:2] for row in self.histogram), key=sum)
+        else:
+            (_, most_in), (_, most_out) = self.spans
+        if self.turns == 1:
+            return most_in, most_out
+        before = (self.isl, self.osl) if not self.histogram else tuple(map(math.ceil, self.means))
+        return most_in + (self.turns - 1) * sum(before), most_out
+
+    @property
+    def prompt_means(self) -> tuple[float, float]:
+        """Tokens of a prompt, and those of them that were computed before where everything is kept, on average."""
+        new, answer = self.means
+        held = (self.turns - 1) / 2 * (new + answer)
+        return held + new, held + self.shared_prefix * new / self.turns
+
+    @property
+    def habits(self) -> list[str]:
+        """What requests have to do with one another, in words."""
+        whose = "all" if self.prefix_groups == 1 else f"one of {self.prefix_groups:,} groups"
+        found = [f"{self.shared_prefix:.4g} of each prompt shared by {whose}"] if self.shared_prefix else []
+        if self.turns > 1:
+            found.append(f"conversations of {self.turns:,} turns, {self.think_s:g} s between them")
+        return found
 
     @property
     def statistic(self) -> str:
@@ -88,15 +161,22 @@ class Demand:
     @property
     def lengths(self) -> str:
         """The lengths of requests, in words."""
-        (a, b), (c, d) = (length_range(tokens, self.length_ratio) for tokens in (self.isl, self.osl))
-        return f"{_span(a, b)} tokens in and {_span(c, d)} out"
+        (a, b), (c, d) = self.spans
+        spans = f"{_span(a, b)} tokens in and {_span(c, d)} out"
+        if self.histogram or self.length_cv is not None:
+            mean_in, mean_out = self.means
+            kind = f"{len(self.histogram):,} kinds" if self.histogram else f"lognormal, cv {self.length_cv:g}"
+            spans += f", on average {mean_in:,.0f} and {mean_out:,.0f} ({kind})"
+        return ", ".join([spans, *self.habits])
 
     @property
     def load(self) -> str:
         """How much is asked, in words."""
         if self.rate is not None:
             return f"{self.rate:g} requests/s"
-        return "its own load" if self.concurrency is None else f"{self.concurrency:,} requests in flight"
+        if self.concurrency is None:
+            return "its own load"
+        return f"{self.concurrency:,} {'requests in flight' if self.turns == 1 else 'clients'}"
 
     def missed(self, ttft_ms: Figures, tpot_ms: Figures, served_per_s: float, kept_up: bool) -> list[str]:
         """Which of what was asked is missed, in words, and by how much: from the statistics, and the requests served a
@@ -164,7 +244,8 @@ class Pool:
     profile: name or path of the chip's profile; profile_settings: figures of it that were set by hand.
     scheme: the name of the weight formats.
     engine: name; settings: its settings, per dp rank, that differ from what it derives itself.
-    drafts: tokens of multi-token prediction a step.
+    drafts: tokens of multi-token prediction a step. acceptance: the chance of each that it is accepted, given that
+        those before it were; empty where nobody said.
     page_tokens: tokens a KV page. Each dp rank of a replica holds `kv_pages` pages of its own sequences; its tp
         ranks hold the same latents and index keys.
     experts: None where experts are split by tensor.
@@ -188,6 +269,7 @@ class Pool:
     experts: Experts | None
     expert_load: str
     slot_load: tuple[float, ...] = ()
+    acceptance: tuple[float, ...] = ()
 
     @property
     def kv_pages(self) -> int:
@@ -238,7 +320,7 @@ class Predicted:
     extrapolated: share of steps outside a fit's range. requests_per_s, output_tokens_per_s: over a steady window, ramp
     and drain left out; ..._per_device: of the devices that are used. meets_targets: by what they bound, and by whether
     the rate asked for is kept up with. assumed: what nobody gave, and what was taken for it, in words; the evidence is
-    then "assumed".
+    then "assumed". prefix_hit_rate: share of prompt tokens found in the prefix cache.
     """
 
     concurrency: int | None
@@ -260,6 +342,7 @@ class Predicted:
     meets_targets: bool
     assumed: tuple[str, ...] = ()
     band_basis: str = ""
+    prefix_hit_rate: float = 0.0
 
     def missed(self, demand: Demand) -> list[str]:
         """What of the demand is missed, in words."""

@@ -49,6 +49,23 @@ def plan_faults(plan: _Plan) -> Iterator[str]:
     yield from _outside("demand.osl", demand.osl, 1, MOST_POSITIONS)
     if not 0 < demand.length_ratio <= 1:
         yield f"demand.length_ratio is {demand.length_ratio:g}, which must be above 0 and at most 1"
+    if demand.length_cv is not None and not demand.length_cv > 0:
+        yield f"demand.length_cv is {demand.length_cv:g}, which must be above 0"
+    if not 1 <= demand.length_most <= MOST_POSITIONS:
+        yield f"demand.length_most is {demand.length_most:g}, which must be 1 or more"
+    for number, (tokens_in, tokens_out, weight) in enumerate(demand.histogram):
+        yield from _outside(f"demand.histogram[{number}][0]", tokens_in, 1, MOST_POSITIONS)
+        yield from _outside(f"demand.histogram[{number}][1]", tokens_out, 1, MOST_POSITIONS)
+        if not weight > 0:
+            yield f"demand.histogram[{number}][2] is {weight:g}, which must be above 0"
+    if not 0 <= demand.shared_prefix <= 1:
+        yield f"demand.shared_prefix is {demand.shared_prefix:g}, which must be from 0 to 1"
+    yield from _outside("demand.prefix_groups", demand.prefix_groups, 1, MOST_COUNT)
+    yield from _outside("demand.turns", demand.turns, 1, MOST_COUNT)
+    if demand.turns > 1 and demand.rate is not None:
+        yield "demand.turns goes with a concurrency, the clients that hold conversations, and not with a rate"
+    if not demand.think_s >= 0:
+        yield f"demand.think_s is {demand.think_s:g}, which must be 0 or more"
     if demand.rate is not None and not demand.rate > 0:
         yield f"demand.rate is {demand.rate:g}, which must be above 0"
     for number, pool in enumerate(plan.pools):
@@ -63,6 +80,8 @@ def _pool(pool: _Pool, where: str) -> Iterator[str]:
     yield from _outside(f"{where}.replicas", pool.replicas, 1, MOST_DEVICES)
     yield from _outside(f"{where}.page_tokens", pool.page_tokens, 1, MOST_POSITIONS)
     yield from _outside(f"{where}.drafts", pool.drafts, 0, MOST_DRAFTS)
+    if pool.acceptance and (len(pool.acceptance) != pool.drafts or not all(0 <= p <= 1 for p in pool.acceptance)):
+        yield f"{where}.acceptance must hold a chance from 0 to 1 for each of {pool.drafts} drafts, or nothing"
     for number, device in enumerate(pool.devices):
         at = f"{where}.devices[{number}]"
         if not 0 <= device.layers[0] < device.layers[1] <= MOST_LAYERS:

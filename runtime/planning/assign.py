@@ -78,6 +78,7 @@ def pool_of(
         devices=tuple(devices),
         experts=experts or in_order(cfg, layout),
         expert_load=load.name if measured else load or default_expert_load(cfg),
+        acceptance=spec.acceptance,
         slot_load=tuple(float(share) for share in load.shares) if measured else (),
     )
 

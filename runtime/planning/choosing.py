@@ -121,7 +121,7 @@ def choose(
             raise UsageError("which chips depends on the load: give --rate or --concurrency")
         if demand.osl == 1 and demand.tpot_ms is not None:
             raise UsageError("answers of one token have no time per output token: leave out --tpot-ms, or ask for more")
-        require_positions(question.cfg, demand.isl, demand.osl)
+        require_positions(question.cfg, *demand.longest)
     work = [(question, profile, most) for question, profile in questions]
     count = min(processes or os.cpu_count() or 1, len(work))
     found: list[ChipChoice] = []

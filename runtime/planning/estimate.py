@@ -43,7 +43,7 @@ class Estimate:
     running_limit: int = 0
 
     def e2e_seconds(self, demand: Demand) -> float:
-        return self.ttft_seconds + self.tpot_seconds * max(mean_output(demand) - 1, 0)
+        return self.ttft_seconds + self.tpot_seconds * max(demand.means[1] - 1, 0)
 
     def misses(self, demand: Demand) -> float:
         """By how much the targets are missed: 0 where they are met, else the sum of relative excesses."""
@@ -53,14 +53,6 @@ class Estimate:
         return over
 
 
-def mean_prompt(demand: Demand) -> float:
-    return demand.isl * (1 + demand.length_ratio) / 2
-
-
-def mean_output(demand: Demand) -> float:
-    return max(demand.osl * (1 + demand.length_ratio) / 2, 1.0)
-
-
 class OptionPrices:
     """The prices of one option under one demand."""
 
@@ -68,19 +60,27 @@ class OptionPrices:
         self.option, self.demand = option, demand
         self.engine = option.spec.engine
         self.pricer = pricer_of(option.spec, tables)
-        made = speculation(option.spec.drafts)
+        made = speculation(option.spec.drafts, acceptance=option.spec.acceptance)
         self.query_tokens = made.query_tokens if made else 1
         self.accepted = made.mean_tokens if made else 1.0
-        self.prompt, self.output = mean_prompt(demand), mean_output(demand)
+        self.prompt, found = demand.prompt_means
+        self.output = demand.means[1]
         self.ranks = option.layout.dp
+        shared = demand.shared_prefix * demand.means[0]
+        groups = demand.prefix_groups * shared
+        kept = self.engine.prefix_cache and groups + self.prompt + self.output - shared <= option.pool_tokens
+        self.cached = min(found, self.prompt - 1) if kept else 0.0
+        """Tokens of a prompt that the prefix cache has: everything, where all groups fit it beside a request."""
+        self._kept_once = (groups, shared if demand.turns == 1 else shared / demand.turns) if kept else (0.0, 0.0)
         self.decode_seconds = cache(self._decode_seconds)
         self.prefill_seconds = cache(self._prefill_seconds)
 
     @property
     def holds(self) -> int:
         """Requests a rank has in service at most: by its cache, at their mean length, and by the engine's limit."""
-        need = self.prompt + self.output
-        return max(1, min(int(self.option.pool_tokens / need), self.engine.max_running_requests))
+        of_groups, shared = self._kept_once
+        need = self.prompt + self.output - shared
+        return max(1, min(int((self.option.pool_tokens - of_groups) / need), self.engine.max_running_requests))
 
     @property
     def front_seconds(self) -> float:
@@ -100,7 +100,7 @@ class OptionPrices:
 
     def _prefill_seconds(self, decoding: int) -> tuple[float, float]:
         """(seconds until a prompt is computed, seconds by which it delays `decoding` requests)."""
-        engine, done = self.engine, 0
+        engine, done = self.engine, int(self.cached)
         budget = engine.chunked_prefill_tokens or engine.max_step_tokens
         mixed = engine.policy == "mixed" and decoding > 0
         if mixed:
@@ -167,13 +167,22 @@ class OptionPrices:
         counts = [count for count in (*counts, self.holds) if count <= _LONGEST_SWEEP]
         return [self.serving(float(count * self.ranks * replicas), replicas) for count in counts]
 
+    def _in_flight(self, clients: int, replicas: int) -> float:
+        """Requests in flight of so many clients, who think between the turns of a conversation."""
+        idle = self.demand.think_s * (1 - 1 / self.demand.turns)
+        load = float(clients)
+        for _ in range(12 if idle else 0):  # more in flight take longer, so this swings: half a step each time
+            busy = self.serving(load, replicas).e2e_seconds(self.demand)
+            load = (load + max(1.0, clients * busy / (busy + idle))) / 2
+        return load
+
     def operating_points(self, replicas: int) -> list[Estimate]:
         """Where the deployment may run under its demand: one point where the load is given, else a sweep."""
         demand = self.demand
         if demand.rate is not None:
             return [self.at_rate(demand.rate, replicas)]
         if demand.concurrency is not None:
-            load = float(demand.concurrency)
+            load = self._in_flight(demand.concurrency, replicas)
             found = [self.serving(load, replicas)]
             if found[0].misses(demand) and demand.tpot_ms is not None:
                 most = min(self.holds, math.ceil(load / replicas / self.ranks))

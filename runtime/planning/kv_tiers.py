@@ -119,7 +119,8 @@ def pool_kv(
 
 def request_tokens(pool: Pool, demand: Demand) -> int:
     """Cache that a request of the longest lengths takes at its end, tokens; a prefill pool makes one token."""
-    return demand.isl + (1 if pool.role == "prefill" else demand.osl + pool.drafts)
+    prompt, answer = demand.longest
+    return prompt + (1 if pool.role == "prefill" else answer + pool.drafts)
 
 
 def resident_requests(pool: Pool, tokens: int, max_running: int, degree: int = 1) -> int:

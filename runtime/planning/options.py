@@ -40,8 +40,8 @@ _PP_KEPT = 2
 class Question:
     """What a search is asked, beside the chips: the model, the load and what is given rather than searched.
 
-    scheme, kv: None to search. drafts: tokens of multi-token prediction a step. held: degrees of "tp", "dp", "ep" and
-    "pp" that a layout must have; most_pp: pipeline stages at most.
+    scheme, kv: None to search. drafts: tokens of multi-token prediction a step, acceptance: of each of them (see
+    `Speculation`). held: degrees of "tp", "dp", "ep" and "pp" that a layout must have; most_pp: pipeline stages at most.
     """
 
     cfg: ModelConfig
@@ -53,6 +53,7 @@ class Question:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     held: Mapping[str, int] = dataclasses.field(default_factory=dict)
     most_pp: int | None = None
+    acceptance: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         within("concurrency", self.demand.concurrency or 0, MOST_REQUESTS)
@@ -68,7 +69,18 @@ class Question:
         """A deployment that may answer it. settings: of the engine, beside those that are given."""
         mode = load(self.engine).planned_graph_mode
         asked = {**({"graph_mode": mode} if mode else {}), **self.settings, **settings}
-        return spec_for(self.cfg, profile, layout, formats, kv, self.engine, asked, drafts=self.drafts, **more)
+        return spec_for(
+            self.cfg,
+            profile,
+            layout,
+            formats,
+            kv,
+            self.engine,
+            asked,
+            drafts=self.drafts,
+            acceptance=self.acceptance,
+            **more,
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -299,7 +311,7 @@ def options(question: Question, profile: Profile, devices: int) -> tuple[list[Op
     refused: list[Refused] = []
     wanted, left_out = schemes(question, profile)
     rejected = {each.name: each.reason for each in left_out}
-    most = int(question.demand.isl) + int(question.demand.osl) + question.drafts
+    most = sum(question.demand.longest) + question.drafts
     held = [(base, stages) for base, stages in layouts(devices, question.held.get("pp")) if question.admits(base)]
     if not held:
         asked = ", ".join(f"{axis} {degree}" for axis, degree in question.held.items())

@@ -18,7 +18,7 @@ from foundation.errors import UsageError
 from model.formats import CacheFormats
 from runtime.deployment.plan import Transfer
 from runtime.planning.contender import Contender, Part
-from runtime.planning.estimate import Estimate, OptionPrices, limits, mean_prompt, score
+from runtime.planning.estimate import Estimate, OptionPrices, limits, score
 from runtime.planning.options import Question, nodes_refused, pair_refused
 from runtime.simulation.transfer import transfer_of
 
@@ -64,7 +64,7 @@ class Pair:
             tpot = model.decode_seconds(fed) / model.accepted
         share = rate / self.capacity
         first = self.prefill.prefill_seconds(0)[0]
-        moved = self.transfer.seconds * mean_prompt(model.demand) / model.demand.isl
+        moved = self.transfer.seconds * model.prompt / model.demand.longest[0]
         wait = share / (1 - share) / 2 * first
         ttft = self.prefill.front_seconds + first + wait + moved + model.decode_seconds(1) / 2
         flying = rate * (ttft + model.output * tpot)
@@ -140,7 +140,7 @@ def pairs(
                 for model, count in zip((prefill, decode), split, strict=True)
             )
             try:
-                transfer = transfer_of(sender, taker, question.demand.isl)
+                transfer = transfer_of(sender, taker, question.demand.longest[0])
             except UsageError:
                 continue
             pair = Pair(prefill, decode, split, transfer)

@@ -9,14 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from foundation.errors import UsageError
 from hw_profiles import Profile
 from model.config import ModelConfig
 from runtime.deployment.plan import Demand, Plan, Predicted
-from runtime.serving import Report, Uniform, Workload, closed_loop, open_loop, simulate
+from runtime.serving import (
+    Histogram,
+    Lengths,
+    Lognormal,
+    Report,
+    Sharing,
+    Uniform,
+    Workload,
+    block_of,
+    closed_loop,
+    conversations,
+    open_loop,
+    simulate,
+)
 from runtime.simulation.build import PriceTables, require_positions
 from runtime.simulation.planned import Deployed, deployed
 from runtime.simulation.trust import report_bands
@@ -24,18 +37,56 @@ from runtime.simulation.trust import report_bands
 DEFAULT_CONCURRENCY = 16
 OPEN_LOOP = 500
 """Requests that are measured of an open loop, where nobody says how many."""
+CONVERSATIONS = 2
+"""That each client holds, where nobody says how many requests."""
 
 
-def workload(demand: Demand, parts: int, seed: int = 0, requests: int | None = None) -> tuple[Workload, float]:
-    """The load on one of `parts` equal shares, and how many such shares the whole load is."""
-    prompt, output = Uniform(demand.isl, demand.length_ratio), Uniform(demand.osl, demand.length_ratio)
+def workload(
+    demand: Demand,
+    parts: int,
+    seed: int = 0,
+    requests: int | None = None,
+    *,
+    page_tokens: Sequence[int] = (),
+    burstiness: float = 1.0,
+) -> tuple[Workload, float]:
+    """The load on one of `parts` equal shares, and how many such shares the whole load is.
+
+    page_tokens: of the pools, whose pages prefixes are found by. burstiness: of an open loop.
+    """
+    prompt, output = lengths_of(demand)
+    sharing = None
+    if demand.shares:
+        block = block_of(demand.prompt_means[0], *page_tokens)
+        sharing = Sharing(demand.shared_prefix, demand.prefix_groups, block)
     if demand.rate is not None:
-        return open_loop(demand.rate / parts, requests or OPEN_LOOP, prompt, output, seed=seed), float(parts)
+        if demand.turns > 1:
+            raise UsageError("conversations are held by clients: with --turns give --concurrency, not --rate")
+        load = open_loop(
+            demand.rate / parts, requests or OPEN_LOOP, prompt, output, cv=burstiness, seed=seed, sharing=sharing
+        )
+        return load, float(parts)
     whole = DEFAULT_CONCURRENCY if demand.concurrency is None else demand.concurrency
     if whole < 1:
         raise UsageError(f"concurrency is {whole}: give a whole number of at least 1")
     here = math.ceil(whole / parts)
-    return closed_loop(here, requests or closed_loop_requests(here), prompt, output, seed=seed), whole / here
+    if demand.turns > 1:
+        count = requests or max(closed_loop_requests(here), CONVERSATIONS * here * demand.turns)
+        return conversations(
+            here, count, demand.turns, demand.think_s, prompt, output, seed=seed, sharing=sharing
+        ), whole / here
+    count = requests or closed_loop_requests(here)
+    return closed_loop(here, count, prompt, output, seed=seed, sharing=sharing), whole / here
+
+
+def lengths_of(demand: Demand) -> tuple[Lengths | Histogram, Lengths | None]:
+    """The distributions of new input tokens and of output tokens; the second None where the first is of both."""
+    if demand.histogram:
+        return Histogram(demand.histogram), None
+    if demand.length_cv is not None:
+        (_, most_in), (_, most_out) = demand.spans
+        return Lognormal(demand.isl, demand.length_cv, most_in), Lognormal(demand.osl, demand.length_cv, most_out)
+    return Uniform(demand.isl, demand.length_ratio), Uniform(demand.osl, demand.length_ratio)
 
 
 def closed_loop_requests(concurrency: int) -> int:
@@ -66,9 +117,10 @@ def simulate_plan(
     """
     if plan.demand.concurrency is not None and plan.demand.rate is not None:
         raise UsageError("a plan's demand has a concurrency or a rate, not both")
-    require_positions(cfg, plan.demand.isl, plan.demand.osl)
+    require_positions(cfg, *plan.demand.longest)
     share = deployed(plan, cfg, tables, profiles)
-    load, shares = workload(plan.demand, share.parts, seed, requests)
+    pages = [built.spec.engine.page_tokens for built in share.pools]
+    load, shares = workload(plan.demand, share.parts, seed, requests, page_tokens=pages)
     report = simulate(load, share.deployment, seed=seed, trace=trace, progress=progress)
     return report, share, shares
 
@@ -119,6 +171,7 @@ def predicted(plan: Plan, report: Report, share: Deployed, shares: float) -> Pre
         bottleneck=report.bottleneck,
         meets_targets=not missed(plan.demand, of_all),
         assumed=report.assumed,
+        prefix_hit_rate=report.prefix_hit_rate,
     )
 
 

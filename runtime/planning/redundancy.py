@@ -132,7 +132,7 @@ def _spend(
         except CapacityError as error:
             lost.append(Rejected(label, first_line(error)))
             continue
-        if sized.pool_tokens < question.demand.isl + question.demand.osl:
+        if sized.pool_tokens < sum(question.demand.longest):
             lost.append(Rejected(label, f"leaves {sized.pool_tokens:,} tokens of cache, less than one request"))
             continue
         placement = place_experts(sample, layout.ep, nodes_of(option), slots)

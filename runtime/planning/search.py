@@ -77,7 +77,7 @@ def search(
     `NoPlanError` with the reasons where nothing fits, `UsageError`, `LoadError` or `ProfileError`.
     """
     demand = question.demand
-    require_positions(question.cfg, demand.isl, demand.osl)
+    require_positions(question.cfg, *demand.longest)
     if demand.osl == 1 and demand.tpot_ms is not None:
         raise UsageError("answers of one token have no time per output token: leave out --tpot-ms, or ask for more")
     matrix = checked(question, load) if load is not None else None
@@ -291,7 +291,7 @@ class _Search:
             self.question, spec.profile, spec.layout, spec.formats.scheme, spec.formats.kv, {**kept, **settings},
             replicas=spec.replicas,
         )  # fmt: skip
-        if sized.pool_tokens < self.question.demand.isl + self.question.demand.osl:
+        if sized.pool_tokens < sum(self.question.demand.longest):
             raise CapacityError(f"its cache of {sized.pool_tokens:,} tokens does not hold one request")
         return sized
 

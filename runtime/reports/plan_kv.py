@@ -109,9 +109,9 @@ def _transfer(plan: Plan) -> str:
     if moved is None:
         return ""
     rate = moved.link_bandwidth_bytes_per_s / 1e9
-    convert = moved.conversion_seconds_per_token * plan.demand.isl * 1e3
+    convert = moved.conversion_seconds_per_token * plan.demand.longest[0] * 1e3
     return (
-        f"<h3>from prefill to decode</h3><p>A prompt of {plan.demand.isl:,} tokens moves "
+        f"<h3>from prefill to decode</h3><p>A prompt of {plan.demand.longest[0]:,} tokens moves "
         f"<b>{moved.bytes / 1e6:,.0f} MB</b> in <b>{ms(moved.seconds * 1e3)}</b>: {moved.kv_bytes_per_token:,.0f} "
         f"bytes a token at {rate:,.0f} GB/s between a prefill and a decode replica, {convert:,.2f} ms to spread and "
         "convert it.</p>"

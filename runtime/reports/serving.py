@@ -71,7 +71,8 @@ def _load(result: Mapping[str, Any]) -> str:
         return ""
     ranges = (load["prompt_tokens"], load["output_tokens"])
     lengths = (f"{low:,}" if low == high else f"{low:,} to {high:,}" for low, high in ranges)
-    return f"{load['name']}, {' tokens in and '.join(lengths)} out · "
+    habits = "".join(f"; {habit}" for habit in load.get("habits", ()))
+    return f"{load['name']}, {' tokens in and '.join(lengths)} out{habits} · "
 
 
 def _json(result: Mapping[str, Any]) -> str:

@@ -19,6 +19,8 @@ the backends or a chip's profile.
 from runtime.serving.deployment import Deployment, Disaggregated
 from runtime.serving.errors import ServingError, TraceFileError, WorkloadError
 from runtime.serving.explain import Explained, StepLog, explain
+from runtime.serving.lengths import Fixed, Histogram, Lengths, Lognormal, Uniform, read_histogram
+from runtime.serving.prefixes import Sharing, block_of
 from runtime.serving.pricing import BOUNDS, EVIDENCE_GRADES, BatchShape, StepPrice, StepPricer
 from runtime.serving.report import KvUse, Report, Stats
 from runtime.serving.request import Request
@@ -26,13 +28,10 @@ from runtime.serving.simulation import simulate
 from runtime.serving.speculation import Speculation
 from runtime.serving.trace import Trace
 from runtime.serving.workload import (
-    Fixed,
-    Lengths,
-    Lognormal,
-    Uniform,
     Workload,
     bench_serving,
     closed_loop,
+    conversations,
     mooncake_trace,
     open_loop,
 )
@@ -45,12 +44,14 @@ __all__ = [
     "Deployment",
     "Disaggregated",
     "Fixed",
+    "Histogram",
     "KvUse",
     "Lengths",
     "Lognormal",
     "Report",
     "Request",
     "ServingError",
+    "Sharing",
     "Speculation",
     "Stats",
     "StepLog",
@@ -62,9 +63,12 @@ __all__ = [
     "WorkloadError",
     "Workload",
     "bench_serving",
+    "block_of",
     "closed_loop",
+    "conversations",
     "explain",
     "mooncake_trace",
     "open_loop",
+    "read_histogram",
     "simulate",
 ]

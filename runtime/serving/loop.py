@@ -90,6 +90,8 @@ class Loop:
                 )
             self.groups.append(group)
         self._turn = [0] * len(self.roles)
+        self._homes: dict[tuple[int, int], tuple[Replica, Rank]] = {}
+        """Where a conversation (role, session) went, and goes again: its cache is there."""
         first = self.roles[0]
         self._front_ends = [0.0] * (first.replicas * (first.ranks if first.engine.front_end_per_rank else 1))
         """When each front end is free, as a heap: whoever is free soonest takes the next request."""
@@ -148,7 +150,7 @@ class Loop:
         request.visible_at = self.now
         if not role:
             request.queued_at = self.now
-        replica, rank = self._route(role)
+        replica, rank = self._route(role, request)
         rank.waiting.append(request)
         self._rouse(replica)
 
@@ -207,7 +209,15 @@ class Loop:
 
     # Set-up
 
-    def _route(self, role: int) -> tuple[Replica, Rank]:
+    def _route(self, role: int, request: Request) -> tuple[Replica, Rank]:
+        if request.session is None:
+            return self._next_place(role)
+        key = role, request.session
+        if key not in self._homes:
+            self._homes[key] = self._next_place(role)
+        return self._homes[key]
+
+    def _next_place(self, role: int) -> tuple[Replica, Rank]:
         places = [(replica, rank) for replica in self.groups[role] for rank in replica.ranks]
         if self.roles[role].router == "least-loaded":
             return min(places, key=lambda place: place[1].load)

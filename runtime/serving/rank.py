@@ -198,7 +198,7 @@ class Rank:
         self._keep(keep)
         for request in done:
             request.finished_at = float(ends[-1]) + engine.response_seconds
-            if self.pool.numbers:  # what was answered may be asked about
+            if self.pool.numbers or request.session is not None:  # what was answered may be asked about
                 self.pool.publish(request, request.target - 1)
             self.release(request)
         return done, gaps

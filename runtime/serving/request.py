@@ -14,6 +14,8 @@ class Request:
     id: position in the order of sending.
     prefix_hashes: one id per `Workload.block_tokens` block of the prompt, each standing for the block and
         everything before it (Mooncake's `hash_ids`); empty: shares nothing.
+    session: the conversation that it is a turn of; its prefix blocks then go on into the answer, which the next turn's
+        prompt has.
     measured: counts in the report (False for warm-up).
     sent_at: the client sends it. queued_at: it reaches a scheduler. admitted_at: it first enters a step.
     first_token_at, finished_at: the client sees its first and last token.
@@ -46,6 +48,7 @@ class Request:
     visible_at: float = 0.0
     kv_ready: bool = False
     gone: bool = False
+    session: int | None = None
 
     @property
     def target(self) -> int:

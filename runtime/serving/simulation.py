@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -84,6 +85,8 @@ class Simulation:
         self._to_measure, self._measured = len(workload.requests) - workload.warmup, 0
         self.watch = Watch(self._holds(), not self.endless) if workload.concurrency is None else None
         self._to_send: Iterator[Request] = iter(())
+        self._turns: dict[int, deque[Request]] = {}
+        """Of each conversation, those that are not sent yet."""
         self._measuring = not (workload.warmup or self.endless)
 
     @property
@@ -130,7 +133,10 @@ class Simulation:
         if self.watch is not None:
             self.watch.done(request, self.now)
             return
-        if not self._measuring and self.finished == self.workload.warmup:
+        if request.session is not None and self._turns[request.session]:
+            following = self._turns[request.session].popleft()
+            self.loop.at(self.now + self.workload.think_s, 0, self._send, following)
+        elif not self._measuring and self.finished == self.workload.warmup:
             self._start_measuring()
             self._start_clients()
         else:
@@ -150,9 +156,21 @@ class Simulation:
             for request in requests:
                 self.loop.at(request.sent_at, 0, self._send, request)
             return
-        self._to_send = iter(requests[warmup:] if self._measuring else requests[:warmup])
+        self._to_send = self._openers(requests[warmup:] if self._measuring else requests[:warmup])
         for _ in range(self.workload.concurrency):
             self._send_next()
+
+    def _openers(self, requests: list[Request]) -> Iterator[Request]:
+        """Those that a client sends of itself; what follows an answer is kept for later."""
+        openers = []
+        for request in requests:
+            if request.session is None or request.session not in self._turns:
+                openers.append(request)
+                if request.session is not None:
+                    self._turns[request.session] = deque()
+            else:
+                self._turns[request.session].append(request)
+        return iter(openers)
 
     def _send_next(self) -> None:
         request = next(self._to_send, None)

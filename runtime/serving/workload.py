@@ -10,84 +10,30 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from foundation.limits import within
 from foundation.reading import Unreadable, parse_json, read_lines
 from runtime.serving.errors import TraceFileError, WorkloadError
+from runtime.serving.lengths import MOST_REQUEST_TOKENS, Histogram, Lengths, Uniform, lengths_drawn, whole_number
+from runtime.serving.prefixes import MOONCAKE_BLOCK_TOKENS, Sharing
 from runtime.serving.request import Request
 
-MOONCAKE_BLOCK_TOKENS = 512
 MOST_TRACE_BYTES = 1 << 27
 """134 MB: a million requests of Mooncake's traces, with the blocks of their prompts."""
 MOST_REQUESTS = 1_000_000
 """Of a load; each is an object, and simulated step by step."""
 MOST_TRACE_MS = 1e14
 """The latest that a request of a trace is sent: as milliseconds since 1970 these are of the year 5138."""
-MOST_REQUEST_TOKENS = 100_000_000
-"""Of a prompt or an answer: a hundred times the longest context served today."""
+MOST_TURNS = 10_000
+"""Of a conversation."""
+MOST_THINK_S = 1e7
+"""Between turns: four months."""
 _BLOCK = 1000
 """Requests of an endless load made at a time."""
 _LEAST_RATE, _MOST_RATE = 1e-6, 1e9  # requests a second: beyond, a clock no longer tells steps apart
 _MOST_BURSTINESS = 100.0  # beyond, gaps are too small for a number
-
-
-class Lengths(Protocol):
-    """A distribution of token counts."""
-
-    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """[count] int64, each one or more."""
-        ...
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """Always `tokens`."""
-
-    tokens: int
-
-    def __post_init__(self) -> None:
-        _whole("a fixed length", self.tokens, MOST_REQUEST_TOKENS)
-
-    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        return np.full(count, self.tokens, dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """Uniform over the integers from int(ratio * tokens) to tokens, as bench_serving's random-range-ratio."""
-
-    tokens: int
-    ratio: float = 0.8
-
-    def __post_init__(self) -> None:
-        _whole("a uniform length", self.tokens, MOST_REQUEST_TOKENS)
-        if not 0 <= self.ratio <= 1:
-            raise WorkloadError(f"range ratio {self.ratio} must be from 0 to 1")
-
-    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        least = max(1, int(self.tokens * self.ratio))
-        return rng.integers(least, self.tokens + 1, size=count)
-
-
-@dataclass(frozen=True)
-class Lognormal:
-    """Lognormal with that mean (tokens) and coefficient of variation, cut to [1, most]."""
-
-    mean: float
-    cv: float = 1.0
-    most: int = 131072
-
-    def __post_init__(self) -> None:
-        if not (self.mean >= 1 and self.cv > 0 and self.most >= 1):
-            raise WorkloadError(f"lognormal lengths need mean >= 1, cv > 0, most >= 1, not {self}")
-
-    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        variance = math.log1p(self.cv**2)
-        drawn = rng.lognormal(math.log(self.mean) - variance / 2, math.sqrt(variance), count)
-        return np.clip(np.rint(drawn), 1, self.most).astype(np.int64)
 
 
 @dataclass
@@ -101,6 +47,8 @@ class Workload:
     goes_on: the requests after those, without end. As many as `requests` are measured, once the system is in a
         steady state, and the load goes on until they are answered and it is plain whether it is kept up with.
     block_tokens: tokens one prefix hash stands for.
+    think_s: of a closed loop whose requests are turns of conversations (`Request.session`): seconds from a turn's
+        answer to the next turn. A client holds one conversation to its end, then begins the next at once.
     """
 
     requests: list[Request]
@@ -109,31 +57,85 @@ class Workload:
     goes_on: Callable[[], Iterator[Request]] | None = None
     block_tokens: int = MOONCAKE_BLOCK_TOKENS
     description: str = ""
+    think_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.requests:
             raise WorkloadError("the workload is empty: ask for at least one request")
         if self.warmup >= len(self.requests):
             raise WorkloadError("every request is warm-up: ask for more requests than warm-up ones")
+        if (self.warmup or self.concurrency is None) and any(each.session is not None for each in self.requests):
+            raise WorkloadError("conversations are held in a closed loop without warm-up: give a concurrency")
         for request in self.requests[: self.warmup]:
             request.measured = False
 
 
 def closed_loop(
-    concurrency: int, requests: int, prompt: Lengths, output: Lengths, *, warmup: int = 0, seed: int = 0
+    concurrency: int,
+    requests: int,
+    prompt: Lengths | Histogram,
+    output: Lengths | None,
+    *,
+    warmup: int = 0,
+    seed: int = 0,
+    sharing: Sharing | None = None,
 ) -> Workload:
     """`concurrency` clients in a closed loop over `requests` requests, after `warmup` more that drain first.
 
-    Raises WorkloadError for counts below one.
+    output: None where a histogram has both lengths. sharing: what prompts have in common. Raises WorkloadError for
+    counts below one.
     """
-    _whole("concurrency", concurrency, MOST_REQUESTS)
-    _whole("the number of requests", requests, MOST_REQUESTS)
+    whole_number("concurrency", concurrency, MOST_REQUESTS)
+    whole_number("the number of requests", requests, MOST_REQUESTS)
     if warmup < 0:
         raise WorkloadError(f"warm-up of {warmup} requests: give zero or more")
     made = _requests(warmup + requests, prompt, output, seed)
     for request in made[1:warmup]:  # the benchmark client repeats one prompt to warm up
         request.prompt_tokens, request.output_tokens = made[0].prompt_tokens, made[0].output_tokens
-    return Workload(made, concurrency, warmup, description=f"closed loop, {concurrency} clients")
+    _share(made, sharing, seed)
+    return Workload(
+        made, concurrency, warmup, block_tokens=_block(sharing), description=f"closed loop, {concurrency} clients"
+    )
+
+
+def conversations(
+    clients: int,
+    requests: int,
+    turns: int,
+    think_s: float,
+    prompt: Lengths | Histogram,
+    output: Lengths | None,
+    *,
+    seed: int = 0,
+    sharing: Sharing | None = None,
+) -> Workload:
+    """`clients` that each hold conversations of `turns` turns, one after another, over `requests` requests in all
+    (rounded up to whole conversations).
+
+    A turn's prompt is the conversation so far, prompts and answers, and `prompt` new tokens. The next turn is sent
+    `think_s` seconds after the answer. sharing: what the first prompts have in common; its blocks are also those by
+    which a turn finds what the ones before it left. Raises WorkloadError.
+    """
+    whole_number("concurrency", clients, MOST_REQUESTS)
+    whole_number("the number of requests", requests, MOST_REQUESTS)
+    whole_number("the number of turns", turns, MOST_TURNS)
+    if not 0 <= think_s <= MOST_THINK_S:
+        raise WorkloadError(f"think time {think_s:g} s: give a number from 0 to {MOST_THINK_S:g}")
+    sharing = sharing or Sharing()
+    count = -(-requests // turns)
+    made = _requests(count * turns, prompt, output, seed)
+    groups = sharing.groups_of(count, seed)
+    for number in range(count):
+        held = shared = 0  # tokens of the conversation so far, and of those that others have too
+        for request in made[number * turns : (number + 1) * turns]:
+            request.session = number
+            shared = shared or sharing.shared_tokens(request.prompt_tokens)
+            request.prompt_tokens += held
+            held = request.prompt_tokens + request.output_tokens
+            within("a conversation's tokens:", held, MOST_REQUEST_TOKENS, WorkloadError)
+            request.prefix_hashes = sharing.blocks(int(groups[number]), number, shared, held)
+    words = f"{clients} clients, conversations of {turns} turns, {think_s:g} s between"
+    return Workload(made, clients, block_tokens=sharing.block_tokens, description=words, think_s=think_s)
 
 
 def bench_serving(
@@ -152,17 +154,19 @@ def bench_serving(
 def open_loop(
     rate: float,
     requests: int,
-    prompt: Lengths,
-    output: Lengths,
+    prompt: Lengths | Histogram,
+    output: Lengths | None,
     *,
     cv: float = 1.0,
     warmup: int = 0,
     seed: int = 0,
+    sharing: Sharing | None = None,
 ) -> Workload:
     """Requests sent at `rate` per second without end, gaps gamma-distributed with coefficient of variation `cv`;
     `requests` of them are measured, see `Workload.goes_on`.
 
-    cv = 1 is a Poisson process, above 1 is bursty, 0 is a metronome. Raises WorkloadError for a rate that is
+    cv = 1 is a Poisson process, above 1 is bursty, 0 is a metronome. output: None where a histogram has both lengths.
+    sharing: what prompts have in common. Raises WorkloadError for a rate that is
     not positive and finite, a negative cv, or no requests.
     """
     if not (rate > 0 and math.isfinite(rate)):
@@ -172,27 +176,32 @@ def open_loop(
     if not 0 <= cv <= _MOST_BURSTINESS:
         most = f"{_MOST_BURSTINESS:g} at most"
         raise WorkloadError(f"burstiness cv {cv}: give zero (even), 1 (Poisson) or more (bursty), {most}")
-    _whole("the number of requests", requests, MOST_REQUESTS)
+    whole_number("the number of requests", requests, MOST_REQUESTS)
     count = warmup + requests
     within("a load of requests:", count, MOST_REQUESTS, WorkloadError)
-    made = list(itertools.islice(_stream(rate, cv, prompt, output, seed), count))
+    made = list(itertools.islice(_stream(rate, cv, prompt, output, seed, sharing), count))
 
     def goes_on() -> Iterator[Request]:
-        return itertools.islice(_stream(rate, cv, prompt, output, seed), count, None)
+        return itertools.islice(_stream(rate, cv, prompt, output, seed, sharing), count, None)
 
-    return Workload(made, None, warmup, goes_on, description=f"open loop, {rate:g}/s, cv {cv:g}")
+    words = f"open loop, {rate:g}/s, cv {cv:g}"
+    return Workload(made, None, warmup, goes_on, block_tokens=_block(sharing), description=words)
 
 
-def _stream(rate: float, cv: float, prompt: Lengths, output: Lengths, seed: int) -> Iterator[Request]:
+def _stream(
+    rate: float, cv: float, prompt: Lengths | Histogram, output: Lengths | None, seed: int, sharing: Sharing | None
+) -> Iterator[Request]:
     """Requests of an open loop, without end. Each thousand comes in the time that the rate gives it: bursts are as
     asked, but no run has more or less to do in the long term by chance."""
     for block in itertools.count():
         rng = np.random.default_rng([seed, 1, block])
         gaps = rng.gamma(1 / cv**2, cv**2, size=_BLOCK) if cv else np.ones(_BLOCK)
         times = (block + np.cumsum(gaps) / gaps.sum()) * (_BLOCK / rate)
-        for request, sent_at in zip(_requests(_BLOCK, prompt, output, seed, block), times.tolist(), strict=True):
+        made = _requests(_BLOCK, prompt, output, seed, block)
+        for request, sent_at in zip(made, times.tolist(), strict=True):
             request.id, request.sent_at = block * _BLOCK + request.id, sent_at
-            yield request
+        _share(made, sharing, seed, block)
+        yield from made
 
 
 def mooncake_trace(path: str | Path, *, limit: int | None = None, speed: float = 1.0) -> Workload:
@@ -251,14 +260,21 @@ def _trace_request(line: str, where: str, speed: float) -> Request:
     return Request(0, int(row["input_length"]), int(row["output_length"]), tuple(hashes), sent_at=sent_at)
 
 
-def _requests(count: int, prompt: Lengths, output: Lengths, *seed: int) -> list[Request]:
+def _requests(count: int, prompt: Lengths | Histogram, output: Lengths | None, *seed: int) -> list[Request]:
     within("a load of requests:", count, MOST_REQUESTS, WorkloadError)
     rng = np.random.default_rng([seed[0], 0, *seed[1:]])
-    prompts, outputs = prompt.draw(rng, count).tolist(), output.draw(rng, count).tolist()
-    return [Request(i, p, o) for i, (p, o) in enumerate(zip(prompts, outputs, strict=True))]
+    prompts, outputs = lengths_drawn(prompt, output, rng, count)
+    return [Request(i, p, o) for i, (p, o) in enumerate(zip(prompts.tolist(), outputs.tolist(), strict=True))]
 
 
-def _whole(what: str, value: float, most: int) -> None:
-    if isinstance(value, bool) or value != int(value) or value < 1:
-        raise WorkloadError(f"{what} is {value}: give a whole number of at least 1")
-    within(what, value, most, WorkloadError)
+def _block(sharing: Sharing | None) -> int:
+    return sharing.block_tokens if sharing else MOONCAKE_BLOCK_TOKENS
+
+
+def _share(requests: list[Request], sharing: Sharing | None, *seed: int) -> None:
+    """Gives prompts what they have in common; nothing at all where that is nothing."""
+    if sharing is None or not sharing.share:
+        return
+    for request, group in zip(requests, sharing.groups_of(len(requests), *seed).tolist(), strict=True):
+        shared = sharing.shared_tokens(request.prompt_tokens)
+        request.prefix_hashes = sharing.blocks(group, request.id, shared, request.prompt_tokens)

@@ -49,6 +49,7 @@ class Spec:
     expert_load: str | load.ExpertLoad | None = None
     drafts: int = 0
     accept_length: float | None = None
+    acceptance: tuple[float, ...] = ()
     pool_tokens: int | None = None
     redundant_slots: int = 0
     named: str = ""
@@ -272,7 +273,7 @@ def assumed(spec: Spec, memory: bool = True, drafting: bool = True) -> frozenset
             f"host times of {engine.name} as beside {' and '.join(engine.hosts)} chips: {replayed:g} ms a step that "
             f"replays a graph, {launched:.3g} ms one that launches each kernel"
         )
-    if drafting and spec.drafts and spec.accept_length is None:
+    if drafting and spec.drafts and spec.accept_length is None and not spec.acceptance:
         mean = _default_acceptance(spec.drafts)
         found.add(f"MTP acceptance {_ACCEPTED:g} a draft: {mean:.2f} tokens a step with {spec.drafts} drafted")
     return frozenset(found)
@@ -298,14 +299,18 @@ def build(spec: Spec, tables: PriceTables | None = None) -> Built:
         pool_tokens=pool,
         devices=spec.layout.devices,
         ranks=spec.layout.dp,
-        speculation=speculation(spec.drafts, spec.accept_length),
+        speculation=speculation(spec.drafts, spec.accept_length, spec.acceptance),
         assumed=assumed(spec, memory=held is not None),
     )
     return Built(spec, held, pricer, deployment)
 
 
-def speculation(drafts: int, accept_length: float | None = None) -> Speculation | None:
-    """Drafts a step, and how many of them are taken on average."""
+def speculation(
+    drafts: int, accept_length: float | None = None, acceptance: tuple[float, ...] = ()
+) -> Speculation | None:
+    """Drafts a step, and how many of them are taken: on average, or by position as of `Speculation`."""
+    if acceptance:
+        return Speculation(acceptance)
     return Speculation.from_mean(drafts, accept_length or _default_acceptance(drafts)) if drafts else None
 
 

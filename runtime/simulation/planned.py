@@ -25,7 +25,8 @@ def spec_of(cfg: ModelConfig, pool: Pool, profile: Profile) -> Spec:
     load = ExpertLoad(pool.expert_load, np.array(pool.slot_load)) if pool.slot_load else pool.expert_load
     made = spec_for(
         cfg, profile, pool.layout, pool.formats.scheme, pool.formats.kv, pool.engine, pool.settings,
-        expert_load=load, drafts=pool.drafts, pool_tokens=pool.pool_tokens, redundant_slots=pool.redundant_slots,
+        expert_load=load, drafts=pool.drafts, acceptance=pool.acceptance,
+        pool_tokens=pool.pool_tokens, redundant_slots=pool.redundant_slots,
         replicas=pool.replicas,
     )  # fmt: skip
     engine = with_pool(made.engine, cfg, pool.pool_tokens, pool.settings)
@@ -78,7 +79,7 @@ def deployed(
             devices=replicas * pool.layout.devices,
             replicas=replicas,
             ranks=pool.layout.dp,
-            speculation=speculation(pool.drafts) if pool.role != "prefill" else None,
+            speculation=speculation(pool.drafts, acceptance=pool.acceptance) if pool.role != "prefill" else None,
             assumed=assumed(spec, drafting=pool.role != "prefill"),
         )
         built.append(Built(spec, pool.devices[0].ledger, pricer, made))

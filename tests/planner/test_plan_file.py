@@ -45,7 +45,7 @@ def test_figures_set_by_hand_are_kept() -> None:
 
 def test_a_plan_is_plain_json_with_what_is_promised() -> None:
     document = json.loads(plan().text)
-    assert document["schema_version"] == 3 and document["model"]["name"] == "glm-5-fp8"
+    assert document["schema_version"] == 4 and document["model"]["name"] == "glm-5-fp8"
     cache = {"latent": "fp8_ds_mla", "index": "fp8_scaled", "heads": "fp8"}
     assert document["formats"] == {"weights": "fp8-block", "experts": "fp8-block", "kv": "fp8", "cache": cache}
     device = document["pools"][0]["devices"][9]
