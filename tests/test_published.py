@@ -11,7 +11,7 @@ import hw_profiles
 from foundation.errors import Failure, UsageError
 from model.hf_config import load_config
 from runtime.deployment.engines import Circumstances
-from runtime.serving.workload import Fixed, Uniform
+from runtime.serving.lengths import Fixed, Uniform
 from runtime.simulation import published
 from runtime.simulation.mechanisms import MECHANISMS, mechanism
 from runtime.simulation.published import MEASURED, model_of, read, scheme_of_words, settings_of

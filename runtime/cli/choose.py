@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 from foundation.errors import UsageError
+from foundation.limits import within
 from foundation.reading import Unreadable, read_toml
 from foundation.writing import require_writable
 from model.formats import SCHEMES_HELP
+from model.split import MOST_DEVICES
 from runtime.cli import completion
 from runtime.cli.given import given
 from runtime.cli.loads import LengthCv, LengthFile, SharedPrefix, ThinkS, Turns, habits_asked, lengths_asked
@@ -76,6 +78,7 @@ def choose(
     """
     if html:
         require_writable(html)
+    within("--max-devices", max_devices, MOST_DEVICES)
     if rate is not None and concurrency is not None:
         raise UsageError("give one of --concurrency and --rate")
     for name, value in (("--rate", rate), ("--ttft-ms", ttft_ms), ("--tpot-ms", tpot_ms)):

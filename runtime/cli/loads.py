@@ -30,7 +30,9 @@ SharedPrefix = Annotated[
 Turns = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Each client holds conversations of so many turns: a prompt is all before it and --isl new tokens."
+        min=1,
+        max=10_000,
+        help="Each client holds conversations of so many turns: a prompt is all before it and --isl new tokens.",
     ),
 ]
 ThinkS = Annotated[float | None, typer.Option(help="Seconds from an answer to the next turn [default: 0].")]
@@ -73,15 +75,13 @@ def lengths_asked(cfg: ModelConfig, params: Mapping[str, Any], said: Mapping[str
 
 def habits_asked(params: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a `Demand` from those of the options `HABITS` that were given. Raises `UsageError`, `WorkloadError`."""
-    from runtime.serving.workload import MOST_THINK_S, MOST_TURNS
+    from runtime.serving.workload import MOST_THINK_S
 
     found: dict[str, Any] = {}
     if params["shared_prefix"] is not None:
         found["shared_prefix"], found["prefix_groups"] = shared_prefix(params["shared_prefix"])
     turns, think_s = params["turns"], params["think_s"]
     if turns is not None:
-        if turns > MOST_TURNS:
-            raise UsageError(f"--turns {turns:,} is more than the {MOST_TURNS:,} of a conversation: ask for fewer")
         found["turns"] = turns
     if think_s is not None:
         if not 0 <= think_s <= MOST_THINK_S:

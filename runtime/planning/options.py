@@ -41,7 +41,8 @@ class Question:
     """What a search is asked, beside the chips: the model, the load and what is given rather than searched.
 
     scheme, kv: None to search. drafts: tokens of multi-token prediction a step, acceptance: of each of them (see
-    `Speculation`). held: degrees of "tp", "dp", "ep" and "pp" that a layout must have; most_pp: pipeline stages at most.
+    `Speculation`). held: degrees of "tp", "dp", "ep" and "pp" that a layout must have; most_pp: pipeline stages at
+    most.
     """
 
     cfg: ModelConfig

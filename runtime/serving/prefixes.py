@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
@@ -16,6 +19,36 @@ MOST_BLOCKS = 256
 """Of a prompt of the usual length: finer ones cost time, and change what is found by less than a percent."""
 _OWN = 1 << 40
 """Numbers of blocks that each who has some has to itself."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks(Sequence[int]):
+    """Prefix hashes in the room of two ranges, since a load may hold a million prompts: those of a group, then one's
+    own. Slices are tuples."""
+
+    common: range
+    own: range
+
+    def __len__(self) -> int:
+        return len(self.common) + len(self.own)
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.chain(self.common, self.own)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> int | tuple[int, ...]:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step == 1:
+                first = len(self.common)
+                return (*self.common[start:stop], *self.own[max(0, start - first) : max(0, stop - first)])
+            return tuple(self)[index]
+        return tuple(self)[index]
 
 
 @dataclass(frozen=True)
@@ -45,12 +78,12 @@ class Sharing:
         """Tokens of a prompt that others of its group begin with, where they are as long."""
         return int(self.share * prompt_tokens + 1e-6)  # 0.7 x 10 is 7
 
-    def blocks(self, group: int, owner: int, shared_tokens: int, tokens: int) -> tuple[int, ...]:
+    def blocks(self, group: int, owner: int, shared_tokens: int, tokens: int) -> Blocks:
         """The hashes of the whole blocks of `tokens` tokens, of which the first are its group's. owner: whose the
         others are, a number of their own."""
         shared, whole = shared_tokens // self.block_tokens, tokens // self.block_tokens
         own = (self.groups + owner) * _OWN
-        return (*range(group * _OWN, group * _OWN + shared), *range(own + shared, own + whole))
+        return Blocks(range(group * _OWN, group * _OWN + shared), range(own + shared, own + whole))
 
 
 def block_of(usual_tokens: float, *page_tokens: int) -> int:

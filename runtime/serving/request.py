@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +33,7 @@ class Request:
     id: int
     prompt_tokens: int
     output_tokens: int
-    prefix_hashes: tuple[int, ...] = ()
+    prefix_hashes: Sequence[int] = ()
     measured: bool = True
     sent_at: float = 0.0
     queued_at: float = np.nan

@@ -24,7 +24,7 @@ from runtime.deployment.engines import Circumstances, described, nearest_release
 from runtime.deployment.engines import load as load_engine
 from runtime.deployment.engines.releases import older_than_all
 from runtime.serving import Workload, closed_loop, open_loop
-from runtime.serving.workload import Fixed, Lengths, Uniform
+from runtime.serving.lengths import Fixed, Lengths, Uniform
 from runtime.simulation.build import Spec, spec_for
 from runtime.simulation.mechanisms import Mechanism
 

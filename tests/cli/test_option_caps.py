@@ -13,7 +13,7 @@ import pytest
 from runtime.cli.app import app
 from runtime.execution import prompts
 from runtime.execution.cluster.processes import ProcessPlace
-from runtime.serving.workload import Fixed, WorkloadError, open_loop
+from runtime.serving import Fixed, WorkloadError, open_loop
 from tests.cli.cli import glm5
 
 RUN = ("run", "--prompt-ids", "5,6,7")
@@ -24,6 +24,7 @@ EXPERTS = ("plan", "experts", "--load", "load.npy", "--devices", "4", "--slots",
 EXPORT = ("export", "--model", "glm-5", "--format", "stablehlo", "--out", "package")
 BASES = {
     "run": RUN, "run sim": SIM, "simulate": SIMULATE, "plan": PLAN, "plan experts": EXPERTS, "export": EXPORT,
+    "choose": ("choose", "--profiles", "h200-sxm", "--concurrency", "2", "--isl", "64", "--osl", "8"),
     "serve": ("serve", "--port", "0"),
     "serve sim": ("serve", "--port", "0", "--backend", "sim", "--profile", "h200-sxm"),
     "eval": ("eval",), "compare": ("compare", "--profile", "h200-sxm"),
@@ -52,6 +53,8 @@ REFUSED: list[tuple[str, str, int, str]] = [
             ("plan", "--concurrency"), ("plan", "--mtp"), ("plan experts", "--devices"), ("plan experts", "--slots"),
             ("plan experts", "--nodes"), ("plan experts", "--groups"), ("export", "--batch"), ("export", "--context"),
             ("export", "--page-size"), ("export", "--device"), ("eval", "--samples"),
+            ("choose", "--isl"),
+            ("choose", "--osl"), ("choose", "--concurrency"), ("choose", "--mtp"), ("choose", "--max-devices"),
             ("compare", "--tasks"), ("compare", "--max-tokens"),
         )
         for size in (HUGE, -1)

@@ -124,8 +124,8 @@ def test_a_plan_that_does_not_hold_what_it_names_is_refused(field: str, new: str
 
 
 def test_another_schema_version_is_refused() -> None:
-    with pytest.raises(PlanFileError, match="schema version 2, this program reads 3"):
-        Plan.parse(plan().text.replace('"schema_version": 3', '"schema_version": 2'))
+    with pytest.raises(PlanFileError, match="schema version 3, this program reads 4"):
+        Plan.parse(plan().text.replace('"schema_version": 4', '"schema_version": 3'))
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

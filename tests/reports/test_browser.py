@@ -6,7 +6,7 @@ from pathlib import Path
 from runtime.deployment.plan import Plan
 from runtime.reports import plan as plan_page
 from runtime.reports import serving
-from runtime.serving.workload import Uniform, closed_loop
+from runtime.serving import Uniform, closed_loop
 from runtime.training import metrics
 from tests.reports.browser import PAPER, PHONE, check, laid_out, needs_browser
 from tests.reports.test_plan_page import CFG, full  # noqa: F401 (a fixture)

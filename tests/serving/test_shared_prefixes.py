@@ -76,6 +76,14 @@ def test_prompts_of_different_lengths_share_as_far_as_the_shorter_goes() -> None
     assert (len(one), len(two)) == (40, 20)
 
 
+@given(common=st.integers(0, 9), own=st.integers(0, 9), start=st.integers(-3, 20), stop=st.integers(-3, 20))
+def test_blocks_are_a_sequence(common: int, own: int, start: int, stop: int) -> None:
+    blocks = Sharing(0.5, 2, 1).blocks(1, 5, common, common + own)
+    listed = tuple(blocks)
+    assert len(blocks) == common + own == len(set(listed)) and bool(blocks) is bool(listed)
+    assert blocks[start:stop] == listed[start:stop] and blocks[stop:] == listed[stop:]
+
+
 @given(
     share=st.floats(0, 1), groups=st.integers(1, 5), room=st.integers(2, 60), clients=st.integers(1, 6),
     engine=st.sampled_from(["sglang", "vllm", "trtllm"]),
