@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -76,6 +77,7 @@ class LiveService:
         self._totals = {"prompt_tokens": 0, "generated_tokens": 0, "prefix_queried": 0, "prefix_hit": 0, "steps": 0}
         self._before = {"preemptions": 0, "drafted": 0, "accepted": 0}
         self._late_s = self._most_late_s = 0.0
+        self._recount = False
         self._counts = self._count()
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
@@ -123,6 +125,12 @@ class LiveService:
     def counts(self) -> Counts:
         found, present = self._counts, self._present
         return dataclasses.replace(found, waiting=max(0, present - found.running))
+
+    def warmed_up(self) -> None:
+        with self._condition:
+            self._recount = True
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: self._closed or not self._recount)
 
     def drain(self, seconds: float) -> bool:
         with self._condition:
@@ -174,6 +182,8 @@ class LiveService:
         while True:
             with self._condition:
                 while not (self._inbox or self._aborts or self._closed or self._is_due()):
+                    if self._recount and self._loop.next_at is None:
+                        self._count_from_here()
                     following = self._loop.next_at
                     self._condition.wait(None if following is None else self._clock.wait_s(following))
                 inbox, self._inbox = self._inbox, []
@@ -228,7 +238,9 @@ class LiveService:
 
     def _deliver(self, entry: _Entry, update: Update) -> None:
         try:
-            entry.deliver(dataclasses.replace(update, at_s=self._loop.now))
+            admitted = entry.request.admitted_at
+            admitted_at_s = None if math.isnan(admitted) else admitted
+            entry.deliver(dataclasses.replace(update, at_s=self._loop.now, admitted_at_s=admitted_at_s))
         except Exception:  # a client's fault, and no other's
             LOG.exception("job %d: its client could not be told", entry.number)
             self.abort(entry.number)
@@ -273,6 +285,14 @@ class LiveService:
 
     def _observe(self, *step: object) -> None:
         self._totals["steps"] += 1
+
+    def _count_from_here(self) -> None:
+        self._totals = dict.fromkeys(self._totals, 0)
+        self._before = {name: -count for name, count in self._of_loop().items()}
+        self._late_s = self._most_late_s = 0.0
+        self._counts = self._count()
+        self._recount = False
+        self._condition.notify_all()
 
     def _of_loop(self) -> dict[str, int]:
         workers = [replica.worker for group in self._loop.groups for replica in group if replica.worker]

@@ -61,6 +61,7 @@ class Update:
     tokens: new token ids, a stop token included. logprobs: one a token where the job asked. cached_tokens: prompt
     tokens whose cache was found, known from the first update on. finish: set on the last update. error: what went
     wrong, where finish is `error`. at_s: seconds since the service began, on its clock (virtual in an emulation).
+    admitted_at_s: when the job first entered a step, on the same clock; None for one that ended before it did.
     """
 
     tokens: tuple[int, ...] = ()
@@ -69,6 +70,7 @@ class Update:
     finish: Finish | None = None
     error: str | None = None
     at_s: float = 0.0
+    admitted_at_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,10 @@ class Service(Protocol):
         ...
 
     def counts(self) -> Counts: ...
+
+    def warmed_up(self) -> None:
+        """Counters and the worst lateness begin here: what was asked so far was no client's. Waits until it is over."""
+        ...
 
     def drain(self, seconds: float) -> bool:
         """Takes nothing more, and waits for what is there; False where some was left at the limit."""
