@@ -64,8 +64,13 @@ class Server:
         return len(os.listdir(f"/proc/{self.process.pid}/task"))
 
     def gauge(self, name: str) -> float:
+        """A figure of /metrics."""
         text = httpx.get(f"{self.url}/metrics", timeout=60).text
         return float(re.findall(rf"^{re.escape(name)}{{.*}} (\S+)$", text, re.M)[0])
+
+    def timed(self, name: str) -> tuple[float, float]:
+        """Sum and count of a histogram."""
+        return self.gauge(f"vllm:{name}_seconds_sum"), self.gauge(f"vllm:{name}_seconds_count")
 
 
 @contextlib.contextmanager

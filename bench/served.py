@@ -62,6 +62,15 @@ def told(result: dict[str, Any]) -> dict[str, float]:
     }  # fmt: skip
 
 
+def noted(found: dict[str, Sides], simulated: dict[str, float], seen: dict[str, float]) -> None:
+    """Adds a round."""
+    for name in seen:
+        sides = found.setdefault(name, Sides([], []))
+        sides.told.append(simulated[name])
+        sides.seen.append(seen[name])
+    print(", ".join(f"{name} {simulated[name]:.1f} / {seen[name]:.1f}" for name in seen), flush=True)
+
+
 def pace(options: argparse.Namespace) -> None:
     from runtime.deployment.plan import Plan
     from runtime.planning.predict import workload
@@ -76,26 +85,23 @@ def pace(options: argparse.Namespace) -> None:
         found: dict[str, Sides] = {}
         given = ("--backend", "sim", "--plan", path, "--tokens", "synthetic", "--time-scale", options.time_scale)
         with served(*given) as server:
-            in_closed_loop(
-                server, outside.repeated(Ask(64, 4), 8), 8, 0, SYNTHETIC_IDS
-            )  # the first of everything takes longer
-            late = []
+            # the first of everything takes longer
+            in_closed_loop(server, outside.repeated(Ask(64, 4), 8), 8, 0, SYNTHETIC_IDS)
             for seed in range(options.rounds):
                 asked = ("simulate", "--plan", path, "--requests", options.requests, "--seed", seed, "--json")
                 simulated = told(json.loads(glm5(*asked)))
                 requests = workload(plan.demand, 1, seed, options.requests)[0].requests
                 asks = [Ask(each.prompt_tokens, each.output_tokens) for each in requests]
-                seen = figures(
-                    in_closed_loop(server, asks, options.concurrency, seed, SYNTHETIC_IDS), options.time_scale
-                )
-                late.append(1e3 * server.gauge("glm5_most_late_seconds"))
-                for name in seen:
-                    sides = found.setdefault(name, Sides([], []))
-                    sides.told.append(simulated[name])
-                    sides.seen.append(seen[name])
-                print(
-                    f"round {seed}: simulated {simulated}, served {seen}, late by {late[-1]:.0f} ms at most", flush=True
-                )
+                before = server.timed("time_to_first_token")
+                answers = in_closed_loop(server, asks, options.concurrency, seed, SYNTHETIC_IDS)
+                after = server.timed("time_to_first_token")
+                seen = figures(answers, options.time_scale)
+                own = (after[0] - before[0]) / (after[1] - before[1])
+                seen["TTFT, mean, of /metrics"] = 1e3 * own / options.time_scale
+                simulated["TTFT, mean, of /metrics"] = simulated["TTFT, mean"]
+                noted(found, simulated, seen)
+                late = 1e3 * server.gauge("glm5_most_late_seconds")
+                print(f"round {seed}: late by {late:.0f} ms at most so far", flush=True)
         print(f"{options.profile} x {options.devices}, {options.concurrency} in flight, {options.requests} requests")
         print(HEAD, *(sides.row(name) for name, sides in found.items()), sep="\n")
         print(f"behind the clock by {server.late_ms:.1f} ms at most, --time-scale {options.time_scale:g}")
@@ -184,11 +190,7 @@ def predicted(options: argparse.Namespace) -> None:
             glm5("calibrate", "--backend", "cpu", "--out", profile, *(["--quick"] if options.quick else []))
             simulated = told(json.loads(_simulate(checkpoint, profile, options)))
             seen = figures(in_closed_loop(server, asks, options.concurrency, seed, ids), 1.0)
-            for name in seen:
-                sides = found.setdefault(name, Sides([], []))
-                sides.told.append(simulated[name])
-                sides.seen.append(seen[name])
-            print(f"round {seed}: simulated {simulated}, served {seen}", flush=True)
+            noted(found, simulated, seen)
     print(f"{checkpoint}: {options.isl} in, {options.osl} out, {options.concurrency} in flight")
     print(HEAD, *(sides.row(name) for name, sides in found.items()), sep="\n")
 

@@ -116,7 +116,8 @@ class Answering:
         loop, mailbox = asyncio.get_running_loop(), self._endpoint.mailbox
         slots = [mailbox.slot(loop, self._put, turn.index) for turn in self.turns]
         try:
-            jobs = self._endpoint.service.submit(self.prepared.jobs, slots)
+            asked_s = time.monotonic() - self._began
+            jobs = self._endpoint.service.submit(self.prepared.jobs, slots, asked_s)
         except QueueFull:
             raise full() from None
         except (UsageError, CapacityError) as error:

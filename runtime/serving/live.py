@@ -44,6 +44,7 @@ class _Entry:
     request: Request
     deliver: Deliver
     submitted_at: float
+    asked_before: float
     counted: bool = False
 
 
@@ -98,15 +99,15 @@ class LiveService:
         pools = [group[0].ranks[0].pool for group in self._loop.groups]
         check_capacity([Request(0, prompt_tokens, max_tokens + self._beyond)], self._loop.roles, pools)
 
-    def submit(self, jobs: Sequence[Job], deliver: Sequence[Deliver]) -> list[int]:
-        now = self._clock.now()
+    def submit(self, jobs: Sequence[Job], deliver: Sequence[Deliver], asked_s: float = 0.0) -> list[int]:
+        now, before = self._clock.now(), self._clock.shown_s(asked_s)
         for job in jobs:
             self.check(len(job.prompt_ids), job.max_tokens)
             named = (*job.prompt_ids, *job.stop_ids, *(token for token, _ in job.sampling.bias))
             if bad := [i for i in named if not 0 <= i < self.limits.vocab]:
                 raise UsageError(f"token id {bad[0]} is out of range: the vocabulary has {self.limits.vocab} entries")
         self._room(len(jobs))  # before anything is hashed
-        made = [self._entry(job, each, now) for job, each in zip(jobs, deliver, strict=True)]
+        made = [self._entry(job, each, now, before) for job, each in zip(jobs, deliver, strict=True)]
         with self._condition:
             self._room(len(jobs))
             for entry in made:
@@ -151,11 +152,11 @@ class LiveService:
         if self._present + jobs > self._slots + self._max_queue:
             raise QueueFull(f"{waiting} jobs wait, and {self._max_queue} may (--max-queue): try again later")
 
-    def _entry(self, job: Job, deliver: Deliver, now: float) -> _Entry:
+    def _entry(self, job: Job, deliver: Deliver, now: float, before: float) -> _Entry:
         engine = self._loop.roles[0].engine
         hashes = page_hashes(job.prompt_ids, engine.page_tokens) if self._reuse else ()
         request = Request(0, len(job.prompt_ids), job.max_tokens, hashes)
-        return _Entry(0, Answer(job, 0), request, deliver, now)
+        return _Entry(0, Answer(job, 0), request, deliver, now, before)
 
     # --- on the service's own
 
@@ -194,7 +195,7 @@ class LiveService:
                 self._answers[entry.request] = entry.answer
                 # a clock that has been set back meanwhile, for what does not count, may not have come so far
                 at = max(self._loop.now, min(entry.submitted_at, self._clock.now()))
-                self._loop.at(at, 0, self._loop.send, entry.request)
+                self._loop.at(at, 0, self._loop.send, entry.request, at - entry.asked_before)
             try:
                 for number in [*self._entries] if closed else aborts:
                     if entry := self._entries.get(number):

@@ -107,9 +107,10 @@ class Service(Protocol):
         """Raises `UsageError` or `CapacityError` for what could never be served, before anything is rendered."""
         ...
 
-    def submit(self, jobs: Sequence[Job], deliver: Sequence[Deliver]) -> list[int]:
-        """Takes all of the jobs or none, and gives their numbers. Raises `QueueFull`, `UsageError` or `CapacityError`
-        at once."""
+    def submit(self, jobs: Sequence[Job], deliver: Sequence[Deliver], asked_s: float = 0.0) -> list[int]:
+        """Takes all of the jobs or none, and gives their numbers. asked_s: seconds of the wall since the client asked,
+        which are the front end's; where one is emulated, they are part of what that takes, and not beside it. Raises
+        `QueueFull`, `UsageError` or `CapacityError` at once."""
         ...
 
     def abort(self, job: int) -> None:

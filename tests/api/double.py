@@ -52,7 +52,7 @@ class Scripted:
         if prompt_tokens > self.most_prompt:
             raise CapacityError(f"{prompt_tokens} tokens have no room")
 
-    def submit(self, jobs: Sequence[Job], deliver: Sequence[Deliver]) -> list[int]:
+    def submit(self, jobs: Sequence[Job], deliver: Sequence[Deliver], asked_s: float = 0.0) -> list[int]:
         with self._changed:
             if len(self._waiting) >= self.max_queue:
                 raise QueueFull("full")
