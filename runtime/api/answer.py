@@ -116,7 +116,8 @@ class Answering:
         loop, mailbox = asyncio.get_running_loop(), self._endpoint.mailbox
         slots = [mailbox.slot(loop, self._put, turn.index) for turn in self.turns]
         try:
-            jobs = self._endpoint.service.submit(self.prepared.jobs, slots)
+            asked_s = time.monotonic() - self._began
+            jobs = self._endpoint.service.submit(self.prepared.jobs, slots, asked_s)
         except QueueFull:
             raise full() from None
         except (UsageError, CapacityError) as error:
@@ -140,7 +141,7 @@ class Answering:
                     continue  # of a choice that a stop string ended
                 turn = self.turns[index]
                 step = turn.take(update)
-                self._time(turn, len(update.tokens))
+                self._time(turn, update)
                 if step.end is not None:
                     left.discard(index)
                     self._ended(turn, update.finish is None)
@@ -178,13 +179,13 @@ class Answering:
         names = {"length": "length", "failed": "error", "closed": "abort"}
         metrics.ended(names.get(turn.end or "stop", "stop"))
 
-    def _time(self, turn: OneAnswer, tokens: int) -> None:
-        if not tokens:
+    def _time(self, turn: OneAnswer, update: Update) -> None:
+        if not (tokens := len(update.tokens)):
             return
         now, metrics = time.monotonic(), self._endpoint.metrics
         if turn.first_at is None:
             turn.first_at = now
-            metrics.first_token_s.observe(now - self._began)
+            metrics.first_token(now - self._began, update)
         else:
             for _ in range(tokens):
                 metrics.between_tokens_s.observe((now - turn.last_at) / tokens)

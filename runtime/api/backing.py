@@ -176,6 +176,7 @@ def warmed(service: Service, found: Opened, backing: Backing, progress: _Progres
         seconds = time.monotonic() - began
         progress(f"compiling {at} of {len(shapes)} ({count} x {length} tokens), {seconds:.0f} s so far")
         _at_once(service, found, count, length)
+    service.warmed_up()
 
 
 def _at_once(service: Service, found: Opened, count: int, length: int) -> None:

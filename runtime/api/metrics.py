@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from runtime.api.settings import Emulated
-from runtime.serving.service import Counts
+from runtime.serving.service import Counts, Update
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
@@ -70,6 +70,7 @@ class Metrics:
         self.prefill_s = timed("vllm:request_prefill_time_seconds", "From admission to the first token.")
         self.decode_s = timed("vllm:request_decode_time_seconds", "From the first token to the last.")
         self._model = model
+        self._time_scale = 1.0 if emulated is None else emulated.time_scale
         self._ended = Counter(
             "vllm:request_success", "Requests that ended.", ["model_name", "finished_reason"], registry=self._registry
         )
@@ -87,6 +88,15 @@ class Metrics:
             Gauge("glm5_time_scale", "Wall-clock seconds a second of the chips.", registry=self._registry).set(
                 emulated.time_scale
             )
+
+    def first_token(self, seconds: float, update: Update) -> None:
+        """A request has its first token, so many seconds of the wall after it came. Behind its admission, as the
+        service's clock has it, it was prefilled; before, it was queued."""
+        self.first_token_s.observe(seconds)
+        if update.admitted_at_s is not None:
+            in_steps = min(seconds, (update.at_s - update.admitted_at_s) * self._time_scale)
+            self.prefill_s.observe(in_steps)
+            self.queue_s.observe(seconds - in_steps)
 
     def ended(self, finish: str) -> None:
         self._ended.labels(self._model, finish).inc()

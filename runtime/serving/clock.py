@@ -28,6 +28,10 @@ class Clock(Protocol):
         """Seconds of the wall until it shows that much; negative: so long ago. 0 where nobody waits."""
         ...
 
+    def shown_s(self, wall_s: float) -> float:
+        """Seconds of its own that so many of the wall are. 0 where nobody waits."""
+        ...
+
 
 class Virtual:
     """Shows 0 to those outside: whatever they ask for is asked for as early as may be."""
@@ -38,6 +42,9 @@ class Virtual:
         return 0.0
 
     def wait_s(self, until: float) -> float:
+        return 0.0
+
+    def shown_s(self, wall_s: float) -> float:
         return 0.0
 
 
@@ -56,6 +63,9 @@ class Wall:
     def wait_s(self, until: float) -> float:
         return 0.0
 
+    def shown_s(self, wall_s: float) -> float:
+        return wall_s
+
 
 class Paced:
     """time_scale: seconds of the wall for each of the clock's; above 1 it goes slower. paused_s: as of `Wall`."""
@@ -73,3 +83,6 @@ class Paced:
 
     def wait_s(self, until: float) -> float:
         return until * self.time_scale - self._wall.now()
+
+    def shown_s(self, wall_s: float) -> float:
+        return wall_s / self.time_scale

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,6 +44,7 @@ class _Entry:
     request: Request
     deliver: Deliver
     submitted_at: float
+    asked_before: float
     counted: bool = False
 
 
@@ -76,6 +78,7 @@ class LiveService:
         self._totals = {"prompt_tokens": 0, "generated_tokens": 0, "prefix_queried": 0, "prefix_hit": 0, "steps": 0}
         self._before = {"preemptions": 0, "drafted": 0, "accepted": 0}
         self._late_s = self._most_late_s = 0.0
+        self._recount = False
         self._counts = self._count()
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
@@ -96,15 +99,15 @@ class LiveService:
         pools = [group[0].ranks[0].pool for group in self._loop.groups]
         check_capacity([Request(0, prompt_tokens, max_tokens + self._beyond)], self._loop.roles, pools)
 
-    def submit(self, jobs: Sequence[Job], deliver: Sequence[Deliver]) -> list[int]:
-        now = self._clock.now()
+    def submit(self, jobs: Sequence[Job], deliver: Sequence[Deliver], asked_s: float = 0.0) -> list[int]:
+        now, before = self._clock.now(), self._clock.shown_s(asked_s)
         for job in jobs:
             self.check(len(job.prompt_ids), job.max_tokens)
             named = (*job.prompt_ids, *job.stop_ids, *(token for token, _ in job.sampling.bias))
             if bad := [i for i in named if not 0 <= i < self.limits.vocab]:
                 raise UsageError(f"token id {bad[0]} is out of range: the vocabulary has {self.limits.vocab} entries")
         self._room(len(jobs))  # before anything is hashed
-        made = [self._entry(job, each, now) for job, each in zip(jobs, deliver, strict=True)]
+        made = [self._entry(job, each, now, before) for job, each in zip(jobs, deliver, strict=True)]
         with self._condition:
             self._room(len(jobs))
             for entry in made:
@@ -123,6 +126,12 @@ class LiveService:
     def counts(self) -> Counts:
         found, present = self._counts, self._present
         return dataclasses.replace(found, waiting=max(0, present - found.running))
+
+    def warmed_up(self) -> None:
+        with self._condition:
+            self._recount = True
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: self._closed or not self._recount)
 
     def drain(self, seconds: float) -> bool:
         with self._condition:
@@ -143,11 +152,11 @@ class LiveService:
         if self._present + jobs > self._slots + self._max_queue:
             raise QueueFull(f"{waiting} jobs wait, and {self._max_queue} may (--max-queue): try again later")
 
-    def _entry(self, job: Job, deliver: Deliver, now: float) -> _Entry:
+    def _entry(self, job: Job, deliver: Deliver, now: float, before: float) -> _Entry:
         engine = self._loop.roles[0].engine
         hashes = page_hashes(job.prompt_ids, engine.page_tokens) if self._reuse else ()
         request = Request(0, len(job.prompt_ids), job.max_tokens, hashes)
-        return _Entry(0, Answer(job, 0), request, deliver, now)
+        return _Entry(0, Answer(job, 0), request, deliver, now, before)
 
     # --- on the service's own
 
@@ -174,6 +183,8 @@ class LiveService:
         while True:
             with self._condition:
                 while not (self._inbox or self._aborts or self._closed or self._is_due()):
+                    if self._recount and self._loop.next_at is None:
+                        self._count_from_here()
                     following = self._loop.next_at
                     self._condition.wait(None if following is None else self._clock.wait_s(following))
                 inbox, self._inbox = self._inbox, []
@@ -184,7 +195,7 @@ class LiveService:
                 self._answers[entry.request] = entry.answer
                 # a clock that has been set back meanwhile, for what does not count, may not have come so far
                 at = max(self._loop.now, min(entry.submitted_at, self._clock.now()))
-                self._loop.at(at, 0, self._loop.send, entry.request)
+                self._loop.at(at, 0, self._loop.send, entry.request, at - entry.asked_before)
             try:
                 for number in [*self._entries] if closed else aborts:
                     if entry := self._entries.get(number):
@@ -228,7 +239,9 @@ class LiveService:
 
     def _deliver(self, entry: _Entry, update: Update) -> None:
         try:
-            entry.deliver(dataclasses.replace(update, at_s=self._loop.now))
+            admitted = entry.request.admitted_at
+            admitted_at_s = None if math.isnan(admitted) else admitted
+            entry.deliver(dataclasses.replace(update, at_s=self._loop.now, admitted_at_s=admitted_at_s))
         except Exception:  # a client's fault, and no other's
             LOG.exception("job %d: its client could not be told", entry.number)
             self.abort(entry.number)
@@ -273,6 +286,14 @@ class LiveService:
 
     def _observe(self, *step: object) -> None:
         self._totals["steps"] += 1
+
+    def _count_from_here(self) -> None:
+        self._totals = dict.fromkeys(self._totals, 0)
+        self._before = {name: -count for name, count in self._of_loop().items()}
+        self._late_s = self._most_late_s = 0.0
+        self._counts = self._count()
+        self._recount = False
+        self._condition.notify_all()
 
     def _of_loop(self) -> dict[str, int]:
         workers = [replica.worker for group in self._loop.groups for replica in group if replica.worker]

@@ -122,14 +122,14 @@ class Loop:
         self.now = time
         handle(*arguments)
 
-    def send(self, request: Request) -> None:
-        """A client sends a request now."""
-        request.sent_at = self.now
+    def send(self, request: Request, sent_at: float | None = None) -> None:
+        """A client sends a request, now or, as is only known now, some time ago."""
+        request.sent_at = self.now if sent_at is None else sent_at
         engine = self.roles[0].engine
-        free_at = max(self.now, heapq.heappop(self._front_ends)) + engine.front_seconds(request.prompt_tokens)
+        free_at = max(request.sent_at, heapq.heappop(self._front_ends)) + engine.front_seconds(request.prompt_tokens)
         heapq.heappush(self._front_ends, free_at)
         self.in_front += 1
-        self.at(free_at + engine.request_delay_seconds, 0, self._arrive, request, 0)
+        self.at(max(self.now, free_at + engine.request_delay_seconds), 0, self._arrive, request, 0)
 
     def drop(self, request: Request) -> None:
         """Nobody waits for a request any more: it is out at once, or as the step that it is in ends. `done` is not

@@ -61,6 +61,7 @@ class Update:
     tokens: new token ids, a stop token included. logprobs: one a token where the job asked. cached_tokens: prompt
     tokens whose cache was found, known from the first update on. finish: set on the last update. error: what went
     wrong, where finish is `error`. at_s: seconds since the service began, on its clock (virtual in an emulation).
+    admitted_at_s: when the job first entered a step, on the same clock; None for one that ended before it did.
     """
 
     tokens: tuple[int, ...] = ()
@@ -69,6 +70,7 @@ class Update:
     finish: Finish | None = None
     error: str | None = None
     at_s: float = 0.0
+    admitted_at_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +107,10 @@ class Service(Protocol):
         """Raises `UsageError` or `CapacityError` for what could never be served, before anything is rendered."""
         ...
 
-    def submit(self, jobs: Sequence[Job], deliver: Sequence[Deliver]) -> list[int]:
-        """Takes all of the jobs or none, and gives their numbers. Raises `QueueFull`, `UsageError` or `CapacityError`
-        at once."""
+    def submit(self, jobs: Sequence[Job], deliver: Sequence[Deliver], asked_s: float = 0.0) -> list[int]:
+        """Takes all of the jobs or none, and gives their numbers. asked_s: seconds of the wall since the client asked,
+        which are the front end's; where one is emulated, they are part of what that takes, and not beside it. Raises
+        `QueueFull`, `UsageError` or `CapacityError` at once."""
         ...
 
     def abort(self, job: int) -> None:
@@ -115,6 +118,10 @@ class Service(Protocol):
         ...
 
     def counts(self) -> Counts: ...
+
+    def warmed_up(self) -> None:
+        """Counters and the worst lateness begin here: what was asked so far was no client's. Waits until it is over."""
+        ...
 
     def drain(self, seconds: float) -> bool:
         """Takes nothing more, and waits for what is there; False where some was left at the limit."""

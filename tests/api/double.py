@@ -19,6 +19,7 @@ class _Running:
     deliver: Deliver
     tokens: list[int]
     at: int = 0
+    admitted_at_s: float | None = None
 
 
 class Scripted:
@@ -42,6 +43,8 @@ class Scripted:
         self._waiting: list[int] = []
         self._changed = threading.Condition(threading.RLock())
         self._generated = 0
+        self._began = time.monotonic()
+        self.warmed = 0
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -49,7 +52,7 @@ class Scripted:
         if prompt_tokens > self.most_prompt:
             raise CapacityError(f"{prompt_tokens} tokens have no room")
 
-    def submit(self, jobs: Sequence[Job], deliver: Sequence[Deliver]) -> list[int]:
+    def submit(self, jobs: Sequence[Job], deliver: Sequence[Deliver], asked_s: float = 0.0) -> list[int]:
         with self._changed:
             if len(self._waiting) >= self.max_queue:
                 raise QueueFull("full")
@@ -77,6 +80,9 @@ class Scripted:
             prompt = sum(len(job.prompt_ids) for job in self.jobs.values())
             return Counts(len(self._running) - waiting, waiting, 0.25, prompt, self._generated, prompt, 3, 0, 7)
 
+    def warmed_up(self) -> None:
+        self.warmed += 1
+
     def drain(self, seconds: float) -> bool:
         until = time.monotonic() + seconds
         with self._changed:
@@ -99,7 +105,7 @@ class Scripted:
             self.gate.wait()
             with self._changed:
                 while self._waiting and len(self._running) - len(self._waiting) < self.slots:
-                    self._waiting.pop(0)
+                    self._running[self._waiting.pop(0)].admitted_at_s = self._now()
                 if self.closed:
                     return
                 ready = [number for number in self._running if number not in self._waiting]
@@ -139,4 +145,7 @@ class Scripted:
         if finish is not None:
             del self._running[number]
             self.ended.append(number)
-        running.deliver(Update(tuple(tokens), logprobs, self.cached, finish, error))
+        running.deliver(Update(tuple(tokens), logprobs, self.cached, finish, error, self._now(), running.admitted_at_s))
+
+    def _now(self) -> float:
+        return time.monotonic() - self._began

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 from types import SimpleNamespace
@@ -201,7 +202,7 @@ def test_what_is_compiled_ahead_is_said() -> None:
     ]  # fmt: skip
     assert len(said) == 5 and said[-1].startswith("compiling 5 of 5 (4 x 64 tokens)")
     warmed(service, found, Backing("cpu", warm=0), said.append)
-    assert len(said) == 5
+    assert len(said) == 5 and service.warmed == 2
     service.close()
 
 
@@ -317,5 +318,8 @@ def test_metrics_have_vllms_names(api: Api) -> None:
     ]  # fmt: skip
     missing = [name for name in names if f"\nvllm:{name}{{" not in text]
     assert missing == [] and "glm5_late" not in text
+    sums = {name: float(value) for name, value in re.findall(r"^vllm:(\w+)_seconds_sum{.*} (\S+)$", text, re.M)}
+    parts = sums["request_queue_time"] + sums["request_prefill_time"]
+    assert parts == pytest.approx(sums["time_to_first_token"]) and sums["request_prefill_time"] > 0
     assert 'vllm:kv_cache_usage_perc{model_name="tiny-glm5"} 0.25' in text
     assert 'vllm:request_success_total{finished_reason="stop",model_name="tiny-glm5"}' in text

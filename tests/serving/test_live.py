@@ -477,6 +477,51 @@ def test_a_paced_clock_waits_and_tells_how_late_it_is() -> None:
     assert_nothing_is_held(served)
 
 
+def test_clients_are_told_when_they_were_admitted() -> None:
+    """One at a time: each is admitted when the one before it has ended, and every update says the same."""
+    served, _ = simple(settings={"max_running_requests": 1})
+    clients = ask(served, [Job(prompt(9, seed), 5, Sampling()) for seed in range(3)])
+    for client in clients:
+        admitted = {update.admitted_at_s for update in client.updates}
+        assert len(admitted) == 1 and None not in admitted
+        assert client.updates[0].admitted_at_s < client.updates[0].at_s
+    for before, after in zip(clients, clients[1:], strict=False):
+        assert after.updates[0].admitted_at_s == pytest.approx(before.last.at_s)
+    assert_nothing_is_held(served)
+
+
+def test_a_job_that_was_never_admitted_says_so() -> None:
+    served, executor = simple(settings={"max_running_requests": 1})
+    go, step = threading.Event(), executor.step
+    executor.step = lambda *given: (go.wait(60), step(*given))[1]  # type: ignore[method-assign]
+    first, second = Client(), Client()
+    numbers = served.submit([Job(prompt(9), 5, Sampling()), Job(prompt(9, 1), 5, Sampling())], [first, second])
+    served.abort(numbers[1])
+    go.set()
+    assert first.wait().last.admitted_at_s is not None
+    assert second.wait().last.finish == "aborted" and second.last.admitted_at_s is None
+    assert_nothing_is_held(served)
+
+
+def test_a_warm_up_is_not_counted() -> None:
+    served, executor = simple(clock=Paced(0.01))
+    step = executor.step
+    executor.step = lambda *given: (threading.Event().wait(0.05), step(*given))[1]  # type: ignore[method-assign]
+    job = Job(prompt(9), 4, Sampling())
+    ask(served, [job, job])
+    assert served.counts().most_late_s > 0.04
+    executor.step = step  # type: ignore[method-assign]
+    served.warmed_up()
+    found = served.counts()
+    named = ("prompt_tokens", "generated_tokens", "prefix_queried", "prefix_hit", "steps", "preemptions", "drafted")
+    assert [getattr(found, name) for name in named] == [0] * len(named) and found.most_late_s == 0
+    ask(served, [job])
+    found = served.counts()
+    assert (found.prompt_tokens, found.generated_tokens, found.steps) == (9, 4, 4)
+    assert served.counts().prefix_hit == 8  # what it computed is kept
+    assert_nothing_is_held(served)
+
+
 def test_made_up_tokens_keep_to_what_a_job_asks() -> None:
     served = synthetic(deployment(), Wall())
     stopped, held = ask(
