@@ -101,7 +101,7 @@ def ids(count: int) -> str:
     ("words", "text"),
     [
         (("--prompt-ids", ids(250), "--max-tokens", 7), "prompt (250 tokens) + max-tokens (7) = 257 exceeds"),
-        (("--prompt-ids", ids(40), "--max-tokens", 8, "--pool-tokens", 48), "exceeds the page pool's 48 tokens"),
+        (("--prompt-ids", ids(40), "--max-tokens", 9, "--pool-tokens", 48), "exceeds the page pool's 48 tokens"),
         (("--prompt-ids", "1,1024"), "token id 1024 is out of range"),
         (("--prompt-ids", "1,-1"), "token id -1 is out of range"),
         (("--prompt-ids", "1,two"), "--prompt-ids takes whole numbers separated by commas, not '1,two'"),

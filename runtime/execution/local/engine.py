@@ -89,8 +89,9 @@ class LocalEngine:
         check_request(request, self.cfg)
         prompt, reach = len(request.prompt_ids), self.reach
         if prompt + request.max_tokens + reach > self.deployment.pool_tokens:
+            drafts = f" + {reach} of drafts" if reach else ""
             raise CapacityError(
-                f"prompt ({prompt} tokens) + max-tokens ({request.max_tokens}) + {reach} exceeds the page "
+                f"prompt ({prompt} tokens) + max-tokens ({request.max_tokens}){drafts} exceeds the page "
                 f"pool's {self.deployment.pool_tokens} tokens; shorten one or raise --pool-tokens"
             )
 
