@@ -168,10 +168,8 @@ async def _ask(http: httpx.AsyncClient, content: bytes, ask: Ask) -> Seen:
             sent = time.perf_counter()
 
     kept: list[bytes] = []
-    headers = {"content-type": "application/json"}
-    async with http.stream(
-        "POST", "/v1/completions", content=content, headers=headers, extensions={"trace": trace}
-    ) as response:
+    given: dict[str, Any] = {"headers": {"content-type": "application/json"}, "extensions": {"trace": trace}}
+    async with http.stream("POST", "/v1/completions", content=content, **given) as response:
         async for part in response.aiter_raw():
             now = time.perf_counter()
             if b'"text":"' in part:
