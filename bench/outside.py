@@ -143,6 +143,7 @@ async def _loop(server: Server, asks: Sequence[Ask], concurrency: int, seed: int
             for content, ask in bodies:
                 seen.append(await _ask(http, content, ask))
 
+        await asyncio.gather(*(http.get("/health") for _ in range(concurrency)))  # connects
         await asyncio.gather(*(client() for _ in range(concurrency)))
     return seen
 
@@ -158,11 +159,17 @@ def body(server: Server, ask: Ask, rng: np.random.Generator, ids: tuple[int, int
 
 
 async def _ask(http: httpx.AsyncClient, content: bytes, ask: Ask) -> Seen:
-    sent = time.perf_counter()
-    first = last = 0.0
+    sent = first = last = 0.0
+
+    async def trace(event: str, _: object) -> None:
+        """What a client does before it sends is not the server's."""
+        nonlocal sent
+        if event == "http11.send_request_headers.started":
+            sent = time.perf_counter()
+
     kept: list[bytes] = []
-    headers = {"content-type": "application/json"}
-    async with http.stream("POST", "/v1/completions", content=content, headers=headers) as response:
+    given: dict[str, Any] = {"headers": {"content-type": "application/json"}, "extensions": {"trace": trace}}
+    async with http.stream("POST", "/v1/completions", content=content, **given) as response:
         async for part in response.aiter_raw():
             now = time.perf_counter()
             if b'"text":"' in part:

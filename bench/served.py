@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import crowd, outside
+from bench import crowd, inside, outside
 from bench.outside import Ask, Seen, glm5, in_closed_loop, served, shown
 
 SYNTHETIC_IDS = (300, 900)  # of the embedded tokenizer, none of them apart
@@ -127,48 +127,30 @@ def overhead(options: argparse.Namespace) -> None:
 
 def _backend(options: argparse.Namespace) -> list[object]:
     if options.backend == "cpu":
-        return ["--backend", "cpu", "--warm-up", options.streams]
+        return ["--backend", "cpu", "--warm-up", min(64, options.streams)]
     given = ["--profile", "h200-sxm", "--devices", 8, "--model", "glm-5-fp8", "--time-scale", options.time_scale]
     return ["--backend", "sim", "--tokens", "synthetic", *given]
 
 
 def _alone(options: argparse.Namespace) -> list[float]:
     """CPU milliseconds a token of the service that such a server has, driven from this process."""
-    import threading
     import time
 
-    import numpy as np
-
-    from runtime.api.backing import Backing, make_service, opened
-    from runtime.api.synthetic import Inventor
+    from runtime.api.backing import Backing
     from runtime.execution.cluster.options import SimOptions
-    from runtime.serving.sampling import Sampling
-    from runtime.serving.service import Job, Update
 
     if options.backend == "cpu":
         backing = Backing("cpu", warm=options.streams)
     else:
         sim = SimOptions(profile="h200-sxm", devices=8)
         backing = Backing("sim", sim=sim, model="glm-5-fp8", tokens="synthetic", time_scale=options.time_scale)
-    found = opened(backing)
-    inventor = Inventor(found.vocabulary) if options.backend == "sim" else None
-    service = make_service(backing, found, inventor, lambda words: None)
-    rng, spent = np.random.default_rng(time.time_ns()), []
-    for number in range(options.rounds + 1):
-        left, over = [options.streams], threading.Event()
-
-        def deliver(update: Update, left: list[int] = left, over: threading.Event = over) -> None:
-            left[0] -= update.finish is not None
-            if not left[0]:
-                over.set()
-
-        prompts = [tuple(rng.integers(*SYNTHETIC_IDS, 64).tolist()) for _ in range(options.streams)]
-        before = time.process_time()
-        service.submit([Job(each, options.osl, Sampling()) for each in prompts], [deliver] * options.streams)
-        over.wait()
-        if number:  # the first compiles
-            spent.append(1e3 * (time.process_time() - before) / (options.streams * options.osl))
-    service.close()
+    asks, spent = outside.repeated(Ask(64, options.osl), options.streams), []
+    with inside.service(backing) as service:
+        for number in range(options.rounds + 1):
+            before = time.process_time()
+            inside.in_closed_loop(service, asks, options.streams, SYNTHETIC_IDS)
+            if number:  # the first compiles
+                spent.append(1e3 * (time.process_time() - before) / (options.streams * options.osl))
     return spent
 
 
@@ -191,8 +173,16 @@ def predicted(options: argparse.Namespace) -> None:
             simulated = told(json.loads(_simulate(checkpoint, profile, options)))
             seen = figures(in_closed_loop(server, asks, options.concurrency, seed, ids), 1.0)
             noted(found, simulated, seen)
+    alone: dict[str, Sides] = {}
+    from runtime.api.backing import Backing
+
+    with inside.service(Backing("cpu", checkpoint, dtype="float32", warm=options.concurrency)) as service:
+        for seed in range(options.rounds):
+            seen = figures(inside.in_closed_loop(service, asks, options.concurrency, ids), 1.0)
+            noted(alone, {name: found[name].told[seed] for name in seen}, seen)
     print(f"{checkpoint}: {options.isl} in, {options.osl} out, {options.concurrency} in flight")
     print(HEAD, *(sides.row(name) for name, sides in found.items()), sep="\n")
+    print(*(sides.row(f"{name}; the scheduler driven directly") for name, sides in alone.items()), sep="\n")
 
 
 def _simulate(checkpoint: Path, profile: Path, options: argparse.Namespace) -> str:

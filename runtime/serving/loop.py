@@ -93,7 +93,7 @@ class Loop:
         self._homes: dict[tuple[int, int], tuple[Replica, Rank]] = {}
         """Where a conversation (role, session) went, and goes again: its cache is there."""
         first = self.roles[0]
-        self._front_ends = [0.0] * (first.replicas * (first.ranks if first.engine.front_end_per_rank else 1))
+        self._front_ends = [-math.inf] * (first.replicas * (first.ranks if first.engine.front_end_per_rank else 1))
         """When each front end is free, as a heap: whoever is free soonest takes the next request."""
         self.in_front = 0
         """Requests that a front end has, or that are on their way from it."""

@@ -503,6 +503,19 @@ def test_a_job_that_was_never_admitted_says_so() -> None:
     assert_nothing_is_held(served)
 
 
+@pytest.mark.parametrize(("asked_s", "admitted_at_s"), [(0.0, 0.1), (0.04, 0.06), (0.1, 0.0), (5.0, 0.0)])
+def test_what_a_front_end_took_is_part_of_what_an_emulated_one_takes(asked_s: float, admitted_at_s: float) -> None:
+    class Shows(Virtual):
+        def shown_s(self, wall_s: float) -> float:
+            return wall_s
+
+    served, _ = simple(clock=Shows(), settings={"request_delay_seconds": 0.1})
+    client = Client()
+    served.submit([Job(prompt(9), 2, Sampling())], [client], asked_s)
+    assert client.wait().updates[0].admitted_at_s == pytest.approx(admitted_at_s)
+    assert_nothing_is_held(served)
+
+
 def test_a_warm_up_is_not_counted() -> None:
     served, executor = simple(clock=Paced(0.01))
     step = executor.step
