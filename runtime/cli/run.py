@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from model.formats import SCHEMES_HELP
-from runtime.cli import completion
+from runtime.cli import completion, device_options
 from runtime.cli.given import refuse_unread
 from runtime.cli.runners.asked import RunMode
 from runtime.cli.runners.emulated import EmulatedRun
@@ -37,11 +36,11 @@ def run(
     top_p: Annotated[float, typer.Option(help="Keep the smallest set with this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep this many best tokens; 0 keeps all.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
-    mtp: Annotated[int, typer.Option(min=0, max=16, help="Draft this many tokens a step with the MTP layer.")] = 0,
+    mtp: device_options.Mtp = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not stop at end-of-turn tokens.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 [default: the backend's preference].")] = None,
-    keep_fp8: Annotated[bool, typer.Option("--keep-fp8", help="Keep FP8 weights in FP8.")] = False,
-    pool_tokens: Annotated[int | None, typer.Option(min=1, help="Size of the KV page pool in tokens.")] = None,
+    dtype: device_options.Dtype = None,
+    keep_fp8: device_options.KeepFp8 = False,
+    pool_tokens: device_options.PoolTokens = None,
     prefill_chunk: Annotated[
         int | None, typer.Option(min=1, help="Prompt tokens a prefill step feeds [default: as the engine does].")
     ] = None,
@@ -56,22 +55,14 @@ def run(
         bool, typer.Option("--trust-package", help="With --artifact: open graphs that may run code, too.")
     ] = False,
     plan: Annotated[Path | None, typer.Option(help="With sim: the plan to execute (`glm5 plan --out`).")] = None,
-    profile: Annotated[
-        str | None,
-        typer.Option(autocompletion=completion.chips, help="With sim: the accelerator, of `glm5 profiles list`."),
-    ] = None,
-    devices: Annotated[int | None, typer.Option(min=1, help="With sim: devices in all [default: 1].")] = None,
-    tp: Annotated[int | None, typer.Option(min=1, help="With sim: tensor parallelism.")] = None,
-    dp: Annotated[int | None, typer.Option(min=1, help="With sim: attention data parallelism.")] = None,
-    ep: Annotated[int | None, typer.Option(min=1, help="With sim: expert parallelism, 1 or tp x dp.")] = None,
-    pp: Annotated[int | None, typer.Option(min=1, help="With sim: pipeline stages.")] = None,
-    formats: Annotated[
-        str | None,
-        typer.Option(autocompletion=completion.schemes, help=f"With sim: {SCHEMES_HELP} [default: the chip's own]."),
-    ] = None,
-    kv: Annotated[
-        str | None, typer.Option(autocompletion=completion.caches, help="With sim: KV cache in bf16, fp8 or int8.")
-    ] = None,
+    profile: device_options.SimProfile = None,
+    devices: device_options.SimDevices = None,
+    tp: device_options.SimTp = None,
+    dp: device_options.SimDp = None,
+    ep: device_options.SimEp = None,
+    pp: device_options.SimPp = None,
+    formats: device_options.SimFormats = None,
+    kv: device_options.SimKv = None,
     engine: Annotated[
         str | None,
         typer.Option(

@@ -13,8 +13,7 @@ import typer
 
 from foundation.errors import UsageError
 from foundation.reading import Unreadable, read_lines
-from model.formats import SCHEMES_HELP
-from runtime.cli import completion
+from runtime.cli import completion, device_options
 from runtime.cli.given import refuse_unread
 
 if TYPE_CHECKING:
@@ -61,30 +60,22 @@ def serve(
     warm_up: Annotated[
         int, typer.Option(min=0, max=256, help="Compile ahead for this many requests at once; 0: when they come.")
     ] = 8,
-    mtp: Annotated[int, typer.Option(min=0, max=16, help="Draft this many tokens a step with the MTP layer.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 [default: the backend's preference].")] = None,
-    keep_fp8: Annotated[bool, typer.Option("--keep-fp8", help="Keep FP8 weights in FP8.")] = False,
-    pool_tokens: Annotated[int | None, typer.Option(min=1, help="Size of the KV page pool in tokens.")] = None,
+    mtp: device_options.Mtp = 0,
+    dtype: device_options.Dtype = None,
+    keep_fp8: device_options.KeepFp8 = False,
+    pool_tokens: device_options.PoolTokens = None,
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens a prefill step feeds.")] = 256,
     plan: Annotated[
         Path | None, typer.Option(help="With sim: the plan to keep the pace of (`glm5 plan --out`).")
     ] = None,
-    profile: Annotated[
-        str | None,
-        typer.Option(autocompletion=completion.chips, help="With sim: the accelerator, of `glm5 profiles list`."),
-    ] = None,
-    devices: Annotated[int | None, typer.Option(min=1, help="With sim: devices in all [default: 1].")] = None,
-    tp: Annotated[int | None, typer.Option(min=1, help="With sim: tensor parallelism.")] = None,
-    dp: Annotated[int | None, typer.Option(min=1, help="With sim: attention data parallelism.")] = None,
-    ep: Annotated[int | None, typer.Option(min=1, help="With sim: expert parallelism, 1 or tp x dp.")] = None,
-    pp: Annotated[int | None, typer.Option(min=1, help="With sim: pipeline stages.")] = None,
-    formats: Annotated[
-        str | None,
-        typer.Option(autocompletion=completion.schemes, help=f"With sim: {SCHEMES_HELP} [default: the chip's own]."),
-    ] = None,
-    kv: Annotated[
-        str | None, typer.Option(autocompletion=completion.caches, help="With sim: KV cache in bf16, fp8 or int8.")
-    ] = None,
+    profile: device_options.SimProfile = None,
+    devices: device_options.SimDevices = None,
+    tp: device_options.SimTp = None,
+    dp: device_options.SimDp = None,
+    ep: device_options.SimEp = None,
+    pp: device_options.SimPp = None,
+    formats: device_options.SimFormats = None,
+    kv: device_options.SimKv = None,
     engine: Annotated[
         str | None,
         typer.Option(

@@ -1,0 +1,31 @@
+"""Options that `glm5 run` and `glm5 serve` share: those of a local device, and those of emulated ones."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from model.formats import SCHEMES_HELP
+from runtime.cli import completion
+
+Mtp = Annotated[int, typer.Option(min=0, max=16, help="Draft this many tokens a step with the MTP layer.")]
+Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16 [default: the backend's preference].")]
+KeepFp8 = Annotated[bool, typer.Option("--keep-fp8", help="Keep FP8 weights in FP8.")]
+PoolTokens = Annotated[int | None, typer.Option(min=1, help="Size of the KV page pool in tokens.")]
+SimProfile = Annotated[
+    str | None,
+    typer.Option(autocompletion=completion.chips, help="With sim: the accelerator, of `glm5 profiles list`."),
+]
+SimDevices = Annotated[int | None, typer.Option(min=1, help="With sim: devices in all [default: 1].")]
+SimTp = Annotated[int | None, typer.Option(min=1, help="With sim: tensor parallelism.")]
+SimDp = Annotated[int | None, typer.Option(min=1, help="With sim: attention data parallelism.")]
+SimEp = Annotated[int | None, typer.Option(min=1, help="With sim: expert parallelism, 1 or tp x dp.")]
+SimPp = Annotated[int | None, typer.Option(min=1, help="With sim: pipeline stages.")]
+SimFormats = Annotated[
+    str | None,
+    typer.Option(autocompletion=completion.schemes, help=f"With sim: {SCHEMES_HELP} [default: the chip's own]."),
+]
+SimKv = Annotated[
+    str | None, typer.Option(autocompletion=completion.caches, help="With sim: KV cache in bf16, fp8 or int8.")
+]
