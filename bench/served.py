@@ -101,6 +101,8 @@ def pace(options: argparse.Namespace) -> None:
                 simulated["TTFT, mean, of /metrics"] = simulated["TTFT, mean"]
                 noted(found, simulated, seen)
                 late = 1e3 * server.gauge("glm5_most_late_seconds")
+                burst = sorted(each.sent_s for each in answers)[: options.concurrency]
+                print(f"the first were sent within {1e3 * (burst[-1] - burst[0]):.0f} ms", flush=True)
                 print(f"round {seed}: late by {late:.0f} ms at most so far", flush=True)
         print(f"{options.profile} x {options.devices}, {options.concurrency} in flight, {options.requests} requests")
         print(HEAD, *(sides.row(name) for name, sides in found.items()), sep="\n")
