@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +19,23 @@ from model.formats import SCHEMES_HELP
 from model.split import MOST_DEVICES
 from runtime.cli import completion
 from runtime.cli.given import given
-from runtime.cli.loads import LengthCv, LengthFile, SharedPrefix, ThinkS, Turns, habits_asked, lengths_asked
+from runtime.cli.loads import (
+    Bounded,
+    Drafts,
+    Isl,
+    LengthCv,
+    LengthFile,
+    LengthRatio,
+    Osl,
+    Rate,
+    SharedPrefix,
+    ThinkS,
+    TpotMs,
+    TtftMs,
+    Turns,
+    habits_asked,
+    lengths_asked,
+)
 from runtime.cli.plan import PERCENTILES
 
 
@@ -33,24 +50,19 @@ def choose(
     model: Annotated[
         str, typer.Option(autocompletion=completion.models, help="A preset, a checkpoint directory or a config.json.")
     ] = "glm-5-fp8",
-    isl: Annotated[int, typer.Option(min=1, help="Input tokens a request.")] = 8192,
-    osl: Annotated[int, typer.Option(min=1, help="Output tokens a request.")] = 1024,
-    length_ratio: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Lengths are uniform in [ratio x L, L].")
-    ] = 0.8,
+    isl: Isl = 8192,
+    osl: Osl = 1024,
+    length_ratio: LengthRatio = 0.8,
     length_cv: LengthCv = None,
     length_file: LengthFile = None,
     shared_prefix: SharedPrefix = None,
     turns: Turns = None,
     think_s: ThinkS = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Requests in flight.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Requests a second, instead.")] = None,
-    ttft_ms: Annotated[float | None, typer.Option(help="Target: time to the first token.")] = None,
-    tpot_ms: Annotated[float | None, typer.Option(help="Target: time per output token.")] = None,
-    percentile: Annotated[
-        Literal["mean", "50", "90", "99"],
-        typer.Option(help="What the targets bound: the mean over requests, or this percentile of them."),
-    ] = "90",
+    rate: Rate = None,
+    ttft_ms: TtftMs = None,
+    tpot_ms: TpotMs = None,
+    percentile: Bounded = "90",
     max_devices: Annotated[int, typer.Option(min=1, help="Devices of a chip at most.")] = 128,
     engine: Annotated[
         str, typer.Option(help="Engines, a,b,c; auto: SGLang, or what is described beside the chip's vendor.")
@@ -67,7 +79,7 @@ def choose(
             autocompletion=completion.caches, help="KV cache: bf16, fp8 or int8 [default: the engine's choice]."
         ),
     ] = None,
-    mtp: Annotated[int, typer.Option(min=0, help="Drafts a step of multi-token prediction.")] = 0,
+    mtp: Drafts = 0,
     prices: Annotated[Path | None, typer.Option(help="TOML of what a device-hour costs; see docs/planning.md.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -205,12 +217,9 @@ def _cost_heading(result: Mapping[str, Any]) -> Sequence[str]:
 def choice_cells(row: Mapping[str, Any], priced: bool) -> list[str]:
     """A choice as cells: point and range of each figure."""
 
-    def ranged(name: str, digits: int) -> str:
-        if row.get(name) is None:
-            return "-"
-        low, high = row[f"{name}_range"]
-        return f"{row[name]:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+    from runtime.reports.choose import ranged
 
+    in_words = partial(ranged, row, none="-", to=" to ")
     more = f" to {row['devices_if_slow']}" if row["devices_if_slow"] > row["devices"] else ""
     verdict = (
         "misses" if not row["meets_targets"] else "meets" if row["meets_targets_if_slow"] else "meets, not if slow"
@@ -219,10 +228,10 @@ def choice_cells(row: Mapping[str, Any], priced: bool) -> list[str]:
     return [
         row["profile"],
         f"{row['devices']}{more}",
-        ranged("ttft_ms", 0),
-        ranged("tpot_ms", 1),
-        ranged("output_tokens_per_s_per_device", 0),
-        *([ranged("cost_per_million_output_tokens", 2)] if priced else []),
+        in_words("ttft_ms", 0),
+        in_words("tpot_ms", 1),
+        in_words("output_tokens_per_s_per_device", 0),
+        *([in_words("cost_per_million_output_tokens", 2)] if priced else []),
         verdict,
         kept,
         row["evidence"],

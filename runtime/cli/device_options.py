@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +10,12 @@ import typer
 from model.formats import SCHEMES_HELP
 from runtime.cli import completion
 
+BackendName = Annotated[
+    str, typer.Option(autocompletion=completion.backends, help="Where to run; `glm5 backends` lists them.")
+]
+CheckpointFolder = Annotated[
+    Path | None, typer.Option(help="A Hugging Face checkpoint directory [default: an embedded tiny model].")
+]
 Mtp = Annotated[int, typer.Option(min=0, max=16, help="Draft this many tokens a step with the MTP layer.")]
 Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16 [default: the backend's preference].")]
 KeepFp8 = Annotated[bool, typer.Option("--keep-fp8", help="Keep FP8 weights in FP8.")]

@@ -1,10 +1,10 @@
-"""The options of a load that `simulate`, `plan` and `choose` have in common, as fields of a `Demand`."""
+"""Options of a load and its targets that `simulate`, `plan` and `choose` share, as fields of a `Demand`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,6 +13,9 @@ from foundation.errors import UsageError
 if TYPE_CHECKING:
     from model.config import ModelConfig
 
+Isl = Annotated[int, typer.Option(min=1, help="Input tokens a request.")]
+Osl = Annotated[int, typer.Option(min=1, help="Output tokens a request.")]
+LengthRatio = Annotated[float, typer.Option(min=0.01, max=1.0, help="Lengths are uniform in [ratio x L, L].")]
 LengthCv = Annotated[
     float | None,
     typer.Option(help="Lengths are lognormal with means --isl and --osl and this coefficient of variation."),
@@ -36,6 +39,14 @@ Turns = Annotated[
     ),
 ]
 ThinkS = Annotated[float | None, typer.Option(help="Seconds from an answer to the next turn [default: 0].")]
+Rate = Annotated[float | None, typer.Option(help="Requests a second, instead.")]
+TtftMs = Annotated[float | None, typer.Option(help="Target: time to the first token.")]
+TpotMs = Annotated[float | None, typer.Option(help="Target: time per output token.")]
+Bounded = Annotated[
+    Literal["mean", "50", "90", "99"],
+    typer.Option(help="What the targets bound: the mean over requests, or this percentile of them."),
+]
+Drafts = Annotated[int, typer.Option(min=0, help="Drafts a step of multi-token prediction.")]
 Acceptance = Annotated[
     str | None,
     typer.Option(

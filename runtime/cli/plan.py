@@ -17,10 +17,18 @@ from runtime.cli import completion
 from runtime.cli.given import given, refuse_before
 from runtime.cli.loads import (
     Acceptance,
+    Bounded,
+    Drafts,
+    Isl,
     LengthCv,
     LengthFile,
+    LengthRatio,
+    Osl,
+    Rate,
     SharedPrefix,
     ThinkS,
+    TpotMs,
+    TtftMs,
     Turns,
     acceptance_asked,
     habits_asked,
@@ -64,11 +72,9 @@ def plan(
     devices: Annotated[
         int | None, typer.Option(min=1, help="Devices [default: 8; with min-devices, 384 at most].")
     ] = None,
-    isl: Annotated[int, typer.Option(min=1, help="Input tokens a request.")] = 8192,
-    osl: Annotated[int, typer.Option(min=1, help="Output tokens a request.")] = 1024,
-    length_ratio: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Lengths are uniform in [ratio x L, L].")
-    ] = 0.8,
+    isl: Isl = 8192,
+    osl: Osl = 1024,
+    length_ratio: LengthRatio = 0.8,
     length_cv: LengthCv = None,
     length_file: LengthFile = None,
     shared_prefix: SharedPrefix = None,
@@ -77,13 +83,10 @@ def plan(
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Requests in flight [default: the most the targets allow].")
     ] = None,
-    rate: Annotated[float | None, typer.Option(help="Requests a second, instead.")] = None,
-    ttft_ms: Annotated[float | None, typer.Option(help="Target: time to the first token.")] = None,
-    tpot_ms: Annotated[float | None, typer.Option(help="Target: time per output token.")] = None,
-    percentile: Annotated[
-        Literal["mean", "50", "90", "99"],
-        typer.Option(help="What the targets bound: the mean over requests, or this percentile of them."),
-    ] = "mean",
+    rate: Rate = None,
+    ttft_ms: TtftMs = None,
+    tpot_ms: TpotMs = None,
+    percentile: Bounded = "mean",
     objective: Annotated[
         Literal["throughput", "latency", "min-devices"], typer.Option(help="What to make best within the targets.")
     ] = "throughput",
@@ -96,7 +99,7 @@ def plan(
     kv: Annotated[
         str, typer.Option(autocompletion=completion.caches, help="KV cache: auto, bf16, fp8 or int8.")
     ] = "auto",
-    mtp: Annotated[int, typer.Option(min=0, help="Drafts a step of multi-token prediction.")] = 0,
+    mtp: Drafts = 0,
     acceptance: Acceptance = None,
     expert_load: Annotated[
         Path | None, typer.Option(help="Tokens of each expert: .npy of MoE layers x experts. Decides redundant slots.")

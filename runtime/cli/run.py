@@ -18,12 +18,8 @@ from runtime.cli.runners.processes import ProcessesRun
 
 def run(
     context: typer.Context,
-    backend: Annotated[
-        str, typer.Option(autocompletion=completion.backends, help="Where to run; `glm5 backends` lists them.")
-    ] = "cpu",
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="A Hugging Face checkpoint directory [default: an embedded tiny model].")
-    ] = None,
+    backend: device_options.BackendName = "cpu",
+    checkpoint: device_options.CheckpointFolder = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue, or to answer with --chat.")] = None,
     prompt_ids: Annotated[str | None, typer.Option(help="Token ids to continue: 1,2,3.")] = None,
     prompts: Annotated[

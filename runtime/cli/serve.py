@@ -33,12 +33,8 @@ _EMULATED = frozenset(
 
 def serve(
     context: typer.Context,
-    backend: Annotated[
-        str, typer.Option(autocompletion=completion.backends, help="Where to run; `glm5 backends` lists them.")
-    ] = "cpu",
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="A Hugging Face checkpoint directory [default: an embedded tiny model].")
-    ] = None,
+    backend: device_options.BackendName = "cpu",
+    checkpoint: device_options.CheckpointFolder = None,
     host: Annotated[
         str, typer.Option(help="The address to listen on; one beyond this machine wants a key.")
     ] = "127.0.0.1",

@@ -20,8 +20,11 @@ from runtime.cli.loads import (
     HABITS,
     LENGTHS,
     Acceptance,
+    Drafts,
+    Isl,
     LengthCv,
     LengthFile,
+    Osl,
     SharedPrefix,
     ThinkS,
     Turns,
@@ -64,8 +67,8 @@ def simulate(
             autocompletion=completion.caches, help="KV cache: bf16, fp8 or int8 [default: the engine's choice]."
         ),
     ] = None,
-    isl: Annotated[int, typer.Option(min=1, help="Input tokens a request.")] = 8192,
-    osl: Annotated[int, typer.Option(min=1, help="Output tokens a request.")] = 1024,
+    isl: Isl = 8192,
+    osl: Osl = 1024,
     length_ratio: Annotated[
         float,
         typer.Option(min=0.01, max=1.0, help="Lengths are uniform in [ratio x L, L], as benchmark clients draw them."),
@@ -80,7 +83,7 @@ def simulate(
     burstiness: Annotated[float, typer.Option(help="Open loop: coefficient of variation of the gaps.")] = 1.0,
     trace_file: Annotated[Path | None, typer.Option(help="Requests of a Mooncake JSONL trace.")] = None,
     requests: Annotated[int | None, typer.Option(help="Requests to measure [default: 10 x concurrency].")] = None,
-    mtp: Annotated[int, typer.Option(min=0, help="Drafts a step of multi-token prediction.")] = 0,
+    mtp: Drafts = 0,
     accept: Annotated[float | None, typer.Option(help="Mean tokens a step with --mtp.")] = None,
     acceptance: Acceptance = None,
     prefill_devices: Annotated[

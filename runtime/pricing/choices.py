@@ -95,13 +95,14 @@ UNTUNED_EXPERTS = (
 @dataclass(frozen=True)
 class AbsorbedPrefill:
     """Dense MLA prefill in the latent, as decode attends, where the tokens that a step's sequences have cached already
-    are some, but fewer than `below` together; expanded heads otherwise."""
+    are some, but fewer than `below` together; expanded heads otherwise. models: None for any."""
 
     engine: str
     since: str
     families: frozenset[str]
     source: str
     below: int = 8192
+    models: frozenset[str] | None = None
 
 
 ABSORBED_PREFILLS = (
@@ -121,7 +122,7 @@ def _chosen(
     mine = [c for c in choices if c.engine == engine and asked and (order(c.since) or asked) <= asked]
     if not mine or family not in mine[-1].families:
         return None
-    return mine[-1] if isinstance(mine[-1], AbsorbedPrefill) or model in mine[-1].models else None
+    return mine[-1] if mine[-1].models is None or model in mine[-1].models else None
 
 
 def fused_reduce(engine: str, release: str, family: str, model: str) -> FusedReduce | None:

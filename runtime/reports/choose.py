@@ -44,13 +44,15 @@ def _table(rows: list[Mapping[str, Any]], currency: str) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
 
 
-def _cells(row: Mapping[str, Any], priced: bool) -> list[str]:
-    def ranged(name: str, digits: int) -> str:
-        if row.get(name) is None:
-            return "–"
-        low, high = row[f"{name}_range"]
-        return f"{row[name]:,.{digits}f} ({low:,.{digits}f}–{high:,.{digits}f})"
+def ranged(row: Mapping[str, Any], name: str, digits: int, none: str = "–", to: str = "–") -> str:
+    """A figure of a choice with its range; `none` where it has none."""
+    if row.get(name) is None:
+        return none
+    low, high = row[f"{name}_range"]
+    return f"{row[name]:,.{digits}f} ({low:,.{digits}f}{to}{high:,.{digits}f})"
 
+
+def _cells(row: Mapping[str, Any], priced: bool) -> list[str]:
     more = f"–{row['devices_if_slow']}" if row["devices_if_slow"] > row["devices"] else ""
     met = "met" if row["meets_targets"] else f"missed: {row['reason']}"
     met += "; also at the slow end" if row["meets_targets_if_slow"] else ""
@@ -59,10 +61,10 @@ def _cells(row: Mapping[str, Any], priced: bool) -> list[str]:
         escape(row["profile"]),
         f"{row['devices']}{more}",
         escape(met),
-        ranged("ttft_ms", 0),
-        ranged("tpot_ms", 1),
-        ranged("output_tokens_per_s_per_device", 0),
-        *([ranged("cost_per_million_output_tokens", 2)] if priced else []),
+        ranged(row, "ttft_ms", 0),
+        ranged(row, "tpot_ms", 1),
+        ranged(row, "output_tokens_per_s_per_device", 0),
+        *([ranged(row, "cost_per_million_output_tokens", 2)] if priced else []),
         escape(f"{row['plan']}, {row['engine']}, {formats}"),
     ]
 

@@ -100,21 +100,7 @@ class StepLog(Trace):
 
     steps: list[_RankSteps] = field(default_factory=list)
 
-    def run(
-        self,
-        replica: int,
-        kind: str,
-        start: float,
-        durations: np.ndarray,
-        shape: BatchShape,
-        in_service: int,
-        waiting: int,
-        used: float,
-        ranks: Sequence[Rank] = (),
-        pricer: StepPricer | None = None,
-    ) -> None:
-        Trace.run(self, replica, kind, start, durations, shape, in_service, waiting, used)
-        assert pricer is not None
+    def note(self, ranks: Sequence[Rank], pricer: StepPricer, durations: np.ndarray, shape: BatchShape) -> None:
         for rank in ranks:
             if rank.load:
                 self.steps.append(_note(rank, pricer, durations, len(ranks) == 1, bool(shape.prefill_chunks)))

@@ -14,12 +14,12 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from foundation.errors import UsageError, first_line
+from foundation.errors import first_line
 from runtime.serving.answer import Answer, page_hashes
 from runtime.serving.clock import Clock
 from runtime.serving.deployment import Deployment, Disaggregated, check_capacity
 from runtime.serving.loop import Loop
-from runtime.serving.request import Request
+from runtime.serving.request import Request, check_asked, check_ids, check_positions
 from runtime.serving.service import Counts, Deliver, Job, QueueFull, Update
 from runtime.serving.worker import News, Worker
 
@@ -86,16 +86,8 @@ class LiveService:
     # --- from any thread
 
     def check(self, prompt_tokens: int, max_tokens: int) -> None:
-        if prompt_tokens < 1:
-            raise UsageError("the prompt has no tokens; give at least one")
-        if max_tokens < 1:
-            raise UsageError(f"max-tokens must be at least 1, not {max_tokens}")
-        total, most = prompt_tokens + max_tokens, self.limits.positions
-        if total > most:
-            raise UsageError(
-                f"prompt ({prompt_tokens} tokens) + max-tokens ({max_tokens}) = {total} exceeds the model's {most} "
-                "positions; shorten one of them"
-            )
+        check_asked(prompt_tokens, max_tokens)
+        check_positions(prompt_tokens, max_tokens, self.limits.positions)
         pools = [group[0].ranks[0].pool for group in self._loop.groups]
         check_capacity([Request(0, prompt_tokens, max_tokens + self._beyond)], self._loop.roles, pools)
 
@@ -104,8 +96,7 @@ class LiveService:
         for job in jobs:
             self.check(len(job.prompt_ids), job.max_tokens)
             named = (*job.prompt_ids, *job.stop_ids, *(token for token, _ in job.sampling.bias))
-            if bad := [i for i in named if not 0 <= i < self.limits.vocab]:
-                raise UsageError(f"token id {bad[0]} is out of range: the vocabulary has {self.limits.vocab} entries")
+            check_ids(named, self.limits.vocab)
         self._room(len(jobs))  # before anything is hashed
         made = [self._entry(job, each, now, before) for job, each in zip(jobs, deliver, strict=True)]
         with self._condition:

@@ -98,7 +98,8 @@ class Meter:
             self._largest = max(self._largest, size)
             self._sample(kind, shape, pricer, float(durations[len(durations) // 2]), seconds)
         if self.trace is not None:
-            self.trace.run(replica, kind, now, durations, shape, in_service, waiting, used, ranks, pricer)
+            self.trace.run(replica, kind, now, durations, shape, in_service, waiting, used)
+            self.trace.note(ranks, pricer, durations, shape)
 
     def tokens(self, gaps: np.ndarray, ends: np.ndarray) -> None:
         """Token gaps of a run: `gaps` per slot for its first step, step times for the rest."""

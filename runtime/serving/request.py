@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from foundation.errors import UsageError
 
 
 @dataclass(slots=True, eq=False)
@@ -60,3 +62,27 @@ class Request:
     def finished(self) -> bool:
         """All output tokens are made."""
         return self.emitted >= self.output_tokens
+
+
+def check_asked(prompt_tokens: int, max_tokens: int) -> None:
+    """Raises `UsageError` for a request of nothing."""
+    if prompt_tokens < 1:
+        raise UsageError("the prompt has no tokens; give at least one")
+    if max_tokens < 1:
+        raise UsageError(f"max-tokens must be at least 1, not {max_tokens}")
+
+
+def check_ids(ids: Iterable[int], vocab: int) -> None:
+    """Raises `UsageError` for a token id that a model of so many does not have."""
+    if bad := [i for i in ids if not 0 <= i < vocab]:
+        raise UsageError(f"token id {bad[0]} is out of range: the vocabulary has {vocab} entries")
+
+
+def check_positions(prompt_tokens: int, max_tokens: int, most: int) -> None:
+    """Raises `UsageError` for a prompt and answer that are longer than a model's positions."""
+    total = prompt_tokens + max_tokens
+    if total > most:
+        raise UsageError(
+            f"prompt ({prompt_tokens} tokens) + max-tokens ({max_tokens}) = {total} exceeds the model's {most} "
+            "positions; shorten one of them"
+        )

@@ -110,19 +110,6 @@ def settle(
     return _draw(weights, rng) if weights.any() else draft
 
 
-def verify(logits: np.ndarray, drafts: list[int], sampling: Sampling, rng: np.random.Generator) -> list[int]:
-    """The tokens that a run of drafts yields: those accepted, then one more.
-
-    logits `[1 + len(drafts), vocab]`: row j is the model's distribution after j drafts.
-    """
-    out: list[int] = []
-    for row, draft in zip(logits, [*drafts, None], strict=True):
-        out.append(settle(row, draft, sampling, rng))
-        if out[-1] != draft:
-            break
-    return out
-
-
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
     """Natural logarithms of what the model says itself, float64 `[vocab]`: before biases, masks and temperature."""
     wide = logits.astype(np.float64)

@@ -40,10 +40,8 @@ class Trace:
         in_service: int,
         waiting: int,
         used: float,
-        ranks: Sequence[Rank] = (),
-        pricer: StepPricer | None = None,
     ) -> None:
-        """Steps of one kind, one after another from `start`. ranks, pricer: who takes them, for logs that note it."""
+        """Steps of one kind, one after another from `start`."""
         self.runs.append(
             {
                 "replica": replica,
@@ -57,6 +55,9 @@ class Trace:
                 "used": used,
             }
         )
+
+    def note(self, ranks: Sequence[Rank], pricer: StepPricer, durations: np.ndarray, shape: BatchShape) -> None:
+        """Who takes the steps of a run, for logs that keep it."""
 
     def events(self) -> Iterator[dict[str, Any]]:
         """The trace's events in order of kind; each is one JSON object."""

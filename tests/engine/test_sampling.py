@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from foundation.errors import UsageError
-from runtime.serving.sampling import Sampling, choose, probabilities, verify
+from runtime.serving.answer import Answer
+from runtime.serving.sampling import Sampling, choose, probabilities
+from runtime.serving.service import Job
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.06, 0.04], np.float32))
 
 
 def frequencies(draw, n: int = 20_000) -> np.ndarray:
     return np.bincount([draw() for _ in range(n)], minlength=5) / n
+
+
+def verified(rows: np.ndarray, drafts: list[int], sampling: Sampling, *seed: int) -> list[int]:
+    """The tokens that a run of drafts yields: those accepted, then one more."""
+    answer = Answer(Job((0,), len(drafts) + 2, sampling), 0, seed)
+    made = answer.extend(rows, drafts)
+    assert made == answer.generated
+    return answer.tokens[1:]
 
 
 def test_temperature_scales_the_logits() -> None:
@@ -58,9 +70,8 @@ def test_draws_follow_the_probabilities() -> None:
 @pytest.mark.parametrize("draft", [0, 2, 4])
 def test_a_draft_does_not_change_the_distribution(draft: int) -> None:
     """The first token after verification is distributed as without drafts, whatever was drafted."""
-    rng = np.random.default_rng(draft)
-    rows = np.stack([LOGITS, LOGITS])
-    found = frequencies(lambda: verify(rows, [draft], Sampling(1.0), rng)[0])
+    rows, number = np.stack([LOGITS, LOGITS]), itertools.count()
+    found = frequencies(lambda: verified(rows, [draft], Sampling(1.0), draft, next(number))[0])
     np.testing.assert_allclose(found, np.exp(LOGITS), atol=0.012)
 
 
@@ -68,7 +79,7 @@ def test_a_draft_does_not_change_the_distribution(draft: int) -> None:
 def test_greedy_verification_yields_the_models_own_choices(drafts: list[int], seed: int) -> None:
     rows = np.random.default_rng(seed).standard_normal((len(drafts) + 1, 5))
     own = list(rows.argmax(-1))
-    out = verify(rows, drafts, Sampling(), np.random.default_rng(0))
+    out = verified(rows, drafts, Sampling(), 0)
     agreed = next((i for i, (d, o) in enumerate(zip(drafts, own, strict=False)) if d != o), len(drafts))
     assert out == own[: agreed + 1]
 

@@ -8,10 +8,10 @@ from typing import Literal
 
 import numpy as np
 
-from foundation.errors import UsageError
 from model.config import ModelConfig
 from runtime.serving import Request
 from runtime.serving.answer import Answer, page_hashes
+from runtime.serving.request import check_asked, check_ids, check_positions
 from runtime.serving.sampling import Sampling
 from runtime.serving.service import Job
 from runtime.serving.worker import OnToken as OnToken
@@ -35,19 +35,9 @@ class Prompt:
 
 def check_request(request: Prompt, cfg: ModelConfig) -> None:
     """Raises `UsageError` for a request that the model can never serve."""
-    ids = request.prompt_ids
-    if not ids:
-        raise UsageError("the prompt has no tokens; give at least one")
-    if request.max_tokens < 1:
-        raise UsageError(f"max-tokens must be at least 1, not {request.max_tokens}")
-    if bad := [i for i in ids if not 0 <= i < cfg.vocab_size]:
-        raise UsageError(f"token id {bad[0]} is out of range: the vocabulary has {cfg.vocab_size} entries")
-    total = len(ids) + request.max_tokens
-    if total > cfg.max_positions:
-        raise UsageError(
-            f"prompt ({len(ids)} tokens) + max-tokens ({request.max_tokens}) = {total} exceeds the model's "
-            f"{cfg.max_positions} positions; shorten one of them"
-        )
+    check_asked(len(request.prompt_ids), request.max_tokens)
+    check_ids(request.prompt_ids, cfg.vocab_size)
+    check_positions(len(request.prompt_ids), request.max_tokens, cfg.max_positions)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from runtime.execution.package.room import room_bytes, within_room
 from runtime.execution.package.runner import Runner, stored_weights
 from runtime.execution.package.steps import PackageExecutor
 from runtime.execution.serve_all import serve_all
+from runtime.serving.request import check_asked, check_ids
 
 
 class Package:
@@ -69,13 +70,9 @@ class Package:
         return found
 
     def _check(self, request: Prompt) -> None:
-        ids, model = request.prompt_ids, self.manifest.model
-        if not ids:
-            raise UsageError("the prompt has no tokens; give at least one")
-        if request.max_tokens < 1:
-            raise UsageError(f"max-tokens must be at least 1, not {request.max_tokens}")
-        if bad := [i for i in ids if not 0 <= i < model.vocab_size]:
-            raise UsageError(f"token id {bad[0]} is out of range: the vocabulary has {model.vocab_size} entries")
+        ids = request.prompt_ids
+        check_asked(len(ids), request.max_tokens)
+        check_ids(ids, self.manifest.model.vocab_size)
         total, largest = len(ids) + request.max_tokens, self.executor.largest_context
         if total > largest:
             raise UsageError(
