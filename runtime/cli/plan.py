@@ -37,6 +37,7 @@ from runtime.cli.loads import (
 from runtime.cli.plan_check import plan_check
 from runtime.cli.plan_experts import plan_experts
 from runtime.cli.plan_launch import plan_launch
+from runtime.cli.prefill_pool import HeldPrefillDp, HeldPrefillEp, HeldPrefillPp, HeldPrefillTp, prefill_held
 from runtime.deployment.engines import ENGINES_HELP
 
 if TYPE_CHECKING:
@@ -108,6 +109,10 @@ def plan(
     dp: Annotated[int | None, typer.Option(min=1, help="Hold attention data parallelism to this.")] = None,
     ep: Annotated[int | None, typer.Option(min=1, help="Hold expert parallelism to this: 1 or tp x dp.")] = None,
     pp: Annotated[int | None, typer.Option(min=1, help="Hold pipeline stages to this.")] = None,
+    prefill_tp: HeldPrefillTp = None,
+    prefill_dp: HeldPrefillDp = None,
+    prefill_ep: HeldPrefillEp = None,
+    prefill_pp: HeldPrefillPp = None,
     max_pp: Annotated[int | None, typer.Option(min=1, help="Pipeline stages at most.")] = None,
     engine: Annotated[str, typer.Option(autocompletion=completion.engines, help=ENGINES_HELP)] = "sglang",
     settings: Annotated[
@@ -167,6 +172,7 @@ def plan(
         {axis: degree for axis, degree in (("tp", tp), ("dp", dp), ("ep", ep), ("pp", pp)) if degree is not None},
         max_pp,
         chances,
+        prefill_held(context.params),
     )
     chips = _chips(profile or ["h200-sxm"], devices, 384 if objective == "min-devices" else 8, of_chip)
     found = _answer(question, chips, expert_load)

@@ -37,8 +37,8 @@ def show(plan: Plan) -> None:
     if plan.transfer:
         moved = plan.transfer
         console.print(
-            f"a prompt of {plan.demand.longest[0]:,} tokens moves {moved.bytes / 1e9:.2f} GB from prefill to decode in "
-            f"{moved.seconds * 1e3:,.1f} ms"
+            f"a prompt of {plan.demand.longest[0]:,} tokens moves {moved.bytes / 1e9:.2f} GB from prefill to decode "
+            f"over {len(moved.routes)} link{'s' * (len(moved.routes) > 1)} in {moved.seconds * 1e3:,.1f} ms"
         )
     if plan.predicted:
         _predicted(console, plan)

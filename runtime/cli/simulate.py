@@ -32,14 +32,25 @@ from runtime.cli.loads import (
     habits_asked,
     lengths_asked,
 )
-from runtime.cli.simulated import explained, load_of, pools_of, progress_bar, result_of, show
+from runtime.cli.prefill_pool import (
+    PrefillDevices,
+    PrefillDp,
+    PrefillEp,
+    PrefillFormats,
+    PrefillPp,
+    PrefillProfile,
+    PrefillTp,
+    disaggregated,
+    prefill_pool,
+    refuse_without_pool,
+)
+from runtime.cli.simulated import explained, load_of, pool_words, pools_of, progress_bar, result_of, show
 from runtime.deployment.engines import ENGINES_HELP
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
     from runtime.deployment.plan import Demand
     from runtime.serving import Report, Workload
-    from runtime.simulation.build import Built
 
 
 def simulate(
@@ -86,9 +97,13 @@ def simulate(
     mtp: Drafts = 0,
     accept: Annotated[float | None, typer.Option(help="Mean tokens a step with --mtp.")] = None,
     acceptance: Acceptance = None,
-    prefill_devices: Annotated[
-        int, typer.Option(min=0, help="Disaggregate: this many further devices prefill, in the same layout.")
-    ] = 0,
+    prefill_devices: PrefillDevices = 0,
+    prefill_tp: PrefillTp = None,
+    prefill_dp: PrefillDp = None,
+    prefill_ep: PrefillEp = None,
+    prefill_pp: PrefillPp = None,
+    prefill_profile: PrefillProfile = None,
+    prefill_formats: PrefillFormats = None,
     expert_load: Annotated[
         str | None, typer.Option(help="uniform, balanced, power_law:A or a JSON file of counts.")
     ] = None,
@@ -117,7 +132,15 @@ def simulate(
     from model.split import MOST_DEVICES, Layout
     from runtime.serving import StepLog, Trace
     from runtime.serving import simulate as run_load
-    from runtime.simulation.build import build, chip_with, model_override, require_positions, spec_for, split_settings
+    from runtime.simulation.build import (
+        PriceTables,
+        build,
+        chip_with,
+        model_override,
+        require_positions,
+        spec_for,
+        split_settings,
+    )
 
     for path in (trace, html):
         if path:
@@ -133,50 +156,52 @@ def simulate(
             result, report = simulated_plan(plan, changed, requests, seed, recorder, progress)
         return _give(result, report, recorder, trace, html, as_json)
     _refuse_unread(given(context), rate, trace_file)
+    refuse_without_pool(context.params, given(context))
     chip, of_model, of_engine = split_settings(settings or [])
     cfg = load_config(model)
     for path, value in of_model:
         cfg = model_override(cfg, path, value)
     found = chip_with(profile, chip)
-    for name, count in (("--devices", devices), ("--prefill-devices", prefill_devices)):
-        within(name, count, MOST_DEVICES)
+    within("--devices", devices, MOST_DEVICES)
     layout = Layout(tp or max(1, devices // (dp * pp)), dp, ep, pp)
     if devices % layout.devices:
         raise UsageError(
             f"{devices} devices / (tp {layout.tp} x dp {dp} x pp {pp} = {layout.devices}) = "
             f"{devices / layout.devices:.3f}: not a whole number of replicas"
         )
-    if prefill_devices % layout.devices:
-        raise UsageError(f"--prefill-devices {prefill_devices} is not a multiple of the layout's {layout.devices}")
     if accept is not None and acceptance is not None:
         raise UsageError("--accept and --acceptance: give one of them")
     mtp, chances = acceptance_asked(acceptance, mtp)
-    spec = spec_for(
-        cfg, found, layout, formats or cfg.stored_scheme, kv, engine, of_engine,
-        expert_load=expert_load, drafts=mtp, accept_length=accept, acceptance=chances,
-        replicas=devices // layout.devices,
-    )  # fmt: skip
+    asked: dict[str, Any] = {
+        "settings": of_engine, "expert_load": expert_load,
+        "drafts": mtp, "accept_length": accept, "acceptance": chances,
+    }  # fmt: skip
+    scheme = formats or cfg.stored_scheme
+    spec = spec_for(cfg, found, layout, scheme, kv, engine, replicas=devices // layout.devices, **asked)
+    prefill = prefill_pool(context.params, spec, chip, engine, asked) if prefill_devices else None
     demand = _demand(context, cfg, concurrency, rate, trace_file)
-    load = _workload(demand, trace_file, requests, burstiness, spec.engine.page_tokens, seed)
+    pages = [each.engine.page_tokens for each in (prefill, spec) if each]
+    load = _workload(demand, trace_file, requests, burstiness, pages, seed)
     if trace_file is None and demand.turns == 1:
         require_positions(cfg, *demand.longest)
     else:
         longest = max(load.requests, key=lambda each: each.prompt_tokens + each.output_tokens)
         require_positions(cfg, longest.prompt_tokens, longest.output_tokens)
-    built = build(spec)
+    tables = PriceTables()
+    built = build(spec, tables)
     deployment: Any = dataclasses.replace(built.deployment, replicas=devices // layout.devices, devices=devices)
-    if prefill_devices:
-        deployment = _disaggregated(built, deployment, prefill_devices)
+    first = moved = None
+    if prefill:
+        deployment, first, moved = disaggregated(prefill, built, deployment, tables)
     recorder = StepLog() if explain else Trace() if trace else None
     with progress_bar(not as_json) as progress:
         report = run_load(load, deployment, seed=seed, trace=recorder, progress=progress)
     result = result_of(spec, built, report, devices + prefill_devices, devices // layout.devices)
     result |= load_of(demand, report, load.description if trace_file else "", built.spec.engine.prefix_cache)
     result |= explained(recorder, report, deployment)
-    if prefill_devices:
-        pools = (("prefill", prefill_devices), ("decode", devices))
-        name = f"{layout.name} on {found.name}, {spec.formats.scheme.name}, KV {spec.formats.kv}"
-        result |= pools_of({f"{role}: {n // layout.devices} x {name}": (n, built.ledger) for role, n in pools})
+    if first and moved:
+        held = (("prefill", prefill_devices, first), ("decode", devices, built))
+        result |= pools_of({f"{role}: {pool_words(each.spec)}": (n, each.ledger) for role, n, each in held}, moved)
     _give(result, report, recorder, trace, html, as_json)
 
 
@@ -221,7 +246,7 @@ def _demand(
 
 
 def _workload(
-    demand: Demand, trace_file: Path | None, requests: int | None, burstiness: float, page_tokens: int, seed: int
+    demand: Demand, trace_file: Path | None, requests: int | None, burstiness: float, page_tokens: list[int], seed: int
 ) -> Workload:
     from runtime.planning.predict import workload
     from runtime.serving import mooncake_trace
@@ -230,19 +255,4 @@ def _workload(
         return mooncake_trace(trace_file, limit=requests)
     if demand.concurrency is not None and demand.turns == 1:
         requests = requests or 10 * max(demand.concurrency, 1)
-    return workload(demand, 1, seed, requests, page_tokens=[page_tokens], burstiness=burstiness)[0]
-
-
-def _disaggregated(built: Built, decode: Any, prefill_devices: int) -> Any:
-    """The same layout in another pool, which prefills."""
-    from runtime.serving import Disaggregated
-    from runtime.simulation.transfer import link_assumed, transfer_of
-
-    replicas = prefill_devices // built.spec.layout.devices
-    prefill = dataclasses.replace(decode, replicas=replicas, devices=prefill_devices)
-    spec = dataclasses.replace(built.spec, replicas=replicas)
-    moved = transfer_of(spec, built.spec, 1)
-    sent, latency = moved.kv_bytes_per_token, moved.link_latency_seconds
-    return Disaggregated(
-        prefill, decode, sent, sent / (moved.seconds - latency), latency, link_assumed(spec, built.spec)
-    )
+    return workload(demand, 1, seed, requests, page_tokens=page_tokens, burstiness=burstiness)[0]

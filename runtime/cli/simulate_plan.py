@@ -66,5 +66,5 @@ def simulated_plan(
     }
     profile = " + ".join(dict.fromkeys(pool.profile for pool in plan.pools))
     of_load = load_of(plan.demand, of_all, prefix_cache=share.pools[0].spec.engine.prefix_cache)
-    result |= {**of_all.to_json(), "profile": profile, "plan": made, **pools_of(held), **of_load}
+    result |= {**of_all.to_json(), "profile": profile, "plan": made, **pools_of(held, plan.transfer), **of_load}
     return result | explained(trace, report, share.deployment), of_all

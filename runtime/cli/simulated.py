@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from runtime.deployment.ledger import Ledger
-    from runtime.deployment.plan import Demand
+    from runtime.deployment.plan import Demand, Transfer
     from runtime.serving import Deployment, Disaggregated, Report, Trace
     from runtime.simulation.build import Built, Spec
 
@@ -73,11 +73,32 @@ def load_of(demand: Demand, report: Report, trace: str = "", prefix_cache: bool 
     return {"load": load, "meets_targets": not short if asked else None, "missed": short, "notes": notes}
 
 
-def pools_of(named: dict[str, tuple[int, Ledger | None]]) -> dict[str, Any]:
-    """What of the JSON object is of pools that prefill and decode apart: the devices and the memory of each."""
+def pool_words(spec: Spec) -> str:
+    """A pool of a deployment, in words, as a plan names its pools."""
+    layout, kept = spec.layout.name, spec.formats
+    return f"{spec.replicas} x {layout} on {spec.profile.name}, {kept.scheme.name}, KV {kept.kv}"
+
+
+def pools_of(named: dict[str, tuple[int, Ledger | None]], moved: Transfer | None) -> dict[str, Any]:
+    """What of the JSON object is of several pools: the devices and the memory of each, and what passes between them."""
     return {
+        "transfer": transfer_json(moved) if moved else None,
         "pools": {name: devices for name, (devices, _) in named.items()},
         "ledgers": {name: ledger_json(held) for name, (_, held) in named.items()},
+    }
+
+
+def transfer_json(moved: Transfer) -> dict[str, Any]:
+    """A transfer, of a token."""
+    crossing = sum(route.bytes_per_token for route in moved.routes)
+    seconds = moved.kv_bytes_per_token / moved.link_bandwidth_bytes_per_s + moved.conversion_seconds_per_token
+    return {
+        "kv_bytes_per_token": moved.kv_bytes_per_token,
+        "copies": crossing / moved.kv_bytes_per_token,
+        "link_bandwidth_bytes_per_s": moved.link_bandwidth_bytes_per_s,
+        "link_latency_seconds": moved.link_latency_seconds,
+        "seconds_per_token": seconds,
+        "routes": [dataclasses.asdict(route) for route in moved.routes],
     }
 
 
@@ -165,6 +186,12 @@ def show(result: dict[str, Any], report: Report) -> None:
     for name, devices in result.get("pools", {}).items():
         console.print(f"{devices} devices, {name}")
     load = result["load"]
+    if moved := result.get("transfer"):
+        longest = load["prompt_tokens"][1]
+        seconds = moved["link_latency_seconds"] + longest * moved["seconds_per_token"]
+        size = moved["kv_bytes_per_token"] * longest / 1e9
+        copies = "" if moved["copies"] < 1.001 else f" in {moved['copies']:.3g} copies"
+        console.print(f"a prompt of {longest:,} tokens hands on {size:.2f} GB{copies} in {seconds * 1e3:,.1f} ms")
     lengths = (f"{low:,}" if low == high else f"{low:,} to {high:,}" for low, high in (load[n] for n in _LENGTHS))
     ratio = f" (length ratio {load['length_ratio']:g})" if load["length_ratio"] not in (None, 1) else ""
     said = "".join(f"; {habit}" for habit in load.get("habits", ()))

@@ -33,7 +33,7 @@ from runtime.deployment.kv import PoolKv
 from runtime.deployment.ledger import Ledger
 from runtime.deployment.sound import number_faults, plan_faults
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 _HASH = re.compile(r'^"hash": "([0-9a-f]{64})",$', re.MULTILINE)
 
 PoolRole = Literal["serve", "prefill", "decode"]
@@ -295,12 +295,22 @@ class Pool:
 
 
 @dataclasses.dataclass(frozen=True)
+class Route:
+    """What one device sends to another of each token of a prompt. source, target: stage x tp + tp rank, among the
+    devices of a prefill and of a decode replica that hold a sequence."""
+
+    source: int
+    target: int
+    bytes_per_token: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Transfer:
     """What moving a prompt's cache from a prefill to a decode replica takes.
 
-    kv_bytes_per_token: sent for each token of the prompt, in the prefill pool's format. link_bandwidth_bytes_per_s:
-    of one prefill replica. conversion_seconds_per_token: rewriting it in the decode pool's format. bytes and seconds:
-    of one prompt of `isl` tokens.
+    kv_bytes_per_token: of one copy, in the prefill pool's format. link_bandwidth_bytes_per_s: at which a copy moves, as
+    the busiest port lets it. conversion_seconds_per_token: rewriting it in the decode pool's format. bytes and seconds:
+    of one prompt of `isl` tokens; bytes of all copies. routes: who sends to whom.
     """
 
     kv_bytes_per_token: float
@@ -309,6 +319,7 @@ class Transfer:
     conversion_seconds_per_token: float
     bytes: float
     seconds: float
+    routes: tuple[Route, ...]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,11 +25,12 @@ from runtime.deployment.errors import NoPlanError
 from runtime.deployment.plan import Plan, Predicted
 from runtime.planning.contender import Contender, Part, plan_of
 from runtime.planning.estimate import Estimate, OptionPrices, score
-from runtime.planning.options import Option, Question, Refused, make_option, options, role_refused
+from runtime.planning.options import Option, Question, Refused, make_option, options
 from runtime.planning.predict import closed_loop_requests, open_loop_requests, predicted, simulate_plan
 from runtime.planning.search import merit
 from runtime.pricing.bands import Band
 from runtime.pricing.price import PriceError
+from runtime.simulation.apart import role_refused
 from runtime.simulation.build import PriceTables, node_devices, require_positions
 from runtime.simulation.trust import report_bands
 
@@ -231,7 +232,7 @@ class _Choosing:
             fitting, refused, rejected = options(self.question, self.profile, nodes * self.node)
             found = []
             for option in filter(self._sensible, fitting):
-                why = role_refused(self.question, option, "serve")
+                why = role_refused(option.spec, "serve")
                 try:
                     if why is None:
                         found.append(self._priced(option))

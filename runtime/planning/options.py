@@ -23,8 +23,8 @@ from model.quantization_config import is_scheme
 from model.split import Layout
 from runtime.deployment.choice import missing_formats, offered_schemes
 from runtime.deployment.engines import load
-from runtime.deployment.engines.flags import format_facts, layout_facts, pair_facts, releases, unsupported, why_uneven
-from runtime.deployment.plan import Demand, PoolRole, Rejected
+from runtime.deployment.engines.flags import format_facts, releases, unsupported, why_uneven
+from runtime.deployment.plan import Demand, Rejected
 from runtime.planning.assign import stage_pages, uneven_nodes
 from runtime.serving.workload import MOST_REQUESTS
 from runtime.simulation.build import Spec, memories, node_devices, spec_for
@@ -42,7 +42,7 @@ class Question:
 
     scheme, kv: None to search. drafts: tokens of multi-token prediction a step, acceptance: of each of them (see
     `Speculation`). held: degrees of "tp", "dp", "ep" and "pp" that a layout must have; most_pp: pipeline stages at
-    most.
+    most. prefill_held: what the layout of a prefill pool is held to instead; where anything, pools apart are asked for.
     """
 
     cfg: ModelConfig
@@ -55,6 +55,7 @@ class Question:
     held: Mapping[str, int] = dataclasses.field(default_factory=dict)
     most_pp: int | None = None
     acceptance: tuple[float, ...] = ()
+    prefill_held: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         within("concurrency", self.demand.concurrency or 0, MOST_REQUESTS)
@@ -253,22 +254,6 @@ def kv_formats(question: Question, profile: Profile) -> list[str]:
     if question.kv not in (known or ["bf16"]):
         raise UsageError(f"{profile.name} keeps no {question.kv} cache; it has {', '.join(known)}")
     return [question.kv]
-
-
-def role_refused(question: Question, option: Option, role: PoolRole, placement: bool = False) -> str | None:
-    """Why the engine does not give an option this role, by its layout. placement: with experts that are placed."""
-    engine = option.spec.engine
-    facts = layout_facts(option.layout, question.drafts, role, placement)
-    return unsupported(engine.kind, engine.release, facts)
-
-
-def pair_refused(question: Question, prefill: Option, decode: Option) -> str | None:
-    """Why the engine's connector does not hand the cache of one option on to the other. There is none between chips of
-    two vendors, and so none to obey."""
-    if prefill.spec.profile.vendor != decode.spec.profile.vendor:
-        return None
-    engine, ends = prefill.spec.engine, [(each.layout, each.spec.formats) for each in (prefill, decode)]
-    return unsupported(engine.kind, engine.release, pair_facts(question.cfg, ends[0], ends[1]))
 
 
 def nodes_refused(option: Option, replicas: int) -> str | None:

@@ -19,7 +19,8 @@ from model.formats import CacheFormats
 from runtime.deployment.plan import Transfer
 from runtime.planning.contender import Contender, Part
 from runtime.planning.estimate import Estimate, OptionPrices, limits, score
-from runtime.planning.options import Question, nodes_refused, pair_refused
+from runtime.planning.options import Question, nodes_refused
+from runtime.simulation.apart import joint_refused
 from runtime.simulation.transfer import transfer_of
 
 RATIOS = tuple((a, b) for a in range(1, 8) for b in range(1, 8) if math.gcd(a, b) == 1 and a + b <= 8)
@@ -97,7 +98,6 @@ class Pair:
 
 
 def matched(
-    question: Question,
     prefills: list[OptionPrices],
     decodes: list[OptionPrices],
     most: int,
@@ -114,7 +114,7 @@ def matched(
             continue
         room = math.inf if devices is None else devices - decode.option.devices
         near = (m for m in prefills if m.option.devices <= room)
-        fitting = (m for m in near if pair_refused(question, m.option, decode.option) is None)
+        fitting = (m for m in near if joint_refused(m.option.spec, decode.option.spec) is None)
         if partners := list(itertools.islice(fitting, most)):
             of_cache[cache] += 1
             found += [(prefill, decode) for prefill in partners]

@@ -18,8 +18,9 @@ from runtime.planning.contender import Contender, Part
 from runtime.planning.estimate import OptionPrices, score
 from runtime.planning.experts import ExpertPlacement, place_experts
 from runtime.planning.experts.packing import Floats
-from runtime.planning.options import Option, Question, make_option, role_refused
+from runtime.planning.options import Option, Question, make_option
 from runtime.pricing.load import ExpertLoad
+from runtime.simulation.apart import role_refused
 from runtime.simulation.build import PriceTables
 
 SLOTS = (0, 1, 2, 4)
@@ -108,7 +109,7 @@ def _spend(
     experts = matrix.shape[1]
     if not layout.by_expert:
         return dataclasses.replace(part, option=loaded(option, matrix, name)), []
-    if why := role_refused(question, option, part.role, placement=True):
+    if why := role_refused(option.spec, part.role, placement=True):
         lost = [Rejected(f"{option.name}, experts placed", why)]
         return dataclasses.replace(part, option=loaded(option, matrix, name)), lost
     sample = matrix[:: max(1, len(matrix) // _SAMPLED_LAYERS)]

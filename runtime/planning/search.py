@@ -27,13 +27,14 @@ from runtime.planning.contender import Contender, Part, alternative, mark_front,
 from runtime.planning.estimate import OptionPrices, score
 from runtime.planning.experts.packing import Floats
 from runtime.planning.kv_tiers import plan_kv
-from runtime.planning.options import Option, Question, Refused, make_option, options, role_refused
+from runtime.planning.options import Option, Question, Refused, make_option, options
 from runtime.planning.pairs import matched, pairs
 from runtime.planning.predict import closed_loop_requests, open_loop_requests, predicted, simulate_plan
 from runtime.planning.redundancy import checked, spend
 from runtime.pricing.price import PriceError
 from runtime.serving import ServingError
 from runtime.serving.steady import GROWTH
+from runtime.simulation.apart import role_refused
 from runtime.simulation.build import PriceTables, require_positions
 
 REFINED = 6
@@ -124,16 +125,18 @@ class _Search:
     def contenders(self) -> list[Contender]:
         """Everything that fits, with its estimate, best first."""
         models = [self._models(each) for each in self.chips]
+        firsts, held = models, self.question.prefill_held
+        if held:
+            firsts = [self._models(each, dataclasses.replace(self.question, held=held)) for each in self.chips]
         found: list[Contender] = []
         if len(self.chips) == 1:
-            for model in self._for_role(models[0], "serve"):
+            for model in self._for_role(models[0], "serve") if not held else ():
                 found.append(self._alone(model, self.devices // model.option.devices))
-            found += self._paired(models[0], models[0], self.devices)
+            found += self._paired(firsts[0], models[0], self.devices)
         else:
-            a, b = models
             both = self.chips[0].count, self.chips[1].count
-            found += self._paired(a, b, both)
-            found += self._paired(b, a, (both[1], both[0]))
+            found += self._paired(firsts[0], models[1], both)
+            found += self._paired(firsts[1], models[0], (both[1], both[0]))
         if not found:
             raise NoPlanError(self._nothing())
         return sorted(found, key=self._key)
@@ -181,8 +184,9 @@ class _Search:
 
     # --- parts of them
 
-    def _models(self, chips: Chips) -> list[OptionPrices]:
-        fitting, refused, rejected = options(self.question, chips.profile, chips.count)
+    def _models(self, chips: Chips, question: Question | None = None) -> list[OptionPrices]:
+        """What fits, priced. question: with other degrees than the search's, for one of its pools."""
+        fitting, refused, rejected = options(question or self.question, chips.profile, chips.count)
         self.refused += refused
         rejected += [Rejected(each.name, first_line(each.error)) for each in refused]
         self.rejected += rejected
@@ -236,7 +240,7 @@ class _Search:
 
         able = (m for m in self._for_role(decodes, "decode") if m.option.devices <= room[1])
         together = devices if isinstance(devices, int) else None
-        chosen = matched(self.question, prompts, sorted(able, key=decoding), PAIRED, together)
+        chosen = matched(prompts, sorted(able, key=decoding), PAIRED, together)
         chunked = {id(m): self._for_prompts(m) for m in {id(m): m for m, _ in chosen}.values()}
         return list(pairs(self.question, [(chunked[id(m)], decode) for m, decode in chosen], devices))
 
@@ -244,7 +248,7 @@ class _Search:
         """Those that the engine gives this role; why not the others is kept."""
         found = []
         for model in models:
-            why = role_refused(self.question, model.option, role)
+            why = role_refused(model.option.spec, role)
             if why is None:
                 found.append(model)
             else:

@@ -6,12 +6,14 @@ from html import escape
 
 from model.config import ModelConfig
 from runtime.deployment.kv import PoolKv
-from runtime.deployment.plan import Plan, Pool
+from runtime.deployment.plan import Plan, Pool, Transfer
 from runtime.planning.kv_tiers import plan_kv
 from runtime.reports import svg
 from runtime.reports.page import gb, ms
 from runtime.reports.svg import Mark, Series
 
+_ROUTES = 16
+"""Of a transfer, that are listed."""
 _SHOWN_TOKENS = 8192  # of the break-even's curve at least
 _KNOWN = {"latent": "latents", "index": "index keys", "key": "keys", "value": "values"}
 
@@ -113,6 +115,18 @@ def _transfer(plan: Plan) -> str:
     return (
         f"<h3>from prefill to decode</h3><p>A prompt of {plan.demand.longest[0]:,} tokens moves "
         f"<b>{moved.bytes / 1e6:,.0f} MB</b> in <b>{ms(moved.seconds * 1e3)}</b>: {moved.kv_bytes_per_token:,.0f} "
-        f"bytes a token at {rate:,.0f} GB/s between a prefill and a decode replica, {convert:,.2f} ms to spread and "
-        "convert it.</p>"
+        f"bytes a copy and token at {rate:,.0f} GB/s, as the busiest port lets it, {convert:,.2f} ms to convert it.</p>"
+        f"{_routes(moved)}"
     )
+
+
+def _routes(moved: Transfer) -> str:
+    """Which rank sends to which, as a table."""
+    rows = "".join(
+        f"<tr><td>{route.source}</td><td>{route.target}</td><td>{route.bytes_per_token:,.0f}</td></tr>"
+        for route in moved.routes[:_ROUTES]
+    )
+    left = len(moved.routes) - _ROUTES
+    more = f"<p class='quiet'>And {left} more.</p>" if left > 0 else ""
+    head = "<tr><th>prefill rank</th><th>decode rank</th><th>bytes a token</th></tr>"
+    return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>{more}"

@@ -51,7 +51,7 @@ class Disaggregated:
     """Prefill servers that send each prompt's cache to decode servers.
 
     A transfer takes link_latency_seconds + prompt x kv_bytes_per_token / link_bandwidth_bytes_per_s. Those
-    leaving one prefill replica follow one another. The client sees the first token when decoding admits
+    leaving one prefill rank follow one another. The client sees the first token when decoding admits
     the request. link_assumed: as `assumed`, of the link.
     """
 

@@ -97,7 +97,8 @@ class Loop:
         """When each front end is free, as a heap: whoever is free soonest takes the next request."""
         self.in_front = 0
         """Requests that a front end has, or that are on their way from it."""
-        self._link_free_at: dict[int, float] = {}
+        self._link_free_at: dict[tuple[int, int], float] = {}
+        """Of each rank that prefills (replica, rank), whose devices have ports of their own."""
         self._asleep = {id(replica) for group in self.groups for replica in group}
         self._heap: list[tuple[float, int, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = itertools.count()
@@ -189,10 +190,11 @@ class Loop:
     def _hand_off(self, replica: Replica, request: Request) -> None:
         link = self.deployment
         assert isinstance(link, Disaggregated)
-        start = max(self.now, self._link_free_at.get(replica.number, 0.0))
+        port = replica.number, next(n for n, rank in enumerate(replica.ranks) if request in rank.handed_off)
+        start = max(self.now, self._link_free_at.get(port, 0.0))
         moved = request.prompt_tokens * link.kv_bytes_per_token
         arrives = start + link.link_latency_seconds + moved / link.link_bandwidth_bytes_per_s
-        self._link_free_at[replica.number] = arrives
+        self._link_free_at[port] = arrives
         self.at(arrives, 0, self._move, request, replica)
 
     def _move(self, request: Request, source: Replica) -> None:

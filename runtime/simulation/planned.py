@@ -16,8 +16,8 @@ from runtime.deployment.engines import with_pool
 from runtime.deployment.plan import Plan, Pool, profile_of
 from runtime.pricing.load import ExpertLoad
 from runtime.serving import Deployment, Disaggregated
+from runtime.simulation.apart import apart
 from runtime.simulation.build import Built, PriceTables, Spec, assumed, pricer_of, spec_for, speculation
-from runtime.simulation.transfer import link_assumed
 
 
 def spec_of(cfg: ModelConfig, pool: Pool, profile: Profile) -> Spec:
@@ -85,10 +85,6 @@ def deployed(
         built.append(Built(spec, pool.devices[0].ledger, pricer, made))
     if plan.transfer is None:
         return Deployed(tuple(built), built[0].deployment, parts)
-    moved = plan.transfer.kv_bytes_per_token
-    per_token = moved / plan.transfer.link_bandwidth_bytes_per_s + plan.transfer.conversion_seconds_per_token
-    prefill, decode = (each.deployment for each in built)
-    a, b = (each.spec for each in built)
-    taken = link_assumed(a, b)
-    both = Disaggregated(prefill, decode, moved, moved / per_token, plan.transfer.link_latency_seconds, taken)
+    prefill, decode = built
+    both = apart(prefill.deployment, decode.deployment, plan.transfer, (prefill.spec, decode.spec))
     return Deployed(tuple(built), both, parts)

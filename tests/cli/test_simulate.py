@@ -101,6 +101,23 @@ def test_disaggregation() -> None:
     assert slow["ttft_ms"]["mean"] > split["ttft_ms"]["mean"] + 100
 
 
+def test_a_pool_that_prefills_in_a_layout_of_its_own() -> None:
+    """TP8 hands on to DP8 EP16: two copies cross, one for each tp rank, from ranks 0 and 4."""
+    load = ("--isl", 4096, "--osl", 16, "--concurrency", 4, "--requests", 8)
+    wide = ("--devices", 16, "--tp", 2, "--dp", 8, "--ep", 16, "--prefill-devices", 8)
+    result = run(*load, *wide, "--prefill-tp", 8)
+    assert [name.partition(" on ")[0] for name in result["pools"]] == [
+        "prefill: 1 x tp8 dp1 ep1 pp1", "decode: 1 x tp2 dp8 ep16 pp1",
+    ]  # fmt: skip
+    assert [(each["source"], each["target"]) for each in result["transfer"]["routes"]] == [(0, 0), (4, 1)]
+    assert result["transfer"]["copies"] == pytest.approx(2)
+    assert "its layout's 16" in refused("simulate", *load, *wide)
+    other = ("--prefill-devices", 8, "--prefill-profile", "b200-sxm")
+    assert "must keep it in the same rows" in refused("simulate", *load, *other)  # FP8 where nobody says
+    lent = run(*load, *other, "--kv", "bf16")
+    assert [name.partition(" on ")[2].partition(",")[0] for name in lent["pools"]] == ["b200-sxm", "h200-sxm"]
+
+
 def test_replicas_and_layouts() -> None:
     one, two = run(*SMALL), run(*SMALL, "--devices", 16, "--tp", 8)
     assert two["devices"] == 16 and two["kv"]["pool_tokens"] == 2 * one["kv"]["pool_tokens"]
@@ -218,6 +235,9 @@ MISTAKES: list[tuple[str, str]] = [
     ("--dp 0", "greater than or equal to 1"),
     ("--devices 0", "greater than or equal to 1"),
     ("--prefill-devices 3", "--prefill-devices 3"),
+    ("--prefill-tp 4", "--prefill-tp is of a pool that prefills apart: add --prefill-devices"),
+    ("--prefill-devices 8 --prefill-tp 3", "--prefill-devices 8 is not a multiple of its layout's 3"),
+    ("--engine vllm --prefill-devices 8 --prefill-tp 4 --prefill-pp 2", "pools of one pipeline stage"),
     ("--engine lightllm", "unknown engine 'lightllm'"),
     ("--profile abacus", "no profile named abacus"),
     ("--profile enflame-l600 --formats w8a8 --devices 16", "--set chip.peak.bf16_flops_per_s="),

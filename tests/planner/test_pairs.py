@@ -15,10 +15,11 @@ from runtime.deployment.errors import LaunchError
 from runtime.deployment.plan import Demand
 from runtime.planning.contender import Part, plan_of
 from runtime.planning.launch import launch
-from runtime.planning.options import Option, Question, make_option, pair_refused, role_refused
+from runtime.planning.options import Option, Question, make_option
 from runtime.planning.pairs import matched
 from runtime.planning.redundancy import _spend
 from runtime.planning.search import SIMULATED, Chips, _Search
+from runtime.simulation.apart import joint_refused, role_refused
 from runtime.simulation.build import PriceTables
 from tests.planner.launching import PRODUCT
 
@@ -53,7 +54,7 @@ def test_an_option_gets_the_roles_that_its_engine_gives_it(
     question = asked(engine, drafts=drafts)
     every: list[Any] = ["serve", "prefill", "decode"]
     given = option(question, layout)
-    assert [role for role in every if role_refused(question, given, role) is None] == roles
+    assert [role for role in every if role_refused(given.spec, role) is None] == roles
 
 
 @pytest.mark.parametrize(
@@ -69,14 +70,15 @@ def test_an_option_gets_the_roles_that_its_engine_gives_it(
 )
 def test_two_options_are_paired_as_the_connector_takes_them(engine: str, before: Any, after: Any, fits: bool) -> None:
     question = asked(engine)
-    refused = pair_refused(question, option(question, *before), option(question, *after))
+    refused = joint_refused(option(question, *before).spec, option(question, *after).spec)
     assert (refused is None) == fits
 
 
 def test_chips_of_two_vendors_have_no_connector_to_obey() -> None:
     question = asked()
     ends = option(question, Layout(4)), option(question, Layout(4), chip="ascend-910c-die")
-    assert ends[0].spec.formats.cache != ends[1].spec.formats.cache and pair_refused(question, *ends) is None
+    first, second = (each.spec for each in ends)
+    assert first.formats.cache != second.formats.cache and joint_refused(first, second) is None
 
 
 def test_each_decode_option_meets_the_best_prefill_options_that_fit_it() -> None:
@@ -87,21 +89,31 @@ def test_each_decode_option_meets_the_best_prefill_options_that_fit_it() -> None
         return SimpleNamespace(option=option(question, layout, kv))
 
     narrow, wide, other = priced(Layout(2)), priced(Layout(4)), priced(Layout(4, 2, 8))
-    assert matched(question, [narrow, wide, other], [wide], 1) == [(wide, wide)]
-    assert matched(question, [narrow, wide, other], [wide, narrow, other], 2) == [
+    assert matched([narrow, wide, other], [wide], 1) == [(wide, wide)]
+    assert matched([narrow, wide, other], [wide, narrow, other], 2) == [
         (wide, wide), (other, wide), (narrow, narrow), (wide, narrow),
     ]  # fmt: skip
-    assert matched(question, [narrow], [wide], 4) == []
+    assert matched([narrow], [wide], 4) == []
     question = asked("sglang")
     bf16, fp8 = (SimpleNamespace(option=option(question, Layout(2), kv)) for kv in ("bf16", "fp8"))
     mixed: Any = [bf16, bf16, fp8]
-    assert matched(question, mixed, mixed, 1) == [(bf16, bf16), (fp8, fp8)]
+    assert matched(mixed, mixed, 1) == [(bf16, bf16), (fp8, fp8)]
     # on devices that both share, a partner leaves room: without that a small cluster had no pairs at all
     assert wide.option.devices > narrow.option.devices
     for devices in range(2, 2 * wide.option.devices + 2):
-        found = matched(question, [wide, narrow], [wide, narrow], 1, devices)
+        found = matched([wide, narrow], [wide, narrow], 1, devices)
         assert all(a.option.devices + b.option.devices <= devices for a, b in found)
         assert bool(found) == (devices >= 2 * narrow.option.devices)
+
+
+def test_either_pool_is_held_to_its_own_degrees() -> None:
+    question = asked("sglang", held={"tp": 1, "dp": 4, "ep": 4, "pp": 1}, prefill_held={"tp": 4, "pp": 1})
+    search = _Search(question, [Chips(hw_profiles.load("h200-sxm"), 8)], None, "", lambda _: None, SIMULATED)
+    found = search.contenders()
+    assert found and all([part.role for part in each.parts] == ["prefill", "decode"] for each in found)
+    assert {each.parts[0].option.layout for each in found} == {Layout(4), Layout(4, 1, 4)}
+    assert {each.parts[1].option.layout for each in found} == {Layout(1, 4, 4)}
+    assert all(each.transfer and {r.target for r in each.transfer.routes} == {0} for each in found)
 
 
 @pytest.mark.parametrize(("engine", "placed"), [("vllm-ascend", False), ("sglang", True)])

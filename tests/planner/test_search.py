@@ -26,7 +26,6 @@ from runtime.planning.predict import predicted, simulate_plan
 from runtime.planning.search import Chips, search
 from runtime.planning.smallest import smallest
 from runtime.simulation.build import PriceTables
-from runtime.simulation.transfer import sequence_kv_bytes_per_token, transfer_of
 
 FP8 = "glm-5-fp8"
 LIGHT = Demand(isl=2048, osl=128, concurrency=8)
@@ -193,20 +192,6 @@ def test_two_chips_prefill_on_one_and_decode_on_the_other() -> None:
     assert not nodes[0] & nodes[1]
     report, share, shares = simulate_plan(Plan.parse(plan.text), plan.config())
     assert predicted(plan, report, share, shares) == plan.predicted
-
-
-def test_a_transfer_moves_each_layer_of_the_cache_once_and_converts_it() -> None:
-    """61,464 bytes a token of FP8 cache, 100,152 of 16 bits with 8-bit index keys (vllm-project/recipes PR 893)."""
-    asked, h200 = question(), hw_profiles.load("h200-sxm")
-    wide = make_option(asked, h200, Layout(tp=8), "fp8", "bf16", {})
-    narrow = make_option(asked, h200, Layout(tp=4, pp=2), "fp8", "fp8", {})
-    assert sequence_kv_bytes_per_token(wide.spec) == 100_152
-    assert sequence_kv_bytes_per_token(narrow.spec) == 61_464
-    same, other = (transfer_of(wide.spec, each.spec, asked.demand.isl) for each in (wide, narrow))
-    assert same.bytes == 100_152 * 2048 and same.link_bandwidth_bytes_per_s == 8 * 50e9
-    rewriting = (100_152 + 61_464) / 2 / 4.8e12
-    assert other.conversion_seconds_per_token == pytest.approx(rewriting + 61_464 / 450e9)
-    assert same.conversion_seconds_per_token == pytest.approx(100_152 / 450e9)
 
 
 # --- experts -----------------------------------------------------------------------------------------

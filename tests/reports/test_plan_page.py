@@ -25,6 +25,7 @@ from runtime.deployment.plan import (
     Plan,
     Predicted,
     Rejected,
+    Route,
     Transfer,
     config_hash,
 )
@@ -80,7 +81,8 @@ def full() -> Plan:
     )  # fmt: skip
     plan = Plan(
         ModelRef(CFG.name, config_hash(CFG)), Demand(concurrency=64, ttft_ms=1000.0, tpot_ms=30.0), (prefill, decode),
-        transfer=Transfer(100_152.0, 50e9, 5e-6, 1e-7, 8192 * 100_152.0, 0.0173), predicted=PREDICTED,
+        transfer=Transfer(100_152.0, 50e9, 5e-6, 1e-7, 8192 * 100_152.0, 0.0173, (Route(0, 0, 100_152.0),)),
+        predicted=PREDICTED,
         alternatives=(
             alternative("the <chosen> one", 100.0, 41.5, chosen=True, simulated=True, front=True),
             alternative("another, simulated", 90.0, 40.0, simulated=True),
@@ -217,7 +219,7 @@ def test_the_cache_section(full: Plan, html: str) -> None:
     assert "8-way context parallel 1" in text and "whole on each of 8 tp ranks" in text
     assert "Fetching a prefix from host memory is no slower than computing it again, from one page on" in text
     assert "No host tier: the profile has no link.host.bandwidth_bytes_per_s" in text and len(decode.tiers) == 1
-    assert "A prompt of 8,192 tokens moves 820 MB in 17.3 ms: 100,152 bytes a token at 50 GB/s" in text
+    assert "A prompt of 8,192 tokens moves 820 MB in 17.3 ms: 100,152 bytes a copy and token at 50 GB/s" in text
     later = dataclasses.replace(prefill, break_even_tokens=4096)
     never = dataclasses.replace(prefill, break_even_tokens=None)
     for kv, expected in ((later, "From a prefix of 4,096 tokens on"), (never, "faster than fetching it, up to 32,768")):

@@ -17,7 +17,7 @@ from backends.emulation.backend import SimBackend
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.split import Layout
-from runtime.deployment.plan import Demand, ModelRef, Plan, Transfer, config_hash
+from runtime.deployment.plan import Demand, ModelRef, Plan, Route, Transfer, config_hash
 from runtime.execution.cluster.session import serve
 from runtime.execution.local.request import Prompt
 from runtime.planning.predict import simulate_plan
@@ -37,7 +37,7 @@ def split_plan(cfg: ModelConfig, prefill: Layout, decode: Layout, scheme: str = 
     chip, held = hw_profiles.load(CHIP), formats(scheme)
     first = pool_of(cfg, prefill, chip, held, role="prefill")
     second = pool_of(cfg, decode, chip, held, role="decode", first_device=prefill.devices, first_node=1)
-    moved = Transfer(9e3, 50e9, 5e-6, 1e-8, 9e3 * PROMPT, 5e-6 + 2e-7 * PROMPT)
+    moved = Transfer(9e3, 50e9, 5e-6, 1e-8, 9e3 * PROMPT, 5e-6 + 2e-7 * PROMPT, (Route(0, 0, 9e3),))
     return Plan(ModelRef(cfg.name, config_hash(cfg)), Demand(), (first, second), moved)
 
 

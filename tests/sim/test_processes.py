@@ -129,7 +129,9 @@ def test_the_cache_moves_between_processes(started: list[subprocess.Popen[str]],
         for number, role in enumerate(("prefill", "decode"))
     ]
     ref = ModelRef(CFG.name, config_hash(CFG))
-    Plan(ref, Demand(), tuple(pools), transfer=Transfer(1e3, 1e9, 1e-5, 0.0, 1e6, 1e-3)).write(tmp_path / "plan.json")
+    Plan(ref, Demand(), tuple(pools), transfer=Transfer(1e3, 1e9, 1e-5, 0.0, 1e6, 1e-3, ())).write(
+        tmp_path / "plan.json"
+    )
     check(started, 2, tmp_path / "plan.json", small, tmp_path / "prompts")
 
 
