@@ -366,3 +366,29 @@ def mtp_step(
     normed = ops.rms_norm(x, w["head_norm"], eps=cfg.norm_eps)
     carry = normed if cfg.mtp_carries_norm else x
     return StepOutput(_logits(cfg, outer, normed, batch, mode, par), carry, [cache])
+
+
+def draft(
+    cfg: ModelConfig,
+    weights: dict[str, Any],
+    cache: LayerCache,
+    batch: Batch,
+    hidden: Array,
+    drafts: int,
+    mode: Mode = Mode(),
+    par: Parallel = SINGLE,
+) -> tuple[Array, LayerCache]:
+    """The best guesses at what follows a batch, int32 [b,drafts]: `mtp_step` over the confirmed tokens, then over one
+    guess after the other. Arguments as of `mtp_step`, whose cache is returned."""
+    found = []
+    for _ in range(drafts):
+        out = mtp_step(cfg, weights, cache, batch, hidden, mode, par)
+        cache = out.caches[0]
+        token = jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
+        found.append(token)
+        last = batch.start + batch.length
+        # a row of padding (length 0) stays one: its writes go to page 0
+        length = jnp.minimum(batch.length, 1)
+        hidden = last_token(out.hidden, batch.length)
+        batch = Batch(token[:, None], last, length, batch.page_table)
+    return jnp.stack(found, axis=1), cache

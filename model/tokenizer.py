@@ -263,6 +263,11 @@ class ChatTemplate:
         within(f"{file}: chat templates:", len(found), _MOST_TEMPLATES, TokenizerError)
         return cls(found, str(file), _special_tokens(folder)) if found else None
 
+    def to_config(self) -> dict[str, Any]:
+        """What a tokenizer_config.json says, so that `find` makes the same of it."""
+        named = [{"name": name, "template": text} for name, text in self._sources.items()]
+        return {**self.variables, "chat_template": named}
+
     def _chosen(self, name: str | None, tools: object) -> ForeignTemplate:
         """The template of that name; without one, as transformers 5.23 does (`get_chat_template`): for tools the one
         that is called so, else the default."""

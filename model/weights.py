@@ -273,10 +273,11 @@ def outer_weights(cfg: ModelConfig) -> tuple[Weight, ...]:
     return tuple(out)
 
 
-def stage_outer(cfg: ModelConfig, layers: range) -> list[Weight]:
-    """The outer weights that the pipeline stage with these layers needs."""
+def stage_outer(cfg: ModelConfig, layers: range, mtp: bool = False) -> list[Weight]:
+    """The outer weights that the pipeline stage with these layers needs. mtp: the MTP layer, which embeds tokens of its
+    own, is behind the last of all layers."""
     first, last = layers.start == 0, layers.stop == cfg.num_layers
-    tied = last and cfg.tie_embeddings
+    tied = last and (cfg.tie_embeddings or mtp)
     return [w for w in outer_weights(cfg) if (first or tied if w.component == "embedding" else last)]
 
 

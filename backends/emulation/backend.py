@@ -50,14 +50,20 @@ class SimBackend(CpuBackend):
                 ) from None
 
     def cluster(
-        self, cfg: ModelConfig, grid: Grid, weights: dict[str, Any], formats: NumberFormats | None = None
+        self,
+        cfg: ModelConfig,
+        grid: Grid,
+        weights: dict[str, Any],
+        formats: NumberFormats | None = None,
+        drafts: int = 0,
     ) -> Cluster:
-        """A server's devices with their shares of the weights. Without formats everything is float32.
+        """A server's devices with their shares of the weights. Without formats everything is float32. drafts: of
+        `Cluster`.
 
         Raises `BackendUnavailable` where JAX was started with fewer host devices than it takes.
         """
         devices = EmulatedDevices(formats)
-        return Cluster(cfg, grid, weights, devices, self._stages(grid, devices), formats or Plain())
+        return Cluster(cfg, grid, weights, devices, self._stages(grid, devices), formats or Plain(), drafts)
 
     def _stages(self, grid: Grid, backend: EmulatedDevices) -> list[Stage]:
         if grid.devices > MOST_HOSTS if self.mapped is None else self.mapped:

@@ -63,8 +63,9 @@ class Memory:
         self.held[kind] = self.held.get(kind, 0.0) + size
 
 
-def account(cfg: ModelConfig, grid: Grid, limits: Limits, first_device: int = 0) -> list[Memory]:
-    """What a device of each stage holds: weights in the order of loading, then the pages of each layer's caches.
+def account(cfg: ModelConfig, grid: Grid, limits: Limits, first_device: int = 0, mtp: bool = False) -> list[Memory]:
+    """What a device of each stage holds: weights in the order of loading, then the pages of each layer's caches. mtp:
+    the MTP layers' too, on the last.
 
     Raises `OutOfMemory` for the first tensor that does not fit.
     """
@@ -73,13 +74,16 @@ def account(cfg: ModelConfig, grid: Grid, limits: Limits, first_device: int = 0)
         first = first_device + number * grid.stage_devices
         last = first + grid.stage_devices - 1
         memory = Memory(limits, f"stage {number} (devices {first} to {last})" if last > first else f"device {first}")
-        for weight in stage_outer(cfg, layers):
+        for weight in stage_outer(cfg, layers, mtp):
             _take_weight(memory, weight, weight.name, grid)
-        for layer in layers:
-            for weight in layer_weights(cfg, cfg.layers[layer]):
-                _take_weight(memory, weight, f"layers.{layer}.{weight.name}", grid)
-        for layer in layers:
-            for row in cache_rows(cfg, cfg.layers[layer]):
+        held = [(layer, cfg.layers[layer]) for layer in layers]
+        if mtp and number == len(grid.stages) - 1:
+            held += [(cfg.num_layers + each, cfg.mtp_type) for each in range(cfg.mtp_layers)]
+        for layer, kind in held:
+            for weight in layer_weights(cfg, kind):
+                _take_weight(memory, weight, f"layers.{layer}.{weight.name}", grid, kind.mtp)
+        for layer, kind in held:
+            for row in cache_rows(cfg, kind):
                 name = f"layers.{layer}.{row.name} ({limits.pages} pages)"
                 local = dataclasses.replace(row, shape=grid.layout.local_row(row))
                 size = row_bytes(cfg, local, limits.formats.cache) * limits.page_tokens
@@ -88,8 +92,8 @@ def account(cfg: ModelConfig, grid: Grid, limits: Limits, first_device: int = 0)
     return found
 
 
-def _take_weight(memory: Memory, weight: Weight, name: str, grid: Grid) -> None:
-    memory.take("weights", name, grid.bytes(weight, memory.limits.formats.held(weight)))
+def _take_weight(memory: Memory, weight: Weight, name: str, grid: Grid, mtp: bool = False) -> None:
+    memory.take("weights", name, grid.bytes(weight, memory.limits.formats.held(weight, mtp)))
 
 
 def _size(size: float) -> str:

@@ -20,7 +20,7 @@ from backends.spmd.shard import divisible
 from backends.spmd.stages import Stage
 from model import graph
 from model.cache import CacheRow, cache_rows
-from model.config import ModelConfig
+from model.config import LayerType, ModelConfig
 from model.graph import Batch, Mode
 from model.parallel import Parallel
 from model.split import Grid
@@ -40,9 +40,9 @@ class Numerics(Protocol):
         """Of activations, caches and unquantised weights: "float32" or "bfloat16"."""
         ...
 
-    def weight(self, weight: Weight, value: Any) -> Any:
-        """One whole weight on the host, before it is split: as the checkpoint was asked for it (an array, or
-        `Quantized` FP8 blocks) to what the graph is given. An unquantised one is then cast to `dtype`.
+    def weight(self, weight: Weight, value: Any, mtp: bool = False) -> Any:
+        """One whole weight on the host, of the MTP layer or not, before it is split: as the checkpoint was asked for it
+        (an array, or `Quantized` FP8 blocks) to what the graph is given. An unquantised one is then cast to `dtype`.
 
         Of a `Quantized(values, scale)`, values have the weight's shape, and each dim of scale is the weight's, 1, or
         the number of its 128-blocks (ceil). The scale is split along with the values; blocks that a cut would go
@@ -57,7 +57,7 @@ class Plain:
 
     dtype: str = "float32"
 
-    def weight(self, weight: Weight, value: Any) -> Any:
+    def weight(self, weight: Weight, value: Any, mtp: bool = False) -> Any:
         return value
 
 
@@ -65,7 +65,8 @@ class Cluster:
     """The weights of a server on its devices, and its programs.
 
     weights: whole, on the host, as `model.checkpoint.Checkpoint.load` returns them; emptied as they are placed.
-    backend: exports and loads every program; the kernels are its own. stages: the devices of each stage.
+    backend: exports and loads every program; the kernels are its own. stages: the devices of each stage. drafts: the
+    tokens that the MTP layer, on the last of them, guesses a step.
     Raises `Unsupported` where the grid does not fit the model, or the backend lacks what a program needs.
     """
 
@@ -77,11 +78,14 @@ class Cluster:
         backend: Backend,
         stages: Sequence[Stage],
         formats: Numerics,
+        drafts: int = 0,
     ):
         grid.check(cfg)
         self.cfg, self.grid, self.backend, self.stages, self.formats = cfg, grid, backend, stages, formats
+        self.drafts = drafts
         outer = weights["outer"]
         self.weights = [self._place(number, outer, weights["layers"]) for number in range(len(grid.stages))]
+        self.mtp_weights = self._place_mtp(weights["mtp"][0]) if drafts else {}
         outer.clear()
         self._programs: dict[Any, Executable] = {}
         self.compile_s = 0.0  # spent on exporting and loading programs so far
@@ -96,20 +100,32 @@ class Cluster:
         cfg, span, stage = self.cfg, self.grid.stages[number], self.stages[number]
         if not stage.here:
             return {}
-        placed = {"outer": {w.name: self._share(stage, w, outer[w.name]) for w in stage_outer(cfg, span)}, "layers": []}
-        for layer in span:
-            slots = self.grid.placement(cfg, layer)
-            shares: dict[str, Any] = {}
-            for weight in layer_weights(cfg, cfg.layers[layer]):
-                chosen = slots[0] if slots and weight.expert_count else None
-                shares[weight.name] = self._share(stage, weight, layers[layer].pop(weight.name), chosen)
-            if slots:
-                shares["expert_slots"] = stage.place(slots[1], 0, ())
-            placed["layers"].append(shares)
-        return placed
+        needed = stage_outer(cfg, span, self.drafts > 0)
+        return {
+            "outer": {weight.name: self._share(stage, weight, outer[weight.name]) for weight in needed},
+            "layers": [self._place_layer(stage, layer, layers[layer]) for layer in span],
+        }
 
-    def _share(self, stage: Stage, weight: Weight, value: Any, slots: np.ndarray | None = None) -> Any:
-        value = self.formats.weight(weight, value)
+    def _place_mtp(self, layer: dict[str, Any]) -> dict[str, Any]:
+        stage = self.stages[-1]
+        if not stage.here:
+            return {}
+        return {"outer": self.weights[-1]["outer"], "mtp": [self._place_layer(stage, None, layer)]}
+
+    def _place_layer(self, stage: Stage, layer: int | None, whole: dict[str, Any]) -> dict[str, Any]:
+        """The shares of a layer; None: of the MTP layer."""
+        cfg, slots, shares = self.cfg, self.grid.placement(self.cfg, layer), {}
+        for weight in layer_weights(cfg, cfg.mtp_type if layer is None else cfg.layers[layer]):
+            chosen = slots[0] if slots and weight.expert_count else None
+            shares[weight.name] = self._share(stage, weight, whole.pop(weight.name), chosen, layer is None)
+        if slots:
+            shares["expert_slots"] = stage.place(slots[1], 0, ())
+        return shares
+
+    def _share(
+        self, stage: Stage, weight: Weight, value: Any, slots: np.ndarray | None = None, mtp: bool = False
+    ) -> Any:
+        value = self.formats.weight(weight, value, mtp)
         dim, axes = self.grid.layout.split(weight)
         value = divisible(value, weight, dim, self.grid.layout.parts(axes))
         dtype = np.dtype("float32") if weight.float32 else jax.numpy.dtype(self.formats.dtype)
@@ -125,33 +141,52 @@ class Cluster:
     # --- programs
 
     def body(self, number: int, mode: Mode) -> Callable[..., Any]:
-        """One device's program of a stage: (weights, caches, batch[, carried]) -> ((carried, logits), caches)."""
+        """One device's program of a stage: (weights, caches, batch[, carried]) -> ((carried, logits, hidden), caches).
+        hidden: what drafts are made from, where there are any."""
 
         def body(weights: Any, caches: Any, batch: Batch, carried: Any = None) -> Any:
             out = graph.stage(
                 self.cfg, self.grid.stages[number], weights, caches, batch, carried, mode, Parallel.of(self.grid.layout)
             )
-            return (out.carried, out.logits), out.caches
+            return (out.carried, out.logits, out.hidden if self.drafts else None), out.caches
+
+        return body
+
+    def draft_body(self) -> Callable[..., Any]:
+        """One device's program of the MTP layer: (weights, caches, batch, hidden) -> (ids [rows, drafts], caches)."""
+
+        def body(weights: Any, caches: Any, batch: Batch, hidden: Any) -> Any:
+            par = Parallel.of(self.grid.layout)
+            drafts, cache = graph.draft(self.cfg, weights, caches[0], batch, hidden, self.drafts, Mode(), par)
+            return drafts, [cache]
 
         return body
 
     def program(self, number: int, mode: Mode, *args: Any) -> Executable:
         """The loaded program of a stage for the shapes of its arguments."""
+        name = f"stage {number} of {len(self.stages)}, {mode.attention}"
+        return self._compiled((self._same_as(number), mode), number, name, self.body(number, mode), args)
+
+    def draft_program(self, *args: Any) -> Executable:
+        """The loaded program of the MTP layer for the shapes of its arguments."""
+        return self._compiled("drafts", len(self.stages) - 1, "drafts", self.draft_body(), args)
+
+    def _compiled(self, which: Any, number: int, name: str, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         batch, (first, *_) = args[2], args[1]
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves((batch, first)))
-        key = (self._same_as(number), mode, shapes)
-        if key not in self._programs:
+        if (which, shapes) not in self._programs:
             begin = time.perf_counter()
-            self._programs[key] = self.stages[number].compile(self.backend, self._program(number, mode, args))
+            program = self._program(name, body, args)
+            self._programs[which, shapes] = self.stages[number].compile(self.backend, program)
             self.compile_s += time.perf_counter() - begin
-        return self._programs[key]
+        return self._programs[which, shapes]
 
-    def _program(self, number: int, mode: Mode, args: tuple[Any, ...]) -> Program:
+    def _program(self, name: str, body: Callable[..., Any], args: tuple[Any, ...]) -> Program:
         """One device's, of arguments as the stage has placed them."""
         weights = jax.tree.leaves(args[0], is_leaf=_is_quantised)
         return Program(
-            name=f"stage {number} of {len(self.stages)}, {mode.attention}",
-            fn=self.body(number, mode),
+            name=name,
+            fn=body,
             args=args,
             donate=(1,),  # the caches
             needs=frozenset({self.formats.dtype} | ({"fp8_weights"} if any(map(_is_quantised, weights)) else set())),
@@ -181,17 +216,20 @@ class Server:
 
     def clear(self) -> None:
         """Makes all caches anew, empty."""
+        cfg = self.cluster.cfg
         self.caches = [
-            [self._empty(number, layer) for layer in span] for number, span in enumerate(self.cluster.grid.stages)
+            [self._empty(number, cfg.layers[layer]) for layer in span]
+            for number, span in enumerate(self.cluster.grid.stages)
         ]
+        self.mtp_caches = [self._empty(-1, cfg.mtp_type)] if self.cluster.drafts else []
 
-    def _empty(self, number: int, layer: int) -> dict[str, Any]:
+    def _empty(self, number: int, kind: LayerType) -> dict[str, Any]:
         cfg, dp = self.cluster.cfg, self.cluster.grid.dp
         dtype = jax.numpy.dtype(self.cluster.formats.dtype)
         size = (dp * (self.pages + 1), self.page_size)
         return {
             row.name: self._stage(number).cache(np.zeros((*size, *row.shape), dtype), self._by_head(row.shape))
-            for row in cache_rows(cfg, cfg.layers[layer])
+            for row in cache_rows(cfg, kind)
         }
 
     def _stage(self, number: int) -> Stage:
@@ -200,16 +238,26 @@ class Server:
     def _by_head(self, shape: tuple[int, ...]) -> bool:
         return bool(self.cluster.grid.layout.row_split(CacheRow("", shape))[1])
 
-    def step(self, batch: Batch, mode: Mode = Mode()) -> np.ndarray:
-        """Feeds a batch (numpy, [dp x rows, ..]) through all stages: logits float32 [dp x rows, (t,) vocab]."""
+    def step(self, batch: Batch, mode: Mode = Mode()) -> tuple[np.ndarray, Any]:
+        """Feeds a batch (numpy, [dp x rows, ..]) through all stages: logits float32 [dp x rows, (t,) vocab], and what
+        `draft` makes drafts from, where it can."""
         carried: tuple[Any, ...] = ()
-        passed = logits = None
+        passed = logits = hidden = None
         for number, stage in enumerate(self.cluster.stages):
             if number:
                 carried = (self._stage(number - 1).hand_on(passed),)
             args = (self.cluster.weights[number], self.caches[number], stage.batch(batch), *map(stage.batch, carried))
-            (passed, logits), self.caches[number] = self.cluster.program(number, mode, *args)(*args)
-        return self._stage(-1).fetch(logits)
+            made, self.caches[number] = self.cluster.program(number, mode, *args)(*args)
+            passed, logits, hidden = made or (None, None, None)  # nothing, where the stage is another process's
+        return self._stage(-1).fetch(logits), hidden
+
+    def draft(self, batch: Batch, hidden: Any) -> np.ndarray:
+        """Guesses what follows: ids [dp x rows, drafts]. hidden: of a `step`; the batch is that step's, with the tokens
+        that follow each of its own."""
+        stage = self._stage(-1)
+        args = (self.cluster.mtp_weights, self.mtp_caches, stage.batch(batch), hidden)
+        drafts, self.mtp_caches = self.cluster.draft_program(*args)(*args)
+        return stage.fetch(drafts)
 
     # --- sequences that move between servers
 
@@ -217,17 +265,19 @@ class Server:
         """The contents of some pages of a rank."""
         at = rank * (self.pages + 1) + np.asarray(pages, np.int64)
         return [
-            {name: self._stage(number).fetch(cache[name])[at] for name in sorted(cache)}  # alike in every process
-            for number, layers in enumerate(self.caches)
+            {name: stage.fetch(cache[name])[at] for name in sorted(cache)}  # alike in every process
+            for stage, layers in self._kept()
             for cache in layers
         ]
+
+    def _kept(self) -> list[tuple[Stage, list[dict[str, Any]]]]:
+        return list(zip((*self.cluster.stages, self._stage(-1)), (*self.caches, self.mtp_caches), strict=True))
 
     def write(self, rank: int, pages: Sequence[int], contents: Pages) -> None:
         """Puts what another server `read` into some pages of a rank. Both have the same page size."""
         at = rank * (self.pages + 1) + np.asarray(pages, np.int64)
         rest = iter(contents)
-        for number, layers in enumerate(self.caches):
-            stage = self._stage(number)
+        for stage, layers in self._kept():
             for cache in layers:
                 for name, rows in next(rest).items():
                     whole = stage.fetch(cache[name]).copy()

@@ -201,7 +201,7 @@ def _same(value: Any) -> Any:
 
 
 def _pass_by(weights: Any, caches: Any, *rest: Any) -> Any:
-    return (None, None), caches
+    return None, caches
 
 
 class Processes:
@@ -210,9 +210,9 @@ class Processes:
     def __init__(self, backend: Backend, devices: Sequence[Any], dtype: str):
         self.backend, self.devices, self.dtype = backend, devices, dtype
 
-    def cluster(self, cfg: ModelConfig, grid: Grid, weights: Mapping[str, Any], first: int) -> Cluster:
-        """A server on the devices from `first` on; weights are read where they are placed only."""
+    def cluster(self, cfg: ModelConfig, grid: Grid, weights: Mapping[str, Any], first: int, drafts: int = 0) -> Cluster:
+        """A server on the devices from `first` on, as of `Cluster`; weights are read where they are placed only."""
         size = grid.stage_devices
         starts = range(first, first + grid.devices, size)
         stages = [Spread(grid, self.devices[start : start + size]) for start in starts]
-        return Cluster(cfg, grid, weights, self.backend, stages, Plain(self.dtype))
+        return Cluster(cfg, grid, weights, self.backend, stages, Plain(self.dtype), drafts)

@@ -1,4 +1,5 @@
-"""From what a command names to the service behind an endpoint: a checkpoint on a backend, or a deployment's pace."""
+"""From what a command names to the service behind an endpoint: a checkpoint on a backend, an exported package, or a
+deployment's pace."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from foundation.errors import UsageError
 from runtime.api.settings import Emulated
 from runtime.api.synthetic import Inventor
 from runtime.api.vocabulary import Vocabulary, sampling_defaults
+from runtime.serving.live import ModelLimits
 from runtime.serving.sampling import Sampling
 from runtime.serving.service import Job, Service, Update
 
@@ -33,8 +35,9 @@ class Backing:
     """What is to be served, as a command names it.
 
     checkpoint: a directory; by default the embedded one. model: whose pace is kept, with synthetic tokens and no plan.
-    sim: the devices, for a backend that emulates; None for another. mtp to prefill_chunk: of a local engine. warm: how
-    many requests at once the programs are compiled for ahead.
+    sim: the devices, for a backend that emulates; None for another. mtp to prefill_chunk: of a local engine. artifact:
+    an exported package in the place of a checkpoint. warm: how many requests at once the programs are compiled for
+    ahead.
     """
 
     backend: str
@@ -46,6 +49,8 @@ class Backing:
     keep_fp8: bool = False
     pool_tokens: int | None = None
     prefill_chunk: int = 256
+    artifact: Path | None = None
+    trust_package: bool = False
     tokens: Tokens = "model"
     time_scale: float = 1.0
     max_queue: int = 256
@@ -54,12 +59,13 @@ class Backing:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What was found of it, before anything large is loaded. checkpoint: None where no model is run."""
+    """What was found of it, before anything large is loaded. config, checkpoint: None where no such model is run."""
 
     name: str
-    config: ModelConfig
+    limits: ModelLimits
     vocabulary: Vocabulary
     recommended: dict[str, Any]
+    config: ModelConfig | None = None
     checkpoint: Checkpoint | None = None
     plan: Plan | None = None
     priced: Deployed | None = None
@@ -74,6 +80,8 @@ def opened(backing: Backing) -> Opened:
 
     if not 0 < backing.time_scale < float("inf"):
         raise UsageError(f"--time-scale must be above 0, not {backing.time_scale:g}")
+    if backing.artifact is not None:
+        return _package(backing.artifact, backing.backend)
     path = backing.checkpoint or embedded_checkpoint()
     if backing.tokens == "synthetic":
         return _synthetic(backing, path)
@@ -84,7 +92,23 @@ def opened(backing: Backing) -> Opened:
 
 def _opened(path: Path, config: ModelConfig, **more: Any) -> Opened:
     vocabulary = Vocabulary.load(path, config.vocab_size, config.eos_token_ids)
-    return Opened(path.resolve().name, config, vocabulary, sampling_defaults(path), **more)
+    limits = ModelLimits(config.vocab_size, config.max_positions)
+    return Opened(path.resolve().name, limits, vocabulary, sampling_defaults(path), config=config, **more)
+
+
+def _package(folder: Path, backend: str) -> Opened:
+    from runtime.deployment.manifest import Manifest
+    from runtime.execution.package.executor import runnable
+    from runtime.execution.package.steps import largest_context
+
+    manifest = Manifest.read(folder)
+    runnable(backend, manifest.format)
+    model = manifest.model
+    if manifest.tokenizer is None:
+        raise UsageError(f"{folder}: holds no tokenizer, which text needs; export it from a checkpoint that has one")
+    limits = ModelLimits(model.vocab_size, min(model.max_positions, largest_context(manifest)))
+    vocabulary = Vocabulary.load((folder / manifest.tokenizer).parent, model.vocab_size, model.stop_token_ids)
+    return Opened(model.name, limits, vocabulary, sampling_defaults(folder))
 
 
 def _synthetic(backing: Backing, path: Path) -> Opened:
@@ -109,6 +133,7 @@ def _emulated(backing: Backing, options: SimOptions, found: Opened) -> Opened:
     from runtime.execution.cluster.deploy import clock_of
     from runtime.execution.cluster.session import prepare
 
+    assert found.config is not None
     plan = prepare(found.config, options)
     priced = clock_of(found.config, plan)
     evidence, band = trusted(priced)
@@ -141,20 +166,27 @@ def make_service(backing: Backing, found: Opened, inventor: Inventor | None, pro
     what is being done. Raises what loading raises."""
     from backends import registry
     from backends.emulation.backend import SimBackend
-    from runtime.execution.services import emulated_service, local_service
+    from runtime.execution.services import emulated_service, local_service, package_service
 
     progress("loading")
+    if backing.artifact is not None:
+        from runtime.execution.package.generate import Package
+
+        package = Package(backing.artifact, backing.backend, trusted=backing.trust_package)
+        service: Service = package_service(package, backing.max_queue)
+        warmed(service, found, backing, progress)
+        return service
     adapter = registry.usable(backing.backend)
     if found.plan is None:
         from runtime.execution.local.engine import EngineConfig
 
         assert found.checkpoint is not None
         config = EngineConfig(drafts=backing.mtp, prefill_chunk=backing.prefill_chunk)
-        service: Service = local_service(
+        service = local_service(
             found.checkpoint, adapter, config, backing.dtype, backing.keep_fp8, backing.pool_tokens, backing.max_queue
         )
     else:
-        assert isinstance(adapter, SimBackend)
+        assert isinstance(adapter, SimBackend) and found.config is not None
         made_up = None if inventor is None else inventor.next_token
         service = emulated_service(
             found.config, found.plan, checkpoint=found.checkpoint, backend=adapter, next_token=made_up,
@@ -168,7 +200,7 @@ def make_service(backing: Backing, found: Opened, inventor: Inventor | None, pro
 def warmed(service: Service, found: Opened, backing: Backing, progress: _Progress) -> None:
     """Has a service compile what requests need first: prompts up to a chunk, and 1, 2, 4, ... requests at once."""
     began = time.monotonic()
-    most_tokens = min(backing.prefill_chunk, found.config.max_positions // 2)
+    most_tokens = min(backing.prefill_chunk, found.limits.positions // 2)
     alone = [(1, length) for length in sorted({min(length, most_tokens) for length in (32, 128, most_tokens)})]
     together = [(count, min(64, most_tokens)) for count in (2, 4, 8, 16, 32, 64, 128, 256) if count <= backing.warm]
     shapes = [*alone, *together] if backing.warm else []
@@ -189,7 +221,7 @@ def _at_once(service: Service, found: Opened, count: int, length: int) -> None:
             if not left[0]:
                 over.set()
 
-    size = found.config.vocab_size
+    size = found.limits.vocab
     jobs = [
         Job(tuple((count * 31 + number * 17 + at) % size for at in range(length)), 4, Sampling())
         for number in range(count)

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from runtime.api.settings import Settings
     from runtime.serving.service import Service
 
-_LOCAL = frozenset({"mtp", "dtype", "keep_fp8", "pool_tokens", "prefill_chunk"})
+_LOCAL = frozenset({"dtype", "keep_fp8", "pool_tokens", "prefill_chunk"})
 _EMULATED = frozenset(
     {"plan", "profile", "devices", "tp", "dp", "ep", "pp", "formats", "kv", "engine", "scale_memory", "model",
      "tokens", "time_scale"}
 )  # fmt: skip
+_OF_CHECKPOINTS = _LOCAL | _EMULATED | {"checkpoint", "mtp"}
+_OF_PACKAGES = frozenset({"artifact", "trust_package"})
 
 
 def serve(
@@ -61,6 +63,12 @@ def serve(
     keep_fp8: device_options.KeepFp8 = False,
     pool_tokens: device_options.PoolTokens = None,
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens a prefill step feeds.")] = 256,
+    artifact: Annotated[
+        Path | None, typer.Option(help="Serve this exported package, with --backend ort, torch or xla.")
+    ] = None,
+    trust_package: Annotated[
+        bool, typer.Option("--trust-package", help="With --artifact: open graphs that may run code, too.")
+    ] = False,
     plan: Annotated[
         Path | None, typer.Option(help="With sim: the plan to keep the pace of (`glm5 plan --out`).")
     ] = None,
@@ -95,11 +103,15 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: OpenAI's and Anthropic's forms, tools, schemas, metrics."""
     values = dict(locals())
-    from backends import registry
+    emulates, why_not = False, "does not go with --artifact: the package has been made without it; leave it out"
+    if artifact is not None:
+        unread = _OF_CHECKPOINTS
+    else:
+        from backends import registry
 
-    emulates = registry.get(backend).emulates
-    unread = _LOCAL if emulates else _EMULATED
-    refuse_unread(context, set(values) - unread, lambda name: _why_not(emulates, backend))
+        emulates = registry.get(backend).emulates
+        unread, why_not = (_LOCAL if emulates else _EMULATED) | _OF_PACKAGES, _why_not(emulates, backend)
+    refuse_unread(context, set(values) - unread, lambda name: "needs --artifact" if name in _OF_PACKAGES else why_not)
     keys = _keys(api_key, api_key_file)
     _positive(max_body_mb=max_body_mb, ping_seconds=ping_seconds, drain_seconds=drain_seconds)
     try:
@@ -140,7 +152,7 @@ def _serve(
     endpoint = Endpoint(
         names or (found.name,),
         found.vocabulary,
-        found.config.max_positions,
+        found.limits.positions,
         settings,
         found.recommended,
         found.emulated,

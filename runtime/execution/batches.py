@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from model.graph import Batch
 from runtime.serving.executor import ByRank
+
+Kind = Literal["prompts", "answers"]
+Following = list[list[list[int]]]
+"""By rank and row, the tokens known to follow a row's own."""
 
 
 def gear(n: int, least: int = 1) -> int:
@@ -65,6 +71,36 @@ def following(batch: Batch, tokens: list[list[list[int]]]) -> Batch:
             ids[number * size + place, : len(row)] = row
             lengths[number * size + place] = len(row)
     return batch._replace(tokens=ids, length=lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """One launch of a step that has been computed: what of it, and what drafts are made from."""
+
+    kind: Kind
+    rows: ByRank
+    batch: Batch
+    hidden: Any
+
+
+def drafted(
+    launches: Sequence[Launched], prompts: Following, answers: Following, draft: Callable[[Batch, Any], np.ndarray]
+) -> tuple[Any, Any]:
+    """The drafts of a step's rows, [ranks][rows][drafts] of prompts and of answers, launch by launch. draft: takes a
+    batch of following tokens and hidden states to ids [ranks x rows, drafts]."""
+    given: dict[Kind, Following] = {"prompts": prompts, "answers": answers}
+    found: dict[Kind, list[list[Any]]] = {kind: [[] for _ in ranks] for kind, ranks in given.items()}
+    for each in launches:
+        done = found[each.kind]
+        mine = [
+            rank[len(so_far) : len(so_far) + len(rows)]
+            for rank, so_far, rows in zip(given[each.kind], done, each.rows, strict=True)
+        ]
+        ids = draft(following(each.batch, mine), each.hidden)
+        size = len(ids) // len(mine)
+        for number, rows in enumerate(each.rows):
+            done[number] += list(ids[number * size : number * size + len(rows)])
+    return found["prompts"], found["answers"]
 
 
 def unpadded(rows: ByRank, logits: np.ndarray) -> list[list[np.ndarray]]:

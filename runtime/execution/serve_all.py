@@ -61,7 +61,7 @@ def serve_all(
         make_worker=lambda role: ModelWorker(executor, answers, {}, drafts, on_token),
         observe=observe,
     )
-    check_capacity(requests, loop.roles, [rank.pool for rank in loop.ranks[:1]])
+    check_capacity(requests, loop.roles, loop.ranks[:1])
     for request in requests:
         loop.send(request)
     while loop.next_at is not None:

@@ -1,4 +1,5 @@
-"""Services, ready to be asked: a checkpoint on a device of this host, or a plan's deployment at its own pace."""
+"""Services, ready to be asked: a checkpoint on a device of this host, a package, or a plan's deployment at its own
+pace."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from model.cache import cache_rows
 from model.config import ModelConfig
 from runtime.deployment.plan import Plan, Pool
 from runtime.execution.cluster import deploy
-from runtime.execution.cluster.session import clusters_of, runnable
+from runtime.execution.cluster.session import clusters_of, executor_of, runnable
 from runtime.serving import Deployment, Disaggregated
 from runtime.serving.clock import Clock, Paced, Wall
 from runtime.serving.executor import refuse
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from backends.interface import Backend
     from model.checkpoint import Checkpoint
     from runtime.execution.local.engine import EngineConfig, LocalEngine
+    from runtime.execution.package.generate import Package
 
 HOST_CACHE_BYTES = 2.5e8
 """For the caches of an emulated server at most: a chip's would not fit this host."""
@@ -59,6 +61,20 @@ def engine_service(engine: LocalEngine, max_queue: int = 1024, clock: Clock | No
         return ModelWorker(engine.executor, answers, moving, engine.config.drafts)
 
     return LiveService(engine.deployment, hire, clock or Wall(), _limits(engine.cfg), max_queue)
+
+
+def package_service(package: Package, max_queue: int = 1024, clock: Clock | None = None) -> LiveService:
+    """An exported package that is loaded already, by its gears. It must not be asked otherwise while the service is
+    open. A request that no gear holds is refused."""
+    executor, model = package.executor, package.manifest.model
+    deployment = executor.deployment()
+    refuse(deployment, executor)
+
+    def hire(role: int, answers: Any, moving: Any) -> Worker:
+        return ModelWorker(executor, answers, moving)
+
+    limits = ModelLimits(model.vocab_size, min(model.max_positions, executor.largest_context))
+    return LiveService(deployment, hire, clock or Wall(), limits, max_queue)
 
 
 def emulated_service(
@@ -99,14 +115,12 @@ def emulated_service(
     roles = [deployment.prefill, deployment.decode] if isinstance(deployment, Disaggregated) else [deployment]
     clusters = [clusters_of(checkpoint, backend, pool) for pool in plan.pools]
     each = [itertools.cycle(found) for found in clusters]
-    from runtime.execution.cluster.executor import ClusterExecutor
 
     def hire(role: int, answers: Any, moving: Any) -> Worker:
         pool = plan.pools[role]
-        executor = ClusterExecutor(next(each[role]).server(pages[role] + 1, pool.page_tokens), pool.layout.dp)
+        executor = executor_of(next(each[role]), pages[role] + 1, pool)
         refuse(roles[role], executor, moves=len(roles) > 1)
-        speculation = roles[role].speculation
-        return ModelWorker(executor, answers, moving, speculation.query_tokens - 1 if speculation else 0)
+        return ModelWorker(executor, answers, moving, pool.drafts)
 
     def compiling_s() -> float:
         return sum(cluster.compile_s for found in clusters for cluster in found)
@@ -120,7 +134,8 @@ def _limits(cfg: ModelConfig) -> ModelLimits:
 
 def _pages(cfg: ModelConfig, pool: Pool) -> int:
     """Pages a rank to have: the plan's, or those that this host has room for."""
-    row_bytes = 4 * sum(row.width for kind in cfg.layers for row in cache_rows(cfg, kind))
+    kinds = [*cfg.layers, *[cfg.mtp_type] * (pool.drafts > 0)]
+    row_bytes = 4 * sum(row.width for kind in kinds for row in cache_rows(cfg, kind))
     room = int(HOST_CACHE_BYTES // (row_bytes * pool.page_tokens * pool.layout.dp * pool.replicas))
     if room < 1:
         raise CapacityError(f"{cfg.name}: this host has no room for a page of its cache; give a smaller model")

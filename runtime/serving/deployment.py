@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Literal
 
 from foundation.errors import CapacityError
 from runtime.serving.errors import WorkloadError
-from runtime.serving.kv_pool import KvPool
 from runtime.serving.pricing import StepPricer
 from runtime.serving.request import Request
 from runtime.serving.speculation import Speculation
 
 if TYPE_CHECKING:
     from runtime.deployment.engines import Engine
+    from runtime.serving.rank import Rank
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ class Disaggregated:
         return replace(self.prefill, engine=replace(self.prefill.engine, admission="prompt"), speculation=None)
 
 
-def check_capacity(requests: Sequence[Request], roles: Sequence[Deployment], pools: Sequence[KvPool]) -> None:
+def check_capacity(requests: Sequence[Request], roles: Sequence[Deployment], ranks: Sequence[Rank]) -> None:
     """Raises CapacityError for the first request that some role could never serve.
 
-    roles, pools: the deployments a request passes through, and a rank's pool of each. Only the last of
-    them generates the answer.
+    roles, ranks: the deployments a request passes through, and a rank of each. Only the last of them generates the
+    answer, and its last step may write behind it.
     """
-    for role, pool in zip(roles, pools, strict=True):
-        drafts = role.speculation.query_tokens - 1 if role.speculation else 0
+    for role, rank in zip(roles, ranks, strict=True):
+        pool, drafts = rank.pool, rank.writes - 1
         uncut = role.engine.policy == "mixed" and not role.engine.chunked_prefill_tokens
         for request in requests:
             answer = request.output_tokens + drafts if role is roles[-1] else 1

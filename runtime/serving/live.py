@@ -68,7 +68,6 @@ class LiveService:
         self._loop = self._new_loop()
         ranks = [rank for replica in self._loop.groups[-1] for rank in replica.ranks]
         self._slots = sum(rank.engine.max_running_requests for rank in ranks)
-        self._beyond = max(rank.writes - rank.query_tokens for rank in ranks)
         self._condition = threading.Condition()
         self._inbox: list[_Entry] = []
         self._aborts: list[int] = []
@@ -88,8 +87,8 @@ class LiveService:
     def check(self, prompt_tokens: int, max_tokens: int) -> None:
         check_asked(prompt_tokens, max_tokens)
         check_positions(prompt_tokens, max_tokens, self.limits.positions)
-        pools = [group[0].ranks[0].pool for group in self._loop.groups]
-        check_capacity([Request(0, prompt_tokens, max_tokens + self._beyond)], self._loop.roles, pools)
+        firsts = [group[0].ranks[0] for group in self._loop.groups]
+        check_capacity([Request(0, prompt_tokens, max_tokens)], self._loop.roles, firsts)
 
     def submit(self, jobs: Sequence[Job], deliver: Sequence[Deliver], asked_s: float = 0.0) -> list[int]:
         now, before = self._clock.now(), self._clock.shown_s(asked_s)

@@ -214,7 +214,7 @@ class Simulation:
     # Set-up
 
     def _check(self, requests: list[Request]) -> None:
-        check_capacity(requests, self.loop.roles, [group[0].ranks[0].pool for group in self.groups])
+        check_capacity(requests, self.loop.roles, [group[0].ranks[0] for group in self.groups])
 
     def _holds(self) -> int:
         """Requests that can be in service, at their mean length."""

@@ -15,11 +15,17 @@ import numpy as np
 import onnx
 import pytest
 
+from foundation.errors import UsageError
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
 from runtime.deployment.manifest import FILE, Manifest
+from runtime.execution.local.request import Prompt
 from runtime.porting.export.package import model_ref
+from runtime.serving.clock import Virtual
+from runtime.serving.sampling import Sampling
+from runtime.serving.service import Job
 from tests.cli.cli import glm5, make_checkpoint, refused
+from tests.serving.test_live import Client, assert_nothing_is_held
 
 ROOT = Path(__file__).parents[2]
 SIZES = ("--phase", "both", "--batch", 2, "--chunk", 16, "--context", 64, "--page-size", 16)
@@ -392,3 +398,44 @@ def test_full_size_in_little_memory(tmp_path: Path, format: str, model: str) -> 
     assert set(manifest.programs[0].units) == types | shared
     assert len(manifest.layers) == 78 and {layer.unit for layer in manifest.layers} <= types | shared
     assert manifest.axes == {"tp": 8} and len(manifest.devices) == 8
+
+
+def test_a_package_is_served(package: Path, small: Path) -> None:
+    """Requests side by side get what each gets alone; one that no gear holds, or that the scheduler could not place, is
+    refused; the text is the checkpoint's, its chats too."""
+    from runtime.api.backing import Backing, opened
+    from runtime.execution.package.generate import Package
+    from runtime.execution.services import package_service
+
+    found, theirs = opened(Backing("ort", artifact=package)), opened(Backing("cpu", checkpoint=small))
+    chat = [{"role": "user", "content": "Hi"}]
+    template, their_template = found.vocabulary.template, theirs.vocabulary.template
+    assert template is not None and their_template is not None
+    assert template.render(chat) == their_template.render(chat)
+    assert found.vocabulary.stop_ids == theirs.vocabulary.stop_ids and found.recommended == theirs.recommended
+    assert (found.name, found.limits.vocab, found.limits.positions) == ("small", theirs.limits.vocab, 64)
+    sizes = ((7, 30), (9, 3), (5, 20))
+    prompts = [Prompt(tuple(3 * i % 1000 + first for i in range(count)), 6) for first, count in sizes]
+    loaded = Package(package, "ort")
+    expected = [list(loaded.generate([prompt])[0].token_ids) for prompt in prompts]
+    served = package_service(loaded, clock=Virtual())
+    clients = [Client() for _ in prompts]
+    served.submit([Job(each.prompt_ids, each.max_tokens, Sampling()) for each in prompts], clients)
+    assert [client.wait().tokens for client in clients] == expected
+    with pytest.raises(UsageError, match="exceeds the model's 64 positions"):
+        served.check(60, 5)
+    assert_nothing_is_held(served)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--mtp", 2), "--mtp does not go with --artifact"),
+        (("--checkpoint", "x"), "--checkpoint does not go with --artifact"),
+        (("--time-scale", 2), "--time-scale does not go with --artifact"),
+        (("--backend", "cpu"), "--backend cpu does not run exported packages"),
+    ],
+)
+def test_what_a_packages_server_does_not_do_is_a_line(package: Path, words: tuple[object, ...], says: str) -> None:
+    backend = () if "--backend" in words else ("--backend", "ort")
+    assert refused("serve", "--artifact", package, *backend, *words, "--port", 0).startswith(says)

@@ -24,7 +24,7 @@ from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.load import load_engine
 from runtime.execution.local.request import Completion, Prompt
 from runtime.serving import Deployment, Disaggregated
-from runtime.simulation.build import Built
+from runtime.simulation.build import Built, speculation
 from runtime.simulation.planned import Deployed, spec_of
 from tests.engine.conftest import CONFIGS, random_weights
 from tests.plans import formats, pool_of
@@ -70,13 +70,15 @@ def plan_of(
     scheme: str = "f32",
     pages: int | None = None,
     replicas: int = 1,
+    drafts: int = 0,
     **settings: Any,
 ) -> Plan:
-    """A plan for a layout. pages: of each rank, if fewer than fit. settings: of the engine."""
+    """A plan for a layout. pages: of each rank, if fewer than fit. drafts: guessed a step. settings: of the
+    engine."""
     engine = settings.pop("engine", "sglang")
     pool = pool_of(
         cfg, layout, hw_profiles.load(CHIP), formats(scheme), engine=engine, replicas=replicas, settings=settings,
-        experts=placement(cfg, layout, redundant, seed), redundant_slots=redundant,
+        experts=placement(cfg, layout, redundant, seed), redundant_slots=redundant, drafts=drafts,
     )  # fmt: skip
     if pages is not None:
         pool = dataclasses.replace(pool, devices=tuple(dataclasses.replace(d, kv_pages=pages) for d in pool.devices))
@@ -120,6 +122,7 @@ def ticking(cfg: ModelConfig, plan: Plan) -> Deployed:
             devices=len(pool.devices),
             replicas=pool.replicas,
             ranks=pool.layout.dp,
+            speculation=speculation(pool.drafts) if pool.role != "prefill" else None,
         )
         for spec, pool in zip(specs, plan.pools, strict=True)
     ]

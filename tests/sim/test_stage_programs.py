@@ -75,7 +75,7 @@ def prompt(cfg: ModelConfig) -> Batch:
 
 def logits_of(cluster: Cluster) -> np.ndarray:
     batch = prompt(cluster.cfg)
-    return cluster.server(batch.page_table.shape[1], PAGE).step(batch, EXPANDED)
+    return cluster.server(batch.page_table.shape[1], PAGE).step(batch, EXPANDED)[0]
 
 
 def meant(checkpoint: Checkpoint) -> np.ndarray:

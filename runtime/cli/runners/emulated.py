@@ -23,6 +23,7 @@ class EmulatedRun(CheckpointRun):
     formats: str | None
     kv: str | None
     engine: str | None
+    mtp: int
     scale_memory: float
     trace: Path | None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import hw_profiles
@@ -80,14 +79,13 @@ def scaled(name: str, factor: float) -> Profile:
 
 
 def unscaled_settings(
-    name: str, cfg: ModelConfig, profile: str, layout: Layout, memory: Profile, given: Mapping[str, Any]
+    name: str, cfg: ModelConfig, profile: str, layout: Layout, memory: Profile, drafts: int = 0
 ) -> dict[str, Any]:
     """The engine's settings as it derives them from the whole chip, where another size of memory would change them."""
-    whole = engine_for(name, cfg, hw_profiles.load(profile), layout, given)
-    shrunk = engine_for(name, cfg, memory, layout, given)
+    whole = engine_for(name, cfg, hw_profiles.load(profile), layout, None, drafts)
+    shrunk = engine_for(name, cfg, memory, layout, None, drafts)
     names = [field.name for field in dataclasses.fields(whole) if field.name not in ("name", "description", "evidence")]
-    changed = {n: getattr(whole, n) for n in names if getattr(whole, n) != getattr(shrunk, n)}
-    return {**given, **changed}
+    return {n: getattr(whole, n) for n in names if getattr(whole, n) != getattr(shrunk, n)}
 
 
 def spot_plan(spec: Spec, replicas: int) -> Plan:
@@ -103,7 +101,7 @@ def spot_plan(spec: Spec, replicas: int) -> Plan:
                 "the runtime": stage.runtime_bytes,
             }
             limits = Limits(spec.profile.name, stage.usable_bytes, reserved, spec.formats, 1, spec.engine.page_tokens)
-            account(spec.cfg, Grid.of(spec.cfg, spec.layout), limits)
+            account(spec.cfg, Grid.of(spec.cfg, spec.layout), limits, mtp=spec.drafts > 0)
         raise CapacityError(first_line(error)) from None
 
 
@@ -131,7 +129,7 @@ def check_memory(cfg: ModelConfig, plan: Plan, factor: float = 1.0) -> list[list
         }
         usable = held.usable_bytes * factor
         limits = Limits(pool.profile, usable, reserved, pool.formats, pool.kv_pages, pool.page_tokens)
-        found.append(account(cfg, grid_of(cfg, pool), limits, pool.devices[0].index))
+        found.append(account(cfg, grid_of(cfg, pool), limits, pool.devices[0].index, pool.drafts > 0))
     return found
 
 

@@ -8,9 +8,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from backends.spmd.cluster import Pages
-from foundation.errors import UsageError
 from model.graph import Batch, Mode
-from runtime.execution.batches import context, gear, padded, parts, unpadded, widest
+from runtime.execution.batches import (
+    Following,
+    Kind,
+    Launched,
+    context,
+    drafted,
+    gear,
+    padded,
+    parts,
+    unpadded,
+    widest,
+)
 from runtime.serving.executor import Abilities, ByRank, Logits
 
 _LAUNCH_TOKENS = 2048  # tokens of a rank in one launch; a step with more is run in several, with the same result
@@ -24,7 +34,9 @@ class StepServer(Protocol):
     pages: int
     page_size: int
 
-    def step(self, batch: Batch, mode: Mode) -> np.ndarray: ...
+    def step(self, batch: Batch, mode: Mode) -> tuple[np.ndarray, Any]: ...
+
+    def draft(self, batch: Batch, hidden: Any) -> np.ndarray: ...
 
     def read(self, rank: int, pages: list[int]) -> Pages: ...
 
@@ -34,24 +46,36 @@ class StepServer(Protocol):
 
 
 class ClusterExecutor:
-    """Runs steps of `ranks` ranks on a server. A step with prompts and answers takes two launches."""
+    """Runs steps of `ranks` ranks on a server. A step with prompts and answers takes two launches. drafts: that the
+    server guesses a step."""
 
     name = "the emulation"
 
-    def __init__(self, server: StepServer, ranks: int):
-        self.server, self._ranks = server, ranks
+    def __init__(self, server: StepServer, ranks: int, drafts: int = 0):
+        self.server, self._ranks, self._drafts = server, ranks, drafts
         self._shapes: set[tuple[Mode, int, int, int]] = set()
+        self._launched: list[Launched] = []
 
     @property
     def can(self) -> Abilities:
-        return Abilities(self.server.pages - 1, self.server.page_size, self._ranks, moves=True)
+        return Abilities(
+            self.server.pages - 1,
+            self.server.page_size,
+            self._ranks,
+            drafts=self._drafts,
+            beyond=max(0, self._drafts - 1),
+            moves=True,
+        )
 
     def step(self, prompts: ByRank, answers: ByRank, every: bool) -> tuple[Logits, Logits]:
-        of_prompts = self._launch(Mode("expanded", "all" if every else "last"), prompts)
-        return of_prompts, self._launch(Mode("absorbed", "all" if widest(answers) > 1 else "last"), answers)
+        self._launched = []
+        of_prompts = self._launch("prompts", Mode("expanded", "all" if every else "last"), prompts)
+        # with drafts always as many tokens: answers that have none left to check share the others' program
+        every_answer = self._drafts > 0 or widest(answers) > 1
+        return of_prompts, self._launch("answers", Mode("absorbed", "all" if every_answer else "last"), answers)
 
-    def draft(self, prompts: Any, answers: Any) -> tuple[Any, Any]:
-        raise UsageError(f"{self.name} has no drafts")
+    def draft(self, prompts: Following, answers: Following) -> tuple[Any, Any]:
+        return drafted(self._launched, prompts, answers, self.server.draft)
 
     def read(self, rank: int, pages: Sequence[int]) -> Pages:
         return self.server.read(rank, list(pages))
@@ -62,20 +86,29 @@ class ClusterExecutor:
     def reset(self) -> None:
         self.server.clear()
 
-    def _launch(self, mode: Mode, rows: ByRank) -> Logits:
+    def _launch(self, kind: Kind, mode: Mode, rows: ByRank) -> Logits:
         found: Logits = [[] for _ in rows]
         for part in parts(rows, _LAUNCH_TOKENS):
             page, width = self.server.page_size, widest(part)
             shape = self._shape(
                 mode,
                 gear(max(map(len, part))),
-                1 if width == 1 else gear(width, 16),
-                gear(-(-context(part) // page), max(1, _LEAST_CONTEXT // page)),
+                self._width(kind, width),
+                gear(-(-(context(part) + self._drafts) // page), max(1, _LEAST_CONTEXT // page)),
             )
-            logits = unpadded(part, self.server.step(padded(part, *shape), mode))
-            for rank, each in zip(found, logits, strict=True):
+            batch = padded(part, *shape)
+            logits, hidden = self.server.step(batch, mode)
+            for rank, each in zip(found, unpadded(part, logits), strict=True):
                 rank += each
+            if self._drafts:
+                self._launched.append(Launched(kind, part, batch, hidden))
         return found
+
+    def _width(self, kind: Kind, width: int) -> int:
+        """Tokens a row to run."""
+        if kind == "answers" and self._drafts:
+            return gear(width, 1 + self._drafts)
+        return 1 if width == 1 else gear(width, 16)
 
     def _shape(self, mode: Mode, size: int, width: int, pages: int) -> tuple[int, int, int]:
         """The padded shape (rows a rank, tokens, pages) to run: one that is compiled already, if it is not far

@@ -39,8 +39,10 @@ def emulate(
     make_executor: MakeExecutor,
     on_token: OnToken = lambda index, token: None,
     timelines: Sequence[Timeline] = (),
+    drafts: int = 0,
 ) -> Outcome:
-    """Serves all prompts. timelines: one for each role, to record its steps on.
+    """Serves all prompts. timelines: one for each role, to record its steps on. drafts: guessed a step, by servers that
+    only prefill, too: their guesses and the MTP layer's rows go along with a cache.
 
     Raises `CapacityError` of the simulator for a request that a pool can never hold.
     """
@@ -53,8 +55,7 @@ def emulate(
     def worker(role: int) -> Worker:
         executor = make_executor(role)
         refuse(roles[role], executor, moves=len(roles) > 1)
-        speculation = roles[role].speculation
-        return ModelWorker(executor, answers, moving, speculation.query_tokens - 1 if speculation else 0, on_token)
+        return ModelWorker(executor, answers, moving, drafts, on_token)
 
     def observe(role: int, within: int, shapes: list[BatchShape], start: float, end: float) -> None:
         nonlocal steps

@@ -10,7 +10,7 @@ from pathlib import Path
 class SimOptions:
     """What the command line says about the devices. plan: a file; without one, a plan is made on the spot.
 
-    scale_memory: share of the chips' memory that is there.
+    mtp: tokens drafted a step. scale_memory: share of the chips' memory that is there.
     """
 
     plan: Path | None = None
@@ -23,11 +23,12 @@ class SimOptions:
     formats: str | None = None
     kv: str | None = None
     engine: str | None = None
+    mtp: int = 0
     scale_memory: float = 1.0
     trace: Path | None = None
 
     @property
     def decided(self) -> list[str]:
         """The options given that a plan decides, as they are spelled."""
-        own = ("profile", "tp", "dp", "ep", "pp", "formats", "kv", "engine")
-        return [f"--{name}" for name in own if getattr(self, name) is not None]
+        own = ("profile", "tp", "dp", "ep", "pp", "formats", "kv", "engine", "mtp")
+        return [f"--{name}" for name in own if getattr(self, name)]

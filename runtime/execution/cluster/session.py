@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from runtime.execution.cluster.live import Outcome
     from runtime.execution.cluster.timeline import Timeline
     from runtime.execution.local.request import Completion, OnToken, Prompt
+    from runtime.serving.executor import StepExecutor
 
 
 def prepare(cfg: ModelConfig, options: SimOptions) -> Plan:
@@ -54,11 +55,15 @@ def prepare(cfg: ModelConfig, options: SimOptions) -> Plan:
 def runnable(cfg: ModelConfig, plan: Plan) -> None:
     """Raises `UsageError` for a plan whose steps cannot be emulated."""
     for pool in plan.pools:
-        if pool.drafts:
-            raise UsageError(
-                f"the plan drafts {pool.drafts} tokens a step, which is not emulated: plan it without --mtp"
-            )
         deploy.grid_of(cfg, pool).check(cfg)
+    drafts = sorted({pool.drafts for pool in plan.pools})
+    if drafts[-1] and not cfg.mtp_layers:
+        raise UsageError(f"{cfg.name} has no MTP layer to draft with: leave out --mtp")
+    if len(drafts) > 1:
+        raise UsageError(
+            f"the plan's pools draft {drafts[0]} and {drafts[-1]} tokens a step, and the MTP layer's rows move with a "
+            "cache: plan both with one --mtp"
+        )
     sizes = sorted({pool.page_tokens for pool in plan.pools})
     if len(sizes) > 1:
         raise UsageError(
@@ -85,8 +90,9 @@ def _on_the_spot(cfg: ModelConfig, options: SimOptions) -> Plan:
     check_kv(profile, options.kv)
     engine = options.engine or "sglang"
     layout, replicas = deploy.lay_out(cfg, options.devices or 1, options.tp, options.dp, options.ep, options.pp)
-    settings = deploy.unscaled_settings(engine, cfg, options.profile, layout, profile, {})
-    return deploy.spot_plan(spec_for(cfg, profile, layout, chosen, options.kv, engine, settings), replicas)
+    settings = deploy.unscaled_settings(engine, cfg, options.profile, layout, profile, options.mtp)
+    made = spec_for(cfg, profile, layout, chosen, options.kv, engine, settings, drafts=options.mtp)
+    return deploy.spot_plan(made, replicas)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +124,6 @@ def serve(
     """
     from backends.emulation.backend import SimBackend
     from backends.spmd.processes import Processes
-    from runtime.execution.cluster.executor import ClusterExecutor
     from runtime.execution.cluster.live import emulate
     from runtime.execution.cluster.timeline import write
     from runtime.execution.local.request import check_request
@@ -132,6 +137,7 @@ def serve(
     clock = clock or deploy.clock_of(checkpoint.config, plan)
     clusters = [clusters_of(checkpoint, backend, pool) for pool in plan.pools]
     each = [itertools.cycle(found) for found in clusters]
+    drafts = max(pool.drafts for pool in plan.pools)
     pages = [_pages(pool, prompts) for pool in plan.pools]
     timelines = _timelines(checkpoint.config, plan, clock) if trace else []
     times: dict[int, list[float]] = {}
@@ -143,9 +149,9 @@ def serve(
         times.setdefault(index, []).append(time.perf_counter() - loaded - compiled())
         on_token(index, token)
 
-    def executor(role: int) -> ClusterExecutor:
+    def executor(role: int) -> StepExecutor:
         pool = plan.pools[role]
-        return ClusterExecutor(next(each[role]).server(pages[role], pool.page_tokens), pool.layout.dp)
+        return executor_of(next(each[role]), pages[role], pool)
 
     loaded = time.perf_counter()
     outcome = emulate(
@@ -154,6 +160,7 @@ def serve(
         executor,
         token,
         timelines,
+        drafts,
     )
     if trace:
         write(trace, timelines)
@@ -168,25 +175,36 @@ def serve(
 def clusters_of(checkpoint: Checkpoint, backend: SimBackend | Processes, pool: Pool) -> list[Cluster]:
     """The devices of a pool's servers in turn: emulated ones are the same for all, those of processes are not."""
     from backends.emulation.backend import SimBackend
+    from runtime.execution.local.load import require_mtp
 
-    cfg = checkpoint.config
+    cfg, drafts = checkpoint.config, pool.drafts
+    if drafts:
+        require_mtp(checkpoint)
     grid = deploy.grid_of(cfg, pool)
     if isinstance(backend, SimBackend):
         numbers = number_formats(cfg, pool)
-        weights = checkpoint.load("float32", keep_fp8=numbers is not None, mtp=False)
-        return [backend.cluster(cfg, grid, weights, numbers)]
+        weights = checkpoint.load("float32", keep_fp8=numbers is not None, mtp=drafts > 0)
+        return [backend.cluster(cfg, grid, weights, numbers, drafts)]
     firsts = [pool.devices[number * pool.layout.devices].index for number in range(pool.replicas)]
-    return [backend.cluster(cfg, grid, _unread(checkpoint, backend.dtype), first) for first in firsts]
+    return [backend.cluster(cfg, grid, _unread(checkpoint, backend.dtype), first, drafts) for first in firsts]
+
+
+def executor_of(cluster: Cluster, pages: int, pool: Pool) -> StepExecutor:
+    """What carries out the steps of a server of a pool, with so many pages a rank, one of them nobody's."""
+    from runtime.execution.cluster.executor import ClusterExecutor
+
+    return ClusterExecutor(cluster.server(pages, pool.page_tokens), pool.layout.dp, pool.drafts)
 
 
 def _unread(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     """The weights as `Checkpoint.load` has them, each read when it is asked for, and not kept."""
     from model.checkpoint import groups
 
-    found = groups(checkpoint.config, mtp=False)
+    found = groups(checkpoint.config, mtp=checkpoint.has_mtp)
     return {
         "outer": _Unread(checkpoint, found["outer"][0], dtype),
         "layers": [_Unread(checkpoint, group, dtype) for group in found["layers"]],
+        "mtp": [_Unread(checkpoint, group, dtype) for group in found["mtp"]],
     }
 
 
@@ -218,7 +236,8 @@ def number_formats(cfg: ModelConfig, pool: Pool) -> NumberFormats | None:
 
 def _pages(pool: Pool, prompts: Sequence[Prompt]) -> int:
     """Pages a rank to have: the plan's, or what all prompts take together where that is less; and a spare one."""
-    each = [-(-(len(p.prompt_ids) + p.max_tokens) // pool.page_tokens) for p in prompts]
+    beyond = max(0, 2 * pool.drafts - 1)  # that a step may write behind an answer
+    each = [-(-(len(p.prompt_ids) + p.max_tokens + beyond) // pool.page_tokens) for p in prompts]
     return min(pool.kv_pages, sum(each)) + 1
 
 
@@ -230,8 +249,8 @@ def _timelines(cfg: ModelConfig, plan: Plan, clock: Deployed) -> list[Timeline]:
     found, process = [], 0
     for pool, built in zip(plan.pools, clock.pools, strict=True):
         pricer = built.pricer
-        traced = trace(cfg, pool.layout, "decode")
-        programs = OpLists(traced.layers, traced.embed, traced.head, None)
+        traced = trace(cfg, pool.layout, "decode", mtp=pool.drafts > 0)
+        programs = OpLists(traced.layers, traced.embed, traced.head, traced.mtp)
         ops = segments(cfg, pool.layout, programs, pricer)
         found.append(Timeline(pool.layout, pricer, ops, pool.role, pool.devices[0].index, process))
         process += pool.replicas

@@ -28,6 +28,7 @@ from runtime.pricing.prices import ATTENTION_STAGES, PRICERS, Context, label
 from runtime.serving.pricing import BatchShape
 
 HOP = "pipeline"
+DRAFTS = "mtp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,8 @@ def segments(cfg: ModelConfig, layout: Layout, programs: OpLists, pricer: GraphP
         for layer in layers:
             found += of(programs.layers[cfg.layers[layer]], stage)
     found += of(programs.head, layout.pp - 1)
+    if programs.mtp:
+        found.append(Segment(layout.pp - 1, DRAFTS))
     return [new for before, new in zip([None, *found], found, strict=False) if new != before]
 
 

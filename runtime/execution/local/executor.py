@@ -6,8 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from foundation.errors import UsageError
-from model.graph import Batch, Mode
-from runtime.execution.batches import context, following, gear, padded, parts, unpadded, widest
+from model.graph import Mode
+from runtime.execution.batches import (
+    Following,
+    Kind,
+    Launched,
+    context,
+    drafted,
+    gear,
+    padded,
+    parts,
+    unpadded,
+    widest,
+)
 from runtime.execution.local.programs import Programs
 from runtime.serving.executor import Abilities, ByRank, Logits
 
@@ -26,8 +37,7 @@ class LocalExecutor:
         self._least_pages = max(1, least_context // programs.page_size)
         self._launch_tokens = launch_tokens
         self.name = f"a device of backend {programs.backend.name}"
-        self._launched: list[tuple[str, ByRank, Batch, Any]] = []
-        """Of the last step, for its drafts: what was computed, rows, batch, hidden states."""
+        self._launched: list[Launched] = []
 
     @property
     def can(self) -> Abilities:
@@ -41,15 +51,8 @@ class LocalExecutor:
         mode = Mode("absorbed", "all" if drafts else "last")
         return of_prompts, self._launch("answers", mode, answers, 1 + drafts)
 
-    def draft(self, prompts: list[list[list[int]]], answers: list[list[list[int]]]) -> tuple[Any, Any]:
-        given, taken = {"prompts": prompts[0], "answers": answers[0]}, {"prompts": 0, "answers": 0}
-        found: dict[str, list[Any]] = {"prompts": [], "answers": []}
-        for kind, rows, batch, hidden in self._launched:
-            count, first = len(rows[0]), taken[kind]
-            drafts = self.programs.draft(following(batch, [given[kind][first : first + count]]), hidden)
-            found[kind] += list(drafts[:count])
-            taken[kind] += count
-        return [found["prompts"]], [found["answers"]]
+    def draft(self, prompts: Following, answers: Following) -> tuple[Any, Any]:
+        return drafted(self._launched, prompts, answers, self.programs.draft)
 
     def read(self, rank: int, pages: Sequence[int]) -> Any:
         raise UsageError(f"{self.name} cannot send caches")
@@ -60,7 +63,7 @@ class LocalExecutor:
     def reset(self) -> None:
         self.programs.clear()
 
-    def _launch(self, kind: str, mode: Mode, rows: ByRank, least_tokens: int) -> Logits:
+    def _launch(self, kind: Kind, mode: Mode, rows: ByRank, least_tokens: int) -> Logits:
         found: Logits = [[]]
         for part in parts(rows, self._launch_tokens):
             pages = -(-(context(part) + self.programs.drafts) // self.programs.page_size)
@@ -73,5 +76,5 @@ class LocalExecutor:
             logits, hidden = self.programs.step(batch, mode)
             found[0] += unpadded(part, logits)[0]
             if self.programs.drafts:
-                self._launched.append((kind, part, batch, hidden))
+                self._launched.append(Launched(kind, part, batch, hidden))
         return found

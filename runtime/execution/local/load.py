@@ -44,11 +44,8 @@ def load_engine(
         raise UsageError(f"backend {backend.name} computes in {', '.join(sorted(offered.dtypes))}, not in {dtype}")
     if keep_fp8 and not offered.fp8_weights:
         raise UsageError(f"backend {backend.name} has no FP8 here; drop --keep-fp8 to dequantise the weights")
-    if config.drafts and not checkpoint.has_mtp:
-        why = "holds no MTP layer"
-        if checkpoint.undeclared_mtp:
-            why = "holds an MTP layer that its config.json does not declare (num_nextn_predict_layers)"
-        raise UsageError(f"{checkpoint.path} {why}: --mtp needs one")
+    if config.drafts:
+        require_mtp(checkpoint)
     if pool_tokens is not None:
         memory = offered.devices[0].memory_bytes
         _require_room(checkpoint.config, pool_tokens, dtype, config.drafts > 0, memory)
@@ -75,6 +72,16 @@ def load_engine(
     page_tokens = config.described.page_tokens
     programs = Programs(backend, checkpoint.config, weights, config.pages, page_tokens, dtype, drafts=config.drafts)
     return LocalEngine(checkpoint.config, programs, config)
+
+
+def require_mtp(checkpoint: Checkpoint) -> None:
+    """Raises `UsageError` where a checkpoint has nothing to draft with."""
+    if checkpoint.has_mtp:
+        return
+    why = "holds no MTP layer"
+    if checkpoint.undeclared_mtp:
+        why = "holds an MTP layer that its config.json does not declare (num_nextn_predict_layers)"
+    raise UsageError(f"{checkpoint.path} {why}: --mtp needs one")
 
 
 def _require_room(cfg: ModelConfig, pool_tokens: int, dtype: str, mtp: bool, memory_bytes: int | None) -> None:

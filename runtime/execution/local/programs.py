@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from backends.interface import Backend, Executable, Program
@@ -113,16 +112,4 @@ class Programs:
         return graph.step(self.cfg, weights, caches, batch, mode)
 
     def _draft(self, mode: Mode, weights: Any, cache: Any, batch: Batch, hidden: Any) -> tuple[Any, Any]:
-        """All drafts in one program: the first step covers the confirmed tokens, the others one draft each."""
-        tokens = []
-        for _ in range(self.drafts):
-            out = graph.mtp_step(self.cfg, weights, cache, batch, hidden, mode)
-            cache = out.caches[0]
-            token = jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
-            tokens.append(token)
-            last = batch.start + batch.length
-            # a row of padding (length 0) stays one: its writes go to page 0
-            length = jnp.minimum(batch.length, 1)
-            hidden = graph.last_token(out.hidden, batch.length)
-            batch = Batch(token[:, None], last, length, batch.page_table)
-        return jnp.stack(tokens, axis=1), cache
+        return graph.draft(self.cfg, weights, cache, batch, hidden, self.drafts, mode)

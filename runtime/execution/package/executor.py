@@ -113,20 +113,25 @@ def refusing(what: object, who: str) -> Iterator[None]:
 
 
 def executor(name: str, fmt: str, trusted: bool = False) -> Executor:
-    """The executor of that name for a package of format `fmt`. trusted: it opens graphs that may run code.
+    """The executor of that name for a package of format `fmt`. trusted: it opens graphs that may run code. Raises what
+    `runnable` does."""
+    runnable(name, fmt)
+    module, made, *_ = _KNOWN[name]
+    return getattr(import_module(module), made)(trusted=trusted)
 
-    Raises `UsageError` where it does not run that format, `BackendUnavailable` where its package is not installed.
-    """
+
+def runnable(name: str, fmt: str) -> None:
+    """Raises `UsageError` where the executor of that name does not run a package of format `fmt`, `BackendUnavailable`
+    where its package is not installed."""
     if name not in _KNOWN:
         raise UsageError(f"--backend {name} does not run exported packages; with --artifact: {', '.join(_KNOWN)}")
-    module, made, needs, formats = _KNOWN[name]
+    *_, needs, formats = _KNOWN[name]
     if fmt not in formats:
         able = ", ".join(each for each, known in _KNOWN.items() if fmt in known[3])
         hint = f"use --backend {able}" if able else "it needs its own toolchain (see the package's README)"
         raise UsageError(f"--backend {name} runs {', '.join(formats)}, and this package is {fmt}; {hint}")
     if find_spec(needs) is None:
         raise BackendUnavailable(f"--backend {name} needs {needs}: pip install 'glm5-runtime[export]'")
-    return getattr(import_module(module), made)(trusted=trusted)
 
 
 def executor_of(fmt: str) -> str | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from foundation.errors import UsageError
 from runtime.deployment.engines import load
-from runtime.deployment.manifest import FILE, GearUnits
+from runtime.deployment.manifest import FILE, GearUnits, Manifest
 from runtime.execution.package.executor import refusing
 from runtime.execution.package.runner import Runner, StepBatch
 from runtime.execution.serve_all import without_times
@@ -34,6 +34,11 @@ class _Feed:
         return len(self.row.tokens) - self.fed
 
 
+def largest_context(manifest: Manifest) -> int:
+    """Tokens of the longest request that a gear of a package holds."""
+    return max(program.gear.context_pages * manifest.page_size for program in manifest.programs)
+
+
 class PackageExecutor:
     """Runs steps with a package's programs. A row that is longer than the gear that holds its context goes through in
     several launches, and rows that take the same gear go together.
@@ -51,7 +56,7 @@ class PackageExecutor:
     @property
     def largest_context(self) -> int:
         """Tokens of the longest request that a gear holds."""
-        return max(map(self._context, self.manifest.programs))
+        return largest_context(self.manifest)
 
     @property
     def can(self) -> Abilities:

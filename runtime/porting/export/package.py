@@ -7,6 +7,7 @@ may add files of its own.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,9 +19,12 @@ from typing import Any
 from backends.toolchains.cut import Exchange
 from backends.toolchains.walker import Graph
 from foundation.errors import UsageError
+from foundation.reading import Unreadable, read_json
 from foundation.writing import new_folder
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
+from model.errors import TokenizerError
+from model.hf_config import GENERATION_FILE
 from model.split import Grid
 from runtime.deployment.manifest import (
     FILE,
@@ -36,7 +40,7 @@ from runtime.porting.export import shares
 from runtime.porting.export.job import ExportJob, Writer, values
 from runtime.porting.export.units import Cut, caches, units, weight_refs
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, CHATS = "tokenizer.json", "tokenizer_config.json"
 
 
 def writers() -> Mapping[Format, Callable[[ExportJob], Writer]]:
@@ -176,9 +180,15 @@ def _slots(cfg: ModelConfig, grid: Grid) -> dict[str, tuple[int, ...]]:
 def _write_tokenizer(checkpoint: Checkpoint | None, folder: Path) -> str | None:
     if checkpoint is None or not (checkpoint.path / TOKENIZER).exists():
         return None
-    from model.tokenizer import Tokenizer
+    from model.tokenizer import ChatTemplate, Tokenizer
 
     (folder / TOKENIZER).write_text(Tokenizer.load(checkpoint.path).to_json(), encoding="utf-8")
+    with contextlib.suppress(TokenizerError):  # a package without chats generates all the same
+        if template := ChatTemplate.find(checkpoint.path):
+            (folder / CHATS).write_text(json.dumps(template.to_config()), encoding="utf-8")
+    with contextlib.suppress(Unreadable):
+        recommended = read_json(checkpoint.path / GENERATION_FILE)
+        (folder / GENERATION_FILE).write_text(json.dumps(recommended), encoding="utf-8")
     return TOKENIZER
 
 
