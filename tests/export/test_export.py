@@ -416,8 +416,6 @@ def test_a_package_is_served(package: Path, small: Path) -> None:
     assert (found.name, found.limits.vocab, found.limits.positions) == ("small", theirs.limits.vocab, 64)
     sizes = ((7, 30), (9, 3), (5, 20))
     prompts = [Prompt(tuple(3 * i % 1000 + first for i in range(count)), 6) for first, count in sizes]
-        Prompt(tuple(3 * i % 1000 + first for i in range(count)), 6) for first, count in ((7, 30), (9, 3), (5, 20))
-    ]
     loaded = Package(package, "ort")
     expected = [list(loaded.generate([prompt])[0].token_ids) for prompt in prompts]
     served = package_service(loaded, clock=Virtual())
