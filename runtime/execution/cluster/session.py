@@ -58,6 +58,11 @@ def runnable(cfg: ModelConfig, plan: Plan) -> None:
             raise UsageError(
                 f"the plan drafts {pool.drafts} tokens a step, which is not emulated: plan it without --mtp"
             )
+        if pool.offload.asked:
+            raise UsageError(
+                "the plan keeps prompts in memory below the devices', which is not emulated: plan it without "
+                "--kv-host-gb and --kv-disk-gb"
+            )
         deploy.grid_of(cfg, pool).check(cfg)
     sizes = sorted({pool.page_tokens for pool in plan.pools})
     if len(sizes) > 1:
