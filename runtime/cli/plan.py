@@ -15,6 +15,7 @@ from foundation.writing import require_writable
 from model.formats import SCHEMES_HELP
 from runtime.cli import completion
 from runtime.cli.given import given, refuse_before
+from runtime.cli.kv_memory import KvDiskGb, KvDiskGbS, KvHostGb, offload_asked
 from runtime.cli.loads import (
     Acceptance,
     Bounded,
@@ -102,6 +103,9 @@ def plan(
     ] = "auto",
     mtp: Drafts = 0,
     acceptance: Acceptance = None,
+    kv_host_gb: KvHostGb = None,
+    kv_disk_gb: KvDiskGb = None,
+    kv_disk_gb_s: KvDiskGbS = None,
     expert_load: Annotated[
         Path | None, typer.Option(help="Tokens of each expert: .npy of MoE layers x experts. Decides redundant slots.")
     ] = None,
@@ -173,6 +177,7 @@ def plan(
         max_pp,
         chances,
         prefill_held(context.params),
+        offload_asked(context.params),
     )
     chips = _chips(profile or ["h200-sxm"], devices, 384 if objective == "min-devices" else 8, of_chip)
     found = _answer(question, chips, expert_load)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from runtime.cli.simulated import NO_PREFIX_CACHE, show_assumed
+from runtime.cli.simulated import NO_PREFIX_CACHE, prefix_words, show_assumed
 from runtime.deployment.engines import load as load_engine
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _predicted(console: object, plan: Plan) -> None:
         title = name.removesuffix("_ms").upper()
         console.print(f"{title} {stats['mean']:,.1f} ms (9 in 10 expected within {low:,.1f} to {high:,.1f}){wanted}")
     if plan.demand.shares:
-        console.print(f"prefix cache: {got.prefix_hit_rate:.1%} of prompt tokens found in it")
+        console.print(prefix_words(got.prefix_hit_rate, got.prefix_hits))
         first = plan.pools[0]
         if not first.settings.get("prefix_cache", load_engine(first.engine).prefix_cache):
             console.print(f"note: {NO_PREFIX_CACHE}")

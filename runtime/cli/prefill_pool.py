@@ -103,4 +103,5 @@ def disaggregated(
         built.deployment, replicas=prefill.replicas, devices=prefill.replicas * prefill.layout.devices
     )
     moved = transfer_of(prefill, decode.spec, 1)
+    servers = dataclasses.replace(servers, tiers=())  # prompts are computed, and kept, where they are prefilled
     return apart(first, servers, moved, (prefill, decode.spec)), built, moved

@@ -16,6 +16,7 @@ from foundation.writing import require_writable
 from model.formats import SCHEMES_HELP
 from runtime.cli import completion
 from runtime.cli.given import given
+from runtime.cli.kv_memory import KvDiskGb, KvDiskGbS, KvHostGb, offload_asked
 from runtime.cli.loads import (
     HABITS,
     LENGTHS,
@@ -104,6 +105,9 @@ def simulate(
     prefill_pp: PrefillPp = None,
     prefill_profile: PrefillProfile = None,
     prefill_formats: PrefillFormats = None,
+    kv_host_gb: KvHostGb = None,
+    kv_disk_gb: KvDiskGb = None,
+    kv_disk_gb_s: KvDiskGbS = None,
     expert_load: Annotated[
         str | None, typer.Option(help="uniform, balanced, power_law:A or a JSON file of counts.")
     ] = None,
@@ -174,7 +178,7 @@ def simulate(
     mtp, chances = acceptance_asked(acceptance, mtp)
     asked: dict[str, Any] = {
         "settings": of_engine, "expert_load": expert_load,
-        "drafts": mtp, "accept_length": accept, "acceptance": chances,
+        "drafts": mtp, "accept_length": accept, "acceptance": chances, "offload": offload_asked(context.params),
     }  # fmt: skip
     scheme = formats or cfg.stored_scheme
     spec = spec_for(cfg, found, layout, scheme, kv, engine, replicas=devices // layout.devices, **asked)

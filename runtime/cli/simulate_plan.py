@@ -10,12 +10,13 @@ import typer
 
 from foundation.errors import UsageError
 from runtime.cli.given import given, refuse_unread
+from runtime.cli.kv_memory import OFFLOAD, offload_asked
 from runtime.cli.loads import HABITS, habits_asked
 
 if TYPE_CHECKING:
     from runtime.serving import Report
 
-_FREE = frozenset({"plan", "requests", "seed", "trace", "explain", "html", "as_json"})
+_FREE = frozenset({"plan", "requests", "seed", "trace", "explain", "html", "as_json", *OFFLOAD})
 """Options that go with a plan."""
 
 _LOAD = frozenset({"isl", "osl", "concurrency", "rate", *HABITS})
@@ -27,6 +28,8 @@ def load_beside_plan(context: typer.Context) -> dict[str, Any]:
     refuse_unread(context, _FREE | _LOAD, lambda _: "does not go with --plan, which decides it: make another plan")
     load = {name: context.params[name] for name in given(context) if name in _LOAD and name not in HABITS}
     load |= habits_asked(context.params)
+    if any(name in given(context) for name in OFFLOAD):
+        load["offload"] = offload_asked(context.params)
     if "concurrency" in load and "rate" in load:
         raise UsageError("--concurrency and --rate: give one of them")
     return load
@@ -37,7 +40,7 @@ def simulated_plan(
 ) -> tuple[dict[str, Any], Report]:
     """(what `glm5 simulate --json` prints, the report): throughputs of the whole plan.
 
-    load: fields of its demand to change.
+    load: fields of its demand to change, and "offload" of its pools.
     """
     from runtime.cli.simulated import explained, load_of, pools_of, result_of
     from runtime.deployment.plan import Plan
@@ -45,6 +48,11 @@ def simulated_plan(
 
     plan = Plan.read(path)
     made = plan.hash
+    if (offload := load.pop("offload", None)) is not None:
+        pools = tuple(
+            pool if pool.role == "decode" else dataclasses.replace(pool, offload=offload) for pool in plan.pools
+        )
+        plan = dataclasses.replace(plan, pools=pools)
     if "concurrency" in load or "rate" in load:
         load = {"concurrency": None, "rate": None, **load}
     for name in ("isl", "osl"):

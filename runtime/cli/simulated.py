@@ -219,7 +219,7 @@ def show(result: dict[str, Any], report: Report) -> None:
         f"{report.preemptions} preemptions; bound by {report.bottleneck}"
     )
     if any(request.prefix_hashes for request in report.requests):  # prompts that may share a beginning
-        console.print(f"prefix cache: {report.prefix_hit_rate:.1%} of prompt tokens found in it")
+        console.print(prefix_words(report.prefix_hit_rate, report.prefix_hits))
     shares = sorted(result["share_by_op"].items(), key=lambda item: -item[1])[:6]
     console.print("time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
     outside = f", {report.extrapolated:.0%} of steps outside the fits' range" if report.extrapolated else ""
@@ -235,6 +235,12 @@ def show(result: dict[str, Any], report: Report) -> None:
         console.print(f"[bold red]misses its targets[/]: {'; '.join(result['missed'])}")
     for note in result["notes"]:
         console.print(f"note: {note}")
+
+
+def prefix_words(rate: float, hits: Mapping[str, float]) -> str:
+    """What the prefix cache found, and where, if there is more than one tier."""
+    tiers = ", ".join(f"{name} {share:.1%}" for name, share in hits.items()) if len(hits) > 1 else ""
+    return f"prefix cache: {rate:.1%} of prompt tokens found in it{f' ({tiers})' if tiers else ''}"
 
 
 NO_PREFIX_CACHE = "the engine's prefix cache is off (engine.prefix_cache): what prompts share is computed each time"

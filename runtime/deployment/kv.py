@@ -22,6 +22,20 @@ class Share:
 
 
 @dataclasses.dataclass(frozen=True)
+class Offload:
+    """Memory below the devices' in which prompts are kept: bytes of host memory and of disk a device, 0 for none.
+    disk_bandwidth_bytes_per_s: from disk to a device; None where nobody said."""
+
+    host_bytes: float = 0.0
+    disk_bytes: float = 0.0
+    disk_bandwidth_bytes_per_s: float | None = None
+
+    @property
+    def asked(self) -> bool:
+        return self.host_bytes > 0 or self.disk_bytes > 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Tier:
     """One level of the cache.
 
@@ -29,7 +43,7 @@ class Tier:
     ranks of a replica. bandwidth_bytes_per_s: of the device's memory, or from this tier to a device.
     """
 
-    name: Literal["device", "host"]
+    name: Literal["device", "host", "disk"]
     bytes_per_device: float
     pages: int
     tokens: int
@@ -66,8 +80,9 @@ class Point:
 class PoolKv:
     """The KV cache of one pool.
 
-    request_tokens: cache of one request of the demand's longest lengths. tiers: the device, and the host where the
-    profile has a host link. break_even_tokens: prefix from which on fetching from the host is no slower than
+    request_tokens: cache of one request of the demand's longest lengths. tiers: the device, and below it what the pool
+    is asked to keep prompts in; where nothing is, the host, if the profile has a link to it, as large as it might be.
+    break_even_tokens: prefix from which on fetching from the host is no slower than
     computing again; None where it never is, up to the curve's end, or where `curve` is empty: nothing was priced.
     evidence: the weakest grade of what went into the curve.
     """

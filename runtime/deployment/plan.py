@@ -29,7 +29,7 @@ from model.hf_config import load_config
 from model.split import Layout
 from runtime.deployment.document import to_json, validated
 from runtime.deployment.errors import PlanFileError
-from runtime.deployment.kv import PoolKv
+from runtime.deployment.kv import Offload, PoolKv
 from runtime.deployment.ledger import Ledger
 from runtime.deployment.sound import number_faults, plan_faults
 
@@ -252,6 +252,7 @@ class Pool:
     expert_load: what is assumed of how tokens fall on experts; slot_load: measured, the share of each expert slot
         (of each expert where they are split by tensor), busiest devices first, mean over layers; empty where nothing
         was measured.
+    offload: memory below the devices' that prompts are kept in.
     """
 
     role: PoolRole
@@ -270,6 +271,7 @@ class Pool:
     expert_load: str
     slot_load: tuple[float, ...] = ()
     acceptance: tuple[float, ...] = ()
+    offload: Offload = Offload()
 
     @property
     def kv_pages(self) -> int:
@@ -331,7 +333,8 @@ class Predicted:
     extrapolated: share of steps outside a fit's range. requests_per_s, output_tokens_per_s: over a steady window, ramp
     and drain left out; ..._per_device: of the devices that are used. meets_targets: by what they bound, and by whether
     the rate asked for is kept up with. assumed: what nobody gave, and what was taken for it, in words; the evidence is
-    then "assumed". prefix_hit_rate: share of prompt tokens found in the prefix cache.
+    then "assumed". prefix_hit_rate: share of prompt tokens found in the prefix cache;
+    prefix_hits: by the tier they were found in.
     """
 
     concurrency: int | None
@@ -354,6 +357,7 @@ class Predicted:
     assumed: tuple[str, ...] = ()
     band_basis: str = ""
     prefix_hit_rate: float = 0.0
+    prefix_hits: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def missed(self, demand: Demand) -> list[str]:
         """What of the demand is missed, in words."""

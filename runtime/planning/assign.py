@@ -15,6 +15,7 @@ import hw_profiles
 from hw_profiles import Profile
 from model.config import ModelConfig
 from model.split import Layout, slots_in_order
+from runtime.deployment.kv import Offload
 from runtime.deployment.ledger import Ledger, fullest, stage_kv_bytes_by_cache
 from runtime.deployment.plan import Demand, Device, Experts, ModelRef, Plan, Pool, PoolRole, config_hash
 from runtime.pricing.load import ExpertLoad
@@ -80,6 +81,7 @@ def pool_of(
         expert_load=load.name if measured else load or default_expert_load(cfg),
         acceptance=spec.acceptance,
         slot_load=tuple(float(share) for share in load.shares) if measured else (),
+        offload=spec.offload if role != "decode" else Offload(),
     )
 
 

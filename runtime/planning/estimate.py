@@ -23,7 +23,7 @@ import numpy as np
 from runtime.deployment.plan import Demand
 from runtime.planning.options import Option
 from runtime.serving.pricing import BatchShape
-from runtime.simulation.build import PriceTables, pricer_of, speculation
+from runtime.simulation.build import PriceTables, pricer_of, speculation, tiers_of
 
 _LONGEST_SWEEP = 4096
 _ALIGNED = 0.7
@@ -69,8 +69,11 @@ class OptionPrices:
         shared = demand.shared_prefix * demand.means[0]
         groups = demand.prefix_groups * shared
         kept = self.engine.prefix_cache and groups + self.prompt + self.output - shared <= option.pool_tokens
-        self.cached = min(found, self.prompt - 1) if kept else 0.0
-        """Tokens of a prompt that the prefix cache has: everything, where all groups fit it beside a request."""
+        below = max((tier.tokens for tier in tiers_of(option.spec)), default=0)
+        fetched = self.engine.prefix_cache and demand.shares and groups + self.prompt + self.output - shared <= below
+        self.cached = min(found, self.prompt - 1) if kept or fetched else 0.0
+        """Tokens of a prompt that the prefix cache has: everything, where all groups fit it beside a request, on the
+        devices or below them."""
         self._kept_once = (groups, shared if demand.turns == 1 else shared / demand.turns) if kept else (0.0, 0.0)
         self.decode_seconds = cache(self._decode_seconds)
         self.prefill_seconds = cache(self._prefill_seconds)

@@ -31,6 +31,7 @@ from model.config import ModelConfig
 from runtime.deployment.engines import engine_for
 from runtime.deployment.kv import Point, PoolKv, Sharding, Share, Tier
 from runtime.serving.pricing import EVIDENCE_GRADES, BatchShape, StepPricer
+from runtime.simulation.offload import HOST_LINK, host_tier, lower_tiers
 
 if TYPE_CHECKING:
     from runtime.deployment.engines import Engine
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 HOST_RATIO = 2.0
 """Host pool over device pool where nobody says: SGLang's --hicache-ratio default (docs, server_arguments.md)."""
-_HOST_LINK = "link.host.bandwidth_bytes_per_s"
-_LATENCY_SECONDS = 10e-6  # of a copy over a link whose profile has no figure
 
 
 def plan_kv(
@@ -59,7 +58,7 @@ def plan_kv(
     for number, pool in enumerate(plan.pools):
         profile = profiles[number] if profiles else profile_of(pool)
         pricer = None
-        if tables is not None and pool.role != "decode" and profile.get(_HOST_LINK) is not None:
+        if tables is not None and pool.role != "decode" and profile.get(HOST_LINK) is not None:
             pricer = pricer_of(spec_of(cfg, pool, profile), tables)
         found.append(pool_kv(cfg, pool, profile, plan.demand, pricer))
     return tuple(found)
@@ -100,8 +99,9 @@ def pool_kv(
     points: list[Point] = []
     evidence = tiers[-1].evidence
     found = None
-    if pricer and len(tiers) > 1 and pool.role != "decode":
-        points, found = break_even(pool, engine, pricer, tiers[1], min(cfg.max_positions, pool.pool_tokens))
+    host = next((tier for tier in tiers if tier.name == "host"), None)
+    if pricer and host and pool.role != "decode":
+        points, found = break_even(pool, engine, pricer, host, min(cfg.max_positions, pool.pool_tokens))
         priced = pricer.price(BatchShape(prefill_chunks=[(pool.page_tokens, 0)]))
         evidence = max(evidence, priced.evidence, key=EVIDENCE_GRADES.index)
     return PoolKv(
@@ -161,14 +161,11 @@ def _tiers(pool: Pool, profile: Profile, host_ratio: float) -> tuple[Tier, ...]:
         "device", held, pool.kv_pages, pool.pool_tokens, pool.pool_tokens * ranks,
         memory.value if memory else 0.0, 0.0, memory.evidence if memory else "assumed",
     )  # fmt: skip
-    link = profile.get(_HOST_LINK)
-    pages = int(pool.kv_pages * host_ratio)
-    if link is None or not pages:
-        return (device,)
-    latency = profile.number("link.host.latency_s") or profile.number("overhead.p2p_latency_s") or _LATENCY_SECONDS
-    tokens = pages * pool.page_tokens
-    size = tokens * device_bytes_per_token(pool)
-    return device, Tier("host", size, pages, tokens, tokens * ranks, link.value, latency, link.evidence)
+    size = device_bytes_per_token(pool)
+    if pool.offload.asked:
+        return device, *lower_tiers(pool.offload, profile, pool.page_tokens, size, ranks)
+    might = host_tier(profile, int(pool.kv_pages * host_ratio) * pool.page_tokens * size, pool.page_tokens, size, ranks)
+    return (device, might) if might else (device,)
 
 
 def _shardings(cfg: ModelConfig, pool: Pool, engine: Engine, wanted: int) -> tuple[Sharding, ...]:

@@ -24,6 +24,7 @@ from model.split import Layout
 from runtime.deployment.choice import missing_formats, offered_schemes
 from runtime.deployment.engines import load
 from runtime.deployment.engines.flags import format_facts, releases, unsupported, why_uneven
+from runtime.deployment.kv import Offload
 from runtime.deployment.plan import Demand, Rejected
 from runtime.planning.assign import stage_pages, uneven_nodes
 from runtime.serving.workload import MOST_REQUESTS
@@ -43,6 +44,7 @@ class Question:
     scheme, kv: None to search. drafts: tokens of multi-token prediction a step, acceptance: of each of them (see
     `Speculation`). held: degrees of "tp", "dp", "ep" and "pp" that a layout must have; most_pp: pipeline stages at
     most. prefill_held: what the layout of a prefill pool is held to instead; where anything, pools apart are asked for.
+    offload: memory below the devices' that prompts are kept in.
     """
 
     cfg: ModelConfig
@@ -56,6 +58,7 @@ class Question:
     most_pp: int | None = None
     acceptance: tuple[float, ...] = ()
     prefill_held: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    offload: Offload = Offload()
 
     def __post_init__(self) -> None:
         within("concurrency", self.demand.concurrency or 0, MOST_REQUESTS)
@@ -81,6 +84,7 @@ class Question:
             asked,
             drafts=self.drafts,
             acceptance=self.acceptance,
+            offload=self.offload,
             **more,
         )
 

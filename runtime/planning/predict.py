@@ -172,6 +172,7 @@ def predicted(plan: Plan, report: Report, share: Deployed, shares: float) -> Pre
         meets_targets=not missed(plan.demand, of_all),
         assumed=report.assumed,
         prefix_hit_rate=report.prefix_hit_rate,
+        prefix_hits=report.prefix_hits,
     )
 
 

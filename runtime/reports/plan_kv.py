@@ -30,11 +30,11 @@ def _pool(pool: Pool, kv: PoolKv) -> str:
         f"A request of the longest lengths takes {kv.request_tokens:,} tokens of cache; a replica holds "
         f"<b>{now.resident_requests:,}</b> such requests at once, {now.resident_requests * pool.replicas:,} in all."
     )
-    tables = f'<div class="two"><div>{_tiers(kv)}</div><div>{_held(pool, kv)}</div></div>'
+    tables = f'<div class="two"><div>{_tiers(pool, kv)}</div><div>{_held(pool, kv)}</div></div>'
     return f"<h3>{escape(pool.role)}</h3><p>{text}</p>{tables}{_break_even(pool, kv)}"
 
 
-def _tiers(kv: PoolKv) -> str:
+def _tiers(pool: Pool, kv: PoolKv) -> str:
     rows = "".join(
         f"<tr><th>{escape(tier.name)}</th><td>{gb(tier.bytes_per_device)}</td><td>{tier.pages:,}</td><td>{tier.tokens:,}</td>"
         f"<td>{tier.replica_tokens:,}</td><td>{tier.bandwidth_bytes_per_s / 1e9:,.0f} GB/s</td></tr>"
@@ -42,7 +42,9 @@ def _tiers(kv: PoolKv) -> str:
     )
     head = "".join(f"<th>{h}</th>" for h in ("tier", "a device", "pages", "tokens a rank", "a replica", "rate"))
     note = (
-        "The host tier is optional: twice the device's pool, each device over its own host link."
+        "Prompts are kept in all of them, and fetched over each device's own link."
+        if pool.offload.asked
+        else "The host tier is no part of the plan (--kv-host-gb): twice the device's pool, over its own host link."
         if len(kv.tiers) > 1
         else "No host tier: the profile has no link.host.bandwidth_bytes_per_s; supply it with --set."
     )

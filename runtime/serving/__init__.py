@@ -26,6 +26,7 @@ from runtime.serving.report import KvUse, Report, Stats
 from runtime.serving.request import Request
 from runtime.serving.simulation import simulate
 from runtime.serving.speculation import Speculation
+from runtime.serving.tiers import CacheTier
 from runtime.serving.trace import Trace
 from runtime.serving.workload import (
     Workload,
@@ -41,6 +42,7 @@ __all__ = [
     "EVIDENCE_GRADES",
     "Explained",
     "BatchShape",
+    "CacheTier",
     "Deployment",
     "Disaggregated",
     "Fixed",

@@ -11,6 +11,7 @@ from runtime.serving.errors import WorkloadError
 from runtime.serving.pricing import StepPricer
 from runtime.serving.request import Request
 from runtime.serving.speculation import Speculation
+from runtime.serving.tiers import CacheTier
 
 if TYPE_CHECKING:
     from runtime.deployment.engines import Engine
@@ -25,6 +26,7 @@ class Deployment:
     devices: accelerators of the whole deployment. replicas: independent servers.
     ranks: attention-data-parallel ranks in each replica, stepping in lock-step.
     router: how a request finds its rank, over all replicas.
+    tiers: memory below the devices' in which a rank keeps prompts, nearest first. Steps that are carried out use none.
     assumed: what nobody gave, and what was taken for it, in words, beside what prices rest on.
     """
 
@@ -37,6 +39,7 @@ class Deployment:
     router: Literal["round-robin", "least-loaded"] = "round-robin"
     speculation: Speculation | None = None
     assumed: frozenset[str] = frozenset()
+    tiers: tuple[CacheTier, ...] = ()
 
     def __post_init__(self) -> None:
         for key in ("devices", "replicas", "ranks"):

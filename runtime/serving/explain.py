@@ -262,9 +262,9 @@ def _first_token(log: StepLog, report: Report, deployment: Deployment | Disaggre
         pieces = steps.engine.in_pieces(0, tokens, tokens)
         shape = BatchShape(prefill_chunks=[(tokens, before)], pieces=pieces)
         made.step(steps, shape, each, "other prompts and answers in the same steps", False)
-    return made.total(
-        report.ttft.mean, "cache sent to the decode pool, and admission there" if split else "between steps"
-    )
+    rest = "cache sent to the decode pool, and admission there" if split else "between steps"
+    fetching = any(any(request.fetched) for request in report.requests)
+    return made.total(report.ttft.mean, f"{rest}, and cached prompts fetched" if fetching else rest)
 
 
 def _chunks(steps: Iterable[_RankSteps]) -> Iterable[tuple[_RankSteps, Request, int, int]]:

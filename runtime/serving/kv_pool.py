@@ -17,13 +17,15 @@ from collections.abc import Iterable, Sequence
 from foundation.errors import CapacityError
 from runtime.serving.pages import PageNumbers
 from runtime.serving.request import Request
+from runtime.serving.tiers import LowerTiers
 
 
 class KvPool:
     """Pages of one rank, with an optional prefix cache evicted in least-recently-used order.
 
     tokens: capacity; only whole pages count. page_tokens: tokens per page. block_tokens: prompt tokens one
-    prefix hash stands for. numbered: say which pages, too. Raises CapacityError when not even one page fits.
+    prefix hash stands for. numbered: say which pages, too. below: where blocks are found that are here no
+    more. Raises CapacityError when not even one page fits.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class KvPool:
         prefix_cache: bool = False,
         block_tokens: int = 512,
         numbered: bool = False,
+        below: LowerTiers | None = None,
     ):
         self.page_tokens = page_tokens
         self.total = int(tokens) // page_tokens
@@ -51,6 +54,7 @@ class KvPool:
         self._holders: dict[int, int] = {}  # prefix hash -> requests that hold it
         self._idle: OrderedDict[int, None] = OrderedDict()  # blocks nobody holds, oldest first
         self.numbers = PageNumbers(self.total, self.block_pages) if numbered else None
+        self.below = below if prefix_cache else None
 
     @property
     def tokens(self) -> int:
@@ -72,8 +76,10 @@ class KvPool:
         return -(-tokens // self.page_tokens)
 
     def cached_tokens(self, request: Request) -> int:
-        """Prompt tokens that the prefix cache holds, at most all but one (one must be computed)."""
-        return min(self._match(request) * self.block_tokens, request.target - 1)
+        """Prompt tokens that the prefix cache holds, here or below, at most all but one (one must be computed)."""
+        matched = self._match(request)
+        blocks = matched + len(self._found_below(request, matched))
+        return min(blocks * self.block_tokens, request.target - 1)
 
     def missing_pages(self, request: Request) -> int:
         """Pages to be found, by taking or evicting, to hold `request.target` tokens."""
@@ -82,11 +88,15 @@ class KvPool:
         return self._private_pages(request, len(matched)) + revived
 
     def admit(self, request: Request) -> int:
-        """Holds pages for `request.target` tokens, reusing cached blocks; the tokens found in the cache.
+        """Holds pages for `request.target` tokens, reusing cached blocks; the tokens found in the cache, of which
+        `request.fetching` have to come from below.
 
         Raises CapacityError when the pages are not there (callers ask `missing_pages` first).
         """
-        cached, matched = self.cached_tokens(request), self._match(request)
+        matched = self._match(request)
+        here, cached = min(matched * self.block_tokens, request.target - 1), self.cached_tokens(request)
+        if self.below:
+            request.fetching = self._by_tier(self._found_below(request, matched), cached - here)
         for block in request.prefix_hashes[:matched]:
             self._hold(block)
         request.shared = matched
@@ -115,6 +125,8 @@ class KvPool:
             self.private -= self.block_pages
             self._holders[block] = 1
             request.shared += 1
+        if self.below:
+            self.below.put(request.prefix_hashes[:whole])
 
     def release(self, request: Request) -> None:
         """Gives back everything the request holds; its prefix blocks stay cached until evicted."""
@@ -166,6 +178,8 @@ class KvPool:
                 held[block] = held.get(block, 0) + 1
         assert held == self._holders, "a prefix block is held by requests that do not exist"
         assert not self._holders.keys() & self._idle.keys()
+        if self.below:
+            self.below.check()
         if self.numbers:
             self.numbers.check()
             for request in requests:
@@ -176,6 +190,22 @@ class KvPool:
         if not self.prefix_cache:
             return 0
         return _leading(request.prefix_hashes, request.prompt_tokens // self.block_tokens, self._holders, self._idle)
+
+    def _found_below(self, request: Request, matched: int) -> list[int]:
+        """The tier below of each block that follows on those here."""
+        if self.below is None:
+            return []
+        return self.below.found(request.prefix_hashes[matched : request.prompt_tokens // self.block_tokens])
+
+    def _by_tier(self, found: list[int], tokens: int) -> tuple[int, ...]:
+        """`tokens` tokens in blocks found in those tiers, by tier."""
+        assert self.below is not None
+        counts = [0] * len(self.below.tiers)
+        for tier in found:
+            taken = min(self.block_tokens, tokens)
+            counts[tier] += taken
+            tokens -= taken
+        return tuple(counts)
 
     def _private_pages(self, request: Request, matched: int) -> int:
         return max(0, self.pages_for(request.target) - matched * self.block_pages)

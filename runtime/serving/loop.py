@@ -29,6 +29,7 @@ from runtime.serving.meter import Meter
 from runtime.serving.rank import Rank
 from runtime.serving.replica import Observe, Replica
 from runtime.serving.request import Request
+from runtime.serving.tiers import LowerTiers
 from runtime.serving.worker import News, Worker
 
 MakeWorker = Callable[[int], Worker]
@@ -172,6 +173,8 @@ class Loop:
             return
         if ends_at is None:
             self._asleep.add(id(replica))
+            if (ready := replica.next_ready(self.now)) < math.inf:
+                self.at(ready, 0, self._rouse, replica)
             return
         if self._tell and replica.worker and replica.worker.arrivals:
             self.at(self.now + replica.engine.response_seconds, 0, self._tell, replica.worker.arrivals)
@@ -241,6 +244,7 @@ def _ranks(
                 prefix_cache=engine.prefix_cache and reuse,
                 block_tokens=block_tokens,
                 numbered=worker is not None and worker.numbered,
+                below=LowerTiers(role.tiers, block_tokens) if role.tiers and worker is None else None,
             ),
             role.speculation,
             np.random.default_rng([seed, number, rank]),

@@ -6,6 +6,7 @@ numpy arrays, so that a step costs a few array operations whatever has happened 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -95,6 +96,12 @@ class Rank:
             return BatchShape(query_tokens=q, prefill_chunks=chunks, pieces=pieces)
         return BatchShape(self.kv + (q + step), q, chunks, rows, graphed, pieces)
 
+    def next_ready(self, now: float) -> float:
+        """When the next cache that a prompt waits for will have come."""
+        if self.pool.below is None:
+            return math.inf
+        return min((each.ready_at for each in self.prefilling if each.ready_at > now), default=math.inf)
+
     # Coming in
 
     def admit(self, request: Request, now: float) -> None:
@@ -102,9 +109,11 @@ class Rank:
         assert self.waiting.popleft() is request
         request.computed = self.pool.admit(request)
         self.committed += self._full_pages(request)
+        if self.pool.below and any(request.fetching):
+            request.ready_at = self.pool.below.fetch(request.fetching, now)
         if np.isnan(request.admitted_at):
             request.admitted_at = now
-            request.cached = request.computed
+            request.cached, request.fetched = request.computed, request.fetching
         if request.kv_ready:
             request.computed = request.prompt_tokens
             request.first_token_at = now + self.engine.response_seconds
@@ -225,6 +234,7 @@ class Rank:
         self._throw_out(request)
         request.computed = 0
         request.kv_ready = False
+        request.ready_at = 0.0
         request.preemptions += 1
         self.preemptions += 1
         if self.engine.preempted_go == "front":

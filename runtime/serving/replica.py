@@ -86,6 +86,7 @@ class Replica:
         plans = self._plan(now)
         if not any(plans):
             return None
+        next_event = min(next_event, self.next_ready(now))
         if self.worker:
             return self._carry_out(self.worker, plans, now)
         if any(plan.chunks for plan in plans):
@@ -104,6 +105,10 @@ class Replica:
         self._last_start = float(ends[-2]) if steps > 1 else now
         self._record(plans, durations, now, used_before)
         return self._last_end
+
+    def next_ready(self, now: float) -> float:
+        """When the next cache that a prompt waits for will have come from below."""
+        return min(rank.next_ready(now) for rank in self.ranks)
 
     def end(self) -> tuple[list[Request], list[Request]]:
         """Carries out the run that has ended: (requests finished, requests handed off)."""

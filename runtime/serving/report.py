@@ -73,6 +73,7 @@ class Report:
     evidence: weakest grade of the prices sampled. extrapolated: share of them outside their fit's range.
     assumed: what nobody gave, and what was taken for it, in words; the evidence is then "assumed".
     timeline: (seconds, replica, in service, waiting, used share of the KV pages) at each run of steps.
+    prefix_hits: shares of the prompt tokens, by the tier they were found in; together the hit rate.
     requests: the measured ones, with their timestamps.
     """
 
@@ -98,6 +99,7 @@ class Report:
     steps: dict[str, int]
     preemptions: int
     prefix_hit_rate: float
+    prefix_hits: dict[str, float]
     saturated: bool
     saturated_by: str
     blocked_fraction: float
@@ -126,6 +128,7 @@ class Report:
             "steps",
             "preemptions",
             "prefix_hit_rate",
+            "prefix_hits",
             "saturated",
             "saturated_by",
             "bottleneck",
@@ -197,6 +200,7 @@ def make_report(
         steps=dict(steps),
         preemptions=sum(request.preemptions for request in requests),
         prefix_hit_rate=sum(request.cached for request in requests) / float(prompts.sum()),
+        prefix_hits=_hits(requests, groups[0][0], float(prompts.sum())),
         saturated=bool(saturated_by),
         saturated_by=saturated_by,
         blocked_fraction=blocked,
@@ -269,6 +273,16 @@ def _rates(requests: Sequence[Request], window: tuple[float, float], ended_at: f
         "output": float(served @ asked) / seconds,
         "inside": float(present.sum()) / seconds,
     }
+
+
+def _hits(requests: Sequence[Request], first: Replica, prompts: float) -> dict[str, float]:
+    """Share of the prompt tokens that was found on the devices, and in each tier below; `first` computes prompts."""
+    below = first.ranks[0].pool.below
+    tiers = [tier.name for tier in below.tiers] if below else []
+    came = [each.fetched for each in requests if each.fetched]
+    fetched = {name: sum(each[number] for each in came) for number, name in enumerate(tiers)}
+    here = sum(request.cached for request in requests) - sum(fetched.values())
+    return {name: tokens / prompts for name, tokens in {"device": here, **fetched}.items()}
 
 
 def _plain(value: Any) -> Any:

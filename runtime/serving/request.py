@@ -26,6 +26,8 @@ class Request:
     Progress
     emitted: output tokens so far. computed: prompt tokens (and, after a preemption, lost output tokens) in
         the cache. cached: prompt tokens found in the prefix cache at the first admission.
+    fetched: of those, the tokens that came from each tier below the devices' memory. fetching, ready_at: the same of
+        the latest admission, and when they have come.
     pages: KV pages held, shared ones included. shared: leading prefix blocks held in the prefix cache.
     visible_at: when the scheduler that has it now could first see it.
     kv_ready: the cache arrives from elsewhere, no prefill is needed (disaggregation).
@@ -52,6 +54,9 @@ class Request:
     kv_ready: bool = False
     gone: bool = False
     session: int | None = None
+    fetched: tuple[int, ...] = ()
+    fetching: tuple[int, ...] = ()
+    ready_at: float = 0.0
 
     @property
     def target(self) -> int:

@@ -46,7 +46,8 @@ def _prefill_first(rank: Rank, known_at: float, now: float) -> StepPlan:
             joining.append(request)
 
     for request in rank.prefilling:
-        add(request, int(min(request.target - request.computed, chunk_left)))
+        if request.ready_at <= now and chunk_left > 0:
+            add(request, int(min(request.target - request.computed, chunk_left)))
     while chunk_left > 0 and step_left > 0 and (request := _head(rank, known_at)):
         rank.blocked = _refusal(rank, request, joining)
         if rank.blocked:
@@ -60,7 +61,7 @@ def _prefill_first(rank: Rank, known_at: float, now: float) -> StepPlan:
                 break
             tokens = min(tokens, max(whole, int(min(chunk_left, page))))
         rank.admit(request, now)
-        if not request.kv_ready:
+        if not request.kv_ready and request.ready_at <= now:
             add(request, tokens)
     if not step.chunks and rank.running:
         _make_room(rank)
@@ -77,6 +78,8 @@ def _mixed(rank: Rank, known_at: float, now: float) -> StepPlan:
     budget = engine.max_step_tokens - len(rank.running) * rank.query_tokens
     longest = engine.chunked_prefill_tokens or math.inf
     for request in rank.prefilling:
+        if request.ready_at > now:
+            continue
         tokens = int(min(request.target - request.computed, longest, budget))
         if tokens <= 0:
             break
@@ -94,7 +97,7 @@ def _mixed(rank: Rank, known_at: float, now: float) -> StepPlan:
         rank.admit(request, now)
         if request.kv_ready:
             budget -= rank.query_tokens
-        else:
+        elif request.ready_at <= now:
             step.chunks.append((request, tokens, request.computed))
             budget -= tokens
     step.decode = bool(rank.running)

@@ -19,10 +19,12 @@ from model.config import MOST_DRAFTS, MOST_EXPERTS, ModelConfig
 from model.formats import Formats, Scheme, scheme
 from model.split import MOST_DEVICES, Layout
 from runtime.deployment.engines import Engine, engine_for, formats_for, sized_cache, with_pool
-from runtime.deployment.ledger import Ledger, fullest, stage_ledgers
+from runtime.deployment.kv import Offload
+from runtime.deployment.ledger import Ledger, fullest, stage_kv_bytes_per_token, stage_ledgers
 from runtime.pricing import Chip, PriceBook, load, open_book
 from runtime.pricing.pricer import GraphPricer, OpLists
-from runtime.serving import Deployment, Speculation
+from runtime.serving import CacheTier, Deployment, Speculation
+from runtime.simulation.offload import cache_tiers, tiers_assumed
 
 RUNTIME_BYTES, COMMUNICATION_BYTES = 2.0e9, 0.5e9
 """Where a profile has no figure for what the driver and runtime keep back, and for collective buffers."""
@@ -38,7 +40,7 @@ class Spec:
     expert_load: how tokens fall on experts, by name (see `runtime.pricing.load.parse`) or as a load over the expert
     slots in their order. redundant_slots: copies of experts a device, in each MoE layer. named, settings: the engine as
     it was asked for, a name or a TOML file, and what of it was set by hand (see `spec_for`). replicas: how many of it
-    sit one behind another on the chip's servers.
+    sit one behind another on the chip's servers. offload: memory below the chip's that prompts are kept in.
     """
 
     cfg: ModelConfig
@@ -55,6 +57,7 @@ class Spec:
     named: str = ""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     replicas: int = 1
+    offload: Offload = Offload()
 
     def __post_init__(self) -> None:
         within("drafts a step (--mtp):", self.drafts, MOST_DRAFTS)
@@ -276,7 +279,16 @@ def assumed(spec: Spec, memory: bool = True, drafting: bool = True) -> frozenset
     if drafting and spec.drafts and spec.accept_length is None and not spec.acceptance:
         mean = _default_acceptance(spec.drafts)
         found.add(f"MTP acceptance {_ACCEPTED:g} a draft: {mean:.2f} tokens a step with {spec.drafts} drafted")
-    return frozenset(found)
+    return frozenset(found) | tiers_assumed(spec.offload, profile)
+
+
+def tiers_of(spec: Spec) -> tuple[CacheTier, ...]:
+    """The memory below the devices' that a rank keeps prompts in. Raises `UsageError` for a link that is not known."""
+    layout = spec.layout
+    size = max(
+        stage_kv_bytes_per_token(spec.cfg, layout, spec.formats, stage, spec.drafts > 0) for stage in range(layout.pp)
+    )
+    return cache_tiers(spec.offload, spec.profile, spec.engine.page_tokens, size, layout.dp)
 
 
 def build(spec: Spec, tables: PriceTables | None = None) -> Built:
@@ -301,6 +313,7 @@ def build(spec: Spec, tables: PriceTables | None = None) -> Built:
         ranks=spec.layout.dp,
         speculation=speculation(spec.drafts, spec.accept_length, spec.acceptance),
         assumed=assumed(spec, memory=held is not None),
+        tiers=tiers_of(spec),
     )
     return Built(spec, held, pricer, deployment)
 

@@ -17,7 +17,7 @@ from runtime.deployment.plan import Plan, Pool, profile_of
 from runtime.pricing.load import ExpertLoad
 from runtime.serving import Deployment, Disaggregated
 from runtime.simulation.apart import apart
-from runtime.simulation.build import Built, PriceTables, Spec, assumed, pricer_of, spec_for, speculation
+from runtime.simulation.build import Built, PriceTables, Spec, assumed, pricer_of, spec_for, speculation, tiers_of
 
 
 def spec_of(cfg: ModelConfig, pool: Pool, profile: Profile) -> Spec:
@@ -27,7 +27,7 @@ def spec_of(cfg: ModelConfig, pool: Pool, profile: Profile) -> Spec:
         cfg, profile, pool.layout, pool.formats.scheme, pool.formats.kv, pool.engine, pool.settings,
         expert_load=load, drafts=pool.drafts, acceptance=pool.acceptance,
         pool_tokens=pool.pool_tokens, redundant_slots=pool.redundant_slots,
-        replicas=pool.replicas,
+        replicas=pool.replicas, offload=pool.offload,
     )  # fmt: skip
     engine = with_pool(made.engine, cfg, pool.pool_tokens, pool.settings)
     return dataclasses.replace(made, formats=pool.formats, engine=engine)
@@ -81,6 +81,7 @@ def deployed(
             ranks=pool.layout.dp,
             speculation=speculation(pool.drafts, acceptance=pool.acceptance) if pool.role != "prefill" else None,
             assumed=assumed(spec, drafting=pool.role != "prefill"),
+            tiers=tiers_of(spec) if pool.role != "decode" else (),
         )
         built.append(Built(spec, pool.devices[0].ledger, pricer, made))
     if plan.transfer is None:

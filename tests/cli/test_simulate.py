@@ -118,6 +118,21 @@ def test_a_pool_that_prefills_in_a_layout_of_its_own() -> None:
     assert [name.partition(" on ")[2].partition(",")[0] for name in lent["pools"]] == ["b200-sxm", "h200-sxm"]
 
 
+def test_prompts_that_fell_out_of_the_devices_come_from_the_host() -> None:
+    """Sixteen beginnings of 24,000 tokens in a pool of 340,000, and 100 GB a device for 998,000 more. What is found
+    in each tier adds up."""
+    load = ("--isl", 30000, "--osl", 4, "--concurrency", 4, "--requests", 60, "--shared-prefix", "0.8:16")
+    alone, host = run(*load), run(*load, "--kv-host-gb", 100)
+    assert list(alone["prefix_hits"]) == ["device"] and host["prefix_hits"]["host"] > 0.1
+    assert sum(host["prefix_hits"].values()) == pytest.approx(host["prefix_hit_rate"])
+    assert host["prefix_hit_rate"] > alone["prefix_hit_rate"]
+    assert host["ttft_ms"]["mean"] < alone["ttft_ms"]["mean"]
+    none = run(*load, "--kv-host-gb", 0)
+    assert none == alone
+    disk = run(*load, "--kv-disk-gb", 100)
+    assert disk["prefix_hits"]["disk"] > 0.1 and any("disk to a device 1 GB/s" in line for line in disk["assumed"])
+
+
 def test_replicas_and_layouts() -> None:
     one, two = run(*SMALL), run(*SMALL, "--devices", 16, "--tp", 8)
     assert two["devices"] == 16 and two["kv"]["pool_tokens"] == 2 * one["kv"]["pool_tokens"]
@@ -235,6 +250,10 @@ MISTAKES: list[tuple[str, str]] = [
     ("--dp 0", "greater than or equal to 1"),
     ("--devices 0", "greater than or equal to 1"),
     ("--prefill-devices 3", "--prefill-devices 3"),
+    ("--kv-host-gb -1", "--kv-host-gb -1: give GB a device"),
+    ("--kv-disk-gb nan", "--kv-disk-gb nan: give GB a device"),
+    ("--kv-disk-gb-s 2", "add --kv-disk-gb"),
+    ("--profile ascend-910c-die --devices 32 --formats w8a8 --kv-host-gb 5", "--set link.host.bandwidth_bytes_per_s="),
     ("--prefill-tp 4", "--prefill-tp is of a pool that prefills apart: add --prefill-devices"),
     ("--prefill-devices 8 --prefill-tp 3", "--prefill-devices 8 is not a multiple of its layout's 3"),
     ("--engine vllm --prefill-devices 8 --prefill-tp 4 --prefill-pp 2", "pools of one pipeline stage"),

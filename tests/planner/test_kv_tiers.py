@@ -16,8 +16,12 @@ from foundation.errors import CapacityError, UsageError
 from model.hf_config import load_config
 from model.split import Layout
 from runtime.deployment.engines import engine_for as make_engine
-from runtime.deployment.kv import PoolKv, Tier
+from runtime.deployment.errors import LaunchError
+from runtime.deployment.kv import Offload, PoolKv, Tier
 from runtime.deployment.plan import Demand, Plan, Pool
+from runtime.execution.cluster.session import runnable
+from runtime.planning import assign
+from runtime.planning.check import check
 from runtime.planning.kv_tiers import (
     break_even,
     check_kv,
@@ -27,7 +31,9 @@ from runtime.planning.kv_tiers import (
     prefill_seconds,
     resident_requests,
 )
-from runtime.simulation.build import PriceTables, pricer_of
+from runtime.planning.launch import launch
+from runtime.planning.predict import predicted, simulate_plan
+from runtime.simulation.build import PriceTables, pricer_of, spec_for
 from runtime.simulation.planned import spec_of
 from tests.plans import formats, plan_for, pool_of
 from tests.serving.pricers import LinearPricer
@@ -243,3 +249,36 @@ def test_a_wrong_entry_is_named(h200_plan: Plan, change: Any, found: str) -> Non
     wrong = dataclasses.replace(h200_plan, kv=tuple(change(kv) for kv in h200_plan.kv))
     (line,) = check_kv(wrong, load_config("glm-5-fp8"))
     assert line.startswith(found)
+
+
+# --- asked for ------------------------------------------------------------------------------------------
+
+
+def test_tiers_that_are_asked_for_are_planned_played_checked_and_launched() -> None:
+    """Four GB of host memory and eight of disk a device: whole pages of them in the plan's map, hits by tier in its
+    figures, and in SGLang's command line."""
+    cfg, chip = load_config("glm-4.7-flash"), hw_profiles.load("h200-sxm")
+    demand = Demand(isl=20_000, osl=8, concurrency=4, shared_prefix=0.8, prefix_groups=40)
+    small = {"memory_fraction": 0.45}
+    made = spec_for(
+        cfg, chip, Layout(2), "bf16", "bf16", "sglang", small, offload=Offload(4e9, 8e9, 2e9), replicas=1
+    )  # fmt: skip
+    plan = assign.plan_for(made, 1, demand)
+    plan = dataclasses.replace(plan, kv=plan_kv(plan, cfg))
+    device, host, disk = plan.kv[0].tiers
+    size = device_bytes_per_token(plan.pools[0])
+    assert host.bytes_per_device <= 4e9 < host.bytes_per_device + plan.pools[0].page_tokens * size
+    assert disk.bytes_per_device <= 8e9 and disk.bandwidth_bytes_per_s == 2e9 and disk.evidence == "assumed"
+    assert host.tokens == host.pages * plan.pools[0].page_tokens and device.name == "device"
+    again = Plan.parse(plan.text)
+    assert check(again, cfg) == []
+    report, share, shares = simulate_plan(again, cfg, requests=60)
+    found = predicted(again, report, share, shares).prefix_hits
+    assert set(found) == {"device", "host", "disk"} and sum(found.values()) == pytest.approx(report.prefix_hit_rate)
+    line = " ".join(str(word) for word in launch(again, cfg, model="m").commands[0].words)
+    assert "--enable-hierarchical-cache" in line and "--hicache-size 4" in line
+    assert "--hicache-storage-backend file" in line
+    with pytest.raises(LaunchError, match="vllm has no flag for a cache on disk"):
+        launch(again, cfg, model="m", engine="vllm")
+    with pytest.raises(UsageError, match="not emulated"):
+        runnable(cfg, again)

@@ -55,6 +55,11 @@ def prepare(cfg: ModelConfig, options: SimOptions) -> Plan:
 def runnable(cfg: ModelConfig, plan: Plan) -> None:
     """Raises `UsageError` for a plan whose steps cannot be emulated."""
     for pool in plan.pools:
+        if pool.offload.asked:
+            raise UsageError(
+                "the plan keeps prompts in memory below the devices', which is not emulated: plan it without "
+                "--kv-host-gb and --kv-disk-gb"
+            )
         deploy.grid_of(cfg, pool).check(cfg)
     drafts = sorted({pool.drafts for pool in plan.pools})
     if drafts[-1] and not cfg.mtp_layers:

@@ -176,6 +176,7 @@ def _servers(
         if write:
             files[placement] = write(pool.experts, cfg)
     host_bytes = HOST_RATIO * pool.pool_tokens * device_bytes_per_token(pool) if host_tier else None
+    host_bytes = pool.offload.host_bytes or host_bytes
     peers = [other for other in plan.pools if other is not pool]
     per_node = node_devices(profile)
     firsts: dict[int, int] = {}  # of each node; the pool before may have begun it

@@ -137,6 +137,11 @@ class LaunchServer:
             )
         if self.pool.scheme == "f32":
             raise LaunchError("no serving engine runs float32 weights; plan with bf16, fp8, w8a8, w4a8 or w4a16")
+        offload = self.pool.offload
+        if offload.disk_bytes and not self.table.can("disk_tier"):
+            raise LaunchError(f"{self.table.name} has no flag for a cache on disk: plan without --kv-disk-gb")
+        if offload.disk_bytes and not offload.host_bytes:
+            raise LaunchError(f"{self.table.name} has a cache on disk only below one in host memory: add --kv-host-gb")
         for why in self.table.refusals(self.facts):
             raise LaunchError(why)
         counts = [part.count for part in self.parts]

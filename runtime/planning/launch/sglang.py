@@ -80,6 +80,9 @@ def _command(server: LaunchServer, rank: int) -> Command:
         line.flag("placement", server.experts_file)
     if pool.role != "serve":
         _disaggregated(server, line)
+    if server.pool.offload.disk_bytes:
+        line.flag("disk_tier", "file")
+        line.remarks.append("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR names the folder of the cache on disk")
     if server.host_bytes is not None:
         line.flag("host_tier")
         line.whole("host_tier_size", max(1, math.floor(server.host_bytes / _GB)))
