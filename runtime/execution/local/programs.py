@@ -8,6 +8,7 @@ exported.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import time
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from backends import compiled
 from backends.interface import Backend, Executable, Program
 from model import graph
 from model.cache import cache_rows
@@ -99,7 +101,8 @@ class Programs:
                 donate=(1,),  # the caches
                 needs=frozenset({self.dtype} | ({"fp8_weights"} if quantised else set())),
             )
-            executable = self.backend.load(self.backend.export(program))
+            decides = f"{self.cfg!r} {mode!r} {self.drafts} {inspect.getsource(Programs)}"
+            executable = self.backend.load(compiled.exported(self.backend, program, decides))
             self._loaded[name, shape] = executable
             self.compile_s += time.perf_counter() - begin
         return executable(*args)
