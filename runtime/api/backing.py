@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from foundation.errors import UsageError
+from foundation.errors import Failure, UsageError
 from runtime.api.settings import Emulated
 from runtime.api.synthetic import Inventor
 from runtime.api.vocabulary import Vocabulary, sampling_defaults
@@ -198,7 +198,8 @@ def make_service(backing: Backing, found: Opened, inventor: Inventor | None, pro
 
 
 def warmed(service: Service, found: Opened, backing: Backing, progress: _Progress) -> None:
-    """Has a service compile what requests need first: prompts up to a chunk, and 1, 2, 4, ... requests at once."""
+    """Has a service compile what requests need first: prompts up to a chunk, and 1, 2, 4, ... requests at once. Raises
+    `Failure` where they are not answered."""
     began = time.monotonic()
     most_tokens = min(backing.prefill_chunk, found.limits.positions // 2)
     alone = [(1, length) for length in sorted({min(length, most_tokens) for length in (32, 128, most_tokens)})]
@@ -212,10 +213,12 @@ def warmed(service: Service, found: Opened, backing: Backing, progress: _Progres
 
 
 def _at_once(service: Service, found: Opened, count: int, length: int) -> None:
-    left = [count]
+    left, failed = [count], []
     over = threading.Event()
 
     def deliver(update: Update) -> None:
+        if update.error is not None:
+            failed.append(update.error)
         if update.finish is not None:
             left[0] -= 1
             if not left[0]:
@@ -228,3 +231,5 @@ def _at_once(service: Service, found: Opened, count: int, length: int) -> None:
     ]
     service.submit(jobs, [deliver] * count)
     over.wait()
+    if failed:
+        raise Failure(f"{found.name} cannot be served: {failed[0]}")
