@@ -22,7 +22,7 @@ from runtime.serving.service import Job, Service, Update
 if TYPE_CHECKING:
     from model.checkpoint import Checkpoint
     from model.config import ModelConfig
-    from runtime.deployment.plan import Plan
+    from runtime.deployment.plan import Plan, Pool
     from runtime.execution.cluster.options import SimOptions
     from runtime.simulation.planned import Deployed
 
@@ -132,6 +132,7 @@ def _synthetic(backing: Backing, path: Path) -> Opened:
 def _emulated(backing: Backing, options: SimOptions, found: Opened) -> Opened:
     from runtime.execution.cluster.deploy import clock_of
     from runtime.execution.cluster.session import prepare
+    from runtime.execution.services import pages_here
 
     assert found.config is not None
     plan = prepare(found.config, options)
@@ -139,8 +140,21 @@ def _emulated(backing: Backing, options: SimOptions, found: Opened) -> Opened:
     evidence, band = trusted(priced)
     profile = " + ".join(dict.fromkeys(pool.profile for pool in plan.pools))
     names = ", ".join(pool.name for pool in plan.pools)
-    emulated = Emulated(profile, len(plan.devices), names, evidence, band, backing.tokens, backing.time_scale)
-    return dataclasses.replace(found, plan=plan, priced=priced, emulated=emulated)
+    share, notes = 1.0, found.notes
+    if backing.tokens == "model":
+        held = list(zip(pages_here(found.config, plan), plan.pools, strict=True))
+        share = min(pages / pool.kv_pages for pages, pool in held)
+        notes += tuple(_few(pages, pool) for pages, pool in held if pages < pool.kv_pages)
+    emulated = Emulated(profile, len(plan.devices), names, evidence, band, backing.tokens, backing.time_scale, share)
+    return dataclasses.replace(found, plan=plan, priced=priced, emulated=emulated, notes=notes)
+
+
+def _few(pages: int, pool: Pool) -> str:
+    return (
+        f"pool {pool.name}: this host holds {pages * pool.page_tokens:,} of the {pool.kv_pages * pool.page_tokens:,} "
+        "tokens that the plan caches a rank; requests beyond them wait here, and would not there (--tokens synthetic "
+        "holds none, and waits as the plan does)"
+    )
 
 
 def trusted(priced: Deployed) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.serving.service import Fault
+from runtime.serving.service import JobFault
 
 _OPENAI = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
@@ -46,7 +46,7 @@ def full() -> ApiRefusal:
     return ApiRefusal(429, "as many requests wait as may: try again later", code="queue_full")
 
 
-def failed(message: str, fault: Fault) -> ApiRefusal:
+def failed(message: str, fault: JobFault) -> ApiRefusal:
     """An answer that could not be ended; clients ask again behind a 500 or 503, and not behind a 400."""
     match fault:
         case "constraint":

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from runtime.serving.sampling import log_probabilities, settle
-from runtime.serving.service import ConstraintBroken, Fault, Finish, Job, TokenLogprob, Update
+from runtime.serving.service import ConstraintBroken, Finish, Job, JobFault, TokenLogprob, Update
 
 
 class Answer:
@@ -24,7 +24,7 @@ class Answer:
         self.drafts: list[int] = []
         self.finish: Finish | None = None
         self.error: str | None = None
-        self.fault: Fault = "server"
+        self.fault: JobFault = "server"
         self.kept: dict[int, np.ndarray] | None = {} if keep_logits else None
         self.verify_steps = self.verified_tokens = 0
         self._rng = np.random.default_rng([job.sampling.seed, 0] if seed is None else seed)
@@ -79,7 +79,7 @@ class Answer:
         self.accept(wanted if allowed is None or allowed[wanted] else int(np.argmax(allowed)))
         return 1
 
-    def fail(self, why: str, fault: Fault = "server") -> None:
+    def fail(self, why: str, fault: JobFault = "server") -> None:
         self.finish, self.error, self.fault = "error", why, fault
 
     def news(self, cached_tokens: int) -> Update:
@@ -121,7 +121,7 @@ class Answer:
         return going_on if going_on.any() else self._grammar
 
 
-def _whose(error: Exception) -> Fault:
+def _whose(error: Exception) -> JobFault:
     return "constraint" if isinstance(error, ConstraintBroken) else "server"
 
 

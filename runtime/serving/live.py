@@ -20,7 +20,7 @@ from runtime.serving.clock import Clock
 from runtime.serving.deployment import Deployment, Disaggregated, check_capacity
 from runtime.serving.loop import Loop
 from runtime.serving.request import Request, check_asked, check_ids, check_positions
-from runtime.serving.service import Counts, Deliver, Fault, Job, QueueFull, ServiceClosed, Update
+from runtime.serving.service import Counts, Deliver, Job, JobFault, QueueFull, ServiceClosed, Update
 from runtime.serving.worker import News, Worker
 
 LOG = logging.getLogger(__name__)
@@ -329,7 +329,7 @@ class LiveService:
         )
 
 
-def _whose(error: Exception) -> Fault:
+def _whose(error: Exception) -> JobFault:
     return "memory" if isinstance(error, CapacityError | MemoryError) else "server"
 
 

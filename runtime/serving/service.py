@@ -20,7 +20,7 @@ Finish = Literal["stop", "length", "aborted", "error"]
 """stop: a stop token, or a constraint that allows nothing more. length: the limit. aborted: `Service.abort`, or a
 service that closed. error: see `Update.error`."""
 
-Fault = Literal["server", "memory", "constraint"]
+JobFault = Literal["server", "memory", "constraint"]
 """Whose an error is. server: a bug, or a device that failed; the same again may do. memory: the device had none left;
 later it may. constraint: it cannot go on, and would not the next time."""
 
@@ -80,7 +80,7 @@ class Update:
     error: str | None = None
     at_s: float = 0.0
     admitted_at_s: float | None = None
-    fault: Fault = "server"
+    fault: JobFault = "server"
 
 
 @dataclasses.dataclass(frozen=True)

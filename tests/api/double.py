@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from foundation.errors import CapacityError
-from runtime.serving.service import Counts, Deliver, Fault, Job, QueueFull, TokenLogprob, Update
+from runtime.serving.service import Counts, Deliver, Job, JobFault, QueueFull, TokenLogprob, Update
 
 Script = Callable[[Job], Sequence[int]]
 
@@ -33,7 +33,7 @@ class Scripted:
     def __init__(self, script: Script = lambda job: [], slots: int = 64, max_queue: int = 64):
         self.script, self.slots, self.max_queue = script, slots, max_queue
         self.burst, self.pace_s, self.cached, self.fails = 1, 0.0, 0, ""
-        self.fault: Fault = "server"
+        self.fault: JobFault = "server"
         self.failed = False
         self.most_prompt = 1 << 30
         self.jobs: dict[int, Job] = {}

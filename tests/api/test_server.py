@@ -18,7 +18,7 @@ from runtime.api.backing import Backing, warmed
 from runtime.api.endpoint import Endpoint
 from runtime.api.server import HttpServer, bound, is_loopback
 from runtime.api.settings import Emulated, Settings
-from runtime.serving.service import Fault, ServiceClosed
+from runtime.serving.service import JobFault, ServiceClosed
 from tests.api.client import MODEL, Api, events, serving, wait_for
 from tests.api.double import Scripted
 from tests.api.words import VOCABULARY
@@ -256,7 +256,7 @@ FAULTS = {  # status, OpenAI's type, Anthropic's, the code of a response
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_an_answer_that_fails_fails_alone_and_says_whether_to_ask_again(api: Api, fault: Fault) -> None:
+def test_an_answer_that_fails_fails_alone_and_says_whether_to_ask_again(api: Api, fault: JobFault) -> None:
     status, openai, anthropic, code = FAULTS[fault]
     api.service.fails, api.service.fault = "it went no further", fault
     api.says("x")
