@@ -189,6 +189,10 @@ class Backend(ABC):
         devices: the runtime's own, in the order of the artifact's mesh, where it has one.
         """
 
+    def exhausted(self, error: Exception) -> bool:
+        """Whether what an executable or `get` raised says that memory ran out."""
+        return isinstance(error, MemoryError)
+
     @abstractmethod
     def put(self, array: Any) -> Any:
         """A host array (numpy) as a device buffer."""

@@ -104,6 +104,10 @@ class XlaBackend(Backend):
         chosen = np.array(devices, dtype=object).reshape(tuple(artifact.mesh.values()))
         return exported.in_shardings_jax(Mesh(chosen, tuple(artifact.mesh)))
 
+    def exhausted(self, error: Exception) -> bool:
+        said = isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED")
+        return said or super().exhausted(error)
+
     def put(self, array: Any) -> Any:
         return jax.device_put(array, self.device)
 

@@ -15,8 +15,8 @@ from runtime.api.ask import Prepared
 from runtime.api.endpoint import Endpoint
 from runtime.api.events import CallEnded, Event, merged
 from runtime.api.reader import Reader
-from runtime.api.refusal import ApiRefusal, closing, full, wrong
-from runtime.serving.service import QueueFull, TokenLogprob, Update
+from runtime.api.refusal import ApiRefusal, closing, failed, full, wrong
+from runtime.serving.service import QueueFull, ServiceClosed, TokenLogprob, Update
 
 End = Literal["stop", "length", "calls", "string", "failed", "closed"]
 """stop: the model's own end. length: the limit. calls: the model's end, behind calls. string: a stop string. failed:
@@ -82,7 +82,7 @@ class OneAnswer:
             case "aborted":
                 self.end, self.refusal = "closed", closing()
             case "error":
-                self.end, self.refusal = "failed", ApiRefusal(500, update.error or "the answer failed", code="failed")
+                self.end, self.refusal = "failed", failed(update.error or "the answer failed", update.fault)
             case "length":
                 self.end = "length"
             case _:
@@ -120,6 +120,8 @@ class Answering:
             jobs = self._endpoint.service.submit(self.prepared.jobs, slots, asked_s)
         except QueueFull:
             raise full() from None
+        except ServiceClosed:
+            raise closing() from None
         except (UsageError, CapacityError) as error:
             raise wrong(str(error)) from None
         for turn, job in zip(self.turns, jobs, strict=True):

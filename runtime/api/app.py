@@ -169,10 +169,11 @@ class _Routes:
         return found
 
     async def health(self, request: Request) -> Response:
-        """200 when requests are served; 503, with what is still to be done, until then and while the server closes."""
-        ready = self._endpoint.state == "ready"
-        said = {"status": self._endpoint.state, **({} if ready else {"progress": self._endpoint.progress})}
-        return JSONResponse(said, 200 if ready else 503)
+        """200 when requests are served; 503 until then, with what is still to be done, while the server closes, and
+        where the service has ended."""
+        state = "failed" if self._endpoint.failed else self._endpoint.state
+        said = {"status": state, **({"progress": self._endpoint.progress} if state in ("starting", "closing") else {})}
+        return JSONResponse(said, 200 if state == "ready" else 503)
 
     async def refused(self, request: Request, error: ApiRefusal) -> Response:
         self._endpoint.metrics.refused(error.status)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from foundation.errors import UsageError
+from foundation.errors import Failure, UsageError
 from runtime.api.settings import Emulated
 from runtime.api.synthetic import Inventor
 from runtime.api.vocabulary import Vocabulary, sampling_defaults
@@ -22,7 +22,7 @@ from runtime.serving.service import Job, Service, Update
 if TYPE_CHECKING:
     from model.checkpoint import Checkpoint
     from model.config import ModelConfig
-    from runtime.deployment.plan import Plan
+    from runtime.deployment.plan import Plan, Pool
     from runtime.execution.cluster.options import SimOptions
     from runtime.simulation.planned import Deployed
 
@@ -132,6 +132,7 @@ def _synthetic(backing: Backing, path: Path) -> Opened:
 def _emulated(backing: Backing, options: SimOptions, found: Opened) -> Opened:
     from runtime.execution.cluster.deploy import clock_of
     from runtime.execution.cluster.session import prepare
+    from runtime.execution.services import pages_here
 
     assert found.config is not None
     plan = prepare(found.config, options)
@@ -139,8 +140,21 @@ def _emulated(backing: Backing, options: SimOptions, found: Opened) -> Opened:
     evidence, band = trusted(priced)
     profile = " + ".join(dict.fromkeys(pool.profile for pool in plan.pools))
     names = ", ".join(pool.name for pool in plan.pools)
-    emulated = Emulated(profile, len(plan.devices), names, evidence, band, backing.tokens, backing.time_scale)
-    return dataclasses.replace(found, plan=plan, priced=priced, emulated=emulated)
+    share, notes = 1.0, found.notes
+    if backing.tokens == "model":
+        held = list(zip(pages_here(found.config, plan), plan.pools, strict=True))
+        share = min(pages / pool.kv_pages for pages, pool in held)
+        notes += tuple(_few(pages, pool) for pages, pool in held if pages < pool.kv_pages)
+    emulated = Emulated(profile, len(plan.devices), names, evidence, band, backing.tokens, backing.time_scale, share)
+    return dataclasses.replace(found, plan=plan, priced=priced, emulated=emulated, notes=notes)
+
+
+def _few(pages: int, pool: Pool) -> str:
+    return (
+        f"pool {pool.name}: this host holds {pages * pool.page_tokens:,} of the {pool.kv_pages * pool.page_tokens:,} "
+        "tokens that the plan caches a rank; requests beyond them wait here, and would not there (--tokens synthetic "
+        "holds none, and waits as the plan does)"
+    )
 
 
 def trusted(priced: Deployed) -> tuple[str, str]:
@@ -198,7 +212,8 @@ def make_service(backing: Backing, found: Opened, inventor: Inventor | None, pro
 
 
 def warmed(service: Service, found: Opened, backing: Backing, progress: _Progress) -> None:
-    """Has a service compile what requests need first: prompts up to a chunk, and 1, 2, 4, ... requests at once."""
+    """Has a service compile what requests need first: prompts up to a chunk, and 1, 2, 4, ... requests at once. Raises
+    `Failure` where they are not answered."""
     began = time.monotonic()
     most_tokens = min(backing.prefill_chunk, found.limits.positions // 2)
     alone = [(1, length) for length in sorted({min(length, most_tokens) for length in (32, 128, most_tokens)})]
@@ -212,10 +227,12 @@ def warmed(service: Service, found: Opened, backing: Backing, progress: _Progres
 
 
 def _at_once(service: Service, found: Opened, count: int, length: int) -> None:
-    left = [count]
+    left, failed = [count], []
     over = threading.Event()
 
     def deliver(update: Update) -> None:
+        if update.error is not None:
+            failed.append(update.error)
         if update.finish is not None:
             left[0] -= 1
             if not left[0]:
@@ -228,3 +245,5 @@ def _at_once(service: Service, found: Opened, count: int, length: int) -> None:
     ]
     service.submit(jobs, [deliver] * count)
     over.wait()
+    if failed:
+        raise Failure(f"{found.name} cannot be served: {failed[0]}")

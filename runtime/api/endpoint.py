@@ -58,9 +58,17 @@ class Endpoint:
         """Raises `ApiRefusal` while there is none, or none any more."""
         if self.state == "closing":
             raise closing()
+        if self.failed:
+            raise ApiRefusal(503, "the service has failed: see the server's log", code="failed")
         if self._service is None:
             raise ApiRefusal(503, f"the server is not ready yet: {self.progress}", code="not_ready")
         return self._service
+
+    @property
+    def failed(self) -> bool:
+        """The service has ended by itself."""
+        counts = self._counts()
+        return counts is not None and counts.failed
 
     def serve(self, service: Service) -> None:
         """From here on requests are taken."""

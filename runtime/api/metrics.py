@@ -85,6 +85,9 @@ class Metrics:
             Gauge("glm5_emulated_info", "What is emulated.", list(labels), registry=self._registry).labels(
                 **labels
             ).set(1)
+            Gauge("glm5_kv_pages_share", "Share of the plan's KV pages that are here.", registry=self._registry).set(
+                emulated.kv_share
+            )
             Gauge("glm5_time_scale", "Wall-clock seconds a second of the chips.", registry=self._registry).set(
                 emulated.time_scale
             )

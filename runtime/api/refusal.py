@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from runtime.serving.service import JobFault
+
 _OPENAI = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
     408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error",
@@ -42,6 +44,17 @@ def wrong(message: str, param: str | None = None, code: str | None = None) -> Ap
 
 def full() -> ApiRefusal:
     return ApiRefusal(429, "as many requests wait as may: try again later", code="queue_full")
+
+
+def failed(message: str, fault: JobFault) -> ApiRefusal:
+    """An answer that could not be ended; clients ask again behind a 500 or 503, and not behind a 400."""
+    match fault:
+        case "constraint":
+            return ApiRefusal(400, message, code="constraint_failed")
+        case "memory":
+            return ApiRefusal(503, message, code="out_of_memory")
+        case "server":
+            return ApiRefusal(500, message, code="failed")
 
 
 def closing() -> ApiRefusal:

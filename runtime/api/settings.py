@@ -30,7 +30,8 @@ class Settings:
 class Emulated:
     """What an emulated endpoint says of its pace: which chips and plan, how far to trust the figures.
 
-    tokens: `model` or `synthetic`. time_scale: wall-clock seconds that stand for one of the chips'.
+    tokens: `model` or `synthetic`. time_scale: wall-clock seconds that stand for one of the chips'. kv_share: of the
+    plan's KV pages, those that this host has room for; below 1 requests may be admitted later than the plan would.
     """
 
     profile: str
@@ -40,11 +41,13 @@ class Emulated:
     band: str
     tokens: str = "model"
     time_scale: float = 1.0
+    kv_share: float = 1.0
 
     def header(self) -> str:
         """One line for `x-glm5-emulated`; ASCII, as headers are."""
         said = (
             f"profile={self.profile}; devices={self.devices}; plan={self.plan}; evidence={self.evidence}; "
-            f"band={self.band}; tokens={self.tokens}; time-scale={self.time_scale:g}"
+            f"band={self.band}; tokens={self.tokens}; time-scale={self.time_scale:g}; "
+            f"kv-share={self.kv_share:.3g}"
         )
         return said.encode("ascii", "replace").decode().replace("\n", " ").replace("\r", " ")

@@ -20,6 +20,13 @@ Mtp = Annotated[int, typer.Option(min=0, max=16, help="Draft this many tokens a 
 Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16 [default: the backend's preference].")]
 KeepFp8 = Annotated[bool, typer.Option("--keep-fp8", help="Keep FP8 weights in FP8.")]
 PoolTokens = Annotated[int | None, typer.Option(min=1, help="Size of the KV page pool in tokens.")]
+CompileCache = Annotated[
+    str | None,
+    typer.Option(
+        help="A folder of your own where compiled programs are kept for the next start, or `off` "
+        "[default: glm5/compiled in the user's cache]."
+    ),
+]
 SimProfile = Annotated[
     str | None,
     typer.Option(autocompletion=completion.chips, help="With sim: the accelerator, of `glm5 profiles list`."),

@@ -37,6 +37,7 @@ def run(
     dtype: device_options.Dtype = None,
     keep_fp8: device_options.KeepFp8 = False,
     pool_tokens: device_options.PoolTokens = None,
+    compile_cache: device_options.CompileCache = None,
     prefill_chunk: Annotated[
         int | None, typer.Option(min=1, help="Prompt tokens a prefill step feeds [default: as the engine does].")
     ] = None,

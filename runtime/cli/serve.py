@@ -14,6 +14,7 @@ import typer
 from foundation.errors import UsageError
 from foundation.reading import Unreadable, read_lines
 from runtime.cli import completion, device_options
+from runtime.cli.compile_cache import open_compile_cache
 from runtime.cli.given import refuse_unread
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def serve(
     warm_up: Annotated[
         int, typer.Option(min=0, max=256, help="Compile ahead for this many requests at once; 0: when they come.")
     ] = 8,
+    compile_cache: device_options.CompileCache = None,
     mtp: device_options.Mtp = 0,
     dtype: device_options.Dtype = None,
     keep_fp8: device_options.KeepFp8 = False,
@@ -139,11 +141,17 @@ def serve(
             keys=keys, open_health=not guard_health, max_queue=max_queue, max_body_bytes=int(max_body_mb * 1e6),
             ping_s=ping_seconds, drain_s=drain_seconds,
         )  # fmt: skip
-        _serve(listening, backing, found, settings, tuple(served_model_name or ()), host)
+        _serve(listening, backing, found, settings, tuple(served_model_name or ()), host, compile_cache)
 
 
 def _serve(
-    listening: socket.socket, backing: Backing, found: Opened, settings: Settings, names: tuple[str, ...], host: str
+    listening: socket.socket,
+    backing: Backing,
+    found: Opened,
+    settings: Settings,
+    names: tuple[str, ...],
+    host: str,
+    compile_cache: str | None,
 ) -> None:
     from runtime.api.backing import make_service
     from runtime.api.endpoint import Endpoint
@@ -166,6 +174,8 @@ def _serve(
         _say(words)
 
     def make() -> Service:
+        if endpoint.inventor is None:  # made-up tokens need nothing compiled
+            open_compile_cache(compile_cache)
         return make_service(backing, found, endpoint.inventor, progress)
 
     def ready() -> None:

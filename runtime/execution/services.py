@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from runtime.execution.package.generate import Package
 
 HOST_CACHE_BYTES = 2.5e8
-"""For the caches of an emulated server at most: a chip's would not fit this host."""
+"""For the caches of an emulated server at most: a chip's would not fit this host. Made-up tokens need none."""
 
 NextToken = Callable[[int, int], int]
 """The token id of an answer: number of the job, place in the answer from 0 on."""
@@ -110,7 +110,7 @@ def emulated_service(
     assert checkpoint is not None and backend is not None
     runnable(cfg, plan)
     backend.start(max(pool.layout.devices for pool in plan.pools))
-    pages = [_pages(cfg, pool) for pool in plan.pools]
+    pages = pages_here(cfg, plan)
     deployment = _within(priced.deployment, [n * pool.page_tokens for n, pool in zip(pages, plan.pools, strict=True)])
     roles = [deployment.prefill, deployment.decode] if isinstance(deployment, Disaggregated) else [deployment]
     clusters = [clusters_of(checkpoint, backend, pool) for pool in plan.pools]
@@ -132,8 +132,13 @@ def _limits(cfg: ModelConfig) -> ModelLimits:
     return ModelLimits(cfg.vocab_size, cfg.max_positions)
 
 
+def pages_here(cfg: ModelConfig, plan: Plan) -> list[int]:
+    """Pages that a rank of each pool has where caches are held on this host: the plan's, or as many as there is room
+    for. Raises `CapacityError` where that is none."""
+    return [_pages(cfg, pool) for pool in plan.pools]
+
+
 def _pages(cfg: ModelConfig, pool: Pool) -> int:
-    """Pages a rank to have: the plan's, or those that this host has room for."""
     kinds = [*cfg.layers, *[cfg.mtp_type] * (pool.drafts > 0)]
     row_bytes = 4 * sum(row.width for kind in kinds for row in cache_rows(cfg, kind))
     room = int(HOST_CACHE_BYTES // (row_bytes * pool.page_tokens * pool.layout.dp * pool.replicas))

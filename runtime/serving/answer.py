@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from runtime.serving.sampling import log_probabilities, settle
-from runtime.serving.service import Finish, Job, TokenLogprob, Update
+from runtime.serving.service import ConstraintBroken, Finish, Job, JobFault, TokenLogprob, Update
 
 
 class Answer:
     """A job at work.
 
     number: how clients call it. tokens: those of the prompt, then those made. drafts: guesses at what follows.
-    finish, error: as of `Update`. kept: the logits after each position, where `keep_logits`.
+    finish, error, fault: as of `Update`. kept: the logits after each position, where `keep_logits`.
     """
 
     def __init__(self, job: Job, number: int, seed: Sequence[int] | None = None, keep_logits: bool = False):
@@ -24,6 +24,7 @@ class Answer:
         self.drafts: list[int] = []
         self.finish: Finish | None = None
         self.error: str | None = None
+        self.fault: JobFault = "server"
         self.kept: dict[int, np.ndarray] | None = {} if keep_logits else None
         self.verify_steps = self.verified_tokens = 0
         self._rng = np.random.default_rng([job.sampling.seed, 0] if seed is None else seed)
@@ -65,7 +66,7 @@ class Answer:
             try:
                 job.constraint.accept(token)
             except Exception as error:  # others' code, and one answer's
-                self.fail(str(error) or type(error).__name__)
+                self.fail(str(error) or type(error).__name__, _whose(error))
             else:
                 self._look()
 
@@ -78,15 +79,15 @@ class Answer:
         self.accept(wanted if allowed is None or allowed[wanted] else int(np.argmax(allowed)))
         return 1
 
-    def fail(self, why: str) -> None:
-        self.finish, self.error = "error", why
+    def fail(self, why: str, fault: JobFault = "server") -> None:
+        self.finish, self.error, self.fault = "error", why, fault
 
     def news(self, cached_tokens: int) -> Update:
         """What the client has not been told yet."""
         fresh = self.tokens[len(self.job.prompt_ids) + self._told :]
         self._told += len(fresh)
         logprobs, self._logprobs = tuple(self._logprobs), []
-        return Update(tuple(fresh), logprobs, cached_tokens, self.finish, self.error)
+        return Update(tuple(fresh), logprobs, cached_tokens, self.finish, self.error, fault=self.fault)
 
     @property
     def has_news(self) -> bool:
@@ -100,7 +101,7 @@ class Answer:
         try:
             self._grammar = self.job.constraint.allowed()
         except Exception as error:  # others' code, and one answer's
-            self.fail(str(error) or type(error).__name__)
+            self.fail(str(error) or type(error).__name__, _whose(error))
         else:
             if self._grammar is not None and not self._grammar.any():
                 self.finish = "stop"
@@ -118,6 +119,10 @@ class Answer:
         going_on = np.ones(vocab, bool) if self._grammar is None else self._grammar.copy()
         going_on[[each for each in self.job.stop_ids if each < vocab]] = False
         return going_on if going_on.any() else self._grammar
+
+
+def _whose(error: Exception) -> JobFault:
+    return "constraint" if isinstance(error, ConstraintBroken) else "server"
 
 
 def _logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:

@@ -14,13 +14,13 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from foundation.errors import first_line
+from foundation.errors import CapacityError, first_line
 from runtime.serving.answer import Answer, page_hashes
 from runtime.serving.clock import Clock
 from runtime.serving.deployment import Deployment, Disaggregated, check_capacity
 from runtime.serving.loop import Loop
 from runtime.serving.request import Request, check_asked, check_ids, check_positions
-from runtime.serving.service import Counts, Deliver, Job, QueueFull, Update
+from runtime.serving.service import Counts, Deliver, Job, JobFault, QueueFull, ServiceClosed, Update
 from runtime.serving.worker import News, Worker
 
 LOG = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class LiveService:
         self._late_s = self._most_late_s = 0.0
         self._recount = False
         self._counts = self._count()
-        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     # --- from any thread
@@ -137,7 +137,7 @@ class LiveService:
 
     def _room(self, jobs: int) -> None:
         if not self._accepting:
-            raise QueueFull("the service is shutting down and takes no more jobs")
+            raise ServiceClosed("the service is shutting down and takes no more jobs")
         waiting = max(0, self._present - self._slots)
         if self._present + jobs > self._slots + self._max_queue:
             raise QueueFull(f"{waiting} jobs wait, and {self._max_queue} may (--max-queue): try again later")
@@ -168,6 +168,12 @@ class LiveService:
             failed=self._failed,
             observe=self._observe,
         )
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:
+            self._give_up(error)
 
     def _serve(self) -> None:
         while True:
@@ -254,8 +260,21 @@ class LiveService:
         LOG.error("a step failed", exc_info=error)
         for request in requests:
             if entry := self._requests.get(request):
-                entry.answer.fail(_said(error))
+                entry.answer.fail(_said(error), _whose(error))
                 self._end(entry, entry.answer.news(request.cached))
+
+    def _give_up(self, error: BaseException) -> None:
+        """Not even an empty scheduler could be made: nothing runs any more, and nobody waits for it."""
+        LOG.critical("the service has ended", exc_info=error)
+        with self._condition:
+            self._accepting, self._closed, self._recount = False, True, False
+            inbox, self._inbox = self._inbox, []
+            self._entries |= {entry.number: entry for entry in inbox}
+            self._requests |= {entry.request: entry for entry in inbox}
+        for entry in [*self._entries.values()]:
+            entry.answer.fail(_said(error))
+            self._end(entry, entry.answer.news(entry.request.cached))
+        self._counts = dataclasses.replace(self._counts, running=0, kv_share=0.0, failed=True)
 
     def _begin_anew(self, error: Exception) -> None:
         """The scheduler itself is at fault: all jobs end, and those that come find an empty one."""
@@ -304,10 +323,15 @@ class LiveService:
             kv_share=sum(rank.pool.used for rank in ranks) / sum(rank.pool.total for rank in ranks),
             late_s=0.0 if idle else self._late_s,
             most_late_s=self._most_late_s,
+            failed=False,
             **self._totals,
             **found,
         )
 
 
-def _said(error: Exception) -> str:
-    return f"the step could not be carried out: {first_line(error)}"
+def _whose(error: Exception) -> JobFault:
+    return "memory" if isinstance(error, CapacityError | MemoryError) else "server"
+
+
+def _said(error: BaseException) -> str:
+    return f"the step could not be carried out: {first_line(error) or type(error).__name__}"

@@ -20,6 +20,10 @@ Finish = Literal["stop", "length", "aborted", "error"]
 """stop: a stop token, or a constraint that allows nothing more. length: the limit. aborted: `Service.abort`, or a
 service that closed. error: see `Update.error`."""
 
+JobFault = Literal["server", "memory", "constraint"]
+"""Whose an error is. server: a bug, or a device that failed; the same again may do. memory: the device had none left;
+later it may. constraint: it cannot go on, and would not the next time."""
+
 
 class Constraint(Protocol):
     """Which token may come next, given those so far: a grammar at work. One a job; asked by one thread at a time."""
@@ -45,6 +49,10 @@ class QueueFull(CapacityError):
     """As many jobs wait as may. Try again later."""
 
 
+class ServiceClosed(CapacityError):
+    """The service takes no more jobs."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
     """The natural logarithm of a token's probability before temperature and truncation, and the `top` best: (id, log
@@ -59,9 +67,10 @@ class Update:
     """News of a job: at least one new token, or its end, or both.
 
     tokens: new token ids, a stop token included. logprobs: one a token where the job asked. cached_tokens: prompt
-    tokens whose cache was found, known from the first update on. finish: set on the last update. error: what went
-    wrong, where finish is `error`. at_s: seconds since the service began, on its clock (virtual in an emulation).
-    admitted_at_s: when the job first entered a step, on the same clock; None for one that ended before it did.
+    tokens whose cache was found, known from the first update on. finish: set on the last update. error, fault: what
+    went wrong, where finish is `error`, and whose that is. at_s: seconds since the service began, on its clock (virtual
+    in an emulation). admitted_at_s: when the job first entered a step, on the same clock; None for one that ended
+    before it did.
     """
 
     tokens: tuple[int, ...] = ()
@@ -71,6 +80,7 @@ class Update:
     error: str | None = None
     at_s: float = 0.0
     admitted_at_s: float | None = None
+    fault: JobFault = "server"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +88,7 @@ class Counts:
     """What a service holds and has done since it began; gauges first, then counters. Tokens unless named otherwise.
 
     late_s: how far behind its clock a paced service is now (0 elsewhere); most_late_s: and was at worst.
-    kv_share: of the pages, the share that is held by running jobs.
+    kv_share: of the pages, the share that is held by running jobs. failed: the service has ended by a fault of its own.
     """
 
     running: int
@@ -94,6 +104,7 @@ class Counts:
     accepted: int = 0
     late_s: float = 0.0
     most_late_s: float = 0.0
+    failed: bool = False
 
 
 Deliver = Callable[[Update], None]
@@ -110,7 +121,7 @@ class Service(Protocol):
     def submit(self, jobs: Sequence[Job], deliver: Sequence[Deliver], asked_s: float = 0.0) -> list[int]:
         """Takes all of the jobs or none, and gives their numbers. asked_s: seconds of the wall since the client asked,
         which are the front end's; where one is emulated, they are part of what that takes, and not beside it. Raises
-        `QueueFull`, `UsageError` or `CapacityError` at once."""
+        `QueueFull`, `ServiceClosed`, `UsageError` or `CapacityError` at once."""
         ...
 
     def abort(self, job: int) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from foundation.errors import CapacityError
-from runtime.serving.service import Counts, Deliver, Job, QueueFull, TokenLogprob, Update
+from runtime.serving.service import Counts, Deliver, Job, JobFault, QueueFull, TokenLogprob, Update
 
 Script = Callable[[Job], Sequence[int]]
 
@@ -24,7 +24,8 @@ class _Running:
 
 class Scripted:
     """script: the tokens of a job's answer, its stop token included. burst: how many come at once. pace_s: between
-    steps. cached: prompt tokens that are found in the cache. fails: ends each job with this error.
+    steps. cached: prompt tokens that are found in the cache. fails, fault: ends each job with this error. failed:
+    the service has.
 
     A job that has a constraint is held to it: a token that it does not allow ends the job with an error.
     """
@@ -32,6 +33,8 @@ class Scripted:
     def __init__(self, script: Script = lambda job: [], slots: int = 64, max_queue: int = 64):
         self.script, self.slots, self.max_queue = script, slots, max_queue
         self.burst, self.pace_s, self.cached, self.fails = 1, 0.0, 0, ""
+        self.fault: JobFault = "server"
+        self.failed = False
         self.most_prompt = 1 << 30
         self.jobs: dict[int, Job] = {}
         self.aborted: list[int] = []
@@ -78,7 +81,18 @@ class Scripted:
         with self._changed:
             waiting = len(self._waiting)
             prompt = sum(len(job.prompt_ids) for job in self.jobs.values())
-            return Counts(len(self._running) - waiting, waiting, 0.25, prompt, self._generated, prompt, 3, 0, 7)
+            return Counts(
+                len(self._running) - waiting,
+                waiting,
+                0.25,
+                prompt,
+                self._generated,
+                prompt,
+                3,
+                0,
+                7,
+                failed=self.failed,
+            )
 
     def warmed_up(self) -> None:
         self.warmed += 1
@@ -145,7 +159,9 @@ class Scripted:
         if finish is not None:
             del self._running[number]
             self.ended.append(number)
-        running.deliver(Update(tuple(tokens), logprobs, self.cached, finish, error, self._now(), running.admitted_at_s))
+        running.deliver(
+            Update(tuple(tokens), logprobs, self.cached, finish, error, self._now(), running.admitted_at_s, self.fault)
+        )
 
     def _now(self) -> float:
         return time.monotonic() - self._began

@@ -13,11 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
-from foundation.errors import CapacityError, UsageError
+from foundation.errors import CapacityError, Failure, UsageError
 from runtime.api.backing import Backing, warmed
 from runtime.api.endpoint import Endpoint
 from runtime.api.server import HttpServer, bound, is_loopback
 from runtime.api.settings import Emulated, Settings
+from runtime.serving.service import JobFault, ServiceClosed
 from tests.api.client import MODEL, Api, events, serving, wait_for
 from tests.api.double import Scripted
 from tests.api.words import VOCABULARY
@@ -247,19 +248,56 @@ def test_a_signal_ends_every_stream_properly(path: str, left_s: float) -> None:
             assert "shutting down" in said["error"]["message"]
 
 
-def test_an_answer_that_fails_fails_alone(api: Api) -> None:
-    api.service.fails = "the answer cannot be held to its schema any further"
+FAULTS = {  # status, OpenAI's type, Anthropic's, the code of a response
+    "server": (500, "server_error", "api_error", "server_error"),
+    "memory": (503, "service_unavailable_error", "overloaded_error", "server_error"),
+    "constraint": (400, "invalid_request_error", "invalid_request_error", "invalid_prompt"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_answer_that_fails_fails_alone_and_says_whether_to_ask_again(api: Api, fault: JobFault) -> None:
+    status, openai, anthropic, code = FAULTS[fault]
+    api.service.fails, api.service.fault = "it went no further", fault
     api.says("x")
-    status, error = api.refused(**CHAT)
-    assert (status, error["type"]) == (500, "server_error") and "any further" in error["message"]
+    for path, shape in SHAPES.items():
+        found = api.post(path, shape)
+        assert found.status_code == status and "no further" in found.json()["error"]["message"]
+        assert found.headers.get("retry-after") == ("1" if status == 503 else None)
+        assert found.json()["error"]["type"] == (anthropic if path == "/v1/messages" else openai)
     chunks = api.chunks("/v1/chat/completions", CHAT)
-    assert "any further" in chunks[-2]["error"]["message"] and chunks[-1] == "[DONE]"
+    assert (chunks[-2]["error"]["type"], chunks[-1]) == (openai, "[DONE]")
     chunks = api.chunks("/v1/messages", SHAPES["/v1/messages"])
-    assert chunks[-1]["type"] == "error" and chunks[-1]["error"]["type"] == "api_error"
+    assert (chunks[-1]["type"], chunks[-1]["error"]["type"]) == ("error", anthropic)
     chunks = api.chunks("/v1/responses", {"input": "x"})
-    assert chunks[-1]["type"] == "response.failed" and "any further" in chunks[-1]["response"]["error"]["message"]
+    assert (chunks[-1]["type"], chunks[-1]["response"]["error"]["code"]) == ("response.failed", code)
     api.service.fails = ""
     assert api.chat(**CHAT).content == "x"
+
+
+def test_a_service_that_has_ended_is_seen_by_whoever_looks_after_it(api: Api) -> None:
+    assert api.http.get("/health").status_code == 200
+    api.service.failed = True
+    found = api.http.get("/health")
+    assert (found.status_code, found.json()) == (503, {"status": "failed"})
+    assert api.refused(**CHAT)[0] == 503
+    api.service.failed = False
+
+
+def test_a_service_that_closes_just_then_is_no_full_queue(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: Any) -> Any:
+        raise ServiceClosed("over")
+
+    monkeypatch.setattr(api.service, "submit", closed)
+    assert api.refused(**CHAT)[:1] == (503,) and api.refused(**CHAT)[1]["code"] == "shutting_down"
+
+
+def test_a_model_whose_first_steps_fail_is_not_served(api: Api) -> None:
+    api.service.fails = "it cannot be compiled"
+    found = SimpleNamespace(config=SimpleNamespace(max_positions=64, vocab_size=90), name="small")
+    with pytest.raises(Failure, match="^small cannot be served: it cannot be compiled$"):
+        warmed(api.service, found, Backing("cpu"), lambda words: None)  # type: ignore[arg-type]
+    assert api.service.warmed == 0
 
 
 def test_a_bug_of_ours_is_a_500_and_the_next_request_is_served(api: Api, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,7 +17,7 @@ from runtime.serving.clock import Clock, Paced, Virtual, Wall
 from runtime.serving.executor import refuse
 from runtime.serving.live import LiveService, ModelLimits
 from runtime.serving.sampling import Sampling, choose
-from runtime.serving.service import Constraint, ConstraintBroken, Job, QueueFull, Update
+from runtime.serving.service import Constraint, ConstraintBroken, Job, QueueFull, ServiceClosed, Update
 from runtime.serving.worker import ModelWorker, SyntheticWorker, Worker
 from tests.serving.helpers import plain_engine
 from tests.serving.pricers import LinearPricer
@@ -263,6 +263,7 @@ def test_constraints_hold_at_every_position(drafts: int, temperature: float) -> 
     assert len(held.tokens) == 30 and all(token % 3 == 0 for token in held.tokens)
     assert len(short.tokens) == 7 and short.last.finish == "stop"
     assert len(broken.tokens) == 4 and (broken.last.finish, broken.last.error) == ("error", "too large a pattern")
+    assert (broken.last.fault, foreign.last.fault) == ("constraint", "server")
     assert nothing.tokens == [] and nothing.last.finish == "stop"
     assert foreign.last.finish == "error" and foreign.last.error and "somebody" in foreign.last.error
     if not temperature:
@@ -316,7 +317,7 @@ def test_a_full_queue_refuses_all_or_none() -> None:
     for client in (blocking, *waiting, last):
         assert client.wait().tokens == reference(job)
     assert_nothing_is_held(served)
-    with pytest.raises(QueueFull, match="shutting down"):
+    with pytest.raises(ServiceClosed, match="shutting down"):
         served.submit([job], [Client()])
     served.close()
 
@@ -363,6 +364,45 @@ def test_a_fault_of_the_scheduler_ends_what_is_there_and_the_service_goes_on() -
     failed = ask(served, [job, job])
     assert all(client.last.finish == "error" and "a bug" in str(client.last.error) for client in failed)
     assert ask(served, [job])[0].tokens == reference(job)
+    assert_nothing_is_held(served)
+
+
+def test_a_service_that_is_beyond_repair_says_so_to_everybody() -> None:
+    """No empty scheduler can be made in the place of one that failed: nobody is left waiting for it."""
+    served, _ = simple()
+    job = Job(prompt(9), 8, Sampling())
+
+    def end() -> Any:
+        raise AssertionError("a bug")
+
+    served._loop.groups[0][0].end = end  # type: ignore[method-assign]
+    served._new_loop = end  # type: ignore[method-assign]
+    assert not served.counts().failed
+    failed = ask(served, [job, job])
+    assert all((client.last.finish, client.last.fault) == ("error", "server") for client in failed)
+    served._thread.join(20)
+    assert served.counts().failed and served.counts().running == served.counts().waiting == 0
+    with pytest.raises(ServiceClosed):
+        served.submit([job], [Client()])
+    assert served.drain(0)
+    served.warmed_up()
+    served.close()
+
+
+@pytest.mark.parametrize(
+    "raised, fault", [(RuntimeError, "server"), (MemoryError, "memory"), (CapacityError, "memory")]
+)
+def test_a_step_that_has_no_memory_is_another_fault(raised: type[Exception], fault: str) -> None:
+    served, executor = simple()
+    step = executor.step
+
+    def fails(*rows: Any) -> Any:
+        executor.step = step  # type: ignore[method-assign]
+        raise raised
+
+    executor.step = fails  # type: ignore[method-assign]
+    client = ask(served, [Job(prompt(9), 8, Sampling())])[0]
+    assert (client.last.finish, client.last.fault) == ("error", fault) and client.last.error
     assert_nothing_is_held(served)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from backends.emulation.backend import SimBackend
-from foundation.errors import UsageError
+from foundation.errors import CapacityError, UsageError
+from model.cache import cache_rows
 from model.checkpoint import Checkpoint
 from model.split import Layout
 from runtime.execution.services import emulated_service
@@ -14,6 +15,33 @@ from runtime.serving.sampling import Sampling
 from runtime.serving.service import Job
 from tests.serving.test_live import Client, assert_nothing_is_held
 from tests.sim.servers import plan_of, prompts_of, reference, ticking
+
+
+def test_caches_here_are_the_plans_or_said_to_be_fewer(
+    checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made-up tokens are admitted by the plan's pool; the model's own by what this host holds of it."""
+    from runtime.execution import services
+
+    checkpoint = checkpoints["gqa"]
+    cfg = checkpoint.config
+    plan = plan_of(cfg, Layout(), engine="glm5")
+    (pool,) = plan.pools
+    priced = ticking(cfg, plan)
+    token_bytes = 4 * sum(row.width for kind in cfg.layers for row in cache_rows(cfg, kind))
+    monkeypatch.setattr(services, "HOST_CACHE_BYTES", 3.5 * pool.page_tokens * token_bytes)
+    assert pool.kv_pages > 3 and services.pages_here(cfg, plan) == [3]
+    made_up = emulated_service(cfg, plan, next_token=lambda job, place: 1, clock=Virtual(), priced=priced)
+    made_up.check(3 * pool.page_tokens, pool.page_tokens)
+    made_up.close()
+    real = emulated_service(
+        cfg, plan, checkpoint=checkpoint, backend=SimBackend(mapped=True), clock=Virtual(), priced=priced
+    )
+    with pytest.raises(CapacityError):
+        real.check(3 * pool.page_tokens, pool.page_tokens)
+    real.close()
+    monkeypatch.setattr(services, "HOST_CACHE_BYTES", pool.kv_pages * pool.page_tokens * token_bytes)
+    assert services.pages_here(cfg, plan) == [pool.kv_pages]
 
 
 def test_tokens_are_the_checkpoints_and_times_those_of_made_up_ones(checkpoints: dict[str, Checkpoint]) -> None:

@@ -149,7 +149,8 @@ class ResponsesRequest:
         body, asked = self._body, self.ask
         status, error, why = "in_progress", None, None
         if turn is not None and turn.refusal is not None:
-            status, error = "failed", {"code": "server_error", "message": turn.refusal.message}
+            code = "invalid_prompt" if turn.refusal.status == 400 else "server_error"
+            status, error = "failed", {"code": code, "message": turn.refusal.message}
         elif turn is not None:
             status = "incomplete" if turn.end == "length" else "completed"
             why = {"reason": "max_output_tokens"} if turn.end == "length" else None

@@ -97,6 +97,7 @@ class CheckpointRun(RunMode):
     chat: bool
     no_thinking: bool
     dump_logits: Path | None
+    compile_cache: str | None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from foundation.writing import require_writable
+from runtime.cli.compile_cache import open_compile_cache
 from runtime.cli.runners.asked import CheckpointRun
 
 
@@ -42,6 +43,7 @@ class EmulatedRun(CheckpointRun):
         options = SimOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(SimOptions)})
         plan = prepare(opened.config, options)
         requests, answers = self.asked(opened, words)
+        open_compile_cache(self.compile_cache)
         served = serve(opened, adapter, plan, requests, answers.token, self.trace)
         more = {
             "plan": plan.serving.name,

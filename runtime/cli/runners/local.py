@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 
+from runtime.cli.compile_cache import open_compile_cache
 from runtime.cli.runners.asked import CheckpointRun
 
 
@@ -29,6 +30,7 @@ class LocalRun(CheckpointRun):
         from runtime.execution.local.load import load_engine
 
         words, started = self.words(), time.perf_counter()
+        open_compile_cache(self.compile_cache)
         adapter = registry.usable(self.backend)
         opened = self.opened()
         requests, answers = self.asked(opened, words)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foundation.errors import UsageError
+from runtime.cli.compile_cache import open_compile_cache
 from runtime.cli.runners.asked import CheckpointRun
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class ProcessesRun(CheckpointRun):
         from runtime.execution.cluster.processes import connect
         from runtime.execution.cluster.session import serve
 
+        open_compile_cache(self.compile_cache)
         place, opened = self.place, self.opened()
         plan = self._prepared(opened)
         requests, answers = self.asked(opened, self.words())

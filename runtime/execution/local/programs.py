@@ -8,14 +8,19 @@ exported.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
+from backends import compiled
 from backends.interface import Backend, Executable, Program
+from foundation.errors import CapacityError, first_line
 from model import graph
 from model.cache import cache_rows
 from model.config import LayerType, ModelConfig
@@ -74,16 +79,28 @@ class Programs:
         }
 
     def step(self, batch: Batch, mode: Mode) -> tuple[np.ndarray, Any]:
-        """Runs the main stack: (logits on the host, hidden states on the device)."""
-        out = self._run("step", self._step, batch, mode, self.weights, self.caches, batch)
-        self.caches = out.caches
-        return self.backend.get(out.logits), out.hidden
+        """Runs the main stack: (logits on the host, hidden states on the device). Raises `CapacityError` where the
+        device has no memory for it."""
+        with self._room():
+            out = self._run("step", self._step, batch, mode, self.weights, self.caches, batch)
+            self.caches = out.caches
+            return self.backend.get(out.logits), out.hidden
 
     def draft(self, batch: Batch, hidden: Any) -> np.ndarray:
-        """Runs the MTP layer over confirmed tokens and then on its own drafts: ids [b, drafts]."""
-        out = self._run("draft", self._draft, batch, Mode(), self.weights, self.mtp_cache, batch, hidden)
-        drafts, self.mtp_cache = out
-        return self.backend.get(drafts)
+        """Runs the MTP layer over confirmed tokens and then on its own drafts: ids [b, drafts]. Raises as `step`."""
+        with self._room():
+            out = self._run("draft", self._draft, batch, Mode(), self.weights, self.mtp_cache, batch, hidden)
+            drafts, self.mtp_cache = out
+            return self.backend.get(drafts)
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not self.backend.exhausted(error):
+                raise
+            raise CapacityError(f"{self.backend.name} has no memory left for a step ({first_line(error)})") from error
 
     def _run(self, name: str, fn: Any, batch: Batch, mode: Mode, *args: Any) -> Any:
         sequences, tokens = batch.tokens.shape
@@ -99,7 +116,8 @@ class Programs:
                 donate=(1,),  # the caches
                 needs=frozenset({self.dtype} | ({"fp8_weights"} if quantised else set())),
             )
-            executable = self.backend.load(self.backend.export(program))
+            decides = f"{self.cfg!r} {mode!r} {self.drafts} {inspect.getsource(Programs)}"
+            executable = self.backend.load(compiled.exported(self.backend, program, decides))
             self._loaded[name, shape] = executable
             self.compile_s += time.perf_counter() - begin
         return executable(*args)
