@@ -157,12 +157,16 @@ class GraphPricer:
         chosen: list[tuple[TracedOp, int]] = [
             (op, n) for program, n in programs for op in program.ops if outside_attention(op, self.cfg)
         ]
+        ops = [op for op, _ in chosen]
+        alike = [ops.index(op) for op in ops]  # layer types have most of their ops in common
         columns = []
         for tokens in self._grid:
             parts: dict[str, list[Price]] = {}
-            for op, n in chosen:
-                found = price(op, Sizes(int(tokens), 1, 1), context)
-                if found is not None:
+            priced: dict[int, Price | None] = {}
+            for (op, n), first in zip(chosen, alike, strict=True):
+                if first not in priced:
+                    priced[first] = price(op, Sizes(int(tokens), 1, 1), context)
+                if (found := priced[first]) is not None:
                     parts.setdefault(label(op, context), []).append(found.times(n))
             columns.append({name: total(prices) for name, prices in parts.items()})
         return TokenTable(self._grid, columns)

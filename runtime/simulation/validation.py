@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from runtime.pricing.pricer import relative_error
 from runtime.serving import Report, bench_serving, simulate
 from runtime.serving.pricing import BatchShape
 from runtime.simulation import published
-from runtime.simulation.build import Built, build, spec_for
+from runtime.simulation.build import Built, PriceTables, build, spec_for
 from runtime.simulation.mechanisms import Mechanism
 from runtime.simulation.published import PublishedRow, model_of
 from runtime.simulation.scores import ScoredRow
@@ -102,15 +103,23 @@ def _fault(kind: str, row: Mapping[str, Any]) -> str:
     return ""
 
 
-def _end_to_end(row: Mapping[str, str]) -> ScoredRow:
-    cfg, profile = model_of(row["model"]), hw_profiles.load(row["system"])
+class _Shared:
+    """What rows of one chip share: its profile, and the price tables, which are kept by it."""
+
+    def __init__(self) -> None:
+        self.profile = cache(hw_profiles.load)
+        self.tables = PriceTables()
+
+
+def _end_to_end(row: Mapping[str, str], shared: _Shared) -> ScoredRow:
+    cfg, profile = model_of(row["model"]), shared.profile(row["system"])
     tp, dp, ep = (int(row[key]) for key in ("tp", "dp", "ep"))
     layout = Layout(tp=tp, dp=dp, ep=ep)
     engine = nearest_release(row["engine"], f"{row.get('engine_version', '')} {row.get('measured', '')}")
     kind = load_engine(engine).kind
     sizes = (int(row[key]) for key in ("concurrency", "isl", "osl"))
     settings = launch_settings(kind, Circumstances.of(cfg, profile), *sizes)
-    built = build(spec_for(cfg, profile, layout, row["precision"], launch_kv(kind), engine, settings))
+    built = build(spec_for(cfg, profile, layout, row["precision"], launch_kv(kind), engine, settings), shared.tables)
     load = bench_serving(int(row["concurrency"]), int(row["isl"]), int(row["osl"]))
     report = simulate(load, built.deployment)
     predicted = {"ttft_ms": 1e3 * report.ttft.mean, "tpot_ms": 1e3 * report.tpot.mean}
@@ -180,9 +189,9 @@ _DEVICES = {"ATLAS_800_A3_560T_128G_DIE": "ascend-910c-die-560t", "ATLAS_800_A3_
 _LINEAR = {"W8A8_DYNAMIC": "w8a8", "W4A8_DYNAMIC": "w4a8", "DISABLED": "bf16"}
 
 
-def _step(row: Mapping[str, str]) -> ScoredRow:
+def _step(row: Mapping[str, str], shared: _Shared) -> ScoredRow:
     cfg = model_of(row["model"])
-    profile = hw_profiles.load(_DEVICES.get(row["device"], row["device"]))
+    profile = shared.profile(_DEVICES.get(row["device"], row["device"]))
     tp, dp, ep, world, drafts = (int(row[key]) for key in ("tp", "dp", "ep", "world", "mtp"))
     if row["q_linear"] not in _LINEAR:
         raise UsageError(f"q_linear {row['q_linear']!r}: known are {', '.join(_LINEAR)}")
@@ -192,7 +201,7 @@ def _step(row: Mapping[str, str]) -> ScoredRow:
     # a pool is not part of a single step
     linear = _LINEAR[row["q_linear"]]
     spec = spec_for(cfg, profile, layout, linear, kv, "vllm-ascend", drafts=drafts, pool_tokens=1_000_000)
-    built = build(spec)
+    built = build(spec, shared.tables)
     queries, length, context = (int(row[key]) for key in ("num_queries", "query_len", "context"))
     local = math.ceil(queries / dp)
     if context:
@@ -222,6 +231,7 @@ def score(path: Path, progress: Any = lambda done, total: None, without: Mechani
         raise UsageError(f"--without {without.name} is for rows of published deployments, and these are {kind} rows")
     scored: list[ScoredRow] = []
     builds: dict[Any, Built] = {}
+    shared = _Shared()
     for number, row in enumerate(rows):
         try:
             if fault := _fault(kind, row):
@@ -229,7 +239,7 @@ def score(path: Path, progress: Any = lambda done, total: None, without: Mechani
             if kind == "published":
                 scored.append(_published(row, builds, without))
             else:
-                scored.append(_step(row) if kind == "step" else _end_to_end(row))
+                scored.append((_step if kind == "step" else _end_to_end)(row, shared))
         except Failure as error:
             reason = first_line(error)
             scored.append(ScoredRow(f"row {number + 1}: {row['model']}", {}, {}, {}, False, "assumed", reason))
