@@ -5,17 +5,56 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from foundation.errors import UsageError
 from foundation.writing import require_writable
+from model.formats import SCHEMES_HELP
+from runtime.cli import completion
+from runtime.cli.given import given
+from runtime.cli.loads import Drafts
+
+if TYPE_CHECKING:
+    from runtime.simulation.load_tests import Server
 
 
 def fit(
-    file: Annotated[Path, typer.Argument(help="CSV of measurements of one deployment; columns: docs/validation.md.")],
+    context: typer.Context,
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...",
+            help="A CSV of measurements of one deployment (columns: docs/validation.md), or what `vllm bench serve "
+            "--save-result`, sglang.bench_serving or aiperf wrote, with the options below.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Write the engine here, for --engine; a name that ends in .toml.")],
+    model: Annotated[
+        str | None,
+        typer.Option(autocompletion=completion.models, help="Of load tests: the model, a preset or a config.json."),
+    ] = None,
+    profile: Annotated[str | None, typer.Option(autocompletion=completion.chips, help="The chip.")] = None,
+    engine: Annotated[
+        str, typer.Option(autocompletion=completion.engines, help="The engine, with its release as in vllm@0.28.")
+    ] = "sglang",
+    tp: Annotated[int, typer.Option(min=1, help="Tensor parallelism.")] = 1,
+    dp: Annotated[int, typer.Option(min=1, help="Attention data parallelism.")] = 1,
+    ep: Annotated[int, typer.Option(min=1, help="Expert parallelism.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 1,
+    formats: Annotated[
+        str | None,
+        typer.Option(autocompletion=completion.schemes, help=f"{SCHEMES_HELP} [default: the checkpoint's own]."),
+    ] = None,
+    kv: Annotated[
+        str, typer.Option(autocompletion=completion.caches, help="KV cache [default: the engine's choice].")
+    ] = "",
+    mtp: Drafts = 0,
+    accept: Annotated[
+        float | None, typer.Option(help="Mean tokens a step with --mtp, where the file has none.")
+    ] = None,
+    server_flags: Annotated[str, typer.Option(help="The server's command line, whose settings are read.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Fit an engine's constants to measurements of one deployment; five rows are enough.
@@ -30,10 +69,11 @@ def fit(
     if out.suffix != ".toml":
         raise UsageError(f"--out {out}: an engine is known by its name's end: call it {out.name or 'my'}.toml")
     require_writable(out)
+    server = _server(context, files)
     with progress_bar(not as_json, "simulations") as progress:
-        found = run_fit(file, progress or (lambda done, total: None))
+        found = run_fit(files, progress or (lambda done, total: None), server)
     if found.helps:
-        write_engine(out, found, file.name)
+        write_engine(out, found, ", ".join(file.name for file in files))
     before, after = found.errors
     result = {
         "engine": found.engine,
@@ -54,6 +94,32 @@ def fit(
         _show(result)
     if not found.helps:
         raise typer.Exit(1)
+
+
+def _server(context: typer.Context, files: list[Path]) -> Server | None:
+    """What load tests were of; None for a CSV, which says it. Raises `UsageError`."""
+    from model.hf_config import load_config
+    from runtime.simulation.load_tests import Server
+
+    params, said = context.params, given(context)
+    tables = [file for file in files if file.suffix.lower() == ".csv"]
+    if tables:
+        if len(files) > 1:
+            raise UsageError(f"{tables[0]}: a CSV has all rows of a fit: give it alone")
+        for name in (*_OF_SERVER, "kv", "formats"):
+            if name in said:
+                raise UsageError(f"{said[name]} is of load tests; the rows of {tables[0]} say it: leave it out")
+        return None
+    for name, option in (("model", "--model"), ("profile", "--profile")):
+        if params[name] is None:
+            raise UsageError(f"{files[0]}: a load test does not say what served it: give {option}")
+    scheme = params["formats"] or load_config(params["model"]).stored_scheme
+    named = scheme if isinstance(scheme, str) else scheme.name
+    own = {name: params[name] for name in _OF_SERVER if name not in ("profile",)}
+    return Server(chip=params["profile"], formats=named, kv_dtype=params["kv"], **own)
+
+
+_OF_SERVER = ("model", "profile", "engine", "tp", "dp", "ep", "pp", "mtp", "accept", "server_flags")
 
 
 def _scores(rows: tuple[float, ...]) -> dict[str, float]:

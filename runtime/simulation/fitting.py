@@ -29,6 +29,7 @@ from runtime.deployment.engines import FittedTo
 from runtime.serving import simulate
 from runtime.simulation import published
 from runtime.simulation.build import PriceTables, build
+from runtime.simulation.load_tests import Server, rows_of
 from runtime.simulation.published import PublishedRow
 from runtime.simulation.validation import FIGURES, beside, read_rows
 
@@ -94,24 +95,41 @@ class Fit:
         return self.errors[1] < self.errors[0]
 
 
-def fit(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Fit:
-    """Fits the engine of one deployment to the rows of a CSV of published deployments.
+def fit(
+    paths: Path | Sequence[Path],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    server: Server | None = None,
+) -> Fit:
+    """Fits the engine of one deployment to the rows of a CSV of published deployments, or to runs of load testers
+    against `server`.
 
     progress: called with (simulations done, expected at most). Raises `UsageError` where rows are too few, or of
     several deployments.
     """
-    rows, skipped = _readable(path)
-    first = rows[0]
-    return _Fitting(rows, progress).fit(first, tuple(skipped))
+    files = [paths] if isinstance(paths, Path) else list(paths)
+    left_out: list[str] = []
+    cells: list[dict[str, str]] = []
+    for path in files:
+        found, lost = (_of_csv(path), []) if server is None else rows_of(path, server)
+        cells += found
+        left_out += lost
+    rows, skipped = _readable(cells, ", ".join(map(str, files)), left_out)
+    return _Fitting(rows, progress).fit(rows[0], tuple(skipped))
 
 
-def _readable(path: Path) -> tuple[list[PublishedRow], list[str]]:
-    """The rows that can be predicted, all of one deployment, and why the others cannot."""
+def _of_csv(path: Path) -> list[dict[str, str]]:
     kind, cells = read_rows(path)
     if kind != "published":
         columns = ", ".join(published.COLUMNS)
         raise UsageError(f"{path}: fitting needs rows of deployments with every setting; columns: {columns}")
-    rows, skipped = [], []
+    return cells
+
+
+def _readable(
+    cells: Sequence[Mapping[str, str]], path: str, left_out: Sequence[str]
+) -> tuple[list[PublishedRow], list[str]]:
+    """The rows that can be predicted, all of one deployment, and why the others cannot."""
+    rows, skipped = [], list(left_out)
     for number, row in enumerate(cells, start=1):
         try:
             found = published.read(row)

@@ -18,6 +18,7 @@ import hw_profiles
 from foundation.errors import UsageError
 from hw_profiles import Profile
 from model.config import ModelConfig
+from model.formats import SCHEMES
 from model.hf_config import load_config, preset_names
 from model.split import Layout
 from runtime.deployment.engines import Circumstances, described, nearest_release
@@ -204,6 +205,8 @@ def model_of(name: str) -> ModelConfig:
 
 def scheme_of_words(words: str) -> str:
     """The scheme that a source's words for its number formats mean. Raises `UsageError`."""
+    if words in SCHEMES:
+        return words
     first = words.lower()
     for pattern, name in _FORMATS:
         if re.search(pattern, first):
