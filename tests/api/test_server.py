@@ -18,6 +18,7 @@ from runtime.api.backing import Backing, warmed
 from runtime.api.endpoint import Endpoint
 from runtime.api.server import HttpServer, bound, is_loopback
 from runtime.api.settings import Emulated, Settings
+from runtime.serving.live import ModelLimits
 from runtime.serving.service import JobFault, ServiceClosed
 from tests.api.client import MODEL, Api, events, serving, wait_for
 from tests.api.double import Scripted
@@ -196,7 +197,7 @@ def test_a_service_that_cannot_be_made_ends_the_server_with_its_reason() -> None
 
 def test_what_is_compiled_ahead_is_said() -> None:
     service, said = Scripted(lambda job: [5] * 9, slots=3), list[str]()
-    found: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=1024, max_positions=2048))
+    found: Any = SimpleNamespace(limits=ModelLimits(1024, 2048))
     warmed(service, found, Backing("cpu", warm=5), said.append)
     assert [(len(job.prompt_ids), job.max_tokens) for job in service.jobs.values()] == [
         (32, 4), (128, 4), (256, 4), *[(64, 4)] * 6
@@ -294,7 +295,7 @@ def test_a_service_that_closes_just_then_is_no_full_queue(api: Api, monkeypatch:
 
 def test_a_model_whose_first_steps_fail_is_not_served(api: Api) -> None:
     api.service.fails = "it cannot be compiled"
-    found = SimpleNamespace(config=SimpleNamespace(max_positions=64, vocab_size=90), name="small")
+    found = SimpleNamespace(limits=ModelLimits(90, 64), name="small")
     with pytest.raises(Failure, match="^small cannot be served: it cannot be compiled$"):
         warmed(api.service, found, Backing("cpu"), lambda words: None)  # type: ignore[arg-type]
     assert api.service.warmed == 0

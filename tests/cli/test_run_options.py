@@ -30,7 +30,7 @@ TYPED = {
     "pool_tokens": "64", "dump_logits": "logits.npz", "artifact": "package", "plan": "plan.json", "profile": "h200-sxm",
     "devices": "1", "tp": "1", "dp": "1", "ep": "1", "pp": "1", "formats": "bf16", "kv": "bf16", "engine": "sglang",
     "trace": "trace.json", "coordinator": "127.0.0.1:1", "process": "0/2",
-    "prefill_chunk": "64",
+    "prefill_chunk": "64", "compile_cache": "off",
 }  # fmt: skip
 """A value for each option that has no default; others are given at theirs."""
 
