@@ -244,7 +244,13 @@ class Checkpoint:
 
     def kept(self, group: Group, weight: Weight) -> MatrixFormat | None:
         """The format in which `keep_fp8` keeps a weight: that of all of its matrices. None where they are plain, or
-        stored in more ways than one (an expert left in 16 bits, say), and so are dequantised."""
+        stored in more ways than one (an expert left in 16 bits, say), and so are dequantised; routed experts are all
+        of a layer, since one op takes them."""
+        if weight.expert_count and not all(self._one_format(group, w) for w in group.weights if w.expert_count):
+            return None
+        return self._one_format(group, weight)
+
+    def _one_format(self, group: Group, weight: Weight) -> MatrixFormat | None:
         names = list(group.tensors(weight))
         first = self._spellings[names[0]] if weight.stays_narrow else None
         if first is None or any(self._spellings[name] != first for name in names):

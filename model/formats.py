@@ -19,7 +19,8 @@ nearest, ties to even, with saturation; weights are rounded as they are (no smoo
     w8a8-int8    Ascend/msmodelslim `lab_practice/glm_5/glm_5_w8a8.yaml`: weights per_channel, activations per_token
     w4a8         `glm_5_w4a8.yaml`: experts per_channel int4; no group scales (so a float32 a row, not 16 bits for 128)
     w4a16        compressed-tensors 0.20, strategy "group": Kimi-K2's releases have groups of 32 (0.5625 bytes a
-                 weight); `w4a16-gN` has groups of N (128: 0.5156), as vLLM's and SGLang's tables were measured with
+                 weight); `w4a16-gN` has groups of N (128: 0.5156), as vLLM's and SGLang's tables were measured with;
+                 `w4a16-gN-zp` 4 bits more a group (128: 0.5195), compressed-tensors' `symmetric: false`, read only
     w4afp8       SGLang `layers/quantization/w4afp8.py`, vLLM CompressedTensorsW4A8Fp8: int4 in groups of 128,
                  e4m3 activations; dense matrices in FP8 blocks
     mxfp8, mxfp4 OCP Microscaling 1.0, section 6.3: 2^(floor(log2 amax) - emax) for 32 elements
@@ -107,7 +108,8 @@ class MatrixFormat:
 
     values: the type of its elements. shared: which of them share a scale: "block" (128 x 128), "tensor", "row" (an
     output channel), or a number of consecutive elements of the contracted dim; None: nothing is scaled. scale: the
-    scale's type. factor: type of one more scale a matrix. bound: what a group's largest magnitude is scaled to.
+    scale's type. factor: type of one more scale a matrix. zero: type of the value that stands for 0, stored beside each
+    scale; None: 0 does. bound: what a group's largest magnitude is scaled to.
     accumulate: what products are summed in. left_wide: role of weight ("mtp": all of the MTP layer) -> who leaves it in
     16 bits. layouts: the checkpoint layouts that can hold it, the usual first. label: for people.
     """
@@ -123,6 +125,7 @@ class MatrixFormat:
     accumulate: Literal["float32", "int32"] = "float32"
     left_wide: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, hash=False)
     layouts: tuple[CheckpointLayout, ...] = ()
+    zero: np.dtype | None = None
 
     @property
     def narrow(self) -> bool:
@@ -136,21 +139,25 @@ class MatrixFormat:
 
     @property
     def bytes_per_element(self) -> float:
-        """Stored bytes, scales of blocks and groups included; those of rows and whole matrices (below 0.1 %) are
-        not: they depend on the matrix (see `stored_bytes`)."""
+        """Stored bytes, scales and zero points of blocks and groups included; those of rows and whole matrices (below
+        0.1 %) are not: they depend on the matrix (see `model.split.share_bytes`)."""
         elements = self.shared if isinstance(self.shared, int) else FP8_BLOCK**2 * (self.shared == "block")
-        scale = BITS[self.scale] / 8 / elements if self.scale and elements else 0.0
-        return self.bits / 8 + scale
+        return self.bits / 8 + (self.scale_bits / 8 / elements if elements else 0.0)
+
+    @property
+    def scale_bits(self) -> int:
+        """Of what is stored for the elements that share a scale: the scale, and the zero point if there is one."""
+        return sum(BITS[each] for each in (self.scale, self.zero) if each is not None)
 
     def stored_as(self, other: MatrixFormat) -> bool:
         """Whether a matrix of the other format is stored in the same way, whatever its activations become."""
-        return (self.values, self.shared, self.scale, self.factor) == (
-            other.values, other.shared, other.scale, other.factor,
+        return (self.values, self.shared, self.scale, self.factor, self.zero) == (
+            other.values, other.shared, other.scale, other.factor, other.zero,
         )  # fmt: skip
 
     @property
     def base(self) -> str:
-        """The name that chips list: of `w4a16-g64` it is `w4a16`."""
+        """The name that chips list: of `w4a16-g64` and `w4a16-g64-zp` it is `w4a16`."""
         return _GROUPED.sub("", self.name)
 
 
@@ -213,13 +220,14 @@ FORMATS: Mapping[str, MatrixFormat] = {
         ),
     )
 }  # fmt: skip
-_GROUPED = re.compile(r"-g([1-9][0-9]{0,4})$")
+_GROUPED = re.compile(r"-g([1-9][0-9]{0,4})(-zp)?$")
 _ANY_GROUP = ("w4a16", "w4afp8")
 
 
 @lru_cache(maxsize=256)
 def matrix_format(name: str) -> MatrixFormat:
-    """The format of that name; `w4a16-g64` is `w4a16` with groups of 64. Raises `UsageError`."""
+    """The format of that name; `w4a16-g64` is `w4a16` with groups of 64, `w4a16-g64-zp` has a zero point for each, as
+    asymmetric checkpoints store. Raises `UsageError`."""
     if name in FORMATS:
         return FORMATS[name]
     group = _GROUPED.search(name)
@@ -227,10 +235,11 @@ def matrix_format(name: str) -> MatrixFormat:
     if group is None or base is None or base.name not in _ANY_GROUP:
         known = [f"{each}[-gN]" if each in _ANY_GROUP else each for each in FORMATS]
         raise UsageError(f"unknown number format {name!r}; known: {', '.join(known)}")
-    size = int(group[1])
-    if size == base.shared:
+    size, zero = int(group[1]), INT4 if group[2] else None
+    if size == base.shared and zero is None:
         return base
-    return dataclasses.replace(base, name=name, shared=size, label=f"INT4, a scale for {size} weights")
+    label = f"INT4, a scale{' and a zero point' if zero else ''} for {size} weights"
+    return dataclasses.replace(base, name=name, shared=size, label=label, zero=zero)
 
 
 # --- schemes ---------------------------------------------------------------------------------------------

@@ -71,9 +71,11 @@ def _shared_shape(shared: str | int, shape: tuple[int, ...]) -> tuple[int, int]:
 def quantise(fmt: MatrixFormat, matrix: np.ndarray) -> Matrix:
     """float32 or bfloat16 `[.., out, in]` in a narrow format. A last group may be shorter than the others.
 
-    Raises ValueError for groups that `shared_size` would not find again.
+    Raises ValueError for groups that `shared_size` would not find again, and for formats with zero points.
     """
     assert fmt.shared is not None and fmt.scale is not None
+    if fmt.zero is not None:
+        raise ValueError("zero points are read where a checkpoint has them, and not made")
     if isinstance(fmt.shared, int):
         width = matrix.shape[-1]
         if shared_size(width, -(-width // fmt.shared)) != min(fmt.shared, width):

@@ -212,8 +212,9 @@ def _stored(weights: Mapping[str, Any], activations: str | None) -> str:
         case "int", 4, "channel":
             return "w4a8"
         case "int", 4, "group":
+            zero = "-zp" if weights.get("symmetric") is False else ""
             try:
-                return matrix_format(f"{'w4afp8' if activations == 'float' else 'w4a16'}-g{size}").name
+                return matrix_format(f"{'w4afp8' if activations == 'float' else 'w4a16'}-g{size}{zero}").name
             except UsageError:
                 pass
     raise UnknownQuantization(said)

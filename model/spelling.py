@@ -159,10 +159,9 @@ def _packed_words(
         values = _unpack_words(words, width, 4).astype(np.int8) - np.repeat(zeros.astype(np.int8), size, axis=1)
         return Matrix(values, np.repeat(s, repeat, 1))
 
-    # 4 bits less 4 bits: whole numbers from -15 to 15
-    return Spelling(
-        dataclasses.replace(fmt, name=f"{fmt.name} with zero points", values=INT8), parts, ("_shape",), decode
-    )
+    # 4 bits less 4 bits are read as whole numbers from -15 to 15
+    fmt = dataclasses.replace(matrix_format(f"w4a16-g{size // repeat}-zp"), values=INT8)
+    return Spelling(fmt, parts, ("_shape",), decode)
 
 
 def _unpack_pairs(pairs: np.ndarray) -> np.ndarray:

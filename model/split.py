@@ -199,12 +199,13 @@ def scale_shape(
 
 
 def share_bytes(weight: Weight, fmt: MatrixFormat, shape: tuple[int, ...], dim: int = 0, cut: int = 1) -> float:
-    """Bytes of a share of a weight as a chip stores it in a format: values, scales and factors. See `scale_shape`."""
+    """Bytes of a share of a weight as a chip stores it in a format: values, scales (see `scale_shape`), zero points
+    and factors."""
     values = math.prod(shape) * fmt.bits / 8
     if not fmt.narrow:
         return values
     assert fmt.scale is not None
-    scales = math.prod(scale_shape(weight, fmt, shape, dim, cut)) * BITS[fmt.scale] / 8
+    scales = math.prod(scale_shape(weight, fmt, shape, dim, cut)) * fmt.scale_bits / 8
     contracted, out = (1 if weight.expert_count else 0), len(shape) - 1
     matrices = math.prod(size for axis, size in enumerate(shape) if axis not in (contracted, out))
     return values + scales + (matrices * BITS[fmt.factor] / 8 if fmt.factor else 0.0)

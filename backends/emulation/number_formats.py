@@ -176,6 +176,7 @@ def _is_stored_as(fmt: MatrixFormat, weight: Weight, held: Quantized) -> bool:
     scale_type = F32 if fmt.factor is not None else fmt.scale  # the factor has been multiplied into the scales
     if (values.dtype, scale.dtype) != (quantised.CARRIER.get(fmt.values, fmt.values), scale_type):
         return False
-    if fmt.values == INT4 and (values.min() < -8 or values.max() > 7):
+    least, most = (-15, 15) if fmt.zero is not None else (-8, 7)  # less a zero point of 4 bits
+    if fmt.values == INT4 and (values.min() < least or values.max() > most):
         return False
     return scale.shape == scale_shape(weight, fmt, values.shape)

@@ -59,6 +59,8 @@ def refusal(scheme: Scheme, target: str) -> str | None:
     for fmt in narrow:
         if fmt.values not in HOLDS[target].types:
             return f"the graphs of {target} have no {_NAMES[fmt.values]}"
+        if fmt.zero is not None:
+            return "graphs have no zero points"
         if _widened_by_contract(fmt) and len(narrow) == len(scheme.formats) == 1:
             continue
         if fmt.activations.scale is not None and not rounds_activations(fmt):

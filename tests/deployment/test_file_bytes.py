@@ -13,14 +13,17 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from backends.emulation.number_formats import NumberFormats
 from foundation.errors import UsageError
+from model import ops
 from model.checkpoint import Checkpoint
 from model.checkpoint_writer import save
-from model.formats import FORMATS, SCHEMES, CheckpointLayout, matrix_format, scheme
+from model.formats import FORMATS, SCHEMES, CheckpointLayout, Formats, matrix_format, scheme
 from model.hf_config import from_hf
 from model.quantised import Matrix, quantise
+from model.safetensors_file import write
 from model.split import Layout, share_bytes
-from model.weights import Arrangement, Weight
+from model.weights import Arrangement, Quantized, Weight, layer_weights
 from runtime.deployment.ledger import stage_weight_bytes
 from runtime.porting.quantize import layout_of, quantize
 from tests.deployment.counted import BITS, DENSE_AND_EXPERTS, NEVER, PUBLISHED, SIZES, formats, published, raw
@@ -207,3 +210,47 @@ def test_a_float32_source_leaves_wide_tensors(tmp_path: Path) -> None:
     plain = {n: (a, b) for n, (a, b) in found.differs.items() if not n.endswith(SPARE)}
     assert plain and all(in_file == 2 * held and before[n].dtype == "F32" for n, (in_file, held) in plain.items())
     assert not any(name.endswith("e_score_correction_bias") for name in plain)
+
+
+def test_zero_points_are_counted(tmp_path: Path) -> None:
+    """Experts in INT4 with zero points, as compressed-tensors packs them: the config says that they are there, the
+    ledger counts them, and an emulated chip multiplies by what is stored."""
+    config = raw("dsa", **SIZES)
+    save(tmp_path / "plain", config, random_weights(from_hf(config)))
+    quantize(Checkpoint(tmp_path / "plain"), scheme("w4a16-g16"), tmp_path / "packed")
+    written = tensors_in(tmp_path / "packed")
+    rng, opened = np.random.default_rng(0), Checkpoint(tmp_path / "packed")
+    tensors = {name: np.array(opened.array(name)) for name in written}
+    for name in [name for name in written if name.endswith("weight_scale")]:
+        out, groups = written[name].shape
+        points = rng.integers(-(2**31), 2**31, (-(-out // 8), groups)).astype(np.int32)
+        tensors[name.replace("scale", "zero_point")] = points
+    said = json.loads((tmp_path / "packed" / "config.json").read_text())
+    for group in said["quantization_config"]["config_groups"].values():
+        group["weights"]["symmetric"] = False
+    (tmp_path / "zero").mkdir()
+    (tmp_path / "zero" / "config.json").write_text(json.dumps(said))
+    write(tmp_path / "zero" / "model.safetensors", tensors)
+
+    found = Checkpoint(tmp_path / "zero")
+    asked = found.config.stored_scheme
+    assert asked.name == "w4a16-g16-zp"
+    held = stage_weight_bytes(found.config, Layout(), Formats(asked.dense, asked.experts), 0, mtp=True)
+    of_experts = [
+        tensor.bytes
+        for name, tensor in tensors_in(tmp_path / "zero").items()
+        if re.search(r"layers\.\d+\.mlp\.experts\..*weight_(packed|scale|zero_point)", name)
+    ]
+    assert held["experts"] == sum(of_experts)
+    assert held["experts"] > stage_weight_bytes(found.config, Layout(), formats("w4a16-g16"), 0, mtp=True)["experts"]
+
+    layers, kept = found.load()["layers"], found.load(keep_fp8=True)["layers"]
+    chip = NumberFormats(found.config, Formats(asked.dense, asked.experts))
+    for place, kind in enumerate(found.config.layers):
+        for weight in layer_weights(found.config, kind):
+            if weight.expert_count:
+                stored = chip.weight(weight, kept[place][weight.name])
+                assert isinstance(stored, Quantized) and stored.values.min() < -8
+                np.testing.assert_array_equal(ops.dequantise(*stored, np.float32), layers[place][weight.name])
+                with pytest.raises(UsageError, match="zero points are read"):
+                    chip.weight(weight, layers[place][weight.name])

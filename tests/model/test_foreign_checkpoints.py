@@ -276,15 +276,16 @@ def test_calibrated_scales_are_not_used(tmp_path: Path, fp8: bool) -> None:
 
 # --- stacks stored in more than one way -----------------------------------------------------------
 
-EXPERT = "model.layers.2.mlp.experts.3."
+EXPERTS = "model.layers.2.mlp.experts."
 
 
-@pytest.mark.parametrize("change", ["plain expert", "plain gate", "channel expert", "scale type"])
+@pytest.mark.parametrize("change", ["plain expert", "plain gate", "plain downs", "channel expert", "scale type"])
 def test_a_mixed_stack_is_dequantised_and_the_rest_kept(tmp_path: Path, change: str) -> None:
     save(tmp_path / "fp8", RAW, random_weights(from_hf(RAW)), fp8=True)
     whole, tensors = Checkpoint(tmp_path / "fp8"), tensors_of(tmp_path / "fp8")
-    for part in ("gate_proj", "up_proj", "down_proj") if change != "plain gate" else ("gate_proj",):
-        name = f"{EXPERT}{part}.weight"
+    parts = {"plain gate": ["3.gate_proj"], "plain downs": [f"{e}.down_proj" for e in range(whole.config.moe.experts)]}  # type: ignore[union-attr]
+    for part in parts.get(change, ["3.gate_proj", "3.up_proj", "3.down_proj"]):
+        name = f"{EXPERTS}{part}.weight"
         scale = tensors.pop(name + "_scale_inv")
         if change == "channel expert":
             held = quantise(FORMATS["fp8-channel"], whole.plain(name))
@@ -295,13 +296,30 @@ def test_a_mixed_stack_is_dequantised_and_the_rest_kept(tmp_path: Path, change: 
             tensors[name] = whole.plain(name).astype(ml_dtypes.bfloat16)
     opened = Checkpoint(copy(tmp_path / "fp8", "mixed", tensors))
     kept, wide, before = opened.load(keep_fp8=True), opened.load(), whole.load(keep_fp8=True)["layers"]
-    one_way = {"experts_down"} if change == "plain gate" else set()
     for index, layer in enumerate(kept["layers"]):
         for name, value in layer.items():
-            if index == 2 and name.startswith("experts") and name not in one_way:
+            if index == 2 and name.startswith("experts"):
                 np.testing.assert_array_equal(value, wide["layers"][index][name])
             else:
                 assert isinstance(value, Quantized) == isinstance(before[index][name], Quantized)
+
+
+@pytest.mark.parametrize("part", ["down_proj", "gate_proj"])
+def test_experts_of_which_a_half_is_quantised_run(tmp_path: Path, part: str) -> None:
+    """The op takes both halves as values and scales or neither: the same tokens and logits as dequantised."""
+    make_checkpoint(tmp_path / "made")
+    glm5("quantize", "--checkpoint", tmp_path / "made", "--formats", "fp8", "--out", tmp_path / "fp8")
+    opened, tensors = Checkpoint(tmp_path / "fp8"), tensors_of(tmp_path / "fp8")
+    for name in [name for name in tensors if f".{part}.weight" in name and ".experts." in name]:
+        del tensors[name]
+        if not name.endswith("_scale_inv"):
+            tensors[name] = opened.plain(name)
+    path, found = copy(tmp_path / "fp8", "half", tensors), []
+    for options in ((), ("--keep-fp8",)):
+        words = ("--prompt-ids", "5,6,7", "--max-tokens", 2, "--ignore-eos", "--dump-logits", tmp_path / "logits.npz")
+        assert glm5("run", "--checkpoint", path, *words, *options).code == 0
+        found.append(np.load(tmp_path / "logits.npz")["logits"])
+    np.testing.assert_allclose(*found, rtol=0, atol=1e-5)
 
 
 def test_an_export_in_fp8_needs_all_of_it(tmp_path: Path) -> None:

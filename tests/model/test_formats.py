@@ -42,6 +42,8 @@ def test_every_format_is_in_a_scheme_and_can_be_written() -> None:
         ("w4a16", 0.5625),  # Kimi-K2.5's config.json: int4, group_size 32, bfloat16 scales
         ("w4a16-g128", 0.515625),
         ("w4a16-g64", 0.53125),
+        ("w4a16-g128-zp", 0.51953125),
+        ("w4a16-g32-zp", 0.578125),
         ("w4afp8", 0.515625),  # SGLang w4afp8.py: group_size 128
         ("mxfp8", 1 + 1 / 32),  # OCP Microscaling 1.0: a byte for 32
         ("mxfp4", 0.5 + 1 / 32),

@@ -65,7 +65,9 @@ ATTENTION = "re:.*self_attn.*"
         (fine_grained("model.*mlp.experts"), "fp8-block/bf16"),
         (fine_grained("lm_head", "model.layers.3", "model.layers.7.self_attn"), "fp8-block"),
         # zero points of 4 bits, and an order that calibration alone saw, are read
-        (quantization((INT4 | {"symmetric": False}, None), ignore=[ATTENTION]), "w4a16-g128"),
+        (quantization((INT4 | {"symmetric": False}, None), ignore=[ATTENTION]), "w4a16-g128-zp"),
+        (quantization((INT4 | {"symmetric": False, "group_size": 32}, None), ignore=[ATTENTION]), "w4a16-g32-zp"),
+        (quantization((INT4 | {"symmetric": None}, None), ignore=[ATTENTION]), "w4a16-g128"),
         (quantization((INT4 | {"actorder": "weight"}, None), ignore=[ATTENTION]), "w4a16-g128"),
         (quantization((INT4 | {"strategy": None}, None), ignore=[ATTENTION]), "w4a16-g128"),
     ],
