@@ -33,9 +33,12 @@ def deployment(
     drafts: int = 0,
     accept: float | None = None,
     kv: str = "bf16",
+    pool_tokens: int | None = None,
 ) -> Built:
+    """pool_tokens: the KV pool, where only prices of steps are asked for; None: what the memory leaves."""
     profile = hw_profiles.load(chip)
-    return build(spec_for(cfg, profile, layout, scheme, kv, engine, drafts=drafts, accept_length=accept))
+    more = {"drafts": drafts, "accept_length": accept, "pool_tokens": pool_tokens}
+    return build(spec_for(cfg, profile, layout, scheme, kv, engine, **more))
 
 
 def decode(rows: int, context: int) -> BatchShape:
@@ -73,8 +76,8 @@ def sparse_on(layout: Layout) -> None:
     twin, shared = model_override(cfg, "model.index_topk", "0"), load_config("glm-5.2-fp8")
     # SGLang's table of the dense prefill kernel is three times slower than TensorRT-LLM's, and than its own blocks
     names = ("GLM-5", "dense", "dense, faster kernel", "GLM-5.2")
-    ours, dense, fewer = (deployment(c, layout=layout).pricer for c in (cfg, twin, shared))
-    other = deployment(twin, layout=layout, engine="trtllm").pricer
+    ours, dense, fewer = (deployment(c, layout=layout, pool_tokens=1).pricer for c in (cfg, twin, shared))
+    other = deployment(twin, layout=layout, engine="trtllm", pool_tokens=1).pricer
 
     def steps(shape: BatchShape) -> list[tuple[float, float]]:
         """(whole step, its attention) in seconds, in the order of `names`."""
