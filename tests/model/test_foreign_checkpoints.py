@@ -234,7 +234,7 @@ def test_nvfp4_of_modelopt(made: Path, said: str) -> None:
         other.update(spell(name, fmt, "compressed-tensors", held))
         pairs = held.values.view(np.uint8)
         spelt[name] = pairs[:, 0::2] | (pairs[:, 1::2] << 4)
-        spelt[f"{name}_scale"], spelt[f"{name}_scale_2"] = held.scale, np.float32(held.factor).reshape(())
+        spelt[f"{name}_scale"], spelt[f"{name}_scale_2"] = held.scale, np.asarray(held.factor, np.float32).reshape(())
         spelt[name.replace("weight", "input_scale")] = np.array(0.5, np.float32)
     ignore = ["lm_head", "model.layers.*.self_attn*", "model.layers.0*", "model.layers.*.mlp.shared_experts*"]
     inner = {"quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": "FP8"}
