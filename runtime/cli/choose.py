@@ -20,6 +20,7 @@ from model.split import MOST_DEVICES
 from runtime.cli import completion
 from runtime.cli.given import given
 from runtime.cli.loads import (
+    Acceptance,
     Bounded,
     Drafts,
     Isl,
@@ -33,6 +34,7 @@ from runtime.cli.loads import (
     TpotMs,
     TtftMs,
     Turns,
+    acceptance_asked,
     habits_asked,
     lengths_asked,
 )
@@ -80,6 +82,7 @@ def choose(
         ),
     ] = None,
     mtp: Drafts = 0,
+    acceptance: Acceptance = None,
     prices: Annotated[Path | None, typer.Option(help="TOML of what a device-hour costs; see docs/planning.md.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -108,6 +111,7 @@ def choose(
     from runtime.planning.options import Question
 
     cfg = load_config(model)
+    mtp, accepted = acceptance_asked(acceptance, mtp)
     if mtp and not cfg.mtp_layers:
         raise UsageError(f"{cfg.name} has no MTP layer to draft with: leave out --mtp")
     listed = [name.strip() for name in profiles.split(",") if name.strip()]
@@ -120,7 +124,7 @@ def choose(
         **habits_asked(context.params),
     )  # fmt: skip
     asked = [
-        (Question(cfg, demand, name, None if formats == "auto" else formats, kv, mtp), chip)
+        (Question(cfg, demand, name, None if formats == "auto" else formats, kv, mtp, **accepted), chip)
         for chip in chips
         for name in ([engine_beside(chip)] if engine == "auto" else dict.fromkeys(engine.split(",")))
     ]

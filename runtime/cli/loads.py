@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -50,7 +51,8 @@ Drafts = Annotated[int, typer.Option(min=0, help="Drafts a step of multi-token p
 Acceptance = Annotated[
     str | None,
     typer.Option(
-        metavar="P1,P2,...", help="Chance of each draft of --mtp to be accepted, given that those before it were."
+        metavar="P1,P2,...",
+        help="Chance of each draft of --mtp to be accepted, given that those before it were, as 0.85 or 0.85+-0.05.",
     ),
 ]
 
@@ -121,21 +123,32 @@ def shared_prefix(text: str) -> tuple[float, int]:
     return made.share, made.groups
 
 
-def acceptance_asked(text: str | None, drafts: int) -> tuple[int, tuple[float, ...]]:
-    """(drafts a step, chance of each) of P1,P2,...; drafts: 0 for as many as are said. Raises `UsageError` or
-    `WorkloadError`."""
+def acceptance_asked(text: str | None, drafts: int) -> tuple[int, dict[str, Any]]:
+    """(drafts a step, fields of a `Spec` about them) of P1,P2,..., each with or without a +-. drafts:
+    0 for as many as are said. Raises `UsageError` or `WorkloadError`."""
     from runtime.serving import Speculation
+    from runtime.simulation.build import accepted_within
 
     if text is None:
-        return drafts, ()
+        return drafts, {}
+    said = [part.replace("±", "+-").partition("+-") for part in text.split(",")]
     try:
-        chances = tuple(float(part) for part in text.split(","))
+        chances = tuple(float(part[0]) for part in said)
+        spreads = [float(part[2]) if part[1] else None for part in said]
     except ValueError:
-        raise UsageError(f"--acceptance {text}: give a chance from 0 to 1 for each draft, as 0.85,0.7,0.5") from None
+        spreads, chances = [math.nan], ()
+    if not all(spread is None or 0 <= spread <= 1 for spread in spreads):
+        raise UsageError(
+            f"--acceptance {text}: give a chance from 0 to 1 for each draft, as 0.85,0.7,0.5 or 0.85+-0.05"
+        ) from None
     Speculation(chances)
+    found: dict[str, Any] = {"acceptance": chances}
+    if any(spread is not None for spread in spreads):
+        pairs = zip(chances, spreads, strict=True)
+        found["acceptance_ranges"] = tuple(accepted_within(chance, spread) for chance, spread in pairs)
     if drafts not in (0, len(chances)):
         raise UsageError(f"--acceptance has {len(chances)} chances for the {drafts} drafts of --mtp: give one for each")
-    return len(chances), chances
+    return len(chances), found
 
 
 def _refuse(beside: str, said: Mapping[str, str], names: tuple[str, ...]) -> None:

@@ -151,7 +151,7 @@ def plan(
     if of_model:
         raise UsageError(f"--set {of_model[0][0]}: a plan is for a model as it is; give a config.json with the change")
     cfg = load_config(model)
-    mtp, chances = acceptance_asked(acceptance, mtp)
+    mtp, accepted = acceptance_asked(acceptance, mtp)
     if mtp and not cfg.mtp_layers:
         raise UsageError(f"{cfg.name} has no MTP layer to draft with: leave out --mtp")
     asked = lengths_asked(cfg, context.params, given(context)) | habits_asked(context.params)
@@ -175,9 +175,9 @@ def plan(
         of_engine,
         {axis: degree for axis, degree in (("tp", tp), ("dp", dp), ("ep", ep), ("pp", pp)) if degree is not None},
         max_pp,
-        chances,
-        prefill_held(context.params),
-        offload_asked(context.params),
+        prefill_held=prefill_held(context.params),
+        offload=offload_asked(context.params),
+        **accepted,
     )
     chips = _chips(profile or ["h200-sxm"], devices, 384 if objective == "min-devices" else 8, of_chip)
     found = _answer(question, chips, expert_load)

@@ -175,10 +175,10 @@ def simulate(
         )
     if accept is not None and acceptance is not None:
         raise UsageError("--accept and --acceptance: give one of them")
-    mtp, chances = acceptance_asked(acceptance, mtp)
+    mtp, accepted = acceptance_asked(acceptance, mtp)
     asked: dict[str, Any] = {
         "settings": of_engine, "expert_load": expert_load,
-        "drafts": mtp, "accept_length": accept, "acceptance": chances, "offload": offload_asked(context.params),
+        "drafts": mtp, "accept_length": accept, "offload": offload_asked(context.params), **accepted,
     }  # fmt: skip
     scheme = formats or cfg.stored_scheme
     spec = spec_for(cfg, found, layout, scheme, kv, engine, replicas=devices // layout.devices, **asked)

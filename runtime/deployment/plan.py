@@ -245,7 +245,7 @@ class Pool:
     scheme: the name of the weight formats.
     engine: name; settings: its settings, per dp rank, that differ from what it derives itself.
     drafts: tokens of multi-token prediction a step. acceptance: the chance of each that it is accepted, given that
-        those before it were; empty where nobody said.
+        those before it were; empty where nobody said. acceptance_ranges: what each may be; empty where nobody said.
     page_tokens: tokens a KV page. Each dp rank of a replica holds `kv_pages` pages of its own sequences; its tp
         ranks hold the same latents and index keys.
     experts: None where experts are split by tensor.
@@ -271,6 +271,7 @@ class Pool:
     expert_load: str
     slot_load: tuple[float, ...] = ()
     acceptance: tuple[float, ...] = ()
+    acceptance_ranges: tuple[tuple[float, float], ...] = ()
     offload: Offload = Offload()
 
     @property

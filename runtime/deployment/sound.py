@@ -82,6 +82,10 @@ def _pool(pool: _Pool, where: str) -> Iterator[str]:
     yield from _outside(f"{where}.drafts", pool.drafts, 0, MOST_DRAFTS)
     if pool.acceptance and (len(pool.acceptance) != pool.drafts or not all(0 <= p <= 1 for p in pool.acceptance)):
         yield f"{where}.acceptance must hold a chance from 0 to 1 for each of {pool.drafts} drafts, or nothing"
+    ranges = pool.acceptance_ranges
+    within = all(0 <= low <= p <= high <= 1 for p, (low, high) in zip(pool.acceptance, ranges, strict=False))
+    if ranges and not (within and len(ranges) == len(pool.acceptance)):
+        yield f"{where}.acceptance_ranges must hold a range around each of {len(pool.acceptance)} chances, or nothing"
     for number, device in enumerate(pool.devices):
         at = f"{where}.devices[{number}]"
         if not 0 <= device.layers[0] < device.layers[1] <= MOST_LAYERS:

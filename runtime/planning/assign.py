@@ -80,6 +80,7 @@ def pool_of(
         experts=experts or in_order(cfg, layout),
         expert_load=load.name if measured else load or default_expert_load(cfg),
         acceptance=spec.acceptance,
+        acceptance_ranges=spec.acceptance_ranges,
         slot_load=tuple(float(share) for share in load.shares) if measured else (),
         offload=spec.offload if role != "decode" else Offload(),
     )

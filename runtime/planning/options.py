@@ -41,10 +41,10 @@ _PP_KEPT = 2
 class Question:
     """What a search is asked, beside the chips: the model, the load and what is given rather than searched.
 
-    scheme, kv: None to search. drafts: tokens of multi-token prediction a step, acceptance: of each of them (see
-    `Speculation`). held: degrees of "tp", "dp", "ep" and "pp" that a layout must have; most_pp: pipeline stages at
-    most. prefill_held: what the layout of a prefill pool is held to instead; where anything, pools apart are asked for.
-    offload: memory below the devices' that prompts are kept in.
+    scheme, kv: None to search. drafts: tokens of multi-token prediction a step, acceptance: of each of them, and its
+    ranges (see `Speculation`). held: degrees of "tp", "dp", "ep" and "pp" that a layout must have; most_pp: pipeline
+    stages at most. prefill_held: what the layout of a prefill pool is held to instead; where anything, pools apart are
+    asked for. offload: memory below the devices' that prompts are kept in.
     """
 
     cfg: ModelConfig
@@ -57,6 +57,7 @@ class Question:
     held: Mapping[str, int] = dataclasses.field(default_factory=dict)
     most_pp: int | None = None
     acceptance: tuple[float, ...] = ()
+    acceptance_ranges: tuple[tuple[float, float], ...] = ()
     prefill_held: Mapping[str, int] = dataclasses.field(default_factory=dict)
     offload: Offload = Offload()
 
@@ -84,6 +85,7 @@ class Question:
             asked,
             drafts=self.drafts,
             acceptance=self.acceptance,
+            acceptance_ranges=self.acceptance_ranges,
             offload=self.offload,
             **more,
         )

@@ -100,6 +100,15 @@ class Band:
     high: float
     basis: str
 
+    def wider(self, below: float, above: float, why: str) -> Band:
+        """The band where something else moves the figure, too, by so much of its logarithm to either side."""
+        middle = (self.low + self.high) / 2
+        return Band(
+            middle - math.hypot(middle - self.low, below),
+            middle + math.hypot(self.high - middle, above),
+            f"{self.basis}; {why}",
+        )
+
     def around(self, value: float) -> list[float]:
         """The interval of a predicted value."""
         return [value * math.exp(self.low), value * math.exp(self.high)]

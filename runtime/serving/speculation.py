@@ -18,12 +18,18 @@ from runtime.serving.errors import WorkloadError
 class Speculation:
     """Acceptance of the drafts.
 
-    acceptance: [K] chance that draft i is accepted, given that those before it were.
+    acceptance: [K] chance that draft i is accepted, given that those before it were. ranges: [K] the least and the most
+    that each may be, nine times in ten and all at once; empty where it is exact.
     """
 
     acceptance: tuple[float, ...]
+    ranges: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.ranges and len(self.ranges) != len(self.acceptance):
+            raise WorkloadError(f"{len(self.ranges)} ranges of {len(self.acceptance)} drafts: give one for each")
+        if not all(0 <= low <= p <= high <= 1 for p, (low, high) in zip(self.acceptance, self.ranges, strict=False)):
+            raise WorkloadError(f"draft acceptance {self.acceptance} lies outside its ranges {self.ranges}")
         if not self.acceptance or not all(0 <= p <= 1 for p in self.acceptance):
             raise WorkloadError(f"draft acceptance {self.acceptance}: give one or more chances from 0 to 1")
 
@@ -56,6 +62,14 @@ class Speculation:
     def mean_tokens(self) -> float:
         """Expected tokens per sequence and step, before the end of the answer cuts any off."""
         return 1.0 + float(np.cumprod(self.acceptance).sum())
+
+    @property
+    def mean_range(self) -> tuple[float, float]:
+        """The least and the most that `mean_tokens` may be."""
+        if not self.ranges:
+            return self.mean_tokens, self.mean_tokens
+        low, high = (1.0 + float(np.cumprod(ends).sum()) for ends in zip(*self.ranges, strict=True))
+        return low, high
 
     def draw(self, rng: np.random.Generator, sequences: int) -> np.ndarray:
         """[sequences] int64 tokens yielded by a step, each from 1 to q."""

@@ -15,7 +15,7 @@ from model.formats import Formats
 from runtime.deployment.engines import with_pool
 from runtime.deployment.plan import Plan, Pool, profile_of
 from runtime.pricing.load import ExpertLoad
-from runtime.serving import Deployment, Disaggregated
+from runtime.serving import Deployment, Disaggregated, Speculation
 from runtime.simulation.apart import apart
 from runtime.simulation.build import Built, PriceTables, Spec, assumed, pricer_of, spec_for, speculation, tiers_of
 
@@ -26,11 +26,16 @@ def spec_of(cfg: ModelConfig, pool: Pool, profile: Profile) -> Spec:
     made = spec_for(
         cfg, profile, pool.layout, pool.formats.scheme, pool.formats.kv, pool.engine, pool.settings,
         expert_load=load, drafts=pool.drafts, acceptance=pool.acceptance,
+        acceptance_ranges=pool.acceptance_ranges,
         pool_tokens=pool.pool_tokens, redundant_slots=pool.redundant_slots,
         replicas=pool.replicas, offload=pool.offload,
     )  # fmt: skip
     engine = with_pool(made.engine, cfg, pool.pool_tokens, pool.settings)
     return dataclasses.replace(made, formats=pool.formats, engine=engine)
+
+
+def _speculation(pool: Pool) -> Speculation | None:
+    return speculation(pool.drafts, acceptance=pool.acceptance, ranges=pool.acceptance_ranges)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +84,7 @@ def deployed(
             devices=replicas * pool.layout.devices,
             replicas=replicas,
             ranks=pool.layout.dp,
-            speculation=speculation(pool.drafts, acceptance=pool.acceptance) if pool.role != "prefill" else None,
+            speculation=_speculation(pool) if pool.role != "prefill" else None,
             assumed=assumed(spec, drafting=pool.role != "prefill"),
             tiers=tiers_of(spec) if pool.role != "decode" else (),
         )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
+from collections.abc import Mapping
 
 import numpy as np
 
 from runtime.pricing.bands import FEW, Band, PredictionKind, band, band_of_own
 from runtime.pricing.pricer import relative_error
-from runtime.serving import Report
+from runtime.serving import Report, Speculation
 from runtime.serving.pricing import BatchShape
 from runtime.simulation.build import Built
 
@@ -44,6 +46,25 @@ def report_bands(built: Built, report: Report, replicas: int = 1) -> dict[str, B
     }
     errors["throughput"] = errors["tpot"]
     found = {figure: band(figure, kind, error, report.extrapolated) for figure, error in errors.items()}
+    return _drafting(_of_own(found, built, report, isl, errors), deployment.speculation, report.sent_per_s is None)
+
+
+def _drafting(found: dict[str, Band], speculation: Speculation | None, closed: bool) -> dict[str, Band]:
+    """The bands, as much wider as it is uncertain how many drafts are taken: a token takes as much longer as steps make
+    fewer of them, and where clients wait for their answers (`closed`), as many fewer are served."""
+    if speculation is None or not speculation.ranges:
+        return found
+    low, high = speculation.mean_range
+    fewer, more = (abs(math.log(end / speculation.mean_tokens)) for end in (low, high))
+    words = f"{low:.2f} to {high:.2f} tokens a step with drafts widen it"
+    wider = {"tpot": (more, fewer)} | ({"throughput": (fewer, more)} if closed else {})
+    return found | {name: found[name].wider(*ends, words) for name, ends in wider.items()}
+
+
+def _of_own(
+    found: dict[str, Band], built: Built, report: Report, isl: int, errors: Mapping[str, float]
+) -> dict[str, Band]:
+    """The bands where the engine was fitted: of that deployment's own measurements, if this is one like it."""
     fitted = built.spec.engine.fitted
     if fitted is None:
         return found
