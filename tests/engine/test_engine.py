@@ -38,7 +38,9 @@ def alone(engine: LocalEngine, request: Prompt) -> Completion:
     return engine.generate([request])[0]
 
 
-@pytest.mark.parametrize("family", ["dsa", *(pytest.param(family, marks=pytest.mark.slow) for family in ("gqa", "mla"))])
+@pytest.mark.parametrize(
+    "family", ["dsa", *(pytest.param(family, marks=pytest.mark.slow) for family in ("gqa", "mla"))]
+)
 def test_batched_tokens_equal_each_request_alone(engines: Engines, family: str) -> None:
     engine = engines[family, 0]
     requests = [Prompt(prompt(n, n), max_tokens=6 + n % 5) for n in (3, 40, 17, 70, 1, 33)]
@@ -61,7 +63,10 @@ def test_drafts_leave_greedy_tokens_as_they_are(engines: Engines, family: str, d
     assert_all_pages_are_back(engines[family, drafts])
 
 
-@pytest.mark.parametrize(("family", "drafts"), [("dsa", 0), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("dsa", 3), ("gqa", 0)))])
+@pytest.mark.parametrize(
+    ("family", "drafts"),
+    [("dsa", 0), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("dsa", 3), ("gqa", 0)))],
+)
 def test_kept_logits_have_a_row_for_every_token(engines: Engines, family: str, drafts: int) -> None:
     done = alone(engines[family, drafts], Prompt(prompt(45), max_tokens=7, keep_logits=True))
     assert done.logits is not None and done.logits.dtype == np.float32

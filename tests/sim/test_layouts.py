@@ -56,8 +56,7 @@ def test_an_answer_may_stop_early(checkpoints: Checkpoints) -> None:
     whole = reference(checkpoint, prompts_of(checkpoint.config, lengths, most))
     stop = frozenset({whole[0].token_ids[3], whole[1].token_ids[0]})
     requests = [
-        dataclasses.replace(r, stop_ids=stop, keep_logits=False)
-        for r in prompts_of(checkpoint.config, lengths, most)
+        dataclasses.replace(r, stop_ids=stop, keep_logits=False) for r in prompts_of(checkpoint.config, lengths, most)
     ]
     expected = reference(checkpoint, requests)
     assert {c.finish_reason for c in expected} >= {"stop"}
