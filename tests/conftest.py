@@ -8,10 +8,12 @@ JAX reads its settings from the environment when it is first imported, so they a
 test module is: tests that need no JAX do not pay for it, and processes that tests start inherit them.
 """
 
+import gc
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 
 import hypothesis
@@ -29,19 +31,21 @@ os.environ.setdefault("XLA_FLAGS", _XLA_FLAGS)
 
 # Examples are the same in every run: a suite that passed passes again. HYPOTHESIS_PROFILE=random looks further.
 _QUIET = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
-hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=40, **_QUIET)
-hypothesis.settings.register_profile("random", max_examples=200, **_QUIET)
+hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=25, **_QUIET)
+hypothesis.settings.register_profile("random", max_examples=60, **_QUIET)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 _compiled: str | None = None
 
 
-@pytest.fixture
-def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Price tables with a quarter of their knots, for what holds whatever a step costs."""
+@pytest.fixture(scope="module")
+def coarse() -> Iterator[None]:
+    """Price tables with a quarter of their knots, for modules of what holds whatever a step costs."""
     from runtime.pricing import pricer
 
-    monkeypatch.setattr(pricer, "token_grid", pricer.coarse_grid)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pricer, "token_grid", pricer.coarse_grid)
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,6 +55,13 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop("COLUMNS", None)  # what is printed to a pipe has a width of its own
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported stays: it is not looked through again each time that a trace has made a few thousand objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

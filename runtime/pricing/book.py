@@ -126,6 +126,7 @@ class PriceBook:
         self.engine = engine
         self.measured = measured is not None
         self._kernels: dict[str, Kernel] = {}
+        self._found: dict[tuple[str, str, str, str | None], tuple[Kernel, bool]] = {}
         reference = (reference_chip(measured) or chip) if measured else None
         own = Changes(chip, reference) if reference else None
         joint = transfer["kernels"][REFERENCE]["constants"]
@@ -152,6 +153,12 @@ class PriceBook:
         fit; then the same for the fallback formats.
         Raises PriceError when nothing is known for the family.
         """
+        asked = (family, weight_format, suffix, engine)
+        if asked not in self._found:
+            self._found[asked] = self._find(*asked)
+        return self._found[asked]
+
+    def _find(self, family: str, weight_format: str, suffix: str, engine: str | None) -> tuple[Kernel, bool]:
         base = weight_format.partition("-g")[0]  # one table for every group size
         for number, name in enumerate((base, *FALLBACK_FORMAT.get(base, ()))):
             for source in (engine or self.engine, *ENGINES, "any"):
@@ -304,6 +311,7 @@ class PriceBook:
         return self.memory_curve().price(moved_bytes)
 
 
+@cache
 def element_bytes(weight_format: str) -> dict[str, float]:
     """Bytes of one element of a matrix and of its activations. Raises `PriceError` for an unknown format."""
     rate_of(weight_format)

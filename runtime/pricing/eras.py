@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 ENGINES = ("sglang", "trtllm", "vllm")
@@ -27,6 +28,7 @@ class Chosen(NamedTuple):
     later: str = ""
 
 
+@cache
 def order(release: str) -> tuple[Any, ...] | None:
     """What releases sort by ("0.5.6.post2", "1.3.0rc20"); None for a text that is no release, such as a nightly's."""
     found = _RELEASE.match(release.strip())

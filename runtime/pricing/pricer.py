@@ -76,7 +76,7 @@ class TokenTable:
             return {}
         near = self._columns[int(np.argmin(np.abs(self._grid - tokens)))]
         return {
-            name: dataclasses.replace(near[name], seconds=float(np.interp(tokens, self._grid, self._seconds[:, i])))
+            name: near[name].lasting(float(np.interp(tokens, self._grid, self._seconds[:, i])))
             for i, name in enumerate(self.labels)
         }
 
@@ -159,15 +159,16 @@ class GraphPricer:
         ]
         ops = [op for op, _ in chosen]
         alike = [ops.index(op) for op in ops]  # layer types have most of their ops in common
+        labels = [label(op, context) for op in ops]
         columns = []
         for tokens in self._grid:
             parts: dict[str, list[Price]] = {}
             priced: dict[int, Price | None] = {}
-            for (op, n), first in zip(chosen, alike, strict=True):
+            for (op, n), first, name in zip(chosen, alike, labels, strict=True):
                 if first not in priced:
                     priced[first] = price(op, Sizes(int(tokens), 1, 1), context)
                 if (found := priced[first]) is not None:
-                    parts.setdefault(label(op, context), []).append(found.times(n))
+                    parts.setdefault(name, []).append(found.times(n))
             columns.append({name: total(prices) for name, prices in parts.items()})
         return TokenTable(self._grid, columns)
 
@@ -196,7 +197,7 @@ class GraphPricer:
     def _decode(self, kind: LayerType, sequences: float, context: float) -> Price:
         """The price at a point of the decode surface, in the seconds that the surface gives."""
         found = self._decode_price(kind, sequences, context)
-        return dataclasses.replace(found, seconds=self._decode_surfaces[kind](sequences, context))
+        return found.lasting(self._decode_surfaces[kind](sequences, context))
 
     def _gqa_price(
         self, phase: Literal["decode", "prefill"], tokens: float, context: float, sequences: float | None

@@ -83,7 +83,7 @@ def _sum(op: TracedOp, sizes: Sizes, context: Context) -> Price | None:
         return None
     passes = 2.0 * rows * context.book.wide_bytes
     alone, fused = context.book.memory(passes), context.book.memory(2 * passes)
-    return dataclasses.replace(fused, seconds=fused.seconds - alone.seconds)
+    return fused.lasting(fused.seconds - alone.seconds)
 
 
 def _linear(op: TracedOp, sizes: Sizes, context: Context) -> Price | None:

@@ -9,7 +9,7 @@ from runtime.execution.services import engine_service
 from runtime.serving.sampling import Sampling
 from runtime.serving.service import Job
 from tests.engine.test_engine import Engines, prompt
-from tests.serving.test_live import Client, OnlyMultiples, assert_nothing_is_held
+from tests.serving.live import Client, OnlyMultiples, assert_nothing_is_held
 
 
 @pytest.mark.parametrize("drafts", [0, pytest.param(2, marks=pytest.mark.slow)])

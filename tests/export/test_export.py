@@ -25,7 +25,7 @@ from runtime.serving.clock import Virtual
 from runtime.serving.sampling import Sampling
 from runtime.serving.service import Job
 from tests.cli.cli import glm5, make_checkpoint, refused
-from tests.serving.test_live import Client, assert_nothing_is_held
+from tests.serving.live import Client, assert_nothing_is_held
 
 ROOT = Path(__file__).parents[2]
 SIZES = ("--phase", "both", "--batch", 2, "--chunk", 16, "--context", 64, "--page-size", 16)

@@ -17,11 +17,12 @@ from runtime.cli.plan_show import _limit
 from runtime.deployment.plan import Plan
 from tests.cli.cli import glm5, refused
 
+pytestmark = pytest.mark.usefixtures("coarse")
 LOAD = ("--isl", 2048, "--osl", 128, "--concurrency", 8)
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plan(coarse: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     printed = glm5("plan", *LOAD, "--out", path, "--json").out
     assert printed == path.read_text()

@@ -27,6 +27,7 @@ from runtime.planning.search import Chips, search
 from runtime.planning.smallest import smallest
 from runtime.simulation.build import PriceTables
 
+pytestmark = pytest.mark.usefixtures("coarse")
 FP8 = "glm-5-fp8"
 LIGHT = Demand(isl=2048, osl=128, concurrency=8)
 

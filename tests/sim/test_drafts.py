@@ -26,7 +26,7 @@ from runtime.serving.clock import Virtual
 from runtime.serving.sampling import Sampling
 from runtime.serving.service import Job
 from tests.engine.conftest import random_weights
-from tests.serving.test_live import Client, assert_nothing_is_held
+from tests.serving.live import Client, assert_nothing_is_held
 from tests.sim.servers import SMALL, emulated, plan_of, prompts_of, ticking
 from tests.sim.test_clock import split_plan
 

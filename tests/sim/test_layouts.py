@@ -52,11 +52,11 @@ def test_a_small_cache_preempts_and_the_tokens_stay(checkpoints: Checkpoints) ->
 def test_an_answer_may_stop_early(checkpoints: Checkpoints) -> None:
     """Where a token is a stop token, there the simulation learns that the answer ends, and goes on with the others."""
     checkpoint = checkpoints["gqa"]
-    whole = reference(checkpoint, prompts_of(checkpoint.config, [9, 12, 7], [12, 12, 12]))
+    lengths, most = [9, 12, 9], [6, 6, 6]  # one page each
+    whole = reference(checkpoint, prompts_of(checkpoint.config, lengths, most))
     stop = frozenset({whole[0].token_ids[3], whole[1].token_ids[0]})
     requests = [
-        dataclasses.replace(r, stop_ids=stop, keep_logits=False)
-        for r in prompts_of(checkpoint.config, [9, 12, 7], [12, 12, 12])
+        dataclasses.replace(r, stop_ids=stop, keep_logits=False) for r in prompts_of(checkpoint.config, lengths, most)
     ]
     expected = reference(checkpoint, requests)
     assert {c.finish_reason for c in expected} >= {"stop"}

@@ -79,12 +79,20 @@ def priced(programs: list[OpList], sizes: Sizes) -> Seen:
     ]
 
 
+PHASES = {"prefill": Sizes(3, 5, 1), "decode": Sizes(7, 1, 3)}
+FAST = (("prefill", LAYOUTS[0]), ("decode", LAYOUTS[1]))
+
+
 @pytest.mark.parametrize(
-    "layout", [*LAYOUTS, *(pytest.param(each, marks=pytest.mark.slow) for each in MORE)], ids=lambda layout: layout.name
+    ("phase", "layout"),
+    [
+        pytest.param(phase, each, id=f"{phase}-{each.name}", marks=() if (phase, each) in FAST else pytest.mark.slow)
+        for phase in PHASES
+        for each in (*LAYOUTS, *MORE)
+    ],
 )
-@pytest.mark.parametrize(("phase", "sizes"), [("prefill", Sizes(3, 5, 1)), ("decode", Sizes(7, 1, 3))])
-def test_what_runs_is_what_is_priced(tiny: Checkpoint, layout: Layout, phase: Any, sizes: Sizes) -> None:
-    cfg = tiny.config
+def test_what_runs_is_what_is_priced(tiny: Checkpoint, phase: Any, layout: Layout) -> None:
+    cfg, sizes = tiny.config, PHASES[phase]
     assert cfg.indexer is not None
     sparse = sizes.p * PAGE_SIZE > cfg.indexer.topk
     traced = trace(cfg, layout, phase, sparse, mtp=False)

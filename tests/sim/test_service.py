@@ -13,7 +13,7 @@ from runtime.execution.services import emulated_service
 from runtime.serving.clock import Virtual
 from runtime.serving.sampling import Sampling
 from runtime.serving.service import Job
-from tests.serving.test_live import Client, assert_nothing_is_held
+from tests.serving.live import Client, assert_nothing_is_held
 from tests.sim.servers import plan_of, prompts_of, reference, ticking
 
 

@@ -30,11 +30,19 @@ class Killed(BaseException):
 
 
 LAST = ("sparse",)  # the stage that trains everything
+FEWER = (  # layers: one of each kind, which is all that a run's states and files depend on
+    ("num_hidden_layers = 3", "num_hidden_layers = 2"),
+    ('indexer_types = ["full", "full", "shared"]', 'indexer_types = ["full", "shared"]'),
+)
 ALL = tuple(small.STAGES)
 
 
-def made(folder: Path, stages: tuple[str, ...]) -> Path:
-    source = small.write(folder, stages=stages)
+def short(folder: Path, *replacements: tuple[str, str]) -> Path:
+    """The config of a run of one stage."""
+    return small.write(folder, *FEWER, *replacements, stages=LAST)
+
+
+def made(folder: Path, source: Path) -> Path:
     trainer.train(config.read(source), folder / "run", source)
     return folder / "run"
 
@@ -42,13 +50,15 @@ def made(folder: Path, stages: tuple[str, ...]) -> Path:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody interrupted, of one stage."""
-    return made(tmp_path_factory.mktemp("whole"), LAST)
+    folder = tmp_path_factory.mktemp("whole")
+    return made(folder, short(folder))
 
 
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody interrupted, of every stage."""
-    return made(tmp_path_factory.mktemp("staged"), ALL)
+    folder = tmp_path_factory.mktemp("staged")
+    return made(folder, small.write(folder))
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -88,7 +98,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_killed_run_ends_as_if_it_had_not_been(whole: Path, tmp_path: Path, after: int) -> None:
     """Killed before the first state, and past one with a record past it."""
-    assert_same(killed_and_resumed(tmp_path, after, stages=LAST), whole)
+    assert_same(killed_and_resumed(tmp_path, after, *FEWER, stages=LAST), whole)
 
 
 @pytest.mark.slow
@@ -145,7 +155,7 @@ def test_a_run_killed_before_its_last_checkpoint_has_it_when_resumed(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where an earlier stage left one."""
-    folder, source = tmp_path / "run", small.write(tmp_path, stages=LAST)
+    folder, source = tmp_path / "run", short(tmp_path)
     shutil.copytree(whole, folder)
     (folder / trainer.CHECKPOINT / "model.safetensors").write_bytes(b"of an earlier stage")
     trainer.train(config.read(source), folder, source, resume=True)
@@ -182,7 +192,7 @@ def test_a_folder_with_a_run_is_not_overwritten(whole: Path, tmp_path: Path) -> 
     source = whole.parent / "small.toml"
     before = (whole / state.FILE).read_bytes()
     assert "holds a run already; --resume continues it" in refused("train", "--config", source, "--out", whole)
-    other = small.write(tmp_path, ("hidden_size = 32", "hidden_size = 64"), stages=LAST)
+    other = short(tmp_path, ("hidden_size = 32", "hidden_size = 64"))
     assert "run of another config" in refused("train", "--config", other, "--out", whole, "--resume")
     assert (whole / state.FILE).read_bytes() == before
 
@@ -202,7 +212,7 @@ def test_a_finished_run_may_be_resumed(whole: Path) -> None:
 
 
 def test_a_full_disk_keeps_the_last_good_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = small.write(tmp_path, stages=LAST)
+    source = short(tmp_path)
     read, folder = config.read(source), tmp_path / "run"
     plain, writes = Path.write_bytes, 0
 
@@ -252,7 +262,7 @@ BROKEN: dict[str, Callable[[dict[str, np.ndarray], dict[str, str]], object]] = {
 
 @pytest.mark.parametrize("what", ["not a state", "a folder", "a pipe", *BROKEN])
 def test_a_broken_state_is_one_line(whole: Path, tmp_path: Path, what: str) -> None:
-    source = small.write(tmp_path, stages=LAST)
+    source = short(tmp_path)
     path = tmp_path / "run" / state.FILE
     path.parent.mkdir()
     match what:
