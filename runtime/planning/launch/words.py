@@ -7,6 +7,8 @@ import re
 import shlex
 from collections.abc import Mapping
 
+from foundation.errors import printable
+
 
 @dataclasses.dataclass(frozen=True)
 class Shell:
@@ -68,7 +70,7 @@ class Command:
 
 def comment(text: str) -> str:
     """A line of shell that does nothing, whatever a plan or an engine's file has put into the text."""
-    return "# " + "".join(each if each.isprintable() else " " for each in text)
+    return f"# {printable(text)}"
 
 
 def _by_flag(words: tuple[Word, ...]) -> list[str]:
