@@ -23,3 +23,8 @@ class CapacityError(Failure):
 def first_line(said: object) -> str:
     """The first line of what an error says that is not blank; where it says nothing, the name of its type."""
     return next((line.strip() for line in str(said).splitlines() if line.strip()), type(said).__name__)
+
+
+def printable(text: str) -> str:
+    """Text of others on one line: line ends and what would command a terminal are spelt out (`\\n`, `\\x1b`)."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from foundation.errors import UsageError
+from foundation.errors import UsageError, printable
 from model.formats import BITS, FORMATS, FP8_BLOCK, INT8, matrix_format, scheme_of
 
 PLAIN = "plain"
@@ -32,7 +32,10 @@ before they are rounded, which is not done here."""
 
 
 class UnknownQuantization(Exception):
-    """The text says what is not supported."""
+    """The text says what is not supported, on one line whatever the config holds."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(printable(said))
 
 
 Applies = Callable[[str], bool]

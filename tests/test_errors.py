@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from foundation.errors import Failure, first_line
+from foundation.errors import Failure, first_line, printable
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,6 +27,13 @@ ROOT = Path(__file__).parents[1]
 )
 def test_the_first_line_of_an_error(error: BaseException, shown: str) -> None:
     assert first_line(error) == shown
+
+
+@given(st.text(st.characters()))
+def test_text_of_others_is_one_line_and_commands_no_terminal(text: str) -> None:
+    shown = printable(text)
+    assert shown.isprintable() and (shown == text or not text.isprintable())
+    assert shown.encode().decode("unicode_escape" if shown.isascii() and "\\" not in text else "utf-8") in (text, shown)
 
 
 def test_no_other_way_to_the_first_line_of_an_error() -> None:

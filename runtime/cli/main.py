@@ -10,7 +10,7 @@ import errno
 import os
 import sys
 
-from foundation.errors import Failure
+from foundation.errors import Failure, printable
 from runtime.cli.interrupt import CODE, MESSAGE, answer_interrupts
 
 TYPE_CHECKING = False  # without `typing`, which takes its time
@@ -66,7 +66,8 @@ def _run(arguments: Sequence[str] | None) -> NoReturn:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"glm5: {message}", file=sys.stderr)
+    """A message of several lines, a ledger's, keeps them; what else a file put into it does not reach the terminal."""
+    print("\n".join(printable(line) for line in f"glm5: {message}".split("\n")), file=sys.stderr)
     sys.exit(2)
 
 

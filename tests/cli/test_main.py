@@ -102,6 +102,12 @@ def test_an_interrupt_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert glm5("model", "glm-5") == (130, "", "")
 
 
+@pytest.mark.parametrize("name", ["a\x1b[2Jb", "a\rb", "a\u2028b", "a\x9b31mb"])
+def test_what_was_given_commands_no_terminal(name: str) -> None:
+    line = refused("simulate", "--model", "glm-4.7-flash", "--length-file", name)
+    assert line.isprintable() and repr(name)[1:-1] in line
+
+
 @pytest.mark.parametrize(
     "words",
     [

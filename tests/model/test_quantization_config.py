@@ -92,6 +92,8 @@ def test_the_formats_that_a_config_describes(quant: Any, name: str) -> None:
         (quantization((args(3, "int", "group", group_size=128), None)), "3-bit int"),
         (quantization((INT4 | {"group_size": None}, None)), "groups of None"),
         ({**fine_grained(), "modules_to_not_convert": "all"}, "not a list"),
+        ({**fine_grained(), "weight_block_size": "a\nb\x1b[31m"}, "a\\nb\\x1b[31m"),
+        (quantization((INT4 | {"num_bits": "4\r\n"}, None)), "4\\r\\n-bit"),
     ],
 )
 def test_formats_that_cannot_be_read_are_named(quant: Any, mention: str) -> None:

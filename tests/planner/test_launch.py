@@ -164,6 +164,20 @@ def filled(word: str, values: Mapping[str, str]) -> str:
     return word
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\x0b", "\u2028"])
+def test_what_a_plan_says_stays_a_comment(tmp_path: Path, end: str) -> None:
+    """Titles, remarks and sources come from files of others: no line of them is run."""
+    text = f"0.5.14{end}touch {tmp_path}/run #"
+    command = Command(text, 0, {}, ("true",), (text, text), {text: text})
+    made = Launch(text, {}, (command,), command, {}, (text,))
+    (tmp_path / "scripts").mkdir()
+    for path in made.write(tmp_path / "scripts", sources=True):
+        subprocess.run(["sh", path], check=True, cwd=tmp_path)
+    code = [line for line in made.text(sources=True).splitlines() if line and not line.startswith("#")]
+    assert code == ["true", "true"]
+    assert {path.name for path in tmp_path.iterdir()} == {"scripts"}
+
+
 def test_a_missing_address_stops_the_script(tmp_path: Path) -> None:
     found = made("glm-5-fp8", pool("glm-5-fp8", "h200-sxm", Layout(8, 2), "fp8", engine="sglang"))
     found.write(tmp_path)

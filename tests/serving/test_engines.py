@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,15 @@ def test_what_an_engine_is_of_is_known(tmp_path: Path, old: str, new: str, messa
     described = (Path(engines.__file__).parent / "sglang.toml").read_text()
     assert old in described
     assert message in refusal(tmp_path / "mine.toml", described.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("key", ["name", "description", "release"])
+def test_what_is_printed_of_an_engine_is_one_line(tmp_path: Path, key: str) -> None:
+    described = (Path(engines.__file__).parent / "sglang.toml").read_text()
+    text = re.sub(rf'^{key} = ".*"$', rf'{key} = "x\\nrm #"', described, count=1, flags=re.MULTILINE)
+    assert f"mine.toml: {key} = 'x\\nrm #' must be one line" in refusal(tmp_path / "mine.toml", text)
+    older = described.replace('description = "SGLang 0.5.9,', 'description = "SGLang\\u001b[31m 0.5.9,')
+    assert 'mine.toml: releases."0.5.9": description' in refusal(tmp_path / "mine.toml", older)
 
 
 def test_unknown_engines_and_broken_files_are_refused(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def _description(path: Path, modified_ns: int) -> _Description:
     if not isinstance(cache, Mapping):
         raise EngineError(f"{path.name}: cache = {cache!r} must be a section of settings")
     settings = {key: entry for section in sections.values() for key, entry in section.items()}
-    about = {key: document[key] for key in ABOUT if key in document}
+    about = _words(path.name, {key: document[key] for key in ABOUT if key in document})
     if extends is not None:
         return _Description((_Part(about, settings, cache, fitted).over(_extended(path.name, extends, about, older)),))
     newest = about.get("release", "")
@@ -190,6 +190,14 @@ def _description(path: Path, modified_ns: int) -> _Description:
             raise EngineError(f"{path.name}: releases.{release!r} must be the number of a release before {newest}")
         parts.append(_older(path.name, release, older[release]))
     return _Description(tuple(parts))
+
+
+def _words(file: str, about: dict[str, Any]) -> dict[str, Any]:
+    """What a file says of itself, which is printed: without line ends and other characters that are not shown."""
+    for key, value in about.items():
+        if isinstance(value, str) and not value.isprintable():
+            raise EngineError(f"{file}: {key} = {value!r} must be one line of printable text")
+    return about
 
 
 def _extended(file: str, extends: Any, about: Mapping[str, Any], older: Any) -> _Part:
@@ -210,7 +218,7 @@ def _older(file: str, release: str, table: Mapping[str, Any]) -> _Part:
     for key in ("kind", "release", "name"):
         if key in table:
             raise EngineError(f"{where} says {key}: that is the file's, above its sections")
-    about = {"release": release, "released": ""} | {key: table[key] for key in _OF_A_RELEASE if key in table}
+    about = {"release": release, "released": ""} | _words(where, {k: table[k] for k in _OF_A_RELEASE if k in table})
     rules = {key: entry for key, entry in table.items() if key not in (*_OF_A_RELEASE, "cache")}
     for key in rules:
         _known(key, f"{where}: ")

@@ -18,7 +18,7 @@ from runtime.deployment.plan import Plan, Pool, profile_of
 from runtime.planning.kv_tiers import HOST_RATIO, device_bytes_per_token
 from runtime.planning.launch import experts, sglang, vllm
 from runtime.planning.launch.server import LaunchServer, NodeShare
-from runtime.planning.launch.words import Command, Shell, Word, plain
+from runtime.planning.launch.words import Command, Shell, Word, comment, plain
 from runtime.simulation.build import node_devices
 
 LAUNCHED_ENGINES = tuple(launched())
@@ -50,7 +50,7 @@ class Launch:
 
     def text(self, sources: bool = False) -> str:
         """Everything, for a terminal: a part a node, then the router."""
-        parts = [f"# {self.title}\n" + "".join(f"# note: {remark}\n" for remark in self.remarks)]
+        parts = [self._head()]
         for node in self.nodes:
             parts.append(f"# ---- on node {node}\n{self.script(node, sources)}")
         if self.router:
@@ -91,7 +91,8 @@ class Launch:
         return [folder / name for name in texts]
 
     def _head(self) -> str:
-        return f"# {self.title}\n" + "".join(f"# note: {remark}\n" for remark in self.remarks)
+        lines = [self.title, *(f"note: {remark}" for remark in self.remarks)]
+        return "".join(f"{comment(line)}\n" for line in lines)
 
 
 def launch(

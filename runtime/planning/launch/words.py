@@ -7,6 +7,8 @@ import re
 import shlex
 from collections.abc import Mapping
 
+from foundation.errors import printable
+
 
 @dataclasses.dataclass(frozen=True)
 class Shell:
@@ -56,15 +58,19 @@ class Command:
 
     def text(self, sources: bool = False, background: bool = False) -> str:
         """Shell text: remarks as comments, then assignments and a flag a line."""
-        lines = [f"# {self.title}"]
-        lines += [f"# note: {remark}" for remark in self.remarks]
+        lines = [comment(self.title), *(comment(f"note: {remark}") for remark in self.remarks)]
         if sources:
-            lines += [f"# {flag}: {where}" for flag, where in self.sources.items()]
+            lines += [comment(f"{flag}: {where}") for flag, where in self.sources.items()]
         parts = [f"{name}={quoted(value)}" for name, value in self.environment.items()]
         first, *rest = _by_flag(self.words)
         parts.append(first)
         parts += [f"  {part}" for part in rest]
         return "\n".join([*lines, " \\\n".join(parts) + (" &" if background else "")])
+
+
+def comment(text: str) -> str:
+    """A line of shell that does nothing, whatever a plan or an engine's file has put into the text."""
+    return f"# {printable(text)}"
 
 
 def _by_flag(words: tuple[Word, ...]) -> list[str]:
