@@ -8,6 +8,8 @@ the axes are real and the same code is the program of every device.
 `tp` splits heads, feed-forward width and vocabulary; `dp` splits sequences (attention data
 parallelism). Routed experts are split over the product of both, by tensor (each expert's width) or by
 expert: then a device holds some of the stage's expert *slots*, and an expert may be in several of them.
+Or both: `expert_parts` neighbours share the slots of their group, each a part of their width; what they
+compute are partial sums, which the sums over `tp` and `dp` that are there anyhow complete.
 
 Tokens meet the experts of other `dp` groups in one of two ways. "gather": every group's tokens go to
 every device, and the results are summed back. "all_to_all": a device sends each group a buffer with a
@@ -29,13 +31,14 @@ from model.split import Layout
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """Names of the mesh axes, how experts are split, and how tokens reach those of other `dp` groups. The
-    default is one device."""
+    """Names of the mesh axes, how experts are split, how tokens reach those of other `dp` groups ("gather" where
+    a group's width is split too), and the devices of a group. The default is one device."""
 
     tp: str | None = None
     dp: str | None = None
     moe: Literal["tensor", "expert"] = "tensor"
     exchange: Literal["gather", "all_to_all"] = "gather"
+    expert_parts: int = 1
 
     @classmethod
     def of(cls, layout: Layout) -> Parallel:
@@ -44,7 +47,8 @@ class Parallel:
             tp="tp" if layout.tp > 1 else None,
             dp="dp" if layout.dp > 1 else None,
             moe="expert" if layout.by_expert else "tensor",
-            exchange="all_to_all",
+            exchange="gather" if layout.grouped else "all_to_all",
+            expert_parts=layout.expert_tensor_parts if layout.grouped else 1,
         )
 
     def sum_heads(self, x: Array) -> Array:
@@ -123,7 +127,8 @@ class Parallel:
         rank = lax.axis_index(self.tp) if self.tp else jnp.int32(0)
         if self.dp:
             rank = rank + lax.axis_index(self.dp) * (lax.axis_size(self.tp) if self.tp else 1)
-        return rank.astype(jnp.int32) * count
+        rank = rank.astype(jnp.int32)
+        return (rank // self.expert_parts if self.expert_parts > 1 else rank) * count
 
 
 def _local(slots: Array, first: Array, count: int) -> Array:

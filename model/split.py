@@ -6,7 +6,8 @@
 
 A `Layout` is tp x dp x pp devices, in the order stage, dp rank, tp rank: `tp` splits heads, dense width and
 vocabulary; `dp` splits sequences (attention data parallelism); `pp` splits the layers into stages. Routed experts are
-spread over the tp x dp devices of a stage, by tensor (ep = 1: each expert's width) or by expert (ep = tp x dp: slots).
+spread over the tp x dp devices of a stage in ep groups of neighbours: a group holds 1/ep of the experts, and each of
+its tp x dp / ep devices a share of their width. So ep = 1 is by tensor alone, ep = tp x dp by expert alone (slots).
 Whoever holds bytes or shapes asks here: the tracer, the ledger, emulated and real clusters, export units and weight
 files, KV tiers. `model.parallel` has the collectives that go with it.
 """
@@ -36,7 +37,7 @@ MOST_DEVICES = 100_000
 
 
 class Place(NamedTuple):
-    """A device of a replica: its number, its stage and its ranks there. ep is 0 where experts are split by tensor."""
+    """A device of a replica: its number, its stage and its ranks there. ep: its expert group, 0 where there is one."""
 
     index: int
     stage: int
@@ -59,10 +60,10 @@ class Layout:
             if degree < 1:
                 raise UsageError(f"{name} must be at least 1, not {degree}")
         within("tp x dp x pp =", self.devices, MOST_DEVICES)
-        if self.ep not in (1, self.tp * self.dp):
+        if self.stage_devices % self.ep:
             raise UsageError(
-                f"ep must be 1 (experts split by tensor) or tp x dp = {self.tp} x {self.dp} = {self.tp * self.dp} "
-                f"(split by expert), not {self.ep}"
+                f"ep must divide tp x dp = {self.tp} x {self.dp} = {self.stage_devices} (1: experts split by tensor, "
+                f"{self.stage_devices}: by expert, between: both), not {self.ep}"
             )
 
     @property
@@ -76,7 +77,18 @@ class Layout:
 
     @property
     def by_expert(self) -> bool:
+        """Whether experts have slots: a device holds some of them, whole or a share of their width."""
         return self.ep > 1
+
+    @property
+    def grouped(self) -> bool:
+        """Whether experts are cut both ways: over groups, and in a group by width."""
+        return 1 < self.ep < self.stage_devices
+
+    @property
+    def dispatches(self) -> bool:
+        """Whether tokens are sent to the dp ranks of their experts, and not gathered from all of them."""
+        return self.by_expert and not self.grouped and self.dp > 1
 
     @property
     def expert_tensor_parts(self) -> int:
@@ -104,7 +116,8 @@ class Layout:
             if self.by_expert:
                 divisions.append(("experts", cfg.moe.experts, "ep", self.ep))
             if self.expert_tensor_parts > 1:
-                divisions.append(("expert width", cfg.moe.intermediate, "tp x dp", self.expert_tensor_parts))
+                degree = "tp x dp / ep" if self.by_expert else "tp x dp"
+                divisions.append(("expert width", cfg.moe.intermediate, degree, self.expert_tensor_parts))
         for what, size, degree, parts in divisions:
             if size % parts:
                 raise UsageError(f"{cfg.name}: {what} / {degree} = {size} / {parts} = {size / parts:.3f}: not whole")
@@ -117,8 +130,25 @@ class Layout:
         """How many shares a dim that is cut over `axes` has."""
         return math.prod(getattr(self, axis) for axis in axes)
 
+    def cuts(self, weight: Weight) -> tuple[tuple[int, int], ...]:
+        """The dims of a weight that are cut, outermost first, and into how many parts."""
+        if weight.expert_count and self.grouped:
+            over = {"expert": self.ep, "ffn": self.expert_tensor_parts}
+            return tuple((dim, over[axis]) for dim, axis in enumerate(weight.axes) if axis in over)
+        dim, axes = self.split(weight)
+        return ((dim, self.parts(axes)),) if axes else ()
+
+    def scales_cut(self, weight: Weight) -> tuple[int, int]:
+        """The innermost cut, the one that may go through what a scale covers, as `scale_shape` takes it."""
+        return ((0, 1), *self.cuts(weight))[-1]
+
     def split(self, weight: Weight) -> tuple[int, Axes]:
-        """The dim of a weight that is cut, and the mesh axes it is cut over; (0, ()) for one held whole."""
+        """The dim of a weight that is cut, and the mesh axes it is cut over; (0, ()) for one held whole.
+
+        Raises `UsageError` for experts that are cut in two dims, which no one array over the mesh says.
+        """
+        if weight.expert_count and self.grouped:
+            raise UsageError(self._no_mesh)
         stage, tp = tuple(self.axes), tuple(axis for axis in self.axes if axis == "tp")
         over: dict[str, Axes] = {name: tp for name in ("heads", "kv_heads", "vocab", "ffn")} | {"expert": ()}
         if weight.expert_count:
@@ -130,9 +160,22 @@ class Layout:
     def local_shape(self, weight: Weight) -> tuple[int, ...]:
         """The share of a weight that one device holds, without redundant experts."""
         shape = list(weight.shape)
-        dim, axes = self.split(weight)
-        shape[dim] //= self.parts(axes)
+        for dim, parts in self.cuts(weight):
+            shape[dim] //= parts
         return tuple(shape)
+
+    def require_mesh(self) -> None:
+        """Raises `UsageError` where a device's share is none of one array over the mesh: what holds arrays (emulated
+        devices, processes, exports) cannot be laid out so."""
+        if self.grouped:
+            raise UsageError(self._no_mesh)
+
+    @property
+    def _no_mesh(self) -> str:
+        return (
+            f"{self.name}: ep between 1 and tp x dp is planned and simulated alone; emulated devices, processes and "
+            f"exports take ep 1 or {self.stage_devices}"
+        )
 
     def row_split(self, row: CacheRow) -> tuple[int, Axes]:
         """The dim of a cache row that is cut, and over what: KV heads over tp; latents and index keys are held whole
@@ -157,7 +200,7 @@ class Layout:
         for index in range(self.devices):
             stage, rank = divmod(index, self.stage_devices)
             dp, tp = divmod(rank, self.tp)
-            yield Place(index, stage, dp, tp, rank // self.expert_tensor_parts if self.by_expert else 0)
+            yield Place(index, stage, dp, tp, rank // self.expert_tensor_parts)
 
     def stage_layers(self, num_layers: int) -> list[range]:
         """The layers of each stage: contiguous, as even as whole layers allow, the longer stages first."""
@@ -216,8 +259,8 @@ def share_bytes(weight: Weight, fmt: MatrixFormat, shape: tuple[int, ...], dim: 
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """Which expert is in which slot, a row a MoE layer of the model; slot s is on device s // per_device of its
-    stage."""
+    """Which expert is in which slot, a row a MoE layer of the model; slot s is on the devices of expert group
+    s // per_device of its stage."""
 
     per_device: int
     experts: tuple[tuple[int, ...], ...]
@@ -248,11 +291,17 @@ def slots_in_order(cfg: ModelConfig, layout: Layout) -> Slots | None:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The devices of one replica. stages: the layers of each. slots: where experts are split by expert."""
+    """The devices of one replica that hold arrays. stages: the layers of each. slots: where experts have them.
+
+    Raises `UsageError` for a layout that has none, see `Layout.require_mesh`.
+    """
 
     layout: Layout
     stages: tuple[range, ...]
     slots: Slots | None = None
+
+    def __post_init__(self) -> None:
+        self.layout.require_mesh()
 
     @classmethod
     def of(cls, cfg: ModelConfig, layout: Layout, slots: Slots | None = None) -> Grid:
@@ -302,8 +351,7 @@ class Grid:
 
     def bytes(self, weight: Weight, fmt: MatrixFormat) -> float:
         """Bytes of one device's share of a weight in a format."""
-        dim, axes = self.layout.split(weight)
-        return share_bytes(weight, fmt, self.local_shape(weight), dim, self.layout.parts(axes))
+        return share_bytes(weight, fmt, self.local_shape(weight), *self.layout.scales_cut(weight))
 
     def placement(self, cfg: ModelConfig, layer: int | None) -> tuple[np.ndarray, np.ndarray] | None:
         """(the expert in each slot [s], the slots of each expert [e, m]) of a layer; None where slot e is expert e.

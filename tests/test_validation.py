@@ -96,7 +96,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"concurrency": "2.5"}, "malformed"),
     ({"tp": 7}, "128 / 7"),
     ({"tp": 2}, "does not fit 2 devices"),
-    ({"ep": 3}, "ep must be 1"),
+    ({"ep": 3}, "ep must divide"),
     ({"ttft_ms": ""}, "column ttft_ms is empty"),
     ({"ttft_ms": "nan"}, "above zero"),
     ({"tpot_ms": 0}, "above zero"),

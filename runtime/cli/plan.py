@@ -111,7 +111,7 @@ def plan(
     ] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Hold tensor parallelism to this.")] = None,
     dp: Annotated[int | None, typer.Option(min=1, help="Hold attention data parallelism to this.")] = None,
-    ep: Annotated[int | None, typer.Option(min=1, help="Hold expert parallelism to this: 1 or tp x dp.")] = None,
+    ep: Annotated[int | None, typer.Option(min=1, help="Hold the expert groups to this.")] = None,
     pp: Annotated[int | None, typer.Option(min=1, help="Hold pipeline stages to this.")] = None,
     prefill_tp: HeldPrefillTp = None,
     prefill_dp: HeldPrefillDp = None,

@@ -66,7 +66,13 @@ def simulate(
     devices: Annotated[int, typer.Option(min=1, help="Devices in all.")] = 8,
     tp: Annotated[int | None, typer.Option(min=1, help="Tensor parallelism [default: what dp and pp leave].")] = None,
     dp: Annotated[int, typer.Option(min=1, help="Attention data parallelism.")] = 1,
-    ep: Annotated[int, typer.Option(min=1, help="Expert parallelism: 1, or tp x dp.")] = 1,
+    ep: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Expert groups: 1 (all cut by width), tp x dp (whole), or between.",
+        ),
+    ] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 1,
     engine: Annotated[str, typer.Option(autocompletion=completion.engines, help=ENGINES_HELP)] = "sglang",
     formats: Annotated[

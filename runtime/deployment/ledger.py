@@ -47,7 +47,7 @@ def stage_weight_bytes(
         add(_kind_weight_bytes(cfg, spread, formats, cfg.mtp_type), cfg.mtp_layers, "mtp")
         here[cfg.mtp_type] = cfg.mtp_layers
     if redundant_slots:
-        copies = sum(count * expert_bytes(cfg, formats, kind) for kind, count in here.items())
+        copies = sum(count * expert_bytes(cfg, formats, kind, spread) for kind, count in here.items())
         held["redundant_experts"] = redundant_slots * copies
     ends = _kind_weight_bytes(cfg, spread, formats, None)
     add({component: size for component, size in ends.items() if component in outer}, 1)
@@ -59,20 +59,21 @@ def _kind_weight_bytes(cfg: ModelConfig, layout: Layout, formats: Formats, kind:
     """Bytes of one layer's weights on a device by component; None: the weights outside layers."""
     held: dict[str, float] = {}
     for weight in layer_weights(cfg, kind) if kind else outer_weights(cfg):
-        dim, axes = layout.split(weight)
         fmt = formats.held(weight, mtp=kind is not None and kind.mtp)
-        size = share_bytes(weight, fmt, layout.local_shape(weight), dim, layout.parts(axes))
+        size = share_bytes(weight, fmt, layout.local_shape(weight), *layout.scales_cut(weight))
         held[weight.component] = held.get(weight.component, 0.0) + size
     return held
 
 
-def expert_bytes(cfg: ModelConfig, formats: Formats, kind: LayerType) -> float:
-    """Bytes of one whole routed expert of a layer; 0 for a dense layer."""
-    routed = [weight for weight in layer_weights(cfg, kind) if weight.expert_count]
-    return sum(
-        share_bytes(weight, formats.held(weight, kind.mtp), (1, *weight.shape[1:]), 0, weight.expert_count)
-        for weight in routed
-    )
+def expert_bytes(cfg: ModelConfig, formats: Formats, kind: LayerType, layout: Layout = Layout()) -> float:
+    """Bytes of one routed expert of a layer on each device of its group; 0 for a dense layer."""
+    alone = Layout(tp=layout.expert_tensor_parts) if layout.grouped else None
+    size = 0.0
+    for weight in (weight for weight in layer_weights(cfg, kind) if weight.expert_count):
+        one = (1, *(alone or Layout()).local_shape(weight)[1:])
+        cut = alone.scales_cut(weight) if alone else (0, weight.expert_count)
+        size += share_bytes(weight, formats.held(weight, kind.mtp), one, *cut)
+    return size
 
 
 def stage_kv_bytes_per_token(cfg: ModelConfig, layout: Layout, formats: Formats, stage: int, mtp: bool) -> float:
@@ -110,8 +111,9 @@ def activation_bytes(cfg: ModelConfig, layout: Layout, step_tokens: int) -> floa
     attention = 4 * d + 2 * (cfg.heads // layout.tp) * width
     ffn = 4 * d + 3 * cfg.dense_intermediate // layout.tp
     if cfg.moe:
-        tokens = layout.dp if not layout.by_expert else 1  # tokens of all dp groups meet in tensor-split experts
-        inner = cfg.moe.intermediate if layout.by_expert else cfg.moe.intermediate / layout.stage_devices
+        parts = layout.expert_tensor_parts
+        tokens = layout.dp if parts > 1 else 1  # tokens of all dp groups meet in experts whose width is split
+        inner = cfg.moe.intermediate / parts
         ffn = max(ffn, 2 * d + cfg.moe.top_k * tokens * (d + 3 * inner))
     index = 2 * cfg.indexer.heads * cfg.indexer.head_dim if cfg.indexer else 0
     logits = 4.0 * min(step_tokens, 256) * cfg.vocab_size

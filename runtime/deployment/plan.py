@@ -205,8 +205,8 @@ def _span(least: int, most: int) -> str:
 class Device:
     """One device: where it is, what it holds, and its memory.
 
-    index and node count over the whole plan. ranks: its "tp", "dp" and "ep" rank in its stage (ep = dp x tp's degree
-    + tp, 0 where experts are split by tensor). layers: first and one past the last; an MTP layer is on the last
+    index and node count over the whole plan. ranks: its "tp", "dp" and "ep" rank in its stage (ep: its
+    expert group, see `model.split.Layout`). layers: first and one past the last; an MTP layer is on the last
     stage. kv_page_bytes: bytes of one page by cache ("latent", "index", "key", "value"), over the device's layers.
     """
 

@@ -102,7 +102,7 @@ def _pool(pool: _Pool, where: str) -> Iterator[str]:
     yield from _outside(f"{where}.experts.slot_expert: its layers", len(pool.experts.slot_expert), 1, MOST_LAYERS)
     for number, row in enumerate(pool.experts.slot_expert):
         at = f"{where}.experts.slot_expert[{number}]"
-        yield from _outside(f"{at}: its slots", len(row), 1, slots * pool.layout.stage_devices)
+        yield from _outside(f"{at}: its slots", len(row), 1, slots * pool.layout.ep)
         yield from _outside(f"{at}: its least expert", min(row, default=0), 0, MOST_EXPERTS)
         yield from _outside(f"{at}: its last expert", max(row, default=0), 0, MOST_EXPERTS)
 

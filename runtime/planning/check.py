@@ -100,11 +100,12 @@ def _experts(pool: Pool, cfg: ModelConfig, where: str) -> list[str]:
         wrong.append(
             f"{where}.experts: {len(experts.slot_expert)} layers, the model has {len(moe_layers(cfg))} with experts"
         )
-    slots = experts.slots_per_device * pool.layout.ep
+    layout = pool.layout
+    slots, parts = experts.slots_per_device * layout.ep, "groups" if layout.grouped else "devices"
     everyone = set(range(moe.experts))
     for layer, row in enumerate(experts.slot_expert):
         if len(row) != slots:
-            wrong.append(f"{where}.experts layer {layer}: {len(row)} slots, {pool.layout.ep} devices have {slots}")
+            wrong.append(f"{where}.experts layer {layer}: {len(row)} slots, {layout.ep} {parts} have {slots}")
         if set(row) != everyone:
             gone = sorted(everyone - set(row)) or sorted(set(row) - everyone)
             wrong.append(f"{where}.experts layer {layer}: expert {gone[0]} is on no device or does not exist")

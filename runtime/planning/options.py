@@ -33,6 +33,9 @@ from runtime.simulation.build import Spec, memories, node_devices, spec_for
 _MARGIN, _MOST_FRACTION = 0.02, 0.95
 """Of a device's memory left free, and the most that recipes pass to an engine."""
 _PP = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_GROUPED = 16
+"""Devices of a stage up to which groups of experts are searched: within a server or two, where gathering all tokens is
+cheap. Wider ones are tried where `--ep` asks for them."""
 _PP_KEPT = 2
 """Stages are for memory: the fewest that hold the model are kept, and so many more."""
 
@@ -270,10 +273,11 @@ def nodes_refused(option: Option, replicas: int) -> str | None:
     return why_uneven(engine.kind, counts, node) if counts else None
 
 
-def layouts(devices: int, held: int | None = None) -> Iterator[tuple[Layout, list[int]]]:
+def layouts(devices: int, held: int | None = None, groups: int | None = None) -> Iterator[tuple[Layout, list[int]]]:
     """Every tp x dp, with experts by tensor and by expert, and the numbers of stages to try with it, fewest first: the
     one that is held to, or several.
 
+    groups: of experts, beside those: so many where they divide tp x dp; 0: what lies between, up to `_GROUPED`.
     Stages have a number of devices that divides `devices` or is a power of two.
     """
     sizes = {size for size in range(1, devices + 1) if devices % size == 0 or size & (size - 1) == 0}
@@ -282,8 +286,14 @@ def layouts(devices: int, held: int | None = None) -> Iterator[tuple[Layout, lis
         if not stages:
             continue
         for tp in (tp for tp in range(1, size + 1) if size % tp == 0):
-            for ep in sorted({1, size}):
+            for ep in sorted({1, size, *_groups(size, groups)}):
                 yield Layout(tp=tp, dp=size // tp, ep=ep), stages
+
+
+def _groups(size: int, asked: int | None) -> list[int]:
+    if asked:
+        return [asked] if size % asked == 0 else []
+    return [ep for ep in range(2, size) if size % ep == 0] if asked == 0 and size <= _GROUPED else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,7 +314,9 @@ def options(question: Question, profile: Profile, devices: int) -> tuple[list[Op
     wanted, left_out = schemes(question, profile)
     rejected = {each.name: each.reason for each in left_out}
     most = sum(question.demand.longest) + question.drafts
-    held = [(base, stages) for base, stages in layouts(devices, question.held.get("pp")) if question.admits(base)]
+    groups = question.held.get("ep", 0 if load(question.engine).expert_groups and question.cfg.moe else None)
+    searched = layouts(devices, question.held.get("pp"), groups)
+    held = [(base, stages) for base, stages in searched if question.admits(base)]
     if not held:
         asked = ", ".join(f"{axis} {degree}" for axis, degree in question.held.items())
         rejected[f"layouts on {profile.name}"] = f"none on {devices} devices has {asked}"

@@ -107,7 +107,7 @@ def _spend(
 ) -> tuple[Part, list[Rejected]]:
     option, layout = part.option, part.option.layout
     experts = matrix.shape[1]
-    if not layout.by_expert:
+    if not layout.by_expert or layout.grouped:  # experts are placed on devices, not on groups of them
         return dataclasses.replace(part, option=loaded(option, matrix, name)), []
     if why := role_refused(option.spec, part.role, placement=True):
         lost = [Rejected(f"{option.name}, experts placed", why)]

@@ -113,11 +113,11 @@ def _experts(op: TracedOp, sizes: Sizes, context: Context) -> Price:
     moe, layout = context.cfg.moe, context.layout
     assert moe is not None
     tokens, width = op.inputs[0].at(sizes)
-    spread = {"moe_ep": layout.ep} if layout.by_expert else {"moe_tp": layout.stage_devices}
+    spread = {"moe_ep": layout.ep, "moe_tp": layout.expert_tensor_parts}
     fmt = context.held("experts_gate_up")
-    dispatched = layout.by_expert and layout.dp > 1
+    dispatched = layout.dispatches
     load = with_shared(context.load, 1) if context.fuses_shared else context.load
-    held, mine = moe.experts // spread.get("moe_ep", 1), moe.intermediate // spread.get("moe_tp", 1)
+    held, mine = moe.experts // layout.ep, moe.intermediate // layout.expert_tensor_parts
     tables = context.book.expert_tables(context.cfg.model_type, fmt, held, mine)
     return context.book.moe(
         tokens, width, moe.intermediate, moe.top_k, load, weight_format=fmt, dispatched=dispatched, tables=tables,
@@ -191,7 +191,7 @@ def collective(op: TracedOp, sizes: Sizes, context: Context) -> Price:
     layout, network, placement = context.layout, context.book.network, context.placement
     size = max(op.inputs[0].elements(sizes), op.outputs[0].elements(sizes)) * op.outputs[0].element_bytes
     kind = {"psum": "all_reduce"}.get(op.name, op.name)
-    if op.axes == ("dp",) and layout.by_expert and context.cfg.moe:
+    if op.axes == ("dp",) and layout.dispatches and context.cfg.moe:
         moe = context.cfg.moe
         if op.inputs[0].at(sizes)[-1] != context.cfg.hidden_size:
             return Price(0.0, "network", "fitted", 0.0)  # expert ids and weights travel with the dispatch

@@ -2,10 +2,10 @@
 and simulation that imports JAX.
 
 Nothing is allocated: weights and caches are abstract, with one device's shapes. Every dimension is a monomial
-in the step's sizes (sequences, tokens, pages) and in the layout's degrees (tp and dp, to the power -1, 0 or 1).
-Layouts of one family (tp > 1 or not, dp > 1 or not, experts by tensor or by expert) have the same program, so a
-family is traced at two to four points, its monomials are fitted, and the list of any layout of it is a
-substitution. A list belongs to one regime: the attention mode, and whether the context exceeds the indexer's
+in the step's sizes (sequences, tokens, pages) and in the layout's degrees (tp, dp and, of expert groups, ep, to the
+power -1, 0 or 1). Layouts of one family (tp > 1 or not, dp > 1 or not, experts by tensor, by expert or both) have the
+same program, so a family is traced at two to four points, its monomials are fitted, and the list of any layout of it is
+a substitution. A list belongs to one regime: the attention mode, and whether the context exceeds the indexer's
 selection.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, Literal
@@ -94,8 +95,13 @@ def _degrees(cfg: ModelConfig, layout: Layout, routed: bool) -> tuple[Layout, ..
     by_expert = layout.by_expert and routed
     dp = min(layout.dp, 2) if routed else 1
     tp = min(layout.tp, 2)
-    pairs = [(tp, dp), *([(4, dp)] if tp > 1 else []), *([(tp, 4)] if dp > 1 else [])]
-    points = tuple(Layout(tp=t, dp=d, ep=t * d if by_expert else 1) for t, d in pairs)
+    if layout.grouped and routed:
+        first = (4, 1) if layout.dp == 1 else (1, 4) if layout.tp == 1 else (2, 2)
+        wide = {(4, 1): [(8, 1)], (1, 4): [(1, 8)], (2, 2): [(4, 2), (2, 4)]}[first]
+        points = (*(Layout(t, d, 2) for t, d in (first, *wide)), Layout(*wide[-1], ep=4))
+    else:
+        pairs = [(tp, dp), *([(4, dp)] if tp > 1 else []), *([(tp, 4)] if dp > 1 else [])]
+        points = tuple(Layout(tp=t, dp=d, ep=t * d if by_expert else 1) for t, d in pairs)
     try:
         for point in points:
             point.check(cfg)
@@ -106,17 +112,18 @@ def _degrees(cfg: ModelConfig, layout: Layout, routed: bool) -> tuple[Layout, ..
 
 @dataclasses.dataclass(frozen=True)
 class _Symbol:
-    """A dimension over all layouts of a family: dim * tp^i * dp^j."""
+    """A dimension over all layouts of a family: dim * tp^i * dp^j * ep^k, k only in families with expert groups."""
 
     dim: Dim
     tp: int
     dp: int
+    ep: int = 0
 
     def under(self, layout: Layout) -> Dim:
-        if not (self.tp or self.dp):
+        if not (self.tp or self.dp or self.ep):
             return self.dim
-        found, rest = divmod(self.dim.coefficient * layout.tp ** max(self.tp, 0) * layout.dp ** max(self.dp, 0),
-                             layout.tp ** max(-self.tp, 0) * layout.dp ** max(-self.dp, 0))  # fmt: skip
+        over, under = _scale((layout.tp, layout.dp, layout.ep), (self.tp, self.dp, self.ep))
+        found, rest = divmod(self.dim.coefficient * over, under)
         assert not rest, f"{self} under {layout.name}"
         return dataclasses.replace(self.dim, coefficient=found)
 
@@ -150,7 +157,7 @@ def _family(
     else:
         at = [(tracers[0], base), (rest[0], far), *((tracer, other) for tracer in rest[1:])]
     rows = [list(_flatten(tracer.program(what)(sizes))) for tracer, sizes in at]
-    points = tuple(_Point(sizes, tracer.layout.tp, tracer.layout.dp) for tracer, sizes in at)
+    points = tuple(_Point.of(sizes, tracer.layout) for tracer, sizes in at)
     name = what.name if isinstance(what, LayerType) else what
     if len({len(row) for row in rows}) != 1:
         raise AssertionError(f"{name}: the traced program changes with the step's size inside one regime")
@@ -248,13 +255,24 @@ def _tensors(op: TracedOp) -> tuple[Any, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Point:
+    """degrees: tp, dp, and ep where there are expert groups (elsewhere it follows from the others, and is 1 here)."""
+
     sizes: Sizes
-    tp: int
-    dp: int
+    degrees: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, sizes: Sizes, layout: Layout) -> _Point:
+        return cls(sizes, (layout.tp, layout.dp, layout.ep if layout.grouped else 1))
 
 
 _SIZE_POWERS = [Dim(1, b, t, p) for b, t, p in itertools.product(range(4), repeat=3)]
-_DEGREE_POWERS = [(tp, dp) for tp, dp in itertools.product((0, -1, 1), repeat=2)]
+_DEGREE_POWERS = [(tp, dp, ep) for ep, tp, dp in itertools.product((0, -1, 1), repeat=3)]
+
+
+def _scale(degrees: tuple[int, int, int], powers: tuple[int, int, int]) -> tuple[int, int]:
+    """The product of degrees to their powers, as a fraction."""
+    pairs = list(zip(degrees, powers, strict=True))
+    return math.prod(d**p for d, p in pairs if p > 0), math.prod(d**-p for d, p in pairs if p < 0)
 
 
 @lru_cache(maxsize=65536)
@@ -265,18 +283,16 @@ def _fit(values: tuple[int, ...], points: tuple[_Point, ...]) -> _Symbol:
         return _Symbol(Dim(values[0]), 0, 0)
     for unit in _SIZE_POWERS:
         at = [unit.at(point.sizes) for point in points]
-        for tp, dp in _DEGREE_POWERS:
-            if (tp and base.tp == 1) or (dp and base.dp == 1):
+        for powers in _DEGREE_POWERS:
+            if any(power and degree == 1 for power, degree in zip(powers, base.degrees, strict=True)):
                 continue
-            full = values[0] * base.tp ** max(-tp, 0) * base.dp ** max(-dp, 0)
-            coefficient, rest = divmod(full, at[0] * base.tp ** max(tp, 0) * base.dp ** max(dp, 0))
-            symbol = _Symbol(dataclasses.replace(unit, coefficient=coefficient), tp, dp)
+            scales = [_scale(point.degrees, powers) for point in points]
+            coefficient, rest = divmod(values[0] * scales[0][1], at[0] * scales[0][0])
             if not rest and all(
-                value * point.tp ** max(-tp, 0) * point.dp ** max(-dp, 0)
-                == coefficient * size * point.tp ** max(tp, 0) * point.dp ** max(dp, 0)
-                for value, size, point in zip(values, at, points, strict=True)
+                value * under == coefficient * size * over
+                for value, size, (over, under) in zip(values, at, scales, strict=True)
             ):
-                return symbol
+                return _Symbol(dataclasses.replace(unit, coefficient=coefficient), *powers)
     raise AssertionError(f"a dimension is no monomial of sizes and degrees: {values} at {points}")
 
 

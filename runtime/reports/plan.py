@@ -98,7 +98,9 @@ def _split(pool: Pool) -> str:
         parts.append(f"attention heads over {layout.tp} devices")
     if layout.dp > 1:
         parts.append(f"requests over {layout.dp} groups")
-    if layout.by_expert:
+    if layout.grouped:
+        parts.append(f"experts over {layout.ep} groups, in a group each cut over {layout.expert_tensor_parts} devices")
+    elif layout.by_expert:
         parts.append(f"experts over {layout.ep} devices")
     elif layout.stage_devices > 1:
         parts.append(f"each expert cut over {layout.stage_devices}")

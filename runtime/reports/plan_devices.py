@@ -137,6 +137,7 @@ def _rules(pool: Pool, cfg: ModelConfig) -> str:
         if layout.by_expert:
             parts.append(
                 f"each device holds {pool.experts.slots_per_device if pool.experts else 0} expert slots a layer"
+                + (f", 1/{layout.expert_tensor_parts} of their width" if layout.grouped else "")
             )
         elif layout.stage_devices > 1:
             width = cfg.moe.intermediate // layout.stage_devices

@@ -31,9 +31,9 @@ def _of(pool: Pool, cfg: ModelConfig) -> str:
             else f"The device holds all {cfg.moe.experts} experts."
         )
         return f"{head}<p>{text}</p>"
-    slots = experts.slots_per_device
+    slots, holder = experts.slots_per_device, "group" if pool.layout.grouped else "device"
     text = (
-        f"{cfg.moe.experts} experts in {slots * pool.layout.ep} slots a layer, {slots} a device, in "
+        f"{cfg.moe.experts} experts in {slots * pool.layout.ep} slots a layer, {slots} a {holder}, in "
         f"{len(experts.slot_expert)} layers."
     )
     if pool.redundant_slots:

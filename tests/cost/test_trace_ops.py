@@ -24,7 +24,8 @@ from tests.cost.chips import CHIPS
 from tests.plans import formats
 
 MODELS = ("glm-5", "glm-5.2", "deepseek-v3", "deepseek-v3.2", "glm-4.5", "glm-4.7-flash", "kimi-k2")
-LAYOUTS = (Layout(), Layout(tp=4), Layout(tp=2, dp=2), Layout(tp=4, dp=2, ep=8))
+LAYOUTS = (Layout(), Layout(tp=4), Layout(tp=2, dp=2), Layout(tp=4, dp=2, ep=8),
+           Layout(tp=8, ep=4), Layout(tp=2, dp=4, ep=2))  # fmt: skip
 NO_PRODUCT = {"glm.embed", "glm.rms_norm", "glm.layer_norm", "glm.bias", "glm.swiglu", "glm.rope", "glm.cache_write",
               "glm.select_topk"}  # fmt: skip
 """Ops of the contract that multiply no matrices."""

@@ -13,16 +13,24 @@ from foundation.errors import UsageError
 from model.cache import cache_rows
 from model.formats import FORMATS, FP8_BLOCK
 from model.hf_config import load_config, preset_names
-from model.split import Layout, Slots, scale_shape, share_bytes
+from model.split import Grid, Layout, Slots, scale_shape, share_bytes
 from model.weights import Arrangement, Weight, layer_weights, outer_weights
 
 POWERS = st.sampled_from((1, 2, 4, 8))
 
 
-@given(model=st.sampled_from(preset_names()), tp=POWERS, dp=POWERS, pp=st.integers(1, 6), split=st.booleans())
-def test_shares_make_the_whole(model: str, tp: int, dp: int, pp: int, split: bool) -> None:
+def spread(tp: int, dp: int, part: int, pp: int = 1) -> Layout:
+    """Expert groups from 1 to tp x dp: by tensor, by expert, and between."""
+    return Layout(tp, dp, min(part, tp * dp), pp)
+
+
+PARTS = st.sampled_from((1, 2, 4, 8, 16, 64))
+
+
+@given(model=st.sampled_from(preset_names()), tp=POWERS, dp=POWERS, pp=st.integers(1, 6), part=PARTS)
+def test_shares_make_the_whole(model: str, tp: int, dp: int, pp: int, part: int) -> None:
     """Over a stage's devices: a routed weight is held once, any other tp-split weight dp times, the rest everywhere."""
-    cfg, layout = load_config(model), Layout(tp, dp, tp * dp if split else 1, pp)
+    cfg, layout = load_config(model), spread(tp, dp, part, pp)
     try:
         layout.check(cfg)
     except UsageError:
@@ -31,6 +39,8 @@ def test_shares_make_the_whole(model: str, tp: int, dp: int, pp: int, split: boo
         local, full = math.prod(layout.local_shape(weight)), weight.size
         if weight.expert_count:
             copies = 1
+            if layout.by_expert:  # a group holds its experts, whole over its devices
+                assert layout.local_shape(weight)[0] == weight.expert_count // layout.ep
         elif any(axis in ("heads", "kv_heads", "vocab", "ffn") for axis in weight.axes):
             copies = dp
         else:
@@ -55,7 +65,8 @@ def test_stages_partition_the_layers(layers: int, pp: int) -> None:
     [
         ({"tp": 0}, "tp must be at least 1"),
         ({"dp": -1}, "dp must be at least 1"),
-        ({"tp": 4, "dp": 2, "ep": 4}, "tp x dp = 4 x 2 = 8"),
+        ({"tp": 4, "dp": 2, "ep": 3}, "ep must divide tp x dp = 4 x 2 = 8"),
+        ({"tp": 4, "ep": 8}, "ep must divide tp x dp = 4 x 1 = 4"),
         ({"ep": 2}, "tp x dp = 1 x 1 = 1"),
     ],
 )
@@ -72,6 +83,7 @@ def test_degrees_that_do_not_go_together(degrees: dict[str, int], words: str) ->
         ("glm-4.5", Layout(tp=16), "KV heads / tp = 8 / 16 = 0.500"),
         ("glm-4.5", Layout(dp=3, ep=3), "experts / ep = 160 / 3 = 53.333"),
         ("glm-5", Layout(dp=3), "expert width / tp x dp = 2048 / 3 = 682.667"),
+        ("glm-5", Layout(dp=6, ep=2), "expert width / tp x dp / ep = 2048 / 3 = 682.667"),
         ("glm-5", Layout(pp=79), "78 layers cannot be cut into pp = 79"),
     ],
 )
@@ -95,13 +107,14 @@ def test_cache_rows_are_whole_or_split_by_heads(model: str, tp: int, dp: int) ->
         assert layout.row_copies(row) == copies
 
 
-@given(tp=POWERS, dp=POWERS, pp=st.integers(1, 4), split=st.booleans())
-def test_places_are_all_devices_in_order(tp: int, dp: int, pp: int, split: bool) -> None:
-    layout = Layout(tp, dp, tp * dp if split else 1, pp)
+@given(tp=POWERS, dp=POWERS, pp=st.integers(1, 4), part=PARTS)
+def test_places_are_all_devices_in_order(tp: int, dp: int, pp: int, part: int) -> None:
+    layout = spread(tp, dp, part, pp)
     places = list(layout.places())
     assert [place.index for place in places] == list(range(layout.devices))
     assert [(p.stage * dp + p.dp) * tp + p.tp for p in places] == list(range(layout.devices))
-    assert all(p.ep == (p.dp * tp + p.tp if layout.by_expert else 0) for p in places)
+    for p in places:  # neighbours are a group
+        assert p.ep == (p.dp * tp + p.tp) * layout.ep // (tp * dp)
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if FORMATS[name].narrow])
@@ -126,6 +139,13 @@ def test_scales_of_shares(name: str, parts: int, width: int, out: int, dim: bool
     elif parts > 1:
         assert local[at] % found[at] == 0 and per_scale % (local[at] // found[at]) == 0
     assert share_bytes(weight, fmt, local, at, parts) * parts >= share_bytes(weight, fmt, whole) * 0.999
+
+
+def test_experts_in_groups_are_no_array_of_a_mesh() -> None:
+    """What holds arrays (emulated devices, processes, exports) refuses them in one line."""
+    with pytest.raises(UsageError, match=r"tp8 dp1 ep4 pp1: .*simulated alone.*take ep 1 or 8") as refused:
+        Grid.of(load_config("glm-5"), Layout(tp=8, ep=4))
+    assert "\n" not in str(refused.value)
 
 
 def test_a_plan_that_leaves_an_expert_out_is_refused() -> None:

@@ -153,6 +153,8 @@ _CUDA = [
 _PLANS = {
     "sglang": [
         *_CUDA,
+        _one("glm-5-fp8", "h200-sxm", Layout(8, ep=4), "fp8"),
+        _one("glm-5-fp8", "h200-sxm", Layout(8, 4, 4), "fp8"),
         _one("glm-5", "ascend-910c-die", Layout(16), "w4a8", drafts=3),
         _one("glm-5", "ascend-910c-die", Layout(8, 4, 32), "w8a8"),
         _two("glm-5", "ascend-910c-die", Layout(16, 2, 32), Layout(4, 8, 32), "w8a8"),

@@ -14,10 +14,13 @@ from foundation.errors import UsageError
 from model.formats import matrix_format
 from model.hf_config import load_config, preset_names
 from runtime.deployment.plan import Plan
+from runtime.planning.assign import plan_for
+from runtime.planning.check import check
 from runtime.planning.contender import Contender, Part, plan_of
 from runtime.planning.estimate import Estimate
 from runtime.planning.options import Question, options, schemes
 from runtime.planning.smallest import counts
+from runtime.simulation.build import memories
 from tests.planner.test_search import FP8, LIGHT, question, sound
 
 
@@ -137,10 +140,24 @@ def test_a_format_the_chip_does_not_compute_in_is_refused() -> None:
 # --- what is held ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("held", [{"tp": 4}, {"dp": 2, "ep": 8}, {"pp": 2}, {"tp": 2, "pp": 4}])
+@pytest.mark.parametrize("held", [{"tp": 4}, {"dp": 2, "ep": 8}, {"pp": 2}, {"tp": 2, "pp": 4}, {"tp": 8, "ep": 4}])
 def test_a_layout_is_held_to_what_is_given(held: dict[str, int]) -> None:
     found, _, _ = options(Question(load_config("glm-4.5-air"), LIGHT, held=held), hw_profiles.load("h200-sxm"), 8)
     assert found and all(getattr(option.layout, axis) == degree for option in found for axis, degree in held.items())
+
+
+def test_expert_groups_are_offered_where_the_engine_has_them() -> None:
+    """SGLang and TensorRT-LLM cut experts both ways, vLLM over all devices or none; their plans add up."""
+    cfg, chip = load_config("glm-4.5-air"), hw_profiles.load("h200-sxm")
+    for engine, ways in (("sglang", {1, 2, 4, 8}), ("trtllm", {1, 2, 4, 8}), ("vllm", {1, 8})):
+        found, _, _ = options(Question(cfg, LIGHT, engine, held={"tp": 8, "pp": 1}), chip, 8)
+        assert {option.layout.ep for option in found} == ways, engine
+        weights = {option.layout.ep: memories(option.spec)[0].weights_total_bytes for option in found}
+        assert max(weights.values()) == pytest.approx(min(weights.values()), rel=1e-3)  # each expert once
+        plan = plan_for(next(option.spec for option in found if option.layout.ep == max(ways - {8})))
+        assert check(plan, cfg) == []
+    _, _, rejected = options(Question(cfg, LIGHT, "vllm", held={"tp": 8, "ep": 4}), chip, 8)
+    assert any("splits experts over all of tp x dp = 8 devices or over none" in each.reason for each in rejected)
 
 
 def test_stages_at_most() -> None:

@@ -32,6 +32,11 @@ def engine_for(
     drafts: tokens drafted a step."""
     at, given = Circumstances.of(cfg, profile), overrides or {}
     engine = load(name, given, at)
+    if layout.grouped and not engine.expert_groups:
+        raise UsageError(
+            f"{engine.name} {engine.release} splits experts over all of tp x dp = {layout.stage_devices} devices or "
+            f"over none: --ep {layout.stage_devices} or --ep 1, not {layout.ep}"
+        )
     layers = cfg.num_layers / layout.pp
     sparse = layers if cfg.sparse else 0
     derived: Derived = {

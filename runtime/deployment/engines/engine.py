@@ -200,6 +200,9 @@ class Engine:
     piecewise_step_tokens: a step with prompts of at most so many tokens replays graphs of what lies between attention;
         longer ones are launched eagerly.
 
+    Layouts
+    expert_groups: whether experts can be cut both ways: over groups of devices, and in a group by width.
+
     Overheads
     graph_step_host_seconds: host work of a step that replays graphs: scheduling, sampling, results.
     eager_step_host_seconds: host work of a step that launches each kernel, but for the launches.
@@ -277,6 +280,7 @@ class Engine:
     graph_memory_bytes: float = 0.0
     piecewise_reserve_mib: float = 0.0
     drafting_reserve_mib: float = 0.0
+    expert_groups: bool = False
     evidence: Mapping[str, Source] = field(default_factory=dict, repr=False, compare=False)
     fitted: FittedTo | None = None
 

@@ -37,7 +37,7 @@ def _command(server: LaunchServer, rank: int) -> Command:
             )
     if layout.by_expert:
         line.whole("expert", layout.ep)
-        if layout.dp > 1:
+        if layout.dispatches:
             line.flag("all_to_all", "deepep")
     if layout.pp > 1:
         line.whole("pipeline", layout.pp)
