@@ -74,6 +74,7 @@ def _fields() -> dict[str, Field]:
             1.0,
             "share of the clock of short measurements that long matrix products keep under the power limit",
         ),
+        "chip.board_power_w": Field("W", 1, 1e5, "most that a device draws, its memory included", answers=False),
         "node.devices": Field("devices", 1, 1024, "devices in one server", whole=True),
         "link.die.bandwidth_bytes_per_s": Field(
             *bandwidth, "between two dies of one package, per direction", answers=False
@@ -113,7 +114,7 @@ LABELS: dict[str, tuple[str, ...] | None] = {
     "link.scale_out.topology": TOPOLOGIES,
 }
 
-_UNITS = ("_flops_per_s", "_bytes_per_s", "_bytes", "_s")
+_UNITS = ("_flops_per_s", "_bytes_per_s", "_bytes", "_s", "_w")
 ROOTS = ("chip", "node", "link", "overhead", "efficiency")
 
 

@@ -194,15 +194,18 @@ def _show(result: Mapping[str, Any]) -> None:
     console.print(f"[bold]{result['model']}[/], {result['load']}{targets}")
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("chip", no_wrap=True)
-    for heading in ("devices", "TTFT ms", "TPOT ms", "tok/s/device", *_cost_heading(result)):
+    more = [*_cost_heading(result), *_power_heading(result)]
+    for heading in ("devices", "TTFT ms", "TPOT ms", "tok/s/device", *more):
         table.add_column(heading, justify="right")
     for heading in ("targets", "plan", "evidence"):
         table.add_column(heading)
     shown = [row for row in result["choices"] if "devices" in row]
     for row in shown:
-        table.add_row(*choice_cells(row, bool(_cost_heading(result))))
+        table.add_row(*choice_cells(row, bool(_cost_heading(result)), bool(_power_heading(result))))
     if shown:
         console.print("ranges: where nine in ten are expected; devices: up to where servers are at the slow end")
+        if _power_heading(result):
+            console.print("J/token: joules an output token at most, as all devices at their board power would take")
         console.print(table)
     for row in result["choices"]:
         if row["reason"]:
@@ -218,7 +221,12 @@ def _cost_heading(result: Mapping[str, Any]) -> Sequence[str]:
     return [f"{result['currency'] or 'cost'}/M out"] if priced else []
 
 
-def choice_cells(row: Mapping[str, Any], priced: bool) -> list[str]:
+def _power_heading(result: Mapping[str, Any]) -> Sequence[str]:
+    powered = any(row.get("joules_per_output_token") is not None for row in result["choices"])
+    return ["J/token"] if powered else []
+
+
+def choice_cells(row: Mapping[str, Any], priced: bool, powered: bool) -> list[str]:
     """A choice as cells: point and range of each figure."""
 
     from runtime.reports.choose import ranged
@@ -236,6 +244,7 @@ def choice_cells(row: Mapping[str, Any], priced: bool) -> list[str]:
         in_words("tpot_ms", 1),
         in_words("output_tokens_per_s_per_device", 0),
         *([in_words("cost_per_million_output_tokens", 2)] if priced else []),
+        *([in_words("joules_per_output_token", 1)] if powered else []),
         verdict,
         kept,
         row["evidence"],

@@ -17,7 +17,7 @@ from runtime.cli.given import given
 from runtime.cli.loads import Drafts
 
 if TYPE_CHECKING:
-    from runtime.simulation.load_tests import Server
+    from runtime.simulation.load_tests import MeasuredServer
 
 
 def fit(
@@ -96,10 +96,10 @@ def fit(
         raise typer.Exit(1)
 
 
-def _server(context: typer.Context, files: list[Path]) -> Server | None:
+def _server(context: typer.Context, files: list[Path]) -> MeasuredServer | None:
     """What load tests were of; None for a CSV, which says it. Raises `UsageError`."""
     from model.hf_config import load_config
-    from runtime.simulation.load_tests import Server
+    from runtime.simulation.load_tests import MeasuredServer
 
     params, said = context.params, given(context)
     tables = [file for file in files if file.suffix.lower() == ".csv"]
@@ -116,7 +116,7 @@ def _server(context: typer.Context, files: list[Path]) -> Server | None:
     scheme = params["formats"] or load_config(params["model"]).stored_scheme
     named = scheme if isinstance(scheme, str) else scheme.name
     own = {name: params[name] for name in _OF_SERVER if name not in ("profile",)}
-    return Server(chip=params["profile"], formats=named, kv_dtype=params["kv"], **own)
+    return MeasuredServer(chip=params["profile"], formats=named, kv_dtype=params["kv"], **own)
 
 
 _OF_SERVER = ("model", "profile", "engine", "tp", "dp", "ep", "pp", "mtp", "accept", "server_flags")

@@ -103,5 +103,6 @@ def disaggregated(
         built.deployment, replicas=prefill.replicas, devices=prefill.replicas * prefill.layout.devices
     )
     moved = transfer_of(prefill, decode.spec, 1)
-    servers = dataclasses.replace(servers, tiers=())  # prompts are computed, and kept, where they are prefilled
+    # prompts are computed, and kept, where they are prefilled
+    servers = dataclasses.replace(servers, tiers=(), router="round-robin")
     return apart(first, servers, moved, (prefill, decode.spec)), built, moved

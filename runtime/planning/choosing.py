@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from foundation.errors import Failure, UsageError, first_line
-from hw_profiles import Profile
+from hw_profiles import Figure, Profile
 from runtime.deployment.engines import default_kv, engine_for, load, names
 from runtime.deployment.errors import NoPlanError
 from runtime.deployment.plan import Plan, Predicted
@@ -46,7 +46,7 @@ _LARGEST = 4
 class ChipChoice:
     """What a chip comes to under an engine. plan: the fewest nodes that meet the targets, or the nearest where none of
     those tried does; None where there is none, and `reason` says why. bands: of "ttft", "tpot" and "throughput". tried:
-    other numbers of devices, and what they missed.
+    other numbers of devices, and what they missed. board_power: most that a device draws, W, where its profile says.
     """
 
     profile: str
@@ -55,6 +55,7 @@ class ChipChoice:
     plan: Plan | None = None
     bands: dict[str, Band] = dataclasses.field(default_factory=dict)
     reason: str = ""
+    board_power: Figure | None = None
     tried: tuple[tuple[int, str], ...] = ()
 
     @property
@@ -194,7 +195,8 @@ class _Choosing:
             if count != best
         ]
         plan = dataclasses.replace(chosen.plan, predicted=chosen.figures)
-        return ChipChoice(name, engine, self.node, plan, chosen.bands, "", tuple(tried))
+        power = self.profile.get("chip.board_power_w")
+        return ChipChoice(name, engine, self.node, plan, chosen.bands, "", power, tuple(tried))
 
     def _search(self, models: list[OptionPrices], start: int, climbing: bool) -> None:
         """Simulates numbers of nodes: up until one meets the targets, then down to the fewest that is tried."""
@@ -344,7 +346,7 @@ def row_of(choice: ChipChoice, price: float | None) -> dict[str, Any]:
     """A choice as JSON. price: of a device-hour.
 
     Ranges are those of the bands: of tokens and cost, that of throughput, at whose slow end more devices are needed
-    (`devices_if_slow`).
+    (`devices_if_slow`). Power is the most that the devices draw, hosts and switches left out.
     """
     row: dict[str, Any] = {"profile": choice.profile, "engine": choice.engine, "meets_targets": choice.met}
     if choice.plan is None:
@@ -354,6 +356,8 @@ def row_of(choice: ChipChoice, price: float | None) -> dict[str, Any]:
     made = choice.inside("throughput", tokens)
     stat = plan.demand.statistic
     cost = None if price is None else price * choice.devices / 3600 * 1e6
+    board = choice.board_power
+    power = None if board is None else board.value * choice.devices
     return {
         **row,
         "reason": "; ".join(got.missed(plan.demand)),
@@ -377,6 +381,11 @@ def row_of(choice: ChipChoice, price: float | None) -> dict[str, Any]:
         "statistic": stat,
         "cost_per_million_output_tokens": None if cost is None else cost / tokens,
         "cost_per_million_output_tokens_range": None if cost is None else [cost / value for value in made[::-1]],
+        "power_w": power,
+        "power_evidence": board.evidence if board else None,
+        "joules_per_output_token": None if power is None else power / tokens,
+        "joules_per_output_token_range": None if power is None else [power / value for value in made[::-1]],
+        "prefix_hit_rate": got.prefix_hit_rate,
         "evidence": got.evidence,
         "band_basis": {name: band.basis for name, band in choice.bands.items()},
         "assumed": list(got.assumed),

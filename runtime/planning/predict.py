@@ -49,16 +49,19 @@ def workload(
     *,
     page_tokens: Sequence[int] = (),
     burstiness: float = 1.0,
+    router: str = "round-robin",
 ) -> tuple[Workload, float]:
     """The load on one of `parts` equal shares, and how many such shares the whole load is.
 
-    page_tokens: of the pools, whose pages prefixes are found by. burstiness: of an open loop.
+    page_tokens: of the pools, whose pages prefixes are found by. burstiness: of an open loop. router: before the
+    shares; a cache-aware one sends each the requests of groups of its own.
     """
     prompt, output = lengths_of(demand)
     sharing = None
     if demand.shares:
         block = block_of(demand.prompt_means[0], *page_tokens)
-        sharing = Sharing(demand.shared_prefix, demand.prefix_groups, block)
+        groups = math.ceil(demand.prefix_groups / (parts if router == "cache-aware" else 1))
+        sharing = Sharing(demand.shared_prefix, groups, block)
     if demand.rate is not None:
         if demand.turns > 1:
             raise UsageError("conversations are held by clients: with --turns give --concurrency, not --rate")
@@ -120,7 +123,8 @@ def simulate_plan(
     require_positions(cfg, *plan.demand.longest)
     share = deployed(plan, cfg, tables, profiles)
     pages = [built.spec.engine.page_tokens for built in share.pools]
-    load, shares = workload(plan.demand, share.parts, seed, requests, page_tokens=pages)
+    router = share.pools[0].spec.engine.router
+    load, shares = workload(plan.demand, share.parts, seed, requests, page_tokens=pages, router=router)
     report = simulate(load, share.deployment, seed=seed, trace=trace, progress=progress)
     return report, share, shares
 

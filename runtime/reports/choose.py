@@ -36,10 +36,14 @@ def _table(rows: list[Mapping[str, Any]], currency: str) -> str:
     priced = any(row["cost_per_million_output_tokens"] is not None for row in rows)
     stat = rows[0]["statistic"]
     heads = ["chip", "devices", "targets", f"TTFT {stat}, ms", f"TPOT {stat}, ms", "output tok/s a device"]
-    heads += [f"{currency} a million output tokens"] * priced + ["plan"]
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in _cells(row, priced))}</tr>" for row in rows)
+    powered = any(row["joules_per_output_token"] is not None for row in rows)
+    heads += [f"{currency} a million output tokens"] * priced
+    heads += ["board power, kW", "J an output token at most"] * powered + ["plan"]
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in _cells(row, priced, powered))}</tr>" for row in rows)
     head = "".join(f"<th>{escape(each)}</th>" for each in heads)
     words = "In brackets: where nine in ten are expected. Devices: up to where servers are at the slow end."
+    if powered:
+        words += " Power: the most that the devices draw by their data sheets, hosts and switches left out."
     note = f'<p class="quiet">{words}</p>'
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
 
@@ -52,7 +56,13 @@ def ranged(row: Mapping[str, Any], name: str, digits: int, none: str = "–", to
     return f"{row[name]:,.{digits}f} ({low:,.{digits}f}{to}{high:,.{digits}f})"
 
 
-def _cells(row: Mapping[str, Any], priced: bool) -> list[str]:
+def _power(row: Mapping[str, Any]) -> str:
+    if row["power_w"] is None:
+        return "–"
+    return f"{row['power_w'] / 1e3:,.1f} ({escape(row['power_evidence'])})"
+
+
+def _cells(row: Mapping[str, Any], priced: bool, powered: bool) -> list[str]:
     more = f"–{row['devices_if_slow']}" if row["devices_if_slow"] > row["devices"] else ""
     met = "met" if row["meets_targets"] else f"missed: {row['reason']}"
     met += "; also at the slow end" if row["meets_targets_if_slow"] else ""
@@ -65,6 +75,7 @@ def _cells(row: Mapping[str, Any], priced: bool) -> list[str]:
         ranged(row, "tpot_ms", 1),
         ranged(row, "output_tokens_per_s_per_device", 0),
         *([ranged(row, "cost_per_million_output_tokens", 2)] if priced else []),
+        *([_power(row), ranged(row, "joules_per_output_token", 1)] if powered else []),
         escape(f"{row['plan']}, {row['engine']}, {formats}"),
     ]
 

@@ -183,7 +183,18 @@ def _predicted(plan: Plan) -> str:
         f"<b>{escape(found.evidence)}</b>. {escape(EVIDENCE.get(found.evidence, ''))} {far} The band should hold the "
         "measured mean nine times in ten.</p>"
     )
-    return table + sure + assumed_list(found.assumed)
+    return table + _found(plan, found) + sure + assumed_list(found.assumed)
+
+
+def _found(plan: Plan, found: Predicted) -> str:
+    """What the prefix cache found, and where, of a load whose prompts begin alike."""
+    if not plan.demand.shares:
+        return ""
+    hits = found.prefix_hits
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{share:.1%}</td></tr>" for name, share in hits.items())
+    head = "<tr><th>found in</th><th>prompt tokens</th></tr>"
+    tiers = f'<table class="figures"><thead>{head}</thead><tbody>{rows}</tbody></table>' if len(hits) > 1 else ""
+    return f"<p>Prefix cache: <b>{found.prefix_hit_rate:.1%}</b> of the prompt tokens are found in it.</p>{tiers}"
 
 
 # --- what else -------------------------------------------------------------------------------------------

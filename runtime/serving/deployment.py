@@ -25,7 +25,7 @@ class Deployment:
     pricer: prices a step of one rank. pool_tokens: KV capacity of one rank, tokens.
     devices: accelerators of the whole deployment. replicas: independent servers.
     ranks: attention-data-parallel ranks in each replica, stepping in lock-step.
-    router: how a request finds its rank, over all replicas.
+    router: how a request finds its rank, over all replicas; see `routing`.
     tiers: memory below the devices' in which a rank keeps prompts, nearest first. Steps that are carried out use none.
     assumed: what nobody gave, and what was taken for it, in words, beside what prices rest on.
     """
@@ -36,7 +36,7 @@ class Deployment:
     devices: int = 1
     replicas: int = 1
     ranks: int = 1
-    router: Literal["round-robin", "least-loaded"] = "round-robin"
+    router: Literal["round-robin", "least-loaded", "cache-aware"] = "round-robin"
     speculation: Speculation | None = None
     assumed: frozenset[str] = frozenset()
     tiers: tuple[CacheTier, ...] = ()
@@ -45,8 +45,8 @@ class Deployment:
         for key in ("devices", "replicas", "ranks"):
             if getattr(self, key) < 1:
                 raise CapacityError(f"{key} = {getattr(self, key)}: a deployment needs at least one")
-        if self.router not in ("round-robin", "least-loaded"):
-            raise WorkloadError(f"unknown router {self.router!r}: use round-robin or least-loaded")
+        if self.router not in ("round-robin", "least-loaded", "cache-aware"):
+            raise WorkloadError(f"unknown router {self.router!r}: use round-robin, least-loaded or cache-aware")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from runtime.serving.meter import Meter
 from runtime.serving.rank import Rank
 from runtime.serving.replica import Observe, Replica
 from runtime.serving.request import Request
+from runtime.serving.routing import ReplicaRouter
 from runtime.serving.tiers import LowerTiers
 from runtime.serving.worker import News, Worker
 
@@ -90,9 +91,9 @@ class Loop:
                     )
                 )
             self.groups.append(group)
-        self._turn = [0] * len(self.roles)
-        self._homes: dict[tuple[int, int], tuple[Replica, Rank]] = {}
-        """Where a conversation (role, session) went, and goes again: its cache is there."""
+        self._routers = [
+            ReplicaRouter(each.router, group, block_tokens) for each, group in zip(self.roles, self.groups, strict=True)
+        ]
         first = self.roles[0]
         self._front_ends = [-math.inf] * (first.replicas * (first.ranks if first.engine.front_end_per_rank else 1))
         """When each front end is free, as a heap: whoever is free soonest takes the next request."""
@@ -152,7 +153,7 @@ class Loop:
         request.visible_at = self.now
         if not role:
             request.queued_at = self.now
-        replica, rank = self._route(role, request)
+        replica, rank = self._routers[role].place(request)
         rank.waiting.append(request)
         self._rouse(replica)
 
@@ -211,24 +212,6 @@ class Loop:
         self._rouse(source)  # its queue may have been waiting for these pages
         request.kv_ready = True
         self._arrive(request, 1)
-
-    # Set-up
-
-    def _route(self, role: int, request: Request) -> tuple[Replica, Rank]:
-        if request.session is None:
-            return self._next_place(role)
-        key = role, request.session
-        if key not in self._homes:
-            self._homes[key] = self._next_place(role)
-        return self._homes[key]
-
-    def _next_place(self, role: int) -> tuple[Replica, Rank]:
-        places = [(replica, rank) for replica in self.groups[role] for rank in replica.ranks]
-        if self.roles[role].router == "least-loaded":
-            return min(places, key=lambda place: place[1].load)
-        place = places[self._turn[role] % len(places)]
-        self._turn[role] += 1
-        return place
 
 
 def _ranks(

@@ -320,6 +320,7 @@ def build(spec: Spec, tables: PriceTables | None = None) -> Built:
         speculation=speculation(spec.drafts, spec.accept_length, spec.acceptance, spec.acceptance_ranges),
         assumed=assumed(spec, memory=held is not None),
         tiers=tiers_of(spec),
+        router=spec.engine.router,
     )
     return Built(spec, held, pricer, deployment)
 

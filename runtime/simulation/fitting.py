@@ -29,7 +29,7 @@ from runtime.deployment.engines import FittedTo
 from runtime.serving import simulate
 from runtime.simulation import published
 from runtime.simulation.build import PriceTables, build
-from runtime.simulation.load_tests import Server, rows_of
+from runtime.simulation.load_tests import MeasuredServer, rows_of
 from runtime.simulation.published import PublishedRow
 from runtime.simulation.validation import FIGURES, beside, read_rows
 
@@ -98,7 +98,7 @@ class Fit:
 def fit(
     paths: Path | Sequence[Path],
     progress: Callable[[int, int], None] = lambda done, total: None,
-    server: Server | None = None,
+    server: MeasuredServer | None = None,
 ) -> Fit:
     """Fits the engine of one deployment to the rows of a CSV of published deployments, or to runs of load testers
     against `server`.

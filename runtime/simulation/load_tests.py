@@ -4,7 +4,8 @@
     sglang.bench_serving --output-file  JSON Lines, a run a line
     aiperf, genai-perf                  profile_export_*.json, one object a file
 
-They record the load and the figures, not the server: its chip, layout and settings are said beside them (`Server`).
+They record the load and the figures, not the server: its chip, layout and settings are said beside them
+(`MeasuredServer`).
 Field names: vllm/benchmarks/serve.py, sglang/bench_serving.py, and aiperf's profile_export_aiperf.json. Lengths are the
 means of the run, but for SGLang's random ones, whose range is recorded.
 """
@@ -30,7 +31,7 @@ _MOST = 1e12
 
 
 @dataclasses.dataclass(frozen=True)
-class Server:
+class MeasuredServer:
     """What was measured, as columns of a published row (`runtime.simulation.published.COLUMNS`) have it."""
 
     model: str
@@ -58,7 +59,7 @@ class Server:
         }  # fmt: skip
 
 
-def rows_of(path: Path, server: Server) -> tuple[list[dict[str, str]], list[str]]:
+def rows_of(path: Path, server: MeasuredServer) -> tuple[list[dict[str, str]], list[str]]:
     """(a row a run of a file, why runs were left out). Raises `UsageError` for a file that no load tester wrote."""
     rows, skipped = [], []
     for number, run in enumerate(_runs(path), start=1):
@@ -92,7 +93,7 @@ def _known(run: Mapping[str, Any]) -> bool:
     return "output_throughput" in run or isinstance(run.get("output_token_throughput"), dict)
 
 
-def _row(run: Mapping[str, Any], server: Server) -> dict[str, str]:
+def _row(run: Mapping[str, Any], server: MeasuredServer) -> dict[str, str]:
     found = _aiperf(run) if "output_throughput" not in run else _bench_serving(run)
     accepted = _number(run, "accept_length")
     measured = {key: f"{value!r}" for key, value in found.items() if value is not None}

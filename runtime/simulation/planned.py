@@ -86,6 +86,7 @@ def deployed(
             ranks=pool.layout.dp,
             speculation=_speculation(pool) if pool.role != "prefill" else None,
             assumed=assumed(spec, drafting=pool.role != "prefill"),
+            router=spec.engine.router if pool.role != "decode" else "round-robin",
             tiers=tiers_of(spec) if pool.role != "decode" else (),
         )
         built.append(Built(spec, pool.devices[0].ledger, pricer, made))

@@ -51,6 +51,11 @@ def test_every_figure_has_its_range(found: ChipChoice) -> None:
     cheap, dear = row["cost_per_million_output_tokens_range"]
     slow, fast = row["output_tokens_per_s_per_device_range"]
     assert (cheap * fast, dear * slow) == pytest.approx((2.0 / 3600 * 1e6,) * 2)
+    assert row["power_w"] == 8 * 700 and row["power_evidence"] == "datasheet"  # NVIDIA's data sheet: 700 W each
+    assert row["joules_per_output_token"] == pytest.approx(5600 / tokens)
+    least, most = row["joules_per_output_token_range"]
+    assert (least * fast, most * slow) == pytest.approx((700, 700))
+    assert row_of(dataclasses.replace(found, board_power=None), 2.0)["joules_per_output_token"] is None
     assert row["band_basis"].keys() == {"tpot", "ttft", "throughput"} and row["evidence"]
     assert row_of(found, None)["cost_per_million_output_tokens"] is None
     slow_tpot = row["tpot_ms_range"][1]

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from foundation.errors import UsageError
 from runtime.simulation.fitting import fit
-from runtime.simulation.load_tests import Server, rows_of
+from runtime.simulation.load_tests import MeasuredServer, rows_of
 from runtime.simulation.published import read
 from tests.cli.cli import refused
 from tests.simulation.test_fitting import measured
 
-SERVER = Server("glm-5-fp8", "h200-sxm", "fp8", "vllm@0.28", tp=8)
+SERVER = MeasuredServer("glm-5-fp8", "h200-sxm", "fp8", "vllm@0.28", tp=8)
 # Field names as vllm/benchmarks/serve.py writes them with --save-result
 VLLM: dict[str, Any] = {
     "date": "20261101-101010", "backend": "vllm", "model_id": "zai-org/GLM-5-FP8", "num_prompts": 160,
@@ -52,7 +52,7 @@ def written(path: Path, *runs: Any) -> Path:
     return path
 
 
-def one(path: Path, run: Any, server: Server = SERVER) -> dict[str, str]:
+def one(path: Path, run: Any, server: MeasuredServer = SERVER) -> dict[str, str]:
     rows, skipped = rows_of(written(path, run), server)
     assert not skipped
     return rows[0]
@@ -152,5 +152,5 @@ def test_the_fit_is_that_of_the_same_rows_as_a_table(tmp_path: Path) -> None:
             "output_throughput": float(row["output_tok_s"]),
         }  # fmt: skip
         files.append(written(tmp_path / f"{number}.json", run))
-    server = Server("glm-4.7-flash", "h200-sxm", "bf16", "vllm@0.16")
+    server = MeasuredServer("glm-4.7-flash", "h200-sxm", "bf16", "vllm@0.16")
     assert fit(files, server=server).values == fit(table).values

@@ -15,6 +15,7 @@ Policy = Literal["prefill-first", "mixed"]
 Admission = Literal["estimate", "prompt", "max-length"]
 MemoryOf = Literal["free-before-load", "device", "free-after-peak"]
 Victim = Literal["least-output", "last"]
+RouterPolicy = Literal["round-robin", "least-loaded", "cache-aware"]
 GraphMode = Literal["eager", "piecewise", "full"]
 Tables = Literal["sglang", "trtllm", "vllm"]
 """Engines whose operator tables price steps."""
@@ -220,6 +221,7 @@ class Engine:
         at a time, so a burst arrives spread out.
     tokenize_seconds_per_token: the tokenizer's share of that work.
     request_delay_seconds: what a request waits on its way to the scheduler's queue beside that, whoever else is there.
+    router: how the router before several replicas picks one.
     front_end_per_rank: every rank of attention data parallelism brings a front end, not only every replica.
     response_seconds: from a step's end to the client seeing its tokens.
     stream_interval_tokens: tokens a client receives together. All engines described here send the first
@@ -272,6 +274,7 @@ class Engine:
     front_end_per_rank: bool = False
     graph_mode: GraphMode = "full"
     planned_graph_mode: Literal["", "eager", "piecewise", "full"] = ""
+    router: RouterPolicy = "round-robin"
     graph_max_batch: int = 0
     graph_padding: bool = True
     piecewise_step_tokens: int = 0
