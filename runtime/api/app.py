@@ -72,7 +72,7 @@ def made(endpoint: Endpoint) -> ASGIApp:
             Route("/v1/chat/completions", routes.answered(ChatRequest, named=False), methods=["POST"]),
             Route("/v1/completions", routes.answered(CompletionRequest, named=False), methods=["POST"]),
             Route("/v1/responses", routes.answered(ResponsesRequest, named=True), methods=["POST"]),
-            Route("/v1/messages", routes.answered(MessagesRequest, named=True), methods=["POST"]),
+            Route("/v1/messages", routes.answered(MessagesRequest, named=True, pings=True), methods=["POST"]),
             Route("/v1/messages/count_tokens", routes.count_tokens, methods=["POST"]),
             Route("/v1/models", routes.models),
             Route("/v1/models/{name:path}", routes.one_model),
@@ -101,8 +101,10 @@ class _Routes:
     def __init__(self, endpoint: Endpoint):
         self._endpoint = endpoint
 
-    def answered(self, dialect: Callable[[Endpoint, Any], Dialect], named: bool) -> Callable[[Request], Any]:
-        """A route that answers requests of a dialect."""
+    def answered(
+        self, dialect: Callable[[Endpoint, Any], Dialect], named: bool, pings: bool = False
+    ) -> Callable[[Request], Any]:
+        """A route that answers requests of a dialect. named, pings: as of `AnswerStream`."""
 
         async def route(request: Request) -> Response:
             endpoint, began = self._endpoint, time.monotonic()
@@ -112,7 +114,7 @@ class _Routes:
             answering = Answering(endpoint, ready, began)
             answering.submit()
             if asked.streams:
-                return AnswerStream(endpoint, answering, asked.stream(answering), named)
+                return AnswerStream(endpoint, answering, asked.stream(answering), named, pings)
             try:
                 await _unless_gone(request, answering.whole())
                 return JSONResponse(asked.whole(answering))

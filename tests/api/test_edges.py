@@ -125,3 +125,24 @@ def test_why_a_schema_is_not_held_to_is_said_of_the_schema(api: Api) -> None:
     format = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"not": {}}}}
     status, error = api.refused(response_format=format)
     assert status == 400 and error["message"] == 'the schema cannot be held to: Unimplemented keys: ["not"]'
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "sign"),
+    [
+        ("/v1/chat/completions", {}, [": ping"]),
+        ("/v1/completions", {"prompt": "x"}, [": ping"]),
+        ("/v1/responses", {"input": "x"}, [": ping"]),
+        ("/v1/messages", {"max_tokens": 5}, ["event: ping", 'data: {"type":"ping"}']),
+    ],
+)
+def test_a_sign_of_life_is_one_that_the_forms_clients_let_be(path: str, more: dict[str, Any], sign: list[str]) -> None:
+    """OpenAI's SDK ends a stream of responses whose first event is not `response.created`."""
+    with serving(ping_s=0.05) as api:
+        api.says("hi")
+        api.service.gate.clear()
+        with api.http.stream("POST", path, json={**CHAT, **more, "stream": True}) as response:
+            lines = (line for line in response.iter_lines() if line)
+            assert [next(lines) for _ in sign] == sign
+            api.service.gate.set()
+            assert any("hi" in line for line in lines)
