@@ -12,9 +12,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from foundation.reading import Unreadable, parse_json
 from model.errors import TokenizerError
@@ -62,7 +64,7 @@ class DetokenizeBody(RequestBody):
     tokens: list[int] = Field(max_length=10_000_000)
 
 
-def made(endpoint: Endpoint) -> Guard:
+def made(endpoint: Endpoint) -> ASGIApp:
     """The application that serves an endpoint."""
     routes = _Routes(endpoint)
     app = Starlette(
@@ -70,7 +72,7 @@ def made(endpoint: Endpoint) -> Guard:
             Route("/v1/chat/completions", routes.answered(ChatRequest, named=False), methods=["POST"]),
             Route("/v1/completions", routes.answered(CompletionRequest, named=False), methods=["POST"]),
             Route("/v1/responses", routes.answered(ResponsesRequest, named=True), methods=["POST"]),
-            Route("/v1/messages", routes.answered(MessagesRequest, named=True), methods=["POST"]),
+            Route("/v1/messages", routes.answered(MessagesRequest, named=True, pings=True), methods=["POST"]),
             Route("/v1/messages/count_tokens", routes.count_tokens, methods=["POST"]),
             Route("/v1/models", routes.models),
             Route("/v1/models/{name:path}", routes.one_model),
@@ -86,15 +88,23 @@ def made(endpoint: Endpoint) -> Guard:
             Exception: _broken,
         },  # type: ignore[dict-item]  # fmt: skip
     )
-    return Guard(app, endpoint)
+    guarded = Guard(app, endpoint)
+    if not endpoint.settings.origins:
+        return guarded
+    return CORSMiddleware(  # a browser asks without a key whether it may ask with one
+        guarded, allow_origins=endpoint.settings.origins, allow_methods=["*"], allow_headers=["*"],
+        expose_headers=["x-request-id", "x-glm5-emulated", "retry-after"],
+    )  # fmt: skip
 
 
 class _Routes:
     def __init__(self, endpoint: Endpoint):
         self._endpoint = endpoint
 
-    def answered(self, dialect: Callable[[Endpoint, Any], Dialect], named: bool) -> Callable[[Request], Any]:
-        """A route that answers requests of a dialect."""
+    def answered(
+        self, dialect: Callable[[Endpoint, Any], Dialect], named: bool, pings: bool = False
+    ) -> Callable[[Request], Any]:
+        """A route that answers requests of a dialect. named, pings: as of `AnswerStream`."""
 
         async def route(request: Request) -> Response:
             endpoint, began = self._endpoint, time.monotonic()
@@ -104,7 +114,7 @@ class _Routes:
             answering = Answering(endpoint, ready, began)
             answering.submit()
             if asked.streams:
-                return AnswerStream(endpoint, answering, asked.stream(answering), named)
+                return AnswerStream(endpoint, answering, asked.stream(answering), named, pings)
             try:
                 await _unless_gone(request, answering.whole())
                 return JSONResponse(asked.whole(answering))
@@ -157,7 +167,9 @@ class _Routes:
         return JSONResponse({"object": "list", "data": [self._model(name) for name in self._endpoint.names]})
 
     async def one_model(self, request: Request) -> Response:
-        return JSONResponse(self._model(checked_model(self._endpoint.names, request.path_params["name"])))
+        if not (name := request.path_params["name"]):
+            return await self.models(request)
+        return JSONResponse(self._model(checked_model(self._endpoint.names, name)))
 
     def _model(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = {

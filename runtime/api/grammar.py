@@ -21,16 +21,17 @@ import numpy as np
 
 from runtime.api.refusal import ApiRefusal, wrong
 from runtime.api.schemas import branches, definitions, kinds
-from runtime.api.tools import Tool
+from runtime.api.tools import MOST_TOOLS, Tool
 from runtime.api.vocabulary import Vocabulary
 
-MOST_HELD = 256  # compiled grammars, those asked for last
+MOST_HELD = MOST_TOOLS + 256  # compiled grammars, those asked for last: an agent brings its tools with every turn
 MOST_SCHEMA_BYTES = 1 << 20  # of a request's schemas, one by one
 _COMPACT = {"whitespace_flexible": False}
 # Of what a grammar leaves no choice in, any tokens that spell it: else only those are allowed that a tokenizer would
 # write, which would have to be asked for them here.
 _FREE = '%llguidance {"no_forcing": true}'
 _ANY = r"/(?s:.*)/"
+_WHERE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")  # in the grammar that is made of a schema
 
 
 class NoGrammar(Exception):
@@ -70,10 +71,10 @@ class Calls:
 
 
 class Grammars:
-    """Compiles grammars for one vocabulary. Its methods take a while: not for the event loop."""
+    """Compiles grammars for one vocabulary. Its methods take a while: not for the event loop. most: that are kept."""
 
-    def __init__(self, vocabulary: Vocabulary):
-        self._vocabulary = vocabulary
+    def __init__(self, vocabulary: Vocabulary, most: int = MOST_HELD):
+        self._vocabulary, self._most = vocabulary, most
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._held: OrderedDict[str, _Compiled] = OrderedDict()
         self._lock = threading.Lock()
@@ -140,7 +141,7 @@ class Grammars:
         made = _Compiled(matcher, frozenset(token for token in marks if allowed[token]))
         with self._lock:
             self._held[name] = made
-            while len(self._held) > MOST_HELD:
+            while len(self._held) > self._most:
                 self._held.popitem(last=False)
         return made
 
@@ -251,5 +252,5 @@ def _literal(text: str) -> str:
 
 
 def _first_line(text: str) -> str:
-    found = " ".join(text.strip().split("\n")[0].split())
+    found = _WHERE.sub("", " ".join(text.strip().split("\n")[0].split()))
     return (found[:200] or "no grammar").rstrip(".")

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from runtime.api.endpoint import Endpoint
 from runtime.api.refusal import ApiRefusal
 
+_ANTHROPIC = "/v1/messages"
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -31,6 +32,8 @@ class Guard:
         headers, endpoint = Headers(scope=scope), self._endpoint
         given = headers.get("x-request-id", "")
         own = {"x-request-id": given if _ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"}
+        if scope["path"].startswith(_ANTHROPIC):
+            own["request-id"] = own["x-request-id"]
         if endpoint.emulated is not None:
             own["x-glm5-emulated"] = endpoint.emulated.header()
 
@@ -69,6 +72,9 @@ class _Bounded:
         self._until = asyncio.get_running_loop().time() + endpoint.settings.body_s
         self._seconds = endpoint.settings.body_s
         self._bytes, self._whole = 0, False
+        packed = headers.get("content-encoding", "identity")
+        if packed.lower() != "identity":
+            raise ApiRefusal(415, f"the body is {packed[:40]!r}: send it as it is, without content-encoding")
         told = headers.get("content-length", "")
         if told.isdecimal() and int(told[:20]) > self._most:
             raise self._large()
@@ -94,8 +100,9 @@ class _Bounded:
 
 def refused(path: str, refusal: ApiRefusal) -> JSONResponse:
     """A refusal in the shape of whoever is asked at a path."""
-    body: dict[str, Any] = refusal.anthropic() if path.startswith("/v1/messages") else refusal.openai()
-    status = 529 if refusal.status == 429 and path.startswith("/v1/messages") else refusal.status
+    theirs = path.startswith(_ANTHROPIC)
+    body: dict[str, Any] = refusal.anthropic() if theirs else refusal.openai()
+    status = 529 if refusal.status == 429 and theirs else refusal.status
     return JSONResponse(
-        body, status, {**refusal.headers(), "connection": "close"} if status in (408, 413) else refusal.headers()
+        body, status, {**refusal.headers(), "connection": "close"} if status in (408, 413, 415) else refusal.headers()
     )

@@ -8,11 +8,13 @@ from runtime.serving.service import JobFault
 
 _OPENAI = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
-    408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error",
+    408: "timeout_error", 413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
+    503: "service_unavailable_error",
 }  # fmt: skip
 _ANTHROPIC = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
-    408: "timeout_error", 413: "request_too_large", 429: "overloaded_error", 503: "overloaded_error",
+    408: "timeout_error", 413: "request_too_large", 415: "invalid_request_error", 429: "overloaded_error",
+    503: "overloaded_error",
 }  # fmt: skip
 
 

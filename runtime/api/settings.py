@@ -9,13 +9,15 @@ import dataclasses
 class Settings:
     """keys: any of them opens every route; none, and all are open. open_health: /health needs no key.
 
-    max_queue: requests that may wait. max_body_bytes: of a request. header_s, body_s: seconds a client may take for
-    them. idle_s: seconds a connection is kept without a request. ping_s: between signs of life in a silent stream.
-    send_s: seconds a client may take to read what is there. drain_s: seconds that answers go on after SIGTERM.
+    origins: whose web pages may ask; "*" for all. max_queue: requests that may wait. max_body_bytes: of a request.
+    header_s, body_s: seconds a client may take for them. idle_s: seconds a connection is kept without a request.
+    ping_s: between signs of life in a silent stream. send_s: seconds a client may take to read what is there. drain_s:
+    seconds that answers go on after SIGTERM.
     """
 
     keys: tuple[str, ...] = ()
     open_health: bool = True
+    origins: tuple[str, ...] = ()
     max_queue: int = 256
     max_body_bytes: int = 16_000_000
     header_s: float = 10.0

@@ -19,16 +19,21 @@ AppStatus.disable_automatic_graceful_drain()
 
 
 class AnswerStream(EventSourceResponse):
-    """named: events are named by their `type`, and signs of life are events too."""
+    """named: events are named by their `type`. pings: signs of life are events too, which only clients of a form that
+    has them let be; others get comments."""
 
     def __init__(
-        self, endpoint: Endpoint, answering: Answering, chunks: AsyncIterator[dict[str, Any] | str], named: bool
+        self,
+        endpoint: Endpoint,
+        answering: Answering,
+        chunks: AsyncIterator[dict[str, Any] | str],
+        named: bool,
+        pings: bool,
     ):
         self._answering = answering
-        pings = _ping if named else _comment
         super().__init__(
-            _written(chunks, named), sep="\n", ping=endpoint.settings.ping_s, ping_message_factory=pings,
-            send_timeout=endpoint.settings.send_s,
+            _written(chunks, named), sep="\n", ping=endpoint.settings.ping_s,
+            ping_message_factory=_ping if pings else _comment, send_timeout=endpoint.settings.send_s,
         )  # fmt: skip
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

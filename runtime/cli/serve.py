@@ -48,6 +48,12 @@ def serve(
     ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="A file with a key a line.")] = None,
     guard_health: Annotated[bool, typer.Option("--guard-health", help="/health needs a key, too.")] = False,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Whose web pages may ask, as http://host:port, or * [default: all where a key is needed, else none]."
+        ),
+    ] = None,
     served_model_name: Annotated[
         list[str] | None,
         typer.Option(help="What requests may call the model; several may be given [default: its own]."),
@@ -138,8 +144,9 @@ def serve(
         if not keys and not is_loopback(host):
             _say(f"warning: anyone who reaches {host} may use this server; give --api-key")
         settings = Settings(
-            keys=keys, open_health=not guard_health, max_queue=max_queue, max_body_bytes=int(max_body_mb * 1e6),
-            ping_s=ping_seconds, drain_s=drain_seconds,
+            keys=keys, open_health=not guard_health,
+            origins=tuple(allowed_origin or ("*",) * bool(keys)),
+            max_queue=max_queue, max_body_bytes=int(max_body_mb * 1e6), ping_s=ping_seconds, drain_s=drain_seconds,
         )  # fmt: skip
         _serve(listening, backing, found, settings, tuple(served_model_name or ()), host, compile_cache)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -39,7 +39,7 @@ class _Choice(RequestBody):
 
 
 class _Thinking(RequestBody):
-    type: str
+    type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: int | None = Field(None, ge=1)
 
 
