@@ -367,8 +367,7 @@ def load_config(name_or_path: str | Path) -> ModelConfig:
     """A preset by name (`glm-5`), a checkpoint directory, or a config.json by path."""
     path = Path(name_or_path)
     if str(name_or_path) in preset_names():
-        file = resources.files("model") / "configs" / f"{name_or_path}.json"
-        return from_hf(json.loads(file.read_text()), str(name_or_path))
+        return preset(str(name_or_path))
     if path.is_dir():
         cfg = from_hf(_with_modelopt(read_own(path, "config.json"), path), str(path / "config.json"))
         tied = cfg.tie_embeddings and not stores_own_head(path)  # which counts, whatever the config says
@@ -378,9 +377,14 @@ def load_config(name_or_path: str | Path) -> ModelConfig:
         return cfg
     if path.suffix == ".json" or path.exists():
         return from_hf(read_config(path), str(path))
-    raise ConfigError(
-        f"no model named {str(name_or_path)!r} and no such directory; presets: {', '.join(preset_names())}"
-    )
+    return preset(str(name_or_path))
+
+
+def preset(name: str) -> ModelConfig:
+    """A preset by name alone. Raises `ConfigError` for another."""
+    if name not in preset_names():
+        raise ConfigError(f"no model named {name!r} and no such directory; presets: {', '.join(preset_names())}")
+    return from_hf(json.loads((resources.files("model") / "configs" / f"{name}.json").read_text()), name)
 
 
 def _ends(cfg: ModelConfig, path: Path) -> tuple[int, ...]:

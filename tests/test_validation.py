@@ -119,6 +119,20 @@ def test_a_file_of_nothing_but_bad_rows_is_refused(tmp_path: Path) -> None:
         read_rows(write(tmp_path / "rows.csv", cells(tp=""), cells(ttft_ms="x")))
 
 
+@pytest.mark.parametrize("name", ["/etc/hostname.json", "../config.json", "gone.json"])
+def test_a_file_of_measurements_names_no_files_of_others(tmp_path: Path, name: str) -> None:
+    """Whoever wrote it is not who runs it."""
+    folder = tmp_path / "sent"
+    folder.mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="give a name, or a file beside this one"):
+        read_rows(write(folder / "rows.csv", cells(model=name)))
+    (folder / "config.json").write_text("{}")
+    (row,) = read_rows(write(folder / "rows.csv", cells(model="config.json")))[1]
+    assert Path(row["model"]) == folder / "config.json"
+    assert "no model named" in str(score(write(folder / "rows.csv", cells(model=str(tmp_path))))[0].skipped)
+
+
 def test_nothing_priced_is_a_summary_of_nothing(tmp_path: Path) -> None:
     rows = score(write(tmp_path / "rows.csv", cells(tp=7)))
     assert summary(rows) == {"rows": 0, "skipped": 1} and by_group(rows) == {}

@@ -19,7 +19,7 @@ from foundation.errors import UsageError
 from hw_profiles import Profile
 from model.config import ModelConfig
 from model.formats import SCHEMES
-from model.hf_config import load_config, preset_names
+from model.hf_config import load_config, preset, preset_names
 from model.split import Layout
 from runtime.deployment.engines import Circumstances, described, nearest_release
 from runtime.deployment.engines import load as load_engine
@@ -195,12 +195,13 @@ def group_of(cell: Mapping[str, str]) -> str:
 
 
 def model_of(name: str) -> ModelConfig:
-    """A model by preset, by its Hugging Face name ("deepseek-ai/DeepSeek-V3.1"), or by that and a precision."""
+    """A model by preset, by its Hugging Face name ("deepseek-ai/DeepSeek-V3.1"), by that and a precision, or by the
+    path of a config.json. Raises `ConfigError`; a name is never taken for a folder."""
     short = name.split("/")[-1].lower()
     for known in (short, ALIASES.get(short), _PRECISIONS.sub("", short), ALIASES.get(_PRECISIONS.sub("", short))):
         if known in preset_names():
             return load_config(str(known))
-    return load_config(name)
+    return load_config(name) if name.endswith(".json") else preset(name)
 
 
 def scheme_of_words(words: str) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 import hw_profiles
 from foundation.errors import Failure, UsageError, first_line
+from foundation.paths import Outside, inside
 from foundation.reading import Unreadable, read_csv
 from model.split import Layout
 from runtime.deployment.engines import Circumstances, nearest_release
@@ -82,7 +83,22 @@ def read_rows(path: Path) -> tuple[str, list[dict[str, str]]]:
         raise UsageError(f"{path}: no rows below the header")
     if all(fault := [_fault(kind, row) for row in rows]):
         raise UsageError(f"{path}: no row can be read; the first: {fault[0]}")
-    return kind, rows
+    return kind, [_beside(path, row) for row in rows]
+
+
+def _beside(path: Path, row: dict[str, str]) -> dict[str, str]:
+    """A row whose files of models, chips and engines are found: beside the CSV or below, wherever its author would have
+    others read. Raises `UsageError` for one that is not there."""
+    found = dict(row)
+    for column in {"model", "chip", "system", "device", "engine"} & row.keys():
+        if (row[column] or "").strip().endswith((".json", ".toml")):
+            try:
+                found[column] = str(inside(path.parent, row[column].strip()))
+            except Outside as error:
+                raise UsageError(
+                    f"{path}: {column} {row[column].strip()!r}: {error}; give a name, or a file beside this one"
+                ) from None
+    return found
 
 
 def _fault(kind: str, row: Mapping[str, Any]) -> str:
