@@ -122,7 +122,7 @@ def test_more_than_is_taken_is_refused_in_little_memory(tmp_path: Path, monkeypa
     attempts = "import json; from tests.test_caps import REFUSED, attempt\n"
     attempts += "print(json.dumps([attempt(number) for number in range(len(REFUSED))]))"
     child = subprocess.run(
-        [sys.executable, "-c", attempts], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", attempts], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600
     )
     assert child.returncode == 0, child.stderr
     found = json.loads(child.stdout)

@@ -40,7 +40,7 @@ class Api:
     def __init__(self, server: HttpServer, service: Service, endpoint: Endpoint, port: int):
         self.server, self.endpoint, self.port = server, endpoint, port
         self.service: Any = service
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
 
     def says(self, *texts: str, burst: int = 1, end: str = "<|user|>") -> None:
         """The answers to the next requests: to the n-th of a request's jobs the n-th, or the last."""
@@ -159,7 +159,7 @@ def serving(
         assert not thread.is_alive()
 
 
-def wait_for(condition: Any, seconds: float = 20.0) -> None:
+def wait_for(condition: Any, seconds: float = 60.0) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "it did not happen"

@@ -245,7 +245,7 @@ def test_15_a_client_that_goes_away_frees_its_jobs(api: Api, stream: bool) -> No
     service.pace_s = 0.002
     before = len(service.jobs)
     body = {"messages": [{"role": "user", "content": "hi"}], "stream": stream, "n": 2, **OFF}
-    with httpx.Client(base_url=api.http.base_url, timeout=httpx.Timeout(10, read=0.5)) as client:
+    with httpx.Client(base_url=api.http.base_url, timeout=httpx.Timeout(60, read=0.5)) as client:
         if stream:
             with client.stream("POST", "/v1/chat/completions", json=body) as response:
                 next(response.iter_lines())
@@ -357,7 +357,7 @@ def test_20_a_huge_enum_compiles_off_the_event_loop(api: Api) -> None:
     format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     api.says('"value 7"')
     took: list[float] = []
-    over = threading.Event()
+    looking, over = threading.Event(), threading.Event()
 
     def look() -> None:
         with httpx.Client(base_url=api.http.base_url) as client:
@@ -365,10 +365,12 @@ def test_20_a_huge_enum_compiles_off_the_event_loop(api: Api) -> None:
                 began = time.monotonic()
                 client.get("/health")
                 took.append(time.monotonic() - began)
+                looking.set()
 
     thread = threading.Thread(target=look)
     thread.start()
     try:
+        assert looking.wait(60)
         assert api.chat(response_format=format, **OFF).content == '"value 7"'
     finally:
         over.set()

@@ -162,7 +162,7 @@ def test_nothing_is_served_until_the_service_is_there() -> None:
     double = Scripted()
 
     def make() -> Scripted:
-        made.wait(20)
+        made.wait(60)
         return double
 
     endpoint = Endpoint((MODEL,), VOCABULARY, 2048, Settings())

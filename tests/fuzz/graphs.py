@@ -162,7 +162,7 @@ def _run(paths: list[Path]) -> None:
     root = Path(__file__).parents[2]
     child = subprocess.run(
         [sys.executable, "-c", code], input="".join(f"{path}\n" for path in paths), capture_output=True, text=True,
-        timeout=50, cwd=root, env={**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}, check=False,
+        timeout=600, cwd=root, env={**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}, check=False,
     )  # fmt: skip
     at = Path(child.stdout.splitlines()[-1]).read_bytes().hex() if child.stdout else ""
     ended = signal.Signals(-child.returncode).name if child.returncode < 0 else f"exit {child.returncode}"

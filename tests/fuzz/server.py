@@ -24,7 +24,7 @@ from typing import Any
 from foundation.errors import Failure
 from tests.fuzz.kinds import Kind, kinds
 
-SECONDS = 20.0  # of the processor, a case; three times as long without a word of it ends it too
+SECONDS = 20.0  # of the processor, a case; a minute and twelve times as long without a word of it ends it too
 ROOM_BYTES = 2 << 30  # beside what the process has before
 ROOT = Path(__file__).parents[2]
 _ELSEWHERE = re.compile("/fuzz/|/.venv/")
@@ -93,7 +93,7 @@ def run(kind: Kind, name: str, seeds: range, keep: bool = False, seconds: float 
             finally:
                 os._exit(1)
         os.close(told)
-        at, ended = _followed(read, seeds, wrong, 3 * seconds)
+        at, ended = _followed(read, seeds, wrong, 60 + 12 * seconds)
         os.close(read)
         if not ended:
             os.kill(worker, signal.SIGKILL)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FEW, MANY = 80, 1000  # cases of a kind
+FEW, MANY = 80, 300  # cases of a kind; more by `python -m tests.fuzz.server KIND FIRST LAST`
 COSTLY = 30  # of one that opens a checkpoint, a tokenizer or a command, in place of the few
 _CHEAP = (
     "quantised config", "plan", "manifest", "package weights", "training config", "engine", "profile", "prices",

@@ -92,7 +92,7 @@ def ask(served: LiveService, jobs: Sequence[Job]) -> list[Client]:
 
 
 def assert_nothing_is_held(served: LiveService) -> None:
-    assert served.drain(30)
+    assert served.drain(60)
     served.close()
     counts = served.counts()
     assert (counts.running, counts.waiting, counts.kv_share) == (0, 0, 0.0)

@@ -32,12 +32,12 @@ from tests.serving.pricers import LinearPricer
 
 CHIP = "h200-sxm"
 ATOL = 1e-4
-# A dense and two MoE layers; of the sparse model the second owns no indexer, so that a selection crosses a stage.
+# A dense layer and one of experts; of the sparse model two, of which one has no indexer: a selection crosses a stage.
 RANDOM = Path(__file__).parents[1] / "data" / "random-glm5"
 SMALL: dict[str, dict[str, Any]] = {
     "dsa": {**CONFIGS["dsa"], "num_hidden_layers": 3, "indexer_types": ["full", "shared", "full"]},
-    "mla": {**CONFIGS["mla"], "num_hidden_layers": 3},
-    "gqa": {**CONFIGS["gqa"], "num_hidden_layers": 3},
+    "mla": CONFIGS["mla"],
+    "gqa": CONFIGS["gqa"],
 }
 
 

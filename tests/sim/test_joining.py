@@ -267,7 +267,7 @@ def test_who_has_no_place(
     found.add(0, lambda: gather(place, 3 if count == 2 else 2, SECRET, 20))
     if count == 2:
         found.add(1, lambda: knock(place, 1, 3, SECRET, 20))
-        assert is_in.wait(20)
+        assert is_in.wait(60)
         count = 3
     with pytest.raises(UsageError, match=said):
         knock(place, index, count, SECRET, 20)

@@ -53,11 +53,10 @@ def test_an_answer_may_stop_early(checkpoints: Checkpoints) -> None:
     """Where a token is a stop token, there the simulation learns that the answer ends, and goes on with the others."""
     checkpoint = checkpoints["gqa"]
     lengths, most = [9, 12, 9], [6, 6, 6]  # one page each
-    whole = reference(checkpoint, prompts_of(checkpoint.config, lengths, most))
+    asked = [dataclasses.replace(r, keep_logits=False) for r in prompts_of(checkpoint.config, lengths, most)]
+    whole = reference(checkpoint, asked)
     stop = frozenset({whole[0].token_ids[3], whole[1].token_ids[0]})
-    requests = [
-        dataclasses.replace(r, stop_ids=stop, keep_logits=False) for r in prompts_of(checkpoint.config, lengths, most)
-    ]
+    requests = [dataclasses.replace(r, stop_ids=stop) for r in asked]
     expected = reference(checkpoint, requests)
     assert {c.finish_reason for c in expected} >= {"stop"}
     found = emulated(checkpoint, plan_of(checkpoint.config, Layout(tp=2)), requests)
