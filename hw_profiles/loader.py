@@ -24,6 +24,7 @@ ALIASES = {
     "b200": "b200-sxm",
     "b300": "b300-sxm",
     "gb200": "gb200-nvl72",
+    "gb300": "gb300-nvl72",
     "cpu": "cpu-host",
 }
 

@@ -8,6 +8,8 @@ A `Layout` is tp x dp x pp devices, in the order stage, dp rank, tp rank: `tp` s
 vocabulary; `dp` splits sequences (attention data parallelism); `pp` splits the layers into stages. Routed experts are
 spread over the tp x dp devices of a stage in ep groups of neighbours: a group holds 1/ep of the experts, and each of
 its tp x dp / ep devices a share of their width. So ep = 1 is by tensor alone, ep = tp x dp by expert alone (slots).
+`dcp` neighbours of a tp group deal out the tokens of a cache that each would else hold whole (decode context
+parallelism); it adds no devices.
 Whoever holds bytes or shapes asks here: the tracer, the ledger, emulated and real clusters, export units and weight
 files, KV tiers. `model.parallel` has the collectives that go with it.
 """
@@ -54,6 +56,7 @@ class Layout:
     dp: int = 1
     ep: int = 1
     pp: int = 1
+    dcp: int = 1
 
     def __post_init__(self) -> None:
         for name, degree in vars(self).items():
@@ -65,6 +68,9 @@ class Layout:
                 f"ep must divide tp x dp = {self.tp} x {self.dp} = {self.stage_devices} (1: experts split by tensor, "
                 f"{self.stage_devices}: by expert, between: both), not {self.ep}"
             )
+
+        if self.tp % self.dcp:
+            raise UsageError(f"dcp must divide tp = {self.tp}, whose ranks share a cache, not {self.dcp}")
 
     @property
     def devices(self) -> int:
@@ -97,7 +103,7 @@ class Layout:
 
     @property
     def name(self) -> str:
-        return f"tp{self.tp} dp{self.dp} ep{self.ep} pp{self.pp}"
+        return f"tp{self.tp} dp{self.dp} ep{self.ep} pp{self.pp}" + (f" dcp{self.dcp}" if self.dcp > 1 else "")
 
     @property
     def axes(self) -> dict[str, int]:
@@ -121,6 +127,8 @@ class Layout:
         for what, size, degree, parts in divisions:
             if size % parts:
                 raise UsageError(f"{cfg.name}: {what} / {degree} = {size} / {parts} = {size / parts:.3f}: not whole")
+        if self.dcp > 1 and isinstance(cfg.attention, Gqa):
+            raise UsageError(f"{cfg.name}: dcp {self.dcp}: each KV head lies on one tp rank alone, nothing to deal out")
         if self.pp > cfg.num_layers:
             raise UsageError(f"{cfg.name}: {cfg.num_layers} layers cannot be cut into pp = {self.pp} stages")
 
@@ -167,14 +175,16 @@ class Layout:
     def require_mesh(self) -> None:
         """Raises `UsageError` where a device's share is none of one array over the mesh: what holds arrays (emulated
         devices, processes, exports) cannot be laid out so."""
-        if self.grouped:
+        if self.grouped or self.dcp > 1:
             raise UsageError(self._no_mesh)
 
     @property
     def _no_mesh(self) -> str:
+        what, instead = "ep between 1 and tp x dp is", f"ep 1 or {self.stage_devices}"
+        if not self.grouped:
+            what, instead = "dcp above 1 is", "caches that each tp rank holds whole: dcp 1"
         return (
-            f"{self.name}: ep between 1 and tp x dp is planned and simulated alone; emulated devices, processes and "
-            f"exports take ep 1 or {self.stage_devices}"
+            f"{self.name}: {what} planned and simulated alone; emulated devices, processes and exports take {instead}"
         )
 
     def row_split(self, row: CacheRow) -> tuple[int, Axes]:
@@ -191,7 +201,7 @@ class Layout:
 
     def row_copies(self, row: CacheRow) -> int:
         """Devices of a stage that hold the same row of a sequence."""
-        return self.tp // self.parts(self.row_split(row)[1])
+        return self.tp // self.dcp // self.parts(self.row_split(row)[1])
 
     # --- devices and layers
 

@@ -48,6 +48,7 @@ SYSTEMS = (
     System("b200-sxm", "b200_sxm", {"bf16": 2250e12, "fp8": 4500e12, "fp4": 9000e12}, 8e12, CURRENT),
     System("b300-sxm", "b300_sxm", {"bf16": 2250e12, "fp8": 4500e12, "fp4": 14000e12}, 8e12, CURRENT),
     System("gb200-nvl72", "gb200", {"bf16": 2500e12, "fp8": 5000e12, "fp4": 10000e12}, 8e12, CURRENT),
+    System("gb300-nvl72", "gb300", {"bf16": 2500e12, "fp8": 5000e12, "fp4": 15000e12}, 8e12, CURRENT),
     System("a100-sxm-80gb", "a100_sxm", {"bf16": 312e12, "int8": 624e12}, 2.039e12, OLD),
 )
 GEMM_FORMATS = {"bfloat16": "bf16", "fp8_block": "fp8-block", "fp8": "fp8-tensor", "nvfp4": "nvfp4", "sq": "w8a8-int8"}

@@ -113,6 +113,7 @@ def plan(
     dp: Annotated[int | None, typer.Option(min=1, help="Hold attention data parallelism to this.")] = None,
     ep: Annotated[int | None, typer.Option(min=1, help="Hold the expert groups to this.")] = None,
     pp: Annotated[int | None, typer.Option(min=1, help="Hold pipeline stages to this.")] = None,
+    dcp: Annotated[int | None, typer.Option(min=1, help="Hold decode context parallelism to this.")] = None,
     prefill_tp: HeldPrefillTp = None,
     prefill_dp: HeldPrefillDp = None,
     prefill_ep: HeldPrefillEp = None,
@@ -173,7 +174,11 @@ def plan(
         None if kv == "auto" else kv,
         mtp,
         of_engine,
-        {axis: degree for axis, degree in (("tp", tp), ("dp", dp), ("ep", ep), ("pp", pp)) if degree is not None},
+        {
+            axis: degree
+            for axis, degree in (("tp", tp), ("dp", dp), ("ep", ep), ("pp", pp), ("dcp", dcp))
+            if degree is not None
+        },
         max_pp,
         prefill_held=prefill_held(context.params),
         offload=offload_asked(context.params),

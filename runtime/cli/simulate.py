@@ -74,6 +74,7 @@ def simulate(
         ),
     ] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 1,
+    dcp: Annotated[int, typer.Option(min=1, help="Ranks of a tp group that deal out a cache's tokens.")] = 1,
     engine: Annotated[str, typer.Option(autocompletion=completion.engines, help=ENGINES_HELP)] = "sglang",
     formats: Annotated[
         str | None,
@@ -173,7 +174,7 @@ def simulate(
         cfg = model_override(cfg, path, value)
     found = chip_with(profile, chip)
     within("--devices", devices, MOST_DEVICES)
-    layout = Layout(tp or max(1, devices // (dp * pp)), dp, ep, pp)
+    layout = Layout(tp or max(1, devices // (dp * pp)), dp, ep, pp, dcp)
     if devices % layout.devices:
         raise UsageError(
             f"{devices} devices / (tp {layout.tp} x dp {dp} x pp {pp} = {layout.devices}) = "

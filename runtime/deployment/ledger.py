@@ -79,7 +79,8 @@ def expert_bytes(cfg: ModelConfig, formats: Formats, kind: LayerType, layout: La
 def stage_kv_bytes_per_token(cfg: ModelConfig, layout: Layout, formats: Formats, stage: int, mtp: bool) -> float:
     """Bytes of cache a token takes on each device of a stage that holds its sequence.
 
-    MLA latents and index keys are whole on every tp rank; KV heads of GQA are split over tp.
+    MLA latents and index keys are whole on every tp rank, or with dcp every dcp-th token's; KV heads of GQA are split
+    over tp.
     """
     return sum(stage_kv_bytes_by_cache(cfg, layout, formats.cache, stage, mtp).values())
 
@@ -95,7 +96,8 @@ def stage_kv_bytes_by_cache(
     for kind, count in kinds.items():
         for row in cache_rows(cfg, kind):
             local = dataclasses.replace(row, shape=layout.local_row(row))
-            held[row.name] = held.get(row.name, 0.0) + count * row_bytes(cfg, local, cache)
+            size = row_bytes(cfg, local, cache)
+            held[row.name] = held.get(row.name, 0.0) + count * (size / layout.dcp if layout.dcp > 1 else size)
     return held
 
 

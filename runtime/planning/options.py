@@ -16,7 +16,7 @@ import hw_profiles
 from foundation.errors import CapacityError, UsageError
 from foundation.limits import within
 from hw_profiles import Profile
-from model.config import MOST_DRAFTS, ModelConfig
+from model.config import MOST_DRAFTS, Mla, ModelConfig
 from model.formats import FORMATS, KV, Scheme, matrix_format, scheme_of
 from model.formats import scheme as named_scheme
 from model.quantization_config import is_scheme
@@ -45,9 +45,9 @@ class Question:
     """What a search is asked, beside the chips: the model, the load and what is given rather than searched.
 
     scheme, kv: None to search. drafts: tokens of multi-token prediction a step, acceptance: of each of them, and its
-    ranges (see `Speculation`). held: degrees of "tp", "dp", "ep" and "pp" that a layout must have; most_pp: pipeline
-    stages at most. prefill_held: what the layout of a prefill pool is held to instead; where anything, pools apart are
-    asked for. offload: memory below the devices' that prompts are kept in.
+    ranges (see `Speculation`). held: degrees, by axis of `Layout`, that a layout must have; most_pp: pipeline stages at
+    most. prefill_held: what the layout of a prefill pool is held to instead; where anything, pools apart are asked for.
+    offload: memory below the devices' that prompts are kept in.
     """
 
     cfg: ModelConfig
@@ -273,11 +273,23 @@ def nodes_refused(option: Option, replicas: int) -> str | None:
     return why_uneven(engine.kind, counts, node) if counts else None
 
 
-def layouts(devices: int, held: int | None = None, groups: int | None = None) -> Iterator[tuple[Layout, list[int]]]:
+def _dealt_refused(option: Option) -> str | None:
+    """Why the engine keeps no cache of these formats dealt out to tp ranks."""
+    spec = option.spec
+    if spec.layout.dcp == 1:
+        return None
+    facts = format_facts(spec.cfg, spec.profile, spec.formats.scheme.name, spec.formats.kv)
+    return unsupported(spec.engine.kind, spec.engine.release, {**facts, "dealt": True})
+
+
+def layouts(
+    devices: int, held: int | None = None, groups: int | None = None, dealt: int | None = 1
+) -> Iterator[tuple[Layout, list[int]]]:
     """Every tp x dp, with experts by tensor and by expert, and the numbers of stages to try with it, fewest first: the
     one that is held to, or several.
 
     groups: of experts, beside those: so many where they divide tp x dp; 0: what lies between, up to `_GROUPED`.
+    dealt: ranks that a cache's tokens are dealt out to, where they divide tp; None: one, and all of tp.
     Stages have a number of devices that divides `devices` or is a power of two.
     """
     sizes = {size for size in range(1, devices + 1) if devices % size == 0 or size & (size - 1) == 0}
@@ -286,8 +298,17 @@ def layouts(devices: int, held: int | None = None, groups: int | None = None) ->
         if not stages:
             continue
         for tp in (tp for tp in range(1, size + 1) if size % tp == 0):
-            for ep in sorted({1, size, *_groups(size, groups)}):
-                yield Layout(tp=tp, dp=size // tp, ep=ep), stages
+            for dcp in (degree for degree in sorted({dealt or 1, dealt or tp}) if tp % degree == 0):
+                for ep in sorted({1, size, *_groups(size, groups)}):
+                    yield Layout(tp=tp, dp=size // tp, ep=ep, dcp=dcp), stages
+
+
+def _deals(question: Question) -> bool:
+    """Whether the engine deals caches of this model out to tp ranks."""
+    asked = question.settings.get("decode_context_parallel", load(question.engine).decode_context_parallel)
+    return isinstance(question.cfg.attention, Mla) and (
+        asked == "any" or (asked == "dense" and not question.cfg.sparse)
+    )
 
 
 def _groups(size: int, asked: int | None) -> list[int]:
@@ -315,7 +336,8 @@ def options(question: Question, profile: Profile, devices: int) -> tuple[list[Op
     rejected = {each.name: each.reason for each in left_out}
     most = sum(question.demand.longest) + question.drafts
     groups = question.held.get("ep", 0 if load(question.engine).expert_groups and question.cfg.moe else None)
-    searched = layouts(devices, question.held.get("pp"), groups)
+    dealt = question.held.get("dcp", None if _deals(question) else 1)
+    searched = layouts(devices, question.held.get("pp"), groups, dealt)
     held = [(base, stages) for base, stages in searched if question.admits(base)]
     if not held:
         asked = ", ".join(f"{axis} {degree}" for axis, degree in question.held.items())
@@ -342,7 +364,7 @@ def options(question: Question, profile: Profile, devices: int) -> tuple[list[Op
                 except CapacityError as error:
                     refused.append(Refused(name, str(error), _excess(question, profile, layout, scheme, kv)))
                     continue
-                if why := nodes_refused(option, replicas):
+                if why := nodes_refused(option, replicas) or _dealt_refused(option):
                     rejected[name] = why
                     continue
                 if option.pool_tokens < most:

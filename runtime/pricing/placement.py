@@ -54,12 +54,14 @@ class Hops:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The spans of a layout's collectives, by mesh axes, and its hops between stages."""
+    """The spans of a layout's collectives, by mesh axes, its hops between stages, and the span of the ranks that a
+    sequence's cache is dealt out to."""
 
     tp: Span
     dp: Span
     stage: Span
     hops: Hops
+    dcp: Span
 
     def span(self, axes: Axes) -> Span:
         """Of the devices that a collective over those mesh axes joins."""
@@ -89,6 +91,7 @@ def place(layout: Layout, domain: int, node: int, replicas: int = 1) -> Placemen
             (_hops(layout, start, domain, node) for start in starts),
             key=lambda hops: (hops.across_domains, hops.across_nodes),
         ),
+        worst(range(rank, rank + layout.dcp) for first in stages for rank in range(first, first + stage, layout.dcp)),
     )
 
 

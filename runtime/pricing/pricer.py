@@ -20,7 +20,7 @@ from model.config import LayerType, Mla, ModelConfig
 from model.formats import Formats
 from model.split import Layout
 from model.weights import layer_weights, outer_weights
-from runtime.pricing import attention
+from runtime.pricing import attention, context_parallel
 from runtime.pricing.attention import MlaLayer
 from runtime.pricing.book import BATCH_KNOTS, CONTEXT_KNOTS, PriceBook
 from runtime.pricing.grid import Surface
@@ -190,6 +190,9 @@ class GraphPricer:
         return self.formats.held(out, kind.mtp).name
 
     def _decode_price(self, kind: LayerType, sequences: float, context: float) -> Price:
+        if self.layout.dcp > 1:
+            across = self._context.placement.dcp
+            return context_parallel.decode(self.book, self._mla_layer(kind), sequences, context, across)
         if isinstance(self.cfg.attention, Mla):
             return attention.decode(self.book, self._mla_layer(kind), sequences, context)
         return self._gqa_price("decode", sequences, context, None)
@@ -210,6 +213,9 @@ class GraphPricer:
         )  # type: ignore[arg-type]  # fmt: skip
 
     def _decode_surface(self, kind: LayerType) -> Callable[[float, float], float]:
+        if self.layout.dcp > 1:
+            key = ("dealt", kind, self.layout.tp, self.formats.cache, self._context.placement.dcp)
+            return self._once(key, lambda: self._filled_surface(kind))
         if isinstance(self.cfg.attention, Mla):
             block = attention.decode_block(self.book, self._mla_layer(kind))
             if block:
@@ -224,7 +230,12 @@ class GraphPricer:
 
     def _prefill_price(self, kind: LayerType, tokens: int, prefix: float, sequences: int) -> Price:
         if isinstance(self.cfg.attention, Mla):
-            return attention.prefill(self.book, self._mla_layer(kind), tokens, prefix, sequences, host_launched=False)
+            layer = self._mla_layer(kind)
+            found = attention.prefill(self.book, layer, tokens, prefix, sequences, host_launched=False)
+            if self.layout.dcp > 1:
+                across = self._context.placement.dcp
+                return total([found, context_parallel.gathered(self.book, layer, prefix * sequences, across)])
+            return found
         return self._gqa_price("prefill", tokens, prefix + tokens / sequences / 2, sequences)
 
     # --- steps

@@ -144,12 +144,18 @@ class PublishedRow:
         return found
 
 
+_DEALT = r"(?:--decode-context-parallel-size|-dcp)[ =]+(\d{1,6})\b"
+"""Decode context parallelism is no column: servers say it in their flags."""
+
+
 def read(row: Mapping[str, str], without: Mechanism | None = None) -> PublishedRow:
     """A row of a CSV with `COLUMNS`. without: a cause to switch off. Raises `UsageError` naming the column that cannot
     be read."""
     cell = {key: (value or "").strip() for key, value in row.items() if key is not None}
     cfg, profile = model_of(cell["model"]), hw_profiles.load(cell["chip"])
-    layout = Layout(**{axis: _whole(cell, axis, 1) for axis in ("tp", "dp", "ep", "pp")})
+    degrees = {axis: _whole(cell, axis, 1) for axis in ("tp", "dp", "ep", "pp")}
+    dealt = re.search(_DEALT, cell["server_flags"])
+    layout = Layout(**degrees, dcp=int(dealt[1]) if dealt else 1)
     devices = _whole(cell, "devices", layout.devices)
     if devices != layout.devices:
         raise UsageError(f"devices {devices}: tp x dp x pp is {layout.devices}")

@@ -29,6 +29,7 @@ NVIDIA = {
     "b200-sxm": (about(2250), about(4500), about(4500), (192.0, 194.0), (7.7, 8.0), about(900)),
     "b300-sxm": (about(2250), about(4500), (150, 157), (287.0, 290.0), (7.7, 8.0), about(900)),
     "gb200-nvl72": (about(2500), about(5000), about(5000), (198.0, 200.0), about(8.0), about(900)),
+    "gb300-nvl72": (about(2500), about(5000), (160, 170), (297.0, 299.0), about(8.0), about(900)),
 }
 
 # 910: msmodeling and light-llm-simulator, cube unit only (not 376/313/280), 64 or 32 GiB, HCCS 196 over
@@ -110,6 +111,7 @@ USABLE_GIB = {
     "b200-sxm": (178.3, 178.4),
     "b300-sxm": (267.6, 267.8),
     "gb200-nvl72": (184.3, 184.4),
+    "gb300-nvl72": (276.4, 276.6),
     "ascend-910b2": (60.9, 61.3),
     "ascend-910b4": (29.4, 29.6),
     "ascend-910c-die": (60.9, 61.3),

@@ -160,7 +160,11 @@ _PLANS = {
         _two("glm-5", "ascend-910c-die", Layout(16, 2, 32), Layout(4, 8, 32), "w8a8"),
         _two("glm-5-fp8", "h100-sxm", Layout(8, pp=2), Layout(8, 2, 16), "fp8"),
     ],
-    "vllm": [*_CUDA, _one("glm-5-fp8", "h200-sxm", Layout(16, 2, 32), "fp8")],
+    "vllm": [
+        *_CUDA,
+        _one("deepseek-r1", "h200-sxm", Layout(8, dcp=4), "fp8"),
+        _one("glm-5-fp8", "h200-sxm", Layout(16, 2, 32), "fp8"),
+    ],
     "vllm-ascend": [
         _one("glm-5", "ascend-910c-die", Layout(16, ep=16), "w4a8", drafts=3),
         _one("glm-5", "ascend-910c-die", Layout(16, 2, 32), "w8a8", tier=True, drafts=3, settings=_GRAPHS),

@@ -37,6 +37,12 @@ def engine_for(
             f"{engine.name} {engine.release} splits experts over all of tp x dp = {layout.stage_devices} devices or "
             f"over none: --ep {layout.stage_devices} or --ep 1, not {layout.ep}"
         )
+    if layout.dcp > 1 and engine.decode_context_parallel != "any":
+        which = "no decode context parallelism"
+        if engine.decode_context_parallel == "dense":
+            which += " for sparse attention" if cfg.sparse else ""
+        if cfg.sparse or engine.decode_context_parallel == "none":
+            raise UsageError(f"{engine.name} {engine.release} has {which}: --dcp 1, not {layout.dcp}")
     layers = cfg.num_layers / layout.pp
     sparse = layers if cfg.sparse else 0
     derived: Derived = {

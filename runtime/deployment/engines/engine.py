@@ -17,6 +17,7 @@ MemoryOf = Literal["free-before-load", "device", "free-after-peak"]
 Victim = Literal["least-output", "last"]
 RouterPolicy = Literal["round-robin", "least-loaded", "cache-aware"]
 GraphMode = Literal["eager", "piecewise", "full"]
+ContextParallel = Literal["none", "dense", "any"]
 Tables = Literal["sglang", "trtllm", "vllm"]
 """Engines whose operator tables price steps."""
 
@@ -203,6 +204,8 @@ class Engine:
 
     Layouts
     expert_groups: whether experts can be cut both ways: over groups of devices, and in a group by width.
+    decode_context_parallel: whether the ranks of a tp group can deal the tokens of one latent cache out among them
+        (DCP): "none", where attention is "dense", or in "any" model, indexers included.
 
     Overheads
     graph_step_host_seconds: host work of a step that replays graphs: scheduling, sampling, results.
@@ -284,6 +287,7 @@ class Engine:
     piecewise_reserve_mib: float = 0.0
     drafting_reserve_mib: float = 0.0
     expert_groups: bool = False
+    decode_context_parallel: ContextParallel = "none"
     evidence: Mapping[str, Source] = field(default_factory=dict, repr=False, compare=False)
     fitted: FittedTo | None = None
 

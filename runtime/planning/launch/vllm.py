@@ -124,6 +124,8 @@ def _parallel(server: LaunchServer, line: Line) -> None:
             )
     if layout.by_expert:
         line.flag("expert")
+    if layout.dcp > 1:
+        line.whole("cache_ranks", layout.dcp)
 
 
 def _visible(server: LaunchServer, line: Line, first: int, count: int) -> None:

@@ -1,0 +1,100 @@
+"""A cache dealt out to the ranks of a tp group: who holds what, and what attention over it costs."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hw_profiles
+from foundation.errors import UsageError
+from model.cache import cache_rows
+from model.hf_config import load_config
+from model.split import Layout
+from runtime.deployment.ledger import stage_kv_bytes_per_token
+from runtime.planning.assign import plan_for
+from runtime.planning.check import check
+from runtime.pricing import attention, context_parallel, open_book
+from runtime.pricing.attention import MlaLayer
+from runtime.pricing.placement import Span, place
+from runtime.pricing.work import MEASURED_BLOCKS
+from runtime.simulation.build import Spec, memories, spec_for
+from tests.cost.chips import CHIPS
+from tests.plans import formats
+
+DEGREES = st.sampled_from((1, 2, 4, 8))
+DENSE = {name: shape for shape, name in MEASURED_BLOCKS.items()}["dsv3"]
+
+
+def spec(dcp: int, model: str = "kimi-k2", scheme: str = "w4a16", engine: str = "vllm", tp: int = 8) -> Spec:
+    settings = {"memory_fraction": 0.9}
+    chip = hw_profiles.load("h200-sxm")
+    return spec_for(load_config(model), chip, Layout(tp, dcp=dcp), scheme, "bf16", engine, settings)
+
+
+def test_kimi_k2_with_eight_ranks_holds_5_72_million_tokens() -> None:
+    """vllm-project/recipes, moonshotai/Kimi-K2-Think.md: 715,072 tokens with TP8 on H200 and 5.72 M with DCP8, by a
+    nightly of 2025-11-06 with its 0.9 of the memory."""
+    found = memories(spec(8, engine="vllm@0.11"))[0]
+    assert found.pool_tokens == pytest.approx(5.72e6, rel=0.03)
+    assert found.pool_tokens / memories(spec(1, engine="vllm@0.11"))[0].pool_tokens == pytest.approx(8, rel=1e-5)
+
+
+@given(model=st.sampled_from(("glm-5", "glm-5.3-fp8", "deepseek-v3", "kimi-k2")), tp=DEGREES, dcp=DEGREES)
+def test_a_row_is_held_once_in_each_group(model: str, tp: int, dcp: int) -> None:
+    """A token's bytes over a group's ranks are those of one rank that holds all; copies are what other groups hold."""
+    if tp % dcp:
+        with pytest.raises(UsageError, match=f"dcp must divide tp = {tp}"):
+            Layout(tp, dcp=dcp)
+        return
+    cfg, dealt, whole = load_config(model), Layout(tp, dcp=dcp), Layout(tp)
+    for kv in ("bf16", "fp8"):
+        mine, all_ = (stage_kv_bytes_per_token(cfg, each, formats("fp8", kv), 0, True) for each in (dealt, whole))
+        assert mine * dcp == pytest.approx(all_, rel=1e-12) and (dcp > 1 or mine == all_)
+    for row in (row for kind in cfg.layer_counts for row in cache_rows(cfg, kind)):
+        assert dealt.row_copies(row) * dcp == whole.row_copies(row) == tp
+
+
+def test_more_ranks_never_hold_fewer_tokens_and_the_plan_adds_up() -> None:
+    pools = [memories(spec(dcp))[0].pool_tokens for dcp in (1, 2, 4, 8)]
+    assert pools == sorted(pools)
+    found = spec(4)
+    plan = plan_for(found)
+    assert check(plan, found.cfg) == []
+    assert plan.pools[0].pool_tokens == pytest.approx(pools[2], rel=1e-3)
+
+
+@given(sequences=st.sampled_from((1, 8, 64, 256)), context=st.sampled_from((512, 8192, 65536)))
+def test_attention_over_shares(sequences: int, context: int) -> None:
+    """One rank is the block itself. Several cost what the share costs, with all heads of the group, and exchange; where
+    reading the cache takes the time they are faster, and never by more than there are ranks."""
+    book, layer = open_book(CHIPS["h200-sxm"], "vllm"), MlaLayer(DENSE, 16, "dense")
+    alone = attention.decode(book, layer, sequences, context).seconds
+    assert context_parallel.decode(book, layer, sequences, context, Span(1, 1, 1, 1)).seconds == alone
+    dealt = context_parallel.decode(book, layer, sequences, context, Span(8, 1, 1, 8)).seconds
+    assert dealt > alone / 8
+    if sequences >= 64 and context >= 65536:
+        assert dealt < alone
+    across = context_parallel.decode(book, layer, sequences, context, Span(8, 2, 2, 4)).seconds
+    assert across > dealt
+
+
+def test_neighbours_deal_out() -> None:
+    assert place(Layout(16, dcp=8), 8, 8).dcp == Span(8, 1, 1, 8)
+    assert place(Layout(16, dcp=16), 8, 8).dcp == Span(16, 2, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "why"),
+    [
+        ("glm-5-fp8", "vllm", "vllm 0.28 has no decode context parallelism for sparse attention"),
+        ("deepseek-v3", "sglang", "sglang 0.5.14 has no decode context parallelism: --dcp 1, not 8"),
+    ],
+)
+def test_what_an_engine_cannot_is_refused(model: str, engine: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        spec(8, model, "fp8", engine)
+    with pytest.raises(UsageError, match="each KV head lies on one tp rank alone"):
+        Layout(8, dcp=8).check(load_config("glm-4.5"))
+    with pytest.raises(UsageError, match="dcp above 1 is planned and simulated alone"):
+        Layout(8, dcp=8).require_mesh()
