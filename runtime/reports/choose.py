@@ -39,13 +39,13 @@ def _table(rows: list[Mapping[str, Any]], currency: str) -> str:
     powered = any(row["joules_per_output_token"] is not None for row in rows)
     heads += [f"{currency} a million output tokens"] * priced
     heads += ["board power, kW", "J an output token at most"] * powered + ["plan"]
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in _cells(row, priced, powered))}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(_cells(row, priced, powered))}</tr>" for row in rows)
     head = "".join(f"<th>{escape(each)}</th>" for each in heads)
-    words = "In brackets: where nine in ten are expected. Devices: up to where servers are at the slow end."
+    words = "Below a figure: where nine in ten are expected. Devices: up to where servers are at the slow end."
     if powered:
         words += " Power: the most that the devices draw by their data sheets, hosts and switches left out."
     note = f'<p class="quiet">{words}</p>'
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
+    return f'<table class="figures choices"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}'
 
 
 def ranged(row: Mapping[str, Any], name: str, digits: int, none: str = "–", to: str = "–") -> str:
@@ -58,25 +58,39 @@ def ranged(row: Mapping[str, Any], name: str, digits: int, none: str = "–", to
 
 def _power(row: Mapping[str, Any]) -> str:
     if row["power_w"] is None:
-        return "–"
-    return f"{row['power_w'] / 1e3:,.1f} ({escape(row['power_evidence'])})"
+        return _figure("–")
+    return _figure(f"{row['power_w'] / 1e3:,.1f}", row["power_evidence"])
+
+
+def _figure(text: str, below: str = "") -> str:
+    return f"<td>{escape(text)}{f'<span class=quiet>{escape(below)}</span>' if below else ''}</td>"
+
+
+def _ranged(row: Mapping[str, Any], name: str, digits: int) -> str:
+    """A figure, and below it its range."""
+    point, _, inside = ranged(row, name, digits).partition(" ")
+    return _figure(point, inside.strip("()"))
+
+
+def _words(text: str) -> str:
+    return f'<td class="words">{escape(text)}</td>'
 
 
 def _cells(row: Mapping[str, Any], priced: bool, powered: bool) -> list[str]:
-    more = f"–{row['devices_if_slow']}" if row["devices_if_slow"] > row["devices"] else ""
+    more = f"up to {row['devices_if_slow']}" if row["devices_if_slow"] > row["devices"] else ""
     met = "met" if row["meets_targets"] else f"missed: {row['reason']}"
     met += "; also at the slow end" if row["meets_targets_if_slow"] else ""
     formats = f"{row['formats']['weights']}, KV {row['formats']['kv']}"
     return [
-        escape(row["profile"]),
-        f"{row['devices']}{more}",
-        escape(met),
-        ranged(row, "ttft_ms", 0),
-        ranged(row, "tpot_ms", 1),
-        ranged(row, "output_tokens_per_s_per_device", 0),
-        *([ranged(row, "cost_per_million_output_tokens", 2)] if priced else []),
-        *([_power(row), ranged(row, "joules_per_output_token", 1)] if powered else []),
-        escape(f"{row['plan']}, {row['engine']}, {formats}"),
+        f"<th>{escape(row['profile'])}</th>",
+        _figure(f"{row['devices']:,}", more),
+        _words(met),
+        _ranged(row, "ttft_ms", 0),
+        _ranged(row, "tpot_ms", 1),
+        _ranged(row, "output_tokens_per_s_per_device", 0),
+        *([_ranged(row, "cost_per_million_output_tokens", 2)] if priced else []),
+        *([_power(row), _ranged(row, "joules_per_output_token", 1)] if powered else []),
+        _words(f"{row['plan']}, {row['engine']}, {formats}"),
     ]
 
 

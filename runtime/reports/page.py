@@ -92,6 +92,8 @@ pre{max-height:none;overflow:visible;white-space:pre-wrap;overflow-wrap:anywhere
 table{max-width:100%;font-size:9pt}section{overflow:visible}
 .figures th,.figures td,.bars th,.bars td{white-space:normal;padding:3px 5px;overflow-wrap:anywhere}
 .named th{min-width:0}.tiles{grid-template-columns:repeat(8,minmax(0,1fr))}.tile{overflow-wrap:anywhere}
+.figures.choices th,.figures.choices td{overflow-wrap:normal;padding:3px}.choices .words{min-width:0}
+.choices .quiet{font-size:8pt}.choices tbody th{white-space:normal}
 h2,h3,summary{break-after:avoid}figure,.card,.node,tr{break-inside:avoid}}
 """
 
@@ -154,6 +156,9 @@ padding:8px 10px 10px;background:var(--card)}.node p{margin:0 0 6px;color:var(--
 .heat i{flex:1;background:var(--c1);border-radius:2px 2px 0 0}
 .heat s{position:absolute;left:0;right:0;border-top:1px dashed var(--ink)}
 .field{fill:var(--bg);stroke:var(--line)}.copies{fill:var(--c1)}
+.choices thead th{white-space:normal;vertical-align:bottom}.choices tbody th,.choices tbody td{vertical-align:top}
+.choices tbody th{white-space:nowrap}.choices .quiet{display:block}
+.choices .words{white-space:normal;min-width:130px;text-align:left}
 details{margin-top:10px}
 ul{padding-left:20px;max-width:80ch}li{margin:6px 0}
 pre{overflow:auto;max-height:480px;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px;
