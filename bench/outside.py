@@ -132,6 +132,22 @@ def in_closed_loop(
     return asyncio.run(_loop(server, asks, concurrency, seed, ids))
 
 
+def in_open_loop(server: Server, asks: Sequence[Ask], rate: float, seed: int, ids: tuple[int, int]) -> list[Seen]:
+    """So many requests a second, each when it comes (Poisson), whoever is still served."""
+
+    async def one(content: bytes, ask: Ask, at: float) -> Seen:
+        await asyncio.sleep(at)
+        return await _ask(*await asyncio.open_connection(url.host, url.port), content, ask)
+
+    async def loop() -> list[Seen]:
+        times = np.cumsum(rng.exponential(1 / rate, len(asks)))
+        bodies = [_request(body(server, ask, drawn, ids)) for ask in asks]
+        return await asyncio.gather(*map(one, bodies, asks, times.tolist()))
+
+    url, rng, drawn = httpx.URL(server.url), np.random.default_rng(seed), np.random.default_rng(time.time_ns())
+    return asyncio.run(loop())
+
+
 async def _loop(server: Server, asks: Sequence[Ask], concurrency: int, seed: int, ids: tuple[int, int]) -> list[Seen]:
     rng = np.random.default_rng([seed, os.getpid(), time.time_ns()])
     requests = iter([(_request(body(server, ask, rng, ids)), ask) for ask in asks])  # only to be sent from here on

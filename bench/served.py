@@ -20,6 +20,7 @@ import dataclasses
 import json
 import statistics
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -157,41 +158,46 @@ def _alone(options: argparse.Namespace) -> list[float]:
 
 
 def predicted(options: argparse.Namespace) -> None:
-    """A round each: the host measured, then simulated, then served."""
+    """A round each: the host measured, then simulated and served, load by load."""
     from model.checkpoint import Checkpoint
     from runtime.execution.local.load import embedded_checkpoint
 
     checkpoint = options.checkpoint or embedded_checkpoint()
     vocab = Checkpoint(checkpoint).config.vocab_size
     ids = (min(300, vocab // 4), vocab - 100)
-    asks = outside.repeated(Ask(options.isl, options.osl), options.requests)
-    found: dict[str, Sides] = {}
-    given = ("--backend", "cpu", "--checkpoint", checkpoint, "--warm-up", options.concurrency, "--dtype", "float32")
+    loads: list[tuple[str, float]] = [("concurrency", count) for count in map(int, options.concurrency.split(","))]
+    loads += [("rate", options.rate)]
+    found: dict[str, dict[str, Sides]] = {}
+    most = max(int(count) for kind, count in loads if kind == "concurrency")
+    given = ("--backend", "cpu", "--checkpoint", checkpoint, "--warm-up", 2 * most, "--dtype", "float32")
     with tempfile.TemporaryDirectory() as folder, served(*given) as server:
-        in_closed_loop(server, asks, options.concurrency, 0, ids)  # compiles what is left
-        for seed in range(options.rounds):
+        for seed in range(-1, options.rounds):
             profile = Path(folder) / f"host{seed}.toml"
-            glm5("calibrate", "--backend", "cpu", "--out", profile, *(["--quick"] if options.quick else []))
-            simulated = told(json.loads(_simulate(checkpoint, profile, options)))
-            seen = figures(in_closed_loop(server, asks, options.concurrency, seed, ids), 1.0)
-            noted(found, simulated, seen)
-    alone: dict[str, Sides] = {}
-    from runtime.api.backing import Backing
+            if seed >= 0:
+                glm5("calibrate", "--backend", "cpu", "--out", profile, *(["--quick"] if options.quick else []))
+            for kind, value in loads:
+                count = int(max(16, 6 * value)) if kind == "concurrency" else options.requests
+                asks = outside.repeated(Ask(options.isl, options.osl), count)
+                if kind == "concurrency":
+                    answers = in_closed_loop(server, asks, int(value), 0, ids)
+                else:
+                    answers = outside.in_open_loop(server, asks, value, 0, ids)
+                if seed >= 0:  # the one before compiles what is left
+                    print(f"{kind} {value:g}: ", end="")
+                    simulated = told(json.loads(_simulate(checkpoint, profile, options, kind, value, count)))
+                    noted(found.setdefault(f"{value:g}, {kind}", {}), simulated, figures(answers, 1.0))
+    print(f"{checkpoint}: {options.isl} in, {options.osl} out; {options.rounds} rounds\n{HEAD}")
+    for load_name, each in found.items():
+        print(*(sides.row(f"{load_name}: {name}") for name, sides in each.items()), sep="\n")
 
-    with inside.service(Backing("cpu", checkpoint, dtype="float32", warm=options.concurrency)) as service:
-        for seed in range(options.rounds):
-            seen = figures(inside.in_closed_loop(service, asks, options.concurrency, ids), 1.0)
-            noted(alone, {name: found[name].told[seed] for name in seen}, seen)
-    print(f"{checkpoint}: {options.isl} in, {options.osl} out, {options.concurrency} in flight")
-    print(HEAD, *(sides.row(name) for name, sides in found.items()), sep="\n")
-    print(*(sides.row(f"{name}; the scheduler driven directly") for name, sides in alone.items()), sep="\n")
 
-
-def _simulate(checkpoint: Path, profile: Path, options: argparse.Namespace) -> str:
+def _simulate(
+    checkpoint: Path, profile: Path, options: argparse.Namespace, kind: str, value: float, requests: int
+) -> str:
     return glm5(
         "simulate", "--model", checkpoint, "--profile", profile, "--devices", 1, "--engine", "glm5", "--formats", "f32",
-        "--isl", options.isl, "--osl", options.osl, "--length-ratio", 1, "--concurrency", options.concurrency,
-        "--requests", options.requests, "--set", "engine.chunked_prefill_tokens=256", "--json",
+        "--isl", options.isl, "--osl", options.osl, "--length-ratio", 1, f"--{kind}", value,
+        "--requests", requests, "--json",
     )  # fmt: skip
 
 
@@ -207,6 +213,10 @@ def load(options: argparse.Namespace) -> None:
         print(f"{sum(ended.values())} requests: " + ", ".join(f"{n} {how}" for how, n in ended.most_common()))
         answered = in_closed_loop(server, outside.repeated(Ask(32, 8), 32), 8, 1, SYNTHETIC_IDS)
         print(f"{len(answered)} of 32 more were answered")
+        stopped = threading.Timer(10, server.process.terminate)
+        stopped.start()
+        ended = crowd.crowd(server, 15, options.streams, SYNTHETIC_IDS, (crowd.reads,))
+        print("SIGTERM in the middle: " + ", ".join(f"{n} {how}" for how, n in ended.most_common()))
 
 
 def main() -> None:
@@ -229,7 +239,7 @@ def main() -> None:
         rounds=3, time_scale=1.0,
     )  # fmt: skip
     mode(overhead, backend="sim", streams=32, osl=256, rounds=5, time_scale=1.0)
-    mode(predicted, isl=128, osl=64, concurrency=8, requests=48, rounds=3, quick=False, checkpoint=None)
+    mode(predicted, isl=128, osl=64, concurrency="1,4,8", rate=2.0, requests=24, rounds=5, quick=False, checkpoint=None)
     mode(load, backend="cpu", streams=200, seconds=600.0, time_scale=1.0)
     options = parser.parse_args()
     options.call(options)

@@ -94,6 +94,9 @@ def _fields() -> dict[str, Field]:
         "overhead.vector_launch_s": Field(*latency, "fixed time of an element-wise kernel, however small"),
         "overhead.collective_launch_s": Field(*latency, "time of the smallest collective in one server"),
         "overhead.p2p_latency_s": Field(*latency, "time of the smallest send between two devices"),
+        "overhead.serving_request_s": Field(*latency, "the host's work on a request, where engine glm5 serves"),
+        "overhead.serving_step_s": Field(*latency, "the host's work on a step there, beside the device's"),
+        "overhead.serving_row_s": Field(*latency, "what each sequence of the step adds to that"),
         "overhead.collective_buffer_bytes": Field("bytes", 1, 1e12, "memory the collective library takes"),
         "overhead.runtime_reserved_bytes": Field("bytes", 1, 1e12, "memory driver context and runtime take"),
     }

@@ -6,12 +6,16 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from foundation.errors import UsageError
 from runtime.cli import completion
+
+if TYPE_CHECKING:
+    from backends.interface import Backend
+    from runtime.porting.calibrate import ServingCost
 
 
 def calibrate(
@@ -24,7 +28,8 @@ def calibrate(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and rounds: seconds, and rougher.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure matrix products, memory, launches and ops of this machine, and write a profile to simulate with."""
+    """Measure matrix products, memory, launches and ops of this machine, and what serving takes beside them; write a
+    profile to simulate with."""
     import hw_profiles
     from backends import registry
     from foundation.writing import replacing_together
@@ -36,6 +41,7 @@ def calibrate(
     adapter = registry.usable(backend)
     with replacing_together(tables, out) as (beside, temporary):  # the profile last: it says which prices are its own
         found = measure(adapter, QUICK if quick else Effort(), _line if sys.stderr.isatty() and not as_json else None)
+        found = dataclasses.replace(found, serving=_serving_cost(adapter))
         described = profile(found, adapter, out.stem, tables.name)
         measured = json.dumps(prices(found, described), indent=1) + "\n"
         described = dataclasses.replace(described, prices_sha256=hw_profiles.prices_sha256(measured))
@@ -54,6 +60,18 @@ def calibrate(
     print(f"rounds differ by {found.spread:.0%}. Wrote {out} and {tables.name}; use it with")
     formats = " --formats f32" if found.dtype == "float32" else ""
     print(f"  glm5 simulate --profile {out} --devices 1 --engine glm5{formats} --model CHECKPOINT")
+
+
+def _serving_cost(adapter: Backend) -> ServingCost | None:
+    try:
+        from runtime.api.pace import serving_cost
+    except ModuleNotFoundError as error:
+        print(
+            f"glm5: what serving takes beside the device is not measured: it needs {error.name} "
+            "(pip install 'glm5-runtime[serve]')", file=sys.stderr,
+        )  # fmt: skip
+        return None
+    return serving_cost(adapter)
 
 
 def _line(done: int, total: int) -> None:

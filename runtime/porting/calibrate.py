@@ -103,6 +103,16 @@ class Stream:
 
 
 @dataclasses.dataclass(frozen=True)
+class ServingCost:
+    """What the host works beside the device, where this project's server serves: CPU seconds a request, a step, and a
+    row of a step (a sequence's next token, or a piece of a prompt)."""
+
+    request_s: float
+    step_s: float
+    row_s: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Calibration:
     """What was measured. Seconds.
 
@@ -110,7 +120,7 @@ class Calibration:
 
     dispatch_s: a call of an empty program, until its result is on the host. donated_s: the same with a
     64 MB cache that is donated and one row of which is written. kernel_launch_s, vector_launch_s: the smallest
-    product and the smallest norm inside a program.
+    product and the smallest norm inside a program. serving: of this project's server, where that was measured.
     """
 
     dtype: str
@@ -121,6 +131,7 @@ class Calibration:
     gemms: tuple[Gemm, ...]
     streams: tuple[Stream, ...]
     kernels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    serving: ServingCost | None = None
 
     @property
     def main(self) -> list[Gemm]:
@@ -225,6 +236,10 @@ def profile(found: Calibration, backend: Backend, name: str, prices: str | None 
         f"{found.donated_s * 1e6:.0f} us with a donated cache.",
     )
     values["overhead.vector_launch_s"] = (found.vector_launch_s, "One small norm inside a compiled step.")
+    if found.serving is not None:
+        served = "`glm5 serve` with a model that takes no time; CPU of the embedded checkpoint's server."
+        for what, seconds in dataclasses.asdict(found.serving).items():
+            values[f"overhead.serving_{what}"] = (seconds, served)
     computed = "float32" if found.dtype == "float32" else "bfloat16"
     curves = {
         path: Curve(

@@ -1,4 +1,5 @@
-"""Measures ops of the graph whose time no matrix product tells: routed experts and attention over a selection.
+"""Measures ops of the graph whose time no matrix product tells: routed experts, attention over a selection, and the
+scores that it is made by.
 
 Each is run as the backend lowers it, inside a compiled program, at a few sizes; the three constants of the
 cost model's formula (launch, share of the peak, share of the bandwidth) are fitted to the relative errors,
@@ -24,6 +25,7 @@ from model.ops import OPS
 from runtime.pricing.kernel import Constants, formula
 
 _EXPERTS, _TOP_K, _HEADS, _LATENT, _VALUE, _PAGE, _SELECTED = 32, 4, 8, 160, 128, 16, 128
+_INDEX_HEADS, _INDEX_DIM = 16, 32
 _WIDTHS = (256, 512)  # of the experts, and of the model around them
 _LAYERS = 4
 FORMAT_OF_DTYPE = {"float32": "f32", "bfloat16": "bf16"}
@@ -45,7 +47,8 @@ def measure_kernels(
     rounds: int,
     tokens: Sequence[int],
 ) -> dict[str, Any]:
-    """The body of a coefficients file (`hw_profiles/prices/`): kernels `moe`, `mla_decode` and `sparse_prefill`."""
+    """The body of a coefficients file (`hw_profiles/prices/`): kernels `moe`, `mla_decode`, `sparse_prefill` and
+    `index_scores`."""
     name, size = FORMAT_OF_DTYPE[dtype], 4.0 if dtype == "float32" else 2.0
     rates = peak_flops_per_s, bandwidth_bytes_per_s
     few = [count for count in tokens if count <= 16] or [min(tokens)]
@@ -54,6 +57,7 @@ def measure_kernels(
         f"moe/{name}/any": _fitted("moe", _experts(backend, dtype, size, tokens, rounds), *rates),
         f"mla_decode/{name}/any": _fitted("attention", _decoding(backend, dtype, size, few, rounds), *rates),
         f"sparse_prefill/{name}/any": _fitted("attention", _chunk(backend, dtype, size, many, rounds), *rates),
+        f"index_scores/{name}/any": _fitted("index_scores", _scores(backend, dtype, size, many, rounds), *rates),
     }
     return {"schema": 1, "kernels": kernels}
 
@@ -120,6 +124,38 @@ def _chunk(backend: Backend, dtype: str, size: float, tokens: Sequence[int], rou
     cases = [(1, t, min(_SELECTED, t), t) for t in tokens]
     features = [{"sequences": 1.0, "tokens": float(t), "context": min(t / 2, _SELECTED)} for _, t, _, _ in cases]
     return _attention(backend, dtype, size, cases, features, rounds)
+
+
+def _scores(backend: Backend, dtype: str, size: float, tokens: Sequence[int], rounds: int) -> list[Measurement]:
+    """Index scores of a prompt's chunk: its queries see half of it on average, and all of what stands before it."""
+    rng = np.random.default_rng(3)
+    cases, features = [], []
+    for t in tokens:
+        for before in (0, 2 * t):
+            pages = -(-(before + t) // _PAGE)
+            caches = tuple(backend.put(_normal(rng, (pages, _PAGE, _INDEX_DIM), dtype)) for _ in range(_LAYERS))
+            cases.append(
+                (
+                    backend.put(_normal(rng, (1, t, _INDEX_HEADS, _INDEX_DIM), dtype)),
+                    backend.put(_normal(rng, (1, t, _INDEX_HEADS), dtype)),
+                    caches,
+                    backend.put(np.arange(pages, dtype=np.int32)[None]),
+                    backend.put(np.arange(before, before + t, dtype=np.int32)[None]),
+                )
+            )
+            features.append({"sequences": 1.0, "tokens": float(t), "context": before + t / 2,
+                             "index_heads": float(_INDEX_HEADS), "index_dim": float(_INDEX_DIM),
+                             "index_kv_bytes": _INDEX_DIM * size})  # fmt: skip
+    times = _timed(backend, "index scores", [_score_layers] * len(cases), cases, rounds)
+    return [Measurement(each, seconds / _LAYERS) for each, seconds in zip(features, times, strict=True)]
+
+
+def _score_layers(query: Any, weights: Any, caches: Any, table: Any, positions: Any) -> Any:
+    for cache in caches:
+        scores = OPS["glm.index_scores"].call(query, weights, cache, table, positions)
+        best = jnp.max(scores, axis=-1)  # each query sees itself at least
+        query = query + best[:, :, None, None].astype(query.dtype) * 1e-3  # no layer's scores are another's
+    return scores
 
 
 def _attention(
@@ -202,7 +238,7 @@ def _fitted(family: str, points: Sequence[Measurement], peak: float, bandwidth: 
     }
 
 
-_AXES = {"moe": ("inter", "rows"), "attention": ("sequences", "context")}
+_AXES = {"moe": ("inter", "rows"), "attention": ("sequences", "context"), "index_scores": ("tokens", "context")}
 _UNIT = 0.001
 
 
@@ -213,8 +249,12 @@ def _ratio(family: str, points: Sequence[Measurement], peak: float, bandwidth: f
     if math.prod(map(len, axes.values())) != len(points):  # no grid: a line over the tokens
         axes = {"tokens": sorted({p.features["tokens"] for p in points})}
     grid = np.zeros([len(knots) for knots in axes.values()])
+    counts = np.zeros_like(grid)
     for point, value in zip(points, left, strict=True):
-        grid[tuple(knots.index(point.features[name]) for name, knots in axes.items())] = value
+        place = tuple(knots.index(point.features[name]) for name, knots in axes.items())
+        grid[place] += value
+        counts[place] += 1
+    grid /= counts
     return {"axes": axes, "ratio": np.round(grid / _UNIT).astype(int).ravel().tolist(), "ratio_unit": _UNIT}
 
 

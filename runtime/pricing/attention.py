@@ -303,7 +303,8 @@ def index_scores(book: PriceBook, layer: MlaLayer, tokens: float, context: float
     Only the prefill kernel was measured alone. Decode takes its formula at the streaming rate of decode
     attention and is graded 'transferred'.
     """
-    kernel, _ = book.kernel("index_scores", "fp8")
+    own = book.named(f"index_scores/{book.wide}/any")
+    kernel = own or book.kernel("index_scores", "fp8")[0]
     shape = layer.shape
     fixed = {**shape.features(), "index_kv_bytes": float(layer.index_kv_bytes)}
     if decode:

@@ -251,7 +251,7 @@ class GraphPricer:
         context = float(shape.decode_contexts.mean()) if shape.decode_count else 0.0
         prefix = sum(before for _, before in chunks) / len(chunks) if chunks else 0.0
         parts = min(self.layout.pp, rows + len(chunks)) or 1
-        tokens, count = math.ceil(shape.prefill_tokens / parts), math.ceil(len(chunks) / parts)
+        tokens, count = math.ceil((shape.prefill_tokens + shape.padding) / parts), math.ceil(len(chunks) / parts)
         return math.ceil(rows / parts), context, tokens, prefix, count
 
     def _hops(self, tokens: int) -> Price:

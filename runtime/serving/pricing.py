@@ -28,6 +28,7 @@ class BatchShape:
         of a step with `query_tokens > 1` includes the drafting.
     prefill_chunks: (new tokens, tokens already in the cache before them) per prompt chunk.
     decode_rows: sequences the decode kernels run on, graph padding included; at least n.
+    padding: prompt tokens computed beside those of the chunks, to fill a program's shape.
     graphed: the step replays a captured graph instead of launching each kernel from the host. pieces: it replays
         graphs of what lies between attention.
     """
@@ -38,11 +39,17 @@ class BatchShape:
     decode_rows: int = 0
     graphed: bool = False
     pieces: bool = False
+    padding: int = 0
 
     @property
     def decode_count(self) -> int:
         """Sequences that decode in this step."""
         return len(self.decode_contexts)
+
+    @property
+    def rows(self) -> int:
+        """Sequences that the step computes something of."""
+        return self.decode_count + len(self.prefill_chunks)
 
     @property
     def prefill_tokens(self) -> int:

@@ -92,9 +92,10 @@ class Rank:
         prompts = sum(new for new, _ in chunks)
         rows, graphed = (count, False) if chunks else engine.decode_rows(count)
         pieces = not graphed and engine.in_pieces(count, prompts, count * q + prompts)
+        padding = engine.prompt_padding([new for new, _ in chunks]) if chunks else 0
         if not plan.decode:
-            return BatchShape(query_tokens=q, prefill_chunks=chunks, pieces=pieces)
-        return BatchShape(self.kv + (q + step), q, chunks, rows, graphed, pieces)
+            return BatchShape(query_tokens=q, prefill_chunks=chunks, pieces=pieces, padding=padding)
+        return BatchShape(self.kv + (q + step), q, chunks, rows, graphed, pieces, padding)
 
     def next_ready(self, now: float) -> float:
         """When the next cache that a prompt waits for will have come."""

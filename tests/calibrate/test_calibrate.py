@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -11,14 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import hw_profiles
 from backends import registry
 from foundation.errors import UsageError
 from model.hf_config import load_config
 from model.split import Layout
+from runtime.api import pace
+from runtime.deployment.engines import load
+from runtime.deployment.engines.defaults import engine_for
 from runtime.porting import calibrate_ops
-from runtime.porting.calibrate import QUICK, Calibration, Effort, Gemm, Stream, measure, prices, profile
+from runtime.porting.calibrate import QUICK, Calibration, Effort, Gemm, ServingCost, Stream, measure, prices, profile
 from runtime.pricing import Chip, open_book
 from runtime.serving.pricing import BatchShape
 from runtime.simulation.build import PriceTables, pricer_of, spec_for
@@ -35,8 +41,19 @@ def found() -> Calibration:
         return measure(registry.usable("cpu"), SMALL)
 
 
+SERVING_COST = pace.serving_cost  # itself, which tests stand in for
+SERVING = ServingCost(request_s=4e-3, step_s=1e-3, row_s=5e-4)
+
+
+@pytest.fixture(autouse=True)
+def served_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No server is measured."""
+    monkeypatch.setattr("runtime.api.pace.serving_cost", lambda _: SERVING)
+
+
 @pytest.fixture
 def written(found: Calibration, tmp_path: Path) -> Iterator[hw_profiles.Profile]:
+    found = dataclasses.replace(found, serving=SERVING)
     described = profile(found, registry.usable("cpu"), "my-host", "my-host.prices.json")
     (tmp_path / "my-host.toml").write_text(hw_profiles.dumps(described))
     (tmp_path / "my-host.prices.json").write_text(json.dumps(prices(found, described)))
@@ -52,11 +69,49 @@ def test_the_profile_loads_and_is_graded_measured(written: hw_profiles.Profile) 
         "chip.memory.bandwidth_bytes_per_s",
         "overhead.kernel_launch_s",
         "overhead.vector_launch_s",
+        "overhead.serving_row_s",
     ):
         assert written.require(path).source == "glm5 calibrate"
     for path in ("efficiency.compute", "efficiency.memory"):
         assert all(0 < share <= 1 for _, share in written.curve(path).knots)
     assert written.prices_path and written.prices_path.is_file()
+
+
+def test_what_serving_takes_becomes_the_engines_own_host_times(written: hw_profiles.Profile) -> None:
+    cfg = load_config("glm-5")
+    engine = engine_for("glm5", cfg, written, Layout())
+    assert engine.request_seconds == SERVING.request_s and engine.row_host_seconds == SERVING.row_s
+    assert engine.graph_step_host_seconds == engine.eager_step_host_seconds == SERVING.step_s
+    assert engine_for("glm5", cfg, written, Layout(), {"row_host_seconds": 0.0}).row_host_seconds == 0
+    other = engine_for("vllm", cfg, written, Layout())
+    assert (other.request_seconds, other.row_host_seconds) == (load("vllm").request_seconds, 0.0)
+
+
+@given(
+    request=st.floats(1e-4, 1e-2), step=st.floats(1e-5, 1e-2), row=st.floats(1e-5, 1e-2), programs=st.floats(0, 1e-2)
+)
+def test_what_serving_takes_is_found_beside_the_programs(
+    request: float, step: float, row: float, programs: float
+) -> None:
+    """Of a server that takes just so much: what its programs take, in steps that requests share, is none of it."""
+
+    def cpu_s(port: int, streams: int, tokens: int) -> float:
+        prompts = streams * (request + row) + step + 3 * programs
+        return prompts + (tokens - 1) * (programs + step + streams * row)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pace, "load_engine", lambda *_: None)
+        patch.setattr(pace, "_served", lambda engine: contextlib.nullcontext(0))
+        patch.setattr(pace, "_cpu_s", cpu_s)
+        patch.setattr(pace, "_programs_cpu_s", lambda engine: (3 * programs, programs))
+        found = SERVING_COST(registry.get("cpu"), rounds=1)
+    assert dataclasses.astuple(found) == pytest.approx((request, step, row), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_what_serving_takes_on_this_machine() -> None:
+    found = SERVING_COST(registry.usable("cpu"), rounds=2)
+    assert 0 <= found.row_s < found.request_s < 1 and found.row_s + found.step_s > 0
 
 
 def test_its_own_rates_price_its_ops(written: hw_profiles.Profile) -> None:

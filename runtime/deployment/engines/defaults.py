@@ -148,7 +148,19 @@ def _trtllm(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived
     return {"graph_batch_sizes": _cut(padded if engine.graph_padding else engine.graph_batch_sizes, most)}
 
 
+def _glm5(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived:
+    """What `glm5 calibrate` measured of the server on this machine."""
+    names = {
+        "overhead.serving_request_s": ("request_seconds",),
+        "overhead.serving_step_s": ("graph_step_host_seconds", "eager_step_host_seconds"),
+        "overhead.serving_row_s": ("row_host_seconds",),
+    }
+    found = {path: on.profile.get(path) for path in names}
+    return {name: figure.value for path, figure in found.items() if figure is not None for name in names[path]}
+
+
 _FORMULAS: Mapping[str, Callable[[Engine, EngineSite, Mapping[str, Any]], Derived]] = {
+    "glm5": _glm5,
     "sglang": _sglang,
     "trtllm": _trtllm,
     "vllm": _vllm,

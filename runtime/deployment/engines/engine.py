@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
@@ -201,6 +201,8 @@ class Engine:
     graph_padding: whether a batch between two captured sizes is padded; otherwise it runs eagerly.
     piecewise_step_tokens: a step with prompts of at most so many tokens replays graphs of what lies between attention;
         longer ones are launched eagerly.
+    prompt_row_tokens: a step's pieces of prompts are rows of one length, padded to a power of two times this, and
+        padded to a power of two in their number; 0: they are not padded.
 
     Layouts
     expert_groups: whether experts can be cut both ways: over groups of devices, and in a group by width.
@@ -210,6 +212,7 @@ class Engine:
     Overheads
     graph_step_host_seconds: host work of a step that replays graphs: scheduling, sampling, results.
     eager_step_host_seconds: host work of a step that launches each kernel, but for the launches.
+    row_host_seconds: host work that each sequence of a step adds: its sampling, books, and the sending of its token.
     eager_layer_host_seconds: host work to launch one layer eagerly; launches run beside the device's work.
     eager_sparse_layer_host_seconds: what a layer with sparse attention adds to that.
     eager_launch_seconds: host work to launch a whole step eagerly; from the two above where nothing is given.
@@ -264,6 +267,7 @@ class Engine:
     prices: Tables = "sglang"
     hosts: tuple[str, ...] = ()
     cache: CacheRules = CacheRules()
+    row_host_seconds: float = 0.0
     eager_layer_host_seconds: float = 0.0
     eager_sparse_layer_host_seconds: float = 0.0
     eager_launch_seconds: float = 0.0
@@ -281,6 +285,7 @@ class Engine:
     graph_max_batch: int = 0
     graph_padding: bool = True
     piecewise_step_tokens: int = 0
+    prompt_row_tokens: int = 0
     context_tokens: int = 0
     sampler_logit_bytes: float = 0.0
     graph_memory_bytes: float = 0.0
@@ -339,15 +344,24 @@ class Engine:
             return tokens <= self.piecewise_step_tokens
         return self.graph_mode == "piecewise" and sequences <= (self.graph_batch_sizes or (0,))[-1]
 
-    def step_seconds(self, device_seconds: float, graphed: bool, pieces: bool) -> float:
-        """Duration of a step: the device works while the host launches, and all of the host's work hides behind the
-        device's where steps overlap."""
+    def prompt_padding(self, pieces: Sequence[int]) -> int:
+        """Tokens that are computed beside those of a step's pieces of prompts."""
+        if not self.prompt_row_tokens or not pieces:
+            return 0
+        least = self.prompt_row_tokens
+        width = least * _power_of_two(-(-max(pieces) // least))
+        return _power_of_two(len(pieces)) * width - sum(pieces)
+
+    def step_seconds(self, device_seconds: float, graphed: bool, pieces: bool, rows: int = 0) -> float:
+        """Duration of a step with so many sequences: the device works while the host launches, and all of the host's
+        work hides behind the device's where steps overlap."""
         if graphed:
             launch, host = 0.0, self.graph_step_host_seconds
         elif pieces:
             launch, host = self.piecewise_launch_seconds, self.graph_step_host_seconds
         else:
             launch, host = self.eager_launch_seconds, self.eager_step_host_seconds
+        host += rows * self.row_host_seconds
         if self.overlap_scheduling:
             return max(device_seconds, launch + host)
         return max(device_seconds, launch) + host
@@ -358,6 +372,10 @@ class Engine:
             return ("graph_step_host_seconds",)
         how, step = ("piecewise", "graph") if pieces else ("eager", "eager")
         return f"{step}_step_host_seconds", f"{how}_layer_host_seconds", f"{how}_sparse_layer_host_seconds"
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << max(0, least - 1).bit_length()
 
 
 ABOUT = ("name", "description", "kind", "release", "released", "prices", "hosts")

@@ -1,0 +1,68 @@
+"""What an engine's description says of its own programs and host is what it does."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.deployment.engines import load
+from runtime.execution.batches import gear
+from runtime.execution.local.engine import EngineConfig
+from runtime.serving import Deployment
+from runtime.serving.loop import Loop
+from runtime.serving.pricing import BatchShape, StepPrice
+from runtime.serving.request import Request
+from tests.serving.helpers import plain_engine
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=20))
+def test_prompts_are_padded_as_the_executor_pads_them(pieces: list[int]) -> None:
+    config = EngineConfig()
+    computed = gear(len(pieces), config.least_batch) * gear(max(pieces), config.least_chunk)
+    assert sum(pieces) + load("glm5").prompt_padding(pieces) == computed
+
+
+@given(st.integers(1, 16))
+def test_answers_are_padded_as_the_executor_pads_them(rows: int) -> None:
+    assert load("glm5").decode_rows(rows) == (gear(rows, EngineConfig().least_batch), True)
+
+
+def test_others_do_not_pad_prompts() -> None:
+    assert all(not load(name).prompt_padding([3, 17]) for name in ("sglang", "vllm", "trtllm", "vllm-ascend"))
+
+
+class PerToken:
+    """A second for each token computed, padding included."""
+
+    def price(self, shape: BatchShape) -> StepPrice:
+        return StepPrice(self.seconds(shape))
+
+    def seconds(self, shape: BatchShape) -> float:
+        return float(shape.prefill_tokens + shape.padding + shape.decode_rows)
+
+
+@pytest.mark.parametrize("together", [1, 3, 4])
+def test_a_steps_time_is_its_device_its_host_and_its_rows(together: int) -> None:
+    """By hand: prompts of 17 tokens are rows of 32, three answers are four rows; the host adds to every step."""
+    engine = plain_engine(graph_step_host_seconds=0.5, eager_step_host_seconds=0.25, row_host_seconds=0.125)
+    loop = Loop(Deployment(engine, PerToken(), 10_000))
+    requests = [Request(number, 17, 3) for number in range(together)]
+    for request in requests:
+        loop.send(request)
+    while loop.next_at is not None:
+        loop.advance()
+    rows = gear(together)
+    first = rows * 32 + 0.25 + together * 0.125
+    step = rows + 0.5 + together * 0.125
+    for request in requests:
+        assert math.isclose(request.first_token_at, first) and math.isclose(request.finished_at, first + 2 * step)
+
+
+def test_padding_is_priced_with_the_tokens() -> None:
+    shape = BatchShape(prefill_chunks=[(17, 0)], padding=15)
+    assert (shape.tokens, shape.rows) == (17, 1)
+    assert BatchShape(np.full(3, 9), prefill_chunks=[(1, 0)]).rows == 4
