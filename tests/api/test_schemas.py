@@ -46,6 +46,17 @@ leaves = st.one_of(
     ),
     st.sampled_from([["string", "null"], ["integer", "string"], ["object", "null"]]).map(lambda t: {"type": t}),
     st.sampled_from(
+        [
+            {"type": "integer", "exclusiveMinimum": 0},
+            {"type": "integer", "multipleOf": 5},
+            {"type": "number", "minimum": -1.5, "exclusiveMaximum": 2.5},
+            {"type": "string", "contentEncoding": "base64", "deprecated": True},
+            {"type": "string", "pattern": r"^v\d+\.\d+\.\d+$"},
+            {"type": "string", "pattern": r"^(?:[a-z0-9]+-)*[a-z0-9]+$", "maxLength": 12},
+            {"const": {"a": [1, None]}},
+        ]
+    ),
+    st.sampled_from(
         [{"not": {}}, {"uniqueItems": True, "type": "array"}, {"if": {}}, {"type": "string", "pattern": "(?=x)"}]
     ),
 )
@@ -66,6 +77,24 @@ def larger(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
             lambda p: {"type": "array", "items": p[0], "minItems": p[1], "maxItems": p[1] + 2}
         ),
         st.lists(inner, min_size=1, max_size=3).map(lambda found: {"anyOf": found}),
+        st.lists(inner, min_size=1, max_size=2).map(lambda found: {"oneOf": found}),
+        st.tuples(properties, inner).map(
+            lambda p: {"allOf": [{"type": "object", "properties": p[0]}, {"properties": {"z": p[1]}}]}
+        ),
+        st.tuples(inner, inner).map(lambda p: {"type": "array", "prefixItems": list(p), "items": False}),
+        st.tuples(properties, inner).map(
+            lambda p: {"type": "object", "properties": p[0], "patternProperties": {"^x-": p[1]}}
+        ),
+        st.tuples(properties, st.sampled_from([{"minProperties": 1}, {"maxProperties": 2}])).map(
+            lambda p: {"type": "object", "properties": p[0], **p[1]}
+        ),
+        properties.map(
+            lambda each: {
+                "type": "object",
+                "properties": {**each, "next": {"anyOf": [{"$ref": "#/$defs/x"}, {"type": "null"}]}},
+                "$defs": {"x": {"type": "object", "properties": {"v": {"type": "integer"}}, "required": ["v"]}},
+            }
+        ),
     )
 
 

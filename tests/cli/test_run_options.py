@@ -78,7 +78,7 @@ def test_every_option_has_a_mode() -> None:
     ("line", "said"),
     [
         ("--backend sim --prefill-chunk 256", "--prefill-chunk does not go with --backend sim"),
-        ("--backend sim --mtp 0", "--mtp does not go with --backend sim"),
+        ("--artifact p --backend ort --mtp 0", "--mtp does not go with --artifact"),
         ("--artifact p --backend ort --prefill-chunk 64", "--prefill-chunk does not go with --artifact"),
         ("--artifact p --backend ort --no-thinking", "--no-thinking does not go with --artifact"),
         ("--artifact p --backend ort --scale-memory 1", "--scale-memory does not go with --artifact"),
