@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROMPT ?= The quick fox runs past the road. It
 
-.PHONY: demo test test-all test-clients check bench clean
+.PHONY: demo test test-all test-clients test-cuda check bench clean
 
 DEMO := build/demo
 
@@ -26,11 +26,15 @@ test: .venv/test
 	$(BIN)/pytest -n 2 --dist loadfile
 
 test-all: .venv/test
-	HYPOTHESIS_PROFILE=random $(BIN)/pytest -n 2 --dist loadfile -m "not gpu and not clients"
+	HYPOTHESIS_PROFILE=random $(BIN)/pytest -n 2 --dist loadfile -m "not gpu and not clients and not cuda"
 
 # Other people's clients against a server of this checkout; they want packages that the product must not have.
 test-clients: .venv/test build/clients/ready
 	GLM5=$(abspath $(BIN))/glm5 build/clients/bin/python -m pytest -p no:cacheprovider -W default --confcutdir tests/clients -m clients tests/clients
+
+# Kernels for GPUs, without one: Triton's interpreter, the assembler, XLA for an H200 that is not there.
+test-cuda: build/cuda/ready
+	build/cuda/bin/python -m pytest -p no:cacheprovider -W default -m cuda tests/kernels
 
 check: .venv/test
 	$(BIN)/ruff check .
@@ -55,6 +59,14 @@ bench: .venv/test
 build/clients/ready: tests/clients/requirements.txt
 	test -x build/clients/bin/python || $(PYTHON) -m venv build/clients
 	build/clients/bin/pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
+	touch $@
+
+# JAX's CUDA plugin without the libraries of CUDA, which only running wants.
+build/cuda/ready: pyproject.toml
+	test -x build/cuda/bin/python || $(PYTHON) -m venv build/cuda
+	build/cuda/bin/pip install --quiet --disable-pip-version-check -e ".[cuda-check]"
+	jax=$$(build/cuda/bin/python -c 'import importlib.metadata as m; print(m.version("jax"))') && \
+	build/cuda/bin/pip install --quiet --disable-pip-version-check --no-deps jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax
 	touch $@
 
 clean:

@@ -1,16 +1,28 @@
-"""NVIDIA GPUs through XLA.
+"""NVIDIA GPUs through XLA, with kernels of our own for the ops that XLA is slow at (`backends.kernels`).
 
 Device checks: a driver and a GPU must be there (`unavailable` says which is missing), and matrices may
 stay in FP8 only where the chip has e4m3 (compute capability 8.9 and up). On a host without a GPU the
-adapter still exports for `cuda`.
+adapter still exports for `cuda`: kernels are then those of `EXPORTED_FOR`. An artifact with kernels runs on the
+compute capability that it was exported for.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from backends.interface import Capabilities
+from backends.errors import ArtifactError
+from backends.interface import Artifact, Capabilities, Executable, Program
+from backends.kernels import library, table
+from backends.kernels.launch import CUSTOM_CALL
 from backends.xla import XlaBackend
+from model.ops import OPS
+
+EXPORTED_FOR: library.Capability = (9, 0)
+"""The compute capability that a host without a GPU exports for: an H100's or H200's."""
+_CAPABILITY = "compute_capability"
 
 _FP8_COMPUTE_CAPABILITY = (8, 9)
 _BF16_COMPUTE_CAPABILITY = (8, 0)
@@ -23,6 +35,7 @@ class CudaBackend(XlaBackend):
     name = "cuda"
     summary = "NVIDIA GPUs through XLA"
     platform = "cuda"
+    custom_calls = (CUSTOM_CALL,)
 
     def unavailable(self) -> str | None:
         devices, reason = self._found
@@ -33,6 +46,35 @@ class CudaBackend(XlaBackend):
         if self._compute_capability < _BF16_COMPUTE_CAPABILITY:
             return f"{devices[0].device_kind} has no bfloat16 units (compute capability 8.0 or newer is needed)"
         return None
+
+    @property
+    def target(self) -> library.Capability:
+        """The compute capability of the device here, or the one exported for."""
+        return self._compute_capability if self._found[0] else EXPORTED_FOR
+
+    def lowerings(self) -> Mapping[str, Callable[..., Any]]:
+        return table.lowerings(self.target) if self.target >= library.LEAST else {}
+
+    def op_notes(self) -> Mapping[str, str]:
+        if self.target < library.LEAST:
+            why = f"decomposition: kernels need compute capability {_spelt(library.LEAST)}, not {_spelt(self.target)}"
+            return dict.fromkeys(OPS, why)
+        return table.notes()
+
+    def export(self, program: Program) -> Artifact:
+        artifact = super().export(program)
+        if CUSTOM_CALL.encode() not in artifact.payload:
+            return artifact
+        return dataclasses.replace(artifact, versions={**artifact.versions, _CAPABILITY: _spelt(self.target)})
+
+    def load(self, artifact: Artifact, devices: Sequence[Any] = ()) -> Executable:
+        wanted = artifact.versions.get(_CAPABILITY)
+        if wanted is not None and self._found[0] and wanted != (have := _spelt(self._compute_capability)):
+            raise ArtifactError(
+                f"artifact {artifact.name} has kernels for compute capability {wanted}, this GPU has {have}; export it "
+                "again on a host with such a GPU"
+            )
+        return super().load(artifact, devices)
 
     @property
     def _compute_capability(self) -> tuple[int, int]:
@@ -52,3 +94,7 @@ class CudaBackend(XlaBackend):
             donation=True,
             dlpack=True,
         )
+
+
+def _spelt(capability: library.Capability) -> str:
+    return ".".join(map(str, capability))

@@ -153,6 +153,8 @@ class Backend(ABC):
     """Whether it runs a plan on emulated devices of a profile, instead of on devices of its own."""
     spreads: ClassVar[bool] = False
     """Whether it runs a plan on the devices of several processes."""
+    custom_calls: ClassVar[tuple[str, ...]] = ()
+    """Code of its runtime that its kernels call by name, as far as exports have to allow it."""
 
     @abstractmethod
     def unavailable(self) -> str | None:
@@ -165,6 +167,13 @@ class Backend(ABC):
     def lowerings(self) -> Mapping[str, Callable[..., Any]]:
         """Own kernels by op name; other ops run their decompositions."""
         return {}
+
+    def op_notes(self) -> Mapping[str, str]:
+        """For every op of the contract, whether a kernel of its own runs it, and which calls or why not."""
+        from model.ops import OPS  # the registry of adapters must not wait for JAX
+
+        own = self.lowerings()
+        return {name: "kernel" if name in own else "decomposition" for name in OPS}
 
     def check(self, program: Program) -> None:
         """Raises `Unsupported` where the program needs a capability that is not offered."""

@@ -236,7 +236,8 @@ def index_scores(query: Array, head_weights: Array, pages: Array, page_table: Ar
 def select_topk(scores: Array, *, k: int) -> Array:
     """scores [b,t,c] -> the k best context positions, int32 [b,t,k], best first.
 
-    Equal scores are taken in order of position, lowest first: the order is defined, so a run repeats.
+    Equal scores are taken in order of position, lowest first: the order is defined, so a run repeats. What reads a
+    selection takes it as a set: a backend's kernel may give its positions in another order.
     """
     return lax.top_k(scores, k)[1].astype(jnp.int32)
 

@@ -3,8 +3,8 @@
 A graph is written three times. The portable bytecode is for other toolchains: operations of the StableHLO and func
 dialects alone, no custom calls, nothing of a platform, in the version of the dialect that `version` says (what that
 guarantees: docs/export.md). `jax.export`'s own serialization of the same program is for JAX, which loads it without the
-model's code; it names its platform, and a composite whose body holds a matrix product cannot be exported for several at
-once, hence a file each.
+model's code; it names its platform, holds the adapter's own kernels where those are plain calls, and a composite whose
+body holds a matrix product cannot be exported for several at once, hence a file each.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy
 from jax.extend.mlir.dialects import stablehlo as dialect
 
+from backends import registry
 from backends.errors import Unsupported
 from backends.toolchains.walker import Graph
+from model.ops import substitute
 
 PLATFORMS = ("cpu", "cuda")
+_WITH_KERNELS = frozenset({"cuda"})
+"""Where JAX's file holds the adapter's kernels. The CPU's are loops, which runners of packages refuse."""
 _DIALECTS = ("builtin", "func", "stablehlo")
 
 
@@ -90,8 +94,13 @@ def _export(graph: Graph, platform: str) -> export.Exported:
 
 def _lower(graph: Graph, platform: str) -> export.Exported:
     run: Any = jex.jaxpr_as_fun(graph.jaxpr)
+    allowed = []
+    if platform in _WITH_KERNELS:
+        backend = registry.get(platform)
+        run = substitute(run, backend.lowerings())
+        allowed = [export.DisabledSafetyCheck.custom_call(name) for name in backend.custom_calls]
     specs = [jax.ShapeDtypeStruct(port.shape, port.dtype) for port in graph.inputs]
-    return export.export(jax.jit(run), platforms=[platform])(*specs)
+    return export.export(jax.jit(run), platforms=[platform], disabled_checks=allowed)(*specs)
 
 
 def ops(graph: Graph) -> Counter[str]:

@@ -10,6 +10,9 @@ import typer
 
 def backends(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Also say, for each op, whether a kernel of the backend's own runs it.")
+    ] = False,
 ) -> None:
     """List the backends with PASS, or the reason they cannot be used here."""
     from backends import registry
@@ -30,6 +33,7 @@ def backends(
                 "dtypes": sorted(offered.dtypes),
                 "preferred_dtype": offered.preferred_dtype,
                 "fp8_weights": offered.fp8_weights,
+                **({"ops": dict(backend.op_notes())} if verbose else {}),
             }
         )
     if as_json:
@@ -40,3 +44,5 @@ def backends(
         devices = ", ".join(device["kind"] for device in row["devices"])
         status = f"PASS  {row['preferred_dtype']} on {devices}" if row["usable"] else f"no    {row['reason']}"
         print(f"{row['name']:6}  {row['summary']:{width}}  {status}")
+        for op, note in row.get("ops", {}).items():
+            print(f"        {op:22}  {note}")

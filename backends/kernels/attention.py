@@ -1,0 +1,115 @@
+"""Lowerings of `glm.sparse_attention`, `glm.latent_attention` and `glm.paged_attention`."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from backends.kernels.launch import launch
+from backends.kernels.library import Capability, fits
+from backends.kernels.lowering import KernelLowering, blocks, not_bfloat16, out, splits
+from backends.kernels.variants import FEW, HEAD_WIDTH, MANY, REST, VALUE
+
+_LATENT_BLOCK, _HEAD_BLOCK = 32, 64  # positions a step
+
+
+def _latent_misfit(query: Array, pages: Array, value_dim: int) -> str | None:
+    if (value_dim, query.shape[-1]) != (VALUE, VALUE + REST):
+        return f"latents of {value_dim} + {query.shape[-1] - value_dim}: kernels are for {VALUE} + {REST}"
+    return not_bfloat16(query=query, pages=pages)
+
+
+def _rows(kernel: str, needed: int, capability: Capability) -> int:
+    """Rows of a program: many where there are as many, and shared memory for them."""
+    return MANY if needed > FEW and fits(f"{kernel}_{MANY}", capability) else FEW
+
+
+def sparse_attention_why_not(
+    query: Array, pages: Array, page_table: Array, selected: Array, positions: Array, *, scale: float, value_dim: int
+) -> str | None:
+    return _latent_misfit(query, pages, value_dim)
+
+
+def sparse_attention(
+    capability: Capability, query: Array, pages: Array, page_table: Array, selected: Array, positions: Array, *,
+    scale: float, value_dim: int,
+) -> Array:  # fmt: skip
+    b, t, heads, _ = query.shape
+    count = selected.shape[2]
+    rows = _rows("sparse_attention", heads, capability)
+    grid = (b * t, blocks(heads, rows))
+    parts = splits(grid[0] * grid[1], blocks(count, _LATENT_BLOCK))
+    operands = [query, pages, page_table, selected, positions]
+    numbers = [t, heads, count, pages.shape[1], page_table.shape[1], parts, float(scale)]
+    return _finish(capability, f"sparse_attention_{rows}", query, VALUE, (*grid, parts), operands, numbers)
+
+
+def latent_attention_why_not(
+    query: Array, pages: Array, page_table: Array, positions: Array, *, scale: float, value_dim: int
+) -> str | None:
+    return _latent_misfit(query, pages, value_dim)
+
+
+def latent_attention(
+    capability: Capability, query: Array, pages: Array, page_table: Array, positions: Array, *, scale: float,
+    value_dim: int,
+) -> Array:  # fmt: skip
+    operands = [query, pages, page_table, positions]
+    return _context(capability, "latent_attention", VALUE, query, operands, 1, _LATENT_BLOCK, scale)
+
+
+def paged_attention_why_not(
+    query: Array, key_pages: Array, value_pages: Array, page_table: Array, positions: Array, *, scale: float
+) -> str | None:
+    if query.shape[-1] != HEAD_WIDTH:
+        return f"heads of width {query.shape[-1]}: kernels are for {HEAD_WIDTH}"
+    return not_bfloat16(query=query, key_pages=key_pages, value_pages=value_pages)
+
+
+def paged_attention(
+    capability: Capability, query: Array, key_pages: Array, value_pages: Array, page_table: Array, positions: Array, *,
+    scale: float,
+) -> Array:  # fmt: skip
+    operands = [query, key_pages, value_pages, page_table, positions]
+    return _context(capability, "paged_attention", HEAD_WIDTH, query, operands, key_pages.shape[2], _HEAD_BLOCK, scale)
+
+
+def _context(
+    capability: Capability, name: str, width: int, query: Array, operands: list[Array], groups: int, block: int,
+    scale: float,
+) -> Array:  # fmt: skip
+    """Attention over the whole context, of heads in groups that share keys."""
+    b, t, heads, _ = query.shape
+    page_size, table_width = operands[1].shape[1], operands[-2].shape[1]
+    pairs = t * (heads // groups)
+    rows = _rows(name, pairs, capability)
+    grid = (blocks(pairs, rows), b * groups)
+    parts = splits(grid[0] * grid[1], blocks(table_width * page_size, block))
+    numbers = [t, heads, groups, page_size, table_width, parts, float(scale)]
+    return _finish(capability, f"{name}_{rows}", query, width, (*grid, parts), operands, numbers)
+
+
+def _finish(
+    capability: Capability, name: str, query: Array, width: int, grid: tuple[int, int, int], operands: list[Array],
+    numbers: list[int | float],
+) -> Array:  # fmt: skip
+    """Launches a kernel of splits, and joins them."""
+    lead, parts = query.shape[:3], grid[2]
+    sums = [out((*lead, parts, width), jnp.float32), out((*lead, parts, 2), jnp.float32)]
+    done = launch(name, capability, sums, grid, operands, numbers)
+    rows = lead[0] * lead[1] * lead[2]
+    (joined,) = launch(f"join_{width}", capability, [out((*lead, width), query.dtype)], (rows,), done, [parts])
+    return joined
+
+
+_LATENTS = f"bfloat16 queries and caches, latents of {VALUE} + {REST}"
+LOWERINGS = (
+    KernelLowering("glm.sparse_attention", _LATENTS, sparse_attention_why_not, sparse_attention),
+    KernelLowering("glm.latent_attention", _LATENTS, latent_attention_why_not, latent_attention),
+    KernelLowering(
+        "glm.paged_attention",
+        f"bfloat16 queries and caches, heads of width {HEAD_WIDTH}",
+        paged_attention_why_not,
+        paged_attention,
+    ),
+)

@@ -1,0 +1,95 @@
+"""Compiles a layer of each type for an H200 that is not here, and prints what came of it as JSON. A process of its own:
+JAX's CUDA plugin is asked for, which the other checks must not have.
+
+    python -m tests.kernels.deviceless [decompositions]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections import Counter
+from typing import Any
+
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+os.environ.pop("JAX_PLATFORMS", None)
+os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from backends.kernels import table
+from model import abstract, graph, ops
+from model.graph import Mode
+from model.hf_config import from_hf
+from tests.kernels.rank import RANK
+
+H200 = """
+gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+ shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+ block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+ memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98 device_memory_size: 150000000000
+ shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
+ registers_per_block_limit: 65536 }
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 20 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+OPERATIONS = "fusion|custom-call|copy|transpose|sort|dot|while|call|scatter|gather"
+STEPS = {"b1": (1, 1, 130), "b64": (64, 1, 130), "t2048": (1, 2048, 128)}
+"""Sequences, tokens, pages of 64."""
+
+
+def figures(kind: Any, step: tuple[int, int, int], kernels: bool, sharding: Any) -> dict[str, Any]:
+    cfg = from_hf(RANK)
+    sequences, tokens, pages = step
+    shape = abstract.StepShape(sequences, tokens, pages)
+    mode = Mode("expanded" if tokens > 1 else "absorbed")
+
+    def layer(w: Any, cache: Any, x: Any, view: Any) -> Any:
+        return graph.layer(cfg, kind, w, x, cache, view, None, mode)
+
+    at = jax.ShapeDtypeStruct((sequences, tokens), jnp.int32)
+    view = graph.View(at, at, jax.ShapeDtypeStruct((sequences, pages), jnp.int32))
+    x = jax.ShapeDtypeStruct((sequences, tokens, cfg.hidden_size), jnp.bfloat16)
+    weights = abstract.abstract_weights(cfg, kind, keep_fp8=True)
+    args: Any = (weights, abstract.abstract_cache(cfg, kind, shape.pages, 64), x, view)
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
+    run = ops.substitute(layer, table.lowerings((9, 0)) if kernels else {})
+    compiled = jax.jit(run, donate_argnums=(1,)).lower(*args).compile()
+    text = compiled.as_text()
+    entry = text[text.index("ENTRY") :]
+    found = Counter(
+        called[1] if (called := re.search(r'custom_call_target="([^"]+)"', line)) else match[1]
+        for line in entry.splitlines()
+        if (match := re.search(rf"= \S+.* ({OPERATIONS})\(", line))
+    )
+    analysis = compiled.memory_analysis()
+    widest = max(w.size for w in jax.tree.leaves(args[0]))
+    return {
+        "temporary_bytes": analysis.temp_size_in_bytes, "kernels": dict(found), "launches": sum(found.values()),
+        "widest_weight_bytes": widest,
+    }  # fmt: skip
+
+
+def main() -> None:
+    kernels = "decompositions" not in sys.argv[1:]
+    described = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
+    sharding = NamedSharding(topologies.make_mesh(described, (1,), ("x",)), PartitionSpec())
+    report = {
+        f"{kind.name} {name}": figures(kind, step, kernels, sharding)
+        for kind in from_hf(RANK).layer_counts
+        if not kind.mtp
+        for name, step in STEPS.items()
+    }
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What an assembler and XLA make of the kernels, without a GPU. Run by `make test-cuda`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+from backends.kernels import library
+from backends.kernels.launch import message
+from backends.kernels.variants import TARGETS, VARIANTS
+from tools.kernels import KERNELS
+
+pytestmark = pytest.mark.cuda
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+PLUGIN = find_spec("jax_cuda13_plugin") or find_spec("jax_cuda12_plugin")
+WIDE = {"sparse_attention_64": 256, "latent_attention_64": 256}
+"""Bytes that these may spill: 64 rows of 512 sums. A rank of eight has 8 heads, which the others take."""
+BOUNDS = {"b1": (45, 1e6), "b64": (50, 16e6), "t2048": (50, 256e6)}
+"""Of a layer: launches, and bytes of temporaries. Of the chunk, whose index scores are 67 MB and whose choices' rows
+201 MB; an expert matrix in bfloat16 would be 805 or 1,611 MB."""
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_ptxas_assembles_every_kernel_and_hot_ones_do_not_spill(target: int) -> None:
+    ptxas = TOOLS / ("ptxas-blackwell" if target >= 100 and (TOOLS / "ptxas-blackwell").exists() else "ptxas")
+    spilling = {}
+    for name in VARIANTS:
+        path = KERNELS / "ptx" / f"{name}.sm{target}.ptx"
+        (arch,) = re.findall(r"(?m)^\.target (\w+)", path.read_text())
+        done = subprocess.run([ptxas, f"-arch={arch}", "-v", "-o", os.devnull, path], capture_output=True, text=True)
+        assert done.returncode == 0, f"{path.name}: {done.stderr}"
+        if spilled := sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr))):
+            spilling[name] = spilled
+    assert spilling.keys() <= WIDE.keys() and all(spilled <= WIDE[name] for name, spilled in spilling.items())
+
+
+def test_the_sources_compile_to_what_is_shipped(tmp_path: Path) -> None:
+    """By the Triton that made it: one kernel, all architectures."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tools.kernels", "--only", "join_128", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    for target in TARGETS:
+        name = f"join_128.sm{target}.ptx"
+        assert (tmp_path / name).read_text() == (KERNELS / "ptx" / name).read_text()
+
+
+@pytest.mark.skipif(PLUGIN is None, reason="JAX's CUDA plugin is not installed")
+def test_the_launchers_own_writer_writes_the_same_message() -> None:
+    """The plugin's, which Pallas uses, against ours."""
+    from jax._src.lib import gpu_triton as theirs  # the module that Pallas takes it from
+
+    kernel = library.compiled_kernel("sparse_attention_16", 90)
+    own: Any = theirs.TritonKernel(kernel.entry, 4, 1, kernel.shared_bytes, kernel.ptx, "", 90)
+    numbers: list[int | float] = [3, 8, 2048, 64, 130, 65, 0.0625]
+    parameters = [theirs.create_array_parameter(0, 16)] * 7
+    parameters += [theirs.create_scalar_parameter(n, "i32") for n in numbers[:-1]]
+    parameters += [theirs.create_scalar_parameter(numbers[-1], "fp32")]
+    parameters += [theirs.create_scalar_parameter(0, "u64")] * 2
+    call = theirs.TritonKernelCall(own, 64, 1, 5, parameters)
+    kinds = list(VARIANTS["sparse_attention_16"].parameters.values())[7:]
+    ours = message(kernel, "sparse_attention_16", (64, 1, 5), 7, kinds, numbers, (9, 0))
+    assert ours == call.to_proto("sparse_attention_16", b"")
+
+
+@pytest.mark.skipif(PLUGIN is None, reason="JAX's CUDA plugin is not installed")
+def test_a_layer_of_each_type_compiled_for_an_h200() -> None:
+    """GLM-5 as a TP8 rank at 8K, FP8 weights: few launches, no expert matrix widened or transposed, no cache copied."""
+    done = subprocess.run([sys.executable, "-m", "tests.kernels.deviceless"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    assert len(report) == 6
+    for name, figures in report.items():
+        launches, temporary_bytes = BOUNDS[name.split()[-1]]
+        assert figures["launches"] <= launches, (name, figures)
+        assert figures["temporary_bytes"] <= temporary_bytes, (name, figures)
+        assert not {"copy", "transpose"} & set(figures["kernels"]), (name, figures)
+        assert figures["kernels"]["triton_kernel_call_ffi"] >= 4

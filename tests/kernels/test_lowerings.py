@@ -1,0 +1,158 @@
+"""Which calls kernels take, of every preset and rank, and what an artifact then holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from backends import registry
+from backends.cuda import CudaBackend
+from backends.errors import ArtifactError
+from backends.interface import Program
+from backends.kernels.launch import CUSTOM_CALL
+from backends.kernels.products import tiles_of
+from backends.kernels.table import KERNELS, WITHOUT
+from backends.toolchains import stablehlo
+from backends.toolchains.walker import Graph, Port
+from foundation.errors import UsageError
+from model import abstract, ops
+from model.config import LayerType, ModelConfig
+from model.graph import Mode
+from model.hf_config import load_config
+from model.parallel import Parallel
+from model.split import Layout
+from tests.cli.cli import glm5
+
+
+def composites(jaxpr: Any) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "composite":
+            yield eqn
+        elif eqn.primitive.name in ("jit", "pjit"):
+            yield from composites(eqn.params["jaxpr"].jaxpr)
+
+
+def refused(cfg: ModelConfig, kind: LayerType, layout: Layout, fp8: bool, pages: int) -> dict[str, set[str]]:
+    """Op to why its kernels do not take a call, over one rank's layer: a step of 16 sequences."""
+    shape, local = abstract.StepShape(16, 1, pages), layout.local_shape
+    weights = abstract.abstract_weights(cfg, kind, keep_fp8=fp8, local=local)
+    cache = abstract.abstract_cache(cfg, kind, shape.pages, shape.page_size, local=layout.local_row)
+    traced = abstract.trace_layer(
+        cfg, kind, shape, mode=Mode("absorbed"), weights=weights, cache=cache, par=Parallel.of(layout), axes=layout.axes
+    )
+    found: dict[str, set[str]] = {}
+    for eqn in composites(traced.jaxpr):
+        if (kernel := KERNELS.get(eqn.params["name"])) is None:
+            continue
+        if why := kernel.why_not(*(v.aval for v in eqn.invars), **ops.attributes_of(eqn)):
+            found.setdefault(kernel.op, set()).add(why)
+    return found
+
+
+NOT_OURS = {"a matrix that is not in block-FP8: XLA's libraries have that product"}
+OUT_OF_REACH = {"glm-4.5-air": {"a matrix of 1368 x 4096: not multiples of 16"}}  # its dense layer's share, tp 8
+PRESETS = ("glm-5", "glm-5.2", "glm-4.7-flash", "glm-4.5", "glm-4.5-air", "deepseek-v3", "deepseek-v3.2", "kimi-k2")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_kernels_take_every_preset_on_every_rank(name: str) -> None:
+    """FP8 weights, contexts below and above `index_topk`, tp 1 to 16 and by expert; what is refused says why."""
+    cfg = load_config(name)
+    few, many = 4, 40  # pages: below and above `index_topk`
+    for layout, pages in ((Layout(), few), (Layout(tp=4), many), (Layout(tp=16), few), (Layout(tp=8, ep=8), many)):
+        try:
+            layout.check(cfg)
+        except UsageError:
+            continue
+        for kind in cfg.layer_counts:
+            if not kind.mtp:
+                why = refused(cfg, kind, layout, True, pages)
+                assert why.pop("glm.linear", set()) <= {*NOT_OURS, *OUT_OF_REACH.get(name, ())}, (layout, kind)
+                assert not why, (layout, kind)
+
+
+def test_every_op_has_a_kernel_or_a_reason() -> None:
+    assert set(KERNELS) | set(WITHOUT) == set(ops.OPS) and not set(KERNELS) & set(WITHOUT)
+    lines = glm5("backends", "--verbose").out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("cuda"))
+    told = dict(line.split(maxsplit=1) for line in lines[at + 1 : at + 1 + len(ops.OPS)])
+    assert set(told) == set(ops.OPS)
+    assert told["glm.expert_ffn"].startswith("kernel: bfloat16 rows")
+    assert told["glm.embed"] == "decomposition: a gather, which XLA has"
+
+
+@pytest.mark.parametrize("tokens, top_k, count", [(1, 4, 3), (9, 4, 40), (33, 4, 3), (33, 1, 1)])
+def test_tiles_hold_every_choice_once(tokens: int, top_k: int, count: int) -> None:
+    """Conservation: the tiles' places are those of all choices with an expert here, each under its expert."""
+    made = jax.jit(tiles_of, static_argnums=(1, 2))
+    for seed in range(8):
+        ids = np.random.default_rng(seed).integers(0, count + 2 * (seed % 3), (tokens, top_k)).astype(np.int32)
+        order, tiles = map(np.asarray, made(jnp.asarray(ids), count, 16))
+        flat, held = ids.reshape(-1), []
+        assert sorted(order) == list(range(flat.size))
+        for expert, first, places in tiles:
+            assert 0 <= places <= 16
+            choices = order[first : first + places]
+            assert (flat[choices] == expert).all()
+            held += list(choices)
+        assert sorted(held) == list(np.flatnonzero(flat < count))
+
+
+def example() -> Program:
+    """Two linears: one that kernels take, one in float32 that they do not."""
+
+    def both(x: Any, values: Any, scale: Any, other: Any) -> Any:
+        return ops.linear(x, values, scale), ops.linear(other, other)
+
+    s = jax.ShapeDtypeStruct
+    args = (s((1, 1, 128), "bfloat16"), s((128, 2, 32), "float8_e4m3fn"), s((1, 2, 1), "float32"), s((4, 4), "float32"))
+    return Program("linears", both, args, needs=frozenset({"fp8_weights"}))
+
+
+def test_an_artifact_holds_the_kernels_where_they_reach() -> None:
+    """Exported without a GPU, for the card that the adapter exports for; it says so."""
+    artifact = registry.get("cuda").export(example())
+    module = export.deserialize(bytearray(artifact.payload)).mlir_module()
+    assert module.count(f"@{CUSTOM_CALL}") == 1 and module.count("stablehlo.dot_general") == 1
+    assert artifact.versions["compute_capability"] == "9.0"
+
+
+class OfCard(CudaBackend):
+    """The adapter beside a card of a compute capability, as far as that is asked before compiling."""
+
+    def __init__(self, capability: str):
+        self._found = [type("Card", (), {"compute_capability": capability, "device_kind": "a card", "id": 0,
+                                         "memory_stats": lambda self: None})()], None  # fmt: skip
+
+
+def test_a_card_below_8_0_gets_the_decompositions_and_a_line() -> None:
+    old = OfCard("7.5")
+    assert old.lowerings() == {}
+    assert set(old.op_notes().values()) == {"decomposition: kernels need compute capability 8.0, not 7.5"}
+    assert "compute capability 8.0 or newer is needed" in str(old.unavailable())
+
+
+def test_kernels_of_another_card_are_refused_in_a_line() -> None:
+    artifact = registry.get("cuda").export(example())
+    with pytest.raises(ArtifactError, match="linears has kernels for compute capability 9.0, this GPU has 8.0; export"):
+        OfCard("8.0").load(artifact)
+    assert OfCard("8.9").export(example()).versions["compute_capability"] == "8.9"
+
+
+def test_a_package_for_cuda_holds_the_kernels() -> None:
+    """`glm5 export --format stablehlo`: the file for JAX on cuda has them; the neutral one, and the CPU's, do not."""
+    program = example()
+    traced = jax.make_jaxpr(program.fn)(*program.args)
+    ports = [
+        tuple(Port(f"{side}{i}", each.shape, str(each.dtype)) for i, each in enumerate(avals))
+        for side, avals in (("in", traced.in_avals), ("out", traced.out_avals))
+    ]
+    graph = Graph("linears", traced, *ports)
+    assert CUSTOM_CALL in stablehlo.text(graph, "cuda") and CUSTOM_CALL not in stablehlo.text(graph, "cpu")
+    assert "glm.linear" in stablehlo.neutral(graph) and CUSTOM_CALL not in stablehlo.neutral(graph)
