@@ -49,6 +49,7 @@ RUNTIME_WITH_JAX = (
     "runtime.execution.",
     "runtime.training.",
     "runtime.porting.calibrate",
+    "runtime.api.pace",
     "runtime.porting.export.",
 )
 # Only these may import Flax and optax, which come with the `train` extra, and what imports those.

@@ -191,7 +191,7 @@ def _split(
     parts = price.parts or [
         PricedPart("step", bound, seconds, price.evidence) for bound, seconds in price.by_bound.items()
     ]
-    took = engine.step_seconds(price.seconds, shape.graphed, shape.pieces, shape.rows)
+    took = engine.step_seconds(price.seconds, shape.graphed, shape.pieces, shape.rows, shape.begun)
     shares = []
     for each in parts if took else ():
         evidence, sources = each.evidence, each.sources

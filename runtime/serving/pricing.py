@@ -28,6 +28,7 @@ class BatchShape:
         of a step with `query_tokens > 1` includes the drafting.
     prefill_chunks: (new tokens, tokens already in the cache before them) per prompt chunk.
     decode_rows: sequences the decode kernels run on, graph padding included; at least n.
+    begun: requests that begin in this step.
     padding: prompt tokens computed beside those of the chunks, to fill a program's shape.
     graphed: the step replays a captured graph instead of launching each kernel from the host. pieces: it replays
         graphs of what lies between attention.
@@ -40,6 +41,7 @@ class BatchShape:
     graphed: bool = False
     pieces: bool = False
     padding: int = 0
+    begun: int = 0
 
     @property
     def decode_count(self) -> int:

@@ -93,9 +93,10 @@ class Rank:
         rows, graphed = (count, False) if chunks else engine.decode_rows(count)
         pieces = not graphed and engine.in_pieces(count, prompts, count * q + prompts)
         padding = engine.prompt_padding([new for new, _ in chunks]) if chunks else 0
+        begun = sum(not r.emitted and not r.preemptions and before == r.cached for r, _, before in plan.chunks)
         if not plan.decode:
-            return BatchShape(query_tokens=q, prefill_chunks=chunks, pieces=pieces, padding=padding)
-        return BatchShape(self.kv + (q + step), q, chunks, rows, graphed, pieces, padding)
+            return BatchShape(query_tokens=q, prefill_chunks=chunks, pieces=pieces, padding=padding, begun=begun)
+        return BatchShape(self.kv + (q + step), q, chunks, rows, graphed, pieces, padding, begun)
 
     def next_ready(self, now: float) -> float:
         """When the next cache that a prompt waits for will have come."""

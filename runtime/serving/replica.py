@@ -211,7 +211,9 @@ class Replica:
     def _seconds(self, rank: Rank, plan: StepPlan, step: int) -> float:
         """Step time on one rank, `step` decode steps from now."""
         shape = rank.shape(plan, step)
-        return self.engine.step_seconds(self.pricer.seconds(shape), shape.graphed, shape.pieces, shape.rows)
+        return self.engine.step_seconds(
+            self.pricer.seconds(shape), shape.graphed, shape.pieces, shape.rows, shape.begun
+        )
 
     def _decode_run(self, plans: list[StepPlan], now: float, next_event: float) -> np.ndarray:
         """[steps] seconds of the decode steps up to the next scheduling event."""

@@ -51,7 +51,12 @@ MECHANISMS = (
     Mechanism(
         "steps",
         "the host schedules each step; without: in no time, launches included",
-        {"graph_step_host_seconds": 0.0, "eager_step_host_seconds": 0.0, "row_host_seconds": 0.0},
+        {
+            "graph_step_host_seconds": 0.0,
+            "eager_step_host_seconds": 0.0,
+            "row_host_seconds": 0.0,
+            "request_host_seconds": 0.0,
+        },
     ),
     Mechanism("pieces", "steps with few prompt tokens replay pieces; without: eager", {"piecewise_step_tokens": 0}),
     Mechanism("padding", "TensorRT-LLM does not pad to a captured size; without: it does", {"graph_padding": True}),

@@ -80,11 +80,12 @@ def test_the_profile_loads_and_is_graded_measured(written: hw_profiles.Profile) 
 def test_what_serving_takes_becomes_the_engines_own_host_times(written: hw_profiles.Profile) -> None:
     cfg = load_config("glm-5")
     engine = engine_for("glm5", cfg, written, Layout())
-    assert engine.request_seconds == SERVING.request_s and engine.row_host_seconds == SERVING.row_s
+    assert engine.request_host_seconds == SERVING.request_s and engine.row_host_seconds == SERVING.row_s
     assert engine.graph_step_host_seconds == engine.eager_step_host_seconds == SERVING.step_s
     assert engine_for("glm5", cfg, written, Layout(), {"row_host_seconds": 0.0}).row_host_seconds == 0
     other = engine_for("vllm", cfg, written, Layout())
-    assert (other.request_seconds, other.row_host_seconds) == (load("vllm").request_seconds, 0.0)
+    assert (other.request_host_seconds, other.row_host_seconds) == (0.0, 0.0)
+    assert other.graph_step_host_seconds == load("vllm").graph_step_host_seconds
 
 
 @given(

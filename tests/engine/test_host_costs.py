@@ -48,7 +48,8 @@ class PerToken:
 @pytest.mark.parametrize("together", [1, 3, 4])
 def test_a_steps_time_is_its_device_its_host_and_its_rows(together: int) -> None:
     """By hand: prompts of 17 tokens are rows of 32, three answers are four rows; the host adds to every step."""
-    engine = plain_engine(graph_step_host_seconds=0.5, eager_step_host_seconds=0.25, row_host_seconds=0.125)
+    engine = plain_engine(graph_step_host_seconds=0.5, eager_step_host_seconds=0.25, row_host_seconds=0.125,
+                          request_host_seconds=2.0)  # fmt: skip
     loop = Loop(Deployment(engine, PerToken(), 10_000))
     requests = [Request(number, 17, 3) for number in range(together)]
     for request in requests:
@@ -56,7 +57,7 @@ def test_a_steps_time_is_its_device_its_host_and_its_rows(together: int) -> None
     while loop.next_at is not None:
         loop.advance()
     rows = gear(together)
-    first = rows * 32 + 0.25 + together * 0.125
+    first = rows * 32 + 0.25 + together * (0.125 + 2.0)
     step = rows + 0.5 + together * 0.125
     for request in requests:
         assert math.isclose(request.first_token_at, first) and math.isclose(request.finished_at, first + 2 * step)

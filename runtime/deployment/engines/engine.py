@@ -213,6 +213,8 @@ class Engine:
     graph_step_host_seconds: host work of a step that replays graphs: scheduling, sampling, results.
     eager_step_host_seconds: host work of a step that launches each kernel, but for the launches.
     row_host_seconds: host work that each sequence of a step adds: its sampling, books, and the sending of its token.
+    request_host_seconds: host work that a request adds to the step it begins in: its front end's, where that runs on
+        the thread that steps wait for (Python's), and delays them.
     eager_layer_host_seconds: host work to launch one layer eagerly; launches run beside the device's work.
     eager_sparse_layer_host_seconds: what a layer with sparse attention adds to that.
     eager_launch_seconds: host work to launch a whole step eagerly; from the two above where nothing is given.
@@ -268,6 +270,7 @@ class Engine:
     hosts: tuple[str, ...] = ()
     cache: CacheRules = CacheRules()
     row_host_seconds: float = 0.0
+    request_host_seconds: float = 0.0
     eager_layer_host_seconds: float = 0.0
     eager_sparse_layer_host_seconds: float = 0.0
     eager_launch_seconds: float = 0.0
@@ -352,16 +355,18 @@ class Engine:
         width = least * _power_of_two(-(-max(pieces) // least))
         return _power_of_two(len(pieces)) * width - sum(pieces)
 
-    def step_seconds(self, device_seconds: float, graphed: bool, pieces: bool, rows: int = 0) -> float:
-        """Duration of a step with so many sequences: the device works while the host launches, and all of the host's
-        work hides behind the device's where steps overlap."""
+    def step_seconds(
+        self, device_seconds: float, graphed: bool, pieces: bool, rows: int = 0, requests: int = 0
+    ) -> float:
+        """Duration of a step with so many sequences, of which `requests` begin: the device works while the host
+        launches, and all of the host's work hides behind the device's where steps overlap."""
         if graphed:
             launch, host = 0.0, self.graph_step_host_seconds
         elif pieces:
             launch, host = self.piecewise_launch_seconds, self.graph_step_host_seconds
         else:
             launch, host = self.eager_launch_seconds, self.eager_step_host_seconds
-        host += rows * self.row_host_seconds
+        host += rows * self.row_host_seconds + requests * self.request_host_seconds
         if self.overlap_scheduling:
             return max(device_seconds, launch + host)
         return max(device_seconds, launch) + host
