@@ -65,12 +65,12 @@ def continued(checkpoint: Checkpoint, token: int, count: int) -> tuple[int, ...]
     return tuple(found)
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2, dp=2, ep=4, pp=2)], ids=lambda each: each.name)
-def test_right_drafts_are_all_taken(foreseen: Checkpoint, layout: Layout) -> None:
+@pytest.mark.slow
+def test_right_drafts_are_all_taken(foreseen: Checkpoint) -> None:
     """Three requests over the ranks, of which one then has none; the clock counts the tokens that steps gave."""
     most = (12, 5, 7)
     asked = [dataclasses.replace(each, keep_logits=False) for each in prompts_of(foreseen.config, (21, 5, 9), most)]
-    plan = plan_of(foreseen.config, layout, redundant=1, drafts=DRAFTS, engine="glm5")
+    plan = plan_of(foreseen.config, Layout(tp=2, dp=2, ep=4, pp=2), redundant=1, drafts=DRAFTS, engine="glm5")
     outcome = emulated(foreseen, plan, asked).outcome
     for prompt, answer in zip(asked, outcome.completions, strict=True):
         assert answer.token_ids == continued(foreseen, prompt.prompt_ids[-1], prompt.max_tokens)
@@ -81,8 +81,9 @@ def test_right_drafts_are_all_taken(foreseen: Checkpoint, layout: Layout) -> Non
 
 
 def test_a_service_drafts_and_holds_nothing_afterwards(foreseen: Checkpoint) -> None:
+    """Every draft is right, and an answer's last step has as many as are left."""
     cfg = foreseen.config
-    plan = plan_of(cfg, Layout(), drafts=DRAFTS, engine="glm5")
+    plan = plan_of(cfg, Layout(tp=2), drafts=DRAFTS, engine="glm5")
     served = emulated_service(
         cfg, plan, checkpoint=foreseen, backend=SimBackend(mapped=True), clock=Virtual(), priced=ticking(cfg, plan)
     )
