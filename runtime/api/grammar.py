@@ -20,7 +20,7 @@ import llguidance
 import numpy as np
 
 from runtime.api.refusal import ApiRefusal, wrong
-from runtime.api.schemas import branches, definitions, kinds
+from runtime.api.schemas import branches, definitions, kinds, overlapping
 from runtime.api.tools import MOST_TOOLS, Tool
 from runtime.api.vocabulary import Vocabulary
 
@@ -182,6 +182,8 @@ def _value(schema: Any, root: Mapping[str, Any], at: int, terms: dict[str, str])
     types = kinds(schema, root)
     if "string" not in types:
         return f"%json {_inlined(schema, root)}"
+    if overlapping(schema, root):
+        raise NoGrammar("oneOf whose choices may both hold")
     found = []
     for number, branch in enumerate(branches(schema, root)):
         own = kinds(branch, root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -94,3 +95,38 @@ def branches(schema: Any, root: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         else:
             found.append(each)
     return found
+
+
+def overlapping(schema: Any, root: Mapping[str, Any]) -> bool:
+    """Whether a value may be one of two choices of a `oneOf` among the choices at the top of a schema, as far as types
+    and listed values tell: `branches` take it for an `anyOf`, which it then is not."""
+    left = [schema]
+    for _ in range(_MOST_STEPS):
+        if not left:
+            return False
+        each = left.pop(0)
+        if not isinstance(each, Mapping):
+            continue
+        each = resolved(each, root)
+        for word in ("anyOf", "oneOf"):
+            options = each[word] if isinstance(each.get(word), list) else []
+            if word == "oneOf" and any(_share(*pair, root) for pair in itertools.combinations(options, 2)):
+                return True
+            left += options
+    return True
+
+
+def _share(one: Any, other: Any, root: Mapping[str, Any]) -> bool:
+    listed = _listed(one, root), _listed(other, root)
+    if listed[0] is not None and listed[1] is not None:
+        return any(a == b for a in listed[0] for b in listed[1])
+    found = [{"number" if kind == "integer" else kind for kind in kinds(each, root)} for each in (one, other)]
+    return bool(found[0] & found[1])
+
+
+def _listed(schema: Any, root: Mapping[str, Any]) -> list[Any] | None:
+    """All values that a schema may have, where it lists them."""
+    schema = resolved(schema, root) if isinstance(schema, Mapping) else {}
+    if "const" in schema:
+        return [schema["const"]]
+    return schema["enum"] if isinstance(schema.get("enum"), list) else None

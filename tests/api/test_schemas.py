@@ -203,3 +203,27 @@ def test_a_schema_that_goes_round_and_round_ends(word: str) -> None:
                 "f": Tool("f", {"properties": {"a": {"$ref": "#/$defs/x"}}, **schema, "type": "object"}, strict=True)
             }
         )
+
+
+@pytest.mark.parametrize(
+    ("schema", "both"),
+    [
+        ({"oneOf": [{}, {}]}, True),
+        ({"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}, True),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}, {"type": "string"}]}, True),
+        ({"anyOf": [{"type": "null"}, {"oneOf": [{"$ref": "#/$defs/s"}, {"const": "a"}]}]}, True),
+        ({"oneOf": [{"const": "a"}, {"const": "a"}]}, True),
+        ({"oneOf": [{"const": "a"}, {"enum": ["b", 3]}]}, False),
+        ({"oneOf": [{"type": "string"}, {"type": "null"}, {"type": ["integer", "array"]}]}, False),
+        ({"anyOf": [{"type": "string"}, {"type": "string"}]}, False),
+    ],
+)
+def test_a_choice_of_exactly_one_is_no_choice_of_any(schema: Any, both: bool) -> None:
+    """A strict tool is refused where two choices may both hold; where they cannot, any of them is exactly one."""
+    parameters = {"type": "object", "properties": {"a": schema}, "$defs": {"s": {"type": "string"}}}
+    tool = {"f": Tool("f", parameters, strict=True)}
+    if not both:
+        assert not rules(tools=tool).calls.inexact  # type: ignore[union-attr]
+        return
+    with pytest.raises(ApiRefusal, match="oneOf"):
+        rules(tools=tool)
