@@ -178,7 +178,7 @@ def test_what_it_may_do(monkeypatch: pytest.MonkeyPatch, small: ForeignTemplate)
     assert "A_SECRET" not in names and os.readlink(at / "cwd") == "/"
     limits = {line[:26].strip(): line[26:].split()[:2] for line in (at / "limits").read_text().splitlines()}
     assert limits["Max file size"] == ["0", "0"] and limits["Max core file size"] == ["0", "0"]
-    assert int(limits["Max address space"][1]) < 2e9 and int(limits["Max cpu time"][0]) < 60
+    assert int(limits["Max address space"][1]) < 2e9
 
 
 def test_a_child_that_does_not_start_says_so() -> None:
