@@ -11,10 +11,11 @@ import typer
 
 from foundation.errors import UsageError
 from foundation.writing import require_writable
+from model.config import MOST_DRAFTS
 from model.formats import SCHEMES_HELP
+from model.split import MOST_DEVICES
 from runtime.cli import completion
 from runtime.cli.given import given
-from runtime.cli.loads import Drafts
 
 if TYPE_CHECKING:
     from runtime.simulation.load_tests import MeasuredServer
@@ -39,10 +40,10 @@ def fit(
     engine: Annotated[
         str, typer.Option(autocompletion=completion.engines, help="The engine, with its release as in vllm@0.28.")
     ] = "sglang",
-    tp: Annotated[int, typer.Option(min=1, help="Tensor parallelism.")] = 1,
-    dp: Annotated[int, typer.Option(min=1, help="Attention data parallelism.")] = 1,
-    ep: Annotated[int, typer.Option(min=1, help="Expert parallelism.")] = 1,
-    pp: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, max=MOST_DEVICES, help="Tensor parallelism.")] = 1,
+    dp: Annotated[int, typer.Option(min=1, max=MOST_DEVICES, help="Attention data parallelism.")] = 1,
+    ep: Annotated[int, typer.Option(min=1, max=MOST_DEVICES, help="Expert parallelism.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, max=MOST_DEVICES, help="Pipeline stages.")] = 1,
     formats: Annotated[
         str | None,
         typer.Option(autocompletion=completion.schemes, help=f"{SCHEMES_HELP} [default: the checkpoint's own]."),
@@ -50,7 +51,7 @@ def fit(
     kv: Annotated[
         str, typer.Option(autocompletion=completion.caches, help="KV cache [default: the engine's choice].")
     ] = "",
-    mtp: Drafts = 0,
+    mtp: Annotated[int, typer.Option(min=0, max=MOST_DRAFTS, help="Drafts a step.")] = 0,
     accept: Annotated[
         float | None, typer.Option(help="Mean tokens a step with --mtp, where the file has none.")
     ] = None,

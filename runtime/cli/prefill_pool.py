@@ -11,6 +11,7 @@ import typer
 from foundation.errors import UsageError
 from foundation.limits import within
 from model.formats import SCHEMES_HELP
+from model.split import MOST_DEVICES
 from runtime.cli import completion
 
 if TYPE_CHECKING:
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 
 PrefillDevices = Annotated[int, typer.Option(min=0, help="Disaggregate: this many further devices prefill.")]
 PrefillTp = Annotated[
-    int | None, typer.Option(min=1, help="Of those: tensor parallelism [default: the layout of the others].")
+    int | None,
+    typer.Option(min=1, max=MOST_DEVICES, help="Of those: tensor parallelism [default: the layout of the others]."),
 ]
-PrefillDp = Annotated[int | None, typer.Option(min=1, help="Of those: attention data parallelism.")]
-PrefillEp = Annotated[int | None, typer.Option(min=1, help="Of those: expert parallelism.")]
-PrefillPp = Annotated[int | None, typer.Option(min=1, help="Of those: pipeline stages.")]
+PrefillDp = Annotated[int | None, typer.Option(min=1, max=MOST_DEVICES, help="Of those: attention data parallelism.")]
+PrefillEp = Annotated[int | None, typer.Option(min=1, max=MOST_DEVICES, help="Of those: expert parallelism.")]
+PrefillPp = Annotated[int | None, typer.Option(min=1, max=MOST_DEVICES, help="Of those: pipeline stages.")]
 PrefillProfile = Annotated[
     str | None, typer.Option(autocompletion=completion.chips, help="Of those: the chip [default: --profile].")
 ]
@@ -33,11 +35,14 @@ PrefillFormats = Annotated[
     typer.Option(autocompletion=completion.schemes, help=f"Of those: {SCHEMES_HELP} [default: --formats]."),
 ]
 HeldPrefillTp = Annotated[
-    int | None, typer.Option(min=1, help="Plan prefill and decode apart, and hold the prefill pool's tp to this.")
+    int | None,
+    typer.Option(
+        min=1, max=MOST_DEVICES, help="Plan prefill and decode apart, and hold the prefill pool's tp to this."
+    ),
 ]
-HeldPrefillDp = Annotated[int | None, typer.Option(min=1, help="The same of its dp.")]
-HeldPrefillEp = Annotated[int | None, typer.Option(min=1, help="The same of its ep.")]
-HeldPrefillPp = Annotated[int | None, typer.Option(min=1, help="The same of its stages.")]
+HeldPrefillDp = Annotated[int | None, typer.Option(min=1, max=MOST_DEVICES, help="The same of its dp.")]
+HeldPrefillEp = Annotated[int | None, typer.Option(min=1, max=MOST_DEVICES, help="The same of its ep.")]
+HeldPrefillPp = Annotated[int | None, typer.Option(min=1, max=MOST_DEVICES, help="The same of its stages.")]
 
 _DEGREES = ("tp", "dp", "ep", "pp")
 _OF_POOL = (*(f"prefill_{degree}" for degree in _DEGREES), "prefill_profile", "prefill_formats")
@@ -62,7 +67,6 @@ def prefill_pool(
     asked for. asked: settings of the engine, and further fields of a `Spec`. Raises `UsageError` where it is not whole
     replicas, or where the engine does not join the two.
     """
-    from model.split import MOST_DEVICES
     from runtime.simulation.apart import apart_refused
     from runtime.simulation.build import chip_with, spec_for
 

@@ -128,6 +128,10 @@ class _Search:
         firsts, held = models, self.question.prefill_held
         if held:
             firsts = [self._models(each, dataclasses.replace(self.question, held=held)) for each in self.chips]
+            if not any(firsts):
+                asked = ", ".join(f"{axis} {degree}" for axis, degree in held.items())
+                why = self.rejected[-1].reason if self.rejected else "nothing fits"
+                raise NoPlanError(f"no prefill pool on {self.devices} devices has {asked}: {why}")
         found: list[Contender] = []
         if len(self.chips) == 1:
             for model in self._for_role(models[0], "serve") if not held else ():

@@ -55,17 +55,16 @@ def routes_between(prefill: Spec, decode: Spec) -> tuple[Route, ...]:
 def _shares(given: int, taken: int, copies: int, kept: int) -> list[tuple[int, int, float]]:
     """(source, target, share of a row): which tp ranks of `given` send to those of `taken`. copies, kept: ranks on
     either side that hold the same part of it."""
+    own, parts = given // copies, taken // kept
     found = []
     for target in range(taken):
-        part, parts = target // kept, taken // kept
-        for source_part in range(given // copies):
-            own = given // copies
-            share = max(0.0, min((part + 1) / parts, (source_part + 1) / own) - max(part / parts, source_part / own))
+        part = target % parts  # neighbours have different ones
+        for had in range(own):
+            share = max(0.0, min((part + 1) / parts, (had + 1) / own) - max(part / parts, had / own))
             if share > 1e-12:
                 # of those that have it: one of its own, as far as there are any
                 mine = target * given // taken
-                first = source_part * copies
-                source = mine if first <= mine < first + copies else first + target % copies
+                source = mine if mine % own == had else had + own * (target % copies)
                 found.append((source, target, share))
     return found
 

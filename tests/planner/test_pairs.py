@@ -11,7 +11,7 @@ import pytest
 import hw_profiles
 from model.hf_config import load_config
 from model.split import Layout
-from runtime.deployment.errors import LaunchError
+from runtime.deployment.errors import LaunchError, NoPlanError
 from runtime.deployment.plan import Demand
 from runtime.planning.contender import Part, plan_of
 from runtime.planning.launch import launch
@@ -111,8 +111,12 @@ def test_either_pool_is_held_to_its_own_degrees() -> None:
     search = _Search(question, [Chips(hw_profiles.load("h200-sxm"), 8)], None, "", lambda _: None, SIMULATED)
     found = search.contenders()
     assert found and all([part.role for part in each.parts] == ["prefill", "decode"] for each in found)
-    assert {each.parts[0].option.layout for each in found} == {Layout(4), Layout(4, 1, 4)}
-    assert {each.parts[1].option.layout for each in found} == {Layout(1, 4, 4)}
+    first, second = ({each.parts[end].option.layout for each in found} for end in (0, 1))
+    assert Layout(4) in first and {(each.tp, each.dp, each.pp) for each in first} == {(4, 1, 1)}
+    assert second == {Layout(1, 4, 4)}
+    held = asked("sglang", prefill_held={"tp": 3})
+    with pytest.raises(NoPlanError, match="no prefill pool on 4 devices has tp 3: none on 4 devices has tp 3"):
+        _Search(held, [Chips(hw_profiles.load("h200-sxm"), 4)], None, "", lambda _: None, SIMULATED).contenders()
     assert all(each.transfer and {r.target for r in each.transfer.routes} == {0} for each in found)
 
 
