@@ -384,7 +384,8 @@ def preset(name: str) -> ModelConfig:
     """A preset by name alone. Raises `ConfigError` for another."""
     if name not in preset_names():
         raise ConfigError(f"no model named {name!r} and no such directory; presets: {', '.join(preset_names())}")
-    return from_hf(json.loads((resources.files("model") / "configs" / f"{name}.json").read_text()), name)
+    file = resources.files("model") / "configs" / f"{name}.json"
+    return from_hf(json.loads(file.read_text()), name)
 
 
 def _ends(cfg: ModelConfig, path: Path) -> tuple[int, ...]:
