@@ -16,6 +16,8 @@ from runtime.api.endpoint import Endpoint
 from runtime.api.refusal import ApiRefusal
 
 _ANTHROPIC = "/v1/messages"
+_LINGER_S, _SILENCE_S = 10.0, 0.5
+"""How long the rest of a refused body is taken in all, and how long nothing may come of it."""
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -37,9 +39,17 @@ class Guard:
         if endpoint.emulated is not None:
             own["x-glm5-emulated"] = endpoint.emulated.header()
 
+        unread = False
+
         async def answer(message: Message) -> None:
+            nonlocal unread
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(own)
+                unread = message["status"] == 413 and "expect" not in headers
+            elif unread and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await _discarded(receive)
+                message = {"type": "http.response.body"}
             await send(message)
 
         try:
@@ -62,6 +72,19 @@ class Guard:
         if not any([hmac.compare_digest(*pair) for pair in pairs]):  # each of them, however the first compares
             message = "no such key: send one as `Authorization: Bearer KEY` or `x-api-key: KEY`"
             raise ApiRefusal(401, message, code="invalid_api_key")
+
+
+async def _discarded(receive: Receive) -> None:
+    """Takes what a client still sends of a body that is refused: closed on earlier, it may never read why."""
+    try:
+        async with asyncio.timeout(_LINGER_S):
+            while True:
+                async with asyncio.timeout(_SILENCE_S):
+                    message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
 
 
 class _Bounded:

@@ -70,6 +70,8 @@ def test_a_body_that_is_too_large_is_a_413_unread() -> None:
             told = raw(api, head(path, content_length=100_000_000) + b"x")  # the rest of it is not waited for
             assert told.startswith(b"HTTP/1.1 413 ")
             assert (b"request_too_large" in told) and (b'"type":"error"' in told) is (path == "/v1/messages")
+        told = raw(api, head(content_length=40_000_000) + b"x" * 40_000_000, 60)
+        assert told.startswith(b"HTTP/1.1 413 ")  # whoever sends all of it before reading is told, too
         chunk = b"190\r\n" + b"x" * 400 + b"\r\n"
         told = raw(api, head(transfer_encoding="chunked") + chunk * 3)
         assert told.startswith(b"HTTP/1.1 413 ")
