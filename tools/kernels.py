@@ -47,10 +47,7 @@ def constants_for(variant: Variant, target: int) -> dict[str, Any]:
 
 def compiled(variant: Variant, target: int) -> Any:
     """Triton's result: `asm["ptx"]`, `metadata`."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    triton, backends, compiler = map(importlib.import_module, ("triton", "triton.backends.compiler", "triton.compiler"))
     module, _, function = variant.kernel.partition(".")
     kernel = getattr(importlib.import_module(f"backends.kernels.source.{module}"), function)
     constants = constants_for(variant, target)
@@ -66,14 +63,15 @@ def compiled(variant: Variant, target: int) -> Any:
         for index, name in enumerate(kernel.arg_names)
         if (kind := variant.parameters.get(name, "")) == SIZE16 or kind.startswith("*")
     ]
-    source = ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in aligned})
+    multiples = {(index,): [["tt.divisibility", 16]] for index in aligned}
+    source = compiler.ASTSource(kernel, signature, constants, multiples)
     options = {
         "num_warps": variant.warps,
         "num_stages": variant.stages,
         "ptx_version": PTX_VERSION[target],
         "enable_fp_fusion": True,
     }
-    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return triton.compile(source, target=backends.GPUTarget("cuda", target, 32), options=options)
 
 
 def ptx_of(result: Any) -> str:
