@@ -3,7 +3,8 @@
 Parity: the embedded checkpoint in float32 (full-precision products on both sides), prefill and greedy
 decoding past `index_topk`, logits and tokens compared; then bfloat16 and FP8 weights against float32.
 Timing: a ~1.2 B-parameter random model of this architecture in bfloat16 and with FP8 weights, medians of
-decode steps and of a prefill chunk, as bytes/s against a measured device copy in the same run.
+decode steps and of a prefill chunk, as bytes/s against a measured device copy in the same run. Then the rows of
+`bench/cuda_shapes.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 
 from backends import registry
 from backends.interface import Backend
+from bench import cuda_shapes
 from model.checkpoint import Checkpoint
 from model.checkpoint_writer import save
 from model.config import ModelConfig
@@ -174,6 +176,8 @@ def main() -> None:
     }
     if cuda.capabilities().fp8_weights:
         report["timing_fp8_weights"] = timing(cuda, fp8=True)
+        with jax.default_device(jax.devices("cuda")[0]):
+            report |= cuda_shapes.report(cuda, report["copy_bandwidth_bytes_per_s"])
     print(json.dumps(report, indent=2))
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")

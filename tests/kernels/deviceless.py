@@ -24,10 +24,10 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from backends.kernels import table
+from bench.rank import RANK
 from model import abstract, graph, ops
 from model.graph import Mode
 from model.hf_config import from_hf
-from tests.kernels.rank import RANK
 
 H200 = """
 gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
