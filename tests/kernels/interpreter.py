@@ -7,11 +7,8 @@ chip rounds; both are put right here. Buffers that a kernel is to write are pois
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Sequence
 from typing import Any
-
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import jax
 import jax.numpy as jnp
