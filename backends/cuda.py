@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,11 +19,14 @@ from backends.interface import Artifact, Capabilities, Executable, Program
 from backends.kernels import library, table
 from backends.kernels.launch import CUSTOM_CALL
 from backends.xla import XlaBackend
+from foundation.errors import UsageError
 from model.ops import OPS
 
 EXPORTED_FOR: library.Capability = (9, 0)
 """The compute capability that a host without a GPU exports for: an H100's or H200's."""
 _CAPABILITY = "compute_capability"
+SWITCH = "GLM5_KERNELS"
+"""An environment variable: "off" runs every op's decomposition, to find out whether a kernel is at fault."""
 
 _FP8_COMPUTE_CAPABILITY = (8, 9)
 _BF16_COMPUTE_CAPABILITY = (8, 0)
@@ -53,13 +57,15 @@ class CudaBackend(XlaBackend):
         return self._compute_capability if self._found[0] else EXPORTED_FOR
 
     def lowerings(self) -> Mapping[str, Callable[..., Any]]:
-        return table.lowerings(self.target) if self.target >= library.LEAST else {}
+        if self.target < library.LEAST or _switched_off():
+            return {}
+        return table.lowerings(self.target)
 
     def op_notes(self) -> Mapping[str, str]:
         if self.target < library.LEAST:
             why = f"decomposition: kernels need compute capability {_spelt(library.LEAST)}, not {_spelt(self.target)}"
             return dict.fromkeys(OPS, why)
-        return table.notes()
+        return dict.fromkeys(OPS, f"decomposition: {SWITCH}=off") if _switched_off() else table.notes()
 
     def export(self, program: Program) -> Artifact:
         artifact = super().export(program)
@@ -94,6 +100,14 @@ class CudaBackend(XlaBackend):
             donation=True,
             dlpack=True,
         )
+
+
+def _switched_off() -> bool:
+    """Raises `UsageError` for what the switch does not know."""
+    value = os.environ.get(SWITCH, "on")
+    if value not in ("on", "off"):
+        raise UsageError(f"{SWITCH}={value}: on or off")
+    return value == "off"
 
 
 def _spelt(capability: library.Capability) -> str:

@@ -156,3 +156,13 @@ def test_a_package_for_cuda_holds_the_kernels() -> None:
     graph = Graph("linears", traced, *ports)
     assert CUSTOM_CALL in stablehlo.text(graph, "cuda") and CUSTOM_CALL not in stablehlo.text(graph, "cpu")
     assert "glm.linear" in stablehlo.neutral(graph) and CUSTOM_CALL not in stablehlo.neutral(graph)
+
+
+def test_a_switch_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = CudaBackend()
+    assert set(backend.lowerings()) == set(KERNELS)
+    monkeypatch.setenv("GLM5_KERNELS", "off")
+    assert not backend.lowerings() and all("GLM5_KERNELS=off" in note for note in backend.op_notes().values())
+    monkeypatch.setenv("GLM5_KERNELS", "no")
+    with pytest.raises(UsageError, match="on or off"):
+        backend.lowerings()
