@@ -377,6 +377,10 @@ Lowerings = Mapping[str, Callable[..., Any]]
 Settle = Callable[[Any, jax.ShapeDtypeStruct], Any]
 
 
+FORMAT = "format"
+"""The attribute of an op in a number format of its own, as exports write them: its body is no op's of `OPS`."""
+
+
 def substitute(
     fn: Callable[..., Any],
     lowerings: Lowerings = MappingProxyType({}),
@@ -384,6 +388,8 @@ def substitute(
     settle: Settle | None = None,
 ) -> Callable[..., Any]:
     """`fn` with every op named in `lowerings` computed by it instead (attributes as keywords).
+
+    An op that says its `FORMAT` is in a form of its own already, and stays.
 
     With `inline`, all other ops are replaced by their decompositions too, so that the result can be
     differentiated and batched. Looks inside `jit`; the graph uses no other control flow around ops.
@@ -413,7 +419,7 @@ def _evaluate(jaxpr: jex_core.Jaxpr, consts: Any, args: list[Any], lowerings: Lo
     for eqn in jaxpr.eqns:
         values = [read(v) for v in eqn.invars]
         name = eqn.params.get("name", "") if eqn.primitive.name == "composite" else ""
-        if name in lowerings:
+        if name in lowerings and FORMAT not in attributes_of(eqn):
             out = jax.tree.leaves(lowerings[name](*values, **attributes_of(eqn)))
         elif (name and inline) or eqn.primitive.name in ("jit", "pjit"):
             body = eqn.params["jaxpr"]

@@ -30,7 +30,7 @@ from jax import Array, lax
 
 from backends.emulation.rounding import LARGEST, LEAST
 from model.formats import E2M1, E4M3, INT4, INT8, MatrixFormat, Scheme, matrix_format
-from model.ops import OPS, Lowerings, full_scale, swiglu_body
+from model.ops import FORMAT, OPS, Lowerings, full_scale, swiglu_body
 
 BOUND = LARGEST[INT8]
 _NAMES = {E4M3: "8-bit floats", E2M1: "4-bit floats", INT8: "8-bit integers", INT4: "4-bit integers"}
@@ -98,7 +98,7 @@ def _replaced(name: str, fmt: MatrixFormat, operands: int, body: Callable[..., A
     def call(*given: Array, **attributes: Any) -> Any:
         if len(given) != operands:  # a matrix that the scheme leaves wide
             return OPS[name].call(*given, **attributes)
-        return composite(*given, format=fmt.name, **attributes)
+        return composite(*given, **{FORMAT: fmt.name}, **attributes)
 
     return call
 

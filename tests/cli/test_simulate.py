@@ -244,7 +244,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("--devices 7", "64 / 7 = 9.143"),
     ("--tp 3 --devices 3", "64 / 3"),
     ("--tp 4 --dp 3", "8 devices / (tp 4 x dp 3 x pp 1 = 12)"),
-    ("--ep 4", "tp x dp = 8 x 1 = 8"),
+    ("--ep 3", "tp x dp = 8 x 1 = 8"),
     ("--pp 100 --devices 800", "78 layers cannot be cut"),
     ("--tp 0", "greater than or equal to 1"),
     ("--dp 0", "greater than or equal to 1"),

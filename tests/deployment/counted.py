@@ -217,9 +217,12 @@ class Once:
         self.dtype, self.lowerings = self._formats.dtype, self._formats.lowerings
         self._made: dict[int, tuple[Any, Any]] = {}
 
-    def weight(self, weight: Weight, value: Any) -> Any:
+    def weight(self, weight: Weight, value: Any, mtp: bool = False) -> Any:
         if id(value) not in self._made:
-            self._made[id(value)] = (value, self._formats.weight(weight, value))  # the value is kept: ids are its own
+            self._made[id(value)] = (
+                value,
+                self._formats.weight(weight, value, mtp),
+            )  # the value is kept: ids are its own
         return self._made[id(value)][1]
 
 

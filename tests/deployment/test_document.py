@@ -26,7 +26,7 @@ from runtime.deployment.document import Fault, place, schema, to_json, validated
 from runtime.deployment.errors import PlanFileError
 from runtime.deployment.ledger import Ledger
 from runtime.deployment.manifest import Manifest
-from runtime.deployment.plan import Alternative, Plan, Predicted, Rejected, Transfer
+from runtime.deployment.plan import Alternative, Plan, Predicted, Rejected, Route, Transfer
 from runtime.training.config import OptimizerConfig, TrainingStage
 from tests.export.test_manifest import MANIFEST
 from tests.plans import formats, plan_for
@@ -116,7 +116,7 @@ def plan_text() -> str:
     priced = Predicted(8, None, 1.0, 10.0, 2.5, None, times, times, times, {"tpot_ms": (1.0, 2.0)}, "assumed",
                        0.0, 0.5, 80, "memory", "attention", True)  # fmt: skip
     other = Alternative("a", 4, 8, True, False, True, 2.0, 3.0, 4.0, 5.0, False, "fitted")
-    transfer = Transfer(1.0, 2e9, 1e-5, 0.0, 8192.0, 0.1)
+    transfer = Transfer(1.0, 2e9, 1e-5, 0.0, 8192.0, 0.1, (Route(0, 1, 1.0),))
     full = dataclasses.replace(
         made, predicted=priced, alternatives=(other,), rejected=(Rejected("b", "c"),), transfer=transfer
     )

@@ -76,13 +76,14 @@ def test_a_substituted_list_is_a_fresh_trace(
 def test_a_monomial_is_found_again(coefficient: int, b: int, t: int, p: int, i: int, j: int) -> None:
     """At the points that a sparse model's decode is traced at, the fit is the only one."""
     points = (
-        _Point(Sizes(3, 1, 3), 2, 2),
-        _Point(Sizes(11, 5, 5), 4, 2),
-        _Point(Sizes(13, 1, 3), 2, 4),
+        _Point(Sizes(3, 1, 3), (2, 2, 1)),
+        _Point(Sizes(11, 5, 5), (4, 2, 1)),
+        _Point(Sizes(13, 1, 3), (2, 4, 1)),
     )
     whole = coefficient * 16  # divides by every degree
     values = tuple(
-        int(whole * x.sizes.b**b * x.sizes.t**t * x.sizes.p**p * x.tp ** float(i) * x.dp ** float(j)) for x in points
+        int(whole * x.sizes.b**b * x.sizes.t**t * x.sizes.p**p * x.degrees[0] ** float(i) * x.degrees[1] ** float(j))
+        for x in points
     )
     found = _fit(values, points)
     assert (found.dim.b, found.dim.t, found.dim.p, found.tp, found.dp) == (b, t, p, i, j)
@@ -90,7 +91,7 @@ def test_a_monomial_is_found_again(coefficient: int, b: int, t: int, p: int, i: 
 
 
 def test_what_is_no_monomial_is_an_error() -> None:
-    points = (_Point(Sizes(3, 1, 3), 1, 1), _Point(Sizes(11, 5, 5), 1, 1))
+    points = (_Point(Sizes(3, 1, 3), (1, 1, 1)), _Point(Sizes(11, 5, 5), (1, 1, 1)))
     with pytest.raises(AssertionError, match="no monomial"):
         _fit((4, 12), points)  # 1 + sequences
 

@@ -53,6 +53,20 @@ def fetching(overrides: Mapping[str, Any]) -> float:
     return pool_kv(AIR, pool_of(made), made.profile, Demand(isl=2048), priced).curve[0].fetch_seconds
 
 
+def served(shape: BatchShape) -> Any:
+    """A step of the runtime's own engine, which has what `glm5 calibrate` measured of it on a machine."""
+
+    def seconds(overrides: Mapping[str, Any]) -> float:
+        engine = spec(overrides, engine="glm5").engine
+        return engine.step_seconds(0.01, shape.graphed, shape.pieces, shape.rows)
+
+    return seconds
+
+
+def in_front(overrides: Mapping[str, Any]) -> float:
+    return spec(overrides, engine="glm5").engine.request_host_seconds
+
+
 class Moves(NamedTuple):
     """`measure` at two values of a figure: more makes it less, or `more` makes it more. beside: other settings."""
 
@@ -94,6 +108,9 @@ MOVES = {
     "overhead.p2p_latency_s": Moves(5e-6, 50e-6, step(DECODE, **APART), more=True),
     "overhead.collective_buffer_bytes": Moves(1e9, 4e9, pool),
     "overhead.runtime_reserved_bytes": Moves(1e9, 4e9, pool),
+    "overhead.serving_request_s": Moves(1e-3, 9e-3, in_front, more=True),
+    "overhead.serving_step_s": Moves(1e-4, 2e-3, served(DECODE), more=True),
+    "overhead.serving_row_s": Moves(1e-4, 2e-3, served(DECODE), more=True),
     "efficiency.compute": Moves(0.4, 0.8, step(PREFILL)),
     "efficiency.memory": Moves(0.4, 0.8, step(DECODE)),
     "efficiency.network": Moves(0.3, 0.7, step(PREFILL)),
