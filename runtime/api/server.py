@@ -117,8 +117,8 @@ class HttpServer(uvicorn.Server):
         self._endpoint.close()
         seconds = 0.0 if at_once else self._endpoint.settings.drain_s
         drainer = threading.Thread(target=self._drain, args=(seconds,), name="glm5-drain", daemon=True)
+        drainer.start()  # before the server is told to exit, which waits for it
         self._drainer, self.should_exit = drainer, True
-        drainer.start()
 
     def _drain(self, seconds: float) -> None:
         self._endpoint.drain(seconds)
