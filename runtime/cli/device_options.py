@@ -43,3 +43,7 @@ SimFormats = Annotated[
 SimKv = Annotated[
     str | None, typer.Option(autocompletion=completion.caches, help="With sim: KV cache in bf16, fp8 or int8.")
 ]
+ScaleMemory = Annotated[float, typer.Option(help="With sim: share of the chip's memory that is there.")]
+TrustPackage = Annotated[
+    bool, typer.Option("--trust-package", help="With --artifact: open graphs that may run code, too.")
+]

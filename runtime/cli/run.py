@@ -48,9 +48,7 @@ def run(
     artifact: Annotated[
         Path | None, typer.Option(help="Run this exported package alone, with --backend ort, torch or xla.")
     ] = None,
-    trust_package: Annotated[
-        bool, typer.Option("--trust-package", help="With --artifact: open graphs that may run code, too.")
-    ] = False,
+    trust_package: device_options.TrustPackage = False,
     plan: Annotated[Path | None, typer.Option(help="With sim: the plan to execute (`glm5 plan --out`).")] = None,
     profile: device_options.SimProfile = None,
     devices: device_options.SimDevices = None,
@@ -67,7 +65,7 @@ def run(
             help="Whose scheduler serves, with sim its overheads too, as of simulate [default: glm5; sim: sglang].",
         ),
     ] = None,
-    scale_memory: Annotated[float, typer.Option(help="With sim: share of the chip's memory that is there.")] = 1.0,
+    scale_memory: device_options.ScaleMemory = 1.0,
     trace: Annotated[Path | None, typer.Option(help="With sim: write a Chrome/Perfetto trace, a row a device.")] = None,
     coordinator: Annotated[
         str | None, typer.Option(help="Run --plan over several processes: HOST:PORT where process 0 listens.")

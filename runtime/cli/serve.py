@@ -74,9 +74,7 @@ def serve(
     artifact: Annotated[
         Path | None, typer.Option(help="Serve this exported package, with --backend ort, torch or xla.")
     ] = None,
-    trust_package: Annotated[
-        bool, typer.Option("--trust-package", help="With --artifact: open graphs that may run code, too.")
-    ] = False,
+    trust_package: device_options.TrustPackage = False,
     plan: Annotated[
         Path | None, typer.Option(help="With sim: the plan to keep the pace of (`glm5 plan --out`).")
     ] = None,
@@ -94,7 +92,7 @@ def serve(
             autocompletion=completion.engines, help="With sim: whose scheduler and overheads; as of `glm5 simulate`."
         ),
     ] = None,
-    scale_memory: Annotated[float, typer.Option(help="With sim: share of the chip's memory that is there.")] = 1.0,
+    scale_memory: device_options.ScaleMemory = 1.0,
     tokens: Annotated[
         str, typer.Option(help="With sim: `model`, of the checkpoint; or `synthetic`, made up, of any model's pace.")
     ] = "model",

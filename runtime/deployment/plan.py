@@ -28,6 +28,7 @@ from model.formats import Formats
 from model.hf_config import load_config
 from model.split import Layout
 from runtime.deployment.document import to_json, validated
+from runtime.deployment.engines.engine import RouterPolicy
 from runtime.deployment.errors import PlanFileError
 from runtime.deployment.kv import Offload, PoolKv
 from runtime.deployment.ledger import Ledger
@@ -91,6 +92,11 @@ class Demand:
     def shares(self) -> bool:
         """Whether prompts begin like others before them."""
         return self.shared_prefix > 0 or self.turns > 1
+
+    def groups_each(self, shares: int, router: RouterPolicy) -> int:
+        """Groups that the prompts on each of so many equal shares of the deployment are of: its own behind a
+        cache-aware router, all of them behind another."""
+        return math.ceil(self.prefix_groups / (shares if router == "cache-aware" else 1))
 
     @property
     def means(self) -> tuple[float, float]:

@@ -67,8 +67,7 @@ class OptionPrices:
         self.output = demand.means[1]
         self.ranks = option.layout.dp
         shared = demand.shared_prefix * demand.means[0]
-        apart = option.spec.replicas if self.engine.router == "cache-aware" else 1
-        groups = math.ceil(demand.prefix_groups / apart) * shared
+        groups = demand.groups_each(option.spec.replicas, self.engine.router) * shared
         kept = self.engine.prefix_cache and groups + self.prompt + self.output - shared <= option.pool_tokens
         below = max((tier.tokens for tier in tiers_of(option.spec)), default=0)
         fetched = self.engine.prefix_cache and demand.shares and groups + self.prompt + self.output - shared <= below

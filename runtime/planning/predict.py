@@ -15,6 +15,7 @@ from typing import Any
 from foundation.errors import UsageError
 from hw_profiles import Profile
 from model.config import ModelConfig
+from runtime.deployment.engines.engine import RouterPolicy
 from runtime.deployment.plan import Demand, Plan, Predicted
 from runtime.serving import (
     Histogram,
@@ -49,7 +50,7 @@ def workload(
     *,
     page_tokens: Sequence[int] = (),
     burstiness: float = 1.0,
-    router: str = "round-robin",
+    router: RouterPolicy = "round-robin",
 ) -> tuple[Workload, float]:
     """The load on one of `parts` equal shares, and how many such shares the whole load is.
 
@@ -60,8 +61,7 @@ def workload(
     sharing = None
     if demand.shares:
         block = block_of(demand.prompt_means[0], *page_tokens)
-        groups = math.ceil(demand.prefix_groups / (parts if router == "cache-aware" else 1))
-        sharing = Sharing(demand.shared_prefix, groups, block)
+        sharing = Sharing(demand.shared_prefix, demand.groups_each(parts, router), block)
     if demand.rate is not None:
         if demand.turns > 1:
             raise UsageError("conversations are held by clients: with --turns give --concurrency, not --rate")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, get_args
 
 from foundation.errors import CapacityError
+from runtime.deployment.engines.engine import RouterPolicy
 from runtime.serving.errors import WorkloadError
 from runtime.serving.pricing import StepPricer
 from runtime.serving.request import Request
@@ -36,7 +37,7 @@ class Deployment:
     devices: int = 1
     replicas: int = 1
     ranks: int = 1
-    router: Literal["round-robin", "least-loaded", "cache-aware"] = "round-robin"
+    router: RouterPolicy = "round-robin"
     speculation: Speculation | None = None
     assumed: frozenset[str] = frozenset()
     tiers: tuple[CacheTier, ...] = ()
@@ -45,8 +46,8 @@ class Deployment:
         for key in ("devices", "replicas", "ranks"):
             if getattr(self, key) < 1:
                 raise CapacityError(f"{key} = {getattr(self, key)}: a deployment needs at least one")
-        if self.router not in ("round-robin", "least-loaded", "cache-aware"):
-            raise WorkloadError(f"unknown router {self.router!r}: use round-robin, least-loaded or cache-aware")
+        if self.router not in get_args(RouterPolicy):
+            raise WorkloadError(f"unknown router {self.router!r}: use one of {', '.join(get_args(RouterPolicy))}")
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,7 @@ class KvPool:
     def cached_tokens(self, request: Request) -> int:
         """Prompt tokens that the prefix cache holds, here or below, at most all but one (one must be computed)."""
         matched = self._match(request)
-        blocks = matched + len(self._found_below(request, matched))
-        return min(blocks * self.block_tokens, request.target - 1)
+        return self._reused(request, matched + len(self._found_below(request, matched)))
 
     def missing_pages(self, request: Request) -> int:
         """Pages to be found, by taking or evicting, to hold `request.target` tokens."""
@@ -94,9 +93,10 @@ class KvPool:
         Raises CapacityError when the pages are not there (callers ask `missing_pages` first).
         """
         matched = self._match(request)
-        here, cached = min(matched * self.block_tokens, request.target - 1), self.cached_tokens(request)
+        below = self._found_below(request, matched)
+        cached = self._reused(request, matched + len(below))
         if self.below:
-            request.fetching = self._by_tier(self._found_below(request, matched), cached - here)
+            request.fetching = self._by_tier(below, cached - self._reused(request, matched))
         for block in request.prefix_hashes[:matched]:
             self._hold(block)
         request.shared = matched
@@ -190,6 +190,10 @@ class KvPool:
         if not self.prefix_cache:
             return 0
         return _leading(request.prefix_hashes, request.prompt_tokens // self.block_tokens, self._holders, self._idle)
+
+    def _reused(self, request: Request, blocks: int) -> int:
+        """Tokens of so many leading blocks that need not be computed: all but one of the prompt's at most."""
+        return min(blocks * self.block_tokens, request.target - 1)
 
     def _found_below(self, request: Request, matched: int) -> list[int]:
         """The tier below of each block that follows on those here."""
