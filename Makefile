@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROMPT ?= The quick fox runs past the road. It
 
-.PHONY: demo test test-all test-clients test-cuda check bench clean
+.PHONY: demo test test-all test-clients test-cuda test-npu check bench clean
 
 DEMO := build/demo
 
@@ -26,7 +26,7 @@ test: .venv/test
 	$(BIN)/pytest -n 2 --dist loadfile
 
 test-all: .venv/test
-	HYPOTHESIS_PROFILE=random $(BIN)/pytest -n 2 --dist loadfile -m "not gpu and not clients and not cuda"
+	HYPOTHESIS_PROFILE=random $(BIN)/pytest -n 2 --dist loadfile -m "not gpu and not clients and not cuda and not npu"
 
 # Other people's clients against a server of this checkout; they want packages that the product must not have.
 test-clients: .venv/test build/clients/ready
@@ -35,6 +35,10 @@ test-clients: .venv/test build/clients/ready
 # Kernels for GPUs, without one: Triton's interpreter, the assembler, XLA for an H200 that is not there.
 test-cuda: build/cuda/ready
 	build/cuda/bin/python -m pytest -p no:cacheprovider -W default -m cuda tests/kernels
+
+# Exports for Ascend, with torch_npu's own schemas and Meta kernels; without an NPU, and without CANN.
+test-npu: build/npu/ready
+	build/npu/bin/python -m pytest -p no:cacheprovider -W default -rs -m npu tests/npu
 
 check: .venv/test
 	$(BIN)/ruff check .
@@ -67,6 +71,13 @@ build/cuda/ready: pyproject.toml
 	build/cuda/bin/pip install --quiet --disable-pip-version-check -e ".[cuda-check]"
 	jax=$$(build/cuda/bin/python -c 'import importlib.metadata as m; print(m.version("jax"))') && \
 	build/cuda/bin/pip install --quiet --disable-pip-version-check --no-deps jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax
+	touch $@
+
+# Where there is no wheel of torch_npu, its tests say so.
+build/npu/ready: pyproject.toml
+	test -x build/npu/bin/python || $(PYTHON) -m venv build/npu
+	build/npu/bin/pip install --quiet --disable-pip-version-check -e ".[npu-check]"
+	build/npu/bin/pip install --quiet --disable-pip-version-check -e ".[npu]" || echo "torch_npu is not to be had here"
 	touch $@
 
 clean:

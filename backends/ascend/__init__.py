@@ -2,7 +2,8 @@
 
 - `atc_operators.toml`: the ONNX operators that ATC's parser has registered, by opset; `atc_limits.toml`: its other
   limits; `cann_operators.toml`: CANN's fused operators for ops of the contract. Every entry names its source.
-- `catalog.py` reads the three; `operators.py` says what each `glm.*` op becomes, or why it is decomposed.
+- `npu_operators.toml`: torch_npu's operators for ops of the contract, with their schemas in the words of a release.
+- `catalog.py` reads the four; `operators.py` says what each `glm.*` op becomes, or why it is decomposed.
 - `lowerings.py` emits CANN operators as ONNX nodes, `lowerings_moe.py` those of the experts, and `writer.py` turns a
   traced graph into the ONNX that ATC is given (caches in the layout that CANN's attention reads).
 - `plugin.py` writes the ATC plugin that registers the operators which CANN itself does not map from ONNX, and

@@ -1,4 +1,4 @@
-"""The three lists of this folder, read once: ATC's operators, its limits, and CANN's fused operators."""
+"""The four lists of this folder, read once: ATC's operators, its limits, CANN's fused operators, and torch_npu's."""
 
 from __future__ import annotations
 
@@ -120,3 +120,34 @@ def most_gears(soc_version: str | None) -> int:
     """How many shape gears ATC takes for a chip."""
     gears = limits()["gears"]
     return gears["most_ascend950"] if soc_version and family(soc_version) == "ascend950" else gears["most"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NpuOperator:
+    """An operator `torch.ops.npu.<name>`: its schema, and the ops of the contract it is used for."""
+
+    name: str
+    schema: str
+    ops: tuple[str, ...]
+
+    @property
+    def signature(self) -> str:
+        """The schema without its namespace: "npu_rms_norm(Tensor input, ..) -> (..)"."""
+        return self.schema.removeprefix("npu::")
+
+
+@dataclasses.dataclass(frozen=True)
+class NpuRelease:
+    """The release of torch_npu whose schemas these are."""
+
+    version: str
+    operators: Mapping[str, NpuOperator]
+
+
+@functools.cache
+def npu_release() -> NpuRelease:
+    raw = _read("npu_operators.toml")
+    operators = {
+        name: NpuOperator(name, entry["schema"], tuple(entry["ops"])) for name, entry in raw["operators"].items()
+    }
+    return NpuRelease(raw["version"], operators)

@@ -1,0 +1,1 @@
+"""Checks of exports for Ascend with torch_npu. Run by `make test-npu`."""
