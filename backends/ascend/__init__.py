@@ -8,6 +8,7 @@
   traced graph into the ONNX that ATC is given (caches in the layout that CANN's attention reads).
 - `plugin.py` writes the ATC plugin that registers the operators which CANN itself does not map from ONNX, and
   `atc.py` the `atc` command lines.
+- `npu/` writes graphs of torch_npu's operators.
 - `adapter.py` is the backend: it compiles and runs packages where CANN is installed. `compiler.py` and `om.py` are
   what it does there.
 

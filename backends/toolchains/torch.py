@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from backends.errors import Unsupported
 from backends.toolchains.forms import Bounds, Pick, Take, gather_form, product_form, scatter_form
-from backends.toolchains.walker import Graph, Target, walk
+from backends.toolchains.walker import Graph, Port, Target, walk
 
 Tensor = torch.Tensor
 TORCH_DTYPES = {
@@ -31,9 +31,19 @@ def write(graph: Graph) -> bytes:
 
     Raises `Unsupported` for a primitive without a rule.
     """
+
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        results = walk(TorchTarget(), graph.jaxpr.jaxpr, graph.jaxpr.consts, given)
+        return tuple(result.contiguous() for result in results)
+
+    return archive(run, graph.inputs)
+
+
+def archive(run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Port]) -> bytes:
+    """The `.pt2` file of a function of tensors, which is called once, with fake ones."""
     with FakeTensorMode():
-        example = tuple(torch.empty(port.shape, dtype=TORCH_DTYPES[port.dtype]) for port in graph.inputs)
-    program = torch.export.export(_Module(graph), example, strict=False)
+        example = tuple(torch.empty(port.shape, dtype=TORCH_DTYPES[port.dtype]) for port in inputs)
+    program = torch.export.export(_Module(run), example, strict=False)
     program._example_inputs = None  # fake tensors: not to be stored
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # this machine's paths
@@ -43,14 +53,12 @@ def write(graph: Graph) -> bytes:
 
 
 class _Module(torch.nn.Module):
-    def __init__(self, graph: Graph):
+    def __init__(self, run: Callable[..., tuple[Tensor, ...]]):
         super().__init__()
-        self.graph = graph
+        self.run = run
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        target = TorchTarget()
-        results = walk(target, self.graph.jaxpr.jaxpr, self.graph.jaxpr.consts, inputs)
-        return tuple(result.contiguous() for result in results)
+        return self.run(*inputs)
 
 
 class TorchTarget(Target[Tensor]):

@@ -1,0 +1,52 @@
+"""Norms, activations and quantised products as torch_npu's operators. See `target.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends.ascend.npu.declare import SCALAR_TYPES
+from backends.ascend.npu.target import NpuTarget, dtype_name, require
+from backends.toolchains.walker import OpCall
+from model.ops import FORMAT
+
+INT8 = "w8a8-int8"
+
+
+def rms_norm(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
+    x, weight = call.operands
+    return [t.npu("npu_rms_norm", x, weight.to(x.dtype), float(call.attributes["eps"]))[0]]
+
+
+def swiglu(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
+    gate_up = call.operands[0]
+    return [t.npu("npu_swiglu", gate_up.flatten(-2), -1)]
+
+
+def linear(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
+    """x [.., i] times an int8 weight [i, ..]; a weight in 16 or 32 bits is a plain product."""
+    if FORMAT not in call.attributes:
+        return t.decomposed(call, call.operands)
+    x, values, scale = call.operands
+    require(call.attributes[FORMAT] == INT8, f"npu_quant_matmul is not mapped for {call.attributes[FORMAT]}")
+    require(t.options.takes(x), f"npu_dynamic_quant takes no {dtype_name(x)}")
+    width, columns = values.shape[0], math.prod(values.shape[1:])
+    rows, row_scale = quantised_rows(t, x.reshape(-1, width))
+    out = t.npu(
+        "npu_quant_matmul",
+        rows,
+        values.reshape(width, columns),
+        scale.reshape(columns).to(torch.float32),
+        pertoken_scale=row_scale,
+        output_dtype=SCALAR_TYPES[x.dtype],
+    )
+    return [out.reshape(*x.shape[:-1], *values.shape[1:])]
+
+
+def quantised_rows(t: NpuTarget, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [n, i] as int8 with one float32 scale a row."""
+    return t.npu("npu_dynamic_quant", x)

@@ -1,0 +1,23 @@
+"""The ops of the contract that torch_npu has operators for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from backends.ascend.npu import attention, dense, experts
+from backends.ascend.npu.target import NpuLowering
+
+LOWERINGS: Mapping[str, NpuLowering] = {
+    "glm.rms_norm": dense.rms_norm,
+    "glm.swiglu": dense.swiglu,
+    "glm.linear": dense.linear,
+    "glm.cache_write": attention.cache_write,
+    "glm.index_scores": attention.index_scores,
+    "glm.select_topk": attention.select_topk,
+    "glm.sparse_attention": attention.sparse_attention,
+    "glm.latent_attention": attention.latent_attention,
+    "glm.expanded_attention": attention.expanded_attention,
+    "glm.route": experts.route,
+    "glm.expert_ffn": experts.expert_ffn,
+}
+"""Lowerings by op; one may decompose a call itself, without a reason to tell."""

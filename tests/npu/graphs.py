@@ -1,0 +1,156 @@
+"""Graphs of ops for the tests of torch_npu's target, with inputs that reach their corners."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import torch
+
+from backends.ascend.npu.target import NpuOptions
+from backends.ascend.npu.writer import NpuGraph
+from backends.toolchains.walker import Graph, port
+from model import ops
+
+F32 = NpuOptions(dtypes=frozenset({"float16", "bfloat16", "float32"}))
+"""Operators in float32 too, to compare what graphs mean and not how they round."""
+B, T, HEADS, PAGE, PAGES = 2, 3, 4, 16, 4
+Inputs = dict[str, np.ndarray]
+Layer = Callable[..., tuple[Any, ...]]
+
+
+def normal(*shape: int, dtype: Any = np.float32, scale: float = 1.0, seed: int = 5) -> np.ndarray:
+    return (np.random.default_rng((seed, *shape)).standard_normal(shape) * scale).astype(dtype)
+
+
+def graph(fn: Layer, inputs: Mapping[str, Any], outputs: list[str]) -> Graph:
+    closed = jax.make_jaxpr(lambda *args: fn(**dict(zip(inputs, args, strict=True))))(*inputs.values())
+    names = [port(name, var.aval) for name, var in zip(inputs, closed.jaxpr.invars, strict=True)]
+    results = [port(name, aval) for name, aval in zip(outputs, closed.out_avals, strict=True)]
+    aliases = {name: name.removesuffix(".out") for name in outputs if name.startswith("cache.")}
+    return Graph("test", closed, tuple(names), tuple(results), aliases)
+
+
+def program(made: NpuGraph) -> torch.export.ExportedProgram:
+    return torch.export.load(io.BytesIO(made.archive))
+
+
+def operators(made: NpuGraph) -> set[str]:
+    """torch_npu's, by name."""
+    return {str(node.target).split(".")[1] for node in program(made).graph.nodes if str(node.target).startswith("npu.")}
+
+
+def run(made: NpuGraph, inputs: Mapping[str, np.ndarray]) -> Inputs:
+    """On the CPU, with `references.py`. A latent cache is given as one and its halves are made of it."""
+    from tests.npu.references import register
+
+    register()
+    results = program(made).module()(*(tensor(given(inputs, each.name)) for each in made.inputs))
+    return {each.name: array(value) for each, value in zip(made.outputs, results, strict=True)}
+
+
+def given(inputs: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    stem, _, half = name.rpartition("_")
+    if name not in inputs and half in ("nope", "rope"):
+        return inputs[stem][..., :512] if half == "nope" else inputs[stem][..., 512:]
+    return inputs[name]
+
+
+def tensor(x: np.ndarray) -> torch.Tensor:
+    x = np.array(x)
+    return (
+        torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16)
+        if x.dtype == ml_dtypes.bfloat16
+        else torch.from_numpy(x)
+    )
+
+
+def array(x: torch.Tensor) -> np.ndarray:
+    return x.to(torch.float32).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+
+
+# --- layers -------------------------------------------------------------------------------------
+
+
+def attention_inputs(dtype: Any = np.float32, heads: int = HEADS) -> Inputs:
+    """Two sequences of different length, a chunk of 3 tokens each, pages out of order."""
+    pool = 2 * PAGES + 1
+    start = np.array([40, 11], np.int32)
+    return {
+        "query": normal(B, T, heads, 576, dtype=dtype, scale=0.3),
+        "index_query": normal(B, T, 8, 128, dtype=dtype),
+        "index_weights": normal(B, T, 8, dtype=dtype),
+        "rows": normal(B, T, 576, dtype=dtype),
+        "slots": np.array([[17, 18, 19], [33, 34, 35]], np.int32),
+        "cache.latent": normal(pool, PAGE, 576, dtype=dtype),
+        "cache.index": normal(pool, PAGE, 128, dtype=dtype),
+        "page_table": np.random.default_rng(2).permutation(np.arange(1, pool)).astype(np.int32).reshape(B, PAGES),
+        "positions": (start[:, None] + np.arange(T, dtype=np.int32)[None, :]).astype(np.int32),
+    }
+
+
+def sparse(k: int) -> Layer:
+    def layer(**x: Any) -> tuple[Any, ...]:
+        cache = ops.cache_write(x["cache.latent"], x["rows"], x["slots"])
+        scores = ops.index_scores(
+            x["index_query"], x["index_weights"], x["cache.index"], x["page_table"], x["positions"]
+        )
+        selected = ops.select_topk(scores, k=k)
+        out = ops.sparse_attention(
+            x["query"], cache, x["page_table"], selected, x["positions"], scale=0.06, value_dim=512
+        )
+        return out, cache, selected
+
+    return layer
+
+
+SPARSE_OUTPUTS = ["out", "cache.latent.out", "selected.out"]
+
+
+def dense_inputs(expanded: bool) -> Inputs:
+    inputs = {k: v for k, v in attention_inputs().items() if k in ("query", "cache.latent", "page_table", "positions")}
+    if expanded:
+        inputs |= {"k_up": normal(HEADS, 48, 512, scale=0.05), "v_up": normal(HEADS, 512, 32, scale=0.05)}
+        inputs["query"] = inputs["query"][..., : 48 + 64]
+    return inputs
+
+
+def dense(expanded: bool) -> Layer:
+    def layer(**x: Any) -> tuple[Any, ...]:
+        pages, table, at = x["cache.latent"], x["page_table"], x["positions"]
+        if expanded:
+            return (ops.expanded_attention(x["query"], pages, table, x["k_up"], x["v_up"], at, scale=0.06),)
+        return (ops.latent_attention(x["query"], pages, table, at, scale=0.06, value_dim=512),)
+
+    return layer
+
+
+def route_inputs() -> Inputs:
+    return {"x": normal(5, 24), "router": normal(24, 16), "bias": normal(16, scale=0.1)}
+
+
+def route(groups: int, kept: int, normalise: bool = True) -> Layer:
+    def layer(**x: Any) -> tuple[Any, ...]:
+        return ops.route(x["x"], x["router"], x["bias"], top_k=3, n_group=groups, topk_group=kept,
+                         normalise=normalise, scale=2.5)  # fmt: skip
+
+    return layer
+
+
+def expert_inputs(local: int, dtype: Any = np.float32) -> Inputs:
+    """Six local experts; ids from `local` to 8 for the choices, so that with 6 none of them lives here."""
+    return {
+        "x": normal(7, 32, dtype=dtype),
+        "experts": np.random.default_rng(3).integers(local, 9, (7, 3)).astype(np.int32),
+        "weights": np.random.default_rng(4).random((7, 3)).astype(np.float32),
+        "gate_up": normal(6, 32, 2, 16, dtype=dtype, scale=0.3),
+        "down": normal(6, 16, 32, dtype=dtype, scale=0.3),
+    }
+
+
+def experts(**x: Any) -> tuple[Any, ...]:
+    return (ops.expert_ffn(x["x"], x["experts"], x["weights"], x["gate_up"], x["down"]),)

@@ -1,0 +1,183 @@
+"""torch_npu's operators on the CPU, after their documentation: what a graph of them is run with.
+
+Written from the documents of the operators (torch_npu's own `_op_plugin_docs.py` and the READMEs of CANN's
+ops-transformer and ops-nn), not from our lowerings. Accelerators' rounding is not imitated: sums are taken in float64.
+What a document leaves undefined is NaN here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backends.ascend.npu.declare import declare
+from tests.backends import cann_reference as cann
+
+_SCALAR_TYPES = {1: torch.int8, 3: torch.int32, 5: torch.float16, 6: torch.float32, 15: torch.bfloat16}  # c10
+
+
+@functools.cache
+def register() -> Any:
+    """Registers the references for the CPU; the library is what keeps them so."""
+    declare()
+    library = torch.library.Library("npu", "IMPL")
+    for name, reference in REFERENCES.items():
+        library.impl(name, reference, "CPU")
+    return library
+
+
+def _np(x: Tensor) -> np.ndarray:
+    return x.to(torch.float64).numpy() if x.dtype.is_floating_point else x.numpy()
+
+
+def _as(x: np.ndarray, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x)).to(dtype)
+
+
+def _rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
+    assert gamma.dtype == x.dtype and gamma.shape == x.shape[-1:]
+    wide = _np(x)
+    rstd = 1 / np.sqrt((wide**2).mean(-1, keepdims=True) + epsilon)
+    return _as(wide * rstd * _np(gamma), x.dtype), _as(rstd, torch.float32)
+
+
+def _dynamic_quant(x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    assert not any(options.values()) and x.dim() > 1
+    wide = np.nan_to_num(_np(x))  # rows that no expert has
+    scale = np.maximum(np.abs(wide).max(-1), 1e-12) / 127
+    return _as(np.rint(wide / scale[..., None]), torch.int8), _as(scale, torch.float32)
+
+
+def _quant_matmul(x1: Tensor, x2: Tensor, scale: Tensor, *, pertoken_scale: Tensor, output_dtype: int) -> Tensor:
+    assert x1.dtype == x2.dtype == torch.int8 and scale.shape == (x2.shape[1],)
+    assert pertoken_scale.shape == (x1.shape[0],) and pertoken_scale.dtype == torch.float32
+    sums = _np(x1).astype(np.int64) @ _np(x2).astype(np.int64)
+    return _as(sums * _np(scale) * _np(pertoken_scale)[:, None], _SCALAR_TYPES[output_dtype])
+
+
+def _scatter_nd_update_(into: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
+    assert indices.dim() == 2 and indices.shape[1] == 1 and updates.dtype == into.dtype
+    assert ((indices >= 0) & (indices < into.shape[0])).all()
+    into[indices[:, 0].long()] = updates
+    return into
+
+
+def _lightning_indexer(
+    query: Tensor, key: Tensor, weights: Tensor, *, actual_seq_lengths_key: Tensor, block_table: Tensor, **given: Any
+) -> tuple[Tensor, Tensor]:
+    assert all(x.is_contiguous() for x in (query, key, weights)) and query.dtype == key.dtype == weights.dtype
+    assert actual_seq_lengths_key.dtype == block_table.dtype == torch.int32
+    chosen, _ = cann.LightningIndexer._run(
+        None, _np(query), _np(key), _np(weights), None, _np(actual_seq_lengths_key), _np(block_table), **given
+    )  # type: ignore[arg-type]
+    return _as(chosen, torch.int32), query.new_empty([0])
+
+
+def _sparse_flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sparse_indices: Tensor,
+    scale_value: float,
+    *,
+    block_table: Tensor,
+    actual_seq_lengths_kv: Tensor,
+    query_rope: Tensor,
+    key_rope: Tensor,
+    **given: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (query, key, value, query_rope, key_rope)
+    assert all(x.is_contiguous() and x.dtype == query.dtype for x in tensors)
+    assert sparse_indices.dtype == block_table.dtype == actual_seq_lengths_kv.dtype == torch.int32
+    q, k, v, q_rope, k_rope = map(_np, tensors)
+    out, _, _ = cann.SparseFlashAttention._run(
+        None, q, k, v, _np(sparse_indices), _np(block_table), None, _np(actual_seq_lengths_kv), q_rope, k_rope,
+        scale_value=scale_value, **given,
+    )  # type: ignore[arg-type]  # fmt: skip
+    none = query.new_empty([0], dtype=torch.float32)
+    return _as(out, query.dtype), none, none.clone()
+
+
+def _moe_gating_top_k(x: Tensor, k: int, *, bias: Tensor, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    assert bias.dtype == x.dtype
+    weights, experts, normed = cann.MoeGatingTopK._run(None, _np(x), _np(bias), k=k, **given)  # type: ignore[arg-type]
+    return _as(weights, x.dtype), _as(experts, torch.int32), _as(normed, torch.float32)
+
+
+def _moe_init_routing_v2(x: Tensor, expert_idx: Tensor, **given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert expert_idx.dtype == torch.int32 and given["expert_tokens_num_flag"] is True
+    rows, places, counts, _ = cann.MoeInitRoutingV3._run(None, _np(x), _np(expert_idx), **given)  # type: ignore[arg-type]
+    undefined = torch.full((expert_idx.numel(),), torch.nan)
+    return _as(rows, x.dtype), _as(places, torch.int32), _as(counts, torch.int64), undefined
+
+
+def _grouped_matmul(
+    x: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    *,
+    group_list: Tensor,
+    scale: Sequence[Tensor] | None = None,
+    per_token_scale: Sequence[Tensor] | None = None,
+    output_dtype: int | None = None,
+    split_item: int = 0,
+    group_type: int | None = None,
+    group_list_type: int = 0,
+) -> list[Tensor]:
+    (rows,), (matrices,) = x, weight
+    assert (split_item, group_type, group_list_type) == (3, 0, 1) and rows.dtype == matrices.dtype
+    assert group_list.dtype == torch.int64 and group_list.shape == (matrices.shape[0],) and len(group_list) > 1
+    assert (scale is None) == (per_token_scale is None) == (rows.dtype != torch.int8)
+    dtype = rows.dtype if output_dtype is None else _SCALAR_TYPES[output_dtype]
+    out = np.full((rows.shape[0], matrices.shape[2]), np.nan)  # rows of no group are left as they are
+    start = 0
+    for group, count in enumerate(group_list.tolist()):
+        part = _np(rows[start : start + count]).astype(np.float64) @ _np(matrices[group]).astype(np.float64)
+        if scale is not None and per_token_scale is not None:
+            assert scale[0].dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+            part = part * _np(scale[0][group]) * _np(per_token_scale[0][start : start + count])[:, None]
+        out[start : start + count] = part
+        start += count
+    return [_as(out, dtype)]
+
+
+def _swiglu(x: Tensor, dim: int = -1) -> Tensor:
+    assert dim == -1
+    gate, up = np.split(_np(x), 2, axis=-1)
+    return _as(gate / (1 + np.exp(-gate)) * up, x.dtype)
+
+
+def _moe_finalize_routing(
+    rows: Tensor,
+    skip1: None,
+    skip2: None,
+    bias: None,
+    scales: Tensor,
+    places: Tensor,
+    experts: None,
+    drop_pad_mode: int = 0,
+) -> Tensor:
+    """drop_pad_mode 2: no row is dropped, and a token's places follow each other."""
+    assert drop_pad_mode == 2 and scales.dtype == rows.dtype and places.dtype == torch.int32
+    assert ((places >= 0) & (places < rows.shape[0])).all()
+    own = _np(rows)[places.numpy()].reshape(*scales.shape, rows.shape[1])
+    return _as((own * _np(scales)[:, :, None]).sum(1), rows.dtype)
+
+
+REFERENCES: dict[str, Callable[..., Any]] = {
+    "npu_rms_norm": _rms_norm,
+    "npu_dynamic_quant": _dynamic_quant,
+    "npu_quant_matmul": _quant_matmul,
+    "npu_scatter_nd_update_": _scatter_nd_update_,
+    "npu_lightning_indexer": _lightning_indexer,
+    "npu_sparse_flash_attention": _sparse_flash_attention,
+    "npu_moe_gating_top_k": _moe_gating_top_k,
+    "npu_moe_init_routing_v2": _moe_init_routing_v2,
+    "npu_grouped_matmul": _grouped_matmul,
+    "npu_swiglu": _swiglu,
+    "npu_moe_finalize_routing": _moe_finalize_routing,
+}

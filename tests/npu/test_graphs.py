@@ -1,0 +1,158 @@
+"""Graphs of torch_npu's operators mean what the JAX ops mean, by the operators' documentation (`references.py`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+from backends.ascend.npu.target import NpuOptions
+from backends.ascend.npu.writer import write
+from backends.toolchains import narrow
+from model import ops
+from model.formats import scheme
+from tests.npu import graphs as g
+
+
+@pytest.mark.parametrize("k", [8, 56])
+def test_a_sparse_layer_selects_and_attends_as_the_graph_does(k: int):
+    """With 56 the second sequence sees less than is selected."""
+    inputs, fn = g.attention_inputs(), g.sparse(k)
+    made = write(g.graph(fn, inputs, g.SPARSE_OUTPUTS), g.F32)
+    assert g.operators(made) == {"npu_lightning_indexer", "npu_sparse_flash_attention", "npu_scatter_nd_update_"}
+    assert made.aliases == {f"cache.latent_{half}.out": f"cache.latent_{half}" for half in ("nope", "rope")}
+    out, cache, selected = (np.asarray(x) for x in fn(**inputs))
+    got = g.run(made, inputs)
+    for mine, theirs, last in zip(got["selected.out"].reshape(-1, k), selected.reshape(-1, k),
+                                  inputs["positions"].reshape(-1), strict=True):  # fmt: skip
+        assert set(mine) - {-1} == set(theirs[theirs <= last])
+    np.testing.assert_allclose(got["out"], out, atol=1e-5)
+    np.testing.assert_array_equal(got["cache.latent_nope.out"], cache[..., :512])
+    np.testing.assert_array_equal(got["cache.latent_rope.out"], cache[..., 512:])
+
+
+def test_a_selection_from_another_graph_that_sees_less_than_it_holds():
+    inputs = {k: v for k, v in g.attention_inputs().items() if k in ("query", "cache.latent", "page_table")}
+    at = inputs["positions"] = g.attention_inputs()["positions"]
+    order = np.broadcast_to(np.arange(g.PAGE * g.PAGES), (g.B, g.T, g.PAGE * g.PAGES))
+    inputs["selected"] = np.argsort(order > at[..., None], axis=-1, kind="stable")[..., :32].astype(np.int32)
+
+    def layer(**x: Any) -> tuple[Any, ...]:
+        return (ops.sparse_attention(x["query"], x["cache.latent"], x["page_table"], x["selected"], x["positions"],
+                                     scale=0.06, value_dim=512),)  # fmt: skip
+
+    made = write(g.graph(layer, inputs, ["out"]), g.F32)
+    assert g.operators(made) == {"npu_sparse_flash_attention"}
+    np.testing.assert_allclose(g.run(made, inputs)["out"], np.asarray(layer(**inputs)[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_dense_attention_reads_the_two_caches(expanded: bool):
+    inputs, layer = g.dense_inputs(expanded), g.dense(expanded)
+    made = write(g.graph(layer, inputs, ["out"]), g.F32)
+    assert g.operators(made) == (set() if expanded else {"npu_sparse_flash_attention"})
+    assert "cache.latent" not in {each.name for each in made.inputs}
+    np.testing.assert_allclose(g.run(made, inputs)["out"], np.asarray(layer(**inputs)[0]), atol=1e-5)
+
+
+def test_what_the_kernels_do_not_take_is_decomposed_and_said():
+    """6 heads: attention is refused; the selection that the indexer made, -1 included, still works."""
+    inputs, fn = g.attention_inputs(heads=6), g.sparse(56)
+    made = write(g.graph(fn, inputs, g.SPARSE_OUTPUTS), g.F32)
+    assert g.operators(made) == {"npu_lightning_indexer", "npu_scatter_nd_update_"}
+    assert made.declined["glm.sparse_attention", "SparseFlashAttention takes no 6 heads"] == 1
+    np.testing.assert_allclose(g.run(made, inputs)["out"], np.asarray(fn(**inputs)[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [NpuOptions(fused=False), NpuOptions()])
+def test_without_operators_or_with_a_type_that_they_lack_the_cache_is_one(options: NpuOptions):
+    inputs, fn = g.attention_inputs(), g.sparse(8)
+    made = write(g.graph(fn, inputs, g.SPARSE_OUTPUTS), options)
+    assert g.operators(made) == ({"npu_scatter_nd_update_"} if options.fused else set())
+    got, want = g.run(made, inputs), [np.asarray(x) for x in fn(**inputs)]
+    for name, value in zip(g.SPARSE_OUTPUTS, want, strict=True):
+        np.testing.assert_allclose(got[name], value, atol=1e-5)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-5])
+def test_a_norm_has_its_epsilon(eps: float):
+    inputs = {"x": g.normal(3, 64, scale=1e-3), "weight": g.normal(64)}
+
+    def norm(**x: Any) -> tuple[Any, ...]:
+        return (ops.rms_norm(x["x"], x["weight"], eps=eps),)
+
+    made = write(g.graph(norm, inputs, ["out"]))
+    assert g.operators(made) == {"npu_rms_norm"}
+    np.testing.assert_allclose(g.run(made, inputs)["out"], np.asarray(norm(**inputs)[0]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("groups", "kept"), [(1, 1), (4, 2)])
+def test_routing_chooses_the_same_experts_with_the_same_weights(groups: int, kept: int):
+    inputs, fn = g.route_inputs(), g.route(groups, kept)
+    made = write(g.graph(fn, inputs, ["experts", "weights"]))
+    assert g.operators(made) == {"npu_moe_gating_top_k"}
+    got, (experts, weights) = g.run(made, inputs), fn(**inputs)
+    np.testing.assert_array_equal(got["experts"], np.asarray(experts))
+    np.testing.assert_allclose(got["weights"], np.asarray(weights), rtol=1e-5)
+
+
+def test_routing_that_does_not_normalise_is_decomposed():
+    inputs, fn = g.route_inputs(), g.route(1, 1, normalise=False)
+    made = write(g.graph(fn, inputs, ["experts", "weights"]))
+    assert not g.operators(made) and sum(made.declined.values()) == 1
+    np.testing.assert_array_equal(g.run(made, inputs)["experts"], np.asarray(fn(**inputs)[0]))
+
+
+@pytest.mark.parametrize("first", [0, 6])
+def test_experts_are_grouped_products_and_absent_ones_count_as_nothing(first: int):
+    """From 6 on none lives here: every row is what the memory held before, and none of it may come through."""
+    inputs = g.expert_inputs(first)
+    made = write(g.graph(g.experts, inputs, ["out"]))
+    assert g.operators(made) == {
+        "npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_swiglu", "npu_moe_finalize_routing",
+    }  # fmt: skip
+    np.testing.assert_allclose(g.run(made, inputs)["out"], np.asarray(g.experts(**inputs)[0]), atol=1e-4)
+
+
+def test_int8_products_mean_what_the_narrow_op_means():
+    values = np.random.default_rng(1).integers(-127, 128, (64, 2, 24)).astype(np.int8)
+    inputs = {"x": g.normal(2, 3, 64), "values": values, "scale": np.abs(g.normal(1, 2, 24)) / 127}
+    call = narrow.lowerings(scheme("w8a8"), "torch")["glm.linear"]
+
+    def product(**x: Any) -> tuple[Any, ...]:
+        return (call(x["x"], x["values"], x["scale"]),)
+
+    made = write(g.graph(product, inputs, ["out"]), g.F32)
+    assert g.operators(made) == {"npu_dynamic_quant", "npu_quant_matmul"}
+    np.testing.assert_allclose(g.run(made, inputs)["out"], np.asarray(product(**inputs)[0]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", [0, 6])
+def test_int8_experts_mean_what_the_narrow_op_means(first: int):
+    inputs, rng = g.expert_inputs(first), np.random.default_rng(1)
+    for name in ("gate_up", "down"):
+        inputs[name] = rng.integers(-127, 128, inputs[name].shape).astype(np.int8)
+    inputs["gate_up_scale"] = np.abs(g.normal(6, 1, 2, 16)) / 127
+    inputs["down_scale"] = np.abs(g.normal(6, 1, 32)) / 127
+    call = narrow.lowerings(scheme("w8a8"), "torch")["glm.expert_ffn"]
+
+    def layer(**x: Any) -> tuple[Any, ...]:
+        return (call(x["x"], x["experts"], x["weights"], x["gate_up"], x["gate_up_scale"], x["down"], x["down_scale"]),)
+
+    made = write(g.graph(layer, inputs, ["out"]), g.F32)
+    assert {"npu_dynamic_quant", "npu_grouped_matmul"} <= g.operators(made)
+    want = np.asarray(layer(**inputs)[0])
+    error = np.abs(g.run(made, inputs)["out"] - want).max()
+    assert error <= 0.01 * max(np.abs(want).max(), 1e-6)  # a value on the edge may round the other way
+
+
+def test_bfloat16_activations_come_out_close():
+    inputs = {name: (jnp.asarray(x, jnp.bfloat16) if x.dtype == np.float32 and name != "weights" else x)
+              for name, x in g.expert_inputs(0).items()}  # fmt: skip
+    made = write(g.graph(g.experts, inputs, ["out"]))
+    want = np.asarray(g.experts(**inputs)[0]).astype(np.float32)
+    got = g.run(made, {name: np.asarray(x) for name, x in inputs.items()})["out"]
+    assert np.abs(got - want).max() <= 0.03 * np.abs(want).max()
