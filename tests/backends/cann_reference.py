@@ -12,27 +12,26 @@ from typing import Any
 import numpy as np
 from onnx.reference.op_run import OpRun
 
-
-def _f64(x: Any) -> np.ndarray:
-    return np.asarray(x).astype(np.float64)
+from tests.backends import cann_forms as forms
+from tests.backends.cann_forms import f64
 
 
 class RmsNorm(OpRun):
     op_domain = "cann"
 
     def _run(self, x, gamma, epsilon=1e-6):
-        wide = _f64(x)
+        wide = f64(x)
         rstd = 1 / np.sqrt((wide**2).mean(-1, keepdims=True) + epsilon)
-        return (wide * rstd * _f64(gamma)).astype(x.dtype), rstd.astype(np.float32)
+        return (wide * rstd * f64(gamma)).astype(x.dtype), rstd.astype(np.float32)
 
 
 class NPURmsNorm(OpRun):
     op_domain = "npu"
 
     def _run(self, x, gamma):
-        wide = _f64(x)
+        wide = f64(x)
         rstd = 1 / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6)
-        return (wide * rstd * _f64(gamma)).astype(x.dtype), rstd.astype(np.float32)
+        return (wide * rstd * f64(gamma)).astype(x.dtype), rstd.astype(np.float32)
 
 
 class ScatterNdUpdate(OpRun):
@@ -44,99 +43,32 @@ class ScatterNdUpdate(OpRun):
         return (out,)
 
 
-def _context(pages: np.ndarray, table: np.ndarray, length: int) -> np.ndarray:
-    """PA_BSND pages [P, s, 1, w] of one sequence: [length, w]."""
-    return np.concatenate([pages[page, :, 0] for page in table])[:length]
-
-
 class LightningIndexer(OpRun):
     op_domain = "cann"
 
-    def _run(self, query, key, weights, q_lengths, k_lengths, block_table, layout_query="BSND", layout_key="BSND",
-             sparse_count=2048, sparse_mode=3):  # fmt: skip
-        assert (layout_query, layout_key, sparse_mode) == ("BSND", "PA_BSND", 3) and q_lengths is None
-        assert query.shape[3] == 128 and query.shape[2] <= 64 and key.shape[2] == 1 and key.shape[1] % 16 == 0
-        assert query.dtype == key.dtype == weights.dtype and block_table.shape[0] == query.shape[0]
-        b, s, _, _ = query.shape
-        out = np.full((b, s, 1, sparse_count), -1, np.int32)
-        for i in range(b):
-            keys = _f64(_context(key, block_table[i], k_lengths[i]))
-            assert len(keys) == k_lengths[i], "the block table is too short for the context"
-            for j in range(s):
-                visible = int(k_lengths[i]) - s + j + 1  # right-down causal
-                scores = (_f64(weights[i, j])[:, None] * np.maximum(_f64(query[i, j]) @ keys[:visible].T, 0)).sum(0)
-                best = np.argsort(-scores, kind="stable")[:sparse_count]
-                out[i, j, 0, : len(best)] = best
-        return out, np.zeros(out.shape, query.dtype)
+    def _run(self, *given, **attributes):
+        return forms.lightning_indexer(*given, **attributes)
 
 
 class SparseFlashAttention(OpRun):
     op_domain = "cann"
 
-    def _run(self, query, key, value, sparse_indices, block_table, q_lengths, kv_lengths, query_rope, key_rope,
-             scale_value=1.0, sparse_block_size=1, layout_query="BSND", layout_kv="BSND", sparse_mode=3,
-             attention_mode=0):  # fmt: skip
-        assert (layout_query, layout_kv, sparse_mode, attention_mode) == ("BSND", "PA_BSND", 3, 2)
-        assert query.shape[3] == key.shape[3] == 512 and query_rope.shape[3] == key_rope.shape[3] == 64
-        assert key.shape[1] % 16 == 0 and query.shape[2] in (1, 2, 4, 8, 16, 32, 64, 128) and sparse_block_size == 1
-        b, s, heads, _ = query.shape
-        out = np.zeros(query.shape, np.float64)
-        for i in range(b):
-            keys = _f64(_context(key, block_table[i], kv_lengths[i]))
-            ropes = _f64(_context(key_rope, block_table[i], kv_lengths[i]))
-            values = _f64(_context(value, block_table[i], kv_lengths[i]))
-            for j in range(s):
-                chosen = sparse_indices[i, j, 0]
-                valid = chosen >= 0
-                assert not valid[np.argmin(valid) :].any() or valid.all(), "invalid indices must come last"
-                chosen = chosen[valid]
-                assert (chosen <= int(kv_lengths[i]) - s + j).all(), "a selected key is in the query's future"
-                scores = _f64(query[i, j]) @ keys[chosen].T + _f64(query_rope[i, j]) @ ropes[chosen].T
-                weights = np.exp(scores * scale_value - (scores * scale_value).max(-1, keepdims=True))
-                out[i, j] = weights / weights.sum(-1, keepdims=True) @ values[chosen]
-        lse = np.zeros((b, 1, s, heads), np.float32)
-        return out.astype(query.dtype), lse, lse
+    def _run(self, *given, **attributes):
+        return forms.sparse_flash_attention(*given, **attributes)
 
 
 class MoeGatingTopK(OpRun):
     op_domain = "cann"
 
-    def _run(self, x, bias, k=1, k_group=1, group_count=1, group_select_mode=0, renorm=0, norm_type=0, out_flag=0,
-             routed_scaling_factor=1.0, eps=1e-20):  # fmt: skip
-        assert norm_type == 1 and group_select_mode == 1 and x.shape[-1] <= 2048
-        normed = 1 / (1 + np.exp(-_f64(x)))
-        choice = normed + _f64(bias)
-        rows = np.arange(len(x))[:, None]
-        if group_count > 1:
-            grouped = choice.reshape(len(x), group_count, -1)
-            best = np.argsort(-np.sort(grouped, -1)[..., -2:].sum(-1), kind="stable")[:, :k_group]
-            masked = np.full_like(grouped, -np.inf)
-            masked[rows, best] = grouped[rows, best]
-            choice = masked.reshape(choice.shape)
-        indices = np.argsort(-choice, kind="stable")[:, :k]
-        weights = normed[rows, indices]
-        weights = weights / (weights.sum(-1, keepdims=True) + eps) * routed_scaling_factor
-        return weights.astype(x.dtype), indices.astype(np.int32), normed.astype(np.float32)
+    def _run(self, *given, **attributes):
+        return forms.moe_gating_top_k(*given, **attributes)
 
 
 class MoeInitRoutingV3(OpRun):
     op_domain = "cann"
 
-    def _run(self, x, expert_idx, active_num=-1, expert_capacity=-1, expert_num=-1, drop_pad_mode=0,
-             expert_tokens_num_type=0, expert_tokens_num_flag=0, quant_mode=-1, active_expert_range=(),
-             row_idx_type=0):  # fmt: skip
-        assert drop_pad_mode == 0 and expert_tokens_num_type == 1 and row_idx_type == 0 and quant_mode == -1
-        flat = expert_idx.reshape(-1)
-        assert active_num == len(flat) and (flat >= 0).all() and (flat < expert_num).all()
-        low, high = active_expert_range
-        order = np.argsort(np.where((flat >= low) & (flat < high), flat, expert_num), kind="stable")
-        active = int(((flat >= low) & (flat < high)).sum())
-        expanded = np.full((len(flat), x.shape[1]), np.nan, x.dtype)  # what is not active is not initialised
-        expanded[:active] = x[order[:active] // expert_idx.shape[1]]
-        places = np.full(len(flat), -1, np.int32)
-        places[order[:active]] = np.arange(active)
-        counts = np.bincount(flat[order[:active]], minlength=high)[low:high].astype(np.int64)
-        return expanded, places, counts, np.zeros(len(flat), np.float32)
+    def _run(self, *given, **attributes):
+        return forms.moe_init_routing(*given, **attributes)
 
 
 class GroupedMatmul(OpRun):
@@ -149,9 +81,9 @@ class GroupedMatmul(OpRun):
         out = np.full((x.shape[0], weight.shape[2]), np.nan, np.float64)
         start = 0
         for group, rows in enumerate(group_list):
-            part = _f64(x[start : start + rows]) @ _f64(weight[group])
+            part = f64(x[start : start + rows]) @ f64(weight[group])
             if scale is not None and per_token_scale is not None:
-                part = part * _f64(scale[group]) * _f64(per_token_scale[start : start + rows])[:, None]
+                part = part * f64(scale[group]) * f64(per_token_scale[start : start + rows])[:, None]
             out[start : start + rows] = part
             start += rows
         kinds = {0: np.float32, 1: np.float16}
@@ -162,7 +94,7 @@ class NPUDynamicQuant(OpRun):
     op_domain = "npu"
 
     def _run(self, x):
-        wide = np.nan_to_num(_f64(x))  # rows that no expert has
+        wide = np.nan_to_num(f64(x))  # rows that no expert has
         scale = np.maximum(np.abs(wide).max(-1), 1e-12) / 127
         return np.rint(wide / scale[..., None]).astype(np.int8), scale.astype(np.float32)
 
@@ -172,7 +104,7 @@ class QuantBatchMatmulV3(OpRun):
 
     def _run(self, x1, x2, scale, offset=None, bias=None, pertoken_scale=None, dtype=0, transpose_x1=0, transpose_x2=0):
         assert x1.dtype == x2.dtype == np.int8 and scale.shape == (x2.shape[1],) and not transpose_x1
-        out = (x1.astype(np.int64) @ x2.astype(np.int64)) * _f64(scale) * _f64(pertoken_scale)[:, None]
+        out = (x1.astype(np.int64) @ x2.astype(np.int64)) * f64(scale) * f64(pertoken_scale)[:, None]
         kinds = {0: np.float32, 1: np.float16}
         return (out.astype(kinds[dtype] if dtype in kinds else _bfloat16()),)
 
@@ -181,7 +113,7 @@ class WeightQuantBatchMatmulV2(OpRun):
     op_domain = "npu"
 
     def _run(self, x, weight, antiquant_scale, antiquant_group_size=0, dtype=-1):
-        return ((_f64(x) @ (_f64(weight) * _f64(antiquant_scale))).astype(x.dtype),)
+        return ((f64(x) @ (f64(weight) * f64(antiquant_scale))).astype(x.dtype),)
 
 
 def _bfloat16() -> Any:

@@ -7,21 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from hw_profiles import load
-from model.checkpoint import Checkpoint, groups
-from model.checkpoint_writer import save as save_checkpoint
-from model.hf_config import from_hf, load_config
+from model.checkpoint import Checkpoint
+from model.hf_config import load_config
 from model.split import Layout
-from model.weights import Arrangement, Weight
 from runtime.deployment.manifest import FILE, Gear, Manifest, hash_file
 from runtime.execution.local.load import embedded_checkpoint
 from runtime.porting.export import options as cutting
 from runtime.porting.export import package
 from runtime.porting.export.job import ExportJob
-from tests.cli.cli import CONFIG
 
 
 def request(
@@ -78,29 +74,3 @@ def graph_file(folder: Path, unit: str) -> str:
     """The first graph of a unit."""
     steps = Manifest.read(folder).programs[0].units[unit]
     return next(step.files["any"] for step in steps if step.files)
-
-
-def glm_like(folder: Path) -> Path:
-    """A random checkpoint of two layers with the widths that CANN's attention takes; the second shares the first's
-    selection."""
-    config = {
-        **CONFIG, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32,
-        "index_head_dim": 128, "index_topk": 32,
-    }  # fmt: skip
-    rng = np.random.default_rng(3)
-    made = {
-        place: [{w.name: _random(rng, w) for w in group.weights} for group in found]
-        for place, found in groups(from_hf(config), mtp=True).items()
-    }
-    save_checkpoint(folder, config, {**made, "outer": made["outer"][0]})
-    return folder
-
-
-def _random(rng: np.random.Generator, weight: Weight) -> np.ndarray:
-    """Of the size that keeps activations near 1."""
-    if weight.arrangement is Arrangement.PLAIN and weight.name != "embed":
-        centre = 1.0 if "norm" in weight.name else 0.0
-        return (centre + 0.1 * rng.standard_normal(weight.shape)).astype(np.float32)
-    inner = weight.shape[1] if weight.expert_count or weight.name in ("k_up", "v_up") else weight.shape[0]
-    scale = 1.0 if weight.name == "embed" else inner**-0.5
-    return (scale * rng.standard_normal(weight.shape)).astype(np.float32)

@@ -26,8 +26,9 @@ from runtime.execution.package.runner import Runner, StepBatch, stored_weights
 from runtime.porting.export import package, verify
 from runtime.porting.export.ascend import AscendWriter
 from runtime.porting.export.ascend_files import rank_table
-from tests.export.ascend_packages import export, glm_like, graph_file, request
+from tests.export.ascend_packages import export, graph_file, request
 from tests.export.ascend_runtimes import FakeAcl, ReferenceExecutor, copy_of, fake_atc
+from tests.export.wide_checkpoint import glm_like
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from backends.ascend.npu.declare import declare
-from tests.backends import cann_reference as cann
+from tests.backends import cann_forms as cann
 
 _SCALAR_TYPES = {1: torch.int8, 3: torch.int32, 5: torch.float16, 6: torch.float32, 15: torch.bfloat16}  # c10
 
@@ -72,9 +72,9 @@ def _lightning_indexer(
 ) -> tuple[Tensor, Tensor]:
     assert all(x.is_contiguous() for x in (query, key, weights)) and query.dtype == key.dtype == weights.dtype
     assert actual_seq_lengths_key.dtype == block_table.dtype == torch.int32
-    chosen, _ = cann.LightningIndexer._run(
-        None, _np(query), _np(key), _np(weights), None, _np(actual_seq_lengths_key), _np(block_table), **given
-    )  # type: ignore[arg-type]
+    chosen, _ = cann.lightning_indexer(
+        _np(query), _np(key), _np(weights), None, _np(actual_seq_lengths_key), _np(block_table), **given
+    )
     return _as(chosen, torch.int32), query.new_empty([0])
 
 
@@ -95,23 +95,32 @@ def _sparse_flash_attention(
     assert all(x.is_contiguous() and x.dtype == query.dtype for x in tensors)
     assert sparse_indices.dtype == block_table.dtype == actual_seq_lengths_kv.dtype == torch.int32
     q, k, v, q_rope, k_rope = map(_np, tensors)
-    out, _, _ = cann.SparseFlashAttention._run(
-        None, q, k, v, _np(sparse_indices), _np(block_table), None, _np(actual_seq_lengths_kv), q_rope, k_rope,
-        scale_value=scale_value, **given,
-    )  # type: ignore[arg-type]  # fmt: skip
+    out, _, _ = cann.sparse_flash_attention(
+        q,
+        k,
+        v,
+        _np(sparse_indices),
+        _np(block_table),
+        None,
+        _np(actual_seq_lengths_kv),
+        q_rope,
+        k_rope,
+        scale_value=scale_value,
+        **given,
+    )
     none = query.new_empty([0], dtype=torch.float32)
     return _as(out, query.dtype), none, none.clone()
 
 
 def _moe_gating_top_k(x: Tensor, k: int, *, bias: Tensor, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
     assert bias.dtype == x.dtype
-    weights, experts, normed = cann.MoeGatingTopK._run(None, _np(x), _np(bias), k=k, **given)  # type: ignore[arg-type]
+    weights, experts, normed = cann.moe_gating_top_k(_np(x), _np(bias), k=k, **given)
     return _as(weights, x.dtype), _as(experts, torch.int32), _as(normed, torch.float32)
 
 
 def _moe_init_routing_v2(x: Tensor, expert_idx: Tensor, **given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert expert_idx.dtype == torch.int32 and given["expert_tokens_num_flag"] is True
-    rows, places, counts, _ = cann.MoeInitRoutingV3._run(None, _np(x), _np(expert_idx), **given)  # type: ignore[arg-type]
+    rows, places, counts, _ = cann.moe_init_routing(_np(x), _np(expert_idx), **given)
     undefined = torch.full((expert_idx.numel(),), torch.nan)
     return _as(rows, x.dtype), _as(places, torch.int32), _as(counts, torch.int64), undefined
 

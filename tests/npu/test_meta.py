@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +19,14 @@ from backends.ascend.npu import declare
 from backends.ascend.npu.target import NpuOptions
 from backends.ascend.npu.writer import NpuGraph, write
 from backends.toolchains import narrow
+from backends.toolchains.walker import Graph
 from model import ops
 from model.formats import scheme
+from model.split import Layout
+from runtime.deployment.manifest import Gear
+from runtime.porting.export.units import units
 from tests.npu import graphs as g
+from tests.npu.packages import request
 
 _BF16 = ml_dtypes.bfloat16
 _INT8 = narrow.lowerings(scheme("w8a8"), "torch")
@@ -98,6 +104,26 @@ def test_the_vendors_kernels_accept_a_call_and_return_what_is_declared(name: str
 def test_every_recorded_operator_is_called_by_one_of_these_graphs():
     called = {operator for make in GRAPHS.values() for operator, *_ in _calls(make())}
     assert called == set(npu_release().operators)
+
+
+@pytest.mark.npu
+@pytest.mark.parametrize(
+    ("formats", "layout"),
+    [("bf16", Layout(tp=16)), ("w8a8", Layout(tp=4, dp=4, ep=16)), ("w8a8", Layout(tp=16))],
+    ids=["bf16-tp16", "w8a8-ep16", "w8a8-tp16"],
+)
+def test_glm_5_is_accepted_whole(formats: str, layout: Layout):
+    """Chunks and tokens, every layer type: nothing that has an operator is decomposed, and no call is refused."""
+    gears = {"prefill": [Gear(1, 2048, 64)], "decode": [Gear(16, 1, 64)]}
+    job, used = request("glm-5", formats, gears, layout, page_size=128), Counter[str]()  # type: ignore[arg-type]
+    for phase, (gear,) in job.gears.items():
+        for chain in units(job.cut, phase, gear).values():
+            for graph in (link for link in chain if isinstance(link, Graph)):
+                made = write(graph)
+                assert not made.declined
+                used.update(operator for _, operators in made.used for operator in operators)
+    int8 = {"npu_dynamic_quant", "npu_quant_matmul"}
+    assert set(used) == set(npu_release().operators) - (int8 if formats == "bf16" else set())
 
 
 def test_without_operators_a_graph_is_aten_alone():
