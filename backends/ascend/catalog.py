@@ -124,11 +124,16 @@ def most_gears(soc_version: str | None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class NpuOperator:
-    """An operator `torch.ops.npu.<name>`: its schema, and the ops of the contract it is used for."""
+    """An operator `torch.ops.npu.<name>`: its schema, the ops of the contract it is used for, and what arguments are
+    documented to be, by name: the `types` and `ranks` of tensors, the `values` of others; `same`: those of one type."""
 
     name: str
     schema: str
     ops: tuple[str, ...]
+    types: Mapping[str, tuple[str, ...]]
+    ranks: Mapping[str, tuple[int, ...]]
+    values: Mapping[str, tuple[Any, ...]]
+    same: tuple[tuple[str, ...], ...]
 
     @property
     def signature(self) -> str:
@@ -147,7 +152,14 @@ class NpuRelease:
 @functools.cache
 def npu_release() -> NpuRelease:
     raw = _read("npu_operators.toml")
-    operators = {
-        name: NpuOperator(name, entry["schema"], tuple(entry["ops"])) for name, entry in raw["operators"].items()
-    }
+    operators = {name: _npu_operator(name, entry) for name, entry in raw["operators"].items()}
     return NpuRelease(raw["version"], operators)
+
+
+def _npu_operator(name: str, entry: Mapping[str, Any]) -> NpuOperator:
+    taken = {
+        key: {argument: tuple(allowed) for argument, allowed in entry.get(key, {}).items()}
+        for key in ("types", "ranks", "values")
+    }
+    same = tuple(tuple(each) for each in entry.get("same", ()))
+    return NpuOperator(name, entry["schema"], tuple(entry["ops"]), **taken, same=same)

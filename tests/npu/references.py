@@ -170,7 +170,8 @@ def _moe_finalize_routing(
     experts: None,
     drop_pad_mode: int = 0,
 ) -> Tensor:
-    """drop_pad_mode 2: no row is dropped, and a token's places follow each other."""
+    """drop_pad_mode 2: no row is dropped, and a token's places follow each other. torch_npu's own document has mode 0
+    only; this is how cann-recipes-infer calls it on the places of npu_moe_init_routing_v2."""
     assert drop_pad_mode == 2 and scales.dtype == rows.dtype and places.dtype == torch.int32
     assert ((places >= 0) & (places < rows.shape[0])).all()
     own = _np(rows)[places.numpy()].reshape(*scales.shape, rows.shape[1])

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -17,73 +14,14 @@ from torch.utils import _pytree as pytree
 from backends.ascend.catalog import npu_release
 from backends.ascend.npu import declare
 from backends.ascend.npu.target import NpuOptions
-from backends.ascend.npu.writer import NpuGraph, write
-from backends.toolchains import narrow
+from backends.ascend.npu.writer import write
 from backends.toolchains.walker import Graph
-from model import ops
-from model.formats import scheme
 from model.split import Layout
 from runtime.deployment.manifest import Gear
 from runtime.porting.export.units import units
 from tests.npu import graphs as g
+from tests.npu.calls import GRAPHS, calls_of
 from tests.npu.packages import request
-
-_BF16 = ml_dtypes.bfloat16
-_INT8 = narrow.lowerings(scheme("w8a8"), "torch")
-
-
-def _sparse() -> NpuGraph:
-    return write(g.graph(g.sparse(8), g.attention_inputs(_BF16), g.SPARSE_OUTPUTS))
-
-
-def _route() -> NpuGraph:
-    return write(g.graph(g.route(4, 2), g.route_inputs(), ["experts", "weights"]))
-
-
-def _experts() -> NpuGraph:
-    return write(g.graph(g.experts, g.expert_inputs(0, _BF16), ["out"]))
-
-
-def _norm() -> NpuGraph:
-    def norm(**x: Any) -> tuple[Any, ...]:
-        return (ops.swiglu(ops.rms_norm(x["x"], x["weight"], eps=1e-5).reshape(3, 2, 32)),)
-
-    return write(g.graph(norm, {"x": g.normal(3, 64, dtype=_BF16), "weight": g.normal(64, dtype=_BF16)}, ["out"]))
-
-
-def _int8() -> NpuGraph:
-    inputs = g.expert_inputs(0, _BF16)
-    for name in ("gate_up", "down"):
-        inputs[name] = inputs[name].astype(np.int8)
-    inputs |= {"gate_up_scale": g.normal(6, 1, 2, 16), "down_scale": g.normal(6, 1, 32)}
-    inputs |= {"matrix": np.ones((32, 24), np.int8), "scale": g.normal(1, 24)}
-
-    def layer(**x: Any) -> tuple[Any, ...]:
-        matrices = (x["gate_up"], x["gate_up_scale"], x["down"], x["down_scale"])
-        out = _INT8["glm.expert_ffn"](x["x"], x["experts"], x["weights"], *matrices)
-        return (_INT8["glm.linear"](out, x["matrix"], x["scale"]),)
-
-    return write(g.graph(layer, inputs, ["out"]))
-
-
-GRAPHS: dict[str, Callable[[], NpuGraph]] = {
-    "sparse": _sparse, "route": _route, "experts": _experts, "norm": _norm, "int8": _int8,
-}  # fmt: skip
-
-
-def _calls(made: NpuGraph) -> list[tuple[str, tuple[Any, ...], dict[str, Any], Any]]:
-    """(operator, arguments, attributes, results) of a graph's nodes, as tensors without data."""
-
-    def value(x: Any) -> Any:
-        return x.meta["val"] if isinstance(x, torch.fx.Node) else x
-
-    found = []
-    for node in g.program(made).graph.nodes:
-        name = str(node.target)
-        if name.startswith("npu."):
-            args, attributes = torch.fx.node.map_arg((node.args, node.kwargs), value)
-            found.append((name.split(".")[1], tuple(args), dict(attributes), node.meta["val"]))
-    return found
 
 
 def _kinds(values: Any) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -94,7 +32,7 @@ def _kinds(values: Any) -> list[tuple[tuple[int, ...], torch.dtype]]:
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_vendors_kernels_accept_a_call_and_return_what_is_declared(name: str):
     """Written with torch_npu imported: the results in the graph are those of its Meta kernels."""
-    calls = _calls(GRAPHS[name]())
+    calls = calls_of(GRAPHS[name]())
     assert calls
     for operator, args, attributes, results in calls:
         assert _kinds(declare.SHAPES[operator](*args, **attributes)) == _kinds(results), operator
@@ -102,7 +40,7 @@ def test_the_vendors_kernels_accept_a_call_and_return_what_is_declared(name: str
 
 @pytest.mark.npu
 def test_every_recorded_operator_is_called_by_one_of_these_graphs():
-    called = {operator for make in GRAPHS.values() for operator, *_ in _calls(make())}
+    called = {operator for make in GRAPHS.values() for operator, *_ in calls_of(make())}
     assert called == set(npu_release().operators)
 
 

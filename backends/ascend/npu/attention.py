@@ -10,7 +10,8 @@ from torch import Tensor
 
 from backends.ascend import constraints
 from backends.ascend.constraints import LATENT, ROPE
-from backends.ascend.npu.target import Halves, NotTaken, NpuTarget, Unscored, accept, dtype_name, require
+from backends.ascend.npu.check import type_name
+from backends.ascend.npu.target import Halves, NotTaken, NpuTarget, Unscored, accept, require
 from backends.toolchains.walker import OpCall
 
 _SELECTED = 2048  # GLM's selection, and as much of a context as is read as one
@@ -35,7 +36,7 @@ def _write(t: NpuTarget, pages: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
 def index_scores(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     """Nothing yet: the indexer scores and selects at once, and `select_topk` has the operands from here."""
     query, _, pages, *_ = call.operands
-    require(t.options.takes(query), f"npu_lightning_indexer takes no {dtype_name(query)}")
+    require(t.options.takes(query), f"npu_lightning_indexer takes no {type_name(query)}")
     accept(constraints.lightning_indexer(tuple(query.shape), tuple(pages.shape), None, None))
     return [Unscored(call)]
 
@@ -109,13 +110,13 @@ def _page_size(pages: Tensor | Halves) -> int:
 
 def _takes(t: NpuTarget, query: Tensor, pages: Tensor | Halves) -> None:
     """Raises `NotTaken` for what npu_sparse_flash_attention does not take."""
-    require(t.options.takes(query), f"npu_sparse_flash_attention takes no {dtype_name(query)}")
+    require(t.options.takes(query), f"npu_sparse_flash_attention takes no {type_name(query)}")
     if not isinstance(pages, Halves):
         width, page = pages.shape[2], pages.shape[1]
         accept(constraints.sparse_flash_attention(query.shape[2], LATENT, width - LATENT, page))
-        raise NotTaken(f"the cache is kept in {dtype_name(pages)}")
+        raise NotTaken(f"the cache is kept in {type_name(pages)}")
     accept(constraints.sparse_flash_attention(query.shape[2], LATENT, ROPE, _page_size(pages)))
-    require(pages.nope.dtype == query.dtype, f"the cache is kept in {dtype_name(pages.nope)}")
+    require(pages.nope.dtype == query.dtype, f"the cache is kept in {type_name(pages.nope)}")
 
 
 def _attend(

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends.ascend.npu.check import type_name
 from backends.ascend.npu.declare import SCALAR_TYPES
-from backends.ascend.npu.target import NpuTarget, dtype_name, require
+from backends.ascend.npu.target import NpuTarget, require
 from backends.toolchains.walker import OpCall
 from model.ops import FORMAT
 
@@ -33,7 +34,7 @@ def linear(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
         return t.decomposed(call, call.operands)
     x, values, scale = call.operands
     require(call.attributes[FORMAT] == INT8, f"npu_quant_matmul is not mapped for {call.attributes[FORMAT]}")
-    require(t.options.takes(x), f"npu_dynamic_quant takes no {dtype_name(x)}")
+    require(t.options.takes(x), f"npu_dynamic_quant takes no {type_name(x)}")
     width, columns = values.shape[0], math.prod(values.shape[1:])
     rows, row_scale = quantised_rows(t, x.reshape(-1, width))
     out = t.npu(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from backends.ascend import constraints
+from backends.ascend.npu.check import type_name
 from backends.ascend.npu.declare import SCALAR_TYPES
 from backends.ascend.npu.dense import INT8, quantised_rows
-from backends.ascend.npu.target import NpuTarget, accept, dtype_name, require
+from backends.ascend.npu.target import NpuTarget, accept, require
 from backends.toolchains.walker import OpCall
 from model.ops import FORMAT
 
@@ -52,13 +53,13 @@ def expert_ffn(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     fmt = call.attributes.get(FORMAT, "")
     require(fmt in ("", INT8), f"npu_grouped_matmul is not mapped for {fmt}")
     require(len(matrices) == (4 if fmt else 2), "npu_grouped_matmul takes no FP8 blocks")
-    require(fmt == "" or t.options.takes(x), f"npu_dynamic_quant takes no {dtype_name(x)}")
+    require(fmt == "" or t.options.takes(x), f"npu_dynamic_quant takes no {type_name(x)}")
     half = len(matrices) // 2
     (gate_up, *gate_up_scale), (down, *down_scale) = matrices[:half], matrices[half:]
     (tokens, width), choices = x.shape, experts.shape[1]
     count, f = gate_up.shape[0], gate_up.shape[3]
     require(count > 1, "npu_grouped_matmul takes no single group")
-    require(bool(fmt) or gate_up.dtype == down.dtype == x.dtype, f"npu_grouped_matmul takes weights in {dtype_name(x)}")
+    require(bool(fmt) or gate_up.dtype == down.dtype == x.dtype, f"npu_grouped_matmul takes weights in {type_name(x)}")
     accept(constraints.grouped_matmul(2 * f, width))
     rows, places, groups, _ = t.npu(
         "npu_moe_init_routing_v2",

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from backends.ascend import constraints
+from backends.ascend.npu.check import refusal, type_name
 from backends.ascend.npu.declare import declare
+from backends.errors import Unsupported
 from backends.toolchains.torch import RULES, TorchTarget
 from backends.toolchains.walker import OpCall, Port, walk
 
@@ -48,7 +50,7 @@ class NpuOptions:
         )
 
     def takes(self, x: Tensor) -> bool:
-        return dtype_name(x) in self.dtypes
+        return type_name(x) in self.dtypes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,9 @@ class NpuTarget(TorchTarget):
         self.selections: list[Tensor] = []  # made by the indexer: -1, last, where a query sees less than is selected
 
     def npu(self, operator: str, *args: Any, **attributes: Any) -> Any:
-        """Calls an operator of torch_npu."""
+        """Calls an operator of torch_npu. Raises `Unsupported` for a call that its documentation does not have."""
+        if (why := refusal(operator, args, attributes, self.options.dtypes)) is not None:
+            raise Unsupported(f"{why}; export without torch_npu's operators")
         self.called.append(operator)
         return getattr(torch.ops.npu, operator).default(*args, **attributes)
 
@@ -131,7 +135,3 @@ def accept(refusal: str | None) -> None:
     """Raises `NotTaken` with what a constraint says."""
     if refusal:
         raise NotTaken(refusal)
-
-
-def dtype_name(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")

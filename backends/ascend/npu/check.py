@@ -1,0 +1,55 @@
+"""Whether a call of a torch_npu operator is one that its documentation has: types, ranks and enumerations.
+
+torch_npu's Meta kernels find what results a call has, and look at few of its arguments. This looks at the others, by
+`../npu_operators.toml`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends.ascend.catalog import npu_release
+from backends.ascend.npu.declare import SCALAR_TYPES
+
+
+def refusal(
+    name: str, args: Sequence[Any], attributes: Mapping[str, Any], also: frozenset[str] = frozenset()
+) -> str | None:
+    """Why a call of a recorded operator is not as documented; None where it is. also: types that pass for one of 16
+    bits."""
+    operator = npu_release().operators[name]
+    names = [argument.name for argument in torch._C.parse_schema(operator.schema).arguments]
+    given = {**dict(zip(names, args, strict=False)), **attributes}
+    for argument, allowed in operator.types.items():
+        for x in _tensors(given.get(argument)):
+            if (found := type_name(x)) not in allowed and not (found in also and "bfloat16" in allowed):
+                return f"{name} takes {argument} in {', '.join(allowed)}, not {found}"
+    for argument, ranks in operator.ranks.items():
+        for x in _tensors(given.get(argument)):
+            if x.dim() not in ranks:
+                return f"{name} takes {argument} of {' or '.join(map(str, ranks))} dims, not {x.dim()}"
+    numbers = {number for dtype, number in SCALAR_TYPES.items() if str(dtype).removeprefix("torch.") in also}
+    for argument, values in operator.values.items():
+        found = given.get(argument)
+        if found is not None and found not in values and not (argument == "output_dtype" and found in numbers):
+            return f"{name} takes {argument} {' or '.join(map(str, values))}, not {found}"
+    for group in operator.same:
+        found = {type_name(x) for argument in group for x in _tensors(given.get(argument))}
+        if len(found) > 1:
+            return f"{name} takes {', '.join(group)} in one type, not {', '.join(sorted(found))}"
+    return None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """An argument's tensors: one, those of a list, or none."""
+    for each in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(each, Tensor):
+            yield each
+
+
+def type_name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
