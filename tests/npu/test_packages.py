@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,19 @@ def test_the_embedded_model(layout: Layout, tmp_path: Path, monkeypatch: pytest.
         found = verify.compare(runner.manifest, program, runner, reference, np.random.default_rng(1))
         assert found.worst <= verify.TOLERANCE
         assert found.context > (runner.manifest.model.index_topk or 0)
+
+
+def test_the_embedded_model_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Against the emulated chip's step, in the measure of graphs that round activations."""
+    job = request(embedded_checkpoint(), "w8a8", {"decode": [Gear(2, 1, 6)]})
+    writer = export(dataclasses.replace(job, wide_dtype="float32"), tmp_path / "package", g.F32, monkeypatch)
+    assert {"npu_dynamic_quant", "npu_quant_matmul", "npu_grouped_matmul"} <= set(writer.used)
+    assert job.checkpoint is not None
+    runner = _runner(tmp_path / "package")
+    reference = verify.Reference(job.checkpoint, runner.manifest)
+    (program,) = runner.manifest.programs
+    found = verify.compare(runner.manifest, program, runner, reference, np.random.default_rng(1))
+    assert found.relative and found.worst <= verify.ROUNDED
 
 
 def test_six_layers_of_the_widths_that_attention_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
