@@ -341,9 +341,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, writers: tup
     for limit, verb, *words in map(WRITERS.__getitem__, writers):
         model = () if verb == "simulate" else ("--checkpoint", str(tmp_path / "small"))
         asked.append((limit, [verb, *model, *(str(w).replace("OUT", str(tmp_path / "out")) for w in words)]))
-    uncached = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    env["XDG_CACHE_HOME"] = str(tmp_path)  # of the product's own cache, which is full as well
     command = [sys.executable, "-c", LIMITED, json.dumps(asked)]
-    done = subprocess.run(command, cwd=ROOT, env=uncached, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     for (_, words), line in zip(asked, done.stdout.splitlines(), strict=True):
         code, out, err = json.loads(line)

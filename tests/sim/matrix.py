@@ -26,7 +26,8 @@ LENGTHS, MOST = (70, 9, 1), (5, 3, 6)
 
 
 def admitted(cfg: ModelConfig) -> list[Layout]:
-    """Every layout of degrees in 1, 2, 4, 8 that the model divides by."""
+    """Every layout of degrees in 1, 2, 4, 8 that the model divides by and that is emulated: experts are split over all
+    of tp x dp, or none."""
     found = []
     for tp, dp, ep, pp in itertools.product((1, 2, 4, 8), repeat=4):
         try:
@@ -34,7 +35,8 @@ def admitted(cfg: ModelConfig) -> list[Layout]:
             layout.check(cfg)
         except UsageError:
             continue
-        found.append(layout)
+        if not layout.grouped:
+            found.append(layout)
     return found
 
 
