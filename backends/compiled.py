@@ -51,7 +51,7 @@ def keep_in(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_COMPILE_S)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     compilation_cache.reset_cache()  # it looks at its folder once
-    # A full disk, or a file that another process is writing, costs a compilation and not several lines for each program.
+    # A full disk, or a file that another process is writing, costs a compilation, not several lines a program.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache", UserWarning)
     _kept = made
 

@@ -17,7 +17,8 @@ from typing import Any
 import hw_profiles
 from model.hf_config import load_config
 from model.split import Layout
-from runtime.deployment.plan import Demand, Plan, Predicted
+from runtime.deployment.demand import Demand
+from runtime.deployment.plan import Plan, Predicted
 from runtime.planning.contender import Contender, Part, plan_of
 from runtime.planning.estimate import Estimate
 from runtime.planning.options import Question, make_option

@@ -8,7 +8,8 @@ from hw_profiles import Profile
 from model.config import ModelConfig
 from model.formats import CacheFormats, Formats, scheme
 from model.split import Layout
-from runtime.deployment.plan import Demand, Plan, Pool
+from runtime.deployment.demand import Demand
+from runtime.deployment.plan import Plan, Pool
 from runtime.planning import assign
 from runtime.simulation.build import Spec, spec_for
 

@@ -105,7 +105,7 @@ def choose(
     from hw_profiles.loader import names
     from model.hf_config import load_config
     from runtime.cli.simulated import progress_bar
-    from runtime.deployment.plan import Demand
+    from runtime.deployment.demand import Demand
     from runtime.planning.choosing import choose as choose_chips
     from runtime.planning.choosing import engine_beside, row_of
     from runtime.planning.options import Question

@@ -68,7 +68,7 @@ def lengths_asked(cfg: ModelConfig, params: Mapping[str, Any], said: Mapping[str
     Lognormal lengths are cut where the model's positions end, if that is sooner. Raises `UsageError` for two answers to
     one question, and `WorkloadError`.
     """
-    from runtime.deployment.plan import LENGTH_MOST
+    from runtime.deployment.demand import LENGTH_MOST
     from runtime.serving import Lognormal, read_histogram
 
     if params["length_file"] is not None:

@@ -43,7 +43,8 @@ from runtime.deployment.engines import ENGINES_HELP
 
 if TYPE_CHECKING:
     from hw_profiles.loader import Override
-    from runtime.deployment.plan import Percentile, Plan
+    from runtime.deployment.demand import Percentile
+    from runtime.deployment.plan import Plan
     from runtime.planning.options import Question
     from runtime.planning.search import Chips
 
@@ -144,7 +145,7 @@ def plan(
         if value is not None and not 0 < value < 1e9:
             raise UsageError(f"{name} {value:g}: give a number above zero")
     from model.hf_config import load_config
-    from runtime.deployment.plan import Demand
+    from runtime.deployment.demand import Demand
     from runtime.planning.options import Question
     from runtime.simulation.build import split_settings
 

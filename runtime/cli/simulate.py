@@ -50,7 +50,7 @@ from runtime.deployment.engines import ENGINES_HELP
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
-    from runtime.deployment.plan import Demand
+    from runtime.deployment.demand import Demand
     from runtime.serving import Report, Workload
 
 
@@ -247,7 +247,7 @@ def _refuse_unread(said: Mapping[str, str], rate: float | None, trace_file: Path
 def _demand(
     context: typer.Context, cfg: ModelConfig, concurrency: int | None, rate: float | None, trace_file: Path | None
 ) -> Demand:
-    from runtime.deployment.plan import Demand
+    from runtime.deployment.demand import Demand
 
     if sum(option is not None for option in (concurrency, rate, trace_file)) > 1:
         raise UsageError("give one of --concurrency, --rate and --trace-file")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from runtime.deployment.demand import Demand
     from runtime.deployment.ledger import Ledger
-    from runtime.deployment.plan import Demand, Transfer
+    from runtime.deployment.plan import Transfer
     from runtime.serving import Deployment, Disaggregated, Report, Trace
     from runtime.simulation.build import Built, Spec
 

@@ -20,7 +20,7 @@ from functools import cache
 
 import numpy as np
 
-from runtime.deployment.plan import Demand
+from runtime.deployment.demand import Demand
 from runtime.planning.options import Option
 from runtime.serving.pricing import BatchShape
 from runtime.simulation.build import PriceTables, pricer_of, speculation, tiers_of

@@ -34,8 +34,9 @@ from runtime.serving.pricing import EVIDENCE_GRADES, BatchShape, StepPricer
 from runtime.simulation.offload import HOST_LINK, host_tier, lower_tiers
 
 if TYPE_CHECKING:
+    from runtime.deployment.demand import Demand
     from runtime.deployment.engines import Engine
-    from runtime.deployment.plan import Demand, Plan, Pool
+    from runtime.deployment.plan import Plan, Pool
     from runtime.simulation.build import PriceTables
 
 HOST_RATIO = 2.0

@@ -22,10 +22,11 @@ from model.formats import scheme as named_scheme
 from model.quantization_config import is_scheme
 from model.split import Layout
 from runtime.deployment.choice import missing_formats, offered_schemes
+from runtime.deployment.demand import Demand
 from runtime.deployment.engines import load
 from runtime.deployment.engines.flags import format_facts, releases, unsupported, why_uneven
 from runtime.deployment.kv import Offload
-from runtime.deployment.plan import Demand, Rejected
+from runtime.deployment.plan import Rejected
 from runtime.planning.assign import stage_pages, uneven_nodes
 from runtime.serving.workload import MOST_REQUESTS
 from runtime.simulation.build import Spec, memories, node_devices, spec_for

@@ -15,8 +15,9 @@ from typing import Any
 from foundation.errors import UsageError
 from hw_profiles import Profile
 from model.config import ModelConfig
+from runtime.deployment.demand import Demand
 from runtime.deployment.engines.engine import RouterPolicy
-from runtime.deployment.plan import Demand, Plan, Predicted
+from runtime.deployment.plan import Plan, Predicted
 from runtime.serving import (
     Histogram,
     Lengths,

@@ -21,8 +21,9 @@ from foundation.limits import within
 from hw_profiles import Profile
 from model.config import ModelConfig
 from model.split import MOST_DEVICES
+from runtime.deployment.demand import Demand
 from runtime.deployment.errors import NoPlanError
-from runtime.deployment.plan import Demand, Plan, PoolRole, Predicted, Rejected
+from runtime.deployment.plan import Plan, PoolRole, Predicted, Rejected
 from runtime.planning.contender import Contender, Part, alternative, mark_front, plan_of, rank_key
 from runtime.planning.estimate import OptionPrices, score
 from runtime.planning.experts.packing import Floats

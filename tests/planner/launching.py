@@ -12,9 +12,10 @@ from typing import Any
 import hw_profiles
 from model.hf_config import load_config
 from model.split import Layout
+from runtime.deployment.demand import Demand
 from runtime.deployment.engines.flags import releases
 from runtime.deployment.errors import LaunchError
-from runtime.deployment.plan import Demand, ModelRef, Plan, Pool, config_hash
+from runtime.deployment.plan import ModelRef, Plan, Pool, config_hash
 from runtime.planning.launch import LAUNCHED_ENGINES, Command, Launch, launch
 from tests.plans import formats, pool_of
 

@@ -11,7 +11,7 @@ import pytest
 
 import hw_profiles
 from model.hf_config import load_config
-from runtime.deployment.plan import Demand
+from runtime.deployment.demand import Demand
 from runtime.planning.choosing import ChipChoice, choose, engine_beside, row_of
 from runtime.planning.options import Question
 from runtime.reports.choose import choices_page

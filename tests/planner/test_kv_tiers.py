@@ -15,10 +15,11 @@ import hw_profiles
 from foundation.errors import CapacityError, UsageError
 from model.hf_config import load_config
 from model.split import Layout
+from runtime.deployment.demand import Demand
 from runtime.deployment.engines import engine_for as make_engine
 from runtime.deployment.errors import LaunchError
 from runtime.deployment.kv import Offload, PoolKv, Tier
-from runtime.deployment.plan import Demand, Plan, Pool
+from runtime.deployment.plan import Plan, Pool
 from runtime.execution.cluster.session import runnable
 from runtime.planning import assign
 from runtime.planning.check import check

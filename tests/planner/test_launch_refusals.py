@@ -11,10 +11,11 @@ import pytest
 import hw_profiles
 from model.hf_config import load_config
 from model.split import Layout
+from runtime.deployment.demand import Demand
 from runtime.deployment.engines import load
 from runtime.deployment.engines.flags import format_facts, layout_facts, table, unsupported
 from runtime.deployment.errors import LaunchError
-from runtime.deployment.plan import Demand, ModelRef, Plan, config_hash
+from runtime.deployment.plan import ModelRef, Plan, config_hash
 from runtime.planning.launch import LAUNCHED_ENGINES, launch
 from tests.planner.launching import PRODUCT, RELEASES, made, pairs, pool, says
 from tests.plans import formats, pool_of

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import hw_profiles
 from model.hf_config import load_config
 from model.split import Layout
+from runtime.deployment.demand import Demand
 from runtime.deployment.errors import LaunchError
-from runtime.deployment.plan import Demand
 from runtime.planning.assign import plan_for, uneven_nodes
 from runtime.planning.launch import launch
 from runtime.planning.options import Question, nodes_refused, options

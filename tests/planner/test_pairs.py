@@ -11,8 +11,8 @@ import pytest
 import hw_profiles
 from model.hf_config import load_config
 from model.split import Layout
+from runtime.deployment.demand import Demand
 from runtime.deployment.errors import LaunchError, NoPlanError
-from runtime.deployment.plan import Demand
 from runtime.planning.contender import Part, plan_of
 from runtime.planning.launch import launch
 from runtime.planning.options import Option, Question, make_option

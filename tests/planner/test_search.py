@@ -16,8 +16,9 @@ import hw_profiles
 from foundation.errors import UsageError
 from model.hf_config import load_config, preset_names
 from model.split import Layout, moe_layers
+from runtime.deployment.demand import Demand
 from runtime.deployment.errors import LoadError, NoPlanError
-from runtime.deployment.plan import Alternative, Demand, Plan
+from runtime.deployment.plan import Alternative, Plan
 from runtime.planning.check import check
 from runtime.planning.contender import Contender, Part, mark_front, plan_of
 from runtime.planning.estimate import Estimate, OptionPrices

@@ -13,8 +13,9 @@ import pytest
 import hw_profiles
 from model.hf_config import load_config
 from model.split import Layout
+from runtime.deployment.demand import Demand, length_range
 from runtime.deployment.errors import NoPlanError
-from runtime.deployment.plan import Demand, Plan, length_range
+from runtime.deployment.plan import Plan
 from runtime.planning import smallest as module
 from runtime.planning.options import Question
 from runtime.planning.predict import simulate_plan, whole

@@ -16,10 +16,10 @@ import hw_profiles
 from foundation.errors import UsageError
 from model.hf_config import load_config
 from model.split import Layout
+from runtime.deployment.demand import Demand
 from runtime.deployment.kv import Point
 from runtime.deployment.plan import (
     Alternative,
-    Demand,
     Experts,
     ModelRef,
     Plan,

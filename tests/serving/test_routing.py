@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from runtime.deployment.plan import Demand
+from runtime.deployment.demand import Demand
 from runtime.planning.predict import workload
 from runtime.serving import Deployment, Fixed, Sharing, closed_loop, simulate
 from runtime.serving.request import Request

@@ -17,7 +17,8 @@ from backends.emulation.backend import SimBackend
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.split import Layout
-from runtime.deployment.plan import Demand, ModelRef, Plan, Route, Transfer, config_hash
+from runtime.deployment.demand import Demand
+from runtime.deployment.plan import ModelRef, Plan, Route, Transfer, config_hash
 from runtime.execution.cluster.session import serve
 from runtime.execution.local.request import Prompt
 from runtime.planning.predict import simulate_plan

@@ -17,7 +17,8 @@ import hw_profiles
 from model.config import ModelConfig
 from model.hf_config import from_hf
 from model.split import Layout
-from runtime.deployment.plan import Demand, ModelRef, Plan, Transfer, config_hash
+from runtime.deployment.demand import Demand
+from runtime.deployment.plan import ModelRef, Plan, Transfer, config_hash
 from runtime.execution.cluster import processes
 from tests.cli.cli import CONFIG, glm5, make_checkpoint, refused
 from tests.plans import formats, plan_for, pool_of

@@ -16,8 +16,8 @@ from foundation.errors import UsageError
 from hw_profiles.fields import CURVES, FIELDS, LABELS
 from model.hf_config import load_config
 from model.split import Layout
+from runtime.deployment.demand import Demand
 from runtime.deployment.engines import names as engine_names
-from runtime.deployment.plan import Demand
 from runtime.planning.assign import pool_of
 from runtime.planning.kv_tiers import pool_kv
 from runtime.pricing import PriceError
