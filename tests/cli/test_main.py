@@ -32,12 +32,12 @@ def test_help_has_a_short_name(words: list[str]) -> None:
     ("line", "offered"),
     [
         ("glm5 pl", ["plan"]),
-        ("glm5 simulate --profile h200-", ["h200-sxm"]),
-        ("glm5 run --backend cp", ["cpu"]),
         ("glm5 plan --model glm-5.2", ["glm-5.2", "glm-5.2-fp8"]),
-        ("glm5 plan --engine vllm", ["vllm", "vllm-ascend"]),
-        ("glm5 quantize --formats w4af", ["w4afp8"]),
-        ("glm5 simulate --kv i", ["int8"]),
+        pytest.param("glm5 simulate --profile h200-", ["h200-sxm"], marks=pytest.mark.slow),
+        pytest.param("glm5 run --backend cp", ["cpu"], marks=pytest.mark.slow),
+        pytest.param("glm5 plan --engine vllm", ["vllm", "vllm-ascend"], marks=pytest.mark.slow),
+        pytest.param("glm5 quantize --formats w4af", ["w4afp8"], marks=pytest.mark.slow),
+        pytest.param("glm5 simulate --kv i", ["int8"], marks=pytest.mark.slow),
         ("glm5 simulate --profile ./my", []),  # a shell then offers files
     ],
 )

@@ -67,7 +67,7 @@ def test_draws_follow_the_probabilities() -> None:
     np.testing.assert_allclose(frequencies(lambda: choose(LOGITS, Sampling(1.0), rng)), np.exp(LOGITS), atol=0.012)
 
 
-@pytest.mark.parametrize("draft", [0, 2, 4])
+@pytest.mark.parametrize("draft", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 4))])
 def test_a_draft_does_not_change_the_distribution(draft: int) -> None:
     """The first token after verification is distributed as without drafts, whatever was drafted."""
     rows, number = np.stack([LOGITS, LOGITS]), itertools.count()

@@ -87,7 +87,7 @@ def test_without_a_chip_the_script_asks_for_one(tmp_path: Path):
     assert "npu-smi info" in (folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("phase", [pytest.param("prefill", marks=pytest.mark.slow), "decode"])
 def test_its_graphs_mean_what_the_model_does(fused: Path, phase: str):
     """Several steps past `index_topk`, caches carried over: logits and cache rows against the JAX step. CANN's
     operators run by their documentation."""

@@ -105,7 +105,7 @@ schedules = st.lists(
 
 
 @pytest.mark.parametrize(("name", "attention"), PROGRAMS)
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(chunks=schedules, seed=st.integers(0, 1000), padding=st.integers(0, VOCAB - 1))
 def test_any_chunks_of_ragged_batches(
     oracles: Oracles, name: str, attention: str, chunks: list[list[int]], seed: int, padding: int

@@ -86,7 +86,7 @@ def test_close_to_the_capacity_of_an_m_d_1_queue(load_factor: float, kept_up: bo
     assert report.requests_per_s == pytest.approx(min(report.sent_per_s, capacity), rel=0.03)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 @pytest.mark.parametrize("cv", [0.0, 1.0, 3.0])
 def test_chance_is_not_taken_for_a_backlog(seed: int, cv: float) -> None:
     """Room for all: whatever the bursts, everyone is served in a second."""
