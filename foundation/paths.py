@@ -43,6 +43,19 @@ def inside(folder: str | Path, name: object) -> Path:
     return path
 
 
+def beside(folder: str | Path, path: str) -> Path:
+    """The regular file in or below a folder that stands for `path`, which a file in the folder was made from: of
+    `a/b/c` that is `a/b/c`, `b/c` or `c`, the first that is there. Nothing elsewhere is looked at. Raises `Outside`."""
+    found = Outside("absent", "missing")
+    parts = path[-_MOST_CHARACTERS:].replace("\\", "/").split("/")
+    for first in range(len(parts)):
+        try:
+            return inside(folder, "/".join(parts[first:]))
+        except Outside as error:
+            found = error
+    raise found
+
+
 def spelt_inside(name: object) -> str:
     """`name`, where it is spelt as a path below a folder, whether or not it is there. Raises `Outside`."""
     if not isinstance(name, str) or not 0 < len(name) <= _MOST_CHARACTERS or not name.isprintable():

@@ -10,9 +10,7 @@ from foundation.reading import Unreadable, read_text, read_toml
 from hw_profiles.errors import InvalidOverride, InvalidProfile, UnknownProfile
 from hw_profiles.fields import CURVES, FIELDS, LABELS, show, suggest, wrong_value
 from hw_profiles.parse import parse, wrong_knots
-from hw_profiles.schema import SET, Curve, Figure, Profile
-
-PROFILES = Path(__file__).parent / "profiles"
+from hw_profiles.schema import PROFILES, SET, Curve, Figure, Profile
 
 ALIASES = {
     "a100": "a100-sxm-80gb",

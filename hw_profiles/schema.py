@@ -13,6 +13,8 @@ from typing import Literal
 from hw_profiles.errors import MissingFigure
 from hw_profiles.fields import CURVES, FIELDS, ChipKind, suggest
 
+PROFILES = Path(__file__).parent / "profiles"
+
 Grade = Literal["measured", "A", "B", "C", "user"]
 SET = "--set"
 """The source of a figure that was set by hand."""
@@ -181,6 +183,11 @@ class Profile:
     def weakest_grade(self) -> Grade:
         """The weakest grade among all figures and curves."""
         return weakest(item.grade for item in (*self.figures.values(), *self.curves.values()))
+
+    @property
+    def ships(self) -> bool:
+        """Whether `load` finds it by its name: another file may call itself the same."""
+        return self.path is not None and self.path.parent == PROFILES
 
     @property
     def prices_path(self) -> Path | None:

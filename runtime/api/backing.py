@@ -118,7 +118,7 @@ def _synthetic(backing: Backing, path: Path) -> Opened:
     if backing.sim is None:
         raise UsageError("--tokens synthetic stands in for a model that is emulated: --backend sim")
     if backing.sim.plan is not None and backing.model is None:
-        config = Plan.read(backing.sim.plan).config()
+        config = Plan.read(backing.sim.plan).config(file=backing.sim.plan)
     elif backing.model is not None:
         config = load_config(backing.model)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -189,6 +190,8 @@ def plan(
     found = _answer(question, chips, expert_load)
     if out:
         found.write(out)
+        for name in found.files_elsewhere(out):
+            print(f"note: {out} names {name}: it is read where a copy of that file stands beside it", file=sys.stderr)
     if html:
         from runtime.reports.plan import write_page
 

@@ -25,12 +25,11 @@ def plan_check(
     Exits with 2 where something does not: a file that is cut short, edited or for another model, a ledger that
     does not add up or exceeds its device, a layer, rank or expert that nobody holds.
     """
-    from model.hf_config import load_config
     from runtime.deployment.plan import Plan
     from runtime.planning.check import check
 
-    found = Plan.read(plan, load_config(model) if model else None)
-    cfg = load_config(model) if model else found.config()
+    found = Plan.read(plan)
+    cfg = found.config(model, plan)
     wrong = check(found, cfg)
     if as_json:
         print(json.dumps({"plan": str(plan), "hash": found.hash, "model": cfg.name, "wrong": wrong}, indent=2))

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from foundation.errors import UsageError
+from runtime.cli import completion
 
 
 def plan_launch(
@@ -18,6 +19,13 @@ def plan_launch(
     ] = None,
     release: Annotated[
         str | None, typer.Option(help="Release of the engine [default: the one that the plan's engine describes].")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=completion.models,
+            help="The model it is for, where that neither ships nor lies beside the plan.",
+        ),
     ] = None,
     model_path: Annotated[
         str | None, typer.Option(help="Checkpoint to load [default: the published one in the plan's formats].")
@@ -46,7 +54,8 @@ def plan_launch(
     names = [name.strip() for name in hosts.split(",")] if hosts else []
     if not all(names):
         raise UsageError(f"--hosts {hosts}: an address is empty; write them as a,b,c")
-    made = launch(found, found.config(), engine, release=release, model=model_path, hosts=names, host_tier=host_tier)
+    cfg = found.config(model, plan)
+    made = launch(found, cfg, engine, release=release, model=model_path, hosts=names, host_tier=host_tier)
     written = made.write(out, sources) if out is not None else []
     if as_json:
         typer.echo(json.dumps(made.to_json(), indent=2))

@@ -164,7 +164,8 @@ def simulate(
         changed = load_beside_plan(context)
         recorder = StepLog() if explain else Trace() if trace else None
         with progress_bar(not as_json) as progress:
-            result, report = simulated_plan(plan, changed, requests, seed, recorder, progress)
+            named = model if "model" in given(context) else None
+            result, report = simulated_plan(plan, changed, requests, seed, recorder, progress, named)
         return _give(result, report, recorder, trace, html, as_json)
     _refuse_unread(given(context), rate, trace_file)
     refuse_without_pool(context.params, given(context))

@@ -16,7 +16,7 @@ from runtime.cli.loads import HABITS, habits_asked
 if TYPE_CHECKING:
     from runtime.serving import Report
 
-_FREE = frozenset({"plan", "requests", "seed", "trace", "explain", "html", "as_json", *OFFLOAD})
+_FREE = frozenset({"plan", "model", "requests", "seed", "trace", "explain", "html", "as_json", *OFFLOAD})
 """Options that go with a plan."""
 
 _LOAD = frozenset({"isl", "osl", "concurrency", "rate", *HABITS})
@@ -36,11 +36,17 @@ def load_beside_plan(context: typer.Context) -> dict[str, Any]:
 
 
 def simulated_plan(
-    path: Path, load: dict[str, Any], requests: int | None, seed: int, trace: Any, progress: Any
+    path: Path,
+    load: dict[str, Any],
+    requests: int | None,
+    seed: int,
+    trace: Any,
+    progress: Any,
+    model: str | None = None,
 ) -> tuple[dict[str, Any], Report]:
     """(what `glm5 simulate --json` prints, the report): throughputs of the whole plan.
 
-    load: fields of its demand to change, and "offload" of its pools.
+    load: fields of its demand to change, and "offload" of its pools. model: where the plan's is, if that was said.
     """
     from runtime.cli.simulated import explained, load_of, pools_of, result_of
     from runtime.deployment.plan import Plan
@@ -63,7 +69,7 @@ def simulated_plan(
         raise UsageError("conversations are held by clients: give --concurrency, and not --rate")
     plan = dataclasses.replace(plan, demand=demand)
     report, share, shares = simulate_plan(
-        plan, plan.config(), seed=seed, requests=requests, trace=trace, progress=progress
+        plan, plan.config(model, path), seed=seed, requests=requests, trace=trace, progress=progress
     )
     of_all = whole(report, shares, plan)
     built = share.serving

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import hw_profiles
+from foundation.paths import Outside, beside
 from foundation.reading import Unreadable, parse_json, read_text
 from foundation.writing import replacing
 from hw_profiles import Profile
 from model.config import ModelConfig
 from model.formats import Formats
-from model.hf_config import load_config
+from model.hf_config import load_config, preset, preset_names
 from model.split import Layout
 from runtime.deployment.demand import Demand, Figures
 from runtime.deployment.document import to_json, validated
@@ -310,8 +311,9 @@ class Plan:
     def read(cls, path: str | Path, cfg: ModelConfig | None = None) -> Plan:
         """The plan in a file. cfg: the model it must be for.
 
-        Raises `PlanFileError` with the reason for a file that is cut short, edited, of another schema version or
-        for another model.
+        A profile or an engine that does not ship with this program is read where it stands beside the file, and
+        nowhere else. Raises `PlanFileError` with the reason for a file that is cut short, edited, of another schema
+        version or for another model, and for one that names what is not there.
         """
         try:
             text = read_text(path)
@@ -322,7 +324,9 @@ class Plan:
         plan = cls.parse(text, str(path))
         if cfg is not None:
             plan.require_model(cfg, str(path))
-        return plan
+        found = dataclasses.replace(plan, pools=tuple(_beside(Path(path), *each) for each in enumerate(plan.pools)))
+        found.__dict__["text"] = text  # and its hash, wherever the files of its pools are
+        return found
 
     @classmethod
     def parse(cls, text: str, where: str = "plan") -> Plan:
@@ -359,6 +363,16 @@ class Plan:
             raise PlanFileError(f"{where}: formats: not those of pools[{len(plan.pools) - 1}]")
         return plan
 
+    def files_elsewhere(self, path: str | Path) -> list[str]:
+        """The profiles and engines that a plan at `path` could not be read with: they do not stand beside it."""
+        found = []
+        for name in dict.fromkeys(name for pool in self.pools for name, _ in _files(pool).values()):
+            try:
+                beside(Path(path).parent, name)
+            except Outside:
+                found.append(name)
+        return found
+
     def require_model(self, cfg: ModelConfig, where: str = "plan") -> None:
         """Raises `PlanFileError` unless the plan is for this model."""
         if config_hash(cfg) != self.model.config_hash:
@@ -367,11 +381,48 @@ class Plan:
                 f"(config {config_hash(cfg)[:12]}…); make a plan for {cfg.name}"
             )
 
-    def config(self) -> ModelConfig:
-        """The plan's model, loaded by name. Raises `ConfigError`, or `PlanFileError` where it is another one now."""
-        cfg = load_config(self.model.name)
-        self.require_model(cfg)
+    def config(self, given: str | Path | None = None, file: str | Path = "plan") -> ModelConfig:
+        """The plan's model: the one that a person names, or else a preset, or a config that stands beside the plan's
+        file. Raises `ConfigError`, or `PlanFileError` where it is another one or none of these."""
+        if given is not None or self.model.name in preset_names():
+            cfg = load_config(given) if given is not None else preset(self.model.name)
+        else:
+            try:
+                found = beside(Path(file).parent, self.model.name)
+            except Outside:
+                name = _cut(self.model.name)
+                raise PlanFileError(
+                    f"{file}: model.name: {name} neither ships with this program nor lies beside the plan: name the "
+                    "model with --model"
+                ) from None
+            cfg = load_config(found.parent if found.name == "config.json" else found)
+        self.require_model(cfg, str(file))
         return cfg
+
+
+def _files(pool: Pool) -> dict[str, tuple[str, str]]:
+    """Of a pool's profile and engine, those that are files: the path, and what names a release behind it."""
+    plain, at, release = pool.engine.rpartition("@")
+    engine = (plain, at + release) if plain and not release.endswith(".toml") else (pool.engine, "")
+    named = {"profile": (pool.profile, ""), "engine": engine}
+    return {key: each for key, each in named.items() if each[0].endswith(".toml") or "/" in each[0] or "\\" in each[0]}
+
+
+def _beside(file: Path, number: int, pool: Pool) -> Pool:
+    """A pool with its profile and its engine where they are. Raises `PlanFileError`."""
+    changed = {}
+    for key, (name, release) in _files(pool).items():
+        try:
+            changed[key] = str(beside(file.parent, name)) + release
+        except Outside as error:
+            raise PlanFileError(
+                f"{file}: pools[{number}].{key}: {_cut(name)} must stand beside the plan ({error}): copy it there"
+            ) from None
+    return dataclasses.replace(pool, **changed)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 and text.isprintable() else repr(text)[:60]
 
 
 def _digest(text: str) -> str:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-import hw_profiles
 from hw_profiles import Profile
 from model.config import ModelConfig
 from model.split import Layout, slots_in_order
@@ -67,7 +66,7 @@ def pool_of(
     measured = isinstance(load, ExpertLoad)
     return Pool(
         role=role,
-        profile=profile.name if profile.name in hw_profiles.names() else str(profile.path),
+        profile=profile.name if profile.ships else str(profile.path),
         profile_settings=profile.settings,
         layout=layout,
         scheme=spec.formats.scheme.name,

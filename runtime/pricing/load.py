@@ -121,11 +121,8 @@ def from_counts(counts: ArrayLike, name: str = "counts") -> ExpertLoad:
     return ExpertLoad(name, values / values.sum())
 
 
-def parse(text: str, experts: int) -> ExpertLoad:
-    """'uniform', 'balanced', 'power_law:1.2', or the path of a JSON list of counts per expert.
-
-    Raises PriceError when the text is none of these or the file holds another number of experts.
-    """
+def named(text: str, experts: int) -> ExpertLoad | None:
+    """'uniform', 'balanced' or 'power_law:1.2', else None. Raises `PriceError` for a power that is none."""
     if text == "uniform":
         return uniform(experts)
     if text == "balanced":
@@ -135,6 +132,16 @@ def parse(text: str, experts: int) -> ExpertLoad:
             return power_law(experts, float(text.split(":", 1)[1]))
         except ValueError:
             raise PriceError(f"expert load {text!r}: the exponent is not a number") from None
+    return None
+
+
+def parse(text: str, experts: int) -> ExpertLoad:
+    """'uniform', 'balanced', 'power_law:1.2', or the path of a JSON list of counts per expert.
+
+    Raises PriceError when the text is none of these or the file holds another number of experts.
+    """
+    if (known := named(text, experts)) is not None:
+        return known
     path = Path(text)
     if not path.is_file():
         raise PriceError(f"expert load {text!r}: not uniform, balanced, power_law:ALPHA or a file of counts")

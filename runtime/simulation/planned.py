@@ -14,14 +14,20 @@ from model.config import ModelConfig
 from model.formats import Formats
 from runtime.deployment.engines import with_pool
 from runtime.deployment.plan import Plan, Pool, profile_of
-from runtime.pricing.load import ExpertLoad
+from runtime.pricing.load import ExpertLoad, named
+from runtime.pricing.price import PriceError
 from runtime.serving import Deployment, Disaggregated, Speculation
 from runtime.simulation.apart import apart
 from runtime.simulation.build import Built, PriceTables, Spec, assumed, pricer_of, spec_for, speculation, tiers_of
 
 
 def spec_of(cfg: ModelConfig, pool: Pool, profile: Profile) -> Spec:
-    """The deployment of one replica of a pool, by name."""
+    """The deployment of one replica of a pool, by name. Raises `PriceError` for a load whose shares it does not hold:
+    the file that it was read from is not looked for."""
+    if not pool.slot_load and named(pool.expert_load, cfg.moe.experts if cfg.moe else 1) is None:
+        raise PriceError(
+            f"expert load {pool.expert_load[:60]!r} of the plan was measured, and its slot_load is missing"
+        )
     load = ExpertLoad(pool.expert_load, np.array(pool.slot_load)) if pool.slot_load else pool.expert_load
     made = spec_for(
         cfg, profile, pool.layout, pool.formats.scheme, pool.formats.kv, pool.engine, pool.settings,

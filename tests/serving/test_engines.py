@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,31 @@ def test_what_an_engine_is_of_is_known(tmp_path: Path, old: str, new: str, messa
     assert message in refusal(tmp_path / "mine.toml", described.replace(old, new, 1))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('{family = "ampere"}', "{family = 5}", "chunked_prefill_tokens: when.family = 5 must be text"),
+        ("{fp8 = true}", "{fp8 = 1}", "cache.index: when.fp8 = 1 must be true or false"),
+        ("{fp8 = true}", '{fp8 = ["true"]}', "cache.index: when.fp8 = 'true' must be true or false"),
+        ('{kv = "int8"}', '{kv = "int9"}', "cache.latent has a case of kv = 'int9'; known: bf16, fp8, int8"),
+        ('{kv = "int8"}', "{kv = []}", "cache.latent has a case of kv = [], which never holds"),
+        ('{family = "ampere"}', '{memory_bytes = "64"}', "when.memory_bytes = '64' must be a number"),
+        ('{family = "ampere"}', "{sparse = {}}", "when.sparse = {} must be true or false"),
+        ('"ampere"}, value = 2048', '"ampere"}, value = "x"', "chunked_prefill_tokens = 'x' must be a number without"),
+        ('"ampere"}, value = 2048', '"ampere"}, value = -1', "chunked_prefill_tokens = -1 must be a number, zero or"),
+        ("[[70, 2048]", "[[70, true]", "chunked_prefill_tokens = True must be a number without"),
+        ("[[70, 2048]", "[[700, 2048]", "by_memory_gib = [700.0, 160.0, 1000000000.0] must rise,"),
+    ],
+)
+def test_what_holds_elsewhere_is_checked_too(tmp_path: Path, old: str, new: str, message: str) -> None:
+    """On no chip that is loaded here does the case hold."""
+    text = (Path(engines.__file__).parent / "vllm.toml").read_text()
+    assert old in text
+    (tmp_path / "e.toml").write_text(text.replace(old, new, 1))
+    with pytest.raises(EngineError, match=re.escape(message)):
+        load(str(tmp_path / "e.toml"))
+
+
 @pytest.mark.parametrize("key", ["name", "description", "release"])
 def test_what_is_printed_of_an_engine_is_one_line(tmp_path: Path, key: str) -> None:
     described = (Path(engines.__file__).parent / "sglang.toml").read_text()
@@ -190,6 +216,13 @@ def test_what_is_printed_of_an_engine_is_one_line(tmp_path: Path, key: str) -> N
     assert f"mine.toml: {key} = 'x\\nrm #' must be one line" in refusal(tmp_path / "mine.toml", text)
     older = described.replace('description = "SGLang 0.5.9,', 'description = "SGLang\\u001b[31m 0.5.9,')
     assert 'mine.toml: releases."0.5.9": description' in refusal(tmp_path / "mine.toml", older)
+
+
+def test_a_name_is_no_path(tmp_path: Path) -> None:
+    shutil.copy(Path(engines.__file__).parent / "vllm.toml", tmp_path / "mine.toml")
+    for name in (str(tmp_path / "mine"), "../engines/vllm", ""):
+        with pytest.raises(EngineError, match="unknown engine"):
+            load(name)
 
 
 def test_unknown_engines_and_broken_files_are_refused(tmp_path: Path) -> None:

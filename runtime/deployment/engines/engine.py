@@ -388,6 +388,19 @@ SETTINGS = tuple(f.name for f in fields(Engine) if f.name not in (*ABOUT, "cache
 REQUIRED = tuple(f.name for f in fields(Engine) if f.name in SETTINGS and f.default is MISSING)
 
 
+def wrong_setting(key: str, value: Any) -> str | None:
+    """What is wrong with a number as a setting, in words to stand behind it."""
+    if isinstance(value, int | float) and value < 0:
+        return "must be a number, zero or more"
+    if isinstance(value, int | float) and value > _MOST:
+        return f"must be at most {_MOST:g}"
+    if key in _POSITIVE and value < 1:
+        return "must be a whole number, one or more"
+    if key in _FRACTIONS and value > 1:
+        return "must be a fraction, at most 1"
+    return None
+
+
 def _check(engine: Engine) -> None:
     """Raises EngineError for a value outside its range."""
 
@@ -395,15 +408,8 @@ def _check(engine: Engine) -> None:
         raise EngineError(f"engine {engine.name}: {key} = {getattr(engine, key)!r} {why}")
 
     for key in SETTINGS:
-        value = getattr(engine, key)
-        if isinstance(value, int | float) and value < 0:
-            refuse(key, "must be a number, zero or more")
-        if isinstance(value, int | float) and value > _MOST:
-            refuse(key, f"must be at most {_MOST:g}")
-        if key in _POSITIVE and value < 1:
-            refuse(key, "must be a whole number, one or more")
-        if key in _FRACTIONS and value > 1:
-            refuse(key, "must be a fraction, at most 1")
+        if why := wrong_setting(key, getattr(engine, key)):
+            refuse(key, why)
     if not 0.25 <= engine.kernel_time_factor <= 4:
         refuse("kernel_time_factor", "must be from 0.25 to 4")
     if engine.memory_fraction == 0:

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from foundation.limits import within
 from foundation.reading import Unreadable, read_toml
@@ -40,6 +40,7 @@ from runtime.deployment.engines.engine import (
     FittedTo,
     Setting,
     Source,
+    wrong_setting,
 )
 from runtime.deployment.engines.releases import latest_not_newer, number, same_release
 from runtime.deployment.errors import EngineError
@@ -118,7 +119,7 @@ def _named(name: str) -> tuple[Path, str]:
     if not at or "/" in release or release.endswith(".toml"):
         plain, release = name, ""
     path = Path(plain) if plain.endswith(".toml") else _FOLDER / f"{plain}.toml"
-    if not path.is_file():
+    if not path.is_file() or not (plain.endswith(".toml") or path.parent == _FOLDER):
         raise EngineError(f"unknown engine {plain!r}: choose one of {', '.join(names())}, or give a .toml path")
     return path, release if release or not at else "@"
 
@@ -182,9 +183,15 @@ def _description(path: Path, modified_ns: int) -> _Description:
     settings = {key: entry for section in sections.values() for key, entry in section.items()}
     about = _words(path.name, {key: document[key] for key in ABOUT if key in document})
     if extends is not None:
-        return _Description((_Part(about, settings, cache, fitted).over(_extended(path.name, extends, about, older)),))
+        return _Description(
+            (
+                _checked(path.name, _Part(about, settings, cache, fitted)).over(
+                    _extended(path.name, extends, about, older)
+                ),
+            )
+        )
     newest = about.get("release", "")
-    parts = [_Part(about, settings, cache, fitted)]
+    parts = [_checked(path.name, _Part(about, settings, cache, fitted))]
     for release in sorted(older, key=number, reverse=True):
         if not number(release) or number(release) >= number(str(newest)):
             raise EngineError(f"{path.name}: releases.{release!r} must be the number of a release before {newest}")
@@ -224,7 +231,7 @@ def _older(file: str, release: str, table: Mapping[str, Any]) -> _Part:
         _known(key, f"{where}: ")
     parts = {"settings": rules, "cache": table.get("cache", {})}
     read = validated(dict[str, dict[str, Setting]], parts, EngineError, where, say=_say)
-    return _Part(about, read["settings"], read["cache"])
+    return _checked(where, _Part(about, read["settings"], read["cache"]))
 
 
 def _say(where: str, fault: Fault) -> str:
@@ -245,8 +252,6 @@ def _settings(
     evidence: dict[str, Source] = {}
     memory = at.built_bytes or at.memory_bytes
     for key, entry in settings.items():
-        _known(key, f"{file}: ")
-        _conditions(file, key, entry)
         case = Choice(None, entry.cases).under(at)
         if case is not None:
             value = case
@@ -260,12 +265,45 @@ def _settings(
     return values, evidence
 
 
+_ASKED = get_type_hints(Circumstances)
+_TAKEN = get_type_hints(Engine)
+
+
+def _checked(file: str, part: _Part) -> _Part:
+    """A part of which every condition can hold, and every value can be taken. Raises EngineError."""
+    for key, entry in part.settings.items():
+        _known(key, f"{file}: ")
+        _conditions(file, key, entry)
+        limits = [limit for limit, _ in entry.by_memory_gib]
+        if limits != sorted(limits):
+            raise EngineError(
+                f"{file}: {key}.by_memory_gib = {_cut(repr(limits))} must rise, the first that fits holds"
+            )
+        for value in (*(case.value for case in entry.cases), *(value for _, value in entry.by_memory_gib)):
+            if key == "graph_batch_sizes":
+                expand(value, f"{file}: ")
+                continue
+            made = int(value) if isinstance(value, float) and value.is_integer() else value
+            validated(dict[str, _TAKEN[key]], {key: made}, EngineError, file, say=_say)  # pyright: ignore[reportInvalidTypeForm]
+            if why := wrong_setting(key, made):
+                raise EngineError(f"{file}: {key} = {_cut(repr(made))} {why}")
+    return part
+
+
 def _conditions(file: str, key: str, setting: Setting) -> None:
-    """Raises EngineError for a case of what is no circumstance."""
-    known = [f.name for f in fields(Circumstances)]
+    """Raises EngineError for a case of what is no circumstance, or of what it can never be."""
     for case in setting.cases:
-        if unknown := sorted(case.when.keys() - set(known)):
-            raise EngineError(f"{file}: {key} has a case of {unknown[0]!r}; cases can be of {', '.join(known)}")
+        for name, wanted in case.when.items():
+            if name not in _ASKED:
+                raise EngineError(f"{file}: {key} has a case of {name!r}; cases can be of {', '.join(_ASKED)}")
+            if wanted == []:
+                raise EngineError(f"{file}: {key} has a case of {name} = [], which never holds")
+            for each in wanted if isinstance(wanted, list) else [wanted]:
+                asked = {"when": {name: each}}
+                kind = dict[str, dict[str, _ASKED[name]]]  # pyright: ignore[reportInvalidTypeForm]
+                validated(kind, asked, EngineError, f"{file}: {key}", say=_say)
+                if name == "kv" and each not in KV:
+                    raise EngineError(f"{file}: {key} has a case of kv = {each!r}; known: {', '.join(KV)}")
 
 
 def _cache_rules(file: str, section: Mapping[str, Setting]) -> CacheRules:
