@@ -59,6 +59,22 @@ def test_ascend_steps() -> None:
     assert summary(scored(ASCEND))["step_mape"] <= 0.12
 
 
+@pytest.mark.parametrize("ep", ["1", "4", "8", "16"])
+def test_a_step_has_the_expert_groups_that_its_row_says(tmp_path: Path, ep: str) -> None:
+    with ASCEND.open(newline="") as file:
+        row = next(each for each in csv.DictReader(file) if each["tp"] == "4")
+    (read,) = score(write(tmp_path / "steps.csv", row | {"ep": ep}))
+    assert read.skipped is None and f" tp4 dp4 ep{ep} " in f" {read.group} "
+
+
+@pytest.mark.parametrize(("ep", "why"), [("3", "ep"), ("32", "ep"), ("0", "ep")])
+def test_expert_groups_that_do_not_divide_are_said(tmp_path: Path, ep: str, why: str) -> None:
+    with ASCEND.open(newline="") as file:
+        row = next(each for each in csv.DictReader(file) if each["tp"] == "4")
+    (read,) = score(write(tmp_path / "steps.csv", row | {"ep": ep}))
+    assert read.skipped and why in read.skipped and "\n" not in read.skipped
+
+
 def test_the_bands_hold() -> None:
     rows = (*scored(SILICON), *scored(ASCEND))
     held = [row.inside(quantity) for row in rows for quantity in row.predicted]

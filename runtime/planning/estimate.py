@@ -22,7 +22,7 @@ import numpy as np
 
 from runtime.deployment.demand import Demand
 from runtime.planning.options import Option
-from runtime.serving.pricing import BatchShape
+from runtime.serving.pricing import step_seconds, step_shape
 from runtime.simulation.build import PriceTables, pricer_of, speculation, tiers_of
 
 _LONGEST_SWEEP = 4096
@@ -94,12 +94,8 @@ class OptionPrices:
     def _decode_seconds(self, sequences: int) -> float:
         """A decode step of `sequences` requests at their mean context."""
         context = self.prompt + self.output / 2
-        rows, graphed = self.engine.decode_rows(sequences)
-        return self._seconds(BatchShape(np.full(sequences, context), self.query_tokens, [], rows, graphed))
-
-    def _seconds(self, shape: BatchShape) -> float:
-        pieces = not shape.graphed and self.engine.in_pieces(shape.decode_count, shape.prefill_tokens, shape.tokens)
-        return self.engine.step_seconds(self.pricer.seconds(shape), shape.graphed, pieces)
+        shape = step_shape(self.engine, np.full(sequences, context), self.query_tokens)
+        return step_seconds(self.engine, self.pricer, shape)
 
     def _prefill_seconds(self, decoding: int) -> tuple[float, float]:
         """(seconds until a prompt is computed, seconds by which it delays `decoding` requests)."""
@@ -112,7 +108,8 @@ class OptionPrices:
         seconds = extra = 0.0
         while done < self.prompt:
             chunk = int(math.ceil(min(budget, self.prompt - done)))
-            took = self._seconds(BatchShape(contexts, self.query_tokens, [(chunk, done)], len(contexts)))
+            shape = step_shape(engine, contexts, self.query_tokens, [(chunk, done)], int(done == int(self.cached)))
+            took = step_seconds(engine, self.pricer, shape)
             seconds += took
             extra += took - self.decode_seconds(decoding) if mixed else took
             done += chunk

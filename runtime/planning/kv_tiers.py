@@ -30,7 +30,7 @@ from model.cache import cache_rows
 from model.config import ModelConfig
 from runtime.deployment.engines import engine_for
 from runtime.deployment.kv import Point, PoolKv, Sharding, Share, Tier
-from runtime.serving.pricing import EVIDENCE_GRADES, BatchShape, StepPricer
+from runtime.serving.pricing import EVIDENCE_GRADES, NO_CONTEXTS, BatchShape, StepPricer, step_seconds, step_shape
 from runtime.simulation.offload import HOST_LINK, host_tier, lower_tiers
 
 if TYPE_CHECKING:
@@ -191,8 +191,8 @@ def prefill_seconds(engine: Engine, pricer: StepPricer, tokens: int, before: int
     total = 0.0
     for start in range(0, tokens, chunk):
         new = min(chunk, tokens - start)
-        shape = BatchShape(prefill_chunks=[(new, before + start)])
-        total += engine.step_seconds(pricer.seconds(shape), False, engine.in_pieces(0, new, new))
+        shape = step_shape(engine, NO_CONTEXTS, chunks=[(new, before + start)], begun=int(not start))
+        total += step_seconds(engine, pricer, shape)
     return total
 
 

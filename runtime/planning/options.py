@@ -23,7 +23,7 @@ from model.quantization_config import is_scheme
 from model.split import Layout
 from runtime.deployment.choice import missing_formats, offered_schemes
 from runtime.deployment.demand import Demand
-from runtime.deployment.engines import load
+from runtime.deployment.engines import Circumstances, load
 from runtime.deployment.engines.flags import format_facts, releases, unsupported, why_uneven
 from runtime.deployment.kv import Offload
 from runtime.deployment.plan import Rejected
@@ -274,15 +274,6 @@ def nodes_refused(option: Option, replicas: int) -> str | None:
     return why_uneven(engine.kind, counts, node) if counts else None
 
 
-def _dealt_refused(option: Option) -> str | None:
-    """Why the engine keeps no cache of these formats dealt out to tp ranks."""
-    spec = option.spec
-    if spec.layout.dcp == 1:
-        return None
-    facts = format_facts(spec.cfg, spec.profile, spec.formats.scheme.name, spec.formats.kv)
-    return unsupported(spec.engine.kind, spec.engine.release, {**facts, "dealt": True})
-
-
 def layouts(
     devices: int, held: int | None = None, groups: int | None = None, dealt: int | None = 1
 ) -> Iterator[tuple[Layout, list[int]]]:
@@ -304,9 +295,10 @@ def layouts(
                     yield Layout(tp=tp, dp=size // tp, ep=ep, dcp=dcp), stages
 
 
-def _deals(question: Question) -> bool:
-    """Whether the engine deals caches of this model out to tp ranks."""
-    asked = question.settings.get("decode_context_parallel", load(question.engine).decode_context_parallel)
+def _deals(question: Question, profile: Profile) -> bool:
+    """Whether the engine deals caches of this model out to tp ranks of this chip."""
+    at = Circumstances.of(question.cfg, profile)
+    asked = load(question.engine, question.settings, at).decode_context_parallel
     return isinstance(question.cfg.attention, Mla) and (
         asked == "any" or (asked == "dense" and not question.cfg.sparse)
     )
@@ -337,7 +329,7 @@ def options(question: Question, profile: Profile, devices: int) -> tuple[list[Op
     rejected = {each.name: each.reason for each in left_out}
     most = sum(question.demand.longest) + question.drafts
     groups = question.held.get("ep", 0 if load(question.engine).expert_groups and question.cfg.moe else None)
-    dealt = question.held.get("dcp", None if _deals(question) else 1)
+    dealt = question.held.get("dcp", None if _deals(question, profile) else 1)
     searched = layouts(devices, question.held.get("pp"), groups, dealt)
     held = [(base, stages) for base, stages in searched if question.admits(base)]
     if not held:
@@ -365,7 +357,7 @@ def options(question: Question, profile: Profile, devices: int) -> tuple[list[Op
                 except CapacityError as error:
                     refused.append(Refused(name, str(error), _excess(question, profile, layout, scheme, kv)))
                     continue
-                if why := nodes_refused(option, replicas) or _dealt_refused(option):
+                if why := nodes_refused(option, replicas):
                     rejected[name] = why
                     continue
                 if option.pool_tokens < most:

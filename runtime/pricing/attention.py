@@ -147,7 +147,7 @@ def prefill(book: PriceBook, layer: MlaLayer, tokens: float, prefix: float = 0.0
             *, host_launched: bool = True) -> Price:  # fmt: skip
     """One prefill step of one block: `tokens` new tokens over `sequences`, each after `prefix` cached ones.
 
-    A sparse layer whose sequences stay within `index_topk` keys attends densely, as SGLang does, where
+    A sparse layer whose sequences stay within `index_topk` keys attends densely where the engine's release does and
     that path was measured.
     """
     layer, keys = _prefill_path(book, layer, tokens, prefix, sequences)
@@ -183,7 +183,7 @@ def _prefill_path(
     """The layer as it attends in this step, and the mean number of keys per query."""
     new = tokens / max(sequences, 1)
     keys = max(prefix + new / 2.0, 1.0)
-    if layer.mode != "dense" and prefix + new <= layer.shape.index_topk:
+    if layer.mode != "dense" and book.prefills_densely and prefix + new <= layer.shape.index_topk:
         dense = replace(layer, mode="dense")
         if block_kernel(book, dense, "prefill"):
             return dense, keys

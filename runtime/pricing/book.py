@@ -24,6 +24,7 @@ from runtime.pricing.choices import (
     FusedReduce,
     FusedShared,
     absorbed_prefill,
+    dense_prefill,
     fused_reduce,
     fused_shared,
     untuned_experts,
@@ -187,6 +188,11 @@ class PriceBook:
         """Whether dense MLA prefill stays in the latent, for sequences with so many cached tokens together."""
         choice = absorbed_prefill(*self._chooses)
         return choice is not None and 0 < cached_tokens < choice.below
+
+    @property
+    def prefills_densely(self) -> bool:
+        """Whether sparse attention reads prompts that it would select whole as dense layers do."""
+        return dense_prefill(*self._chooses) is not None
 
     def named(self, key: str) -> Kernel | None:
         """A kernel by its exact key, or None."""

@@ -112,7 +112,30 @@ ABSORBED_PREFILLS = (
 )  # fmt: skip
 
 
-KernelChoice = TypeVar("KernelChoice", FusedReduce, FusedShared, UntunedExperts, AbsorbedPrefill)
+@dataclass(frozen=True)
+class DensePrefill:
+    """Sparse attention of prompts that its selection would take whole: with expanded heads and no indexer, as dense
+    layers attend, instead of in the latent."""
+
+    engine: str
+    since: str
+    families: frozenset[str]
+    source: str
+    models: frozenset[str] | None = None
+
+
+DENSE_PREFILLS = (
+    DensePrefill("sglang", "0.5.5", frozenset({"hopper"}),
+                 "sglang 0.5.5 models/deepseek_v2.py handle_attention_nsa: MHA_ONE_SHOT up to index_topk keys, SM90"),
+    DensePrefill("sglang", "0.5.6", _BOTH,
+                 "sglang 0.5.6.post1 layers/attention/nsa_backend.py set_nsa_prefill_impl: SM90 and SM100"),
+    DensePrefill("vllm", "0.28", _BOTH,
+                 "vllm 0.28.0 layers/attention/sparse_mla_attention.py use_dense_mha (PR 47327, 2026-07); 0.24.0 and "
+                 "older only have the sparse kernel"),
+)  # fmt: skip
+"""TensorRT-LLM has it behind TRTLLM_MLA_SHORT_SEQ_MHA_THRESHOLD, which is 0 (modules/attention.py)."""
+
+KernelChoice = TypeVar("KernelChoice", FusedReduce, FusedShared, UntunedExperts, AbsorbedPrefill, DensePrefill)
 
 
 def _chosen(
@@ -149,3 +172,8 @@ def untuned_experts(
 def absorbed_prefill(engine: str, release: str, family: str) -> AbsorbedPrefill | None:
     """What a release chooses; None where prompts are always computed with expanded heads."""
     return _chosen(ABSORBED_PREFILLS, engine, release, family)
+
+
+def dense_prefill(engine: str, release: str, family: str) -> DensePrefill | None:
+    """What a release chooses, the newest where none is named; None where short prompts are selected from too."""
+    return _chosen(DENSE_PREFILLS, engine, release or DENSE_PREFILLS[-1].since, family)

@@ -18,7 +18,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from runtime.serving.request import Request
 from runtime.serving.routing import ReplicaRouter
 from runtime.serving.tiers import LowerTiers
 from runtime.serving.worker import News, Worker
+
+if TYPE_CHECKING:
+    from runtime.deployment.engines import Engine
 
 MakeWorker = Callable[[int], Worker]
 """The hands of a new replica of a role: 0 is the first that a request passes through."""
@@ -95,8 +98,8 @@ class Loop:
             ReplicaRouter(each.router, group, block_tokens) for each, group in zip(self.roles, self.groups, strict=True)
         ]
         first = self.roles[0]
-        self._front_ends = [-math.inf] * (first.replicas * (first.ranks if first.engine.front_end_per_rank else 1))
-        """When each front end is free, as a heap: whoever is free soonest takes the next request."""
+        servers = first.replicas * (first.ranks if first.engine.front_end_per_rank else 1)
+        self._front_ends = [FrontEnd(first.engine) for _ in range(servers)]
         self.in_front = 0
         """Requests that a front end has, or that are on their way from it."""
         self._link_free_at: dict[tuple[int, int], float] = {}
@@ -128,11 +131,10 @@ class Loop:
     def send(self, request: Request, sent_at: float | None = None) -> None:
         """A client sends a request, now or, as is only known now, some time ago."""
         request.sent_at = self.now if sent_at is None else sent_at
-        engine = self.roles[0].engine
-        free_at = max(request.sent_at, heapq.heappop(self._front_ends)) + engine.front_seconds(request.prompt_tokens)
-        heapq.heappush(self._front_ends, free_at)
         self.in_front += 1
-        self.at(max(self.now, free_at + engine.request_delay_seconds), 0, self._arrive, request, 0)
+        front_end = min(self._front_ends, key=lambda each: each.free_at)
+        if front_end.take(request):
+            self._front(front_end)
 
     def drop(self, request: Request) -> None:
         """Nobody waits for a request any more: it is out at once, or as the step that it is in ends. `done` is not
@@ -145,6 +147,19 @@ class Loop:
                     return
 
     # Events
+
+    def _front(self, front_end: FrontEnd) -> None:
+        """A front end begins what waits there, and goes on as long as requests wait again when it is through."""
+        for request, leaves_at in front_end.serve():
+            arrives = leaves_at + self.roles[0].engine.request_delay_seconds
+            self.at(max(self.now, arrives), 0, self._arrive, request, 0)
+        if front_end.gathers:
+            self.at(max(self.now, front_end.ends_at), 0, self._fronted, front_end)
+
+    def _fronted(self, front_end: FrontEnd) -> None:
+        front_end.busy = False
+        if front_end.waiting:
+            self._front(front_end)
 
     def _arrive(self, request: Request, role: int) -> None:
         self.in_front -= not role
@@ -212,6 +227,42 @@ class Loop:
         self._rouse(source)  # its queue may have been waiting for these pages
         request.kv_ready = True
         self._arrive(request, 1)
+
+
+class FrontEnd:
+    """What requests pass before the scheduler, one process: it works on them in the order that they came. Where it
+    `gathers`, all that wait as it turns to them go on together, when it is through with the last of them.
+
+    ends_at: when it is through with what it has begun. waiting: what it has not begun. busy: it gathers, and has begun.
+    """
+
+    def __init__(self, engine: Engine):
+        self.gathers = engine.front_end_gathers
+        self.ends_at = -math.inf
+        self.waiting: list[Request] = []
+        self.busy = False
+        self._engine = engine
+        self._waiting_seconds = 0.0
+
+    @property
+    def free_at(self) -> float:
+        """When it could begin another request."""
+        return self.ends_at + self._waiting_seconds
+
+    def take(self, request: Request) -> bool:
+        """A request comes; whether it is to be served now."""
+        self.waiting.append(request)
+        self._waiting_seconds += self._engine.front_seconds(request.prompt_tokens)
+        return not self.busy
+
+    def serve(self) -> list[tuple[Request, float]]:
+        """Begins all that waits: (request, when it leaves)."""
+        leaving: list[tuple[Request, float]] = []
+        for request in self.waiting:
+            self.ends_at = max(request.sent_at, self.ends_at) + self._engine.front_seconds(request.prompt_tokens)
+            leaving.append((request, self.ends_at))
+        self.waiting, self._waiting_seconds, self.busy = [], 0.0, self.gathers
+        return [(request, self.ends_at) for request, _ in leaving] if self.gathers else leaving
 
 
 def _ranks(

@@ -6,16 +6,20 @@ Nothing here knows the model or the chip.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from runtime.deployment.engines import Engine
 
 BOUNDS = ("compute", "memory", "network", "overhead")
 EVIDENCE_GRADES = ("measured", "fitted", "datasheet", "assumed")
 """Evidence grades, strongest first; a result carries the weakest of what went into it."""
 
-_NO_CONTEXTS = np.zeros(0, dtype=np.int64)
+NO_CONTEXTS = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(slots=True)
@@ -34,7 +38,7 @@ class BatchShape:
         graphs of what lies between attention.
     """
 
-    decode_contexts: np.ndarray = field(default_factory=lambda: _NO_CONTEXTS)
+    decode_contexts: np.ndarray = field(default_factory=lambda: NO_CONTEXTS)
     query_tokens: int = 1
     prefill_chunks: list[tuple[int, int]] = field(default_factory=list)
     decode_rows: int = 0
@@ -109,6 +113,27 @@ class StepPricer(Protocol):
     def seconds(self, shape: BatchShape) -> float:
         """`price(shape).seconds`, cheaply (tens of microseconds); called for nearly every step."""
         ...
+
+
+def step_shape(
+    engine: Engine,
+    contexts: np.ndarray,
+    query_tokens: int = 1,
+    chunks: Sequence[tuple[int, int]] = (),
+    begun: int = 0,
+) -> BatchShape:
+    """What an engine computes in a step with these sequences and chunks, and how it launches that. Arguments are as of
+    `BatchShape`."""
+    count, prompts = len(contexts), sum(new for new, _ in chunks)
+    rows, graphed = (count, False) if chunks else engine.decode_rows(count)
+    pieces = not graphed and engine.in_pieces(count, prompts, count * query_tokens + prompts)
+    padding = engine.prompt_padding([new for new, _ in chunks]) if chunks else 0
+    return BatchShape(contexts, query_tokens, list(chunks), rows, graphed, pieces, padding, begun)
+
+
+def step_seconds(engine: Engine, pricer: StepPricer, shape: BatchShape) -> float:
+    """Duration of a step: the device's work, and the host's for its rows and the requests that begin."""
+    return engine.step_seconds(pricer.seconds(shape), shape.graphed, shape.pieces, shape.rows, shape.begun)
 
 
 class _Unpriced:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runtime.serving.kv_pool import KvPool
-from runtime.serving.pricing import BatchShape
+from runtime.serving.pricing import NO_CONTEXTS, BatchShape, step_shape
 from runtime.serving.request import Request
 from runtime.serving.speculation import Speculation
 
@@ -87,16 +87,9 @@ class Rank:
     def shape(self, plan: StepPlan, step: int = 0) -> BatchShape:
         """What `plan` computes, `step` decode steps from now."""
         chunks = [(new, before) for _, new, before in plan.chunks]
-        engine, q = self.engine, self.query_tokens
-        count = len(self.kv) if plan.decode else 0
-        prompts = sum(new for new, _ in chunks)
-        rows, graphed = (count, False) if chunks else engine.decode_rows(count)
-        pieces = not graphed and engine.in_pieces(count, prompts, count * q + prompts)
-        padding = engine.prompt_padding([new for new, _ in chunks]) if chunks else 0
         begun = sum(not r.emitted and not r.preemptions and before == r.cached for r, _, before in plan.chunks)
-        if not plan.decode:
-            return BatchShape(query_tokens=q, prefill_chunks=chunks, pieces=pieces, padding=padding, begun=begun)
-        return BatchShape(self.kv + (q + step), q, chunks, rows, graphed, pieces, padding, begun)
+        contexts = self.kv + (self.query_tokens + step) if plan.decode else NO_CONTEXTS
+        return step_shape(self.engine, contexts, self.query_tokens, chunks, begun)
 
     def next_ready(self, now: float) -> float:
         """When the next cache that a prompt waits for will have come."""

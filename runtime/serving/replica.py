@@ -21,7 +21,7 @@ import numpy as np
 from runtime.serving import scheduler
 from runtime.serving.clock import Clock, Virtual
 from runtime.serving.meter import Meter
-from runtime.serving.pricing import BatchShape, StepPricer
+from runtime.serving.pricing import BatchShape, StepPricer, step_seconds
 from runtime.serving.rank import Rank, StepPlan
 from runtime.serving.request import Request
 from runtime.serving.worker import Worker
@@ -210,10 +210,7 @@ class Replica:
 
     def _seconds(self, rank: Rank, plan: StepPlan, step: int) -> float:
         """Step time on one rank, `step` decode steps from now."""
-        shape = rank.shape(plan, step)
-        return self.engine.step_seconds(
-            self.pricer.seconds(shape), shape.graphed, shape.pieces, shape.rows, shape.begun
-        )
+        return step_seconds(self.engine, self.pricer, rank.shape(plan, step))
 
     def _decode_run(self, plans: list[StepPlan], now: float, next_event: float) -> np.ndarray:
         """[steps] seconds of the decode steps up to the next scheduling event."""

@@ -18,7 +18,7 @@ from hw_profiles import Profile
 from model.config import MOST_DRAFTS, MOST_EXPERTS, ModelConfig
 from model.formats import Formats, Scheme, scheme
 from model.split import MOST_DEVICES, Layout
-from runtime.deployment.engines import Engine, engine_for, formats_for, sized_cache, with_pool
+from runtime.deployment.engines import Engine, check_dealt, engine_for, formats_for, sized_cache, with_pool
 from runtime.deployment.kv import Offload
 from runtime.deployment.ledger import Ledger, fullest, stage_kv_bytes_per_token, stage_ledgers
 from runtime.pricing import Chip, PriceBook, load, open_book
@@ -68,6 +68,7 @@ class Spec:
     def __post_init__(self) -> None:
         within("drafts a step (--mtp):", self.drafts, MOST_DRAFTS)
         within("expert slots a device beyond an even share:", self.redundant_slots, MOST_EXPERTS)
+        check_dealt(self.engine, self.layout, self.formats)
         within("devices of all replicas:", self.replicas * self.layout.devices, MOST_DEVICES)
 
 

@@ -211,12 +211,12 @@ def _step(row: Mapping[str, str], shared: _Shared) -> ScoredRow:
     tp, dp, ep, world, drafts = (int(row[key]) for key in ("tp", "dp", "ep", "world", "mtp"))
     if row["q_linear"] not in _LINEAR:
         raise UsageError(f"q_linear {row['q_linear']!r}: known are {', '.join(_LINEAR)}")
-    layout = Layout(tp=tp, dp=dp, ep=ep if ep == tp * dp else 1, pp=max(1, world // (tp * dp)))
+    layout = Layout(tp=tp, dp=dp, ep=ep, pp=max(1, world // (tp * dp)))
     kv = {"INT8": "int8", "FP8": "fp8"}.get(row["q_attn"], "bf16")
     drafts = drafts if cfg.mtp_layers else 0  # drafted by something else than the model: verification alone is priced
+    linear, cuts = _LINEAR[row["q_linear"]], {"expert_groups": True}  # as measured, whoever serves so
     # a pool is not part of a single step
-    linear = _LINEAR[row["q_linear"]]
-    spec = spec_for(cfg, profile, layout, linear, kv, "vllm-ascend", drafts=drafts, pool_tokens=1_000_000)
+    spec = spec_for(cfg, profile, layout, linear, kv, "vllm-ascend", cuts, drafts=drafts, pool_tokens=1_000_000)
     built = build(spec, shared.tables)
     queries, length, context = (int(row[key]) for key in ("num_queries", "query_len", "context"))
     local = math.ceil(queries / dp)

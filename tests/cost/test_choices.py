@@ -88,3 +88,23 @@ def test_the_residual_costs_what_it_moves() -> None:
     cfg = load_config("glm-4.6")
     elementwise = step(PROMPTS, "glm-4.6", "vllm@0.28", scheme="bf16").by_op["elementwise"]
     assert elementwise > cfg.num_layers * 4 * 0.9 * once, "two norms and two sums at least"
+
+
+@pytest.mark.parametrize(
+    ("engine", "chip", "dense"), [
+        ("sglang@0.5.3", "h200-sxm", False),
+        ("sglang@0.5.6", "b200-sxm", True),
+        ("sglang@0.5.14", "h200-sxm", True),
+        ("vllm@0.13", "h200-sxm", False),
+        ("vllm@0.23", "b200-sxm", False),
+        ("vllm@0.28", "h200-sxm", True),
+        ("trtllm", "h200-sxm", False),
+        ("glm5", "h200-sxm", True),
+    ],
+)  # fmt: skip
+def test_who_attends_densely_to_short_prompts_of_sparse_attention(engine: str, chip: str, dense: bool) -> None:
+    """SGLang from 0.5.5 (0.5.6 on SM100) and vLLM from PR 47327 expand heads where the selection would take all. A
+    longer prompt is selected from everywhere, so a token more a sequence makes a leap only there."""
+    chunks = [BatchShape(prefill_chunks=[(tokens, 0)] * 4) for tokens in (2048, 2049)]
+    short, longer = (step(each, "deepseek-v3.2", engine, chip).by_op["attention"] for each in chunks)
+    assert (longer > 1.3 * short) == dense

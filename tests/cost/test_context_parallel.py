@@ -11,6 +11,7 @@ from foundation.errors import UsageError
 from model.cache import cache_rows
 from model.hf_config import load_config
 from model.split import Layout
+from runtime.deployment.engines.flags import format_facts, releases, unsupported
 from runtime.deployment.ledger import stage_kv_bytes_per_token
 from runtime.planning.assign import plan_for
 from runtime.planning.check import check
@@ -26,10 +27,17 @@ DEGREES = st.sampled_from((1, 2, 4, 8))
 DENSE = {name: shape for shape, name in MEASURED_BLOCKS.items()}["dsv3"]
 
 
-def spec(dcp: int, model: str = "kimi-k2", scheme: str = "w4a16", engine: str = "vllm", tp: int = 8) -> Spec:
+def spec(
+    dcp: int,
+    model: str = "kimi-k2",
+    scheme: str = "w4a16",
+    engine: str = "vllm",
+    tp: int = 8,
+    kv: str = "bf16",
+    chip: str = "h200-sxm",
+) -> Spec:
     settings = {"memory_fraction": 0.9}
-    chip = hw_profiles.load("h200-sxm")
-    return spec_for(load_config(model), chip, Layout(tp, dcp=dcp), scheme, "bf16", engine, settings)
+    return spec_for(load_config(model), hw_profiles.load(chip), Layout(tp, dcp=dcp), scheme, kv, engine, settings)
 
 
 def test_kimi_k2_with_eight_ranks_holds_5_72_million_tokens() -> None:
@@ -98,3 +106,28 @@ def test_what_an_engine_cannot_is_refused(model: str, engine: str, why: str) -> 
         Layout(8, dcp=8).check(load_config("glm-4.5"))
     with pytest.raises(UsageError, match="dcp above 1 is planned and simulated alone"):
         Layout(8, dcp=8).require_mesh()
+
+
+@pytest.mark.parametrize("release", ["0.11", "0.13", "0.23", "0.28"])
+def test_which_vllm_deals_out_eight_bits(release: str) -> None:
+    """Its mla_attention.py asserts against it up to 0.24; PR 44044 took that out. Wherever there are launch lines they
+    refuse the same."""
+    name = f"vllm@{release}"
+    assert spec(1, engine=name, kv="fp8").layout.dcp == 1
+    facts = {"dealt": True} | format_facts(load_config("kimi-k2"), hw_profiles.load("h200-sxm"), "w4a16", "fp8")
+    fits = release == "0.28"
+    if release in releases("vllm"):
+        assert (unsupported("vllm", release, facts) is None) == fits
+    if fits:
+        assert memories(spec(8, engine=name, kv="fp8"))[0].pool_tokens > 1.5 * memories(spec(8))[0].pool_tokens
+        return
+    with pytest.raises(UsageError, match=rf"vllm {release} deals no fp8 cache out to tp ranks: --kv bf16 or --dcp 1"):
+        spec(8, engine=name, kv="fp8")
+
+
+def test_sparse_attention_is_dealt_out_where_its_backend_merges_ranks() -> None:
+    """FlashInfer's on SM100, from 0.28 on; not FlashMLA's on SM90."""
+    assert spec(8, "glm-5-fp8", "fp8", "vllm", chip="b200-sxm").layout.dcp == 8
+    for engine, chip in (("vllm", "h200-sxm"), ("vllm@0.23", "b200-sxm")):
+        with pytest.raises(UsageError, match="no decode context parallelism for sparse attention"):
+            spec(8, "glm-5-fp8", "fp8", engine, chip=chip)

@@ -160,6 +160,23 @@ def test_the_estimate_is_near_the_simulation() -> None:
         assert estimate.tpot_seconds == pytest.approx(report.tpot.mean, rel=0.2)
 
 
+@pytest.mark.parametrize("costly", ["row_host_seconds", "request_host_seconds", "prompt_row_tokens"])
+def test_the_estimate_has_the_host_work_and_padding_that_the_simulation_has(costly: str) -> None:
+    """Each is a good part of a step here: with it both slow down alike."""
+    alone = {"row_host_seconds": 0.0, "request_host_seconds": 0.0, "prompt_row_tokens": 0}
+    made = {"row_host_seconds": 0.01, "request_host_seconds": 0.5, "prompt_row_tokens": 1024}[costly]
+    found = []
+    for told in (alone, alone | {costly: made}):
+        asked = question(demand=Demand(isl=1000, osl=100, concurrency=16), engine="glm5", settings=told)
+        option = make_option(asked, hw_profiles.load("h200-sxm"), Layout(tp=8), "fp8", "bf16", {})
+        estimate = OptionPrices(option, asked.demand, PriceTables(coarse=True)).serving(16.0, 1)
+        report, _, _ = simulate_plan(plan_of(Contender((Part("serve", option, 1),), estimate), asked, 8), asked.cfg)
+        assert estimate.tpot_seconds == pytest.approx(report.tpot.mean, rel=0.2)
+        assert estimate.requests_per_s == pytest.approx(report.requests_per_s, rel=0.2)
+        found.append(report.tpot.mean)
+    assert found[1] > 1.2 * found[0]
+
+
 def test_the_chosen_plan_is_the_best_simulated_one() -> None:
     plan = planned()
     played = [each for each in plan.alternatives if each.simulated]

@@ -16,6 +16,7 @@ NO_OVERHEAD = {
     "tokenize_seconds_per_token": 0.0,
     "request_delay_seconds": 0.0,
     "response_seconds": 0.0,
+    "front_end_gathers": False,
 }
 
 

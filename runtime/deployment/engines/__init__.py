@@ -13,7 +13,7 @@ To describe another engine, add a TOML file (and, where a default is a formula, 
 import the simulator or JAX.
 """
 
-from runtime.deployment.engines.defaults import default_kv, engine_for, formats_for, sized_cache, with_pool
+from runtime.deployment.engines.defaults import check_dealt, default_kv, engine_for, formats_for, sized_cache, with_pool
 from runtime.deployment.engines.engine import Circumstances, Engine, FittedTo, Source
 from runtime.deployment.engines.loader import ENGINES_HELP, described, load, names, nearest_release
 
@@ -23,6 +23,7 @@ __all__ = [
     "Engine",
     "FittedTo",
     "Source",
+    "check_dealt",
     "default_kv",
     "described",
     "engine_for",

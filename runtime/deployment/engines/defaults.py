@@ -12,7 +12,7 @@ from typing import Any
 from foundation.errors import UsageError
 from hw_profiles import Profile
 from model.config import Mla, ModelConfig
-from model.formats import KV, CacheFormats, Formats, Scheme
+from model.formats import KV, ROWS, CacheFormats, Formats, Scheme
 from model.split import Layout
 from runtime.deployment.engines.engine import Circumstances, Engine
 from runtime.deployment.engines.loader import expand, load
@@ -175,6 +175,14 @@ def with_pool(engine: Engine, cfg: ModelConfig, pool_tokens: int, given: Mapping
         return engine
     most = max(2048, min(int(512 * pool_tokens / (engine.context_tokens or cfg.max_positions)), 4096))
     return dataclasses.replace(engine, max_running_requests=max(1, min(most, pool_tokens // 2)))
+
+
+def check_dealt(engine: Engine, layout: Layout, formats: Formats) -> None:
+    """Raises `UsageError` for a cache in a format that the engine does not deal out to tp ranks."""
+    if layout.dcp > 1 and not engine.deals_narrow_cache and ROWS[formats.cache.latent].narrow:
+        raise UsageError(
+            f"{engine.name} {engine.release} deals no {formats.kv} cache out to tp ranks: --kv bf16 or --dcp 1"
+        )
 
 
 def default_kv(engine: Engine, cfg: ModelConfig, profile: Profile) -> str:

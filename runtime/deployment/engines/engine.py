@@ -208,6 +208,7 @@ class Engine:
     expert_groups: whether experts can be cut both ways: over groups of devices, and in a group by width.
     decode_context_parallel: whether the ranks of a tp group can deal the tokens of one latent cache out among them
         (DCP): "none", where attention is "dense", or in "any" model, indexers included.
+    deals_narrow_cache: whether a cache that is dealt out may be kept in 8 bits.
 
     Overheads
     graph_step_host_seconds: host work of a step that replays graphs: scheduling, sampling, results.
@@ -230,6 +231,7 @@ class Engine:
     tokenize_seconds_per_token: the tokenizer's share of that work.
     request_delay_seconds: what a request waits on its way to the scheduler's queue beside that, whoever else is there.
     router: how the router before several replicas picks one.
+    front_end_gathers: requests that wait for a front end are handed on together, when it has been through all of them.
     front_end_per_rank: every rank of attention data parallelism brings a front end, not only every replica.
     response_seconds: from a step's end to the client seeing its tokens.
     stream_interval_tokens: tokens a client receives together. All engines described here send the first
@@ -281,6 +283,7 @@ class Engine:
     layer_seconds: float = 0.0
     kernel_time_factor: float = 1.0
     request_delay_seconds: float = 0.0
+    front_end_gathers: bool = False
     front_end_per_rank: bool = False
     graph_mode: GraphMode = "full"
     planned_graph_mode: Literal["", "eager", "piecewise", "full"] = ""
@@ -296,6 +299,7 @@ class Engine:
     drafting_reserve_mib: float = 0.0
     expert_groups: bool = False
     decode_context_parallel: ContextParallel = "none"
+    deals_narrow_cache: bool = True
     evidence: Mapping[str, Source] = field(default_factory=dict, repr=False, compare=False)
     fitted: FittedTo | None = None
 
