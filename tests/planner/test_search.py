@@ -165,8 +165,8 @@ def test_the_estimate_has_the_host_work_and_padding_that_the_simulation_has(cost
     alone = {"row_host_seconds": 0.0, "request_host_seconds": 0.0, "prompt_row_tokens": 0}
     made = {"row_host_seconds": 0.01, "request_host_seconds": 0.5, "prompt_row_tokens": 1024}[costly]
     found = []
-    for settings in (alone, alone | {costly: made}):
-        asked = question(demand=Demand(isl=1000, osl=100, concurrency=16), engine="glm5", settings=settings)
+    for told in (alone, alone | {costly: made}):
+        asked = question(demand=Demand(isl=1000, osl=100, concurrency=16), engine="glm5", settings=told)
         option = make_option(asked, hw_profiles.load("h200-sxm"), Layout(tp=8), "fp8", "bf16", {})
         estimate = OptionPrices(option, asked.demand, PriceTables(coarse=True)).serving(16.0, 1)
         report, _, _ = simulate_plan(plan_of(Contender((Part("serve", option, 1),), estimate), asked, 8), asked.cfg)
