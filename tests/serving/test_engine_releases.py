@@ -262,6 +262,10 @@ def test_the_front_end_serves_one_request_at_a_time(replicas: int, ranks: int, p
     assert [r.queued_at for r in done] == pytest.approx([0.02 * (i // servers + 1) + 0.005 for i in range(12)])
 
 
+WORK = 0.0237
+"""No sum of it is a time at which anything arrives."""
+
+
 @given(bursts=st.lists(st.tuples(st.integers(0, 50), st.integers(1, 6)), min_size=1, max_size=6), gathers=st.booleans())
 def test_a_front_end_that_gathers_works_as_long_and_lets_nobody_go_before(
     bursts: list[tuple[int, int]], gathers: bool
