@@ -36,7 +36,7 @@ GOLDEN = list(csv.DictReader((Path(__file__).parent / "golden.csv").read_text().
 
 
 def predicted(row: dict[str, str]) -> Price:
-    book = open_book(CHIPS[row["profile"]], row["engine"])
+    book = open_book(CHIPS[row["profile"]], row["engine"], family=hw_profiles.load(row["profile"]).family)
     given: dict[str, Any] = dict(pair.split("=") for pair in row["arguments"].split(";"))
     number = {k: int(v) for k, v in given.items() if v.isdigit()}
     match row["kind"]:
