@@ -95,7 +95,7 @@ class OptionPrices:
         """A decode step of `sequences` requests at their mean context."""
         context = self.prompt + self.output / 2
         shape = step_shape(self.engine, np.full(sequences, context), self.query_tokens)
-        return step_seconds(self.engine, self.pricer, shape)
+        return step_seconds(self.engine, self.pricer.seconds(shape), shape)
 
     def _prefill_seconds(self, decoding: int) -> tuple[float, float]:
         """(seconds until a prompt is computed, seconds by which it delays `decoding` requests)."""
@@ -109,7 +109,7 @@ class OptionPrices:
         while done < self.prompt:
             chunk = int(math.ceil(min(budget, self.prompt - done)))
             shape = step_shape(engine, contexts, self.query_tokens, [(chunk, done)], int(done == int(self.cached)))
-            took = step_seconds(engine, self.pricer, shape)
+            took = step_seconds(engine, self.pricer.seconds(shape), shape)
             seconds += took
             extra += took - self.decode_seconds(decoding) if mixed else took
             done += chunk

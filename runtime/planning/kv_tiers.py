@@ -192,7 +192,7 @@ def prefill_seconds(engine: Engine, pricer: StepPricer, tokens: int, before: int
     for start in range(0, tokens, chunk):
         new = min(chunk, tokens - start)
         shape = step_shape(engine, NO_CONTEXTS, chunks=[(new, before + start)], begun=int(not start))
-        total += step_seconds(engine, pricer, shape)
+        total += step_seconds(engine, pricer.seconds(shape), shape)
     return total
 
 

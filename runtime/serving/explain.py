@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.serving.deployment import Deployment, Disaggregated
-from runtime.serving.pricing import BatchShape, PricedPart, StepPricer
+from runtime.serving.pricing import BatchShape, PricedPart, StepPricer, step_seconds
 from runtime.serving.rank import Rank, StepPlan
 from runtime.serving.report import Report
 from runtime.serving.request import Request
@@ -191,7 +191,7 @@ def _split(
     parts = price.parts or [
         PricedPart("step", bound, seconds, price.evidence) for bound, seconds in price.by_bound.items()
     ]
-    took = engine.step_seconds(price.seconds, shape.graphed, shape.pieces, shape.rows, shape.begun)
+    took = step_seconds(engine, price.seconds, shape)
     shares = []
     for each in parts if took else ():
         evidence, sources = each.evidence, each.sources

@@ -100,6 +100,7 @@ class Loop:
         first = self.roles[0]
         servers = first.replicas * (first.ranks if first.engine.front_end_per_rank else 1)
         self._front_ends = [FrontEnd(first.engine) for _ in range(servers)]
+        """A heap: whoever is free soonest takes the next request."""
         self.in_front = 0
         """Requests that a front end has, or that are on their way from it."""
         self._link_free_at: dict[tuple[int, int], float] = {}
@@ -132,8 +133,10 @@ class Loop:
         """A client sends a request, now or, as is only known now, some time ago."""
         request.sent_at = self.now if sent_at is None else sent_at
         self.in_front += 1
-        front_end = min(self._front_ends, key=lambda each: each.free_at)
-        if front_end.take(request):
+        front_end = heapq.heappop(self._front_ends)
+        front_end.take(request)
+        heapq.heappush(self._front_ends, front_end)
+        if not front_end.busy:
             self._front(front_end)
 
     def drop(self, request: Request) -> None:
@@ -150,11 +153,11 @@ class Loop:
 
     def _front(self, front_end: FrontEnd) -> None:
         """A front end begins what waits there, and goes on as long as requests wait again when it is through."""
+        delay = self.roles[0].engine.request_delay_seconds
         for request, leaves_at in front_end.serve():
-            arrives = leaves_at + self.roles[0].engine.request_delay_seconds
-            self.at(max(self.now, arrives), 0, self._arrive, request, 0)
-        if front_end.gathers:
-            self.at(max(self.now, front_end.ends_at), 0, self._fronted, front_end)
+            self.at(max(self.now, leaves_at + delay), 0, self._arrive, request, 0)
+        if front_end.busy:
+            self.at(max(self.now, front_end.free_at), 0, self._fronted, front_end)
 
     def _fronted(self, front_end: FrontEnd) -> None:
         front_end.busy = False
@@ -233,36 +236,27 @@ class FrontEnd:
     """What requests pass before the scheduler, one process: it works on them in the order that they came. Where it
     `gathers`, all that wait as it turns to them go on together, when it is through with the last of them.
 
-    ends_at: when it is through with what it has begun. waiting: what it has not begun. busy: it gathers, and has begun.
+    free_at: when it could begin another request. waiting: what it has not begun, and when each would be done. busy: it
+    gathers, and has begun.
     """
 
     def __init__(self, engine: Engine):
-        self.gathers = engine.front_end_gathers
-        self.ends_at = -math.inf
-        self.waiting: list[Request] = []
+        self.free_at = -math.inf
+        self.waiting: list[tuple[Request, float]] = []
         self.busy = False
         self._engine = engine
-        self._waiting_seconds = 0.0
 
-    @property
-    def free_at(self) -> float:
-        """When it could begin another request."""
-        return self.ends_at + self._waiting_seconds
+    def __lt__(self, other: FrontEnd) -> bool:
+        return self.free_at < other.free_at
 
-    def take(self, request: Request) -> bool:
-        """A request comes; whether it is to be served now."""
-        self.waiting.append(request)
-        self._waiting_seconds += self._engine.front_seconds(request.prompt_tokens)
-        return not self.busy
+    def take(self, request: Request) -> None:
+        self.free_at = max(request.sent_at, self.free_at) + self._engine.front_seconds(request.prompt_tokens)
+        self.waiting.append((request, self.free_at))
 
     def serve(self) -> list[tuple[Request, float]]:
         """Begins all that waits: (request, when it leaves)."""
-        leaving: list[tuple[Request, float]] = []
-        for request in self.waiting:
-            self.ends_at = max(request.sent_at, self.ends_at) + self._engine.front_seconds(request.prompt_tokens)
-            leaving.append((request, self.ends_at))
-        self.waiting, self._waiting_seconds, self.busy = [], 0.0, self.gathers
-        return [(request, self.ends_at) for request, _ in leaving] if self.gathers else leaving
+        leaving, self.waiting, self.busy = self.waiting, [], self._engine.front_end_gathers
+        return [(request, self.free_at) for request, _ in leaving] if self.busy else leaving
 
 
 def _ranks(

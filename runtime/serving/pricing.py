@@ -131,9 +131,9 @@ def step_shape(
     return BatchShape(contexts, query_tokens, list(chunks), rows, graphed, pieces, padding, begun)
 
 
-def step_seconds(engine: Engine, pricer: StepPricer, shape: BatchShape) -> float:
+def step_seconds(engine: Engine, device_seconds: float, shape: BatchShape) -> float:
     """Duration of a step: the device's work, and the host's for its rows and the requests that begin."""
-    return engine.step_seconds(pricer.seconds(shape), shape.graphed, shape.pieces, shape.rows, shape.begun)
+    return engine.step_seconds(device_seconds, shape.graphed, shape.pieces, shape.rows, shape.begun)
 
 
 class _Unpriced:

@@ -210,7 +210,8 @@ class Replica:
 
     def _seconds(self, rank: Rank, plan: StepPlan, step: int) -> float:
         """Step time on one rank, `step` decode steps from now."""
-        return step_seconds(self.engine, self.pricer, rank.shape(plan, step))
+        shape = rank.shape(plan, step)
+        return step_seconds(self.engine, self.pricer.seconds(shape), shape)
 
     def _decode_run(self, plans: list[StepPlan], now: float, next_event: float) -> np.ndarray:
         """[steps] seconds of the decode steps up to the next scheduling event."""
