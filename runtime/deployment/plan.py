@@ -29,6 +29,7 @@ from model.hf_config import load_config, preset, preset_names
 from model.split import Layout
 from runtime.deployment.demand import Demand, Figures
 from runtime.deployment.document import to_json, validated
+from runtime.deployment.engines import split_release
 from runtime.deployment.errors import PlanFileError
 from runtime.deployment.kv import Offload, PoolKv
 from runtime.deployment.ledger import Ledger
@@ -402,9 +403,7 @@ class Plan:
 
 def _files(pool: Pool) -> dict[str, tuple[str, str]]:
     """Of a pool's profile and engine, those that are files: the path, and what names a release behind it."""
-    plain, at, release = pool.engine.rpartition("@")
-    engine = (plain, at + release) if plain and not release.endswith(".toml") else (pool.engine, "")
-    named = {"profile": (pool.profile, ""), "engine": engine}
+    named = {"profile": (pool.profile, ""), "engine": split_release(pool.engine)}
     return {key: each for key, each in named.items() if each[0].endswith(".toml") or "/" in each[0] or "\\" in each[0]}
 
 

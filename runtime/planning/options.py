@@ -23,7 +23,7 @@ from model.quantization_config import is_scheme
 from model.split import Layout
 from runtime.deployment.choice import missing_formats, offered_schemes
 from runtime.deployment.demand import Demand
-from runtime.deployment.engines import Circumstances, load
+from runtime.deployment.engines import Circumstances, deals_cache, load
 from runtime.deployment.engines.flags import format_facts, releases, unsupported, why_uneven
 from runtime.deployment.kv import Offload
 from runtime.deployment.plan import Rejected
@@ -298,10 +298,8 @@ def layouts(
 def _deals(question: Question, profile: Profile) -> bool:
     """Whether the engine deals caches of this model out to tp ranks of this chip."""
     at = Circumstances.of(question.cfg, profile)
-    asked = load(question.engine, question.settings, at).decode_context_parallel
-    return isinstance(question.cfg.attention, Mla) and (
-        asked == "any" or (asked == "dense" and not question.cfg.sparse)
-    )
+    engine = load(question.engine, question.settings, at)
+    return isinstance(question.cfg.attention, Mla) and deals_cache(engine, question.cfg)
 
 
 def _groups(size: int, asked: int | None) -> list[int]:

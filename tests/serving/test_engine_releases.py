@@ -96,6 +96,13 @@ def test_a_version_stands_for_the_nearest_release_that_is_not_newer(engine: str,
     assert nearest_release(engine, version) == f"{engine}@{release}"
 
 
+def test_an_at_of_a_folder_names_no_release(tmp_path: Path) -> None:
+    copy = tmp_path / "me@site" / "vllm.toml"
+    copy.parent.mkdir()
+    copy.write_bytes((Path(engines.__file__).parent / "vllm.toml").read_bytes())
+    assert load(str(copy)) == load("vllm") and load(f"{copy}@0.13") == load("vllm@0.13")
+
+
 def test_a_copy_has_the_releases_too(tmp_path: Path) -> None:
     copy = tmp_path / "mine.toml"
     copy.write_bytes((Path(engines.__file__).parent / "vllm.toml").read_bytes())

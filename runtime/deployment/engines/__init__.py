@@ -13,9 +13,17 @@ To describe another engine, add a TOML file (and, where a default is a formula, 
 import the simulator or JAX.
 """
 
-from runtime.deployment.engines.defaults import check_dealt, default_kv, engine_for, formats_for, sized_cache, with_pool
+from runtime.deployment.engines.defaults import (
+    check_dealt,
+    deals_cache,
+    default_kv,
+    engine_for,
+    formats_for,
+    sized_cache,
+    with_pool,
+)
 from runtime.deployment.engines.engine import Circumstances, Engine, FittedTo, Source
-from runtime.deployment.engines.loader import ENGINES_HELP, described, load, names, nearest_release
+from runtime.deployment.engines.loader import ENGINES_HELP, described, load, names, nearest_release, split_release
 
 __all__ = [
     "ENGINES_HELP",
@@ -24,6 +32,7 @@ __all__ = [
     "FittedTo",
     "Source",
     "check_dealt",
+    "deals_cache",
     "default_kv",
     "described",
     "engine_for",
@@ -31,6 +40,7 @@ __all__ = [
     "load",
     "names",
     "nearest_release",
+    "split_release",
     "sized_cache",
     "with_pool",
 ]

@@ -37,12 +37,11 @@ def engine_for(
             f"{engine.name} {engine.release} splits experts over all of tp x dp = {layout.stage_devices} devices or "
             f"over none: --ep {layout.stage_devices} or --ep 1, not {layout.ep}"
         )
-    if layout.dcp > 1 and engine.decode_context_parallel != "any":
-        which = "no decode context parallelism"
-        if engine.decode_context_parallel == "dense":
-            which += " for sparse attention" if cfg.sparse else ""
-        if cfg.sparse or engine.decode_context_parallel == "none":
-            raise UsageError(f"{engine.name} {engine.release} has {which}: --dcp 1, not {layout.dcp}")
+    if layout.dcp > 1 and not deals_cache(engine, cfg):
+        of = " for sparse attention" if engine.decode_context_parallel == "dense" else ""
+        raise UsageError(
+            f"{engine.name} {engine.release} has no decode context parallelism{of}: --dcp 1, not {layout.dcp}"
+        )
     layers = cfg.num_layers / layout.pp
     sparse = layers if cfg.sparse else 0
     derived: Derived = {
@@ -175,6 +174,12 @@ def with_pool(engine: Engine, cfg: ModelConfig, pool_tokens: int, given: Mapping
         return engine
     most = max(2048, min(int(512 * pool_tokens / (engine.context_tokens or cfg.max_positions)), 4096))
     return dataclasses.replace(engine, max_running_requests=max(1, min(most, pool_tokens // 2)))
+
+
+def deals_cache(engine: Engine, cfg: ModelConfig) -> bool:
+    """Whether the engine deals a model's latent cache out to tp ranks."""
+    held = engine.decode_context_parallel
+    return held == "any" or (held == "dense" and not cfg.sparse)
 
 
 def check_dealt(engine: Engine, layout: Layout, formats: Formats) -> None:

@@ -113,15 +113,22 @@ def nearest_release(name: str, version: str) -> str:
     return f"{name}@{latest_not_newer(version, described(name))}"
 
 
-def _named(name: str) -> tuple[Path, str]:
-    """The file of an engine, and the release that is asked for."""
+def split_release(name: str) -> tuple[str, str]:
+    """An engine's name or file, and what behind it names a release: ("vllm", "@0.13"), or "" where an @ belongs to the
+    path or there is none."""
     plain, at, release = name.rpartition("@")
     if not at or "/" in release or release.endswith(".toml"):
-        plain, release = name, ""
+        return name, ""
+    return plain, at + release
+
+
+def _named(name: str) -> tuple[Path, str]:
+    """The file of an engine, and the release that is asked for."""
+    plain, at = split_release(name)
     path = Path(plain) if plain.endswith(".toml") else _FOLDER / f"{plain}.toml"
     if not path.is_file() or not (plain.endswith(".toml") or path.parent == _FOLDER):
         raise EngineError(f"unknown engine {plain!r}: choose one of {', '.join(names())}, or give a .toml path")
-    return path, release if release or not at else "@"
+    return path, at if at == "@" else at[1:]
 
 
 @dataclass(frozen=True)
