@@ -16,6 +16,7 @@ from backends.ascend.writer import AscendGraph, write
 from backends.toolchains.walker import Graph, port
 from model import ops
 from tests.backends.cann_reference import OPERATORS
+from tests.npu.graphs import sparse
 
 RNG = np.random.default_rng(5)
 
@@ -68,24 +69,9 @@ def _attention_inputs() -> dict[str, np.ndarray]:
     }
 
 
-def _sparse(k: int) -> Callable[..., tuple[Any, ...]]:
-    def layer(**x: Any) -> tuple[Any, ...]:
-        cache = ops.cache_write(x["cache.latent"], x["rows"], x["slots"])
-        scores = ops.index_scores(
-            x["index_query"], x["index_weights"], x["cache.index"], x["page_table"], x["positions"]
-        )
-        selected = ops.select_topk(scores, k=k)
-        out = ops.sparse_attention(
-            x["query"], cache, x["page_table"], selected, x["positions"], scale=0.06, value_dim=512
-        )
-        return out, cache, selected
-
-    return layer
-
-
 def test_a_sparse_layer_selects_and_attends_as_the_graph_does():
     inputs = _attention_inputs()
-    fn = _sparse(8)
+    fn = sparse(8)
     made = write(_graph(fn, inputs, ["out", "cache.latent.out", "selected.out"]))
     assert _customs(made) == {"LightningIndexer", "SparseFlashAttention", "ScatterNdUpdate"}
     want_out, want_cache, want_selected = (np.asarray(x) for x in fn(**inputs))
@@ -98,7 +84,7 @@ def test_a_sparse_layer_selects_and_attends_as_the_graph_does():
 
 def test_the_latent_cache_is_two_inputs_and_two_outputs():
     inputs = _attention_inputs()
-    made = write(_graph(_sparse(8), inputs, ["out", "cache.latent.out", "selected.out"]))
+    made = write(_graph(sparse(8), inputs, ["out", "cache.latent.out", "selected.out"]))
     names = [p.name for p in made.written.inputs]
     assert "cache.latent" not in names
     assert {"cache.latent_nope", "cache.latent_rope"} <= set(names)
@@ -149,7 +135,7 @@ def test_what_the_kernels_do_not_take_is_decomposed_and_said():
     """6 heads: SparseFlashAttention declines; the selection that LightningIndexer made, -1 included, still works."""
     inputs = _attention_inputs()
     inputs["query"] = _normal(B, T, 6, 576, scale=0.3)
-    fn = _sparse(56)  # more than the second sequence can see
+    fn = sparse(56)  # more than the second sequence can see
     made = write(_graph(fn, inputs, ["out", "cache.latent.out", "selected.out"]))
     assert "SparseFlashAttention" not in _customs(made) and "LightningIndexer" in _customs(made)
     assert made.declined[("glm.sparse_attention", "SparseFlashAttention takes no 6 heads")] == 1
@@ -158,7 +144,7 @@ def test_what_the_kernels_do_not_take_is_decomposed_and_said():
 
 @pytest.mark.parametrize("fused", ["shipped", "none"])
 def test_without_the_plugin_the_cache_is_one_and_attention_is_decomposed(fused: Any):
-    inputs, fn = _attention_inputs(), _sparse(8)
+    inputs, fn = _attention_inputs(), sparse(8)
     made = write(_graph(fn, inputs, ["out", "cache.latent.out", "selected.out"]), CannOptions(fused=fused))
     assert not _customs(made)
     got = _run(made, inputs)

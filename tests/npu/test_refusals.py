@@ -13,8 +13,7 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
-from backends.ascend.catalog import npu_release
-from backends.ascend.npu.check import refusal
+from backends.ascend.npu.check import argument_names, named, refusal
 from tests.npu import vendor
 from tests.npu.calls import GRAPHS, calls_of
 
@@ -75,11 +74,6 @@ MUTATED: list[tuple[str, int | str, Any, str, bool]] = [
 ]
 
 
-def _names(operator: str) -> list[str]:
-    schema = npu_release().operators[operator].schema
-    return [argument.name for argument in torch._C.parse_schema(schema).arguments]
-
-
 @pytest.fixture(scope="module")
 def calls() -> dict[str, Call]:
     """One call of each operator, of tensors without data."""
@@ -87,12 +81,12 @@ def calls() -> dict[str, Call]:
     found: dict[str, Call] = {}
     for make in GRAPHS.values():
         for name, args, attributes, _ in calls_of(make()):
-            found[name] = {**dict(zip(_names(name), args, strict=False)), **attributes}
+            found[name] = named(name, args, attributes)
     return torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: torch.empty_like(x, device="meta"), found)
 
 
 def _mutated(operator: str, call: Call, where: int | str, change: Any) -> Call:
-    name = _names(operator)[where] if isinstance(where, int) else where
+    name = argument_names(operator)[where] if isinstance(where, int) else where
     return {**call, name: change(call[name]) if callable(change) else change}
 
 

@@ -6,6 +6,7 @@ torch_npu's Meta kernels find what results a call has, and look at few of its ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,8 +23,7 @@ def refusal(
     """Why a call of a recorded operator is not as documented; None where it is. also: types that pass for one of 16
     bits."""
     operator = npu_release().operators[name]
-    names = [argument.name for argument in torch._C.parse_schema(operator.schema).arguments]
-    given = {**dict(zip(names, args, strict=False)), **attributes}
+    given = named(name, args, attributes)
     for argument, allowed in operator.types.items():
         for x in _tensors(given.get(argument)):
             if (found := type_name(x)) not in allowed and not (found in also and "bfloat16" in allowed):
@@ -42,6 +42,17 @@ def refusal(
         if len(found) > 1:
             return f"{name} takes {', '.join(group)} in one type, not {', '.join(sorted(found))}"
     return None
+
+
+def named(name: str, args: Sequence[Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of a recorded operator by their names."""
+    return {**dict(zip(argument_names(name), args, strict=False)), **attributes}
+
+
+@functools.cache
+def argument_names(name: str) -> tuple[str, ...]:
+    """Of a recorded operator, in the order of its schema."""
+    return tuple(argument.name for argument in torch._C.parse_schema(npu_release().operators[name].schema).arguments)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

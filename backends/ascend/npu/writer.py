@@ -31,10 +31,11 @@ class NpuGraph:
 
 def write(graph: Graph, options: NpuOptions = NpuOptions()) -> NpuGraph:
     """Needs no torch_npu. Raises `Unsupported` for a primitive without a rule."""
-    inputs, outputs = (
-        tuple(part for port in ports for part in (halves(port) if options.splits(port) else (port,)))
-        for ports in (graph.inputs, graph.outputs)
-    )
+
+    def parts(port: Port) -> Sequence[Port]:
+        return halves(port) if options.splits(port) else (port,)
+
+    inputs, outputs = (tuple(part for port in ports for part in parts(port)) for ports in (graph.inputs, graph.outputs))
     target = NpuTarget(options, LOWERINGS)
 
     def run(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -51,8 +52,8 @@ def write(graph: Graph, options: NpuOptions = NpuOptions()) -> NpuGraph:
     aliases: dict[str, str] = {}
     of = {port.name: port for port in graph.inputs}
     for out, given in graph.aliases.items():
-        parts = [port.name for port in (halves(of[given]) if options.splits(of[given]) else (of[given],))]
-        aliases |= {f"{part}.out": part for part in parts} if len(parts) > 1 else {out: given}
+        names = [part.name for part in parts(of[given])]
+        aliases |= {f"{name}.out": name for name in names} if len(names) > 1 else {out: given}
     return NpuGraph(data, inputs, outputs, aliases, target.used, target.declined)
 
 
