@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, Literal
@@ -62,13 +63,21 @@ class TokenTable:
 
     def __init__(self, grid: np.ndarray, columns: list[dict[str, Price]]):
         self._grid = grid.astype(float)
+        self._knots: list[float] = self._grid.tolist()
         self.labels = tuple(columns[0])
         self._seconds = np.array([[column[name].seconds for name in self.labels] for column in columns])
-        self._total = self._seconds.sum(axis=1)
+        self._total: list[float] = self._seconds.sum(axis=1).tolist()
         self._columns = columns
 
     def seconds(self, tokens: float) -> float:
-        return float(np.interp(tokens, self._grid, self._total)) if tokens > 0 else 0.0
+        """As `np.interp`, which takes ten times as long for one point."""
+        if tokens <= 0:
+            return 0.0
+        knots, filled = self._knots, self._total
+        i = bisect_right(knots, tokens) - 1
+        if i < 0 or i == len(knots) - 1:
+            return filled[max(i, 0)]
+        return (filled[i + 1] - filled[i]) / (knots[i + 1] - knots[i]) * (tokens - knots[i]) + filled[i]
 
     def prices(self, tokens: float) -> dict[str, Price]:
         """Per label: interpolated seconds, with grade and bound of the nearest filled count."""
@@ -135,6 +144,7 @@ class GraphPricer:
         self._kinds = main_kinds(cfg)
         self._decode_surfaces = {kind: self._decode_surface(kind) for kind in cfg.layer_counts}
         self._prefill = lru_cache(maxsize=65536)(self._prefill_price)
+        self._hops = lru_cache(maxsize=65536)(self._hop_price)
 
     # --- tables
 
@@ -248,13 +258,13 @@ class GraphPricer:
         the last; filling and draining the pipeline are left out.
         """
         rows, chunks = max(shape.decode_rows, shape.decode_count), shape.prefill_chunks
-        context = float(shape.decode_contexts.mean()) if shape.decode_count else 0.0
+        context = float(shape.decode_contexts.sum()) / shape.decode_count if shape.decode_count else 0.0
         prefix = sum(before for _, before in chunks) / len(chunks) if chunks else 0.0
         parts = min(self.layout.pp, rows + len(chunks)) or 1
         tokens, count = math.ceil((shape.prefill_tokens + shape.padding) / parts), math.ceil(len(chunks) / parts)
         return math.ceil(rows / parts), context, tokens, prefix, count
 
-    def _hops(self, tokens: int) -> Price:
+    def _hop_price(self, tokens: int) -> Price:
         """Hidden states from stage to stage."""
         size = 2.0 * tokens * self.cfg.hidden_size
         return self.book.network.hops(size, self._context.placement.hops)
