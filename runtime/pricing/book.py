@@ -27,6 +27,7 @@ from runtime.pricing.choices import (
     dense_prefill,
     fused_reduce,
     fused_shared,
+    unpacked_decode,
     untuned_experts,
 )  # fmt: skip
 from runtime.pricing.eras import ENGINES, choose
@@ -193,6 +194,13 @@ class PriceBook:
     def prefills_densely(self) -> bool:
         """Whether sparse attention reads prompts that it would select whole as dense layers do."""
         return dense_prefill(*self._chooses) is not None
+
+    @property
+    def unpacked_tile(self) -> int:
+        """Queries that grouped-query attention computes for each head of a sequence that decodes beside prompts; 0
+        where it computes there what it computes alone."""
+        choice = unpacked_decode(*self._chooses)
+        return choice.tile if choice else 0
 
     def named(self, key: str) -> Kernel | None:
         """A kernel by its exact key, or None."""

@@ -135,7 +135,31 @@ DENSE_PREFILLS = (
 )  # fmt: skip
 """TensorRT-LLM has it behind TRTLLM_MLA_SHORT_SEQ_MHA_THRESHOLD, which is 0 (modules/attention.py)."""
 
-KernelChoice = TypeVar("KernelChoice", FusedReduce, FusedShared, UntunedExperts, AbsorbedPrefill, DensePrefill)
+
+@dataclass(frozen=True)
+class UnpackedDecode:
+    """Grouped-query attention whose kernel packs the query heads of a key head into one tile only in calls without
+    prompts: beside prompts each head of a decoding sequence fills a tile of `tile` queries alone."""
+
+    engine: str
+    since: str
+    families: frozenset[str]
+    source: str
+    tile: int = 64
+    models: frozenset[str] | None = None
+
+
+UNPACKED_DECODES = (
+    UnpackedDecode("vllm", "0.8", frozenset({"ampere"}),
+                   "vllm-project/flash-attention csrc/flash_attn/flash_api.cpp mha_varlen_fwd: seqlenq_ngroups_swapped "
+                   "(and split keys) only if max_seqlen_q == 1, and 64 queries a block over a paged cache; vllm "
+                   "v1/attention/backends/flash_attn.py has prompts and answers in one call; FlashAttention 3 (Hopper) "
+                   "packs paged calls, FlashInfer (Blackwell) splits them"),
+)  # fmt: skip
+
+KernelChoice = TypeVar(
+    "KernelChoice", FusedReduce, FusedShared, UntunedExperts, AbsorbedPrefill, DensePrefill, UnpackedDecode
+)
 
 
 def _chosen(
@@ -177,3 +201,8 @@ def absorbed_prefill(engine: str, release: str, family: str) -> AbsorbedPrefill 
 def dense_prefill(engine: str, release: str, family: str) -> DensePrefill | None:
     """What a release chooses, the newest where none is named; None where short prompts are selected from too."""
     return _chosen(DENSE_PREFILLS, engine, release or DENSE_PREFILLS[-1].since, family)
+
+
+def unpacked_decode(engine: str, release: str, family: str) -> UnpackedDecode | None:
+    """What a release does, the newest where none is named; None where answers are attended to alike in any call."""
+    return _chosen(UNPACKED_DECODES, engine, release or UNPACKED_DECODES[-1].since, family)
