@@ -93,6 +93,39 @@ UNTUNED_EXPERTS = (
 
 
 @dataclass(frozen=True)
+class TableChoice:
+    """Releases of an engine that run another kernel than their table was measured with: what is asked for as `key` is
+    the entry `taken` of the price file, measured at a later or earlier release that runs the same kernel. since and
+    until: the releases, until left out."""
+
+    engine: str
+    since: str
+    until: str
+    family: str
+    key: str
+    taken: str
+    source: str
+
+
+_VLLM_FP8 = "moe/fp8-block/vllm"
+_ORACLE = (
+    "vllm 0.15.1 and 0.16.0 fused_moe/oracle/fp8.py select_fp8_moe_backend: FlashInfer's TensorRT-LLM experts first, "
+    "which want SM100, then its CUTLASS ones, which take 128-block FP8 on SM90"
+)
+_PREFERS = (
+    "vllm 0.17.0 to 0.19.0 fused_moe/oracle/fp8.py: on Hopper for Block Fp8, prefer Triton for TP and FI CUTLASS for EP"
+)
+TABLE_CHOICES = (
+    TableChoice("vllm", "0.15", "0.24", "blackwell", _VLLM_FP8, _VLLM_FP8, _ORACLE),
+    TableChoice("vllm", "0.15", "0.17", "hopper", _VLLM_FP8, _VLLM_FP8, _ORACLE),
+    TableChoice("vllm", "0.15", "0.17", "hopper", f"{_VLLM_FP8}/tp", _VLLM_FP8, _ORACLE),
+    TableChoice("vllm", "0.17", "0.24", "hopper", _VLLM_FP8, _VLLM_FP8, _PREFERS),
+    TableChoice("vllm", "0.17", "0.24", "hopper", f"{_VLLM_FP8}/tp", f"{_VLLM_FP8}@0.19.0", _PREFERS),
+)
+"""Tables of experts up to vLLM 0.22 are of its Triton kernel, whatever its servers chose."""
+
+
+@dataclass(frozen=True)
 class AbsorbedPrefill:
     """Dense MLA prefill in the latent, as decode attends, where the tokens that a step's sequences have cached already
     are some, but fewer than `below` together; expanded heads otherwise. models: None for any."""
@@ -193,6 +226,18 @@ def untuned_experts(
     return choice if weight_format in choice.formats and (family, experts, width) not in choice.tuned else None
 
 
+def table_choices(engine: str, release: str, family: str) -> tuple[TableChoice, ...]:
+    """Those that hold for a release."""
+    asked = order(release)
+    return tuple(
+        each
+        for each in TABLE_CHOICES
+        if (each.engine, each.family) == (engine, family)
+        and asked
+        and (order(each.since) or asked) <= asked < (order(each.until) or asked)
+    )
+
+
 def absorbed_prefill(engine: str, release: str, family: str) -> AbsorbedPrefill | None:
     """What a release chooses; None where prompts are always computed with expanded heads."""
     return _chosen(ABSORBED_PREFILLS, engine, release, family)
@@ -204,5 +249,5 @@ def dense_prefill(engine: str, release: str, family: str) -> DensePrefill | None
 
 
 def unpacked_decode(engine: str, release: str, family: str) -> UnpackedDecode | None:
-    """What a release does, the newest where none is named; None where answers are attended to alike in any call."""
-    return _chosen(UNPACKED_DECODES, engine, release or UNPACKED_DECODES[-1].since, family)
+    """What a release does; None where answers are attended to alike in any call, or none of its releases is known."""
+    return _chosen(UNPACKED_DECODES, engine, release, family)

@@ -35,7 +35,7 @@ MECHANISMS = (
     Mechanism("releases", "engines by release; without: all are their newest, in rules and tables", newest=True),
     Mechanism(
         "kernels",
-        "tables and choices of kernels by release; without: the newest tables, no fused all-reduce",
+        "tables and choices of kernels by release; without: the newest tables, nothing fused or absorbed",
         newest_tables=True,
     ),
     Mechanism(
