@@ -319,7 +319,8 @@ class _Choosing:
 
     def _work(self, option: Option, replicas: int, estimate: Estimate) -> int:
         here = math.ceil(estimate.concurrency / replicas)
-        requests = closed_loop_requests(here) if self.question.demand.rate is None else open_loop_requests(here)
+        demand = self.question.demand
+        requests = closed_loop_requests(demand, here) if demand.rate is None else open_loop_requests(here)
         return requests * (4 + option.layout.dp)
 
     def _simulated(self, option: Option, replicas: int, estimate: Estimate, nodes: int) -> _Played:

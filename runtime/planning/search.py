@@ -329,7 +329,8 @@ class _Search:
         """What simulating a contender takes, in units of `_WORK`."""
         parts = math.gcd(*(part.replicas for part in contender.parts))
         here = math.ceil(contender.estimate.concurrency / parts)
-        requests = closed_loop_requests(here) if self.question.demand.rate is None else open_loop_requests(here)
+        demand = self.question.demand
+        requests = closed_loop_requests(demand, here) if demand.rate is None else open_loop_requests(here)
         return requests * (4 + sum(part.option.layout.dp for part in contender.parts))
 
     def _simulated_row(self, contender: Contender, found: Predicted, chosen: bool) -> Any:

@@ -2,7 +2,7 @@
 
 Switching one off is saying something else of the deployment, as `--set` and `--engine NAME@RELEASE` do: nothing is
 predicted in a second way. So a cause that is a shape of the code (the serial front end) or of the price tables (how a
-curve is fitted) is not here. `python -m bench.ablation` scores measurements without each.
+curve is fitted) is not here. `python -m tools.docs_validation ablation` scores measurements without each.
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ MECHANISMS = (
         "front-end",
         "requests pass one front end after another; without: in no time",
         {"request_seconds": 0.0, "tokenize_seconds_per_token": 0.0, "request_delay_seconds": 0.0},
+    ),
+    Mechanism(
+        "gathering",
+        "requests that wait for vLLM's event loop are handed on together; without: one by one",
+        {"front_end_gathers": False},
     ),
     Mechanism(
         "sparse-kernels",
