@@ -76,12 +76,11 @@ def workload(
     if whole < 1:
         raise UsageError(f"concurrency is {whole}: give a whole number of at least 1")
     here = math.ceil(whole / parts)
+    count = requests or closed_loop_requests(demand, here)
     if demand.turns > 1:
-        count = requests or max(closed_loop_requests(here), CONVERSATIONS * here * demand.turns)
         return conversations(
             here, count, demand.turns, demand.think_s, prompt, output, seed=seed, sharing=sharing
         ), whole / here
-    count = requests or closed_loop_requests(here)
     return closed_loop(here, count, prompt, output, seed=seed, sharing=sharing), whole / here
 
 
@@ -95,9 +94,11 @@ def lengths_of(demand: Demand) -> tuple[Lengths | Histogram, Lengths | None]:
     return Uniform(demand.isl, demand.length_ratio), Uniform(demand.osl, demand.length_ratio)
 
 
-def closed_loop_requests(concurrency: int) -> int:
-    """Requests of a closed loop: ten a client, as benchmarks take, fewer where that would be many."""
-    return max(min(10 * concurrency, 320), 3 * concurrency)
+def closed_loop_requests(demand: Demand, concurrency: int) -> int:
+    """Requests of a closed loop: ten a client, as benchmarks take, fewer where that would be many; of conversations at
+    least `CONVERSATIONS` a client."""
+    count = max(min(10 * concurrency, 320), 3 * concurrency)
+    return max(count, CONVERSATIONS * concurrency * demand.turns) if demand.turns > 1 else count
 
 
 def requests_played(demand: Demand, concurrency: int) -> int:
@@ -105,7 +106,7 @@ def requests_played(demand: Demand, concurrency: int) -> int:
     plain whether it is kept up with (see `runtime.serving.steady`), which goes by what arrives: requests, or
     conversations."""
     if demand.rate is None:
-        return closed_loop_requests(concurrency)
+        return closed_loop_requests(demand, concurrency)
     return OPEN_LOOP + demand.turns * (3 * concurrency + round(50 * concurrency ** (2 / 3)))
 
 

@@ -212,6 +212,17 @@ class GraphPricer:
         found = self._decode_price(kind, sequences, context)
         return found.lasting(self._decode_surfaces[kind](sequences, context))
 
+    def _decode_beside(self, kind: LayerType, rows: int, queries: int, context: float, prompts: int) -> Price:
+        """The price of decoding in a step with so many prompt tokens."""
+        alone = self._decode(kind, rows * queries, context)
+        gqa, tp, tile = self.cfg.attention, self.layout.tp, self.book.unpacked_tile
+        if not (prompts and tile) or isinstance(gqa, Mla):
+            return alone
+        heads, kept, size = self.cfg.heads // tp, gqa.kv_heads // tp, gqa.head_dim
+        row = self.formats.cache.heads
+        apart = attention.gqa_unpacked(self.book, heads, kept, rows, context, tile, size, row)
+        return max(alone, apart, key=lambda price: price.seconds)
+
     def _gqa_price(
         self, phase: Literal["decode", "prefill"], tokens: float, context: float, sequences: float | None
     ) -> Price:
@@ -275,7 +286,9 @@ class GraphPricer:
         q = shape.query_tokens
         out = self._layers.seconds(rows * q + tokens) + self._head.seconds(rows * q + chunks) + self._around_sparse
         for kind, count in self._kinds:
-            if rows:
+            if rows and tokens and self.book.unpacked_tile:
+                out += count * self._decode_beside(kind, rows, q, context, tokens).seconds
+            elif rows:
                 out += count * self._decode_surfaces[kind](rows * q, context)
             if tokens:
                 out += count * self._prefill(kind, tokens, round(prefix), chunks).seconds
@@ -284,8 +297,8 @@ class GraphPricer:
             out += self._mtp.seconds(rows * q + tokens) + (q - 2) * self._mtp.seconds(rows)
             out += self._head.seconds(rows + chunks) + (q - 2) * self._head.seconds(rows)
             if rows:
-                surface = self._decode_surfaces[kind]
-                out += surface(rows * q, context) + (q - 2) * surface(rows, context)
+                out += self._decode_beside(kind, rows, q, context, tokens).seconds
+                out += (q - 2) * self._decode_surfaces[kind](rows, context)
             if tokens:
                 out += self._prefill(kind, tokens, round(prefix), chunks).seconds
         if self.layout.pp > 1:
@@ -307,7 +320,7 @@ class GraphPricer:
             parts.append(("attention", small))
         for kind, count in self._kinds:
             if rows:
-                parts.append(("attention", self._decode(kind, rows * q, context).times(count)))
+                parts.append(("attention", self._decode_beside(kind, rows, q, context, tokens).times(count)))
             if tokens:
                 found = self._prefill(kind, tokens, round(prefix), chunks)
                 parts.append(("attention", found.times(count)))
@@ -316,7 +329,7 @@ class GraphPricer:
             drafting = [*self._mtp.prices(rows * q + tokens).values(), *self._head.prices(rows + chunks).values()]
             again = [*self._mtp.prices(rows).values(), *self._head.prices(rows).values()]
             if rows:
-                drafting.append(self._decode(kind, rows * q, context))
+                drafting.append(self._decode_beside(kind, rows, q, context, tokens))
                 again.append(self._decode(kind, rows, context))
             if tokens:
                 drafting.append(self._prefill(kind, tokens, round(prefix), chunks))
