@@ -30,15 +30,14 @@ from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.load import embedded_checkpoint, load_engine
 from runtime.execution.services import engine_service
 from runtime.porting.calibrate import ServingCost
-from runtime.serving.executor import FedRow
+from runtime.serving.executor import ByRank, FedRow
 
 _PROMPT, _ANSWER, _STREAMS = 16, 48, 8  # tokens, and requests at once
-_STEPS = 30  # of a program alone
 _ALONE = 4  # requests one behind the other
 
 Seen = list[tuple[float, float]]
 """Of each answer, when it came: seconds from the sending of all to its first token and to its last."""
-Ask = Callable[[int], Seen]
+Burst = Callable[[int], Seen]
 """So many requests at once."""
 
 
@@ -68,35 +67,43 @@ def _programs_s(engine: LocalEngine) -> tuple[float, float, float]:
     held = [range(1 + pages * at, 1 + pages * (at + 1)) for at in range(_STREAMS)]
     prompt = [[FedRow(range(300, 300 + _PROMPT), 0, held[0])]]
     tokens = [FedRow([300 + at], _PROMPT + _ANSWER // 2, each) for at, each in enumerate(held)]
-    found = []
-    for rows in ((prompt, [[]]), ([[]], [tokens[:1]]), ([[]], [tokens])):
+
+    def step_s(rows: tuple[ByRank, ByRank], steps: int) -> float:
+        """A mean over as many steps as an answer has, so that what disturbs either counts alike."""
         engine.executor.step(*rows, False)
         times = []
-        for _ in range(_STEPS):
+        for _ in range(_ALONE):
             before = time.perf_counter()
-            engine.executor.step(*rows, False)
-            times.append(time.perf_counter() - before)
-        found.append(statistics.median(times))
-    return found[0], found[1], found[2]
+            for _ in range(steps):
+                engine.executor.step(*rows, False)
+            times.append((time.perf_counter() - before) / steps)
+        return statistics.median(times)
+
+    return (
+        step_s((prompt, [[]]), 1),
+        step_s(([[]], [tokens[:1]]), _ANSWER - 1),
+        step_s(([[]], [tokens]), _ANSWER - 1),
+    )
 
 
 @contextmanager
-def _asked(engine: LocalEngine) -> Iterator[Ask]:
+def _asked(engine: LocalEngine) -> Iterator[Burst]:
     """Asks a server of an engine, from another process."""
     rng = np.random.default_rng(time.time_ns())
     command = [sys.executable, "-I", str(Path(pace_client.__file__))]
     with _served(engine) as port, subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     ) as client:  # fmt: skip
-        assert client.stdin is not None and client.stdout is not None
+        asked, told = client.stdin, client.stdout
+        assert asked is not None and told is not None
 
         def ask(streams: int) -> Seen:
             bodies = [_request(rng) for _ in range(streams)]
-            print(json.dumps({"port": port, "bodies": bodies}), file=client.stdin, flush=True)
-            return [(first, last) for first, last in json.loads(client.stdout.readline())]
+            print(json.dumps({"port": port, "bodies": bodies}), file=asked, flush=True)
+            return [(first, last) for first, last in json.loads(told.readline())]
 
         yield ask
-        client.stdin.close()
+        asked.close()
 
 
 def _request(rng: np.random.Generator) -> str:
