@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from pydantic import Field
@@ -140,7 +140,7 @@ class ChatRequest:
             "logprobs": logprobs(self._endpoint.vocabulary, turn.shown) if self._logprobs else None,
         }  # fmt: skip
 
-    async def stream(self, answering: Answering) -> AsyncIterator[dict[str, Any] | str]:
+    async def stream(self, answering: Answering) -> AsyncGenerator[dict[str, Any] | str, None]:
         """Chunks, the last of them `[DONE]`."""
         begun: set[int] = set()
         calls = dict.fromkeys(range(len(answering.turns)), -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from pydantic import Field
@@ -91,7 +91,7 @@ class CompletionRequest:
         ]  # fmt: skip
         return {**self._head(), "choices": choices, "usage": usage(answering)}
 
-    async def stream(self, answering: Answering) -> AsyncIterator[dict[str, Any] | str]:
+    async def stream(self, answering: Answering) -> AsyncGenerator[dict[str, Any] | str, None]:
         """Chunks, the last of them `[DONE]`."""
         begun: set[int] = set()
         offsets = [0] * len(answering.turns)

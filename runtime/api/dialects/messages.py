@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, Literal
 
 from pydantic import Field
@@ -121,7 +121,7 @@ class MessagesRequest:
                     content[-1]["input"] = _input(json)
         return {**self._message(content), **_ended(turn), "usage": _usage(turn)}
 
-    async def stream(self, answering: Answering) -> AsyncIterator[dict[str, Any] | str]:
+    async def stream(self, answering: Answering) -> AsyncGenerator[dict[str, Any] | str, None]:
         """Events; `type` names each."""
         (turn,) = answering.turns
         blocks = _Blocks()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from pydantic import Field
@@ -120,7 +120,7 @@ class ResponsesRequest:
         items.close(turn.end == "length")
         return self._response(turn, answering, items.done)
 
-    async def stream(self, answering: Answering) -> AsyncIterator[dict[str, Any] | str]:
+    async def stream(self, answering: Answering) -> AsyncGenerator[dict[str, Any] | str, None]:
         """Events, numbered; `type` names each."""
         numbers = itertools.count()
         items = _Items(self._endpoint, self._logprobs)
