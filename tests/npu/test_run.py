@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("torch")
 from backends import registry
+from model.checkpoint import Checkpoint
 from model.split import Layout
 from runtime.deployment.manifest import Gear
 from runtime.execution.local.engine import EngineConfig
@@ -32,7 +33,7 @@ _ROOT = Path(__file__).parents[2]
 @cache
 def expected() -> list[list[int]]:
     """Greedy tokens of the JAX step."""
-    engine = load_engine(embedded_checkpoint(), registry.get("cpu"), EngineConfig(), "float32", False, None)
+    engine = load_engine(Checkpoint(embedded_checkpoint()), registry.get("cpu"), EngineConfig(), "float32", False, None)
     return [list(each.token_ids) for each in engine.generate([Prompt(ids, COUNT) for ids in PROMPTS])]
 
 
@@ -167,7 +168,7 @@ def test_another_package_or_a_damaged_one_is_refused(plain: Path, tmp_path: Path
     for old, new, says in (
         ('"schema_version": 2', '"schema_version": 1', "manifest version 1; this run.py reads ascend, version 2"),
         ('"format": "ascend"', '"format": "torch"', "a package of format 'torch'"),
-        ('"index": 0', '"index": 5', "has no weights of device 0"),
+        ('"index": 0,\n   "stage"', '"index": 5,\n   "stage"', "has no weights of device 0"),
     ):
         (folder / "manifest.json").write_text(text.replace(old, new, 1))
         done = start(folder)
