@@ -213,6 +213,6 @@ def test_the_table_has_a_row_for_every_op() -> None:
     assert set(TORCH) == set(OPS) and set(BODIES) <= set(OPS)
     for name in OPS:
         row = forms(name)
-        assert all((row.stablehlo, row.onnx, row.torch, row.cann)), name
+        assert all((row.stablehlo, row.onnx, row.torch, row.npu)), name
     with pytest.raises(AssertionError):
         forms("glm.unheard_of")

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from backends.ascend.npu.writer import NpuGraph, write
+from backends.ascend.writer import NpuGraph, write
 from backends.toolchains import narrow
 from model import ops
 from model.formats import scheme

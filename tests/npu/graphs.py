@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from backends.ascend.npu.target import NpuOptions
-from backends.ascend.npu.writer import NpuGraph
+from backends.ascend.target import NpuOptions
+from backends.ascend.writer import NpuGraph
 from backends.toolchains.walker import Graph, port
 from model import ops
 
@@ -49,7 +49,7 @@ def run(made: NpuGraph, inputs: Mapping[str, np.ndarray]) -> Inputs:
     from tests.npu.references import register
 
     register()
-    results = program(made).module()(*(tensor(given(inputs, each.name)) for each in made.inputs))
+    results = program(made).module()(*(tensor(given(inputs, each.name)).reshape(each.shape) for each in made.inputs))
     return {each.name: array(value) for each, value in zip(made.outputs, results, strict=True)}
 
 

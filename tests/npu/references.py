@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backends.ascend.npu.declare import declare
-from tests.backends import cann_forms as cann
+from backends.ascend.declare import declare
+from tests.npu import cann
 
 _SCALAR_TYPES = {1: torch.int8, 3: torch.int32, 5: torch.float16, 6: torch.float32, 15: torch.bfloat16}  # c10
 
@@ -28,6 +28,8 @@ def register() -> Any:
     library = torch.library.Library("npu", "IMPL")
     for name, reference in REFERENCES.items():
         library.impl(name, reference, "CPU")
+    if hasattr(torch.ops.npu, "npu_scatter_nd_update"):  # what torch_npu makes of the operator in place, to compile it
+        library.impl("npu_scatter_nd_update", lambda into, *rest: _scatter_nd_update_(into.clone(), *rest), "CPU")
     return library
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
-from backends.ascend.npu.target import NpuOptions
-from backends.ascend.npu.writer import write
+from backends.ascend.target import NpuOptions
+from backends.ascend.writer import write
 from backends.toolchains import narrow
 from model import ops
 from model.formats import scheme

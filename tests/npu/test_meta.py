@@ -11,10 +11,10 @@ pytest.importorskip("torch")
 import torch
 from torch.utils import _pytree as pytree
 
-from backends.ascend.catalog import npu_release
-from backends.ascend.npu import declare
-from backends.ascend.npu.target import NpuOptions
-from backends.ascend.npu.writer import write
+from backends.ascend import declare
+from backends.ascend.operators import npu_release
+from backends.ascend.target import NpuOptions
+from backends.ascend.writer import write
 from backends.toolchains.walker import Graph
 from model.split import Layout
 from runtime.deployment.manifest import Gear

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
-from backends.ascend.npu.check import argument_names, named, refusal
+from backends.ascend.check import argument_names, named, refusal
 from tests.npu import vendor
 from tests.npu.calls import GRAPHS, calls_of
 

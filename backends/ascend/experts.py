@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from backends.ascend import constraints
-from backends.ascend.npu.check import type_name
-from backends.ascend.npu.declare import SCALAR_TYPES
-from backends.ascend.npu.dense import INT8, quantised_rows
-from backends.ascend.npu.target import NpuTarget, accept, require
+from backends.ascend.check import type_name
+from backends.ascend.declare import SCALAR_TYPES
+from backends.ascend.dense import INT8, as_matrix, quantised_rows
+from backends.ascend.target import NpuTarget, accept, require
 from backends.toolchains.walker import OpCall
 from model.ops import FORMAT
 
@@ -57,10 +57,11 @@ def expert_ffn(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     half = len(matrices) // 2
     (gate_up, *gate_up_scale), (down, *down_scale) = matrices[:half], matrices[half:]
     (tokens, width), choices = x.shape, experts.shape[1]
-    count, f = gate_up.shape[0], gate_up.shape[3]
+    gate_up, down = as_matrix(gate_up, 2), as_matrix(down, 2)
+    count, _, columns = gate_up.shape
     require(count > 1, "npu_grouped_matmul takes no single group")
     require(bool(fmt) or gate_up.dtype == down.dtype == x.dtype, f"npu_grouped_matmul takes weights in {type_name(x)}")
-    accept(constraints.grouped_matmul(2 * f, width))
+    accept(constraints.grouped_matmul(columns, width))
     rows, places, groups, _ = t.npu(
         "npu_moe_init_routing_v2",
         x,
@@ -75,7 +76,7 @@ def expert_ffn(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
         active_expert_range=[0, count],
         row_idx_type=_GATHER,
     )
-    hidden = _grouped(t, rows, gate_up.reshape(count, width, 2 * f), gate_up_scale, groups)
+    hidden = _grouped(t, rows, gate_up, gate_up_scale, groups)
     out = _grouped(t, t.npu("npu_swiglu", hidden, -1), down, down_scale, groups)
     return [_combined(t, out, places, groups, weights)]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from backends.ascend import constraints
+from backends.ascend.check import type_name
 from backends.ascend.constraints import LATENT, ROPE
-from backends.ascend.npu.check import type_name
-from backends.ascend.npu.target import Halves, NotTaken, NpuTarget, Unscored, accept, require
+from backends.ascend.target import Halves, NotTaken, NpuTarget, Unscored, accept, require
 from backends.toolchains.walker import OpCall
 
 _SELECTED = 2048  # GLM's selection, and as much of a context as is read as one
@@ -37,7 +37,7 @@ def index_scores(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     """Nothing yet: the indexer scores and selects at once, and `select_topk` has the operands from here."""
     query, _, pages, *_ = call.operands
     require(t.options.takes(query), f"npu_lightning_indexer takes no {type_name(query)}")
-    accept(constraints.lightning_indexer(tuple(query.shape), tuple(pages.shape), None, None))
+    accept(constraints.lightning_indexer(tuple(query.shape), tuple(pages.shape), None))
     return [Unscored(call)]
 
 
@@ -46,7 +46,7 @@ def select_topk(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     scored, count = call.operands[0], call.attributes["k"]
     require(isinstance(scored, Unscored), "its scores are not npu_lightning_indexer's")
     query, head_weights, pages, page_table, positions = scored.call.operands
-    accept(constraints.lightning_indexer(tuple(query.shape), tuple(pages.shape), count, None))
+    accept(constraints.lightning_indexer(tuple(query.shape), tuple(pages.shape), count))
     chosen = t.npu(
         "npu_lightning_indexer",
         query.contiguous(),

@@ -7,6 +7,8 @@ Latents. The attention operators read the latent and its rope part from two cach
 has one of 576. A graph whose cache they can read is given two, and the one is `Halves`; an op without a kernel is given
 the context's rows put together again.
 
+Matrices. A quantised weight, and the experts', are inputs of the two or three dims that their operators take.
+
 In place. Caches are written in place (`npu_scatter_nd_update_`): the output of a cache is its input.
 
 Padding. Queries of a chunk see keys up to their own position, which the operators count back from the last key: the
@@ -24,8 +26,8 @@ import torch
 from torch import Tensor
 
 from backends.ascend import constraints
-from backends.ascend.npu.check import refusal, type_name
-from backends.ascend.npu.declare import declare
+from backends.ascend.check import refusal, type_name
+from backends.ascend.declare import declare
 from backends.errors import Unsupported
 from backends.toolchains.torch import RULES, TorchTarget
 from backends.toolchains.walker import OpCall, Port, walk
@@ -59,6 +61,15 @@ class Halves:
 
     nope: Tensor
     rope: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelMatrix:
+    """A weight as its operator takes it: `tensor` [rows, columns], or [experts, rows, columns]; `shape` is the graph's.
+    A kernel may then have it in a layout of its own (FRACTAL_NZ), of which there are no views."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +129,8 @@ class NpuTarget(TorchTarget):
         """A value as the tensor that it stands for."""
         if isinstance(value, Halves):
             return torch.cat([value.nope, value.rope], dim=-1)
+        if isinstance(value, KernelMatrix):
+            return value.tensor.reshape(value.shape)
         if isinstance(value, Unscored):
             return self.decomposed(value.call, value.call.operands)[0]
         return value

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backends.ascend.npu.check import type_name
-from backends.ascend.npu.declare import SCALAR_TYPES
-from backends.ascend.npu.target import NpuTarget, require
+from backends.ascend.check import type_name
+from backends.ascend.declare import SCALAR_TYPES
+from backends.ascend.target import KernelMatrix, NpuTarget, require
 from backends.toolchains.walker import OpCall
 from model.ops import FORMAT
 
@@ -25,7 +24,7 @@ def rms_norm(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
 
 def swiglu(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     gate_up = call.operands[0]
-    return [t.npu("npu_swiglu", gate_up.flatten(-2), -1)]
+    return [t.npu("npu_swiglu", gate_up.reshape(*gate_up.shape[:-2], -1), -1)]
 
 
 def linear(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
@@ -35,17 +34,23 @@ def linear(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     x, values, scale = call.operands
     require(call.attributes[FORMAT] == INT8, f"npu_quant_matmul is not mapped for {call.attributes[FORMAT]}")
     require(t.options.takes(x), f"npu_dynamic_quant takes no {type_name(x)}")
-    width, columns = values.shape[0], math.prod(values.shape[1:])
+    matrix = as_matrix(values, 1)
+    width, columns = matrix.shape
     rows, row_scale = quantised_rows(t, x.reshape(-1, width))
     out = t.npu(
         "npu_quant_matmul",
         rows,
-        values.reshape(width, columns),
+        matrix,
         scale.reshape(columns).to(torch.float32),
         pertoken_scale=row_scale,
         output_dtype=SCALAR_TYPES[x.dtype],
     )
     return [out.reshape(*x.shape[:-1], *values.shape[1:])]
+
+
+def as_matrix(weight: Tensor | KernelMatrix, lead: int) -> Tensor:
+    """A weight with all dims after the first `lead` as one."""
+    return weight.tensor if isinstance(weight, KernelMatrix) else weight.reshape(*weight.shape[:lead], -1)
 
 
 def quantised_rows(t: NpuTarget, x: Tensor) -> tuple[Tensor, Tensor]:

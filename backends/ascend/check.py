@@ -1,7 +1,7 @@
 """Whether a call of a torch_npu operator is one that its documentation has: types, ranks and enumerations.
 
 torch_npu's Meta kernels find what results a call has, and look at few of its arguments. This looks at the others, by
-`../npu_operators.toml`.
+`npu_operators.toml`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.ascend.catalog import npu_release
-from backends.ascend.npu.declare import SCALAR_TYPES
+from backends.ascend.declare import SCALAR_TYPES
+from backends.ascend.operators import npu_release
 
 
 def refusal(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.ascend.catalog import npu_release
+from backends.ascend.operators import npu_release
 
 SCALAR_TYPES = {torch.int8: 1, torch.int32: 3, torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 """at::ScalarType, which `output_dtype` is a number of. (CANN's own GroupedMatmul has other numbers for it.)"""
