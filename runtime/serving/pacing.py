@@ -4,10 +4,10 @@ A *group* is one question answered several times. The groups of a stage are numb
 training step takes `batch` groups and makes the next *version* of the policy; version 0 is what the stage begins with.
 How stale a group is: versions made between the one that it began with and the step that trains on it.
 
-`paced`: a group begins only where it cannot get more than `staleness` versions behind, and a step waits for those that
-another step more would make too stale. Nothing that was generated is thrown away. Group numbers below
-`(version + 1 + staleness) * batch` may have begun; so of those that began with version v or before at most `batch` are
-left when v + staleness trains, and it takes them.
+`paced`: groups below `(version + 1 + staleness) * batch` may have begun. A step takes the oldest that are there, and
+waits where all that would then be left could not be trained on before they are more than `staleness` versions behind.
+It need not wait for ever: once all have come, the oldest are a batch, and as many begin as a step takes. So nothing
+that was generated is thrown away.
 
 `discard`: so many groups are always under way, and a step takes whichever come first; those that are too stale by then
 are thrown away, and that is counted. It favours what is over soon.
@@ -18,6 +18,7 @@ The loop of `glm5 rl` and the simulation of `glm5 plan rl` ask the same object.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 Admission = Literal["paced", "discard"]
@@ -25,7 +26,7 @@ Admission = Literal["paced", "discard"]
 
 @dataclasses.dataclass(frozen=True)
 class Taken:
-    """Groups that a step trains on, in the order that they finished, and the version that each began with."""
+    """Groups that a step trains on, and the version that each began with; oldest first."""
 
     groups: tuple[int, ...]
     versions: tuple[int, ...]
@@ -61,6 +62,7 @@ class Pacer:
         if self.admission == "paced":
             allowed = min(self.total, (self.version + 1 + self.staleness) * self.batch)
         else:
+            self._throw_away()
             left = self.total - self._trained - len(self._finished)
             wanted = min((1 + self.staleness) * self.batch, left)
             allowed = self._begun + max(0, wanted - len(self._under_way))
@@ -80,20 +82,24 @@ class Pacer:
 
     def take(self) -> Taken | None:
         """What the next step trains on, once it is there; the version moves on by one. None: wait for more."""
-        oldest = self.version - self.staleness
         if self.admission == "discard":
-            stale = [group for group, began in self._finished.items() if began < oldest]
-            self.thrown_away += len(stale)
-            for group in stale:
-                del self._finished[group]
-        elif any(began <= oldest for began in self._under_way.values()):
+            self._throw_away()
+        oldest = sorted(self._finished, key=self._finished.__getitem__)[: self.batch]  # of one age, as they finished
+        if len(oldest) < self.batch or (self.admission == "paced" and not self._may_take(oldest)):
             return None
-        if len(self._finished) < self.batch:
-            return None
-        must = [group for group, began in self._finished.items() if began <= oldest]
-        others = [group for group, began in self._finished.items() if began > oldest]
-        groups = tuple((must + others)[: self.batch]) if self.admission == "paced" else tuple(self._finished)[: self.batch]
-        versions = tuple(self._finished.pop(group) for group in groups)
-        self._trained += len(groups)
+        versions = tuple(self._finished.pop(group) for group in oldest)
+        self._trained += self.batch
         self.version += 1
-        return Taken(groups, versions)
+        return Taken(tuple(oldest), versions)
+
+    def _may_take(self, groups: Sequence[int]) -> bool:
+        """Whether the steps behind this one can then train on all others before they are too stale."""
+        left = [began for group, began in self._finished.items() if group not in groups]
+        due = sorted(began + self.staleness - self.version for began in (*left, *self._under_way.values()))
+        return all(place < steps * self.batch for place, steps in enumerate(due))
+
+    def _throw_away(self) -> None:
+        stale = [group for group, began in self._finished.items() if began < self.version - self.staleness]
+        self.thrown_away += len(stale)
+        for group in stale:
+            del self._finished[group]

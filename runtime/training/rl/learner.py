@@ -81,7 +81,7 @@ def compile_step(how: Objective, optimizer: optax.GradientTransformation) -> Ste
         found = named(gradients, LEARNS)
         updates, moments = optimizer.update(found, moments, before)
         put(model, optax.apply_updates(before, updates))  # type: ignore[arg-type]
-        said["gradient"] = optax.global_norm(found)
+        said["gradient"] = optax.tree.norm(found)
         return LearnerState(model, moments, teacher, (before, *past[:-1]) if past else ()), said
 
     return jax.jit(run)

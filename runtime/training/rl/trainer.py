@@ -177,8 +177,6 @@ class _Run:
             self._stage(number, within)
             number, within = number + 1, 0
             self._write_checkpoint()
-            if number < len(self.config.stages):
-                self._now, self._begun = self._begin(self._now.model, number), 0
         if not (self.folder / CHECKPOINT).exists():  # killed between the last state and its checkpoint
             self._write_checkpoint()
         return self.folder / CHECKPOINT
@@ -190,7 +188,6 @@ class _Run:
         stage = self.config.stages[number]
         if within < stage.imitate:
             self._imitate(number, within)
-            self._now = self._begin_again(number)
             within = stage.imitate
         how, size, schedule = stage.objective, stage.groups, self.config.schedule
         pacer = Pacer(size, (stage.all_steps - within) * size, schedule.behind, schedule.admission)
@@ -224,6 +221,7 @@ class _Run:
             if not pacer.done:
                 self._publish(within - stage.imitate)
             record["generated_s"] = self._generates.busy_s - busy
+            self._move_on()
             self._record(number, record)
 
     def _start(self, number: int, pacer: Pacer, first: int) -> None:
@@ -231,9 +229,16 @@ class _Run:
             self._generates.begin(number, [first + each for each in fresh])
             self._begun = first + fresh.stop
 
-    def _begin_again(self, number: int) -> LearnerState:
-        """After the cold start: moments anew, the teacher as it was."""
-        return self._begin(self._now.model, number)._replace(teacher=self._now.teacher)
+    def _move_on(self) -> None:
+        """Where the next step is of another sort, the state that it begins with: moments are anew, and after a cold
+        start the teacher stays."""
+        number, within = self.config.at(self._done)
+        if number == len(self.config.stages):
+            return
+        if within == 0:
+            self._now, self._begun = self._begin(self._now.model, number), 0
+        elif within == self.config.stages[number].imitate:
+            self._now = self._begin(self._now.model, number)._replace(teacher=self._now.teacher)
 
     def _compiled(self, how: Objective, optimizer: Any, given: LearnerBatch) -> tuple[Any, float]:
         began = time.perf_counter()
@@ -252,6 +257,7 @@ class _Run:
             self._now, said = step(self._now, given)
             within += 1
             self._done += 1
+            self._move_on()
             self._record(number, {"stage": number + 1, "imitates": True, "loss": float(said["loss"])})
 
     # --- records
