@@ -8,9 +8,7 @@ from typing import Any
 
 
 @contextmanager
-def steps_bar(
-    total: int, said: Callable[[dict[str, Any]], str]
-) -> Iterator[Callable[[int, dict[str, Any]], None]]:
+def steps_bar(total: int, said: Callable[[dict[str, Any]], str]) -> Iterator[Callable[[int, dict[str, Any]], None]]:
     """Yields what is told of steps done and of the record of the last. It begins with the first step: what is refused
     leaves no bar."""
     from rich import progress as bars

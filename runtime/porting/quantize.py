@@ -24,7 +24,6 @@ from foundation.errors import UsageError
 from model import quantised
 from model.checkpoint import Checkpoint, groups, stored_shape
 from model.checkpoint_writer import FP8_CONFIG, SHARD_BYTES, copy_companions, new_directory, write_shards
-from model.errors import CheckpointError
 from model.formats import (
     BF16,
     BITS,

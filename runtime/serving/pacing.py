@@ -21,7 +21,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-Admission = Literal["paced", "discard"]
+RolloutAdmission = Literal["paced", "discard"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Pacer:
     thrown_away: groups generated for nothing.
     """
 
-    def __init__(self, batch: int, total: int, staleness: int = 0, admission: Admission = "paced"):
+    def __init__(self, batch: int, total: int, staleness: int = 0, admission: RolloutAdmission = "paced"):
         if batch < 1 or total < 0 or total % batch or staleness < 0:
             raise ValueError(f"batch {batch}, total {total}, staleness {staleness}")
         self.batch, self.total, self.staleness, self.admission = batch, total, staleness, admission

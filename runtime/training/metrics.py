@@ -78,11 +78,11 @@ def learning_page(folder: Path, title: str) -> None:
     begins = {r["stage"]: r["step"] for r in reversed(records)}
     marks = [Mark(step - 1, f"stage {stage}") for stage, step in sorted(begins.items())]
 
-    def by_task(key: str) -> dict[str, Curve]:
+    def by_task(key: str) -> dict[str, PlotCurve]:
         tasks = sorted({task for r in records for task in r.get(key, ())})
         return {task: [(r["step"], r[key][task]) for r in records if task in r.get(key, ())] for task in tasks}
 
-    def curves(**keys: str) -> dict[str, Curve]:
+    def curves(**keys: str) -> dict[str, PlotCurve]:
         return {name.replace("_", " "): _curve(records, key) for name, key in keys.items()}
 
     plots = [
@@ -97,17 +97,17 @@ def learning_page(folder: Path, title: str) -> None:
     _write(folder, title, marks, plots)
 
 
-Curve = list[tuple[float, float]]
+PlotCurve = list[tuple[float, float]]
 
 
 class _Plot(NamedTuple):
     heading: str
     label: str
-    curves: dict[str, Curve]
+    curves: dict[str, PlotCurve]
     percent: bool = False
 
 
-def _curve(records: Sequence[dict[str, Any]], key: str) -> Curve:
+def _curve(records: Sequence[dict[str, Any]], key: str) -> PlotCurve:
     return [(r["step"], r[key]) for r in records if r.get(key) is not None]
 
 

@@ -37,7 +37,7 @@ Kept = TypeVar("Kept", bound=tuple)
 """A state: a named tuple whose first field is the model, the others trees of arrays."""
 
 
-def _stored(state: Kept) -> tuple[Any, dict[str, Any]]:
+def _stored(state: tuple) -> tuple[Any, dict[str, Any]]:
     """What a state file holds: `params` in the place of the model, and the other fields. And its leaves by name."""
     fields = ("params", *state._fields[1:])  # type: ignore[attr-defined]
     stored = collections.namedtuple("Stored", fields)(named(state[0]), *state[1:])

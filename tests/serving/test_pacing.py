@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.serving.pacing import Admission, Pacer
+from runtime.serving.pacing import Pacer, RolloutAdmission
 
 PICKS = st.lists(st.integers(0, 1000), min_size=1, max_size=40)
 
 
-def played(pacer: Pacer, picks: list[int], lost: set[int] = frozenset()) -> tuple[list[int], list[int], int]:
+def played(pacer: Pacer, picks: list[int], lost: Set[int] = frozenset()) -> tuple[list[int], list[int], int]:
     """Groups trained on and how stale each was, where which group finishes next is drawn; the most under way."""
     trained: list[int] = []
     staleness: list[int] = []
@@ -91,7 +93,7 @@ def test_discarding_throws_the_slow_one_away() -> None:
 
 
 @pytest.mark.parametrize("admission", ["paced", "discard"])
-def test_what_is_not_under_way_cannot_finish(admission: Admission) -> None:
+def test_what_is_not_under_way_cannot_finish(admission: RolloutAdmission) -> None:
     pacer = Pacer(1, 2, admission=admission)
     pacer.begin()
     pacer.finish(0)

@@ -103,9 +103,7 @@ def test_they_are_a_function_of_their_seeds_whoever_runs_beside_them(
     assert [each.ids for each in alone.rollouts] == [each.ids for each in beside.rollouts]
 
 
-def test_a_policy_may_change_while_answers_are_made(
-    engine: RolloutEngine, model: Model, questions: Questions
-) -> None:
+def test_a_policy_may_change_while_answers_are_made(engine: RolloutEngine, model: Model, questions: Questions) -> None:
     """Each token says which version drew it; from a change on the others draw, over the cache that was there."""
     engine.load(nested(named(model)), 7)
     engine.begin(asked(questions, 9))

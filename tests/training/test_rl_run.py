@@ -3,7 +3,6 @@ group is trained on twice."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from foundation.errors import UsageError
 from foundation.reading import Unreadable, read_toml
 from model.formats import SCHEMES_HELP, scheme
-from runtime.serving.pacing import Admission
+from runtime.serving.pacing import RolloutAdmission
 from runtime.training.config import MOST_STEPS, table
 from runtime.training.rl.episodes import PRACTISED
 
@@ -25,7 +25,7 @@ MOST_ANSWER = 1 << 20
 MOST_STALENESS = 1024
 
 Correction = Literal["none", "ppo-clip", "tis", "icepop", "double-sided"]
-Mode = Literal["sync", "ahead", "async"]
+RlMode = Literal["sync", "ahead", "async"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Schedule:
     what that does). admission: of groups, see `runtime.serving.pacing` (async).
     """
 
-    mode: Mode = "sync"
+    mode: RlMode = "sync"
     staleness: int = 1
     lag: int = 0
-    admission: Admission = "paced"
+    admission: RolloutAdmission = "paced"
 
     def problem(self) -> str | None:
         for key in ("staleness", "lag"):
@@ -101,7 +101,7 @@ class Delay:
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
+class PolicyObjective:
     """What a step minimises.
 
     correction: what is done about answers being another policy's than the one that learns: see `objective`.
@@ -141,7 +141,7 @@ class RlStage:
     clip: float = 1.0
     imitate: int = 0
     imitate_rate: float = 1e-3
-    objective: Objective = Objective()
+    objective: PolicyObjective = PolicyObjective()
 
     @property
     def all_steps(self) -> int:

@@ -44,7 +44,7 @@ class Rollout:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class RolloutGroup:
     """All answers to one question. began: the version that generation began with."""
 
     number: int

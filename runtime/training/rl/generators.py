@@ -7,6 +7,7 @@ tells are lines of JSON. A process that was lost is replaced, and what it was at
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import queue
@@ -23,7 +24,7 @@ from foundation.errors import UsageError
 from foundation.reading import Unreadable, parse_json
 from runtime.deployment.document import validated
 from runtime.training.rl.config import RlConfig
-from runtime.training.rl.episodes import Group, Questions
+from runtime.training.rl.episodes import Questions, RolloutGroup
 from runtime.training.rl.rollouts import Asked, RolloutEngine
 from runtime.training.state import write_arrays
 
@@ -36,11 +37,14 @@ class GeneratorLost(RuntimeError):
     """The process that generates has ended by itself."""
 
 
-class Generator(Protocol):
+class RolloutSource(Protocol):
     """Makes the groups of a stage by number. busy_s: seconds that it drew tokens for so far; tokens: how many."""
 
-    busy_s: float
-    tokens: int
+    @property
+    def busy_s(self) -> float: ...
+
+    @property
+    def tokens(self) -> int: ...
 
     def publish(self, policy: Arrays, version: int) -> None:
         """The policy that is generated with from now on."""
@@ -48,7 +52,7 @@ class Generator(Protocol):
 
     def begin(self, stage: int, numbers: Iterable[int]) -> None: ...
 
-    def wait(self) -> list[Group]:
+    def wait(self) -> list[RolloutGroup]:
         """Groups that are whole, one at least. Raises `GeneratorLost`."""
         ...
 
@@ -101,7 +105,7 @@ class Here:
         for number in numbers:
             self.engine.begin(asked(self._config, self._questions, stage, number))
 
-    def wait(self) -> list[Group]:
+    def wait(self) -> list[RolloutGroup]:
         while True:
             if whole := self.engine.advance():
                 return whole
@@ -114,7 +118,7 @@ class Here:
 class _Told:
     """A line of the other process."""
 
-    group: Group | None = None
+    group: RolloutGroup | None = None
     busy_s: float = 0.0
     tokens: int = 0
 
@@ -142,7 +146,7 @@ class Apart:
             self._start()
         self._tell({"stage": stage, "begin": list(numbers)})
 
-    def wait(self) -> list[Group]:
+    def wait(self) -> list[RolloutGroup]:
         while True:
             line = self._lines.get()
             if line is None:
@@ -169,11 +173,9 @@ class Apart:
 
     def _tell(self, what: Mapping[str, Any]) -> None:
         assert self._process is not None and self._process.stdin is not None
-        try:
+        with contextlib.suppress(OSError):  # it is gone, which `wait` finds
             self._process.stdin.write(json.dumps(what) + "\n")
             self._process.stdin.flush()
-        except OSError:
-            pass  # it is gone, which `wait` finds
 
     def _end(self) -> None:
         if self._process is None:
@@ -183,10 +185,8 @@ class Apart:
         process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(OSError):  # of what was still to be told
                     pipe.close()
-                except OSError:
-                    pass  # what was still to be told
 
 
 def _pump(pipe: Any, into: queue.Queue[str | None]) -> None:
@@ -202,7 +202,6 @@ def _told(line: str) -> _Told:
         raise UsageError(f"the generating process said what is no JSON ({error})") from None
 
 
-def told(group: Group | None, engine: RolloutEngine) -> str:
+def told(group: RolloutGroup | None, engine: RolloutEngine) -> str:
     """A line for `Apart`."""
     return json.dumps(dataclasses.asdict(_Told(group, engine.busy_s, engine.tokens)))
-

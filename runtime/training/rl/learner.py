@@ -20,7 +20,7 @@ from jax import Array
 from model.module import IndexerParam, Model
 from runtime.training.forward import forward
 from runtime.training.params import Params, named, put
-from runtime.training.rl.config import Objective, RlStage
+from runtime.training.rl.config import PolicyObjective, RlStage
 from runtime.training.rl.objective import LearnerBatch, log_probabilities, loss
 
 LEARNS: Filter = nnx.All(nnx.Param, nnx.Not(IndexerParam), nnx.Not(nnx.PathContains("mtp")))
@@ -59,23 +59,24 @@ def behind(state: LearnerState) -> Params:
     return state.past[-1] if state.past else named(state.model, LEARNS)
 
 
-Step = Callable[[LearnerState, LearnerBatch], tuple[LearnerState, dict[str, Array]]]
+LearnerStep = Callable[[LearnerState, LearnerBatch], tuple[LearnerState, dict[str, Array]]]
 
 
-def compile_step(how: Objective, optimizer: optax.GradientTransformation) -> Step:
+def compile_step(how: PolicyObjective, optimizer: optax.GradientTransformation) -> LearnerStep:
     """The jitted step. What it is given is its own from then on."""
 
     def run(state: LearnerState, given: LearnerBatch) -> tuple[LearnerState, dict[str, Array]]:
         model, moments, teacher, past = state
+        tokens = jnp.asarray(given.tokens)
         before = named(model, LEARNS)
         held = None
         if teacher:
             elder = nnx.clone(model)
             put(elder, teacher)
-            held = log_probabilities(_logits(elder, given.tokens), given.tokens)
+            held = log_probabilities(_logits(elder, tokens), tokens)
 
         def of(learner: Model) -> tuple[Array, dict[str, Array]]:
-            return loss(how, _logits(learner, given.tokens), given, held)
+            return loss(how, _logits(learner, tokens), given, held)
 
         gradients, said = nnx.grad(of, argnums=nnx.DiffState(0, LEARNS), has_aux=True)(model)
         found = named(gradients, LEARNS)
@@ -90,4 +91,4 @@ def compile_step(how: Objective, optimizer: optax.GradientTransformation) -> Ste
 def _logits(model: Model, tokens: Array) -> Array:
     assert model.config.indexer is not None
     sparse = tokens.shape[1] > model.config.indexer.topk
-    return forward(model, jnp.asarray(tokens), "sparse" if sparse else "dense").logits
+    return forward(model, tokens, "sparse" if sparse else "dense").logits

@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from runtime.training.rl.config import Objective
-from runtime.training.rl.episodes import Group
+from runtime.training.rl.config import PolicyObjective
+from runtime.training.rl.episodes import RolloutGroup
 
 
 class LearnerBatch(NamedTuple):
@@ -48,7 +48,7 @@ def advantages(rewards: np.ndarray, scale: bool) -> np.ndarray:
     return above / deviation if scale and deviation > 0 else above
 
 
-def batch(groups: list[Group], length: int, scale: bool) -> LearnerBatch:
+def batch(groups: list[RolloutGroup], length: int, scale: bool) -> LearnerBatch:
     """Rollouts in rows of `length` tokens, zeros behind them."""
     rollouts = [each for group in groups for each in group.rollouts]
     shape = len(rollouts), length
@@ -70,7 +70,7 @@ def log_probabilities(logits: Array, tokens: Array) -> Array:
     return jnp.pad(found, ((0, 0), (1, 0)))
 
 
-def token_losses(how: Objective, learner: Array, drawn: Array, advantage: Array) -> tuple[Array, Array]:
+def token_losses(how: PolicyObjective, learner: Array, drawn: Array, advantage: Array) -> tuple[Array, Array]:
     """Losses of tokens, and 1 where the correction cut one, both float32 like `learner`, the log-probabilities of the
     policy that learns. drawn: those of the one that drew."""
     ratio = jnp.exp(learner - drawn)
@@ -92,7 +92,7 @@ def token_losses(how: Objective, learner: Array, drawn: Array, advantage: Array)
 
 
 def loss(
-    how: Objective, logits: Array, given: LearnerBatch, teacher: Array | None = None
+    how: PolicyObjective, logits: Array, given: LearnerBatch, teacher: Array | None = None
 ) -> tuple[Array, dict[str, Array]]:
     """The loss of logits [r,t,vocab], and what the metrics show. teacher: the log-probabilities of `distill`."""
     made = jnp.asarray(given.made)

@@ -38,10 +38,10 @@ from runtime.serving.service import Job
 from runtime.serving.worker import ModelWorker, News
 from runtime.training.data import Exercise
 from runtime.training.rl.config import Generation
-from runtime.training.rl.episodes import Episode, Group, Rollout
+from runtime.training.rl.episodes import Episode, Rollout, RolloutGroup
 
 _CHUNK = 32  # tokens that prompts are padded to
-Weights = Mapping[str, Any]
+PolicyWeights = Mapping[str, Any]
 """As `model.module.Model.weights` has them."""
 
 
@@ -82,7 +82,7 @@ class RolloutEngine:
     def __init__(
         self,
         cfg: ModelConfig,
-        weights: Weights,
+        weights: PolicyWeights,
         backend: Backend,
         generation: Generation,
         tokenizer: Tokenizer,
@@ -120,7 +120,7 @@ class RolloutEngine:
             block_tokens=page,
             clock=Wall(lambda: programs.compile_s),
             make_worker=lambda role: ModelWorker(self._engine.executor, self._answers, {}, 0, self._drew),
-            done=lambda request: self._answers.pop(request, None),
+            done=self._answers.__delitem__,
             tell=self._heard,
         )
 
@@ -138,7 +138,7 @@ class RolloutEngine:
         """Nothing is asked any more."""
         return not self._groups
 
-    def load(self, weights: Weights, version: int) -> None:
+    def load(self, weights: PolicyWeights, version: int) -> None:
         """The next policy, from the next step on."""
         self._engine.programs.weights = self._held(weights)
         self.version = version
@@ -155,7 +155,7 @@ class RolloutEngine:
         for member in range(asked.size):
             self._send(_Work(asked, member, prompt.copy()))
 
-    def advance(self, most_s: float = 0.1) -> list[Group]:
+    def advance(self, most_s: float = 0.1) -> list[RolloutGroup]:
         """One step of the scheduler, and the groups that are whole by now; where only environments are at work, waits
         for the first, `most_s` at most."""
         if self._loop.next_at is not None:
@@ -171,14 +171,14 @@ class RolloutEngine:
             found[work.member] = work.episode.done
             if len(found) == work.asked.size:
                 del self._groups[number]
-                whole.append(Group(number, tuple(found[member] for member in range(work.asked.size))))
+                whole.append(RolloutGroup(number, tuple(found[member] for member in range(work.asked.size))))
         return whole
 
-    def generate(self, asked: Sequence[Asked]) -> list[Group]:
+    def generate(self, asked: Sequence[Asked]) -> list[RolloutGroup]:
         """All of these, in their order."""
         for each in asked:
             self.begin(each)
-        found: dict[int, Group] = {}
+        found: dict[int, RolloutGroup] = {}
         while not self.idle:
             found |= {group.number: group for group in self.advance()}
         return [found[each.number] for each in asked]
@@ -219,7 +219,7 @@ class RolloutEngine:
                 due = time.perf_counter() + work.asked.delay_s(work.member)
                 heapq.heappush(self._outside, (due, answer.number, work))
 
-    def _held(self, weights: Weights) -> dict[str, Any]:
+    def _held(self, weights: PolicyWeights) -> dict[str, Any]:
         """The main stack's weights as the engine computes with them."""
         numbers = self._numbers
 

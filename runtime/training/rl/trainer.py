@@ -1,16 +1,15 @@
 """The loop: generate, train, publish; what it leaves in its folder, and how it goes on after a kill.
 
 A run folder holds the config, the last good state, metrics with their plots, and at the end of every stage a
-checkpoint. In `sync` mode a step is a function of the state before it, so a run that is killed anywhere and resumed ends
-in the same files as one that was not. In the other modes what was being generated is asked anew, under numbers that no
-step before had: nothing is trained twice.
+checkpoint. In `sync` mode a step is a function of the state before it, so a run that is killed anywhere and resumed
+ends in the same files as one that was not. In the other modes what was being generated is asked anew, under numbers
+that no step before had: nothing is trained twice.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,18 +25,18 @@ from runtime.training import metrics, state
 from runtime.training.export import write_tuned
 from runtime.training.params import Params, named
 from runtime.training.rl import learner
-from runtime.training.rl.config import FILE, Generation, Objective, RlConfig
-from runtime.training.rl.episodes import Group, Questions
-from runtime.training.rl.generators import Apart, Generator, GeneratorLost, Here, nested
+from runtime.training.rl.config import FILE, Generation, PolicyObjective, RlConfig
+from runtime.training.rl.episodes import Questions, RolloutGroup
+from runtime.training.rl.generators import Apart, GeneratorLost, Here, RolloutSource, nested
 from runtime.training.rl.learner import LearnerState
 from runtime.training.rl.objective import LearnerBatch, batch
 from runtime.training.rl.rollouts import Asked, RolloutEngine
+from runtime.training.trainer import StepReport
 
 CHECKPOINT = "checkpoint"
 MOST_LOST = 3
 """Processes that end one after another before a group comes from one."""
-StepReport = Callable[[int, dict[str, Any]], None]  # (steps done, the step's record)
-_IMITATES = Objective(correction="none")
+_IMITATES = PolicyObjective(correction="none")
 
 
 class _Saved(NamedTuple):
@@ -108,13 +107,18 @@ class _Run:
         number, _ = config.at(min(self._done, config.steps - 1))
         self._now, self._begun = self._begin(model, number), 0
         if (folder / state.FILE).exists():
-            like = _Saved(*self._now, np.int64(0))  # type: ignore[arg-type]
-            saved, self._done = state.read(folder, like, config.hash)
-            self._now, self._begun = LearnerState(*saved[:-1]), int(saved.begun)
+            saved, self._done = state.read(folder, self._saved, config.hash)
+            self._now = LearnerState(saved.model, saved.moments, saved.teacher, saved.past)
+            self._begun = int(saved.begun)
         metrics.truncate(folder, self._done)
         self._exam: RolloutEngine | None = None
-        self._generator: Generator | None = None
+        self._source: RolloutSource | None = None
         self._lost = 0
+
+    @property
+    def _saved(self) -> _Saved:
+        now = self._now
+        return _Saved(now.model, now.moments, now.teacher, now.past, np.asarray(self._begun, np.int64))
 
     def _begin(self, model: Model, number: int) -> LearnerState:
         return learner.begin(model, self.config.stages[number], self.config.schedule.lag)
@@ -133,25 +137,26 @@ class _Run:
         )
 
     @property
-    def _generates(self) -> Generator:
-        if self._generator is None:
-            if self.config.schedule.mode == "sync":
-                engine = self._engine(self.config.generation, self.config.running)
-                self._generator = Here(engine, self.config, self.questions)
-            else:
-                self._generator = Apart(self.folder, self.checkpoint.path, self._backend.name)
-        return self._generator
+    def _generates(self) -> RolloutSource:
+        if self._source is None:
+            self._source = self._make_source()
+        return self._source
+
+    def _make_source(self) -> RolloutSource:
+        if self.config.schedule.mode == "sync":
+            return Here(self._engine(self.config.generation, self.config.running), self.config, self.questions)
+        return Apart(self.folder, self.checkpoint.path, self._backend.name)
 
     def close(self) -> None:
-        if self._generator is not None:
-            self._generator.close()
+        if self._source is not None:
+            self._source.close()
 
     def _publish(self, made: int) -> None:
         """The policy to generate with. made: steps that the stage has made on what was generated."""
         params = {**named(self._now.model), **learner.behind(self._now)}
         self._generates.publish(params, self._done - min(made, self.config.schedule.lag))
 
-    def _collect(self, stage: int, pacer: Pacer, first: int, whole: dict[int, Group]) -> None:
+    def _collect(self, stage: int, pacer: Pacer, first: int, whole: dict[int, RolloutGroup]) -> None:
         """Waits until some groups more are whole."""
         try:
             found = self._generates.wait()
@@ -192,7 +197,7 @@ class _Run:
         how, size, schedule = stage.objective, stage.groups, self.config.schedule
         pacer = Pacer(size, (stage.all_steps - within) * size, schedule.behind, schedule.admission)
         first, step = self._begun, None
-        whole: dict[int, Group] = {}
+        whole: dict[int, RolloutGroup] = {}
         self._publish(within - stage.imitate)
         while not pacer.done:
             began, busy = time.perf_counter(), self._generates.busy_s
@@ -240,7 +245,7 @@ class _Run:
         elif within == self.config.stages[number].imitate:
             self._now = self._begin(self._now.model, number)._replace(teacher=self._now.teacher)
 
-    def _compiled(self, how: Objective, optimizer: Any, given: LearnerBatch) -> tuple[Any, float]:
+    def _compiled(self, how: PolicyObjective, optimizer: Any, given: LearnerBatch) -> tuple[Any, float]:
         began = time.perf_counter()
         step = learner.compile_step(how, optimizer).lower(self._now, given).compile()  # type: ignore[attr-defined]
         return step, time.perf_counter() - began
@@ -250,7 +255,7 @@ class _Run:
         while within < stage.imitate:
             rows = range(within * stage.groups * stage.group_size, (within + 1) * stage.groups * stage.group_size)
             right = [self.questions.right(self.questions.of(number, row, stage.tasks, imitated=True)) for row in rows]
-            groups = [Group(row, (each,)) for row, each in zip(rows, right, strict=True)]
+            groups = [RolloutGroup(row, (each,)) for row, each in zip(rows, right, strict=True)]
             given = batch(groups, stage.length, False)._replace(advantages=np.ones(len(groups), np.float32))
             if step is None:
                 step, _ = self._compiled(_IMITATES, learner.adam(stage.imitate_rate, stage.clip), given)
@@ -272,7 +277,7 @@ class _Run:
         metrics.append(self.folder, record)
         self.report(self._done, record)
         if last or self._done % config.save_every == 0:
-            state.write(self.folder, _Saved(*self._now, np.int64(self._begun)), self._done, config.hash)
+            state.write(self.folder, self._saved, self._done, config.hash)
             metrics.learning_page(self.folder, f"Learning run {self.folder.name}")
 
     def _examine(self, number: int) -> dict[str, float]:
@@ -295,7 +300,7 @@ class _Run:
         return found
 
 
-def _told(groups: list[Group], step: int) -> dict[str, Any]:
+def _told(groups: list[RolloutGroup], step: int) -> dict[str, Any]:
     """What a batch says of itself."""
     rollouts = [each for group in groups for each in group.rollouts]
     drawn = np.concatenate([np.array(each.versions)[np.array(each.made)] for each in rollouts])
