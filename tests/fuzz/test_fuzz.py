@@ -20,6 +20,7 @@ _CHEAP = (
 )  # fmt: skip
 _COSTLY = (
     "config", "index", "safetensors", "tokenizer", "tokenizer config", "generation config", "template", "command",
+    "request",
 )  # fmt: skip
 KINDS: dict[str, int] = {
     **dict.fromkeys(_CHEAP, FEW),
