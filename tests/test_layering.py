@@ -22,7 +22,7 @@ MAY_IMPORT = {
 }
 STANDARD_LIBRARY_ONLY = {"hw_profiles", "foundation"}
 # But these, which are the main program of a child process and what it is made of: nobody else may import them.
-IN_A_CHILD = {"foundation.text_worker", "foundation.template_sandbox"}
+IN_A_CHILD = {"foundation.text_worker", "foundation.template_sandbox", "runtime.api.grammar_trial"}
 # Inside runtime, from the ground up: a folder imports those before it, and itself.
 FLOORS = (
     "deployment",

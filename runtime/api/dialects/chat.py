@@ -14,6 +14,7 @@ from runtime.api.dialects.forms import (
     EFFORTS,
     MOST_LOGPROBS,
     FunctionTool,
+    Items,
     RequestBody,
     Sampled,
     arguments_of,
@@ -47,10 +48,10 @@ class _Options(RequestBody):
 
 class _Message(RequestBody):
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Items[dict[str, Any]] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Items[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -58,13 +59,13 @@ class _Message(RequestBody):
 class ChatBody(Sampled):
     """A chat as OpenAI has it, with vLLM's additions."""
 
-    messages: list[_Message] = Field(min_length=1)
+    messages: Items[_Message] = Field(min_length=1)
     model: str | None = None
     stream: bool | None = None
     stream_options: _Options | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    tools: list[_Tool] | None = None
+    tools: Items[_Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
