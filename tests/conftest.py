@@ -28,6 +28,7 @@ _XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_pa
 if version("jaxlib").startswith("0.10."):  # XLA aborts on flags that a release does not have
     _XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _XLA_FLAGS)
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # lowering writes no traces of calls; see the fixture `located`
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 # Here and not when pytest is configured: conftests of folders that a command line names import JAX before that.
@@ -40,6 +41,17 @@ _QUIET = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too
 hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=25, **_QUIET)
 hypothesis.settings.register_profile("random", max_examples=60, **_QUIET)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.fixture
+def located() -> Iterator[None]:
+    """Programs say which lines of which files made them, as they do outside the tests."""
+    import jax
+
+    before = jax.config.values["jax_traceback_in_locations_limit"]
+    jax.config.update("jax_traceback_in_locations_limit", 100)
+    yield
+    jax.config.update("jax_traceback_in_locations_limit", before)
 
 
 @pytest.fixture(scope="module")

@@ -94,8 +94,8 @@ def test_the_residual_costs_what_it_moves() -> None:
     ("engine", "chip", "dense"), [
         ("sglang@0.5.3", "h200-sxm", False),
         ("sglang@0.5.6", "b200-sxm", True),
-        ("sglang@0.5.14", "h200-sxm", True),
-        ("vllm@0.13", "h200-sxm", False),
+        pytest.param("sglang@0.5.14", "h200-sxm", True, marks=pytest.mark.slow),
+        pytest.param("vllm@0.13", "h200-sxm", False, marks=pytest.mark.slow),
         ("vllm@0.23", "b200-sxm", False),
         ("vllm@0.28", "h200-sxm", True),
         ("trtllm", "h200-sxm", False),

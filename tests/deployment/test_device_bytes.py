@@ -37,6 +37,7 @@ from tests.deployment.counted import (
     weights_of,
 )
 from tests.engine.conftest import CONFIGS, random_weights
+from tests.marks import slow_but
 
 OVER_TP = {
     "q", "q_b", "k_up", "v_up", "o", "k", "v", "q_bias", "k_bias", "v_bias", "gate_up", "down", "shared_gate_up",
@@ -78,8 +79,15 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "redundant"), LAYOUTS, ids=lambda each: getattr(each, "name", each))
-@pytest.mark.parametrize("name", DENSE_AND_EXPERTS)
+# Each scheme in one of the layouts, in turn.
+IN_TURN = [(name, *LAYOUTS[at % len(LAYOUTS)]) for at, name in enumerate(DENSE_AND_EXPERTS)]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "redundant"),
+    slow_but(IN_TURN, [(name, *each) for name in DENSE_AND_EXPERTS for each in LAYOUTS]),
+    ids=lambda each: getattr(each, "name", each),
+)
 def test_held_bytes_are_the_ledgers(name: str, layout: Layout, redundant: int) -> None:
     """Values and scales that lie on a device, copies of experts and of what every device holds included."""
     families = list(CONFIGS)

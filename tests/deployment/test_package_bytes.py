@@ -30,6 +30,7 @@ from runtime.porting.export.units import Cut, weight_refs
 from runtime.porting.quantize import quantize
 from tests.deployment.counted import Leaf, count_leaves, formats, merged, placed
 from tests.engine.conftest import CONFIGS
+from tests.marks import slow_but
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -75,10 +76,16 @@ def file_bytes(path: Path) -> int:
     return sum(end - begin for begin, end in ends.values())
 
 
-@pytest.mark.parametrize(("layout", "redundant"), [(Layout(tp=2, ep=2, pp=2), 1), (Layout(tp=2, dp=2), 0)])
+SCHEMES = [("fp8", "dsa"), ("bf16", "mla"), ("fp8", "gqa"), ("w8a8", "dsa"), ("w4a8", "gqa"), ("w4a16-g16", "mla")]
+LAYOUTS = [(Layout(tp=2, ep=2, pp=2), 1), (Layout(tp=2, dp=2), 0)]
+
+
 @pytest.mark.parametrize(
-    ("name", "family"),
-    [("fp8", "dsa"), ("bf16", "mla"), ("fp8", "gqa"), ("w8a8", "dsa"), ("w4a8", "gqa"), ("w4a16-g16", "mla")],
+    ("name", "family", "layout", "redundant"),
+    slow_but(
+        [(*SCHEMES[at], *LAYOUTS[at % 2]) for at in (0, 1, 3, 4)],
+        [(*scheme, *layout) for scheme in SCHEMES for layout in LAYOUTS],
+    ),
 )
 def test_packages_hold_the_ledgers_bytes(
     sources: dict[str, Path], tmp_path: Path, name: str, family: str, layout: Layout, redundant: int

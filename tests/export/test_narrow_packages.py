@@ -23,6 +23,7 @@ from runtime.execution.local.request import Prompt
 from runtime.execution.package.ort import OrtExecutor
 from tests.cli.cli import glm5, make_checkpoint, refused
 from tests.engine.conftest import GQA, random_weights
+from tests.marks import slow_but
 
 SIZES = ("--context", 32, "--page-size", 16)
 PLAIN = {**GQA, "num_nextn_predict_layers": 0}
@@ -58,7 +59,7 @@ def stored(folder: Path) -> TensorReader:
 # --- weights -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("formats", ["w8a8", "w4a16-g16", "w4a8"])
+@pytest.mark.parametrize("formats", slow_but(["w4a8"], ["w8a8", "w4a16-g16", "w4a8"]))
 def test_weights_are_the_quantisers(mla: Path, tmp_path: Path, formats: str) -> None:
     """The same bytes from a checkpoint and from what `glm5 quantize` makes of it; both are what that wrote."""
     assert glm5("quantize", "--checkpoint", mla, "--formats", formats, "--out", tmp_path / "q").code == 0

@@ -47,7 +47,6 @@ PROGRAMS += [
     for name in CASES
     if "kv_lora_rank" in CASES[name].fields
 ]
-STEPPED = [name if name in KEPT else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 DSA = tuple(name for name in CASES if "index_topk" in CASES[name].fields)
 
 

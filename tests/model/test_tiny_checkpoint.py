@@ -62,6 +62,7 @@ def test_what_it_is(checkpoint: Checkpoint) -> None:
     assert "random weights" in (TINY / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_greedy_text_varies_and_does_not_stop(greedy: list[int], checkpoint: Checkpoint) -> None:
     assert len(set(greedy)) > 60
     assert len(set(greedy[-100:])) > 30
@@ -69,6 +70,7 @@ def test_greedy_text_varies_and_does_not_stop(greedy: list[int], checkpoint: Che
     assert "\ufffd" not in Tokenizer.load(TINY).decode(greedy)
 
 
+@pytest.mark.slow
 def test_some_drafts_are_right_and_some_are_wrong(
     greedy: list[int], checkpoint: Checkpoint, weights: dict[str, Any]
 ) -> None:

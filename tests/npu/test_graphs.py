@@ -14,10 +14,11 @@ from backends.ascend.writer import write
 from backends.toolchains import narrow
 from model import ops
 from model.formats import scheme
+from tests.marks import slow_but
 from tests.npu import graphs as g
 
 
-@pytest.mark.parametrize("k", [8, 56])
+@pytest.mark.parametrize("k", slow_but([8], [8, 56]))
 def test_a_sparse_layer_selects_and_attends_as_the_graph_does(k: int):
     """With 56 the second sequence sees less than is selected."""
     inputs, fn = g.attention_inputs(), g.sparse(k)
@@ -49,7 +50,7 @@ def test_a_selection_from_another_graph_that_sees_less_than_it_holds():
     np.testing.assert_allclose(g.run(made, inputs)["out"], np.asarray(layer(**inputs)[0]), atol=1e-5)
 
 
-@pytest.mark.parametrize("expanded", [False, True])
+@pytest.mark.parametrize("expanded", slow_but([True], [False, True]))
 def test_dense_attention_reads_the_two_caches(expanded: bool):
     inputs, layer = g.dense_inputs(expanded), g.dense(expanded)
     made = write(g.graph(layer, inputs, ["out"]), g.F32)

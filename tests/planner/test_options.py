@@ -83,7 +83,7 @@ def check_any(model: str, chip: str, count: int, data: st.DataObject) -> None:
         (FP8, "h200-sxm", None, 8, 4),
         pytest.param("glm-5", "h200-sxm", None, 16, 8, marks=pytest.mark.slow),
         pytest.param(FP8, "ascend-910c-die", "w4a8", 16, 4, marks=pytest.mark.slow),
-        ("glm-5", "ascend-910c-die", None, 32, 16),
+        pytest.param("glm-5", "ascend-910c-die", None, 32, 16, marks=pytest.mark.slow),
         (FP8, "ascend-910b3", "w4a8", 8, 4),
     ],
 )

@@ -112,6 +112,7 @@ def prompts() -> tuple[Prompt, ...]:
 
 
 @cache
+@cache
 def on_one_device(drafts: int) -> list[Completion]:
     shapes = EngineConfig(page_size=16, least_batch=4, least_chunk=32, least_context=128, drafts=drafts)
     return load_engine(trained(), registry.usable("cpu"), shapes, "float32").generate(list(prompts()))

@@ -108,8 +108,7 @@ def test_two_processes(started: list[subprocess.Popen[str]], small: Path, tmp_pa
 @pytest.mark.parametrize(
     ("count", "layout", "replicas"),
     [
-        (2, Layout(tp=2, dp=2, ep=4), 1),  # two devices each
-        (2, Layout(tp=2, ep=2, pp=2), 1),  # a stage each
+        (2, Layout(tp=2, ep=2, pp=2), 1),  # two devices each, a stage
         (4, Layout(tp=2, ep=2, pp=2), 1),  # half a stage each
         (4, Layout(tp=2, dp=2, ep=4), 1),
         (4, Layout(tp=2, ep=2), 2),  # a server on two of them

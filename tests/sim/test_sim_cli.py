@@ -131,9 +131,9 @@ def test_a_layout_for_any_number_of_devices(tiny: Checkpoint) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [64, 384])
-def test_many_devices_from_the_command_line(devices: int) -> None:
+def test_many_devices_from_the_command_line() -> None:
     """The embedded checkpoint."""
+    devices = 384
     ask = ("--prompt", "A mixture of experts", "--max-tokens", 8)
     found = in_a_process(*SIM, "--profile", "ascend-910c", "--formats", "f32", "--devices", devices, *ask)
     assert found["token_ids"] == glm5("run", *ask, "--json").json["token_ids"] and found["devices"] == devices
@@ -142,9 +142,9 @@ def test_many_devices_from_the_command_line(devices: int) -> None:
 
 @pytest.mark.slow
 def test_layouts_on_host_devices() -> None:
-    """A fifth of the 72 with degrees in 1, 2, 4, 8 that the checkpoint admits; `tests.sim.matrix all` runs them all."""
+    """A seventh of the 72 with degrees in 1, 2, 4, 8, as the checkpoint admits; `tests.sim.matrix all` runs all."""
     command = [sys.executable, "-m", "tests.sim.matrix", "some"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     found = [json.loads(line) for line in lines]
-    assert len(found) == 15
+    assert len(found) == 11
     assert all(each["same_tokens"] and each["logit_error"] < 1e-4 for each in found)

@@ -108,14 +108,13 @@ def test_a_killed_run_of_every_stage(staged: Path, tmp_path: Path, after: int) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [3, 9])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "after"),
     [
-        'name = "muon"',
-        'name = "adamw"',
-        'name = "adamw"\nweight_decay = 0.1\nclip = 0.5\nbalance_rate = 0.0',
-        'name = "muon-split"\nweight_decay = 0.1\nrise = 0.3',
+        ('name = "muon"', 3),
+        ('name = "adamw"', 9),
+        ('name = "adamw"\nweight_decay = 0.1\nclip = 0.5\nbalance_rate = 0.0', 3),
+        ('name = "muon-split"\nweight_decay = 0.1\nrise = 0.3', 9),
     ],
 )
 def test_a_killed_run_of_any_optimizer(tmp_path: Path, options: str, after: int) -> None:
