@@ -259,13 +259,13 @@ class RunModel:
         self.load_s = time.perf_counter() - begin
 
     def _shapes(self):
-        """Of every weight as the graphs take it, by unit and name."""
+        """Shape and type of every weight as the graphs take it, by unit and name."""
         found = {}
         for program in self.manifest["programs"]:
             for name, steps in program["units"].items():
                 for value in (value for step in steps for value in step["inputs"]):
                     owner = "outer" if value["name"].startswith("outer.") else name
-                    found[owner, value["name"]] = value["shape"]
+                    found[owner, value["name"]] = (value["shape"], value["dtype"])
         return found
 
     def _weights(self, held, owner, shapes):
@@ -273,12 +273,17 @@ class RunModel:
         nz = self.manifest["extra"]["ascend"]["nz"].get(unit, [])
         for ref in self.manifest["weights"][unit]:
             stored = held.tensor(f"{owner}.{ref['name'].partition('.')[2]}")
-            shape = shapes.get((unit, ref["name"]))
-            if shape is None:
+            if (unit, ref["name"]) not in shapes:
                 continue  # of a graph that this device does not run
+            shape, dtype = shapes[unit, ref["name"]]
+            packed = ref["dtype"] == "int4"  # two to a byte in the file, eight to an int32 in the graph
+            if packed:
+                stored, shape = stored.view(torch.int8), [*shape[:-1], shape[-1] * 4]
             value = stored.reshape(shape).to(self.place.device)
             if ref["name"] in nz and self.place.device.type == "npu":
                 value = torch.ops.npu.npu_format_cast(value, FRACTAL_NZ)
+            if packed:  # after the cast, which counts bytes
+                value = value.view(getattr(torch, dtype))
             out[ref["name"]] = value
         return out
 
