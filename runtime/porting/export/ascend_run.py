@@ -558,8 +558,24 @@ class OperatorTimes(torch.fx.Interpreter):
         seconds = time.perf_counter() - begin
         tensors = torch.utils._pytree.tree_leaves((args, kwargs))
         shapes = tuple((tuple(x.shape), str(x.dtype)[6:]) for x in tensors if isinstance(x, torch.Tensor))
-        self.found.setdefault((target._schema.name.replace("::", "."), shapes), []).append(seconds)
+        made = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+        outputs = tuple((tuple(x.shape), str(x.dtype)[6:]) for x in made)
+        equation = args[0] if args and isinstance(args[0], str) else ""
+        key = (target._schema.name.replace("::", "."), shapes, outputs, equation)
+        self.found.setdefault(key, []).append(seconds)
         return result
+
+
+def measure_empty(place, count=50):
+    """Seconds of an operator that has nothing to do, with the wait for it: what every operator's time begins at."""
+    value, times = torch.zeros(1, device=place.device), []
+    for _ in range(count):
+        place.synchronize()
+        begin = time.perf_counter()
+        torch.ops.aten.add.Tensor(value, value)
+        place.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
 
 
 def measure_operators(model, program, repeat):
@@ -594,10 +610,12 @@ def measure_operators(model, program, repeat):
             "operator": name,
             "phase": phase,
             "inputs": [{"shape": list(shape), "dtype": dtype} for shape, dtype in shapes],
+            "outputs": [{"shape": list(shape), "dtype": dtype} for shape, dtype in outputs],
+            "equation": equation,
             "calls_a_step": len(seconds) // repeat,
             **spread(seconds),
         }
-        for (name, shapes), seconds in sorted(found.items(), key=lambda each: -sum(each[1]))
+        for (name, shapes, outputs, equation), seconds in sorted(found.items(), key=lambda each: -sum(each[1]))
     ]
 
 
@@ -706,6 +724,7 @@ def run(given):
             "prompts": prompts,
             "tokens": answers,
             "steps": {phase: spread(seconds[1:] or seconds) for phase, seconds in times.items()},
+            "empty_s": measure_empty(place) if given.operators else None,
             "programs": [],
             "operators": [],
         }
