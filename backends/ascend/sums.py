@@ -16,4 +16,4 @@ def bias_of(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     It computes with the halves of an int8, 16 high + low, and takes low - 8 for the low one: the bias has the eight
     times the sum of the weights that this leaves out (vllm-ascend and SGLang, w4a8 for NPUs, read 2026-11).
     """
-    return 8 * np.sum(values.astype(np.float32) * scale.astype(np.float32), axis=1, dtype=np.float32)
+    return np.asarray(8 * np.sum(values.astype(np.float32) * scale.astype(np.float32), axis=1, dtype=np.float32))

@@ -91,16 +91,15 @@ def _of_run(path: Path) -> Iterator[OperatorTime]:
     try:
         empty = float(found["empty_s"])
         for entry in found["operators"]:
-            tensors = [
+            inputs, outputs = (
                 tuple((tuple(map(int, each["shape"])), str(each["dtype"])) for each in entry[key])
                 for key in ("inputs", "outputs")
-            ]
+            )
             seconds = float(entry["median_s"]) - empty
-            yield OperatorTime(str(entry["operator"]), *tensors, seconds, str(entry["equation"]))
+            yield OperatorTime(str(entry["operator"]), inputs, outputs, seconds, str(entry["equation"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{path}: operators: {type(error).__name__}: {error}; measure again with this run.py"
-        ) from None
+        why = f"operators: {type(error).__name__}: {error}"
+        raise UsageError(f"{path}: {why}; measure again with this package's run.py") from None
 
 
 def _of_csv(path: Path, launch_s: float) -> Iterator[OperatorTime]:

@@ -138,5 +138,5 @@ def test_validate_scores_the_steps_of_a_run(tmp_path: Path):
     (same,) = glm5("validate", csv, "--json").json["rows_detail"]
     assert decode["predicted"] == same["predicted"]
     assert math.isfinite(prefill["predicted"]["step_s"]) and prefill["predicted"]["step_s"] > 0
-    path.write_text('{"kind": "glm5-npu-measurements", "programs": []}')
+    path.write_text('{"kind": "glm5-npu-measurements", "version": 1, "programs": []}')
     assert "no steps that a package's run.py has measured" in refused("validate", path)
