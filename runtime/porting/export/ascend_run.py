@@ -259,13 +259,13 @@ class RunModel:
         self.load_s = time.perf_counter() - begin
 
     def _shapes(self):
-        """Of every weight as the graphs take it, by unit and name."""
+        """Shape and type of every weight as the graphs take it, by unit and name."""
         found = {}
         for program in self.manifest["programs"]:
             for name, steps in program["units"].items():
                 for value in (value for step in steps for value in step["inputs"]):
                     owner = "outer" if value["name"].startswith("outer.") else name
-                    found[owner, value["name"]] = value["shape"]
+                    found[owner, value["name"]] = (value["shape"], value["dtype"])
         return found
 
     def _weights(self, held, owner, shapes):
@@ -273,12 +273,17 @@ class RunModel:
         nz = self.manifest["extra"]["ascend"]["nz"].get(unit, [])
         for ref in self.manifest["weights"][unit]:
             stored = held.tensor(f"{owner}.{ref['name'].partition('.')[2]}")
-            shape = shapes.get((unit, ref["name"]))
-            if shape is None:
+            if (unit, ref["name"]) not in shapes:
                 continue  # of a graph that this device does not run
+            shape, dtype = shapes[unit, ref["name"]]
+            packed = ref["dtype"] == "int4"  # two to a byte in the file, eight to an int32 in the graph
+            if packed:
+                stored, shape = stored.view(torch.int8), [*shape[:-1], shape[-1] * 4]
             value = stored.reshape(shape).to(self.place.device)
             if ref["name"] in nz and self.place.device.type == "npu":
                 value = torch.ops.npu.npu_format_cast(value, FRACTAL_NZ)
+            if packed:  # after the cast, which counts bytes
+                value = value.view(getattr(torch, dtype))
             out[ref["name"]] = value
         return out
 
@@ -553,8 +558,24 @@ class OperatorTimes(torch.fx.Interpreter):
         seconds = time.perf_counter() - begin
         tensors = torch.utils._pytree.tree_leaves((args, kwargs))
         shapes = tuple((tuple(x.shape), str(x.dtype)[6:]) for x in tensors if isinstance(x, torch.Tensor))
-        self.found.setdefault((target._schema.name.replace("::", "."), shapes), []).append(seconds)
+        made = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+        outputs = tuple((tuple(x.shape), str(x.dtype)[6:]) for x in made)
+        equation = args[0] if args and isinstance(args[0], str) else ""
+        key = (target._schema.name.replace("::", "."), shapes, outputs, equation)
+        self.found.setdefault(key, []).append(seconds)
         return result
+
+
+def measure_empty(place, count=50):
+    """Seconds of an operator that has nothing to do, with the wait for it: what every operator's time begins at."""
+    value, times = torch.zeros(1, device=place.device), []
+    for _ in range(count):
+        place.synchronize()
+        begin = time.perf_counter()
+        torch.ops.aten.add.Tensor(value, value)
+        place.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
 
 
 def measure_operators(model, program, repeat):
@@ -589,10 +610,12 @@ def measure_operators(model, program, repeat):
             "operator": name,
             "phase": phase,
             "inputs": [{"shape": list(shape), "dtype": dtype} for shape, dtype in shapes],
+            "outputs": [{"shape": list(shape), "dtype": dtype} for shape, dtype in outputs],
+            "equation": equation,
             "calls_a_step": len(seconds) // repeat,
             **spread(seconds),
         }
-        for (name, shapes), seconds in sorted(found.items(), key=lambda each: -sum(each[1]))
+        for (name, shapes, outputs, equation), seconds in sorted(found.items(), key=lambda each: -sum(each[1]))
     ]
 
 
@@ -701,6 +724,7 @@ def run(given):
             "prompts": prompts,
             "tokens": answers,
             "steps": {phase: spread(seconds[1:] or seconds) for phase, seconds in times.items()},
+            "empty_s": measure_empty(place) if given.operators else None,
             "programs": [],
             "operators": [],
         }
