@@ -181,7 +181,7 @@ class _Stream:
 
 class _Clients:
     """Clients on one thread, over sockets alone: a client library, or an event loop, would take as long over a token as
-    the server does, on the same cores. Connections are open before anything is sent."""
+    the server does, on the same cores. A connection is open before its request's time begins."""
 
     def __init__(self, server: Server, asks: Sequence[Ask], rng: np.random.Generator, ids: tuple[int, int]):
         url = httpx.URL(server.url)
@@ -199,9 +199,8 @@ class _Clients:
             while selector.get_map():
                 for _ in range(self._step(selector, None)):
                     if self._left:
+                        self._connect(1)
                         self._send(selector)
-                        self._connect(1)  # for the next
-        self._close()
         return self._seen
 
     def at(self, times: Sequence[float]) -> list[Seen]:
@@ -239,10 +238,6 @@ class _Clients:
             self._seen.append(key.data.seen())
             ended += 1
         return ended
-
-    def _close(self) -> None:
-        while self._ready:
-            self._ready.pop().close()
 
 
 def _request(content: bytes) -> bytes:
