@@ -188,23 +188,19 @@ class _Clients:
         self._place = (url.host, url.port)
         self._left = deque((_request(body(server, ask, rng, ids)), ask) for ask in asks)
         self._count = len(self._left)
-        self._ready: deque[socket.socket] = deque()
         self._seen: list[Seen] = []
 
     def in_turn(self, concurrency: int) -> list[Seen]:
-        self._connect(concurrency)
         with selectors.DefaultSelector() as selector:
             for _ in range(min(concurrency, self._count)):
                 self._send(selector)
             while selector.get_map():
                 for _ in range(self._step(selector, None)):
                     if self._left:
-                        self._connect(1)
                         self._send(selector)
         return self._seen
 
     def at(self, times: Sequence[float]) -> list[Seen]:
-        self._connect(self._count)
         began, due = time.perf_counter(), deque(sorted(times))
         with selectors.DefaultSelector() as selector:
             while due or selector.get_map():
@@ -215,12 +211,9 @@ class _Clients:
                 self._step(selector, None if wait is None else max(0.0, wait))
         return self._seen
 
-    def _connect(self, count: int) -> None:
-        for _ in range(count):
-            self._ready.append(socket.create_connection(self._place))
-
     def _send(self, selector: selectors.BaseSelector) -> None:
-        (content, ask), made = self._left.popleft(), self._ready.popleft()
+        content, ask = self._left.popleft()
+        made = socket.create_connection(self._place)
         stream = _Stream(ask, time.perf_counter())
         made.sendall(content)
         selector.register(made, selectors.EVENT_READ, stream)
