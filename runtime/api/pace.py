@@ -34,6 +34,7 @@ from runtime.serving.executor import ByRank, FedRow
 
 _PROMPT, _ANSWER, _STREAMS = 16, 48, 8  # tokens, and requests at once
 _ALONE = 4  # requests one behind the other
+_LEAST_S = 1e-6  # less is not told apart from nothing, which a profile does not hold
 
 Seen = list[tuple[float, float]]
 """Of each answer, when it came: seconds from the sending of all to its first token and to its last."""
@@ -55,9 +56,9 @@ def serving_cost(backend: Backend, rounds: int = 7) -> ServingCost:
             of_all = max(ask(_STREAMS))
             found.append((first, one, (of_all[1] - of_all[0]) / (_ANSWER - 1), *_programs_s(engine)))
     first, one, together, prompt, token, tokens = (statistics.median(each) for each in zip(*found, strict=True))
-    row_s = max(0.0, ((together - tokens) - (one - token)) / (_STREAMS - 1))
-    step_s = max(0.0, one - token - row_s)
-    return ServingCost(max(0.0, first - prompt - step_s - row_s), step_s, row_s)
+    row_s = max(_LEAST_S, ((together - tokens) - (one - token)) / (_STREAMS - 1))
+    step_s = max(_LEAST_S, one - token - row_s)
+    return ServingCost(max(_LEAST_S, first - prompt - step_s - row_s), step_s, row_s)
 
 
 def _programs_s(engine: LocalEngine) -> tuple[float, float, float]:
