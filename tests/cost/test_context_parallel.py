@@ -12,10 +12,12 @@ from model.cache import cache_rows
 from model.hf_config import load_config
 from model.split import Grid, Layout
 from model.weights import layer_weights
-from runtime.deployment.engines.flags import format_facts, releases, unsupported
+from runtime.deployment.engines.flags import releases
+from runtime.deployment.errors import LaunchError
 from runtime.deployment.ledger import stage_kv_bytes_per_token
 from runtime.planning.assign import plan_for
 from runtime.planning.check import check
+from runtime.planning.launch import launch
 from runtime.pricing import attention, context_parallel, open_book
 from runtime.pricing.attention import GqaLayer, MlaLayer
 from runtime.pricing.placement import Span, place
@@ -161,13 +163,19 @@ def test_what_an_engine_cannot_is_refused(model: str, engine: str, why: str) -> 
 @pytest.mark.parametrize("release", ["0.11", "0.13", "0.23", "0.28"])
 def test_which_vllm_deals_out_eight_bits(release: str) -> None:
     """Its mla_attention.py asserts against it up to 0.24; PR 44044 took that out. Wherever there are launch lines they
-    refuse the same."""
+    refuse the same, of a plan that is for another release too."""
     name = f"vllm@{release}"
     assert spec(1, engine=name, kv="fp8").layout.dcp == 1
-    facts = {"dealt": True} | format_facts(load_config("kimi-k2"), hw_profiles.load("h200-sxm"), "w4a16", "fp8")
     fits = release == "0.28"
     if release in releases("vllm"):
-        assert (unsupported("vllm", release, facts) is None) == fits
+        dealt = plan_for(spec(8, engine="vllm@0.28", kv="fp8"))
+        if fits:
+            assert "--decode-context-parallel-size 8" in launch(dealt, load_config("kimi-k2"), release=release).script(
+                0
+            )
+        else:
+            with pytest.raises(LaunchError, match=f"vllm {release} deals no fp8 cache out"):
+                launch(dealt, load_config("kimi-k2"), release=release)
     if fits:
         assert memories(spec(8, engine=name, kv="fp8"))[0].pool_tokens > 1.5 * memories(spec(8))[0].pool_tokens
         return
