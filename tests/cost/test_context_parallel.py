@@ -168,14 +168,12 @@ def test_which_vllm_deals_out_eight_bits(release: str) -> None:
     assert spec(1, engine=name, kv="fp8").layout.dcp == 1
     fits = release == "0.28"
     if release in releases("vllm"):
-        dealt = plan_for(spec(8, engine="vllm@0.28", kv="fp8"))
+        cfg, dealt = load_config("kimi-k2"), plan_for(spec(8, engine="vllm@0.28", kv="fp8"))
         if fits:
-            assert "--decode-context-parallel-size 8" in launch(dealt, load_config("kimi-k2"), release=release).script(
-                0
-            )
+            assert "--decode-context-parallel-size 8" in launch(dealt, cfg, release=release).script(0)
         else:
             with pytest.raises(LaunchError, match=f"vllm {release} deals no fp8 cache out"):
-                launch(dealt, load_config("kimi-k2"), release=release)
+                launch(dealt, cfg, release=release)
     if fits:
         assert memories(spec(8, engine=name, kv="fp8"))[0].pool_tokens > 1.5 * memories(spec(8))[0].pool_tokens
         return
