@@ -46,6 +46,22 @@ _MATRIX_DIMS = {
     Arrangement.MATRIX: (-2, -1), Arrangement.GATE_UP: (-3, -1), Arrangement.HEAD_KEYS: (-1, -2),
     Arrangement.HEAD_VALUES: (-2, -1),
 }  # fmt: skip
+
+
+def as_matrix(weight: Weight, value: Any) -> Any:
+    """An array of a matrix in the graph's layout, NumPy's or JAX's, as [.., out, in]."""
+    if weight.arrangement is Arrangement.GATE_UP:  # [.., d, 2, f] -> [.., 2, f, d]
+        return value.swapaxes(-3, -1).swapaxes(-3, -2)
+    return value if weight.arrangement is Arrangement.HEAD_KEYS else value.swapaxes(-1, -2)
+
+
+def from_matrix(weight: Weight, value: Any) -> Any:
+    """The inverse of `as_matrix`."""
+    if weight.arrangement is Arrangement.GATE_UP:
+        return value.swapaxes(-3, -2).swapaxes(-3, -1)
+    return value if weight.arrangement is Arrangement.HEAD_KEYS else value.swapaxes(-1, -2)
+
+
 _INDEXER = "self_attn.indexer."  # where checkpoints keep an indexer's weights
 
 
