@@ -123,8 +123,8 @@ def quantise(fmt: MatrixFormat, matrix: np.ndarray) -> Matrix:
 class Arithmetic(NamedTuple):
     """How a quantiser computes, so that it is one for the host and inside a compiled program.
 
-    xp: NumPy, or what has its functions. divided: float32 arrays, or one by a number; not one times the other's inverse.
-    kept: float32 rounded as a type keeps it.
+    xp: NumPy, or what has its functions. divided: float32 arrays, or one by a number; not one times the other's
+    inverse. kept: float32 rounded as a type keeps it.
     """
 
     xp: Any

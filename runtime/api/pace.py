@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from backends.interface import Backend
+from foundation.reading import parse_json
 from model.checkpoint import Checkpoint
 from runtime.api import pace_client
 from runtime.api.endpoint import Endpoint
@@ -101,7 +102,7 @@ def _asked(engine: LocalEngine) -> Iterator[Burst]:
         def ask(streams: int) -> Seen:
             bodies = [_request(rng) for _ in range(streams)]
             print(json.dumps({"port": port, "bodies": bodies}), file=asked, flush=True)
-            return [(first, last) for first, last in json.loads(told.readline())]
+            return [(first, last) for first, last in parse_json(told.readline())]
 
         yield ask
         asked.close()
