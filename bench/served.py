@@ -158,7 +158,7 @@ def _alone(options: argparse.Namespace) -> list[float]:
 
 
 def predicted(options: argparse.Namespace) -> None:
-    """A round each: the host measured, then simulated and served, load by load."""
+    """A round each: all loads served before the host is measured and after, then simulated."""
     from model.checkpoint import Checkpoint
     from runtime.execution.local.load import embedded_checkpoint
 
@@ -170,22 +170,31 @@ def predicted(options: argparse.Namespace) -> None:
     found: dict[str, dict[str, Sides]] = {}
     most = max(int(count) for kind, count in loads if kind == "concurrency")
     given = ("--backend", "cpu", "--checkpoint", checkpoint, "--warm-up", 2 * most, "--dtype", "float32")
+    counts = [int(max(16, 6 * value)) if kind == "concurrency" else options.requests for kind, value in loads]
+
+    def answered(server: outside.Server) -> list[dict[str, float]]:
+        found = []
+        for (kind, value), count in zip(loads, counts, strict=True):
+            asks = outside.repeated(Ask(options.isl, options.osl), count)
+            if kind == "concurrency":
+                answers = in_closed_loop(server, asks, int(value), 0, ids)
+            else:
+                answers = outside.in_open_loop(server, asks, value, 0, ids)
+            found.append(figures(answers, 1.0))
+        return found
+
     with tempfile.TemporaryDirectory() as folder, served(*given) as server:
-        for seed in range(-1, options.rounds):
+        answered(server)  # compiles what is left
+        for seed in range(options.rounds):
             profile = Path(folder) / f"host{seed}.toml"
-            if seed >= 0:
-                glm5("calibrate", "--backend", "cpu", "--out", profile, *(["--quick"] if options.quick else []))
-            for kind, value in loads:
-                count = int(max(16, 6 * value)) if kind == "concurrency" else options.requests
-                asks = outside.repeated(Ask(options.isl, options.osl), count)
-                if kind == "concurrency":
-                    answers = in_closed_loop(server, asks, int(value), 0, ids)
-                else:
-                    answers = outside.in_open_loop(server, asks, value, 0, ids)
-                if seed >= 0:  # the one before compiles what is left
-                    print(f"{kind} {value:g}: ", end="")
-                    simulated = told(json.loads(_simulate(checkpoint, profile, options, kind, value, count)))
-                    noted(found.setdefault(f"{value:g}, {kind}", {}), simulated, figures(answers, 1.0))
+            before = answered(server)
+            glm5("calibrate", "--backend", "cpu", "--out", profile, *(["--quick"] if options.quick else []))
+            after = answered(server)
+            for (kind, value), count, one, other in zip(loads, counts, before, after, strict=True):
+                print(f"{kind} {value:g}: ", end="")
+                simulated = told(json.loads(_simulate(checkpoint, profile, options, kind, value, count)))
+                seen = {name: (one[name] + other[name]) / 2 for name in one}
+                noted(found.setdefault(f"{value:g}, {kind}", {}), simulated, seen)
     print(f"{checkpoint}: {options.isl} in, {options.osl} out; {options.rounds} rounds\n{HEAD}")
     for load_name, each in found.items():
         print(*(sides.row(f"{load_name}: {name}") for name, sides in each.items()), sep="\n")

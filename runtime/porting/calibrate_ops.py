@@ -26,7 +26,7 @@ from runtime.pricing.kernel import Constants, formula
 
 _EXPERTS, _TOP_K, _HEADS, _LATENT, _VALUE, _PAGE, _SELECTED = 32, 4, 8, 160, 128, 16, 128
 _INDEX_HEADS, _INDEX_DIM = 16, 32
-_WIDTHS = (256, 512)  # of the experts, and of the model around them
+_WIDTHS = (64, 256, 512)  # of the experts, and of the model around them: the smallest says what a launch takes
 _LAYERS = 4
 FORMAT_OF_DTYPE = {"float32": "f32", "bfloat16": "bf16"}
 

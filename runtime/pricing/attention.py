@@ -352,3 +352,15 @@ def gqa(book: PriceBook, phase: Literal["decode", "prefill"], heads: int, kv_hea
 
     key = (f"gqa_{phase}", heads, kv_heads, head_dim, row, count)
     return book.surface(key, kernel, "bf16", rows, features).price(tokens, context)
+
+
+def gqa_unpacked(book: PriceBook, heads: int, kv_heads: int, sequences: float, context: float, tile: int,
+                 head_dim: int = 128, row: str = "bf16") -> Price:  # fmt: skip
+    """Decoding `sequences` over `context` keys each by the prefill kernel, which computes `tile` queries of each."""
+    kernel, _ = book.kernel("gqa_prefill", "bf16")
+    fixed = {"heads": float(heads), "kv_bytes": kv_heads * 2.0 * ROWS[row].bytes(head_dim),
+             "qk": float(head_dim), "v": float(head_dim)}  # fmt: skip
+    key = ("gqa_unpacked", heads, kv_heads, head_dim, row, tile)
+    return book.surface(key, kernel, "bf16", BATCH_KNOTS,
+                        lambda b, c: {"sequences": b, "tokens": tile * b, "context": c, **fixed}
+                        ).price(sequences, context)  # fmt: skip

@@ -34,7 +34,7 @@ from runtime.simulation.build import Built, PriceTables, build, spec_for
 from runtime.simulation.mechanisms import Mechanism
 from runtime.simulation.published import PublishedRow, model_of
 from runtime.simulation.scores import ScoredRow
-from runtime.simulation.trust import kind_of, report_bands
+from runtime.simulation.trust import kind_of, of_older_engine, report_bands
 
 END_TO_END = (
     "model",
@@ -189,6 +189,8 @@ def _published(row: Mapping[str, str], builds: dict[Any, Built], without: Mechan
     built = builds[key]
     report = simulate(asked.load, built.deployment)
     found = report_bands(built, report)
+    if asked.older:
+        found = of_older_engine(found)
     measured, predicted = beside(asked, report)
     bands = {key: found[FIGURES[key]].around(value) for key, value in predicted.items()}
     return ScoredRow(

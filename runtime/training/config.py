@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from foundation.errors import UsageError
 from foundation.reading import Unreadable, read_toml
@@ -182,12 +182,18 @@ class _File:
         return None if self.stage else "needs at least one [[stage]]"
 
 
-_Read = TypeVar("_Read", _File, OptimizerConfig, TrainingStage)
+class Checked(Protocol):
+    """A dataclass that says what is wrong with its values, in half a line; None where nothing is."""
+
+    def problem(self) -> str | None: ...
 
 
-def _read(where: str, kind: type[_Read], raw: Any) -> _Read:
-    """A dataclass from a TOML table, strictly."""
-    made: _Read = validated(kind, raw, UsageError, where, say=_say)
+_Table = TypeVar("_Table", bound=Checked)
+
+
+def table(where: str, kind: type[_Table], raw: Any) -> _Table:
+    """A dataclass from a TOML table, strictly. Raises `UsageError`, one line that begins with `where`."""
+    made: _Table = validated(kind, raw, UsageError, where, say=_say)
     if problem := made.problem():
         raise UsageError(f"{where}: {problem}")
     return made
@@ -210,11 +216,11 @@ def read(path: str | Path) -> TrainConfig:
     except Unreadable as error:
         what = f"not valid TOML ({error})" if error.reason in ("syntax", "encoding") else error
         raise UsageError(f"{path}: {what}") from None
-    file = _read(str(path), _File, raw)
+    file = table(str(path), _File, raw)
     config = TrainConfig(
         _model(path, file.model),
-        _read(f"{path}: [optimizer]", OptimizerConfig, file.optimizer),
-        tuple(_read(f"{path}: [[stage]] {i}", TrainingStage, each) for i, each in enumerate(file.stage, 1)),
+        table(f"{path}: [optimizer]", OptimizerConfig, file.optimizer),
+        tuple(table(f"{path}: [[stage]] {i}", TrainingStage, each) for i, each in enumerate(file.stage, 1)),
         file.seed,
         file.save_every,
         file.log_every,

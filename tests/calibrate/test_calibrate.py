@@ -96,15 +96,17 @@ def test_what_serving_takes_is_found_beside_the_programs(
 ) -> None:
     """Of a server that takes just so much: what its programs take, in steps that requests share, is none of it."""
 
-    def cpu_s(port: int, streams: int, tokens: int) -> float:
-        prompts = streams * (request + row) + step + 3 * programs
-        return prompts + (tokens - 1) * (programs + step + streams * row)
+    rows_s = 2 * programs  # what a step's program takes longer with all rows than with one
+
+    def ask(streams: int) -> pace.Seen:
+        first = streams * (request + row) + step + 3 * programs
+        token = programs + step + streams * row + (rows_s if streams > 1 else 0)
+        return [(first, first + 47 * token)] * streams
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pace, "load_engine", lambda *_: None)
-        patch.setattr(pace, "_served", lambda engine: contextlib.nullcontext(0))
-        patch.setattr(pace, "_cpu_s", cpu_s)
-        patch.setattr(pace, "_programs_cpu_s", lambda engine: (3 * programs, programs))
+        patch.setattr(pace, "_asked", lambda engine: contextlib.nullcontext(ask))
+        patch.setattr(pace, "_programs_s", lambda engine: (3 * programs, programs, programs + rows_s))
         found = SERVING_COST(registry.get("cpu"), rounds=1)
     assert dataclasses.astuple(found) == pytest.approx((request, step, row), rel=1e-6, abs=1e-9)
 

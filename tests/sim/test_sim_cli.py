@@ -70,10 +70,12 @@ def test_a_plan_for_something_else_is_refused(small: Path, tmp_path: Path) -> No
     assert "not for" in refused(*SIM, "--plan", path)  # the embedded checkpoint is another model
     ask = (*SIM, "--checkpoint", small, "--plan", path)
     assert f"{path} is a plan for 2 devices" in refused(*ask, "--devices", 8)
-    assert refused(*ask, "--tp", 2).startswith("--tp: the plan decides that")
+    for given in (("--tp", 2), ("--mtp", 0), ("--kv", "bf16")):  # whatever the plan says
+        assert refused(*ask, *given).startswith(f"{given[0]} does not go with --plan, which decides it")
+        assert refused("serve", *ask[1:], *given).startswith(f"{given[0]} does not go with --plan")
     path.write_text(path.read_text()[:200])
     assert "cut short" in refused(*ask)
-    assert refused(*ask, "--mtp", 2).startswith("--mtp: the plan decides that")
+    assert refused(*ask, "--mtp", 2).startswith("--mtp does not go with --plan")
 
 
 @pytest.mark.parametrize("planned", [False, True])
