@@ -187,31 +187,38 @@ def exchange(kind, value, dim, group):
 
 
 class Unit(torch.nn.Module):
-    """A unit's graphs and the collectives between them: tensors in by `inputs`, out by `outputs`."""
+    """A unit's graphs and the collectives between them: tensors in by `inputs`, out by `outputs`.
+
+    Values have numbers inside: what torch.compile has to compare at every call is kept small.
+    """
 
     def __init__(self, steps, graphs, groups):
         super().__init__()
         self.graphs = torch.nn.ModuleList(graphs)
-        self.steps, self.groups = steps, groups
-        made, self.inputs, self.outputs = set(), [], []
-        for step in steps:
-            given = [value["name"] for value in step["inputs"]]
-            self.inputs += [name for name in given if name not in made and name not in self.inputs]
-            made |= {value["name"] for value in step["outputs"]}
-            self.outputs += [value["name"] for value in step["outputs"] if value["name"].endswith(OUT)]
-        self.outputs = list(dict.fromkeys(self.outputs))
+        names = [[[value["name"] for value in step[key]] for key in ("inputs", "outputs")] for step in steps]
+        made = [name for _, outputs in names for name in outputs]
+        self.inputs = list(dict.fromkeys(name for given, _ in names for name in given if name not in made))
+        self.outputs = list(dict.fromkeys(name for name in made if name.endswith(OUT)))
+        number = {name: place for place, name in enumerate(dict.fromkeys([*self.inputs, *made]))}
+        self.count = len(number)
+        self.plan = tuple(
+            (step["kind"], step["dim"], step["axis"], tuple(number[name] for name in given), number[results[0]])
+            for step, (given, results) in zip(steps, names, strict=True)
+        )  # what a step makes has numbers in a row
+        self.results = tuple(number[name] for name in self.outputs)
+        self.groups = {step["axis"]: groups[step["axis"]][0] for step in steps if step["axis"]}
 
     def forward(self, *values):
-        env, left = dict(zip(self.inputs, values, strict=True)), 0
-        for step in self.steps:
-            given = [env[value["name"]] for value in step["inputs"]]
-            if step["kind"] == "graph":
-                results = self.graphs[left](*given)
+        held = [*values, *[None] * (self.count - len(values))]
+        left = 0
+        for kind, dim, axis, given, first in self.plan:
+            if kind == "graph":
+                made = self.graphs[left](*[held[place] for place in given])
                 left += 1
             else:
-                results = [exchange(step["kind"], given[0], step["dim"], self.groups[step["axis"]][0])]
-            env.update(zip([value["name"] for value in step["outputs"]], results, strict=True))
-        return tuple(env[name] for name in self.outputs)
+                made = [exchange(kind, held[given[0]], dim, self.groups[axis])]
+            held[first : first + len(made)] = made
+        return tuple(held[place] for place in self.results)
 
 
 def unit_of(steps, graphs, groups):
