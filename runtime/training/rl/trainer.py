@@ -178,6 +178,8 @@ class _Run:
     def go(self) -> Path:
         """All that is left; the checkpoint."""
         number, within = self.config.at(self._done)
+        if not self._done and not metrics.load(self.folder):  # what it knows before it learns
+            metrics.append(self.folder, {"step": 0, "stage": 1, "held_out": self._examine(number)})
         while number < len(self.config.stages):
             self._stage(number, within)
             number, within = number + 1, 0
