@@ -101,7 +101,7 @@ def test_what_serving_takes_is_found_beside_the_programs(
     def ask(streams: int) -> pace.Seen:
         first = streams * (request + row) + step + 3 * programs
         token = programs + step + streams * row + (rows_s if streams > 1 else 0)
-        return [(first, first + 47 * token)] * streams
+        return [[first + at * token for at in range(48)]] * streams
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pace, "load_engine", lambda *_: None)
@@ -115,7 +115,7 @@ def test_what_cannot_be_told_from_nothing_is_a_figure_still(written: hw_profiles
     """On a host that something else slows down as programs are timed alone, and not as the server is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pace, "load_engine", lambda *_: None)
-        patch.setattr(pace, "_asked", lambda engine: contextlib.nullcontext(lambda streams: [(0.001, 0.048)] * streams))
+        patch.setattr(pace, "_asked", lambda engine: contextlib.nullcontext(lambda streams: [[0.001, 0.048]] * streams))
         patch.setattr(pace, "_programs_s", lambda engine: (0.1, 0.1, 0.2))
         found = SERVING_COST(registry.get("cpu"), rounds=1)
     figures = dict(written.figures)
