@@ -151,7 +151,7 @@ def test_int8_experts_mean_what_the_narrow_op_means(first: int):
 
 
 @pytest.mark.parametrize("name", ["w4a8", "w4a16"])
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_4_bit_experts_mean_what_the_narrow_op_means(name: str, fused: bool):
     """Packed eight to an int32, whatever runs them; with int8 rows the kernel's halves, and the sums it is given."""
     inputs, call = g.narrow_experts(name), narrow.lowerings(scheme(name), "ascend")["glm.expert_ffn"]

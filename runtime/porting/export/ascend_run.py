@@ -109,6 +109,9 @@ class RunPlace:
         self.axes = {axis: manifest["axes"].get(axis, 1) for axis in ("dp", "tp")}
         self.stages = 1 + max(each["stage"] for each in manifest["devices"])
         self.world = self.stages * self.axes["dp"] * self.axes["tp"]
+        held = {index for each in manifest["devices"] for index in each["layers"]}
+        if len(manifest["devices"]) != self.world or held != {each["index"] for each in manifest["layers"]}:
+            raise Stop(f"the package does not hold all devices of {manifest['layout']}; export it without --device")
         self.rank = int(os.environ.get("RANK", "0"))
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes != self.world:
@@ -118,9 +121,7 @@ class RunPlace:
             )
         found = [each for each in manifest["devices"] if each["index"] == self.rank]
         if not found or found[0]["weights"] is None:
-            raise Stop(
-                f"the package has no weights of device {self.rank}; export it with --weights external, without --device"
-            )
+            raise Stop(f"the package has no weights of device {self.rank}; export it with --weights external")
         self.share = found[0]
         self.local = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device("cpu") if device == "cpu" else torch.device("npu", self.local)
