@@ -28,8 +28,8 @@ _CALIBRATED_ERROR, _CARRIED_ERROR = 0.2, 0.5
 """Errors of what calibration measured (the spread of its own points about the curves), and of kernels that
 borrow its rates."""
 ROTATED = {"gemm": 6}
-"""Weights that the tables' benchmarks took in turn, so as not to find them in a cache (aiconfigurator collect_gemm.py:298:
-six at most); one, where nothing is said."""
+"""Weights that the tables' benchmarks took in turn, so as not to find them in a cache: six at most (aiconfigurator
+collect_gemm.py:298); one, where nothing is said."""
 KERNEL_BOUNDS: tuple[Bound, ...] = ("compute", "memory", "overhead")
 
 
