@@ -112,7 +112,6 @@ CURVES = {"efficiency.compute": "FLOP", "efficiency.memory": "bytes", "efficienc
 
 # Text fields: path -> allowed values, or None for free text.
 LABELS: dict[str, tuple[str, ...] | None] = {
-    "chip.soc_version": None,  # how the vendor's compiler names the chip, where there is one name
     "chip.memory.kind": None,
     "link.scale_up.topology": TOPOLOGIES,
     "link.scale_out.topology": TOPOLOGIES,

@@ -24,6 +24,7 @@ _COSTLY = (
 KINDS: dict[str, int] = {
     **dict.fromkeys(_CHEAP, FEW),
     **dict.fromkeys(_COSTLY, COSTLY),
+    "request": 12,  # more in tests/api
     **{"onnx graph": FEW, "torch graph": 30, "stablehlo graphs": 1},
 }
 AT_ONCE = {"stablehlo graphs": 25}  # cases in a case, `graphs.AT_ONCE`
