@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import subprocess
 import sys
 
@@ -154,9 +155,17 @@ def test_a_damaged_artifact_is_refused(data: st.DataObject) -> None:
         Artifact.from_bytes(whole[:payload_at] + bytes([whole[payload_at] ^ 1]) + whole[payload_at + 1 :])
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 200, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5, 40))])
-@pytest.mark.parametrize("quantised", [False, True])
-@pytest.mark.parametrize("elsewhere", [0, 3])
+# Every two of one token, a few and many; weights of either kind; experts here or elsewhere.
+PAIRS = ((1, True, 0), (1, False, 3), (8, False, 0), (8, True, 3), (200, True, 0), (200, False, 3))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "quantised", "elsewhere"),
+    [
+        each if each in PAIRS else pytest.param(*each, marks=pytest.mark.slow)
+        for each in itertools.product((1, 2, 5, 8, 40, 200), (False, True), (0, 3))
+    ],
+)
 def test_cpu_experts_equal_their_meaning(tokens: int, quantised: bool, elsewhere: int) -> None:
     """Uneven loads, experts nobody chose, and experts that live on another device."""
     rng = np.random.default_rng(tokens)
