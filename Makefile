@@ -65,6 +65,13 @@ build/clients/ready: tests/clients/requirements.txt
 	build/clients/bin/pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
 	touch $@
 
+# Load testers, for `python -m bench.testers`.
+build/testers/ready: bench/testers.txt
+	test -x build/testers/bin/python || $(PYTHON) -m venv build/testers
+	build/testers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	build/testers/bin/pip install --quiet --disable-pip-version-check -r bench/testers.txt
+	touch $@
+
 # JAX's CUDA plugin without the libraries of CUDA, which only running wants.
 build/cuda/ready: pyproject.toml
 	test -x build/cuda/bin/python || $(PYTHON) -m venv build/cuda

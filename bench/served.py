@@ -25,6 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench import crowd, inside, outside
 from bench.outside import Ask, Seen, glm5, in_closed_loop, served, shown
 
@@ -158,7 +160,7 @@ def _alone(options: argparse.Namespace) -> list[float]:
 
 
 def predicted(options: argparse.Namespace) -> None:
-    """A round each: the host measured, then simulated and served, load by load."""
+    """A round each: all loads served before the host is measured and after, then simulated."""
     from model.checkpoint import Checkpoint
     from runtime.execution.local.load import embedded_checkpoint
 
@@ -170,34 +172,64 @@ def predicted(options: argparse.Namespace) -> None:
     found: dict[str, dict[str, Sides]] = {}
     most = max(int(count) for kind, count in loads if kind == "concurrency")
     given = ("--backend", "cpu", "--checkpoint", checkpoint, "--warm-up", 2 * most, "--dtype", "float32")
+    counts = [int(max(16, 6 * value)) if kind == "concurrency" else options.requests for kind, value in loads]
+
+    times = np.cumsum(np.random.default_rng(0).exponential(1 / options.rate, options.requests)).tolist()
+
+    def answered(server: outside.Server) -> list[dict[str, float]]:
+        found = []
+        for (kind, value), count in zip(loads, counts, strict=True):
+            asks = outside.repeated(Ask(options.isl, options.osl), count)
+            if kind == "concurrency":
+                answers = in_closed_loop(server, asks, int(value), 0, ids)
+            else:
+                answers = outside.in_open_loop(server, asks, times, ids)
+            found.append(figures(answers, 1.0))
+        return found
+
     with tempfile.TemporaryDirectory() as folder, served(*given) as server:
-        for seed in range(-1, options.rounds):
+        trace = Path(folder) / "rate.jsonl"
+        trace.write_text("".join(_traced(at, options, number) for number, at in enumerate(times)))
+        answered(server)  # compiles what is left
+        for seed in range(options.rounds):
             profile = Path(folder) / f"host{seed}.toml"
-            if seed >= 0:
-                glm5("calibrate", "--backend", "cpu", "--out", profile, *(["--quick"] if options.quick else []))
-            for kind, value in loads:
-                count = int(max(16, 6 * value)) if kind == "concurrency" else options.requests
-                asks = outside.repeated(Ask(options.isl, options.osl), count)
+            before = answered(server)
+            glm5("calibrate", "--backend", "cpu", "--out", profile, *(["--quick"] if options.quick else []))
+            after = answered(server)
+            for (kind, value), count, one, other in zip(loads, counts, before, after, strict=True):
+                print(f"{kind} {value:g}: ", end="")
+                load: list[object] = ["--trace-file", trace]
                 if kind == "concurrency":
-                    answers = in_closed_loop(server, asks, int(value), 0, ids)
-                else:
-                    answers = outside.in_open_loop(server, asks, value, 0, ids)
-                if seed >= 0:  # the one before compiles what is left
-                    print(f"{kind} {value:g}: ", end="")
-                    simulated = told(json.loads(_simulate(checkpoint, profile, options, kind, value, count)))
-                    noted(found.setdefault(f"{value:g}, {kind}", {}), simulated, figures(answers, 1.0))
+                    load = [
+                        "--isl",
+                        options.isl,
+                        "--osl",
+                        options.osl,
+                        "--length-ratio",
+                        1,
+                        "--concurrency",
+                        int(value),
+                    ]
+                    load += ["--requests", count]
+                simulated = told(json.loads(_simulate(checkpoint, profile, *load)))
+                seen = {name: (one[name] + other[name]) / 2 for name in one}
+                noted(found.setdefault(f"{value:g}, {kind}", {}), simulated, seen)
     print(f"{checkpoint}: {options.isl} in, {options.osl} out; {options.rounds} rounds\n{HEAD}")
     for load_name, each in found.items():
         print(*(sides.row(f"{load_name}: {name}") for name, sides in each.items()), sep="\n")
 
 
-def _simulate(
-    checkpoint: Path, profile: Path, options: argparse.Namespace, kind: str, value: float, requests: int
-) -> str:
+def _traced(at_s: float, options: argparse.Namespace, number: int) -> str:
+    """A request of a trace, which begins like no other."""
+    blocks = range(1000 * number, 1000 * number + -(-options.isl // 512))
+    asked = {"timestamp": 1e3 * at_s, "input_length": options.isl, "output_length": options.osl}
+    return json.dumps({**asked, "hash_ids": list(blocks)}) + "\n"
+
+
+def _simulate(checkpoint: Path, profile: Path, *load: object) -> str:
     return glm5(
         "simulate", "--model", checkpoint, "--profile", profile, "--devices", 1, "--engine", "glm5", "--formats", "f32",
-        "--isl", options.isl, "--osl", options.osl, "--length-ratio", 1, f"--{kind}", value,
-        "--requests", requests, "--json",
+        *load, "--json",
     )  # fmt: skip
 
 

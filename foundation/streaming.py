@@ -37,27 +37,33 @@ class TextStream:
         self._decode = decode
         self._unsettled, self._open = _unsettled(inner), False
         self._shown: list[int] = []  # ids shown last, whose text is not empty: what treats the first ones apart is past
+        self._shown_text = ""  # of them
         self._pending: list[int] = []
 
     def put(self, token_id: int) -> str:
         """The text that `token_id` completes, often ""; raises as `decode` does."""
-        nothing = not self._decode([token_id])  # as an id that no token has: then all stays as it was
-        self._open = self._unsettled(token_id) or (self._open and nothing)
+        was_open, self._open = self._open, self._unsettled(token_id)
+        if self._open or was_open:
+            nothing = not self._decode([token_id])  # as an id that no token has: then all stays as it was
+            self._open = self._open or nothing
         self._pending.append(token_id)
         return "" if self._open else self._show(hold=True)
 
     def flush(self) -> str:
         """The text still held back; the stream is then as new."""
         rest = self._show(hold=False)
-        self._shown, self._pending, self._open = [], [], False
+        self._shown, self._shown_text, self._pending, self._open = [], "", [], False
         return rest
 
     def _show(self, hold: bool) -> str:
         text = self._decode([*self._shown, *self._pending])
-        new = text[len(self._decode(self._shown)) :]
+        new = text[len(self._shown_text) :]
         if hold and (not new or text.endswith(_INCOMPLETE)):
             return ""  # ids that add nothing yet stay: what follows may depend on them
-        self._shown = self._pending if self._decode(self._pending) else [*self._shown, *self._pending]
+        if alone := self._decode(self._pending):
+            self._shown, self._shown_text = self._pending, alone
+        else:
+            self._shown, self._shown_text = [*self._shown, *self._pending], text
         self._pending = []
         return new
 

@@ -68,6 +68,7 @@ def _fields() -> dict[str, Field]:
         "chip.memory.capacity_bytes": Field("bytes", 1e6, 1e13, "device memory as built"),
         "chip.memory.usable_bytes": Field("bytes", 1e6, 1e13, "device memory an application sees in all"),
         "chip.memory.bandwidth_bytes_per_s": Field(*bandwidth, "peak bandwidth, reads plus writes"),
+        "chip.memory.cache_bytes": Field("bytes", 1, 1e12, "what the last cache before the memory holds"),
         "chip.sustained_clock_fraction": Field(
             "share",
             0.3,
@@ -111,7 +112,6 @@ CURVES = {"efficiency.compute": "FLOP", "efficiency.memory": "bytes", "efficienc
 
 # Text fields: path -> allowed values, or None for free text.
 LABELS: dict[str, tuple[str, ...] | None] = {
-    "chip.soc_version": None,  # how the vendor's compiler names the chip, where there is one name
     "chip.memory.kind": None,
     "link.scale_up.topology": TOPOLOGIES,
     "link.scale_out.topology": TOPOLOGIES,

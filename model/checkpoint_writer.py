@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from foundation.paths import Outside, inside
 from foundation.writing import new_folder
 from model import quantised
 from model.checkpoint import FP8, SCALE_SUFFIX, Group, groups
 from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.formats import FORMATS, FP8_BLOCK
-from model.hf_config import from_hf
+from model.hf_config import MODELOPT_FILE, MODELSLIM_FILE, from_hf
 from model.safetensors_file import write
 from model.stored_tensors import INDEX_FILE, SINGLE_FILE
 from model.weights import Arrangement, Quantized, Weight
@@ -67,6 +69,20 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         if path.exists():
             raise CheckpointError(f"{path}: already exists; choose another directory or remove it")
         yield temporary
+
+
+_COMPANIONS = {".json", ".jinja", ".txt", ".model"}
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies what a checkpoint directory holds beside its weights and their description: tokenizer, chat template,
+    generation settings. Raises `CheckpointError` for a link that leads out of it."""
+    for path in sorted(source.iterdir()):
+        if path.suffix in _COMPANIONS and path.name not in ("config.json", INDEX_FILE, MODELSLIM_FILE, MODELOPT_FILE):
+            try:
+                shutil.copyfile(inside(source, path.name), folder / path.name)
+            except Outside as error:
+                raise CheckpointError(f"{path}: {error}; a checkpoint's files lie in its own folder") from None
 
 
 def _holds_quantised(weights: Mapping[str, Any]) -> bool:

@@ -28,14 +28,18 @@ _XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_pa
 if version("jaxlib").startswith("0.10."):  # XLA aborts on flags that a release does not have
     _XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", _XLA_FLAGS)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+# Here and not when pytest is configured: conftests of folders that a command line names import JAX before that.
+_compiled: str | None = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of a run find the one that started them has set it
+    _compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="glm5-compiled-")
 
 # Examples are the same in every run: a suite that passed passes again. HYPOTHESIS_PROFILE=random looks further.
 _QUIET = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=25, **_QUIET)
 hypothesis.settings.register_profile("random", max_examples=60, **_QUIET)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
-
-_compiled: str | None = None
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +53,7 @@ def coarse() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    global _compiled
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of a run find the one that started them has set it
-        _compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="glm5-compiled-")
     os.environ.pop("COLUMNS", None)  # what is printed to a pipe has a width of its own
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

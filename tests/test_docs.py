@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from tools import docs_cli, docs_engines, docs_formats, docs_ops
+from tools import docs_cli, docs_engines, docs_formats, docs_ops, docs_validation
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -27,6 +27,20 @@ A_FILE = re.compile(r"([\w/-]+\.py|[\w-]+/[\w/-]+\.toml)(?:: (\w+(?:\.\w+)*))?")
 def test_generated_pages(tool: ModuleType) -> None:
     committed = tool.DEFAULT.read_text(encoding="utf-8")
     assert committed == tool.render(), f"run `python -m {tool.__name__}`"
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "causes",
+        "bands",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("steps", "silicon", "groups", "peers")),
+    ],
+)
+def test_tables_of_predictions(block: str) -> None:
+    """The dearer ones (`front-end`, `ablation`) are made by hand."""
+    made = docs_validation.BLOCKS[block]()
+    assert docs_validation.held(block) == made, f"run `python -m tools.docs_validation {block}`"
 
 
 def test_every_command_and_op_is_there() -> None:

@@ -22,7 +22,7 @@ MAY_IMPORT = {
 }
 STANDARD_LIBRARY_ONLY = {"hw_profiles", "foundation"}
 # But these, which are the main program of a child process and what it is made of: nobody else may import them.
-IN_A_CHILD = {"foundation.text_worker", "foundation.template_sandbox"}
+IN_A_CHILD = {"foundation.text_worker", "foundation.template_sandbox", "runtime.api.grammar_trial"}
 # Inside runtime, from the ground up: a folder imports those before it, and itself.
 FLOORS = (
     "deployment",
@@ -62,8 +62,12 @@ TRAIN_EXTRA = (
     "runtime.training.state",
     "runtime.training.steps",
     "runtime.training.trainer",
-    "runtime.cli.train",  # when it is called
+    "runtime.training.rl.generators",
+    "runtime.training.rl.learner",
+    "runtime.training.rl.process",
+    "runtime.training.rl.trainer",
 )
+TRAIN_VERBS = ("runtime.cli.train", "runtime.cli.rl")  # import them when they are called
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -113,9 +117,9 @@ def floor(module: str) -> int:
 
 def without_extra(name: str, target: str) -> bool:
     """Whether a module that the core must be able to import asks for something of the `train` extra."""
-    if name in TRAIN_EXTRA:
+    if name in (*TRAIN_EXTRA, *TRAIN_VERBS):
         return False
-    extra = any(f"{target}.".startswith(f"{module}.") for module in TRAIN_EXTRA[:-1])
+    extra = any(f"{target}.".startswith(f"{module}.") for module in TRAIN_EXTRA)
     return extra or target.partition(".")[0] in ("flax", "optax", "orbax")
 
 

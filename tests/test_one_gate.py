@@ -36,7 +36,12 @@ ALLOWED: dict[str, dict[str, str]] = {
     "runtime.cli.main": {"os.open": "nowhere, for what is printed into a closed pipe"},
     "runtime.cli.pipe": {"os.open": "nowhere"},
     "runtime.execution.cluster.processes": {"os.open": "nowhere"},
-    "runtime.porting.export.check": {"onnx.load": "a graph, whose every complaint becomes a refusal"},
+    "runtime.porting.export.check_npu": {"torch.export.load": "a graph that was read and made anew"},
+    "runtime.porting.export.ascend": {"<>.read_text": "a script of ours"},
+    "runtime.porting.export.ascend_run": dict.fromkeys(
+        ("<>.read_text", "json.loads", "path.open", "torch.export.load", "tokenizers.Tokenizer.from_file"),
+        "of its own package, on a host that has nothing of ours: who starts it trusts what it came with",
+    ),
     "runtime.execution.cluster.joining": {"os.open": "to write the secret that it made"},
     "runtime.execution.package.onnx_graph": {"onnx.load": "a graph, hashed before"},
     "runtime.execution.package.stablehlo_check": {
@@ -44,10 +49,11 @@ ALLOWED: dict[str, dict[str, str]] = {
         "export.deserialize": "of it",
     },
     "runtime.execution.package.xla": {"path.read_bytes": "a graph, hashed before", "export.deserialize": "of it"},
-    "runtime.execution.package.torch": {"torch.export.load": "a graph, hashed before"},
+    "backends.toolchains.torch_device": {"torch.export.load": "a graph, hashed before, or an artifact"},
+    "runtime.api.pace_client": {"json.loads": "what the process that started it asks"},
     "backends.kernels.library": {"json.loads": "the index of PTX, ours", "<>.read_text": "PTX, ours"},
     "backends.xla": {"export.deserialize": "an artifact, hashed before"},
-    "backends.ascend.catalog": {"tomllib.loads": "tables of ours", "<>.read_text": "tables of ours"},
+    "backends.ascend.operators": {"tomllib.loads": "tables of ours", "<>.read_text": "tables of ours"},
     "backends.ascend.adapter": {"json.loads": "an artifact that it made itself"},
 }
 

@@ -35,7 +35,7 @@ array, or FP8 values and their block scales.
 EXPORTS = """## In exports
 
 What `glm5 export` makes of each op ([export.md](export.md)). A function is model-local: any runtime can inline it.
-"Decomposed" says into what, or why. CANN operators are used where a call's shapes and formats suit them
+"Decomposed" says into what, or why. torch_npu's operators are used where a call's shapes and formats suit them
 ([ascend.md](ascend.md)). Of matrices in `w8a8-int8`, `w4a8` and `w4a16`, `glm.linear` and `glm.expert_ffn` carry the
 attribute `format` and are the products of that format ([your_compiler.md](your_compiler.md)).
 
@@ -74,10 +74,10 @@ def render(ops: Mapping[str, Op] = OPS) -> str:
             f"| `{name}` | `{operands}` | {attributes and f'`{attributes}`'} | {', '.join(own.get(name, []))} |"
         )
         meanings.append(f"### {name}\n\n{inspect.getdoc(op.meaning)}")
-    exported = ["| op | StableHLO | ONNX | torch | CANN |", "|---|---|---|---|---|"]
+    exported = ["| op | StableHLO | ONNX | torch | ascend |", "|---|---|---|---|---|"]
     for name in ops:
         found = forms(name)
-        exported.append(f"| `{name}` | {found.stablehlo} | {found.onnx} | {found.torch} | {found.cann} |")
+        exported.append(f"| `{name}` | {found.stablehlo} | {found.onnx} | {found.torch} | {found.npu} |")
     sections = ["\n".join(table), EXPORTS + "\n".join(exported), *meanings]
     return HEAD + "\n\n".join(sections) + "\n"
 

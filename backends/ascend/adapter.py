@@ -1,54 +1,56 @@
-"""Ascend: programs become ONNX for ATC, and run through pyACL where CANN is installed.
+"""Ascend: programs become graphs of torch_npu's operators, and run through torch_npu where it finds a device.
 
-Export needs neither: it is the graph with the CANN operators that ATC knows by itself, so that no plugin has to be
-built (packages of `glm5 export` may have all of them). Loading compiles with `atc`, once for each graph and chip, to a
-folder in the system's temporary directory. Written from CANN's documentation and never run on a chip.
+Export needs neither. Written from torch_npu's documentation and never run on a chip.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
+import io
 import json
-import tempfile
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from backends.ascend import compiler, om
-from backends.ascend.lowerings import CannOptions
-from backends.ascend.writer import write
+from backends.ascend.device import why_not
 from backends.errors import ArtifactError, BackendUnavailable
 from backends.interface import Artifact, Backend, Capabilities, DeviceInfo, Executable, Program
+from backends.toolchains.torch_device import TorchDevice
 from backends.toolchains.walker import Graph, port
+from foundation.errors import first_line
 
-FORMAT, PLATFORM = "onnx-atc", "ascend"
+FORMAT, PLATFORM = "torch-npu", "ascend"
 
 
 class AscendBackend(Backend):
+    """device: where programs run instead of on the first NPU."""
+
     name = "ascend"
-    summary = "Huawei Ascend NPUs through CANN (ATC and pyACL)"
+    summary = "Huawei Ascend NPUs through torch_npu"
+
+    def __init__(self, device: TorchDevice | None = None):
+        self._given = device
 
     def unavailable(self) -> str | None:
-        acl, reason = om.find_acl()
-        if acl is None:
-            return reason
-        if compiler.find_atc() is None:
-            return "`atc` is not on the PATH; source CANN's set_env.sh, or emulate the chip with --backend sim"
-        return None if self._devices else "CANN finds no device (see `npu-smi info`); emulate one with --backend sim"
+        return None if self._given else why_not()
 
     @functools.cached_property
     def _devices(self) -> tuple[DeviceInfo, ...]:
-        acl, _ = om.find_acl()
-        if acl is None:
+        if self._given:
+            return (DeviceInfo(0, self._given.name),)
+        if why_not() is not None:
             return ()
-        count, error = acl.rt.get_device_count()
-        return tuple(DeviceInfo(i, acl.get_soc_name() or "Ascend") for i in range(count if error == 0 else 0))
+        import torch
+
+        npu: Any = torch.npu  # type: ignore[attr-defined]
+        return tuple(
+            DeviceInfo(i, npu.get_device_name(i), npu.get_device_properties(i).total_memory)
+            for i in range(npu.device_count())
+        )
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
@@ -57,29 +59,32 @@ class AscendBackend(Backend):
             dtypes=frozenset({"float32", "bfloat16", "float16"}),
             preferred_dtype="bfloat16",
             fp8_weights=False,
-            donation=False,
+            donation=True,  # caches are written in place
             dlpack=False,
         )
 
     def export(self, program: Program) -> Artifact:
         self.check(program)
+        from backends.ascend.target import NpuOptions
+        from backends.ascend.writer import write
+
         closed, shape = jax.make_jaxpr(program.fn, return_shape=True)(*program.args)
         inputs = tuple(port(f"in.{i}", aval) for i, aval in enumerate(closed.in_avals))
         outputs = tuple(port(f"out.{i}", aval) for i, aval in enumerate(closed.out_avals))
-        made = write(Graph(program.name, closed, inputs, outputs), CannOptions(fused="shipped"))
+        options = NpuOptions(fused=bool(program.donate))  # an argument that is not given away is not written to
+        made = write(Graph(program.name, closed, inputs, outputs), options)
         header = {
             "tree": _describe(shape, iter(range(len(outputs)))),
-            "inputs": [[p.name, list(p.shape), p.dtype] for p in inputs],
-            "outputs": [[p.name, list(p.shape), p.dtype] for p in outputs],
+            "inputs": [[list(p.shape), p.dtype] for p in made.inputs],
         }
         encoded = json.dumps(header).encode()
         return Artifact(
             name=program.name,
             platform=PLATFORM,
             format=FORMAT,
-            donate=(),
-            versions={name: metadata.version(name) for name in ("jax", "onnx")},
-            payload=len(encoded).to_bytes(8, "little") + encoded + made.written.model.SerializeToString(),
+            donate=program.donate,
+            versions={name: metadata.version(name) for name in ("jax", "torch")},
+            payload=len(encoded).to_bytes(8, "little") + encoded + made.archive,
         )
 
     def load(self, artifact: Artifact, devices: Sequence[Any] = ()) -> Executable:
@@ -88,58 +93,59 @@ class AscendBackend(Backend):
                 f"artifact {artifact.name} is {artifact.format} for {artifact.platform}; "
                 f"backend {self.name} loads {FORMAT} for {PLATFORM}"
             )
+        from backends.ascend.declare import declare
+
+        declare()
         size = int.from_bytes(artifact.payload[:8], "little")
-        header, model = json.loads(artifact.payload[8 : 8 + size]), artifact.payload[8 + size :]
-        session, soc = self._session, self._soc
-        stem = hashlib.sha256(model + soc.encode()).hexdigest()[:16]
-        folder = Path(tempfile.gettempdir()) / f"glm5-ascend-{stem}"
-        compiled = folder / "graph.om"
-        if not compiled.is_file():
-            folder.mkdir(exist_ok=True)
-            (folder / "graph.onnx").write_bytes(model)
-            compiler.compile_graph(folder / "graph.onnx", folder / "graph", soc)
-        return _Program(session, session.load(compiled), header)
+        header, archive = json.loads(artifact.payload[8 : 8 + size]), artifact.payload[8 + size :]
+        try:
+            run = self._device.load(io.BytesIO(archive))
+        except Exception as error:  # torch's own have no common base
+            raise ArtifactError(f"artifact {artifact.name}: torch does not read it ({first_line(error)})") from None
+        return _Program(self._device, run, header)
 
     @functools.cached_property
-    def _session(self) -> om.Session:
+    def _device(self) -> TorchDevice:
         if reason := self.unavailable():
             raise BackendUnavailable(f"backend {self.name} cannot be used here: {reason}")
-        return om.Session()
-
-    @property
-    def _soc(self) -> str:
-        return self._session.acl.get_soc_name()
+        return self._given or TorchDevice("npu:0")
 
     def put(self, array: Any) -> Any:
-        return self._session.put(np.asarray(array))
+        return self._device.put(np.asarray(array))
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
-        return self._session.put(np.zeros(shape, _numpy(dtype)))
+        return self._device.zeros(shape, dtype)
 
     def get(self, buffer: Any) -> np.ndarray:
-        return self._session.get(buffer)
+        return self._device.get(buffer)
+
+    def exhausted(self, error: Exception) -> bool:
+        return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
     def from_dlpack(self, tensor: Any) -> Any:
-        """By way of the host: pyACL takes no foreign device memory."""
+        """By way of the host: what is on another device is not taken from there."""
         return self.put(np.from_dlpack(tensor))
 
 
 class _Program:
     """A loaded program: trees of buffers in, trees of buffers out."""
 
-    def __init__(self, session: om.Session, model: om.OmModel, header: dict[str, Any]):
-        self.session, self.model, self.tree = session, model, header["tree"]
-        self.names = [name for name, _, _ in header["inputs"]]
-        self.outputs = {name: (tuple(shape), _numpy(dtype)) for name, shape, dtype in header["outputs"]}
-        self.kinds = {name: _numpy(dtype) for name, _, dtype in header["inputs"]}
+    def __init__(self, device: TorchDevice, run: Any, header: dict[str, Any]):
+        self.device, self.run, self.tree = device, run, header["tree"]
+        self.inputs = [(tuple(shape), _numpy(dtype)) for shape, dtype in header["inputs"]]
 
     def __call__(self, *args: Any) -> Any:
-        given = jax.tree.leaves(args, is_leaf=lambda x: isinstance(x, om.OmTensor))
-        values = {
-            name: x if isinstance(x, om.OmTensor) else self.session.put(np.asarray(x, self.kinds[name]))
-            for name, x in zip(self.names, given, strict=True)
-        }
-        return _rebuild(self.tree, list(self.model.run(values, self.outputs, {}).values()))
+        given = [
+            (x if _is_tensor(x) else self.device.put(np.asarray(x, dtype))).reshape(shape)
+            for (shape, dtype), x in zip(self.inputs, jax.tree.leaves(args), strict=True)
+        ]
+        return _rebuild(self.tree, list(self.run(*given)))
+
+
+def _is_tensor(x: Any) -> bool:
+    import torch
+
+    return isinstance(x, torch.Tensor)
 
 
 def _numpy(dtype: str) -> np.dtype:

@@ -1,44 +1,75 @@
-"""What each op of the contract becomes on Ascend: CANN's operators, or the decomposition and why.
-
-`cann_form` is the CANN column of the table of export forms. A form is what the op *may* become: `lowerings.py` looks at
-the shapes and number formats of each call, and decomposes what CANN's kernel would not take.
-"""
+"""torch_npu's operators for ops of the contract (`npu_operators.toml`), and what each op becomes."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
 
-from backends.ascend.catalog import CannOperator, cann_operators
-
-_DECOMPOSED = {
-    "glm.embed": "one Gather",
-    "glm.layer_norm": "the indexer's norm of 128 values: elementwise operators, which CANN's graph engine fuses",
-    "glm.head_linear": "one batched MatMul",
-    "glm.bias": "one Add",
-    "glm.swiglu": "elementwise operators; CANN's SwiGlu has no ONNX node, and saves one pass at most",
-    "glm.rope": "CANN's InterleaveRope takes cosines in the activations' 16 bits, the graph's are float32",
-    "glm.expanded_attention": "keys and values are expanded from latents: batched MatMuls, which dominate a chunk",
-    "glm.paged_attention": "CANN's FusedInferAttentionScore is not mapped yet; batched MatMuls and a softmax",
+_ATEN = {
+    "glm.embed": "`index_select`",
+    "glm.layer_norm": "the indexer's norm of 128 values, in float32",
+    "glm.head_linear": "one `bmm`",
+    "glm.bias": "`add`",
+    "glm.rope": "`cos`, `sin`, `mul`: npu_interleave_rope takes cosines in the activations' 16 bits, the graph's are "
+    "float32",
+    "glm.expanded_attention": "keys and values are expanded from latents: products, which dominate a chunk",
+    "glm.paged_attention": "products and a softmax: npu_fused_infer_attention_score is not mapped yet",
 }
+"""Ops that have no operator, and why or what they are instead."""
 
 
 @dataclasses.dataclass(frozen=True)
-class CannForm:
-    """The CANN form of an op: the operators it becomes in order, or none and the reason."""
+class NpuOperator:
+    """An operator `torch.ops.npu.<name>`: its schema, the ops of the contract it is used for, and what arguments are
+    documented to be, by name: the `types` and `ranks` of tensors, the `values` of others; `same`: those of one type;
+    `pairs`: `arguments` whose types are one of `types` together."""
 
-    op: str
-    operators: tuple[CannOperator, ...]
-    reason: str = ""
+    name: str
+    schema: str
+    ops: tuple[str, ...]
+    types: Mapping[str, tuple[str, ...]]
+    ranks: Mapping[str, tuple[int, ...]]
+    values: Mapping[str, tuple[Any, ...]]
+    same: tuple[tuple[str, ...], ...]
+    pairs: Mapping[str, Any]
 
     @property
-    def text(self) -> str:
-        """A cell of a table."""
-        if not self.operators:
-            return f"decomposed: {self.reason}"
-        return ", ".join(f"`{operator.node}`" for operator in self.operators)
+    def signature(self) -> str:
+        """The schema without its namespace: "npu_rms_norm(Tensor input, ..) -> (..)"."""
+        return self.schema.removeprefix("npu::")
 
 
-def cann_form(op: str) -> CannForm:
-    """The CANN form of `glm.*` op `op`. Raises KeyError for an op that has neither operators nor a reason."""
-    operators = tuple(o for o in cann_operators().values() if op in o.ops)
-    return CannForm(op, operators) if operators else CannForm(op, (), _DECOMPOSED[op])
+@dataclasses.dataclass(frozen=True)
+class NpuRelease:
+    """The release of torch_npu whose schemas these are."""
+
+    version: str
+    operators: Mapping[str, NpuOperator]
+
+
+@functools.cache
+def npu_release() -> NpuRelease:
+    text = (resources.files("backends.ascend") / "npu_operators.toml").read_text(encoding="utf-8")
+    raw = tomllib.loads(text)
+    operators = {name: _npu_operator(name, entry) for name, entry in raw["operators"].items()}
+    return NpuRelease(raw["version"], operators)
+
+
+def _npu_operator(name: str, entry: Mapping[str, Any]) -> NpuOperator:
+    taken = {
+        key: {argument: tuple(allowed) for argument, allowed in entry.get(key, {}).items()}
+        for key in ("types", "ranks", "values")
+    }
+    same = tuple(tuple(each) for each in entry.get("same", ()))
+    return NpuOperator(name, entry["schema"], tuple(entry["ops"]), **taken, same=same, pairs=entry.get("pairs", {}))
+
+
+def npu_form(op: str) -> str:
+    """What `glm.*` op `op` may become, as a cell of a table: `lowerings.py` looks at the shapes and number formats of
+    each call, and decomposes what a kernel would not take. Raises KeyError for an op without operators or a reason."""
+    operators = [name for name, operator in npu_release().operators.items() if op in operator.ops]
+    return ", ".join(f"`{name}`" for name in operators) if operators else f"decomposed: {_ATEN[op]}"

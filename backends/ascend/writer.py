@@ -1,100 +1,149 @@
-"""A traced graph as the ONNX that ATC is given: CANN operators where they fit, caches as CANN reads them."""
+"""A traced graph as an `ExportedProgram` of ATen and torch_npu's operators."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import onnx
+import torch
+from jax.extend import core as jex
 
-from backends.ascend import lowerings_attention as attention
-from backends.ascend import lowerings_dense as dense
-from backends.ascend import lowerings_moe as moe
-from backends.ascend.lowerings import CannLowerings, CannOptions, CannRule, is_latent, split_port
+from backends.ascend.check import argument_names
+from backends.ascend.constraints import LATENT, ROPE
+from backends.ascend.lowerings import LOWERINGS
+from backends.ascend.sums import bias_name
+from backends.ascend.target import Halves, KernelMatrix, NpuOptions, NpuTarget
 from backends.errors import Unsupported
-from backends.toolchains.onnx import tables
-from backends.toolchains.onnx_target import OnnxModel, OnnxTarget, OpForm, onnx_type
-from backends.toolchains.walker import Graph, walk
+from backends.toolchains.narrow import rounds_activations
+from backends.toolchains.torch import exported, saved
+from backends.toolchains.walker import Graph, Port, walk
+from model.formats import matrix_format
+from model.ops import FORMAT, attributes_of
 
-RULES: Mapping[str, CannRule] = {
-    "glm.rms_norm": dense.rms_norm,
-    "glm.linear": dense.linear,
-    "glm.cache_write": attention.cache_write,
-    "glm.index_scores": attention.index_scores,
-    "glm.select_topk": attention.select_topk,
-    "glm.sparse_attention": attention.sparse_attention,
-    "glm.latent_attention": attention.latent_attention,
-    "glm.expanded_attention": attention.expanded_attention,
-    "glm.route": moe.route,
-    "glm.expert_ffn": moe.expert_ffn,
-}
-"""The op of the contract -> its CANN operators."""
+_IN_INT32 = 8
+_NZ = {"npu_grouped_matmul": ("int8", "bfloat16", "int32"), "npu_quant_matmul": ("int8",)}
+"""Operators whose weight may be in FRACTAL_NZ, and in which types: their documentation, torch_npu 2.13.0."""
+_WEIGHT = {"npu_grouped_matmul": "weight", "npu_quant_matmul": "x2"}
 
 
 @dataclasses.dataclass(frozen=True)
-class AscendGraph:
-    """An ONNX model for ATC. `written.inputs` and `.outputs` may differ from the graph's: a latent cache is two, an
-    int8 weight is its values and its scale. `aliases`: output -> the input whose buffer it may take over. `declined`:
-    (op, reason) of what no CANN operator took, and how often."""
+class NpuGraph:
+    """A `.pt2` file's bytes, and its inputs and outputs in order: a latent cache may be two, a matrix may have fewer
+    dims than the graph's. `aliases`: output -> the input that it is. `nz`: the inputs that only operators read which
+    take FRACTAL_NZ. `used` counts (op, operators, none where decomposed), `declined` (op, reason)."""
 
-    written: OnnxModel
+    archive: bytes
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
     aliases: Mapping[str, str]
+    nz: tuple[str, ...]
+    used: Counter[tuple[str, tuple[str, ...]]]
     declined: Counter[tuple[str, str]]
 
 
-def write(graph: Graph, options: CannOptions = CannOptions()) -> AscendGraph:
-    """Raises `Unsupported` for a number format that ONNX opset 18 lacks, or a primitive without a rule."""
-    lower = CannLowerings(options, RULES)
-    target = OnnxTarget(tables(), lower.table, functions=False, narrow_products=True)
-    values = [lower.split_cache(target, port) for port in graph.inputs]
-    results = walk(target, graph.jaxpr.jaxpr, graph.jaxpr.consts, values)
-    outputs, refs = [], []
-    for port, ref in zip(graph.outputs, results, strict=True):
-        if ref.name in lower.halves:
-            outputs += split_port(port)
-            refs += lower.halves[ref.name]
-        else:
-            outputs.append(port)
-            refs.append(target.whole(ref))
-    aliases = dict(graph.aliases)
+def write(graph: Graph, options: NpuOptions = NpuOptions()) -> NpuGraph:
+    """Needs no torch_npu. Raises `Unsupported` for a primitive without a rule."""
+    matrices = _matrices(graph, options.fused)
+    variables = graph.jaxpr.jaxpr.invars
+
+    def parts(port: Port) -> Sequence[Port]:
+        return halves(port) if options.splits(port) else (port,)
+
+    def given_as(port: Port, var: jex.Var) -> Sequence[Port]:
+        return matrices[var].ports(port) if var in matrices else parts(port)
+
+    inputs = tuple(p for port, var in zip(graph.inputs, variables, strict=True) for p in given_as(port, var))
+    outputs = tuple(part for port in graph.outputs for part in parts(port))
+    target = NpuTarget(options, LOWERINGS)
+
+    def run(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        left = iter(given)
+        values: list[Any] = []
+        for port, var in zip(graph.inputs, variables, strict=True):
+            first = next(left)
+            if (form := matrices.get(var)) is not None:
+                values.append(KernelMatrix(first, port.shape, form.packed, next(left) if form.summed else None))
+            else:
+                values.append(Halves(first, next(left)) if options.splits(port) else first)
+        results: list[torch.Tensor] = []
+        for value in walk(target, graph.jaxpr.jaxpr, graph.jaxpr.consts, values):
+            results += [value.nope, value.rope] if isinstance(value, Halves) else [target.whole(value)]
+        return tuple(result.contiguous() for result in results)
+
+    program = exported(run, inputs)
+    aliases: dict[str, str] = {}
+    of = {port.name: port for port in graph.inputs}
     for out, given in graph.aliases.items():
-        if is_latent(given) and out not in {port.name for port in outputs}:
-            aliases.pop(out)
-            aliases |= {f"{given}_{part}.out": f"{given}_{part}" for part in ("nope", "rope")}
-    written = target.finish(dataclasses.replace(graph, outputs=tuple(outputs), aliases=aliases), refs)
-    missing = _undefined(written, lower)
-    if missing:
-        raise Unsupported(f"{graph.name}: {', '.join(sorted(missing))} cannot be exported with CANN's operators; "
-                          "export without them (--cann-ops none)")  # fmt: skip
-    _describe(written.model.graph, lower)
-    return AscendGraph(dataclasses.replace(written, ops=_named(written.ops)), aliases, lower.declined)
+        names = [part.name for part in parts(of[given])]
+        aliases |= {f"{name}.out": name for name in names} if len(names) > 1 else {out: given}
+    return NpuGraph(saved(program), inputs, outputs, aliases, _nz(program, inputs), target.used, target.declined)
 
 
-def _describe(graph: onnx.GraphProto, lower: CannLowerings) -> None:
-    """Shapes and types of what CANN's nodes read and return, for checkers and readers of the file."""
-    known = {info.name for infos in (graph.input, graph.output, graph.value_info) for info in infos}
-    made = {name for node in graph.node for name in node.output}
-    for name, ref in lower.beside.items():
-        if name in made and name not in known:
-            graph.value_info.append(onnx.helper.make_tensor_value_info(name, onnx_type(ref.dtype), list(ref.held)))
+def halves(port: Port) -> Sequence[Port]:
+    """The two ports of a latent cache: "cache.latent_nope" and "cache.latent_rope" (".out" stays last)."""
+    stem, dot, out = port.name.partition(".out")
+    widths = {"nope": LATENT, "rope": ROPE}
+    return tuple(Port(f"{stem}_{part}{dot}{out}", (*port.shape[:2], w), port.dtype) for part, w in widths.items())
 
 
-def _undefined(written: OnnxModel, lower: CannLowerings) -> set[str]:
-    """Values that stand for something no node makes: a latent cache as one, scores without a selection."""
-    graph = written.model.graph
-    made = {name for node in graph.node for name in node.output} | {tensor.name for tensor in graph.initializer}
-    made |= {port.name for port in written.inputs} - set(lower.halves)
-    return {name for node in graph.node for name in node.input if name and name not in made}
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """How a weight is an input: with its first `lead` dims and the others as one; packed: eight 4-bit integers in an
+    int32; summed: with a second input, `sums.bias_of` its own."""
+
+    lead: int
+    packed: bool
+    summed: bool
+
+    def ports(self, port: Port) -> Sequence[Port]:
+        columns, lead = math.prod(port.shape[self.lead :]), port.shape[: self.lead]
+        if not self.packed:
+            return [dataclasses.replace(port, shape=(*lead, columns))]
+        if columns % _IN_INT32:
+            raise Unsupported(
+                f"{port.name} has rows of {columns} 4-bit integers, which do not fill int32; see --formats"
+            )
+        packed = Port(port.name, (*lead, columns // _IN_INT32), "int32")
+        if not self.summed:
+            return [packed]
+        return [packed, Port(bias_name(port.name), (port.shape[0], columns), "float32")]
 
 
-def _named(ops: Counter[OpForm]) -> Counter[OpForm]:
-    """The scores of an indexer are part of what selects by them."""
-    named: Counter[OpForm] = Counter()
-    for form, count in ops.items():
-        if form.name == "glm.index_scores" and form.form == "custom" and not form.target:
-            form = dataclasses.replace(form, target="cann::LightningIndexer")
-        elif form.form == "custom" and not form.target:
-            form = dataclasses.replace(form, form="decomposed")
-        named[form] += count
-    return named
+def _matrices(graph: Graph, fused: bool) -> dict[Any, _Form]:
+    """The inputs that are weights of products with operators of their own, and those of 4-bit integers."""
+    found: dict[Any, _Form] = {}
+    inputs = dict(zip(graph.jaxpr.jaxpr.invars, graph.inputs, strict=True))
+    for eqn in graph.jaxpr.jaxpr.eqns:
+        name = eqn.params.get("name") if eqn.primitive.name == "composite" else None
+        fmt = attributes_of(eqn).get(FORMAT) if name is not None else None
+        places = {"glm.linear": (1,) if fmt else (), "glm.expert_ffn": (3, 5) if fmt else (3, 4)}
+        for var in (eqn.invars[place] for place in places.get(str(name), ())):
+            if isinstance(var, jex.Literal) or var not in inputs:
+                continue
+            experts, packed = name == "glm.expert_ffn", inputs[var].dtype == "int4"
+            summed = fused and experts and packed and rounds_activations(matrix_format(str(fmt)))
+            if fused or packed:
+                found[var] = _Form(2 if experts else 1, packed, summed)
+    return found
+
+
+def _nz(program: torch.export.ExportedProgram, inputs: Sequence[Port]) -> tuple[str, ...]:
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"][-len(inputs) or None :]
+    found = []
+    for node, port in zip(placeholders, inputs, strict=True):
+        readers = list(node.users)
+        if readers and all(_takes_nz(reader, node, port.dtype) for reader in readers):
+            found.append(port.name)
+    return tuple(found)
+
+
+def _takes_nz(reader: torch.fx.Node, weight: torch.fx.Node, dtype: str) -> bool:
+    name = str(reader.target).removeprefix("npu.").removesuffix(".default")
+    if dtype not in _NZ.get(name, ()):
+        return False
+    given = dict(zip(argument_names(name), reader.args, strict=False)) | reader.kwargs
+    held = given[_WEIGHT[name]]
+    return held is weight or (isinstance(held, (list, tuple)) and list(held) == [weight])

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from backends.interface import Backend, Executable, Program
+from backends.loaded import LoadedPrograms
 from backends.spmd.shard import divisible
 from backends.spmd.stages import Stage
 from model import graph
@@ -87,7 +88,7 @@ class Cluster:
         self.weights = [self._place(number, outer, weights["layers"]) for number in range(len(grid.stages))]
         self.mtp_weights = self._place_mtp(weights["mtp"][0]) if drafts else {}
         outer.clear()
-        self._programs: dict[Any, Executable] = {}
+        self._programs = LoadedPrograms(backend.capabilities().programs * len(stages))
         self.compile_s = 0.0  # spent on exporting and loading programs so far
 
     def server(self, pages: int, page_size: int) -> Server:
@@ -174,12 +175,14 @@ class Cluster:
     def _compiled(self, which: Any, number: int, name: str, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         batch, (first, *_) = args[2], args[1]
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves((batch, first)))
-        if (which, shapes) not in self._programs:
+
+        def loaded() -> Executable:
             begin = time.perf_counter()
-            program = self._program(name, body, args)
-            self._programs[which, shapes] = self.stages[number].compile(self.backend, program)
+            made = self.stages[number].compile(self.backend, self._program(name, body, args))
             self.compile_s += time.perf_counter() - begin
-        return self._programs[which, shapes]
+            return made
+
+        return self._programs.get((which, shapes), loaded)
 
     def _program(self, name: str, body: Callable[..., Any], args: tuple[Any, ...]) -> Program:
         """One device's, of arguments as the stage has placed them."""

@@ -2,14 +2,14 @@
 
 StableHLO keeps every op by name as a composite. In ONNX each is a model-local function: its body is the decomposition
 or, where `onnx_ops.py` has one, a body in ONNX's own terms. torch decomposes all into ATen, and why is said here;
-CANN is `backends/ascend/operators.py`.
+torch_npu is `backends/ascend/operators.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from backends.ascend.operators import cann_form
+from backends.ascend.operators import npu_form
 from backends.toolchains.onnx_ops import BODIES
 from model.ops import OPS
 
@@ -42,7 +42,7 @@ class Forms:
     stablehlo: str
     onnx: str
     torch: str
-    cann: str
+    npu: str
 
 
 def forms(op: str) -> Forms:
@@ -53,5 +53,5 @@ def forms(op: str) -> Forms:
         stablehlo=f'composite `"{op}"`',
         onnx=f"function `glm::{short}`" + (", body of its own" if op in BODIES else ""),
         torch=f"decomposed: {TORCH[op]}",
-        cann=cann_form(op).text,
+        npu=npu_form(op),
     )

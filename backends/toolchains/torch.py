@@ -41,12 +41,22 @@ def write(graph: Graph) -> bytes:
 
 def archive(run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Port]) -> bytes:
     """The `.pt2` file of a function of tensors, which is called once, with fake ones."""
+    return saved(exported(run, inputs))
+
+
+def exported(run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Port]) -> torch.export.ExportedProgram:
+    """A function of tensors as a program; it is called once, with fake ones."""
     with FakeTensorMode():
         example = tuple(torch.empty(port.shape, dtype=TORCH_DTYPES[port.dtype]) for port in inputs)
     program = torch.export.export(_Module(run), example, strict=False)
     program._example_inputs = None  # fake tensors: not to be stored
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # this machine's paths
+    return program
+
+
+def saved(program: torch.export.ExportedProgram) -> bytes:
+    """A program's `.pt2` file."""
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     return buffer.getvalue()
@@ -77,7 +87,8 @@ class TorchTarget(Target[Tensor]):
 
 
 def _dtype(eqn: Any, place: int = 0) -> torch.dtype:
-    return TORCH_DTYPES[np.dtype(eqn.outvars[place].aval.dtype).name]
+    name = np.dtype(eqn.outvars[place].aval.dtype).name
+    return TORCH_DTYPES["int8" if name == "int4" else name]
 
 
 def _shape(eqn: Any) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ Nouns, from the ground up (a file each; what is named later may import what is n
     reader      tokens -> events: the one state machine for thinking, text and calls
     tools       what may be called, and with which arguments
     grammar     schemas and tools -> compiled grammars (llguidance), in a bounded cache
+    grammar_trial  the process in which each is compiled first
     guide       `Constraint` of an answer: free thoughts, a budget of them, then what a grammar allows
     synthetic   tokens without a model, that a guide allows and that end in time
     ask         what any dialect asks for, in one form; its prompt and jobs

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Literal
 
 from foundation.errors import CapacityError, UsageError
@@ -99,7 +99,7 @@ def _calls(events: list[Event]) -> bool:
 class Answering:
     """The answers to one request. `submit`, then `steps` or `whole`, and `close` whatever happened.
 
-    began: when the request came, by `time.monotonic`.
+    began: when the request came, by `time.monotonic`. before_waiting: called where `steps` has told all that is there.
     """
 
     def __init__(self, endpoint: Endpoint, prepared: Prepared, began: float):
@@ -110,6 +110,7 @@ class Answering:
         self._news: deque[tuple[int, Update]] = deque()
         self._arrived = asyncio.Event()
         self._began = began
+        self.before_waiting: Callable[[], Awaitable[None]] | None = None
 
     def submit(self) -> None:
         """Raises `ApiRefusal`."""
@@ -135,6 +136,8 @@ class Answering:
         """What is told, until all choices have ended."""
         left = {turn.index for turn in self.turns}
         while left:
+            if self.before_waiting is not None and not self._arrived.is_set():
+                await self.before_waiting()
             await self._arrived.wait()
             self._arrived.clear()
             while self._news:

@@ -21,10 +21,10 @@ from starlette.types import ASGIApp
 from foundation.reading import Unreadable, parse_json
 from model.errors import TokenizerError
 from runtime.api.answer import Answering
-from runtime.api.ask import Ask, Prepared, prepared, rendered
+from runtime.api.ask import Ask, Prepared, encoded, prepared, rendered, unnamed
 from runtime.api.dialects.chat import ChatBody, ChatRequest
 from runtime.api.dialects.completions import CompletionRequest
-from runtime.api.dialects.forms import RequestBody, checked_model, read
+from runtime.api.dialects.forms import Items, RequestBody, checked_model, read
 from runtime.api.dialects.messages import MessagesRequest
 from runtime.api.dialects.responses import ResponsesRequest
 from runtime.api.endpoint import Endpoint
@@ -50,8 +50,8 @@ class TokenizeBody(RequestBody):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: Items[dict[str, Any]] | None = None
+    tools: Items[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
@@ -61,7 +61,7 @@ class DetokenizeBody(RequestBody):
     """As vLLM has it."""
 
     model: str | None = None
-    tokens: list[int] = Field(max_length=10_000_000)
+    tokens: Items[int] = Field(max_length=10_000_000)
 
 
 def made(endpoint: Endpoint) -> ASGIApp:
@@ -143,10 +143,7 @@ class _Routes:
             kept = {name: raw[name] for name in ChatBody.model_fields if name in raw}
             (ids,) = rendered(endpoint, ChatRequest(endpoint, kept).ask)
         else:
-            try:
-                ids = endpoint.vocabulary.tokenizer.encode(body.prompt or "", body.add_special_tokens)
-            except TokenizerError as error:
-                raise wrong(str(error), "prompt") from None
+            (ids,) = encoded(endpoint, [body.prompt or ""], body.add_special_tokens, "prompt")
         found: dict[str, Any] = {"count": len(ids), "max_model_len": endpoint.max_positions, "tokens": ids}
         if body.return_token_strs:
             found["token_strs"] = [endpoint.vocabulary.pieces[token].decode(errors="replace") for token in ids]
@@ -159,7 +156,7 @@ class _Routes:
             try:
                 return self._endpoint.vocabulary.tokenizer.decode(body.tokens)
             except TokenizerError as error:
-                raise wrong(str(error), "tokens") from None
+                raise unnamed(error, self._endpoint.vocabulary.tokenizer.where, "tokens") from None
 
         return JSONResponse({"prompt": await self._endpoint.prepared(text, await request.body())})
 

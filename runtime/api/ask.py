@@ -20,7 +20,7 @@ from runtime.serving.service import Constraint, Job
 
 MOST_CHOICES = 128  # answers to one request: prompts, times `n`
 MOST_STOPS, MOST_STOP_CHARACTERS = 16, 1000
-_RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "self"}
+_RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "chat_template", "self"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,22 +85,33 @@ class Prepared:
 def rendered(endpoint: Endpoint, ask: Ask) -> list[list[int]]:
     """The token ids of each prompt. Raises `ApiRefusal`. Takes a while: not for the event loop."""
     vocabulary = endpoint.vocabulary
-    try:
-        if ask.messages is None:
-            prompts = ask.prompts or []
-            texts = [each for each in prompts if isinstance(each, str)]
-            encoded = iter(vocabulary.tokenizer.encode_each(texts, add_special_tokens=True) if texts else [])
-            found = [next(encoded) if isinstance(each, str) else each for each in prompts]
-        else:
-            found = [vocabulary.tokenizer.encode(_chat(endpoint, ask))]
-    except TokenizerError as error:
-        raise wrong(str(error).removeprefix(f"{vocabulary.tokenizer.where}: "), ask.param) from None
+    if ask.messages is None:
+        prompts = ask.prompts or []
+        texts = [each for each in prompts if isinstance(each, str)]
+        of_texts = iter(encoded(endpoint, texts, True, ask.param))
+        found = [next(of_texts) if isinstance(each, str) else each for each in prompts]
+    else:
+        found = encoded(endpoint, [_chat(endpoint, ask)], False, ask.param)
     for prompt in found:
         if not prompt:
             raise wrong("the prompt has no tokens: give at least one", ask.param)
         if bad := next((token for token in prompt if not 0 <= token < vocabulary.size), None):
             raise wrong(f"no token has the id {bad}: there are {vocabulary.size:,}", ask.param)
     return found
+
+
+def encoded(endpoint: Endpoint, texts: list[str], add_special_tokens: bool, param: str) -> list[list[int]]:
+    """The token ids of each text. Raises `ApiRefusal`."""
+    tokenizer = endpoint.vocabulary.tokenizer
+    try:
+        return tokenizer.encode_each(texts, add_special_tokens) if texts else []
+    except TokenizerError as error:
+        raise unnamed(error, tokenizer.where, param) from None
+
+
+def unnamed(error: TokenizerError, where: str, param: str, what: str = "") -> ApiRefusal:
+    """What is wrong with a text, without the name of a file of the server's."""
+    return wrong(what + str(error).removeprefix(f"{where}: "), param)
 
 
 def _chat(endpoint: Endpoint, ask: Ask) -> str:
@@ -115,12 +126,14 @@ def _chat(endpoint: Endpoint, ask: Ask) -> str:
     if ask.effort is not None:
         variables["reasoning_effort"] = ask.effort
     tools = [tool.spelt() for tool in ask.tools.values()] or None
+    messages = ask.messages or []
+    if len(messages) > endpoint.max_positions:  # before a template takes its time with them
+        message = f"{len(messages):,} messages are more than the model's {endpoint.max_positions:,} positions"
+        raise wrong(message, ask.param, "context_length_exceeded")
     try:
-        return template.render(ask.messages or [], tools, **variables)
+        return template.render(messages, tools, **variables)
     except TokenizerError as error:
-        raise wrong(
-            f"the chat template refuses this: {str(error).removeprefix(f'{template.where}: ')}", ask.param
-        ) from None
+        raise unnamed(error, template.where, ask.param, "the chat template refuses this: ") from None
 
 
 def prepared(endpoint: Endpoint, ask: Ask) -> Prepared:

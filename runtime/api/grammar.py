@@ -19,13 +19,18 @@ from typing import Any
 import llguidance
 import numpy as np
 
+from foundation.child import Child, ChildFailure
 from runtime.api.refusal import ApiRefusal, wrong
-from runtime.api.schemas import branches, definitions, kinds, overlapping
+from runtime.api.schemas import Endless, Walk, branches, definitions, divisor, kinds, overlapping
 from runtime.api.tools import MOST_TOOLS, Tool
 from runtime.api.vocabulary import Vocabulary
 
 MOST_HELD = MOST_TOOLS + 256  # compiled grammars, those asked for last: an agent brings its tools with every turn
 MOST_SCHEMA_BYTES = 1 << 20  # of a request's schemas, one by one
+MOST_GRAMMAR_BYTES = 1 << 24  # of what a schema becomes: each part has its definitions beside it
+MOST_REMAINDERS = 10_000  # of numbers held to `multipleOf`: llguidance goes through all of them, however many
+_MOST_WORK = 200_000  # of following a tool's references and choices
+_TRIALS = Child("runtime.api.grammar_trial")
 _COMPACT = {"whitespace_flexible": False}
 # Of what a grammar leaves no choice in, any tokens that spell it: else only those are allowed that a tokenizer would
 # write, which would have to be asked for them here.
@@ -132,7 +137,9 @@ class Grammars:
                 ends = sorted(self._vocabulary.stop_ids) or [0]
                 tokens = llguidance.TokenizerWrapper(_Tokens(self._vocabulary))
                 self._tokenizer = llguidance.LLTokenizer(tokens, self._vocabulary.size, ends)
-        matcher = llguidance.LLMatcher(self._tokenizer, write(), log_level=0)
+        text = write()
+        self._try(text)
+        matcher = llguidance.LLMatcher(self._tokenizer, text, log_level=0)
         if matcher.is_error():
             raise NoGrammar(_first_line(matcher.get_error()))
         markup = self._vocabulary.markup
@@ -145,48 +152,75 @@ class Grammars:
                 self._held.popitem(last=False)
         return made
 
+    def _try(self, grammar: str) -> None:
+        """Compiles it where that does no harm. Raises `NoGrammar`."""
+        vocabulary = self._vocabulary
+        marks = [token for token in dataclasses.astuple(vocabulary.markup) if token is not None]
+        end = min(vocabulary.stop_ids, default=0)
+        try:
+            error = _TRIALS.ask({"grammar": grammar, "marks": [*(mark for mark in marks if mark != end), end]})["error"]
+        except ChildFailure as failure:
+            raise NoGrammar(f"compiling it {failure}") from None
+        if error is not None:
+            raise NoGrammar(_first_line(error))
+
     def _arguments(self, schema: Mapping[str, Any]) -> str:
         """Raises `NoGrammar`."""
         markup = self._vocabulary.markup
         key, between = f"<[{markup.key}]>", f"<[{markup.key_end}]> NL? <[{markup.value}]>"
         declared = schema.get("properties", {})
         needed = schema.get("required", [])
-        if not isinstance(declared, dict) or not isinstance(needed, list):
+        if (
+            not isinstance(declared, dict)
+            or not isinstance(needed, list)
+            or not all(isinstance(n, str) for n in needed)
+        ):
             raise NoGrammar("`properties` is an object and `required` a list of names")
+        needed = dict.fromkeys(needed)
         for word in ("$ref", "anyOf", "oneOf", "allOf", "not", "if", "patternProperties", "dependentRequired",
                      "dependentSchemas", "minProperties", "maxProperties", "propertyNames"):  # fmt: skip
             if word in schema:
                 raise NoGrammar(f"{word} at the top of a tool's arguments")
+        _refuse_divisors(schema)
         extra = schema.get("additionalProperties", not declared)
         named = {**declared, **{name: {} for name in needed if name not in declared}}
-        rules, terms = [], {}
+        rules, terms, walk, size = [], {}, Walk(_MOST_WORK), 0
         parts = []
         for at, (name, part) in enumerate(named.items()):
-            rules.append(f"value{at}: {_value(part, schema, at, terms)}")
+            rules.append(f"value{at}: {_value(part, schema, at, terms, walk)}")
+            if (size := size + len(rules[-1])) > MOST_GRAMMAR_BYTES:
+                raise NoGrammar(f"as a grammar it is larger than {MOST_GRAMMAR_BYTES:,} bytes")
             pair = f"{key} {_literal(name)} {between} value{at} <[{markup.value_end}]> NL?"
             parts.append(pair if name in needed else f"({pair})?")
         if extra is not False:
             other = extra if isinstance(extra, dict) else {}
-            rules.append(f"other: {_value(other, schema, len(named), terms)}")
+            rules.append(f"other: {_value(other, schema, len(named), terms, walk)}")
             terms["KEY"] = _ANY
             parts.append(f"({key} KEY {between} other <[{markup.value_end}]> NL?)*")
         return _lark("\n".join([f"start: {' '.join([*parts, f'<[{markup.call_end}]>'])}", *rules]), **terms)
 
 
-def _value(schema: Any, root: Mapping[str, Any], at: int, terms: dict[str, str]) -> str:
-    """The right side of a rule for a value. terms: where the terminals go that it needs."""
+def _value(schema: Any, root: Mapping[str, Any], at: int, terms: dict[str, str], walk: Walk) -> str:
+    """The right side of a rule for a value. terms: where the terminals go that it needs. Raises `NoGrammar`."""
+    try:
+        return " | ".join(_choices(schema, root, at, terms, walk))
+    except Endless:
+        raise NoGrammar("its references and choices lead too far") from None
+
+
+def _choices(schema: Any, root: Mapping[str, Any], at: int, terms: dict[str, str], walk: Walk) -> list[str]:
     if schema is True:
         schema = {}
     if not isinstance(schema, Mapping):
         raise NoGrammar("the schema of a property is an object")
-    types = kinds(schema, root)
+    types = kinds(schema, root, walk)
     if "string" not in types:
-        return f"%json {_inlined(schema, root)}"
-    if overlapping(schema, root):
+        return [f"%json {_inlined(schema, root)}"]
+    if overlapping(schema, root, walk):
         raise NoGrammar("oneOf whose choices may both hold")
     found = []
-    for number, branch in enumerate(branches(schema, root)):
-        own = kinds(branch, root)
+    for number, branch in enumerate(branches(schema, root, walk)):
+        own = kinds(branch, root, walk)
         if "$ref" in branch:
             raise NoGrammar(f"{str(branch['$ref'])[:80]!r} is not in the schema")
         if own == {"string"} or "type" not in branch and "string" in own:
@@ -196,7 +230,7 @@ def _value(schema: Any, root: Mapping[str, Any], at: int, terms: dict[str, str])
             found.append(f"%json {_inlined(branch, root)}")
     if not found:
         raise NoGrammar("a property whose types are not clear")
-    return " | ".join(found)
+    return found
 
 
 def _text(schema: Mapping[str, Any], types: frozenset[str]) -> str:
@@ -235,10 +269,20 @@ def _inlined(schema: Any, root: Mapping[str, Any]) -> str:
         schema = {}
     if not isinstance(schema, Mapping):
         raise NoGrammar("a schema is an object")
+    written = json.dumps({**schema, "x-guidance": _COMPACT})
+    if '"$ref"' not in written:
+        return written
     return json.dumps({**definitions(root), **schema, "x-guidance": _COMPACT})
 
 
+def _refuse_divisors(schema: Any) -> None:
+    """Raises `NoGrammar`."""
+    if divisor(schema) > MOST_REMAINDERS:
+        raise NoGrammar(f"multipleOf of numbers that leave more than {MOST_REMAINDERS:,} remainders")
+
+
 def _json(schema: Any) -> str:
+    _refuse_divisors(schema)
     return _lark(f"start: %json {_inlined(schema, {})}")
 
 

@@ -1,27 +1,30 @@
-"""What serving takes on this machine, beside what the programs take alone: CPU seconds a request, a step and a row.
+"""What serving takes on this machine, beside what the programs take alone: seconds a request, a step and a row.
 
-The whole server is measured, with the embedded checkpoint: sockets, forms, scheduler, sampling, streams, and that
-programs between them find colder caches. Python runs one thread at a time, so what its threads take adds up, and adds
-to a step. CPU is counted, not time, so that other programs on the machine do not count. The client is a thread of its
-own, which is left out.
+The whole server is measured, with the embedded checkpoint, by a client in a process of its own on the same machine:
+sockets, forms, threads that wake one another, scheduler, sampling, streams, and that programs between them find colder
+caches and fewer cores. What the client sees is timed, and programs alone beside it, round by round. Times are the
+wall's, and medians of single steps: what else runs on the machine does not count as long as it leaves most steps alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import selectors
-import socket
 import statistics
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
 from backends.interface import Backend
+from foundation.reading import parse_json
 from model.checkpoint import Checkpoint
+from runtime.api import pace_client
 from runtime.api.endpoint import Endpoint
 from runtime.api.server import HttpServer, bound
 from runtime.api.vocabulary import Vocabulary
@@ -32,39 +35,83 @@ from runtime.porting.calibrate import ServingCost
 from runtime.serving.executor import FedRow
 
 _PROMPT, _ANSWER, _STREAMS = 16, 48, 8  # tokens, and requests at once
-_STEPS = 50  # of a program alone
+_ALONE = 4  # requests one behind the other
+_LEAST_S = 1e-6  # less is not told apart from nothing, which a profile does not hold
+
+Seen = list[list[float]]
+"""Of each answer, when its tokens came: seconds from the sending of all."""
+Burst = Callable[[int], Seen]
+"""So many requests at once."""
 
 
-def serving_cost(backend: Backend, rounds: int = 5) -> ServingCost:
+def serving_cost(backend: Backend, rounds: int = 7) -> ServingCost:
     """Medians over rounds of a second. Raises `ModuleNotFoundError` without the packages of the server."""
     engine = load_engine(Checkpoint(embedded_checkpoint()), backend, EngineConfig(least_batch=_STREAMS))
-    loads = [(1, 1), (1, _ANSWER), (_STREAMS, 1), (_STREAMS, _ANSWER)]
     found = []
-    with _served(engine) as port:
-        _cpu_s(port, _STREAMS, _ANSWER)  # compiles, and the first of everything takes longer
+    with _asked(engine) as ask:
+        ask(_STREAMS)  # compiles, and the first of everything takes longer
         for _ in range(rounds):
-            found.append([*(_cpu_s(port, *load) for load in loads), *_programs_cpu_s(engine)])
-    one, alone, burst, together, prompt, token = (statistics.median(column) for column in zip(*found, strict=True))
-    of_one = (alone - one) / (_ANSWER - 1) - token  # beside the program, which is the same: its rows are padded
-    of_all = (together - burst) / (_ANSWER - 1) - token
-    row_s = max(0.0, (of_all - of_one) / (_STREAMS - 1))
-    step_s = max(0.0, of_one - row_s)
-    return ServingCost(max(0.0, one - prompt - step_s - row_s), step_s, row_s)
+            alone = [ask(1)[0] for _ in range(_ALONE)]
+            first = statistics.median(came[0] for came in alone)
+            one = statistics.median(_gap_s(came) for came in alone)
+            # of the answer that began last, beside which all others are at work
+            together = _gap_s(max(ask(_STREAMS)))
+            found.append((first, one, together, *_programs_s(engine)))
+    first, one, together, prompt, token, tokens = (statistics.median(each) for each in zip(*found, strict=True))
+    row_s = max(_LEAST_S, ((together - tokens) - (one - token)) / (_STREAMS - 1))
+    step_s = max(_LEAST_S, one - token - row_s)
+    return ServingCost(max(_LEAST_S, first - prompt - step_s - row_s), step_s, row_s)
 
 
-def _programs_cpu_s(engine: LocalEngine) -> tuple[float, float]:
-    """Of a step with a prompt, and of one with an answer's next token, one behind the other alike."""
-    pages = range(1, 1 + -(-(_PROMPT + _ANSWER) // engine.config.described.page_tokens))
-    prompt = [[FedRow(range(300, 300 + _PROMPT), 0, pages)]]
-    token = [[FedRow([300], _PROMPT + _ANSWER // 2, pages)]]
+def _gap_s(came: list[float]) -> float:
+    """From token to token."""
+    return statistics.median(after - before for before, after in itertools.pairwise(came))
+
+
+def _programs_s(engine: LocalEngine) -> tuple[float, float, float]:
+    """Of a step with a prompt, of one with an answer's next token, and of one with those of all streams; one behind the
+    other alike."""
+    pages = -(-(_PROMPT + _ANSWER) // engine.config.described.page_tokens)
+    held = [range(1 + pages * at, 1 + pages * (at + 1)) for at in range(_STREAMS)]
+    prompt = [[FedRow(range(300, 300 + _PROMPT), 0, held[0])]]
+    tokens = [FedRow([300 + at], _PROMPT + _ANSWER // 2, each) for at, each in enumerate(held)]
+
     found = []
-    for rows in ((prompt, [[]]), ([[]], token)):
+    for rows in ((prompt, [[]]), ([[]], [tokens[:1]]), ([[]], [tokens])):
         engine.executor.step(*rows, False)
-        before = time.process_time()
-        for _ in range(_STEPS):
+        times = []
+        for _ in range(_ANSWER):
+            before = time.perf_counter()
             engine.executor.step(*rows, False)
-        found.append((time.process_time() - before) / _STEPS)
-    return found[0], found[1]
+            times.append(time.perf_counter() - before)
+        found.append(statistics.median(times))
+    return found[0], found[1], found[2]
+
+
+@contextmanager
+def _asked(engine: LocalEngine) -> Iterator[Burst]:
+    """Asks a server of an engine, from another process."""
+    rng = np.random.default_rng(time.time_ns())
+    command = [sys.executable, "-I", str(Path(pace_client.__file__))]
+    with _served(engine) as port, subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as client:  # fmt: skip
+        asked, told = client.stdin, client.stdout
+        assert asked is not None and told is not None
+
+        def ask(streams: int) -> Seen:
+            bodies = [_request(rng) for _ in range(streams)]
+            print(json.dumps({"port": port, "bodies": bodies}), file=asked, flush=True)
+            return parse_json(told.readline())
+
+        yield ask
+        asked.close()
+
+
+def _request(rng: np.random.Generator) -> str:
+    """Of a prompt that none before began like."""
+    prompt = rng.integers(300, 900, _PROMPT).tolist()  # of the embedded tokenizer, none of them apart
+    return json.dumps({"prompt": prompt, "stream": True, "max_tokens": _ANSWER, "ignore_eos": True})
 
 
 @contextmanager
@@ -83,39 +130,3 @@ def _served(engine: LocalEngine) -> Iterator[int]:
     finally:
         server.leave(at_once=True)
         thread.join()
-
-
-def _cpu_s(port: int, streams: int, tokens: int) -> float:
-    """CPU seconds of this process, its client left out, for so many streams at once."""
-    rng = np.random.default_rng(time.time_ns())
-    requests = [_request(rng, tokens) for _ in range(streams)]
-    own: list[float] = []
-
-    def client() -> None:
-        began = time.thread_time()
-        with selectors.DefaultSelector() as selector:
-            for content in requests:
-                made = socket.create_connection(("127.0.0.1", port))
-                made.sendall(content)
-                selector.register(made, selectors.EVENT_READ)
-            while selector.get_map():
-                for key, _ in selector.select():
-                    sock: Any = key.fileobj
-                    if not sock.recv(1 << 16):
-                        selector.unregister(sock)
-                        sock.close()
-        own.append(time.thread_time() - began)
-
-    before = time.process_time()
-    thread = threading.Thread(target=client)
-    thread.start()
-    thread.join()
-    return time.process_time() - before - own[0]
-
-
-def _request(rng: np.random.Generator, tokens: int) -> bytes:
-    """Of a prompt that none before began like."""
-    prompt = rng.integers(300, 900, _PROMPT).tolist()  # of the embedded tokenizer, none of them apart
-    body = json.dumps({"prompt": prompt, "stream": True, "max_tokens": tokens, "ignore_eos": True}).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body

@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+import math
+from collections import deque
+from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 TYPES = frozenset({"string", "integer", "number", "boolean", "null", "array", "object"})
-_MOST_STEPS = 256  # from reference to reference, and from choice to choice
+_MOST_LEVELS = 64  # of choices in choices, through references
+_MOST_WORK = 20_000
 
 
-def kinds(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
-    """The types that a value of `schema` may have; all of them where it does not say. root: where its `$ref` point."""
-    return _kinds(schema, root, iter(range(_MOST_STEPS)))
+class Endless(Exception):
+    """A schema whose references and choices lead further than they are followed."""
 
 
-def _kinds(schema: Any, root: Mapping[str, Any], steps: Iterator[int]) -> frozenset[str]:
-    if not isinstance(schema, Mapping) or next(steps, None) is None:
+class Walk:
+    """How far references and choices are followed: so many keywords, listed values and choices are looked at."""
+
+    def __init__(self, most: int = _MOST_WORK):
+        self._left = most
+
+    def take(self, count: int) -> None:
+        """Raises `Endless` where it is too far."""
+        self._left -= count
+        if self._left < 0:
+            raise Endless
+
+
+def kinds(schema: Any, root: Mapping[str, Any], walk: Walk | None = None) -> frozenset[str]:
+    """The types that a value of `schema` may have; all of them where it does not say. root: where its `$ref` point.
+    Raises `Endless` on a walk of others; without one it then does not say."""
+    if walk is not None:
+        return _kinds(schema, root, walk, 0)
+    try:
+        return _kinds(schema, root, Walk(), 0)
+    except Endless:
         return TYPES
-    schema = resolved(schema, root)
+
+
+def _kinds(schema: Any, root: Mapping[str, Any], walk: Walk, level: int) -> frozenset[str]:
+    walk.take(1)
+    if not isinstance(schema, Mapping) or level > _MOST_LEVELS:
+        return TYPES
+    schema = resolved(schema, root, walk)
     found = TYPES
     match schema.get("type"):
         case str() as name if name in TYPES:
@@ -27,13 +54,14 @@ def _kinds(schema: Any, root: Mapping[str, Any], steps: Iterator[int]) -> frozen
             found = frozenset(name for name in names if isinstance(name, str)) & TYPES or TYPES
     for values in (schema.get("enum"), [schema["const"]] if "const" in schema else None):
         if isinstance(values, list) and values:
+            walk.take(len(values))
             found = found & frozenset().union(*map(type_of, values)) or found
     for word in ("anyOf", "oneOf"):
         if isinstance(schema.get(word), list) and schema[word]:
-            each = (_kinds(branch, root, steps) for branch in schema[word])
+            each = [_kinds(branch, root, walk, level + 1) for branch in schema[word]]
             found = found & frozenset().union(*each) or found
     for branch in schema["allOf"] if isinstance(schema.get("allOf"), list) else ():
-        found = found & _kinds(branch, root, steps) or found
+        found = found & _kinds(branch, root, walk, level + 1) or found
     return found
 
 
@@ -55,18 +83,18 @@ def type_of(value: Any) -> frozenset[str]:
     return frozenset({"object"})
 
 
-def resolved(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Any:
+def resolved(schema: Mapping[str, Any], root: Mapping[str, Any], walk: Walk) -> Mapping[str, Any]:
     """What a schema's `$ref` into its own document points to, with what stands beside it; the schema itself where it
-    points nowhere that is known."""
-    for _ in range(_MOST_STEPS):
-        where = schema.get("$ref")
-        if not isinstance(where, str) or not where.startswith("#"):
-            return schema
+    points nowhere that is known, or to itself."""
+    seen: set[str] = set()
+    while isinstance(where := schema.get("$ref"), str) and where.startswith("#") and where not in seen:
+        seen.add(where)
         found: Any = root
         for step in where[1:].split("/")[1:]:
             found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
         if not isinstance(found, Mapping):
             return schema
+        walk.take(len(where) + len(found) + len(schema))
         schema = {**found, **{key: value for key, value in schema.items() if key != "$ref"}}
     return schema
 
@@ -76,57 +104,99 @@ def definitions(root: Mapping[str, Any]) -> dict[str, Any]:
     return {word: root[word] for word in ("$defs", "definitions", "components") if word in root}
 
 
-def branches(schema: Any, root: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The choices at the top of a schema, one type each where it names its types: any of them is a value of it."""
-    found, left = [], [schema]
-    for _ in range(_MOST_STEPS):
-        if not left:
-            break
-        each = left.pop(0)
+def branches(schema: Any, root: Mapping[str, Any], walk: Walk) -> list[Mapping[str, Any]]:
+    """The choices at the top of a schema, one type each where it names its types: any of them is a value of it. Raises
+    `Endless`."""
+    found, left = [], deque([schema])
+    while left:
+        each = left.popleft()
+        walk.take(1)
         if not isinstance(each, Mapping):
             continue
-        each = resolved(each, root)
+        each = resolved(each, root, walk)
         choice = next((word for word in ("anyOf", "oneOf") if isinstance(each.get(word), list) and each[word]), None)
         if choice is not None:
+            options = [branch for branch in each[choice] if isinstance(branch, Mapping)]
+            walk.take(len(each[choice]) * len(each) + sum(map(len, options)))
             rest = {key: value for key, value in each.items() if key != choice}
-            left += [{**rest, **branch} for branch in each[choice] if isinstance(branch, Mapping)]
+            left += [{**rest, **branch} for branch in options]
         elif isinstance(each.get("type"), list):
+            walk.take(len(each["type"]) * len(each))
             left += [{**each, "type": name} for name in each["type"]]
         else:
             found.append(each)
     return found
 
 
-def overlapping(schema: Any, root: Mapping[str, Any]) -> bool:
+def overlapping(schema: Any, root: Mapping[str, Any], walk: Walk) -> bool:
     """Whether a value may be one of two choices of a `oneOf` among the choices at the top of a schema, as far as types
-    and listed values tell: `branches` take it for an `anyOf`, which it then is not."""
-    left = [schema]
-    for _ in range(_MOST_STEPS):
-        if not left:
-            return False
-        each = left.pop(0)
+    and listed values tell: `branches` take it for an `anyOf`, which it then is not. Raises `Endless`."""
+    left = deque([schema])
+    while left:
+        each = left.popleft()
+        walk.take(1)
         if not isinstance(each, Mapping):
             continue
-        each = resolved(each, root)
+        each = resolved(each, root, walk)
         for word in ("anyOf", "oneOf"):
             options = each[word] if isinstance(each.get(word), list) else []
-            if word == "oneOf" and any(_share(*pair, root) for pair in itertools.combinations(options, 2)):
+            if word == "oneOf" and _share(options, root, walk):
                 return True
             left += options
-    return True
+    return False
 
 
-def _share(one: Any, other: Any, root: Mapping[str, Any]) -> bool:
-    listed = _listed(one, root), _listed(other, root)
-    if listed[0] is not None and listed[1] is not None:
-        return any(a == b for a in listed[0] for b in listed[1])
-    found = [{"number" if kind == "integer" else kind for kind in kinds(each, root)} for each in (one, other)]
-    return bool(found[0] & found[1])
+def _share(options: list[Any], root: Mapping[str, Any], walk: Walk) -> bool:
+    """Whether two of the options have a value in common."""
+    values: set[Any] = set()  # of options that list theirs
+    listed: set[str] = set()  # and their types
+    typed: set[str] = set()  # types of the other options
+    for option in options:
+        mine = {"number" if kind == "integer" else kind for kind in kinds(option, root, walk)}
+        held = _listed(option, root, walk)
+        if mine & typed or held is None and mine & listed:
+            return True
+        if held is None:
+            typed |= mine
+        else:
+            walk.take(len(held))
+            new = set(map(_comparable, held))
+            if new & values:
+                return True
+            values |= new
+            listed |= mine
+    return False
 
 
-def _listed(schema: Any, root: Mapping[str, Any]) -> list[Any] | None:
+def _comparable(value: Any) -> Any:
+    """Equal for equal JSON values, and can be in a set: 1 is 1.0, and is not true."""
+    match value:
+        case bool():
+            return "bool", value
+        case list():
+            return "list", *map(_comparable, value)
+        case dict():
+            return "dict", frozenset((key, _comparable(inner)) for key, inner in value.items())
+    return value
+
+
+def _listed(schema: Any, root: Mapping[str, Any], walk: Walk) -> list[Any] | None:
     """All values that a schema may have, where it lists them."""
-    schema = resolved(schema, root) if isinstance(schema, Mapping) else {}
+    schema = resolved(schema, root, walk) if isinstance(schema, Mapping) else {}
     if "const" in schema:
         return [schema["const"]]
     return schema["enum"] if isinstance(schema.get("enum"), list) else None
+
+
+def divisor(schema: Any) -> int:
+    """The least common multiple of all `multipleOf` in a schema, their powers of ten left out: how many remainders an
+    automaton tells apart that holds numbers to them at once."""
+    found, left = 1, [schema]
+    while left:
+        each = left.pop()
+        if isinstance(each, Mapping):
+            value = each.get("multipleOf")
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                found = math.lcm(found, int("".join(map(str, Decimal(str(value)).normalize().as_tuple().digits))) or 1)
+        left += each.values() if isinstance(each, Mapping) else each if isinstance(each, list) else ()
+    return found

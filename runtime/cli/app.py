@@ -14,6 +14,7 @@ from runtime.cli.compare import compare
 from runtime.cli.eval import evaluate
 from runtime.cli.fit import fit
 from runtime.cli.quantize import quantize
+from runtime.cli.rl import rl
 from runtime.cli.train import train
 from runtime.cli.version import version
 
@@ -36,6 +37,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("quantize")(quantize)
 app.command("compare")(compare)
 app.command("train")(train)
+app.command("rl")(rl)
 app.command("eval")(evaluate)
 app.add_typer(profiles.app, name="profiles")
 app.add_typer(plan.app, name="plan")

@@ -17,7 +17,6 @@ from runtime.deployment.manifest import PACKAGE_FORMATS
 if TYPE_CHECKING:
     from runtime.deployment.manifest import Manifest
 
-_BATCHES = {"ascend": "1,4,16"}  # three gears: ATC's documentation recommends three or four
 app = typer.Typer(help="Export the graph to other toolchains, or check a package.", invoke_without_command=True)
 app.command("check")(export_check.check)
 
@@ -36,7 +35,7 @@ def export(
     phase: Annotated[str, typer.Option(help="prefill, decode or both.")] = "decode",
     batch: Annotated[
         str | None,
-        typer.Option(help="Sequences a step; several make several gears [default: 1; for ascend 1,4,16]."),
+        typer.Option(help="Sequences a step; several make several gears [default: 1]."),
     ] = None,
     chunk: Annotated[str, typer.Option(help="Tokens a sequence of a prefill step; several as for --batch.")] = "128",
     context_tokens: Annotated[
@@ -67,11 +66,8 @@ def export(
         str | None,
         typer.Option(autocompletion=completion.chips, help="For ascend: the chip, a profile's name or TOML file."),
     ] = None,
-    soc_version: Annotated[
-        str | None, typer.Option(help="For ascend: the chip as ATC names it, as Ascend910B3 [default: the profile's].")
-    ] = None,
-    cann_ops: Annotated[
-        str, typer.Option(help="For ascend, CANN's fused operators: all, shipped (no plugin) or none (decomposed).")
+    npu_ops: Annotated[
+        str, typer.Option(help="For ascend, torch_npu's operators: all that take a call, or none (ATen alone).")
     ] = "all",
     dtype: Annotated[
         str,
@@ -101,8 +97,8 @@ def export(
         raise UsageError(f"--dtype {dtype}: float32 or bfloat16")
     if model and checkpoint:
         raise UsageError("give one of --model (graphs only) and --checkpoint (with weights)")
-    if format != "ascend" and not said.keys().isdisjoint(("profile", "soc_version", "cann_ops")):
-        raise UsageError("--profile, --soc-version and --cann-ops are for --format ascend")
+    if format != "ascend" and not said.keys().isdisjoint(("profile", "npu_ops")):
+        raise UsageError("--profile and --npu-ops are for --format ascend")
     if plan and not said.keys().isdisjoint(("tp", "dp", "ep", "pp")):
         raise UsageError("--plan decides the layout: leave out --tp, --dp, --ep and --pp")
     if phase == "decode" and "chunk" in said:
@@ -120,9 +116,8 @@ def export(
     opened = None if model else opened_checkpoint(checkpoint)
     cfg = opened.config if opened else load_config(str(model))
     scheme = formats or ("f32" if opened else cutting.preset_scheme(cfg))
-    batch = batch or _BATCHES.get(format, "1")
     gears = {
-        name: cutting.gears(cfg, name, batch, chunk, context_tokens, page_size)
+        name: cutting.gears(cfg, name, batch or "1", chunk, context_tokens, page_size)
         for name in (("prefill", "decode") if phase == "both" else (phase,))
     }
     placed = cutting.from_plan(cfg, plan) if plan else cutting.from_layout(cfg, Layout(tp, dp, ep, pp))
@@ -139,7 +134,7 @@ def export(
         device=device,
         plan_hash=placed.plan_hash,
         wide_dtype=dtype,
-        options={"profile": load(profile) if profile else None, "soc_version": soc_version, "cann_ops": cann_ops},
+        options={"profile": load(profile) if profile else None, "npu_ops": npu_ops},
     )
     cutting.check(request)
     reports: list[Any] = []

@@ -28,7 +28,7 @@ def fit(
         typer.Argument(
             metavar="FILE...",
             help="A CSV of measurements of one deployment (columns: docs/validation.md), or what `vllm bench serve "
-            "--save-result`, sglang.bench_serving or aiperf wrote, with the options below.",
+            "--save-result`, sglang.bench_serving, aiperf or guidellm wrote, with the options below.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Write the engine here, for --engine; a name that ends in .toml.")],

@@ -26,6 +26,13 @@ def refuse_unread(context: typer.Context, read: Collection[str], why: Callable[[
             raise UsageError(f"{typed} {why(name)}")
 
 
+def refuse_decided(context: typer.Context, decided: Collection[str]) -> None:
+    """Raises `UsageError` for the first option given that a plan decides, also where it says what the plan does."""
+    for name, typed in given(context).items():
+        if name in decided:
+            raise UsageError(f"{typed} does not go with --plan, which decides it: leave it out, or leave out --plan")
+
+
 def refuse_before(context: typer.Context) -> None:
     """Raises `UsageError` for an option that stands before a subcommand, which does not read it."""
     verb = context.invoked_subcommand

@@ -36,7 +36,7 @@ Turns = Annotated[
     typer.Option(
         min=1,
         max=10_000,
-        help="Each client holds conversations of so many turns: a prompt is all before it and --isl new tokens.",
+        help="Requests are turns of conversations, so many each: a prompt is all before it and --isl new tokens.",
     ),
 ]
 ThinkS = Annotated[float | None, typer.Option(help="Seconds from an answer to the next turn [default: 0].")]
@@ -102,8 +102,6 @@ def habits_asked(params: Mapping[str, Any]) -> dict[str, Any]:
         if turns in (None, 1):
             raise UsageError("--think-s is between the turns of a conversation: add --turns of two or more")
         found["think_s"] = think_s
-    if (turns or 1) > 1 and params["rate"] is not None:
-        raise UsageError("--turns is of clients that hold conversations: give --concurrency, and not --rate")
     return found
 
 

@@ -158,8 +158,10 @@ def plan(
     if mtp and not cfg.mtp_layers:
         raise UsageError(f"{cfg.name} has no MTP layer to draft with: leave out --mtp")
     asked = lengths_asked(cfg, context.params, given(context)) | habits_asked(context.params)
-    if asked.get("turns", 1) > 1 and concurrency is None:
-        raise UsageError("--turns is of clients that hold conversations: say how many with --concurrency")
+    if asked.get("turns", 1) > 1 and concurrency is None and rate is None:
+        raise UsageError(
+            "--turns is of conversations that clients hold or that come at a rate: give --concurrency or --rate"
+        )
     question = Question(
         cfg,
         Demand(

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from runtime.cli import completion, device_options
-from runtime.cli.given import refuse_unread
+from runtime.cli.given import refuse_decided, refuse_unread
 from runtime.cli.runners.asked import RunMode
 from runtime.cli.runners.emulated import EmulatedRun
 from runtime.cli.runners.local import LocalRun
 from runtime.cli.runners.package import PackageRun
 from runtime.cli.runners.processes import ProcessesRun
+from runtime.execution.cluster.options import DECIDED_BY_PLAN
 
 
 def run(
@@ -78,6 +79,8 @@ def run(
     values = dict(locals())
     mode = _mode(backend, artifact, coordinator, process)
     refuse_unread(context, mode.reads(), lambda name: mode.why_not(name, backend))
+    if plan is not None:
+        refuse_decided(context, DECIDED_BY_PLAN)
     mode(**{name: values[name] for name in mode.reads()}).run()
 
 

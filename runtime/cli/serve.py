@@ -15,7 +15,8 @@ from foundation.errors import UsageError
 from foundation.reading import Unreadable, read_lines
 from runtime.cli import completion, device_options
 from runtime.cli.compile_cache import open_compile_cache
-from runtime.cli.given import refuse_unread
+from runtime.cli.given import refuse_decided, refuse_unread
+from runtime.execution.cluster.options import DECIDED_BY_PLAN
 
 if TYPE_CHECKING:
     import socket
@@ -118,6 +119,8 @@ def serve(
         emulates = registry.get(backend).emulates
         unread, why_not = (_LOCAL if emulates else _EMULATED) | _OF_PACKAGES, _why_not(emulates, backend)
     refuse_unread(context, set(values) - unread, lambda name: "needs --artifact" if name in _OF_PACKAGES else why_not)
+    if plan is not None:
+        refuse_decided(context, DECIDED_BY_PLAN)
     keys = _keys(api_key, api_key_file)
     _positive(max_body_mb=max_body_mb, ping_seconds=ping_seconds, drain_seconds=drain_seconds)
     try:

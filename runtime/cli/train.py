@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,11 +21,8 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line a record instead of a bar.")] = False,
 ) -> None:
     """Train a small GLM-5 on generated text, with Muon Split and sparse attention."""
-    if missing := [name for name in ("flax", "optax") if importlib.util.find_spec(name) is None]:
-        raise UsageError(f'training needs {missing[0]}: pip install "glm5-runtime[train]"')
-    from rich import progress as bars
-
-    from runtime.cli.terminal import Terminal
+    need_extra()
+    from runtime.cli.progress import steps_bar
     from runtime.training import config as configs
     from runtime.training.trainer import train as run
 
@@ -34,19 +31,12 @@ def train(
     if as_json:
         run(read, out, source, resume, lambda step, record: print(json.dumps(record), flush=True) if record else None)
         return
-    times = (bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
-    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(), *times)
-    progress = bars.Progress(*columns, console=Terminal(stderr=True))
-    bar = progress.add_task("running", total=read.steps)
-
-    def report(step: int, record: dict[str, Any]) -> None:
-        progress.start()  # with the first step: what is refused leaves no bar
-        said = f"{record['stage']}, loss {record['loss']:.3f}" if record else "running"
-        progress.update(bar, completed=step, description=said)
-
-    try:
+    with steps_bar(read.steps, lambda record: f"{record['stage']}, loss {record['loss']:.3f}") as report:
         checkpoint = run(read, out, source, resume, report)
-    finally:
-        if progress.live.is_started:
-            progress.stop()
     print(f"checkpoint: {checkpoint}\nplots:      {out / 'metrics.html'}")
+
+
+def need_extra() -> None:
+    """Raises `UsageError` where what training imports is not installed."""
+    if missing := [name for name in ("flax", "optax") if importlib.util.find_spec(name) is None]:
+        raise UsageError(f'training needs {missing[0]}: pip install "glm5-runtime[train]"')

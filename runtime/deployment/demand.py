@@ -24,8 +24,8 @@ class Demand:
     length_cv: lengths are lognormal instead, isl and osl their means, with that coefficient of variation, and cut at
     `length_most` times the mean. histogram: or they are these (input, output, weight), isl and osl their longest.
     shared_prefix: share of each prompt's tokens that the requests of its group begin with, one of `prefix_groups`.
-    turns, think_s: requests are turns of conversations, which `concurrency` clients hold; a prompt is the conversation
-    so far and isl new tokens, sent think_s seconds after the answer before.
+    turns, think_s: requests are turns of conversations, which `concurrency` clients hold, or which begin at rate /
+    turns a second; a prompt is the conversation so far and isl new tokens, sent think_s seconds after the last answer.
 
     concurrency: requests in flight (closed loop), or rate: requests a second (open loop); one of them. ttft_ms and
     tpot_ms bound the means over requests, or with percentile that percentile of them. objective: what is made best

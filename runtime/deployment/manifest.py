@@ -32,7 +32,7 @@ from foundation.reading import Unreadable, parse_json, read_text
 from runtime.deployment.document import Fault, place, validated
 from runtime.deployment.sound import manifest_faults, number_faults
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE = "manifest.json"
 OUT = ".out"  # suffix of the new value of a name
 

@@ -62,8 +62,6 @@ def plan_faults(plan: _Plan) -> Iterator[str]:
         yield f"demand.shared_prefix is {demand.shared_prefix:g}, which must be from 0 to 1"
     yield from _outside("demand.prefix_groups", demand.prefix_groups, 1, MOST_COUNT)
     yield from _outside("demand.turns", demand.turns, 1, MOST_COUNT)
-    if demand.turns > 1 and demand.rate is not None:
-        yield "demand.turns goes with a concurrency, the clients that hold conversations, and not with a rate"
     if not demand.think_s >= 0:
         yield f"demand.think_s is {demand.think_s:g}, which must be 0 or more"
     if demand.rate is not None and not demand.rate > 0:

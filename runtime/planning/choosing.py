@@ -4,8 +4,9 @@
     2. estimates  the fewest nodes that meet the targets in the steady state, by replicas of each
     3. simulation the best one or two of a number of nodes; more nodes where they miss, fewer where they meet
 
-A chip takes a bounded number of simulations (`_COUNTS` x `_EACH`), so that six take about a minute; `glm5 plan` then
-searches further for one of them: formats of the cache, chunks, and prefill apart from decode.
+All chips share one budget of simulation (`_WORK`), so that six take at most about a minute on two cores, and more of
+them little longer than their layouts take to be priced; none simulates more than `_COUNTS` x `_EACH` plans. `glm5 plan`
+then searches further for one of them: formats of the cache, chunks, and prefill apart from decode.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from typing import Any
 
 from foundation.errors import Failure, UsageError, first_line
 from hw_profiles import Figure, Profile
+from model.formats import KV, scheme
 from runtime.deployment.engines import default_kv, engine_for, load, names
 from runtime.deployment.errors import NoPlanError
 from runtime.deployment.plan import Plan, Predicted
 from runtime.planning.contender import Contender, Part, plan_of
 from runtime.planning.estimate import Estimate, OptionPrices, score
 from runtime.planning.options import Option, Question, Refused, make_option, options
-from runtime.planning.predict import closed_loop_requests, open_loop_requests, predicted, simulate_plan
+from runtime.planning.predict import predicted, requests_played, simulate_plan
 from runtime.planning.search import merit
 from runtime.pricing.bands import Band
 from runtime.pricing.price import PriceError
@@ -36,8 +38,11 @@ from runtime.simulation.trust import report_bands
 
 _COUNTS, _EACH = 6, 2
 """Numbers of nodes that are simulated for a chip, and contenders of each."""
+_WORK, _SHARES = 1_500_000, 6
+"""Of all simulations, in requests x (4 + ranks that step together), some 60 microseconds each; and the fewest equal
+shares that it is cut into, one a chip, so that what a chip comes to does not depend on one or five others."""
 _WORK_EACH = 60_000
-"""Of one simulation, in requests x (4 + ranks that step together): some 60 microseconds each."""
+"""Of one simulation beyond the first of a number of nodes."""
 _LARGEST = 4
 """Nodes of one replica beyond which no layout is tried, unless the model needs more."""
 
@@ -115,16 +120,23 @@ def choose(
     """What each chip comes to under its question's engine, in their order. most: devices of each. processes: side by
     side, by default one a core.
 
-    Raises `UsageError` for a load that nobody can serve.
+    Raises `UsageError` for a load that nobody can serve, and for formats that there are not, `EngineError` for such an
+    engine: what one chip alone cannot do is that chip's `reason`.
     """
     for question, _ in questions:
+        load(question.engine)
+        if question.scheme is not None:
+            scheme(question.scheme)
+        if question.kv is not None and question.kv not in KV:
+            raise UsageError(f"unknown KV format {question.kv!r}; known: {', '.join(KV)}")
         demand = question.demand
         if demand.rate is None and demand.concurrency is None:
             raise UsageError("which chips depends on the load: give --rate or --concurrency")
         if demand.osl == 1 and demand.tpot_ms is not None:
             raise UsageError("answers of one token have no time per output token: leave out --tpot-ms, or ask for more")
         require_positions(question.cfg, *demand.longest)
-    work = [(question, profile, most) for question, profile in questions]
+    share = _WORK // max(_SHARES, len(questions))
+    work = [(question, profile, most, share) for question, profile in questions]
     count = min(processes or os.cpu_count() or 1, len(work))
     found: list[ChipChoice] = []
     for each in _side_by_side(work, count):
@@ -133,7 +145,11 @@ def choose(
     return found
 
 
-def _side_by_side(work: Sequence[tuple[Question, Profile, int]], count: int) -> Iterator[ChipChoice]:
+_Asked = tuple[Question, Profile, int, int]
+"""What one chip is asked: how many devices there are at most, and the work that its simulations may take."""
+
+
+def _side_by_side(work: Sequence[_Asked], count: int) -> Iterator[ChipChoice]:
     if count <= 1:
         yield from map(_chosen, work)
         return
@@ -147,11 +163,11 @@ def _leave_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _chosen(work: tuple[Question, Profile, int]) -> ChipChoice:
-    question, profile, most = work
+def _chosen(work: _Asked) -> ChipChoice:
+    question, profile, most, budget = work
     node = node_devices(profile)
     try:
-        return _Choosing(question, profile, max(1, most // node)).choice()
+        return _Choosing(question, profile, max(1, most // node), budget).choice()
     except Failure as error:
         return ChipChoice(profile.name, question.engine, node, reason=first_line(error))
 
@@ -164,12 +180,12 @@ class _Played:
 
 
 class _Choosing:
-    """One chip. most: nodes."""
+    """One chip. most: nodes. budget: of work that simulations may take; each begins while some is left."""
 
-    def __init__(self, question: Question, profile: Profile, most: int):
+    def __init__(self, question: Question, profile: Profile, most: int, budget: int):
         if question.kv is None:
             question = dataclasses.replace(question, kv=_own_kv(question, profile))
-        self.question, self.profile, self.most = question, profile, most
+        self.question, self.profile, self.most, self.left = question, profile, most, budget
         self.node = node_devices(profile)
         self.coarse, self.full = PriceTables(coarse=True), PriceTables()
         self.played: dict[int, _Played | None] = {}
@@ -201,12 +217,12 @@ class _Choosing:
     def _search(self, models: list[OptionPrices], start: int, climbing: bool) -> None:
         """Simulates numbers of nodes: up until one meets the targets, then down to the fewest that is tried."""
         below, at = 0, start
-        while len(self.played) < _COUNTS and self._miss(models, at):
+        while self._goes_on and self._miss(models, at):
             if not climbing or at == self.most:
                 return
             below = at
             at = min(self.most, at + max(1, math.ceil(at * min(self._miss(models, at), 1.0) / 2)))
-        while len(self.played) < _COUNTS and at - below > 1:
+        while self._goes_on and at - below > 1:
             middle = at - 1 if not below else (at + below) // 2
             if not any(model.option.devices <= middle * self.node for model in models):
                 return
@@ -214,6 +230,10 @@ class _Choosing:
                 below = middle
             else:
                 at = middle
+
+    @property
+    def _goes_on(self) -> bool:
+        return len(self.played) < _COUNTS and self.left > 0
 
     def _miss(self, models: list[OptionPrices], nodes: int) -> float:
         """By how much the best plan on so many nodes misses the targets; played where it has not been."""
@@ -306,8 +326,10 @@ class _Choosing:
         for option, replicas, estimate in held:
             if len(done) == _EACH:
                 break
-            if done and (self._work(option, replicas, estimate) > _WORK_EACH or estimate.misses(demand) > 0.3):
+            work = self._work(option, replicas, estimate)
+            if done and (work > min(_WORK_EACH, self.left) or estimate.misses(demand) > 0.3):
                 continue
+            self.left -= work
             try:
                 done.append(self._simulated(option, replicas, estimate, nodes))
             except Failure as error:
@@ -319,8 +341,7 @@ class _Choosing:
 
     def _work(self, option: Option, replicas: int, estimate: Estimate) -> int:
         here = math.ceil(estimate.concurrency / replicas)
-        requests = closed_loop_requests(here) if self.question.demand.rate is None else open_loop_requests(here)
-        return requests * (4 + option.layout.dp)
+        return requests_played(self.question.demand, here) * (4 + option.layout.dp)
 
     def _simulated(self, option: Option, replicas: int, estimate: Estimate, nodes: int) -> _Played:
         spec, question = option.spec, self.question

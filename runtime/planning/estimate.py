@@ -22,7 +22,8 @@ import numpy as np
 
 from runtime.deployment.demand import Demand
 from runtime.planning.options import Option
-from runtime.serving.pricing import step_seconds, step_shape
+from runtime.planning.predict import closed_loop_requests
+from runtime.serving.pricing import NO_CONTEXTS, step_seconds, step_shape
 from runtime.simulation.build import PriceTables, pricer_of, speculation, tiers_of
 
 _LONGEST_SWEEP = 4096
@@ -135,7 +136,27 @@ class OptionPrices:
         service = ttft + self.output * tpot
         rate = min(in_flight, places * holds) / service
         queue = in_flight / rate - service
-        return Estimate(round(in_flight), rate, rate * self.output, ttft + queue, tpot, running_limit)
+        opening = self._opening(running, places)
+        return Estimate(round(in_flight), rate, rate * self.output, ttft + queue + opening, tpot, running_limit)
+
+    def _opening(self, running: int, places: int) -> float:
+        """By how much the burst in which the clients of a closed loop begin delays the mean request: their prompts, of
+        `running` a rank, are computed one after another, as many tokens a step as it takes."""
+        clients = self.demand.concurrency
+        if clients is None or running < 2:
+            return 0.0
+        engine, new = self.engine, max(1, math.ceil(self.prompt - self.cached))
+        budget = max(1, min(engine.chunked_prefill_tokens or new, engine.max_step_tokens))
+        chunk, together = min(new, budget), min(running, max(1, budget // new))
+        shape = step_shape(
+            engine, NO_CONTEXTS, 1, [(chunk, int(self.cached) + (new - chunk) // 2)] * together, together
+        )
+        each = step_seconds(engine, self.pricer.seconds(shape), shape) * new / (together * chunk)
+        front = engine.front_seconds(self.prompt) * (1 if engine.front_end_per_rank else self.ranks)
+        behind = 2 * front + each if engine.front_end_gathers else max(front, each)  # twice: all wait for the last
+        here = math.ceil(clients * self.ranks / places)
+        share = min(1.0, here / closed_loop_requests(self.demand, here))
+        return share * behind * (running - 1) / 2
 
     def _prompts_only(self, in_flight: float, places: int) -> Estimate:
         """Where answers have one token, which prefilling makes: prompts follow one another, and nothing decodes."""

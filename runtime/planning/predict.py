@@ -29,6 +29,7 @@ from runtime.serving import (
     block_of,
     closed_loop,
     conversations,
+    open_conversations,
     open_loop,
     simulate,
 )
@@ -64,22 +65,22 @@ def workload(
         block = block_of(demand.prompt_means[0], *page_tokens)
         sharing = Sharing(demand.shared_prefix, demand.groups_each(parts, router), block)
     if demand.rate is not None:
+        more = {"cv": burstiness, "seed": seed, "sharing": sharing}
+        rate, count = demand.rate / parts, requests or OPEN_LOOP
         if demand.turns > 1:
-            raise UsageError("conversations are held by clients: with --turns give --concurrency, not --rate")
-        load = open_loop(
-            demand.rate / parts, requests or OPEN_LOOP, prompt, output, cv=burstiness, seed=seed, sharing=sharing
-        )
+            load = open_conversations(rate, count, demand.turns, demand.think_s, prompt, output, **more)
+        else:
+            load = open_loop(rate, count, prompt, output, **more)
         return load, float(parts)
     whole = DEFAULT_CONCURRENCY if demand.concurrency is None else demand.concurrency
     if whole < 1:
         raise UsageError(f"concurrency is {whole}: give a whole number of at least 1")
     here = math.ceil(whole / parts)
+    count = requests or closed_loop_requests(demand, here)
     if demand.turns > 1:
-        count = requests or max(closed_loop_requests(here), CONVERSATIONS * here * demand.turns)
         return conversations(
             here, count, demand.turns, demand.think_s, prompt, output, seed=seed, sharing=sharing
         ), whole / here
-    count = requests or closed_loop_requests(here)
     return closed_loop(here, count, prompt, output, seed=seed, sharing=sharing), whole / here
 
 
@@ -93,15 +94,20 @@ def lengths_of(demand: Demand) -> tuple[Lengths | Histogram, Lengths | None]:
     return Uniform(demand.isl, demand.length_ratio), Uniform(demand.osl, demand.length_ratio)
 
 
-def closed_loop_requests(concurrency: int) -> int:
-    """Requests of a closed loop: ten a client, as benchmarks take, fewer where that would be many."""
-    return max(min(10 * concurrency, 320), 3 * concurrency)
+def closed_loop_requests(demand: Demand, concurrency: int) -> int:
+    """Requests of a closed loop: ten a client, as benchmarks take, fewer where that would be many; of conversations at
+    least `CONVERSATIONS` a client."""
+    count = max(min(10 * concurrency, 320), 3 * concurrency)
+    return max(count, CONVERSATIONS * concurrency * demand.turns) if demand.turns > 1 else count
 
 
-def open_loop_requests(concurrency: int) -> int:
-    """About how many requests an open loop with so many in flight takes: its ramp, and until it is plain whether it
-    is kept up with (see `runtime.serving.steady`)."""
-    return OPEN_LOOP + 3 * concurrency + round(50 * concurrency ** (2 / 3))
+def requests_played(demand: Demand, concurrency: int) -> int:
+    """About how many requests a simulation takes with so many in flight; of an open loop, its ramp, and until it is
+    plain whether it is kept up with (see `runtime.serving.steady`), which goes by what arrives: requests, or
+    conversations."""
+    if demand.rate is None:
+        return closed_loop_requests(demand, concurrency)
+    return OPEN_LOOP + demand.turns * (3 * concurrency + round(50 * concurrency ** (2 / 3)))
 
 
 def simulate_plan(

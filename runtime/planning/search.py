@@ -30,7 +30,7 @@ from runtime.planning.experts.packing import Floats
 from runtime.planning.kv_tiers import plan_kv
 from runtime.planning.options import Option, Question, Refused, make_option, options
 from runtime.planning.pairs import matched, pairs
-from runtime.planning.predict import closed_loop_requests, open_loop_requests, predicted, simulate_plan
+from runtime.planning.predict import predicted, requests_played, simulate_plan
 from runtime.planning.redundancy import checked, spend
 from runtime.pricing.price import PriceError
 from runtime.serving import ServingError
@@ -329,8 +329,9 @@ class _Search:
         """What simulating a contender takes, in units of `_WORK`."""
         parts = math.gcd(*(part.replicas for part in contender.parts))
         here = math.ceil(contender.estimate.concurrency / parts)
-        requests = closed_loop_requests(here) if self.question.demand.rate is None else open_loop_requests(here)
-        return requests * (4 + sum(part.option.layout.dp for part in contender.parts))
+        return requests_played(self.question.demand, here) * (
+            4 + sum(part.option.layout.dp for part in contender.parts)
+        )
 
     def _simulated_row(self, contender: Contender, found: Predicted, chosen: bool) -> Any:
         row = alternative(contender, contender.estimate, self.question)

@@ -104,8 +104,8 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True)
 class ServingCost:
-    """What the host works beside the device, where this project's server serves: CPU seconds a request, a step, and a
-    row of a step (a sequence's next token, or a piece of a prompt)."""
+    """What the host works beside the device, where this project's server serves: seconds that a client on the same host
+    waits longer for a request, a step, and a row of a step (a sequence's next token, or a piece of a prompt)."""
 
     request_s: float
     step_s: float
@@ -237,7 +237,7 @@ def profile(found: Calibration, backend: Backend, name: str, prices: str | None 
     )
     values["overhead.vector_launch_s"] = (found.vector_launch_s, "One small norm inside a compiled step.")
     if found.serving is not None:
-        served = "`glm5 serve` with a model that takes no time; CPU of the embedded checkpoint's server."
+        served = "`glm5 serve` of the embedded checkpoint, its programs left out; the client on this machine included."
         for what, seconds in dataclasses.asdict(found.serving).items():
             values[f"overhead.serving_{what}"] = (seconds, served)
     computed = "float32" if found.dtype == "float32" else "bfloat16"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,11 +21,9 @@ from typing import Any
 import numpy as np
 
 from foundation.errors import UsageError
-from foundation.paths import Outside, inside
 from model import quantised
 from model.checkpoint import Checkpoint, groups, stored_shape
-from model.checkpoint_writer import FP8_CONFIG, SHARD_BYTES, new_directory, write_shards
-from model.errors import CheckpointError
+from model.checkpoint_writer import FP8_CONFIG, SHARD_BYTES, copy_companions, new_directory, write_shards
 from model.formats import (
     BF16,
     BITS,
@@ -42,12 +39,9 @@ from model.formats import (
     Scheme,
     matrix_format,
 )
-from model.hf_config import MODELOPT_FILE, MODELSLIM_FILE
+from model.hf_config import MODELSLIM_FILE
 from model.quantization_config import MODELSLIM_TYPES
 from model.spelling import spell, tensor_name
-from model.stored_tensors import INDEX_FILE
-
-_COPIED = {".json", ".jinja", ".txt", ".model"}  # tokenizer, template, generation settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,18 +93,9 @@ def quantize(
     with new_directory(out) as folder:
         write_shards(folder, writer.tensors(), shard_bytes)
         _write_config(folder, source, writer)
-        for path in sorted(source.path.iterdir()):
-            if path.suffix in _COPIED and path.name not in ("config.json", INDEX_FILE, MODELSLIM_FILE, MODELOPT_FILE):
-                shutil.copyfile(_own(source, path.name), folder / path.name)
+        copy_companions(source.path, folder)
         Checkpoint(folder)  # what cannot be read back is not left behind
     return QuantizedCheckpoint(out, chosen, writer.source_bytes, writer.bytes, dict(writer.matrices), writer.kept)
-
-
-def _own(source: Checkpoint, name: str) -> Path:
-    try:
-        return inside(source.path, name)
-    except Outside as error:
-        raise CheckpointError(f"{source.path / name}: {error}; a checkpoint's files lie in its own folder") from None
 
 
 def _check_groups(source: Checkpoint, scheme: Scheme) -> None:

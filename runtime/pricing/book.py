@@ -27,9 +27,11 @@ from runtime.pricing.choices import (
     dense_prefill,
     fused_reduce,
     fused_shared,
+    table_choices,
+    unpacked_decode,
     untuned_experts,
 )  # fmt: skip
-from runtime.pricing.eras import ENGINES, choose
+from runtime.pricing.eras import ENGINES, choose, entry_of
 from runtime.pricing.grid import Array, Polyline, Surface, log_knots
 from runtime.pricing.kernel import KERNEL_BOUNDS, Kernel, Timing, kernel_from_json
 from runtime.pricing.load import ExpertLoad
@@ -135,7 +137,12 @@ class PriceBook:
         for key, body in transfer["kernels"].items():
             self._kernels[f"transfer:{key}"] = carried(kernel_from_json(key, body, "transferred"))
         if measured and own:
-            for key, era in choose(measured["kernels"], engine, release).items():
+            entries = measured["kernels"]
+            eras = choose(entries, engine, release)
+            for each in table_choices(engine, release, family):
+                if each.taken in entries:
+                    eras[each.key] = entry_of(entries, each.taken, engine, release)
+            for key, era in eras.items():
                 kernel = own(kernel_from_json(key, era.body))
                 self._kernels[key] = kernel.of_later_release(era.later) if era.later else kernel
         curves = choose((measured or {}).get("collectives", {}), engine, release)
@@ -194,6 +201,13 @@ class PriceBook:
         """Whether sparse attention reads prompts that it would select whole as dense layers do."""
         return dense_prefill(*self._chooses) is not None
 
+    @property
+    def unpacked_tile(self) -> int:
+        """Queries that grouped-query attention computes for each head of a sequence that decodes beside prompts; 0
+        where it computes there what it computes alone."""
+        choice = unpacked_decode(*self._chooses)
+        return choice.tile if choice else 0
+
     def named(self, key: str) -> Kernel | None:
         """A kernel by its exact key, or None."""
         return self._kernels.get(key)
@@ -207,6 +221,9 @@ class PriceBook:
         if self.wide != "bf16":  # then everything is computed in it
             weight_format = self.wide
         timing = kernel.time(features, self.chip.peak(weight_format), self.chip.memory_bandwidth_bytes_per_s)
+        if self.chip.cache_bytes and kernel.rates is None:
+            cold = kernel.cold_bytes(features, self.chip.cache_bytes) / self.chip.memory_bandwidth_bytes_per_s
+            timing = replace(timing, seconds=timing.seconds + cold)
         if self.chip.sustained_clock_fraction == 1:
             return timing
         # measured in short bursts, at a clock that long steps do not keep

@@ -93,6 +93,39 @@ UNTUNED_EXPERTS = (
 
 
 @dataclass(frozen=True)
+class TableChoice:
+    """Releases of an engine that run another kernel than their table was measured with: what is asked for as `key` is
+    the entry `taken` of the price file, measured at a later or earlier release that runs the same kernel. since and
+    until: the releases, until left out."""
+
+    engine: str
+    since: str
+    until: str
+    family: str
+    key: str
+    taken: str
+    source: str
+
+
+_VLLM_FP8 = "moe/fp8-block/vllm"
+_ORACLE = (
+    "vllm 0.15.1 and 0.16.0 fused_moe/oracle/fp8.py select_fp8_moe_backend: FlashInfer's TensorRT-LLM experts first, "
+    "which want SM100, then its CUTLASS ones, which take 128-block FP8 on SM90"
+)
+_PREFERS = (
+    "vllm 0.17.0 to 0.19.0 fused_moe/oracle/fp8.py: on Hopper for Block Fp8, prefer Triton for TP and FI CUTLASS for EP"
+)
+TABLE_CHOICES = (
+    TableChoice("vllm", "0.15", "0.24", "blackwell", _VLLM_FP8, _VLLM_FP8, _ORACLE),
+    TableChoice("vllm", "0.15", "0.17", "hopper", _VLLM_FP8, _VLLM_FP8, _ORACLE),
+    TableChoice("vllm", "0.15", "0.17", "hopper", f"{_VLLM_FP8}/tp", _VLLM_FP8, _ORACLE),
+    TableChoice("vllm", "0.17", "0.24", "hopper", _VLLM_FP8, _VLLM_FP8, _PREFERS),
+    TableChoice("vllm", "0.17", "0.24", "hopper", f"{_VLLM_FP8}/tp", f"{_VLLM_FP8}@0.19.0", _PREFERS),
+)
+"""Tables of experts up to vLLM 0.22 are of its Triton kernel, whatever its servers chose."""
+
+
+@dataclass(frozen=True)
 class AbsorbedPrefill:
     """Dense MLA prefill in the latent, as decode attends, where the tokens that a step's sequences have cached already
     are some, but fewer than `below` together; expanded heads otherwise. models: None for any."""
@@ -135,7 +168,31 @@ DENSE_PREFILLS = (
 )  # fmt: skip
 """TensorRT-LLM has it behind TRTLLM_MLA_SHORT_SEQ_MHA_THRESHOLD, which is 0 (modules/attention.py)."""
 
-KernelChoice = TypeVar("KernelChoice", FusedReduce, FusedShared, UntunedExperts, AbsorbedPrefill, DensePrefill)
+
+@dataclass(frozen=True)
+class UnpackedDecode:
+    """Grouped-query attention whose kernel packs the query heads of a key head into one tile only in calls without
+    prompts: beside prompts each head of a decoding sequence fills a tile of `tile` queries alone."""
+
+    engine: str
+    since: str
+    families: frozenset[str]
+    source: str
+    tile: int = 64
+    models: frozenset[str] | None = None
+
+
+UNPACKED_DECODES = (
+    UnpackedDecode("vllm", "0.8", frozenset({"ampere"}),
+                   "vllm-project/flash-attention csrc/flash_attn/flash_api.cpp mha_varlen_fwd: seqlenq_ngroups_swapped "
+                   "(and split keys) only if max_seqlen_q == 1, and 64 queries a block over a paged cache; vllm "
+                   "v1/attention/backends/flash_attn.py has prompts and answers in one call; FlashAttention 3 (Hopper) "
+                   "packs paged calls, FlashInfer (Blackwell) splits them"),
+)  # fmt: skip
+
+KernelChoice = TypeVar(
+    "KernelChoice", FusedReduce, FusedShared, UntunedExperts, AbsorbedPrefill, DensePrefill, UnpackedDecode
+)
 
 
 def _chosen(
@@ -169,6 +226,18 @@ def untuned_experts(
     return choice if weight_format in choice.formats and (family, experts, width) not in choice.tuned else None
 
 
+def table_choices(engine: str, release: str, family: str) -> tuple[TableChoice, ...]:
+    """Those that hold for a release."""
+    asked = order(release)
+    return tuple(
+        each
+        for each in TABLE_CHOICES
+        if (each.engine, each.family) == (engine, family)
+        and asked
+        and (order(each.since) or asked) <= asked < (order(each.until) or asked)
+    )
+
+
 def absorbed_prefill(engine: str, release: str, family: str) -> AbsorbedPrefill | None:
     """What a release chooses; None where prompts are always computed with expanded heads."""
     return _chosen(ABSORBED_PREFILLS, engine, release, family)
@@ -177,3 +246,8 @@ def absorbed_prefill(engine: str, release: str, family: str) -> AbsorbedPrefill 
 def dense_prefill(engine: str, release: str, family: str) -> DensePrefill | None:
     """What a release chooses, the newest where none is named; None where short prompts are selected from too."""
     return _chosen(DENSE_PREFILLS, engine, release or DENSE_PREFILLS[-1].since, family)
+
+
+def unpacked_decode(engine: str, release: str, family: str) -> UnpackedDecode | None:
+    """What a release does; None where answers are attended to alike in any call, or none of its releases is known."""
+    return _chosen(UNPACKED_DECODES, engine, release, family)

@@ -50,6 +50,18 @@ def engine_of(key: str) -> tuple[str, str]:
     return "/".join(stem), ""
 
 
+def _as_fast(engine: str, release: str, measured: str, which: str) -> str:
+    return f"kernels of {engine} {release} as fast as in {measured}, the {which} release measured"
+
+
+def entry_of(entries: Mapping[str, Any], key: str, engine: str, release: str) -> Chosen:
+    """An entry of a price file for a release of an engine that runs its kernel; of a later one, as `choose` says it."""
+    body = entries[key]
+    asked, at = order(release), order(body["release"])
+    later = asked is not None and at is not None and at > asked
+    return Chosen(body, _as_fast(engine, release, body["release"], "first") if later else "")
+
+
 def choose(entries: Mapping[str, Any], engine: str, release: str) -> dict[str, Chosen]:
     """The entries of a price file by their own keys, at one release of an engine.
 
@@ -68,7 +80,7 @@ def choose(entries: Mapping[str, Any], engine: str, release: str) -> dict[str, C
         tables.sort(key=lambda table: table[0])
         fitting = [body for at, body in tables if at <= asked]
         oldest = tables[0][1]
-        taken = f"kernels of {engine} {release} as fast as in {oldest['release']}, the oldest release measured"
+        taken = _as_fast(engine, release, oldest["release"], "oldest")
         found[key] = Chosen(fitting[-1]) if fitting else Chosen(oldest, taken)
 
     # one table that a later release has split in two is whole at an earlier one

@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from model.formats import Formats
 from model.split import Layout
 from model.weights import layer_weights, outer_weights
 from runtime.pricing import attention, context_parallel
-from runtime.pricing.attention import MlaLayer
+from runtime.pricing.attention import GqaLayer, MlaLayer
 from runtime.pricing.book import BATCH_KNOTS, CONTEXT_KNOTS, PriceBook
 from runtime.pricing.grid import Surface
 from runtime.pricing.load import ExpertLoad
@@ -62,13 +63,21 @@ class TokenTable:
 
     def __init__(self, grid: np.ndarray, columns: list[dict[str, Price]]):
         self._grid = grid.astype(float)
+        self._knots: list[float] = self._grid.tolist()
         self.labels = tuple(columns[0])
         self._seconds = np.array([[column[name].seconds for name in self.labels] for column in columns])
-        self._total = self._seconds.sum(axis=1)
+        self._total: list[float] = self._seconds.sum(axis=1).tolist()
         self._columns = columns
 
     def seconds(self, tokens: float) -> float:
-        return float(np.interp(tokens, self._grid, self._total)) if tokens > 0 else 0.0
+        """As `np.interp`, which takes ten times as long for one point."""
+        if tokens <= 0:
+            return 0.0
+        knots, filled = self._knots, self._total
+        i = bisect_right(knots, tokens) - 1
+        if i < 0 or i == len(knots) - 1:
+            return filled[max(i, 0)]
+        return (filled[i + 1] - filled[i]) / (knots[i + 1] - knots[i]) * (tokens - knots[i]) + filled[i]
 
     def prices(self, tokens: float) -> dict[str, Price]:
         """Per label: interpolated seconds, with grade and bound of the nearest filled count."""
@@ -135,6 +144,7 @@ class GraphPricer:
         self._kinds = main_kinds(cfg)
         self._decode_surfaces = {kind: self._decode_surface(kind) for kind in cfg.layer_counts}
         self._prefill = lru_cache(maxsize=65536)(self._prefill_price)
+        self._hops = lru_cache(maxsize=65536)(self._hop_price)
 
     # --- tables
 
@@ -189,28 +199,34 @@ class GraphPricer:
         (out,) = (weight for weight in layer_weights(self.cfg, kind) if weight.name == "o")
         return self.formats.held(out, kind.mtp).name
 
+    @property
+    def _gqa_layer(self) -> GqaLayer:
+        gqa, tp = self.cfg.attention, self.layout.tp
+        assert not isinstance(gqa, Mla)
+        return GqaLayer(self.cfg.heads // tp, max(1, gqa.kv_heads // tp), gqa.head_dim, self.formats.cache.heads)
+
     def _decode_price(self, kind: LayerType, sequences: float, context: float) -> Price:
-        if self.layout.dcp > 1:
-            across = self._context.placement.dcp
+        across = self._context.placement.dcp if self.layout.dcp > 1 else None
+        if not isinstance(self.cfg.attention, Mla):
+            if across:
+                return context_parallel.gqa_decode(self.book, self._gqa_layer, sequences, context, across)
+            return attention.gqa(self.book, "decode", self._gqa_layer, sequences, context)
+        if across:
             return context_parallel.decode(self.book, self._mla_layer(kind), sequences, context, across)
-        if isinstance(self.cfg.attention, Mla):
-            return attention.decode(self.book, self._mla_layer(kind), sequences, context)
-        return self._gqa_price("decode", sequences, context, None)
+        return attention.decode(self.book, self._mla_layer(kind), sequences, context)
 
     def _decode(self, kind: LayerType, sequences: float, context: float) -> Price:
         """The price at a point of the decode surface, in the seconds that the surface gives."""
         found = self._decode_price(kind, sequences, context)
         return found.lasting(self._decode_surfaces[kind](sequences, context))
 
-    def _gqa_price(
-        self, phase: Literal["decode", "prefill"], tokens: float, context: float, sequences: float | None
-    ) -> Price:
-        gqa, tp = self.cfg.attention, self.layout.tp
-        assert not isinstance(gqa, Mla)
-        return attention.gqa(
-            self.book, phase, self.cfg.heads // tp, gqa.kv_heads // tp, tokens, context, sequences,
-            head_dim=gqa.head_dim, row=self.formats.cache.heads,
-        )  # type: ignore[arg-type]  # fmt: skip
+    def _decode_beside(self, kind: LayerType, rows: int, queries: int, context: float, prompts: int) -> Price:
+        """The price of decoding in a step with so many prompt tokens."""
+        alone, tile = self._decode(kind, rows * queries, context), self.book.unpacked_tile
+        if not (prompts and tile) or isinstance(self.cfg.attention, Mla) or self.layout.dcp > 1:
+            return alone
+        apart = attention.gqa_unpacked(self.book, self._gqa_layer, rows, context, tile)
+        return max(alone, apart, key=lambda price: price.seconds)
 
     def _decode_surface(self, kind: LayerType) -> Callable[[float, float], float]:
         if self.layout.dcp > 1:
@@ -229,14 +245,17 @@ class GraphPricer:
         return Surface(rows, contexts, filled)
 
     def _prefill_price(self, kind: LayerType, tokens: int, prefix: float, sequences: int) -> Price:
-        if isinstance(self.cfg.attention, Mla):
-            layer = self._mla_layer(kind)
-            found = attention.prefill(self.book, layer, tokens, prefix, sequences, host_launched=False)
-            if self.layout.dcp > 1:
-                across = self._context.placement.dcp
-                return total([found, context_parallel.gathered(self.book, layer, prefix * sequences, across)])
-            return found
-        return self._gqa_price("prefill", tokens, prefix + tokens / sequences / 2, sequences)
+        across = self._context.placement.dcp if self.layout.dcp > 1 else None
+        if not isinstance(self.cfg.attention, Mla):
+            if across:
+                return context_parallel.gqa_prefill(self.book, self._gqa_layer, tokens, prefix, sequences, across)
+            keys = prefix + tokens / sequences / 2
+            return attention.gqa(self.book, "prefill", self._gqa_layer, tokens, keys, sequences)
+        layer = self._mla_layer(kind)
+        found = attention.prefill(self.book, layer, tokens, prefix, sequences, host_launched=False)
+        if across:
+            return total([found, context_parallel.gathered(self.book, layer, prefix * sequences, across)])
+        return found
 
     # --- steps
 
@@ -248,13 +267,13 @@ class GraphPricer:
         the last; filling and draining the pipeline are left out.
         """
         rows, chunks = max(shape.decode_rows, shape.decode_count), shape.prefill_chunks
-        context = float(shape.decode_contexts.mean()) if shape.decode_count else 0.0
+        context = float(shape.decode_contexts.sum()) / shape.decode_count if shape.decode_count else 0.0
         prefix = sum(before for _, before in chunks) / len(chunks) if chunks else 0.0
         parts = min(self.layout.pp, rows + len(chunks)) or 1
         tokens, count = math.ceil((shape.prefill_tokens + shape.padding) / parts), math.ceil(len(chunks) / parts)
         return math.ceil(rows / parts), context, tokens, prefix, count
 
-    def _hops(self, tokens: int) -> Price:
+    def _hop_price(self, tokens: int) -> Price:
         """Hidden states from stage to stage."""
         size = 2.0 * tokens * self.cfg.hidden_size
         return self.book.network.hops(size, self._context.placement.hops)
@@ -265,7 +284,9 @@ class GraphPricer:
         q = shape.query_tokens
         out = self._layers.seconds(rows * q + tokens) + self._head.seconds(rows * q + chunks) + self._around_sparse
         for kind, count in self._kinds:
-            if rows:
+            if rows and tokens and self.book.unpacked_tile:
+                out += count * self._decode_beside(kind, rows, q, context, tokens).seconds
+            elif rows:
                 out += count * self._decode_surfaces[kind](rows * q, context)
             if tokens:
                 out += count * self._prefill(kind, tokens, round(prefix), chunks).seconds
@@ -274,8 +295,8 @@ class GraphPricer:
             out += self._mtp.seconds(rows * q + tokens) + (q - 2) * self._mtp.seconds(rows)
             out += self._head.seconds(rows + chunks) + (q - 2) * self._head.seconds(rows)
             if rows:
-                surface = self._decode_surfaces[kind]
-                out += surface(rows * q, context) + (q - 2) * surface(rows, context)
+                out += self._decode_beside(kind, rows, q, context, tokens).seconds
+                out += (q - 2) * self._decode_surfaces[kind](rows, context)
             if tokens:
                 out += self._prefill(kind, tokens, round(prefix), chunks).seconds
         if self.layout.pp > 1:
@@ -297,7 +318,7 @@ class GraphPricer:
             parts.append(("attention", small))
         for kind, count in self._kinds:
             if rows:
-                parts.append(("attention", self._decode(kind, rows * q, context).times(count)))
+                parts.append(("attention", self._decode_beside(kind, rows, q, context, tokens).times(count)))
             if tokens:
                 found = self._prefill(kind, tokens, round(prefix), chunks)
                 parts.append(("attention", found.times(count)))
@@ -306,7 +327,7 @@ class GraphPricer:
             drafting = [*self._mtp.prices(rows * q + tokens).values(), *self._head.prices(rows + chunks).values()]
             again = [*self._mtp.prices(rows).values(), *self._head.prices(rows).values()]
             if rows:
-                drafting.append(self._decode(kind, rows * q, context))
+                drafting.append(self._decode_beside(kind, rows, q, context, tokens))
                 again.append(self._decode(kind, rows, context))
             if tokens:
                 drafting.append(self._prefill(kind, tokens, round(prefix), chunks))

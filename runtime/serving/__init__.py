@@ -34,6 +34,7 @@ from runtime.serving.workload import (
     closed_loop,
     conversations,
     mooncake_trace,
+    open_conversations,
     open_loop,
 )
 
@@ -68,6 +69,7 @@ __all__ = [
     "block_of",
     "closed_loop",
     "conversations",
+    "open_conversations",
     "explain",
     "mooncake_trace",
     "open_loop",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.serving.deployment import Deployment, Disaggregated
-from runtime.serving.pricing import BatchShape, PricedPart, StepPricer, step_seconds
+from runtime.serving.pricing import NO_CONTEXTS, BatchShape, PricedPart, StepPricer, step_seconds, step_shape
 from runtime.serving.rank import Rank, StepPlan
 from runtime.serving.report import Report
 from runtime.serving.request import Request
@@ -160,7 +160,7 @@ class _Sum:
         """The key of a shape's split and seconds; shapes alike share theirs."""
         context = float(shape.decode_contexts.mean()) if shape.decode_count else 0.0
         chunks = tuple((new, _near(before)) for new, before in shape.prefill_chunks)
-        kind = (shape.decode_count, shape.decode_rows, shape.query_tokens, shape.graphed, shape.pieces)
+        kind = (shape.decode_count, shape.decode_rows, shape.query_tokens, shape.graphed, shape.pieces, shape.begun)
         key = (id(steps.pricer), *kind, _near(context), chunks)
         if key not in self._splits:
             self._splits[key], self._times[key] = _split(steps.engine, steps.pricer, shape)
@@ -259,8 +259,8 @@ def _first_token(log: StepLog, report: Report, deployment: Deployment | Disaggre
         if not tokens:
             made.add("waiting", "other prompts and answers", each * steps.seconds)
             continue
-        pieces = steps.engine.in_pieces(0, tokens, tokens)
-        shape = BatchShape(prefill_chunks=[(tokens, before)], pieces=pieces)
+        begun = not request.preemptions and before == request.cached
+        shape = step_shape(steps.engine, NO_CONTEXTS, chunks=[(tokens, before)], begun=int(begun))
         made.step(steps, shape, each, "other prompts and answers in the same steps", False)
     rest = "cache sent to the decode pool, and admission there" if split else "between steps"
     fetching = any(any(request.fetched) for request in report.requests)

@@ -58,21 +58,43 @@ def adjusted(logits: np.ndarray, sampling: Sampling, allowed: np.ndarray | None 
 
 def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """The distribution that is drawn from: float64 `[vocab]`, for a temperature above 0. logits: `adjusted` ones."""
-    scaled = logits.astype(np.float64) / sampling.temperature
-    order = np.argsort(-scaled, kind="stable")
-    if sampling.top_k:
-        order = order[: sampling.top_k]
-    weights = np.exp(scaled[order] - scaled[order[0]])
-    weights /= weights.sum()
+    wide = logits.astype(np.float64)
+    weights = np.exp((wide - wide.max()) / sampling.temperature)
+    if sampling.top_k and sampling.top_k < len(weights):
+        weights = _only(weights, _best(weights, sampling.top_k))
     if sampling.top_p < 1:
-        keep = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
-        order, weights = order[:keep], weights[:keep] / weights[:keep].sum()
+        weights = _only(weights, _nucleus(weights, sampling.top_p))
     if sampling.min_p:
-        weights = np.where(weights >= sampling.min_p * weights[0], weights, 0.0)
-        weights /= weights.sum()
-    full = np.zeros(logits.shape[0])
-    full[order] = weights
-    return full
+        weights = np.where(weights >= sampling.min_p * weights.max(), weights, 0.0)
+    return weights / weights.sum()
+
+
+def _best(values: np.ndarray, count: int) -> np.ndarray:
+    """The places of the `count` largest, best first; the lowest place first among equals."""
+    if count < len(values):  # a whole sort of a large vocabulary takes longer than a step of a small model
+        least = np.partition(values, -count)[-count]
+        above = np.flatnonzero(values > least)
+        places = np.concatenate([above, np.flatnonzero(values == least)[: count - len(above)]])
+    else:
+        places = np.arange(len(values))
+    return places[np.argsort(-values[places], kind="stable")]
+
+
+def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
+    """The places of the fewest that reach this share of all, best first."""
+    total, count = weights.sum(), 64
+    while True:
+        places = _best(weights, count)
+        reached = np.cumsum(weights[places])
+        if reached[-1] >= top_p * total or count >= len(weights):
+            return places[: int(np.searchsorted(reached, top_p * total)) + 1]
+        count *= 8
+
+
+def _only(weights: np.ndarray, places: np.ndarray) -> np.ndarray:
+    kept = np.zeros_like(weights)
+    kept[places] = weights[places]
+    return kept
 
 
 def choose(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator, allowed: np.ndarray | None = None) -> int:
@@ -84,8 +106,9 @@ def choose(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator, all
 
 
 def _draw(weights: np.ndarray, rng: np.random.Generator) -> int:
-    index = int(np.searchsorted(np.cumsum(weights), rng.random() * weights.sum(), side="right"))
-    return min(index, int(np.flatnonzero(weights)[-1]))
+    reached = np.cumsum(weights)
+    index = int(np.searchsorted(reached, rng.random() * reached[-1], side="right"))
+    return index if index < len(weights) else int(np.flatnonzero(weights)[-1])  # rounded up to all of it
 
 
 def settle(

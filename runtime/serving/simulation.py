@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -83,7 +83,9 @@ class Simulation:
         """The load has no end: requests join `workload.requests` as they are sent, and are measured once the ramp is
         over."""
         self._to_measure, self._measured = len(workload.requests) - workload.warmup, 0
-        self.watch = Watch(self._holds(), not self.endless) if workload.concurrency is None else None
+        self.watch = None
+        if workload.concurrency is None:
+            self.watch = Watch(self._holds(), not self.endless, workload.turns)
         self._to_send: Iterator[Request] = iter(())
         self._turns: dict[int, deque[Request]] = {}
         """Of each conversation, those that are not sent yet."""
@@ -117,11 +119,12 @@ class Simulation:
 
     # Events
 
-    def _send(self, request: Request) -> None:
+    def _send(self, request: Request, arrives: bool = True) -> None:
+        """arrives: of itself, not because another was answered."""
         if self.watch is not None:
-            self.watch.sent(request, self.now)
+            self.watch.sent(request, self.now, arrives)
         if self.endless:
-            self._go_on(request)
+            self._go_on(request, arrives)
         if request.measured and not self._measuring:
             self._start_measuring()
         self.loop.send(request)
@@ -130,12 +133,13 @@ class Simulation:
         self.finished += request.measured or not self.endless
         if self.progress is not None:
             self.progress(self.finished, self._to_measure if self.endless else len(self.workload.requests))
+        following = self._following(request)
+        if following is not None:
+            self.loop.at(self.now + self.workload.think_s, 0, self._send, following, False)
         if self.watch is not None:
-            self.watch.done(request, self.now)
+            self.watch.done(request, self.now, following is None)
+        elif following is not None:
             return
-        if request.session is not None and self._turns[request.session]:
-            following = self._turns[request.session].popleft()
-            self.loop.at(self.now + self.workload.think_s, 0, self._send, following)
         elif not self._measuring and self.finished == self.workload.warmup:
             self._start_measuring()
             self._start_clients()
@@ -148,7 +152,7 @@ class Simulation:
         """Sends what can be sent: everything in an open loop, one request per client in a closed one."""
         requests, warmup = self.workload.requests, self.workload.warmup
         if self.workload.goes_on is not None:
-            self._to_send = itertools.chain(requests, self.workload.goes_on())
+            self._to_send = self._openers(itertools.chain(requests, self.workload.goes_on()))
             self.workload.requests = []
             self._send_on_time()
             return
@@ -160,24 +164,33 @@ class Simulation:
         for _ in range(self.workload.concurrency):
             self._send_next()
 
-    def _openers(self, requests: list[Request]) -> Iterator[Request]:
-        """Those that a client sends of itself; what follows an answer is kept for later."""
-        openers = []
-        for request in requests:
-            if request.session is None or request.session not in self._turns:
-                openers.append(request)
-                if request.session is not None:
-                    self._turns[request.session] = deque()
+    def _openers(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """Those that are sent of themselves; what follows an answer is kept for later. The turns of a conversation
+        stand one after another."""
+        for session, turns in itertools.groupby(requests, lambda each: each.session):
+            if session is None:
+                yield from turns
             else:
-                self._turns[request.session].append(request)
-        return iter(openers)
+                opener, *rest = turns
+                self._turns[session] = deque(rest)
+                yield opener
+
+    def _following(self, request: Request) -> Request | None:
+        """The next turn of its conversation."""
+        if request.session is None:
+            return None
+        left = self._turns[request.session]
+        if left:
+            return left.popleft()
+        del self._turns[request.session]
+        return None
 
     def _send_next(self) -> None:
         request = next(self._to_send, None)
         if request is not None:
             self.loop.at(self.now, 0, self._send, request)
 
-    def _go_on(self, request: Request) -> None:
+    def _go_on(self, request: Request, arrives: bool) -> None:
         """A request of an endless load is sent: measured once the ramp is over, or where it never will be. The next
         one follows, unless the load is too much and there is enough to measure."""
         watch, sent, warmup = self.watch, self.workload.requests, self.workload.warmup
@@ -192,14 +205,16 @@ class Simulation:
         elif (watch.ramp_over_at is not None or watch.far) and self._measured < self._to_measure:
             request.measured = len(sent) > warmup
             self._measured += request.measured
-        if watch.sustained is not False or watch.short_of_backlog or self._measured < self._to_measure:
+        if arrives and (watch.sustained is not False or watch.short_of_backlog or self._measured < self._to_measure):
             self._send_on_time()
 
     def _send_on_time(self) -> None:
         request = next(self._to_send)
-        request.measured = False
+        turns = [request] if request.session is None else [request, *self._turns[request.session]]
+        for each in turns:
+            each.measured = False
         if request.id >= self._to_measure + self.workload.warmup:
-            self._check([request])
+            self._check(turns)
         self.loop.at(request.sent_at, 0, self._send, request)
 
     def _decided(self) -> bool:

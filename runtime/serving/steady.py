@@ -21,6 +21,11 @@ alone decides.
 *Far beyond.* Where more than twice as many are in the system as it can have in service, and more than `FAR` of those
 who came lately are still there, it is overloaded; generations would take too long to tell.
 
+*Conversations.* What arrives is a conversation, and its further turns come because it was answered: of a load beyond
+capacity they come late too, which hides it from a count by requests. N, still of requests, is therefore taken as
+conversations arrive, so that g is again the share of the load that is never served; and a generation is over when its
+conversations are.
+
 The steady window begins where the ramp ends, and ends with the last request sent: what follows is the drain. Far
 beyond, once as many are answered as can be in service, it is the time in which as many again are: the others wait.
 """
@@ -51,13 +56,14 @@ MOST_RAMP = 20_000
 class Watch:
     """Follows an open load while it is played.
 
-    holds: requests that the deployment can have in service. given: the load is a list that ends.
+    holds: requests that the deployment can have in service. given: the load is a list that ends. turns: requests that
+    an arrival brings, where conversations arrive: one after another, each once the one before it is answered.
     sustained: whether the load is kept up with, None while that is open. ramp_over_at: when the window began, None
     before. far: far beyond what can be served. inside: sent and not answered.
     """
 
-    def __init__(self, holds: int, given: bool):
-        self.holds, self.given = holds, given
+    def __init__(self, holds: int, given: bool, turns: int = 1):
+        self.holds, self.given, self.turns = holds, given, turns
         self.sustained: bool | None = None
         self.ramp_over_at: float | None = None
         self.far = False
@@ -66,7 +72,8 @@ class Watch:
         self._far_window = [math.nan, math.nan]
         self._done_since_far = 0
         self.inside: set[Request] = set()
-        self._older: set[Request] = set()  # of the present generation
+        self._here: set[Request | int] = set()  # requests, or conversations, that have come and are not over
+        self._older: set[Request | int] = set()  # of the present generation
         self._generations = 0
         self._counts: list[int] = []  # in the system, at each arrival
         self._ramp_arrivals = 0
@@ -74,28 +81,34 @@ class Watch:
         self._next_look = FIRST
         self._next_far_look = 64
 
-    def sent(self, request: Request, now: float) -> None:
-        """A request has been sent."""
+    def sent(self, request: Request, now: float, arrives: bool = True) -> None:
+        """A request has been sent. arrives: of itself, not because another was answered."""
+        self.inside.add(request)
+        if not arrives:
+            return
         self.last_sent_at = now
         self._times.append(now)
-        self.inside.add(request)
         self._counts.append(len(self.inside))
+        self._here.add(_whole(request))
         if not self._older:
-            self._older.add(request)
+            self._older.add(_whole(request))
         if self.sustained is None:
             self._look(now)
 
-    def done(self, request: Request, now: float) -> None:
-        """A request has been answered."""
+    def done(self, request: Request, now: float, ends: bool = True) -> None:
+        """A request has been answered. ends: no other follows it."""
         self.inside.discard(request)
         if self.far:
             self._done_since_far += 1
             if self._done_since_far in (self.holds, 2 * self.holds):
                 self._far_window[self._done_since_far > self.holds] = now
-        self._older.discard(request)
+        if not ends:
+            return
+        self._here.discard(_whole(request))
+        self._older.discard(_whole(request))
         if not self._older:
             self._generations += 1
-            self._older = set(self.inside)
+            self._older = set(self._here)
             if self._generations == GENERATIONS:
                 self._end_ramp(now)
 
@@ -128,7 +141,7 @@ class Watch:
         count, start = len(self._counts) - 1, self._times[0]
         if self.ramp_over_at is not None and self.last_sent_at > self.ramp_over_at:
             count, start = len(self._counts) - self._ramp_arrivals, self.ramp_over_at
-        return count / (self.last_sent_at - start) if self.last_sent_at > start else math.nan
+        return self.turns * count / (self.last_sent_at - start) if self.last_sent_at > start else math.nan
 
     def _look(self, now: float) -> None:
         arrivals = len(self._counts)
@@ -138,7 +151,7 @@ class Watch:
                 late = self._counts[arrivals // 2 :]
                 if late[-1] > 2 * self.holds and late[-1] - late[0] > FAR * len(late):
                     self.far, self.sustained = True, False
-                elif arrivals >= MOST_RAMP + 8 * self.holds:
+                elif arrivals >= MOST_RAMP // self.turns + 8 * self.holds:
                     self._end_ramp(now)
             return
         since = arrivals - self._ramp_arrivals
@@ -166,6 +179,11 @@ class Watch:
         self.ramp_over_at = now
         self._ramp_arrivals, self._ramp_inside = len(self._counts), len(self.inside)
         self._next_look = max(FIRST, 3 * self._ramp_inside)
+
+
+def _whole(request: Request) -> Request | int:
+    """What arrived: a request, or the conversation whose turn it is."""
+    return request if request.session is None else request.session
 
 
 def growth(counts: list[int]) -> tuple[float, float]:

@@ -47,8 +47,9 @@ class Workload:
     goes_on: the requests after those, without end. As many as `requests` are measured, once the system is in a
         steady state, and the load goes on until they are answered and it is plain whether it is kept up with.
     block_tokens: tokens one prefix hash stands for.
-    think_s: of a closed loop whose requests are turns of conversations (`Request.session`): seconds from a turn's
-        answer to the next turn. A client holds one conversation to its end, then begins the next at once.
+    think_s: where requests are turns of conversations (`Request.session`), which stand one after another: seconds from
+        a turn's answer to the next turn. In a closed loop a client holds one conversation to its end, then begins the
+        next at once; in one without end the first turns are sent on time. turns: of each conversation.
     """
 
     requests: list[Request]
@@ -58,14 +59,16 @@ class Workload:
     block_tokens: int = MOONCAKE_BLOCK_TOKENS
     description: str = ""
     think_s: float = 0.0
+    turns: int = 1
 
     def __post_init__(self) -> None:
         if not self.requests:
             raise WorkloadError("the workload is empty: ask for at least one request")
         if self.warmup >= len(self.requests):
             raise WorkloadError("every request is warm-up: ask for more requests than warm-up ones")
-        if (self.warmup or self.concurrency is None) and any(each.session is not None for each in self.requests):
-            raise WorkloadError("conversations are held in a closed loop without warm-up: give a concurrency")
+        ends = self.concurrency is None and self.goes_on is None
+        if (self.warmup or ends) and any(each.session is not None for each in self.requests):
+            raise WorkloadError("conversations are held without warm-up, by clients or at a rate without end")
         for request in self.requests[: self.warmup]:
             request.measured = False
 
@@ -118,24 +121,76 @@ def conversations(
     """
     whole_number("concurrency", clients, MOST_REQUESTS)
     whole_number("the number of requests", requests, MOST_REQUESTS)
-    whole_number("the number of turns", turns, MOST_TURNS)
-    if not 0 <= think_s <= MOST_THINK_S:
-        raise WorkloadError(f"think time {think_s:g} s: give a number from 0 to {MOST_THINK_S:g}")
+    _check_turns(turns, think_s)
     sharing = sharing or Sharing()
     count = -(-requests // turns)
     made = _requests(count * turns, prompt, output, seed)
     groups = sharing.groups_of(count, seed)
     for number in range(count):
-        held = shared = 0  # tokens of the conversation so far, and of those that others have too
-        for request in made[number * turns : (number + 1) * turns]:
-            request.session = number
-            shared = shared or sharing.shared_tokens(request.prompt_tokens)
-            request.prompt_tokens += held
-            held = request.prompt_tokens + request.output_tokens
-            within("a conversation's tokens:", held, MOST_REQUEST_TOKENS, WorkloadError)
-            request.prefix_hashes = sharing.blocks(int(groups[number]), number, shared, held)
+        _converse(made[number * turns : (number + 1) * turns], number, int(groups[number]), sharing)
     words = f"{clients} clients, conversations of {turns} turns, {think_s:g} s between"
-    return Workload(made, clients, block_tokens=sharing.block_tokens, description=words, think_s=think_s)
+    return Workload(made, clients, block_tokens=sharing.block_tokens, description=words, think_s=think_s, turns=turns)
+
+
+def open_conversations(
+    rate: float,
+    requests: int,
+    turns: int,
+    think_s: float,
+    prompt: Lengths | Histogram,
+    output: Lengths | None,
+    *,
+    cv: float = 1.0,
+    seed: int = 0,
+    sharing: Sharing | None = None,
+) -> Workload:
+    """Conversations as of `conversations` that begin whatever the server does, as requests of `open_loop` are sent: so
+    many a second that all their turns are `rate` requests a second where they are kept up with. `requests` are measured
+    (rounded up to whole conversations). Raises WorkloadError.
+    """
+    _check_rate(rate, cv)
+    whole_number("the number of requests", requests, MOST_REQUESTS)
+    _check_turns(turns, think_s)
+    within("a load of requests:", requests + turns, MOST_REQUESTS, WorkloadError)
+    count, held = -(-requests // turns) * turns, sharing or Sharing()
+
+    def stream() -> Iterator[Request]:
+        for block in itertools.count():
+            groups = held.groups_of(_BLOCK, seed, block).tolist()
+            for within_block, (sent_at, group) in enumerate(
+                zip(_times(rate / turns, cv, seed, block), groups, strict=True)
+            ):
+                number = block * _BLOCK + within_block
+                made = _requests(turns, prompt, output, seed, block, within_block)
+                for request in made:
+                    request.id += number * turns
+                _converse(made, number, group, held)
+                made[0].sent_at = sent_at
+                yield from made
+
+    words = f"open loop, {rate:g}/s, cv {cv:g}, conversations of {turns} turns, {think_s:g} s between"
+    return Workload(
+        list(itertools.islice(stream(), count)), goes_on=lambda: itertools.islice(stream(), count, None),
+        block_tokens=held.block_tokens, description=words, think_s=think_s, turns=turns,
+    )  # fmt: skip
+
+
+def _check_turns(turns: int, think_s: float) -> None:
+    whole_number("the number of turns", turns, MOST_TURNS)
+    if not 0 <= think_s <= MOST_THINK_S:
+        raise WorkloadError(f"think time {think_s:g} s: give a number from 0 to {MOST_THINK_S:g}")
+
+
+def _converse(turns: list[Request], number: int, group: int, sharing: Sharing) -> None:
+    """Makes requests the turns of a conversation: each prompt all before it and its own new tokens."""
+    held = shared = 0  # tokens of the conversation so far, and of those that others have too
+    for request in turns:
+        request.session = number
+        shared = shared or sharing.shared_tokens(request.prompt_tokens)
+        request.prompt_tokens += held
+        held = request.prompt_tokens + request.output_tokens
+        within("a conversation's tokens:", held, MOST_REQUEST_TOKENS, WorkloadError)
+        request.prefix_hashes = sharing.blocks(group, number, shared, held)
 
 
 def bench_serving(
@@ -169,13 +224,7 @@ def open_loop(
     sharing: what prompts have in common. Raises WorkloadError for a rate that is
     not positive and finite, a negative cv, or no requests.
     """
-    if not (rate > 0 and math.isfinite(rate)):
-        raise WorkloadError(f"request rate {rate} per second: give a finite rate above zero")
-    if not _LEAST_RATE <= rate <= _MOST_RATE:
-        raise WorkloadError(f"request rate {rate:g} per second: give one from {_LEAST_RATE:g} to {_MOST_RATE:g}")
-    if not 0 <= cv <= _MOST_BURSTINESS:
-        most = f"{_MOST_BURSTINESS:g} at most"
-        raise WorkloadError(f"burstiness cv {cv}: give zero (even), 1 (Poisson) or more (bursty), {most}")
+    _check_rate(rate, cv)
     whole_number("the number of requests", requests, MOST_REQUESTS)
     count = warmup + requests
     within("a load of requests:", count, MOST_REQUESTS, WorkloadError)
@@ -188,17 +237,31 @@ def open_loop(
     return Workload(made, None, warmup, goes_on, block_tokens=_block(sharing), description=words)
 
 
+def _check_rate(rate: float, cv: float) -> None:
+    if not (rate > 0 and math.isfinite(rate)):
+        raise WorkloadError(f"request rate {rate} per second: give a finite rate above zero")
+    if not _LEAST_RATE <= rate <= _MOST_RATE:
+        raise WorkloadError(f"request rate {rate:g} per second: give one from {_LEAST_RATE:g} to {_MOST_RATE:g}")
+    if not 0 <= cv <= _MOST_BURSTINESS:
+        most = f"{_MOST_BURSTINESS:g} at most"
+        raise WorkloadError(f"burstiness cv {cv}: give zero (even), 1 (Poisson) or more (bursty), {most}")
+
+
+def _times(rate: float, cv: float, seed: int, block: int) -> list[float]:
+    """When the arrivals of a block come. Each thousand comes in the time that the rate gives it: bursts are as asked,
+    but no run has more or less to do in the long term by chance."""
+    rng = np.random.default_rng([seed, 1, block])
+    gaps = rng.gamma(1 / cv**2, cv**2, size=_BLOCK) if cv else np.ones(_BLOCK)
+    return ((block + np.cumsum(gaps) / gaps.sum()) * (_BLOCK / rate)).tolist()
+
+
 def _stream(
     rate: float, cv: float, prompt: Lengths | Histogram, output: Lengths | None, seed: int, sharing: Sharing | None
 ) -> Iterator[Request]:
-    """Requests of an open loop, without end. Each thousand comes in the time that the rate gives it: bursts are as
-    asked, but no run has more or less to do in the long term by chance."""
+    """Requests of an open loop, without end."""
     for block in itertools.count():
-        rng = np.random.default_rng([seed, 1, block])
-        gaps = rng.gamma(1 / cv**2, cv**2, size=_BLOCK) if cv else np.ones(_BLOCK)
-        times = (block + np.cumsum(gaps) / gaps.sum()) * (_BLOCK / rate)
         made = _requests(_BLOCK, prompt, output, seed, block)
-        for request, sent_at in zip(made, times.tolist(), strict=True):
+        for request, sent_at in zip(made, _times(rate, cv, seed, block), strict=True):
             request.id, request.sent_at = block * _BLOCK + request.id, sent_at
         _share(made, sharing, seed, block)
         yield from made

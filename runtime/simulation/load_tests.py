@@ -3,11 +3,12 @@
     vllm bench serve --save-result      one JSON object a file
     sglang.bench_serving --output-file  JSON Lines, a run a line
     aiperf, genai-perf                  profile_export_*.json, one object a file
+    guidellm                            benchmarks.json, a run an entry of `benchmarks`
 
 They record the load and the figures, not the server: its chip, layout and settings are said beside them
 (`MeasuredServer`).
-Field names: vllm/benchmarks/serve.py, sglang/bench_serving.py, and aiperf's profile_export_aiperf.json. Lengths are the
-means of the run, but for SGLang's random ones, whose range is recorded.
+Field names: vllm/benchmarks/serve.py, sglang/bench_serving.py, aiperf's profile_export_aiperf.json, and guidellm 0.8's
+benchmark/schemas. Lengths are the means of the run, but for SGLang's random ones, whose range is recorded.
 """
 
 from __future__ import annotations
@@ -81,20 +82,28 @@ def _runs(path: Path) -> list[Mapping[str, Any]]:
             found = [parse_json(line) for line in text.splitlines() if line.strip()]
     except Unreadable as error:
         raise UsageError(f"{path}: no result of a load tester: {error}") from None
+    if len(found) == 1 and isinstance(found[0], dict) and isinstance(found[0].get("benchmarks"), list):
+        found = found[0]["benchmarks"]  # guidellm's
     if not found or not all(isinstance(run, dict) and _known(run) for run in found):
         raise UsageError(
-            f"{path}: no result of vllm bench serve, sglang.bench_serving or aiperf: there is no output_throughput and "
-            "no output_token_throughput in it"
+            f"{path}: no result of vllm bench serve, sglang.bench_serving, aiperf or guidellm: there is no "
+            "output_throughput, no output_token_throughput and no benchmarks with metrics in it"
         )
     return found
 
 
 def _known(run: Mapping[str, Any]) -> bool:
-    return "output_throughput" in run or isinstance(run.get("output_token_throughput"), dict)
+    return "output_throughput" in run or any(isinstance(run.get(key), dict) for key in _OBJECTS)
+
+
+_OBJECTS = ("output_token_throughput", "metrics")
 
 
 def _row(run: Mapping[str, Any], server: MeasuredServer) -> dict[str, str]:
-    found = _aiperf(run) if "output_throughput" not in run else _bench_serving(run)
+    if "output_throughput" in run:
+        found = _bench_serving(run)
+    else:
+        found = _guidellm(run) if isinstance(run.get("metrics"), dict) else _aiperf(run)
     accepted = _number(run, "accept_length")
     measured = {key: f"{value!r}" for key, value in found.items() if value is not None}
     return server.cells(accepted) | measured
@@ -142,8 +151,13 @@ def _aiperf(run: Mapping[str, Any]) -> dict[str, Any]:
     stimulus = asked.get("perf_analyzer")
     stimulus = stimulus.get("stimulus") if isinstance(stimulus, dict) else None
     stimulus = stimulus if isinstance(stimulus, dict) else {}
-    clients = _whole(generated, "concurrency") or _whole(stimulus, "concurrency")
-    rate = generated.get("request_rate", stimulus.get("request_rate"))
+    phases = [_part(asked, "phases")] if isinstance(asked.get("phases"), dict) else asked.get("phases")
+    of_phase = [each for each in phases or () if isinstance(each, dict)] if isinstance(phases, list) else []
+    phase = next((each for each in of_phase if each.get("kind") == "profiling"), {})  # 0.13
+    clients = next((found for each in (phase, generated, stimulus) if (found := _whole(each, "concurrency"))), None)
+    rate = next(
+        (each[key] for each in (phase, generated, stimulus) for key in ("rate", "request_rate") if key in each), None
+    )
     figures = {
         f"{name}_{column}_ms": _stat(run, tag, said)
         for name, tag in _MS.items()
@@ -153,6 +167,49 @@ def _aiperf(run: Mapping[str, Any]) -> dict[str, Any]:
         "isl": round(lengths["isl"] or 0), "osl": round(lengths["osl"] or 0), "length_ratio": 1.0,
         **_load(rate, clients, round(done)), **figures, "output_tok_s": _stat(run, "output_token_throughput"),
     }  # fmt: skip
+
+
+def _guidellm(run: Mapping[str, Any]) -> dict[str, Any]:
+    """guidellm's, of its requests that were answered."""
+    metrics = _part(run, "metrics")
+    totals = _part(metrics, "request_totals")
+    done = _whole(totals, "successful")
+    lengths = {
+        column: _answered(metrics, f"{side}_token_count") for column, side in (("isl", "prompt"), ("osl", "output"))
+    }
+    if not done or not all(lengths.values()):
+        raise UsageError("it says no answered requests or token counts")
+    if failed := _whole(totals, "errored"):
+        raise UsageError(f"{failed:,} requests failed: what the others saw is of another load")
+    strategy = _part(_part(run, "config"), "strategy")
+    kind = strategy.get("kind", strategy.get("type_"))
+    clients = {"concurrent": _whole(strategy, "streams"), "synchronous": 1}.get(str(kind))
+    rate = strategy.get("rate") if kind in ("constant", "poisson") else None
+    if clients is None and rate is None and kind != "throughput":
+        raise UsageError(
+            f"its strategy is {str(kind)[:40]!r}: concurrent, synchronous, throughput, constant or poisson"
+        )
+    named = {"ttft": "time_to_first_token_ms", "tpot": "inter_token_latency_ms"}
+    figures = {
+        f"{name}_{column}_ms": _answered(metrics, tag, said)
+        for name, tag in named.items()
+        for column, said in (("mean", "mean"), ("median", "median"), ("p99", "p99"))
+    }
+    return {
+        "isl": round(lengths["isl"] or 0), "osl": round(lengths["osl"] or 0), "length_ratio": 1.0,
+        **_load(rate, clients, done), **figures, "output_tok_s": _answered(metrics, "output_tokens_per_second"),
+    }  # fmt: skip
+
+
+def _part(run: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = run.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _answered(metrics: Mapping[str, Any], key: str, statistic: str = "mean") -> float | None:
+    """A statistic over the requests that were answered."""
+    found = _part(_part(metrics, key), "successful")
+    return _number(_part(found, "percentiles") if statistic == "p99" else found, statistic)
 
 
 def _load(rate: Any, clients: int | None, done: int) -> dict[str, Any]:

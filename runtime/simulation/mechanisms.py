@@ -2,7 +2,7 @@
 
 Switching one off is saying something else of the deployment, as `--set` and `--engine NAME@RELEASE` do: nothing is
 predicted in a second way. So a cause that is a shape of the code (the serial front end) or of the price tables (how a
-curve is fitted) is not here. `python -m bench.ablation` scores measurements without each.
+curve is fitted) is not here. `python -m tools.docs_validation ablation` scores measurements without each.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MECHANISMS = (
     Mechanism("releases", "engines by release; without: all are their newest, in rules and tables", newest=True),
     Mechanism(
         "kernels",
-        "tables and choices of kernels by release; without: the newest tables, no fused all-reduce",
+        "tables and choices of kernels by release; without: the newest tables, nothing fused or absorbed",
         newest_tables=True,
     ),
     Mechanism(
@@ -67,6 +67,11 @@ MECHANISMS = (
         {"request_seconds": 0.0, "tokenize_seconds_per_token": 0.0, "request_delay_seconds": 0.0},
     ),
     Mechanism(
+        "gathering",
+        "requests that wait for vLLM's event loop are handed on together; without: one by one",
+        {"front_end_gathers": False},
+    ),
+    Mechanism(
         "sparse-kernels",
         "small kernels around sparse attention; without: none beside the block's",
         {"sparse_layer_seconds": 0.0},
@@ -77,6 +82,11 @@ MECHANISMS = (
         chip={"link.scale_out.collective_latency_s": 5e-6},
     ),
     Mechanism("clocks", "long matrix products lose clock; without: none", chip={"chip.sustained_clock_fraction": 1.0}),
+    Mechanism(
+        "cold-weights",
+        "weights that tables were measured over in the chip's cache come from memory; without: from the cache",
+        chip={"chip.memory.cache_bytes": 1.0},
+    ),
     Mechanism("expert-load", "grouped routers load experts by a power law; without: evenly", expert_load="uniform"),
 )
 

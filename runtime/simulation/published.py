@@ -105,8 +105,8 @@ class PublishedRow:
 
     group: rows of one group share their errors: source, model, chip, engine, release and layout. engine: with the
     described release that stands for its own. measured: figures by column. accept_length: tokens a step with drafts;
-    None where none are drafted. without: a cause that is switched off. apart: why the row is scored apart
-    from the others, or "".
+    None where none are drafted. without: a cause that is switched off. older: its engine is older than every described
+    release. apart: why the row is scored apart from the others, or "".
     """
 
     name: str
@@ -123,6 +123,7 @@ class PublishedRow:
     load: Workload
     measured: Mapping[str, float]
     apart: str = ""
+    older: bool = False
     without: Mechanism | None = None
 
     def spec(self) -> Spec:
@@ -167,7 +168,7 @@ def read(row: Mapping[str, str], without: Mechanism | None = None) -> PublishedR
         engine = cell["engine"]
     if changed := {path: value for path, value in off.chip.items() if profile.number(path) is not None}:
         profile = hw_profiles.load(cell["chip"], changed)
-    if older_than_all(version, described(cell["engine"])):
+    if older := older_than_all(version, described(cell["engine"])):
         apart = apart or f"older than every described release of {cell['engine']}"
     if not cfg.mtp_layers:
         drafts, accept_length = 0, None  # drafted by something else than the model
@@ -189,6 +190,7 @@ def read(row: Mapping[str, str], without: Mechanism | None = None) -> PublishedR
         load=_load(cell),
         measured=_measured(cell),
         apart=apart,
+        older=older,
         without=without,
     )
 

@@ -49,6 +49,14 @@ def report_bands(built: Built, report: Report, replicas: int = 1) -> dict[str, B
     return _drafting(_of_own(found, built, report, isl, errors), deployment.speculation, report.sent_per_s is None)
 
 
+def of_older_engine(found: dict[str, Band]) -> dict[str, Band]:
+    """The bands where the engine is older than every described release: it may well be slower, by as much as is taken
+    where there is nothing to go by."""
+    words = "the engine is older than every described release, so up to twice as slow"
+    slower = {"tpot": (0.0, math.log(2)), "ttft": (0.0, math.log(2)), "throughput": (math.log(2), 0.0)}
+    return found | {name: found[name].wider(*ends, words) for name, ends in slower.items()}
+
+
 def _drafting(found: dict[str, Band], speculation: Speculation | None, closed: bool) -> dict[str, Band]:
     """The bands, as much wider as it is uncertain how many drafts are taken: a token takes as much longer as steps make
     fewer of them, and where clients wait for their answers (`closed`), as many fewer are served."""

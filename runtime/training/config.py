@@ -11,13 +11,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from foundation.errors import UsageError
 from foundation.reading import Unreadable, read_toml
 from model.config import MOST_DRAFTS, ModelConfig
 from model.errors import ConfigError
 from model.hf_config import from_hf
+from model.quantised import integer_formats
 from runtime.deployment.document import Fault, place, validated
 from runtime.training.data import TASKS
 
@@ -87,7 +88,8 @@ class OptimizerConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainingStage:
     """So many steps of one kind: `rows` sequences of `length` tokens, tasks by `mix`. With `draft_weight` the MTP
-    layer learns too, `drafts` deep, on `draft_rows` of the sequences."""
+    layer learns too, `drafts` deep, on `draft_rows` of the sequences. rounding: integer formats that the weights are
+    seen in (quantisation-aware training), "" for none."""
 
     attention: Literal["dense", "warmup", "sparse"]
     steps: int
@@ -97,8 +99,11 @@ class TrainingStage:
     drafts: int = 3
     draft_rows: int = 0
     draft_weight: float = 0.0
+    rounding: str = ""
 
     def problem(self) -> str | None:
+        if said := unknown_rounding(self.rounding):
+            return said
         for key in ("steps", "rows", "length"):
             if getattr(self, key) < 1:
                 return f"`{key}` must be at least 1, not {getattr(self, key)}"
@@ -122,6 +127,16 @@ class TrainingStage:
     @property
     def draft_depths(self) -> int:
         return self.drafts if self.draft_rows else 0
+
+
+def unknown_rounding(name: str) -> str | None:
+    """What is wrong with a stage's `rounding`."""
+    if name:
+        try:
+            integer_formats(name)
+        except UsageError as error:
+            return f"`rounding`: {error}"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,12 +197,18 @@ class _File:
         return None if self.stage else "needs at least one [[stage]]"
 
 
-_Read = TypeVar("_Read", _File, OptimizerConfig, TrainingStage)
+class Checked(Protocol):
+    """A dataclass that says what is wrong with its values, in half a line; None where nothing is."""
+
+    def problem(self) -> str | None: ...
 
 
-def _read(where: str, kind: type[_Read], raw: Any) -> _Read:
-    """A dataclass from a TOML table, strictly."""
-    made: _Read = validated(kind, raw, UsageError, where, say=_say)
+_Table = TypeVar("_Table", bound=Checked)
+
+
+def table(where: str, kind: type[_Table], raw: Any) -> _Table:
+    """A dataclass from a TOML table, strictly. Raises `UsageError`, one line that begins with `where`."""
+    made: _Table = validated(kind, raw, UsageError, where, say=_say)
     if problem := made.problem():
         raise UsageError(f"{where}: {problem}")
     return made
@@ -210,11 +231,11 @@ def read(path: str | Path) -> TrainConfig:
     except Unreadable as error:
         what = f"not valid TOML ({error})" if error.reason in ("syntax", "encoding") else error
         raise UsageError(f"{path}: {what}") from None
-    file = _read(str(path), _File, raw)
+    file = table(str(path), _File, raw)
     config = TrainConfig(
         _model(path, file.model),
-        _read(f"{path}: [optimizer]", OptimizerConfig, file.optimizer),
-        tuple(_read(f"{path}: [[stage]] {i}", TrainingStage, each) for i, each in enumerate(file.stage, 1)),
+        table(f"{path}: [optimizer]", OptimizerConfig, file.optimizer),
+        tuple(table(f"{path}: [[stage]] {i}", TrainingStage, each) for i, each in enumerate(file.stage, 1)),
         file.seed,
         file.save_every,
         file.log_every,

@@ -49,14 +49,30 @@ class Turn(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Exercise:
-    """A held-out question: a rendered prompt and the text that must come back. `call`: the tool call meant;
-    `fact_at`: where in the prompt the fact stands that a question of `recall` is about."""
+    """A question: a rendered prompt and the text that must come back. `call`: the tool call meant; `fact_at`: where in
+    the prompt the fact stands that a question of `recall` is about. `then`: what follows a right answer; its prompt is
+    what an environment says, from the token that ends the answer on."""
 
     task: str
     prompt: str
     answer: str
     call: Mapping[str, Any] | None = None
     fact_at: int = 0
+    then: Exercise | None = None
+
+    @property
+    def turns(self) -> list[Exercise]:
+        """This one, and those that follow."""
+        return [self, *(self.then.turns if self.then else ())]
+
+    def is_right(self, text: str) -> bool:
+        """Whether an answer, without the token that ends it, is the right one."""
+        if self.task == "thinking":
+            return text.rpartition("</think>")[2] == self.answer.rpartition("</think>")[2]
+        if self.call is None:
+            return text.startswith(self.answer) if self.task == "sentences" else text == self.answer
+        arguments = {key: str(value) for key, value in self.call["arguments"].items()}
+        return parse_call(text) == {"name": self.call["name"], "arguments": arguments}
 
 
 def _one(rng: Rng, choices: Sequence[Any]) -> Any:
@@ -182,6 +198,7 @@ class TrainingBatch(NamedTuple):
 
 TASKS = ("recall", "arithmetic", "copy", "tools", "sentences")
 HARDER = ("thinking", "long-sums", "long-copy")  # asked, never trained: they leave room below full marks
+TURNS = ("tool-answers", "tool-chains")  # in several turns: asked where there is an environment to answer calls
 MOST_QUESTIONS = 100_000  # that one run asks of a task
 
 
@@ -282,17 +299,25 @@ class Generator:
     # --- questions
 
     def questions(self, task: str, count: int, seed: int = 1) -> list[Exercise]:
-        """Held-out questions of a task, one of `HARDER` too; the same for the same seed."""
-        rng = np.random.default_rng([self.seed, seed, (*TASKS, *HARDER).index(task), 2**31])
+        """Held-out questions of a task, one of `HARDER` or `TURNS` too; the same for the same seed."""
+        rng = np.random.default_rng([self.seed, seed, (*TASKS, *HARDER, *TURNS).index(task), 2**31])
         return [self._question(rng, task) for _ in range(count)]
 
-    def _question(self, rng: Rng, task: str) -> Exercise:
+    def practice(self, rng: Rng, task: str) -> Exercise:
+        """A question about facts that are not held out."""
+        return self._question(rng, task, False)
+
+    def _question(self, rng: Rng, task: str, asked_of: bool = True) -> Exercise:
+        """One about held-out facts, or with `asked_of` False about the others."""
         if task == "sentences":
-            given, follows = sentence(rng, True)
+            given, follows = sentence(rng, asked_of)
             return Exercise(task, given, follows)
+        if task in TURNS:
+            tools, messages = self._errand(rng, asked_of) if task == "tool-answers" else self._chain(rng, asked_of)
+            return self._turns(task, messages, tools)
         tools, call, before, fact = None, None, [], ""
         if task == "recall":
-            name, thing = _until(rng, True, lambda: (_one(rng, words.NAMES), _one(rng, words.THINGS)))
+            name, thing = _until(rng, asked_of, lambda: (_one(rng, words.NAMES), _one(rng, words.THINGS)))
             owners = Ownership.draw(rng, len(words.NAMES), (name, thing))
             others = [other for other in owners.things if other != name]
             turns = [owners.ask(_one(rng, others)) for _ in range(int(rng.integers(0, 10)))] + [owners.ask(name)]
@@ -300,16 +325,47 @@ class Generator:
             before, turn = [m for each in turns[:-1] for m in each.messages()], turns[-1]
             fact = f" {name}:{thing}"
         elif task == "tools":
-            tool, turn = next(errands(rng, True))
+            tool, turn = next(errands(rng, asked_of))
             tools, call = self._offer(rng, {tool}), turn.answer["tool_calls"][0]
         else:
-            turn = next(_SOURCES[task](rng, True))
+            turn = next(_SOURCES[task](rng, asked_of))
         asked = [*before, {"role": "user", "content": turn.question}]
         if task == "thinking":  # asked with thinking on; this model has nothing to think, and says so
             return Exercise(task, self.template.render(asked), "</think>" + turn.answer["content"])
         prompt = self.template.render(asked, tools, enable_thinking=False)
         full = self.template.render([*asked, turn.answer], tools, add_generation_prompt=False)
         return Exercise(task, prompt, full.removeprefix(prompt), call, prompt.index(fact))
+
+    def _errand(self, rng: Rng, asked_of: bool) -> tuple[list[Any], Chat]:
+        tool, turn = next(errands(rng, asked_of))
+        return self._offer(rng, {tool}), turn.messages()
+
+    def _chain(self, rng: Rng, asked_of: bool) -> tuple[list[Any], Chat]:
+        """Three numbers, by a tool that adds two."""
+        a, b, c = _until(rng, asked_of, lambda: tuple(int(rng.integers(33)) for _ in range(3)))
+        messages: Chat = [{"role": "user", "content": f"Please add {a}, {b} and {c}."}]
+        for x, y in ((a, b), (a + b, c)):
+            call = {"name": "add", "arguments": {"a": x, "b": y}}
+            messages += [
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "content": str(x + y)},
+            ]
+        return self._offer(rng, {"add"}), [*messages, _says(f"The sum is {a + b + c}.")]
+
+    def _turns(self, task: str, messages: Chat, tools: list[Any]) -> Exercise:
+        """What an assistant says in a chat as exercises that follow one another."""
+        found: Exercise | None = None
+        for i in reversed(range(len(messages))):
+            if messages[i]["role"] != "assistant":
+                continue
+            asked = self.template.render(messages[:i], tools, enable_thinking=False)
+            said = self.template.render(messages[: i + 1], tools, add_generation_prompt=False)
+            before = max((j for j in range(i) if messages[j]["role"] == "assistant"), default=-1) + 1
+            heard = self.template.render(messages[:before], tools, add_generation_prompt=False) if before else ""
+            call = messages[i].get("tool_calls", [None])[0]
+            found = Exercise(task, asked.removeprefix(heard), said.removeprefix(asked), call, then=found)
+        assert found is not None
+        return found
 
 
 _CALL = re.compile(r"<tool_call>([^<]+)((?:<arg_key>[^<]*</arg_key><arg_value>[^<]*</arg_value>)*)</tool_call>")

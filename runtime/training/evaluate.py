@@ -24,7 +24,7 @@ from model.tokenizer import ChatTemplate, Tokenizer
 from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.load import load_engine
 from runtime.execution.local.request import Prompt
-from runtime.training.data import HARDER, MOST_QUESTIONS, TASKS, Exercise, Generator, parse_call
+from runtime.training.data import HARDER, MOST_QUESTIONS, TASKS, Exercise, Generator
 
 SEED, SAMPLES = 1, 100
 
@@ -128,23 +128,12 @@ def ask(engine: LocalEngine, path: Path, samples: int = SAMPLES, tasks: Sequence
                 steps += (len(completion.token_ids) - 1) / completion.accept_length
         said = [tokenizer.decode([t for t in c.token_ids if t not in stops]) for c in completions]
         wrong = [
-            (q.prompt[-60:], q.answer, text) for q, text in zip(questions, said, strict=True) if not is_right(q, text)
+            (q.prompt[-60:], q.answer, text) for q, text in zip(questions, said, strict=True) if not q.is_right(text)
         ]
         scores[task] = TaskScore(samples, samples - len(wrong), tuple(wrong[:5]))
         if task == "recall":
             distance = min(_distance(tokenizer, question) for question in questions)
     return Evaluation(scores, given / steps if steps else None, distance)
-
-
-def is_right(question: Exercise, text: str) -> bool:
-    """Whether a generated answer is the right one."""
-    if question.task == "thinking":
-        return text.rpartition("</think>")[2] == question.answer.rpartition("</think>")[2]
-    if question.call is None:
-        return text.startswith(question.answer) if question.task == "sentences" else text == question.answer
-    found = parse_call(text)
-    arguments = {key: str(value) for key, value in question.call["arguments"].items()}
-    return found == {"name": question.call["name"], "arguments": arguments}
 
 
 def _distance(tokenizer: Tokenizer, question: Exercise) -> int:

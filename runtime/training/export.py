@@ -10,6 +10,7 @@ from typing import Any
 import tokenizers
 
 from foundation.writing import new_folder
+from model.checkpoint_writer import copy_companions
 from model.module import Model
 from model.tokenizer import ChatTemplate, Tokenizer
 from model.weights import parameter_counts
@@ -67,15 +68,28 @@ def write(folder: Path, config: TrainConfig, model: Model, made: tokenizers.Toke
     does not take it; the earlier one then stays."""
     stops = vocabulary.stop_ids(made)
     with new_folder(folder, replace=True) as new:
-        model.save(new / "saved", "bfloat16")  # which makes its own folder
-        for file in (new / "saved").iterdir():
-            file.rename(new / file.name)
-        (new / "saved").rmdir()
+        _save(model, new)
         (new / "tokenizer.json").write_text(made.to_str(pretty=True) + "\n", encoding="utf-8")
         shutil.copyfile(TEMPLATE, new / "chat_template.jinja")
         _write_json(new / "tokenizer_config.json", vocabulary.tokenizer_config(config.model.max_positions))
         _write_json(new / "generation_config.json", {"eos_token_id": stops, "pad_token_id": stops[0]})
         (new / "README.md").write_text(_card(folder.name, config, config_name), encoding="utf-8")
+
+
+def write_tuned(folder: Path, model: Model, source: Path) -> None:
+    """Writes what became of the checkpoint directory `source`, whose tokenizer and settings it keeps, to `folder`, in
+    the place of an earlier one. Raises `UsageError` where the disk does not take it; the earlier one then stays."""
+    with new_folder(folder, replace=True) as new:
+        _save(model, new)
+        copy_companions(source, new)
+
+
+def _save(model: Model, folder: Path) -> None:
+    """In a folder that is there; `Model.save` makes its own."""
+    model.save(folder / "saved", "bfloat16")
+    for file in (folder / "saved").iterdir():
+        file.rename(folder / file.name)
+    (folder / "saved").rmdir()
 
 
 def _card(name: str, config: TrainConfig, config_name: str) -> str:

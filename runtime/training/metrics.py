@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from foundation.errors import UsageError
 from foundation.reading import Unreadable, parse_json, read_lines
@@ -57,30 +57,72 @@ def truncate(folder: Path, step: int) -> None:
 
 
 def page(folder: Path, title: str, stages: Sequence[tuple[int, str]]) -> None:
-    """Writes the plots. stages: the step at which each begins, and its name."""
+    """Writes the plots of a training run. stages: the step at which each begins, and its name."""
     records = load(folder)
-    marks = [Mark(step, name) for step, name in stages]
-
-    def drawn(heading: str, label: str, curves: dict[str, list[tuple[float, float]]], percent: bool = False) -> str:
-        series = [Series(name, points) for name, points in curves.items()]
-        picture = plot(series, "step", label, marks=marks, percent=percent, y_max=1.0 if percent else None)
-        return f"<section><h2>{escape(heading)}</h2>{picture}{legend(list(curves))}</section>"
-
-    def curve(key: str) -> list[tuple[float, float]]:
-        return [(r["step"], r[key]) for r in records if r.get(key) is not None]
-
     tasks = {task: [(r["step"], r["task_loss"][task]) for r in records if task in r["task_loss"]] for task in TASKS}
-    parts = [
-        drawn("Loss of the answers, by task", "nats a token", tasks),
-        drawn("Losses", "nats", {k: curve(k) for k in ("loss", "draft_loss", "index_loss")}),
-        drawn("Largest attention logit", "logit", {"largest": curve("logit_max")}),
-        drawn("Expert load, max over mean", "ratio", {"worst layer": curve("load_ratio")}),
-        drawn("Indexer recall of the dense top-k", "share", {"recall": curve("index_recall")}, percent=True),
+    losses = {key: _curve(records, key) for key in ("loss", "draft_loss", "index_loss")}
+    recall = _curve(records, "index_recall")
+    plots = [
+        _Plot("Loss of the answers, by task", "nats a token", tasks),
+        _Plot("Losses", "nats", losses),
+        _Plot("Largest attention logit", "logit", {"largest": _curve(records, "logit_max")}),
+        _Plot("Expert load, max over mean", "ratio", {"worst layer": _curve(records, "load_ratio")}),
+        _Plot("Indexer recall of the dense top-k", "share", {"recall": recall}, percent=True),
     ]
+    _write(folder, title, [Mark(step, name) for step, name in stages], plots)
+
+
+def learning_page(folder: Path, title: str) -> None:
+    """Writes the plots of a run of `glm5 rl`."""
+    records = load(folder)
+    begins = {r["stage"]: r["step"] for r in reversed(records)}
+    marks = [Mark(step - 1, f"stage {stage}") for stage, step in sorted(begins.items())]
+
+    def by_task(key: str) -> dict[str, PlotCurve]:
+        tasks = sorted({task for r in records for task in r.get(key, ())})
+        return {task: [(r["step"], r[key][task]) for r in records if task in r.get(key, ())] for task in tasks}
+
+    def curves(**keys: str) -> dict[str, PlotCurve]:
+        return {name.replace("_", " "): _curve(records, key) for name, key in keys.items()}
+
+    plots = [
+        _Plot("Reward of what was drawn, by task", "share", by_task("task_reward"), percent=True),
+        _Plot("Held-out questions, greedy", "share", by_task("held_out"), percent=True),
+        _Plot("Versions behind, of tokens", "versions", curves(mean="behind", most="behind_most")),
+        _Plot("Tokens whose gradient was cut", "share", curves(cut="cut"), percent=True),
+        _Plot("Log-probability, learner less generator", "nats", curves(mean="gap", largest="gap_max")),
+        _Plot("Entropy", "nats a token", curves(entropy="entropy")),
+        _Plot("Seconds of a step", "s", curves(waiting="waited_s", training="trained_s")),
+    ]
+    _write(folder, title, marks, plots)
+
+
+PlotCurve = list[tuple[float, float]]
+
+
+class _Plot(NamedTuple):
+    heading: str
+    label: str
+    curves: dict[str, PlotCurve]
+    percent: bool = False
+
+
+def _curve(records: Sequence[dict[str, Any]], key: str) -> PlotCurve:
+    return [(r["step"], r[key]) for r in records if r.get(key) is not None]
+
+
+def _write(folder: Path, title: str, marks: Sequence[Mark], plots: Sequence[_Plot]) -> None:
+    def drawn(each: _Plot) -> str:
+        series = [Series(name, points) for name, points in each.curves.items()]
+        top = 1.0 if each.percent else None
+        picture = plot(series, "step", each.label, marks=marks, percent=each.percent, y_max=top)
+        return f"<section><h2>{escape(each.heading)}</h2>{picture}{legend(list(each.curves))}</section>"
+
     html = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1><main>{''.join(parts)}</main></body></html>\n"
+        f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1><main>{''.join(map(drawn, plots))}</main>"
+        "</body></html>\n"
     )
     with replacing(folder / PAGE) as temporary:
         temporary.write_text(html, encoding="utf-8")

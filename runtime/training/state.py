@@ -6,8 +6,10 @@ run leaves the last good state), without the storage engine and the event loop o
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -18,7 +20,7 @@ from safetensors.numpy import save
 from foundation.errors import UsageError
 from foundation.writing import replacing
 from model.module import Model
-from runtime.training.params import Params, named, put
+from runtime.training.params import named, put
 
 FILE = "state.safetensors"
 
@@ -31,30 +33,32 @@ class State(NamedTuple):
     index: Any
 
 
-class _Stored(NamedTuple):
-    """What a state file holds, its tensors named by these fields."""
-
-    params: Params
-    main: Any
-    index: Any
+Kept = TypeVar("Kept", bound=tuple)
+"""A state: a named tuple whose first field is the model, the others trees of arrays."""
 
 
-def _stored(state: State) -> tuple[_Stored, dict[str, Any]]:
-    """And its leaves by name."""
-    stored = _Stored(named(state.model), state.main, state.index)
+def _stored(state: tuple) -> tuple[Any, dict[str, Any]]:
+    """What a state file holds: `params` in the place of the model, and the other fields. And its leaves by name."""
+    fields = ("params", *state._fields[1:])  # type: ignore[attr-defined]
+    stored = collections.namedtuple("Stored", fields)(named(state[0]), *state[1:])
     return stored, {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(stored)}
 
 
-def write(folder: Path, state: State, step: int, config_hash: str) -> None:
+def write(folder: Path, state: tuple, step: int, config_hash: str) -> None:
     """Replaces the state in `folder`. Raises `UsageError` where it cannot be written; the last one then stays."""
+    write_arrays(folder / FILE, _stored(state)[1], {"step": str(step), "config": config_hash})
+
+
+def write_arrays(path: Path, leaves: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Replaces a file of arrays by name, whole."""
     # `ascontiguousarray` would give counters, which have no dims, one
-    arrays = {name: np.asarray(leaf, order="C") for name, leaf in _stored(state)[1].items()}
-    content = save(arrays, {"step": str(step), "config": config_hash})
-    with replacing(folder / FILE) as temporary:
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in leaves.items()}
+    content = save(arrays, dict(metadata))
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
-def read(folder: Path, like: State, config_hash: str) -> tuple[State, int]:
+def read(folder: Path, like: Kept, config_hash: str) -> tuple[Kept, int]:
     """The state in `folder` in the shape of `like`, and its step. Raises `UsageError` for one of another config, or
     for a file that is no state."""
     path = folder / FILE
@@ -72,10 +76,25 @@ def read(folder: Path, like: State, config_hash: str) -> tuple[State, int]:
                 raise ValueError(f"its step is {step}")
     except (OSError, SafetensorError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({' '.join(str(error).split())}); remove it to begin anew") from None
-    restored: _Stored = jax.tree.unflatten(jax.tree.structure(stored), map(jax.numpy.asarray, leaves))
-    model = nnx.clone(like.model)
+    restored = jax.tree.unflatten(jax.tree.structure(stored), map(jax.numpy.asarray, leaves))
+    model = nnx.clone(like[0])
     put(model, restored.params)
-    return State(model, restored.main, restored.index), step
+    return like._replace(model=model, **dict(zip(like._fields[1:], restored[1:], strict=True))), step  # type: ignore[attr-defined]
+
+
+def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays of a file that `write_arrays` wrote, and its metadata."""
+    with safe_open(path, "np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def step_of(folder: Path) -> int:
+    """The step of the state in `folder`, before anything like it is there to compare; `read` says what is wrong."""
+    try:
+        with safe_open(folder / FILE, "np") as file:
+            return int((file.metadata() or {}).get("step", "0"))
+    except (OSError, SafetensorError, ValueError):
+        return 0
 
 
 def _as(leaf: Any, found: np.ndarray, name: str) -> np.ndarray:

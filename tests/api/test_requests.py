@@ -6,7 +6,14 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from model.errors import TokenizerError
+from runtime.api.app import DetokenizeBody
+from runtime.api.dialects.chat import ChatBody
+from runtime.api.dialects.forms import RequestBody
+from runtime.api.dialects.messages import MessagesBody
+from runtime.api.dialects.responses import ResponsesBody
 from runtime.serving.service import Job
 from tests.api.client import MODEL, Api
 from tests.api.words import MARKUP, TOKENIZER, USER, VOCABULARY, call, ids
@@ -80,6 +87,10 @@ def prompt(api: Api) -> str:
         ({"response_format": "json"}, 400, "response_format"),
         ({"reasoning_effort": "huge"}, 400, "reasoning_effort"),
         ({"chat_template_kwargs": {"messages": []}}, 400, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"chat_template": ["x"]}}, 400, "chat_template_kwargs"),
+        ({"logit_bias": {"5": None}}, 400, "logit_bias"),
+        ({"logit_bias": {str(at): 1 for at in range(1025)}}, 400, "logit_bias"),
+        ({"messages": [{"role": "user", "content": "hi"}] * 2049}, 400, "messages"),
         ({"chat_template_kwargs": {"enable_thinking": "no"}}, 400, "chat_template_kwargs.enable_thinking"),
         ({"thinking_token_budget": -1}, 400, "thinking_token_budget"),
         ({"prompt_logprobs": 1}, 400, "prompt_logprobs"),
@@ -106,6 +117,11 @@ def test_a_wrong_field_is_named(api: Api, given: dict[str, Any], status: int, pa
         ("/v1/completions", {"prompt": "x", "echo": True, "logprobs": 1}, "echo with logprobs"),
         ("/v1/completions", {"prompt": "x", "best_of": 3}, "best_of"),
         ("/v1/completions", {"prompt": ["x"] * 200}, "answers to one request"),
+        ("/v1/completions", {"prompt": ["x", None]}, "prompt[1] is a text or token ids"),
+        ("/v1/completions", {"prompt": [5, True]}, "prompt[0] is a text or token ids"),
+        ("/v1/completions", {"prompt": {"a": 1}}, "prompt is a text"),
+        ("/v1/responses", {"input": [{"type": "reasoning", "content": True}]}, "input[0].content is parts"),
+        ("/v1/responses", {"input": [{"role": ["user"], "content": "x"}]}, "input[0].role is one of"),
         ("/v1/responses", {}, "input is missing"),
         ("/v1/responses", {"input": []}, "no messages"),
         ("/v1/responses", {"input": "x", "previous_response_id": "resp_1"}, "nothing is kept here"),
@@ -124,6 +140,28 @@ def test_a_wrong_field_is_named(api: Api, given: dict[str, Any], status: int, pa
 def test_other_forms_name_what_is_wrong_too(api: Api, path: str, body: dict[str, Any], said: str) -> None:
     response = api.post(path, body)
     assert response.status_code in (400, 404) and said in response.json()["error"]["message"], response.text
+
+
+@pytest.mark.parametrize(
+    ("form", "field"), [(ChatBody, "messages"), (ChatBody, "tools"), (ChatBody, "stop"), (ResponsesBody, "input"),
+                        (MessagesBody, "messages"), (DetokenizeBody, "tokens")]
+)  # fmt: skip
+def test_a_list_is_looked_at_up_to_what_is_wrong(form: type[RequestBody], field: str) -> None:
+    """Each error takes a kilobyte, and a body may have millions of them."""
+    with pytest.raises(ValidationError) as found:
+        form.model_validate({field: [None] * 1000})
+    assert sum(field in each["loc"] for each in found.value.errors()) <= 2  # a text, or a list of something
+
+
+def test_no_file_of_the_servers_is_named(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = api.endpoint.vocabulary.tokenizer
+
+    def fails(*given: Any) -> Any:
+        raise TokenizerError(f"{tokenizer.where}: cannot encode the text")
+
+    monkeypatch.setattr(tokenizer, "encode_each", fails)
+    for path in ("/tokenize", "/v1/completions"):
+        assert api.post(path, {"prompt": "x"}).json()["error"]["message"] == "cannot encode the text"
 
 
 def test_unknown_fields_are_let_be_and_the_model_may_be_left_out(api: Api) -> None:

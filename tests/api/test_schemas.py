@@ -18,7 +18,7 @@ from runtime.api.events import CallGrown
 from runtime.api.guide import Guide
 from runtime.api.reader import Reader
 from runtime.api.refusal import ApiRefusal
-from runtime.api.schemas import kinds, type_of
+from runtime.api.schemas import Walk, kinds, overlapping, type_of
 from runtime.api.synthetic import Invented
 from runtime.api.tools import Tool
 from runtime.serving.service import ConstraintBroken
@@ -227,3 +227,43 @@ def test_a_choice_of_exactly_one_is_no_choice_of_any(schema: Any, both: bool) ->
         return
     with pytest.raises(ApiRefusal, match="oneOf"):
         rules(tools=tool)
+
+
+WIDE = {f"k{at}": 0 for at in range(20_000)}
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"type": "integer", "$ref": "#/$defs/a", "$defs": {"a": {"enum": [1, -(2**63)]}}}, "SIGSEGV"),
+        ({"type": "integer", "multipleOf": 2**31}, "remainders"),
+        ({"allOf": [{"type": "integer", "multipleOf": 997}, {"multipleOf": 991}]}, "remainders"),
+        ({"oneOf": [{"const": str(at)} for at in range(5000)]}, None),
+        ({"oneOf": [{}] * 100_000}, "oneOf"),
+        ({"anyOf": [{}] * 60_000, **WIDE}, "lead too far"),
+        ({"anyOf": [{"$ref": "#/$defs/wide"}] * 5000}, "lead too far"),
+    ],
+)  # fmt: skip
+def test_a_schema_that_would_take_the_server_along_is_refused(schema: Any, said: str | None) -> None:
+    """By its end, by hours, or by all memory."""
+    wide = {"$defs": {"wide": WIDE}} if "wide" in str(schema) else {}
+    parameters = {"type": "object", "properties": {"a": schema}, **wide}
+    if said is None:
+        assert not rules(tools={"f": Tool("f", parameters, strict=True)}).calls.inexact  # type: ignore[union-attr]
+        return
+    with pytest.raises(ApiRefusal, match=said):
+        rules(tools={"f": Tool("f", parameters, strict=True)})
+    assert rules(tools={"f": Tool("f", parameters)}).calls.inexact == {"f"}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("needed", [[[]], [{"a": 1}], [5], "a", None])
+def test_what_is_required_is_a_list_of_names(needed: Any) -> None:
+    with pytest.raises(ApiRefusal, match="`required` a list of names"):
+        rules(tools={"f": Tool("f", {"type": "object", "required": needed}, strict=True)})
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "both"), [(1, 1.0, True), (1, True, False), ([1], [1.0], True), ({"a": [1]}, {"a": [True]}, False)]
+)
+def test_values_that_are_listed_twice_are_equal_as_json(one: Any, other: Any, both: bool) -> None:
+    assert overlapping({"oneOf": [{"const": one}, {"enum": ["x", other]}]}, {}, Walk()) == both

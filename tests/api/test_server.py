@@ -125,6 +125,7 @@ def test_many_prompts_at_once_leave_the_loop_free(api: Api) -> None:
 # --- readers ---
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_is_let_go() -> None:
     with serving(positions=100_000, send_s=0.3) as api:
         api.says("word " * 30_000, end="", burst=50)

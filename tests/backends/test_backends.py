@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import subprocess
 import sys
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from backends.errors import ArtifactError, BackendUnavailable, UnknownBackend, U
 from backends.interface import Artifact, Program
 from backends.spmd.stages import sharded
 from model import ops
+from tests.marks import slow_but
 
 CPU = registry.get("cpu")
 HAS_CUDA = registry.get("cuda").unavailable() is None
@@ -155,16 +156,13 @@ def test_a_damaged_artifact_is_refused(data: st.DataObject) -> None:
         Artifact.from_bytes(whole[:payload_at] + bytes([whole[payload_at] ^ 1]) + whole[payload_at + 1 :])
 
 
-# Every two of one token, a few and many; weights of either kind; experts here or elsewhere.
-PAIRS = ((1, True, 0), (1, False, 3), (8, False, 0), (8, True, 3), (200, True, 0), (200, False, 3))
-
-
 @pytest.mark.parametrize(
     ("tokens", "quantised", "elsewhere"),
-    [
-        each if each in PAIRS else pytest.param(*each, marks=pytest.mark.slow)
-        for each in itertools.product((1, 2, 5, 8, 40, 200), (False, True), (0, 3))
-    ],
+    slow_but(
+        [(1, True, 0), (8, False, 3), (200, True, 3), (200, False, 0)],
+        # each two of them in every way
+        [*product((1, 8, 200), (False, True), (0, 3)), (2, True, 3), (2, False, 0), (5, True, 0), (40, False, 3)],
+    ),
 )
 def test_cpu_experts_equal_their_meaning(tokens: int, quantised: bool, elsewhere: int) -> None:
     """Uneven loads, experts nobody chose, and experts that live on another device."""
@@ -184,8 +182,9 @@ def test_cpu_experts_equal_their_meaning(tokens: int, quantised: bool, elsewhere
     np.testing.assert_allclose(jax.jit(expert_ffn)(x, ids, share, *matrices), expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 4, 11])
-@pytest.mark.parametrize("start", [0, pytest.param(1, marks=pytest.mark.slow), 6])
+@pytest.mark.parametrize(
+    ("start", "tokens"), slow_but([(6, 1), (0, 3), (0, 4), (6, 11)], product((0, 1, 6), (1, 3, 4, 11)))
+)
 def test_cpu_cache_writes_equal_their_meaning_and_copy_nothing(tokens: int, start: int) -> None:
     """Ragged chunks from any start, through shuffled pages; no instruction copies an array of the cache's size."""
     rng = np.random.default_rng(tokens)

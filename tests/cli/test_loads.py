@@ -105,7 +105,6 @@ MISTAKES = [
     ("--shared-prefix 0.8:9999999999", "1,000,000"),
     ("--turns 0", "greater than or equal to 1"),
     ("--turns 1000000", "less than or equal to 10000"),
-    ("--turns 3 --rate 1", "give --concurrency"),
     ("--turns 100 --concurrency 1 --requests 1", "positions"),
     ("--think-s 3", "add --turns"),
     ("--turns 2 --think-s -1", "--think-s -1"),

@@ -8,7 +8,7 @@ import pytest
 import hw_profiles
 from model.hf_config import load_config
 from model.split import Layout
-from runtime.pricing import open_book
+from runtime.pricing import Chip, open_book
 from runtime.pricing.load import uniform, with_shared
 from runtime.serving.pricing import BatchShape, StepPrice
 from runtime.simulation.build import build, spec_for
@@ -108,3 +108,63 @@ def test_who_attends_densely_to_short_prompts_of_sparse_attention(engine: str, c
     chunks = [BatchShape(prefill_chunks=[(tokens, 0)] * 4) for tokens in (2048, 2049)]
     short, longer = (step(each, "deepseek-v3.2", engine, chip).by_op["attention"] for each in chunks)
     assert (longer > 1.3 * short) == dense
+
+
+def seconds_over_context(chip: str, engine: str, prompts: list[tuple[int, int]]) -> float:
+    """What 64 answers of GLM-4.5-Air take longer over 4,096 keys than over 64."""
+    near, far = (
+        step(
+            BatchShape(np.full(64, keys), 1, prompts, 64, not prompts),
+            "glm-4.5-air",
+            engine,
+            chip,
+            "bf16",
+            Layout(tp=4),
+        )
+        for keys in (64, 4096)
+    )
+    return far.by_op["attention"] - near.by_op["attention"]
+
+
+@pytest.mark.parametrize(
+    ("chip", "engine", "apart"),
+    [
+        ("a100-sxm-80gb", "vllm@0.11", True),
+        ("a100-sxm-80gb", "sglang@0.5.9", False),  # prompts and answers never meet in a call
+        ("h200-sxm", "vllm@0.11", False),  # FlashAttention 3 packs paged calls
+    ],
+)
+def test_flash_attention_2_computes_a_tile_of_each_head_for_answers_beside_prompts(
+    chip: str, engine: str, apart: bool
+) -> None:
+    """By mha_varlen_fwd, query heads of a key head are packed only where max_seqlen_q is 1; 64 queries are a block."""
+    beside, alone = (seconds_over_context(chip, engine, prompts) for prompts in ([(1024, 0)], []))
+    if apart:  # 64 x 24 heads x 64 queries over 4,032 keys at 312 TFLOP/s, 46 times
+        assert beside > 46 * 4 * 128 * 64 * 24 * 64 * 4032 / 312e12 > 2 * alone
+    else:
+        assert beside == pytest.approx(alone)
+
+
+@pytest.mark.parametrize(
+    ("release", "chip", "key", "table"),
+    [
+        ("0.14", "b200-sxm", "moe/fp8-block/vllm", "0.22.0"),
+        ("0.15", "b200-sxm", "moe/fp8-block/vllm", "0.24.0"),
+        ("0.23", "b200-sxm", "moe/fp8-block/vllm", "0.24.0"),
+        ("0.14", "h200-sxm", "moe/fp8-block/vllm", "0.19.0"),
+        ("0.16", "h200-sxm", "moe/fp8-block/vllm/tp", "0.24.0"),
+        ("0.17", "h200-sxm", "moe/fp8-block/vllm", "0.24.0"),
+        ("0.17", "h200-sxm", "moe/fp8-block/vllm/tp", "0.19.0"),
+        ("0.28", "h200-sxm", "moe/fp8-block/vllm/tp", "0.24.0"),
+    ],
+)
+def test_fp8_experts_of_vllm_are_priced_by_a_table_of_the_kernel_that_a_release_chooses(
+    release: str, chip: str, key: str, table: str
+) -> None:
+    """FlashInfer's TensorRT-LLM kernel on Blackwell from 0.15; on Hopper its CUTLASS kernel, and Triton for tensor
+    parallelism from 0.17 on (oracle/fp8.py of the wheels); tables up to 0.22 are of Triton."""
+    profile = hw_profiles.load(chip)
+    book = open_book(Chip.from_fields(chip, profile.number), "vllm", release=release, family=profile.family)
+    kernel = book.named(key)
+    assert kernel is not None and f"/{table}/" in kernel.source
+    assert bool(kernel.assumed) == (table > f"{release}.0")

@@ -264,7 +264,11 @@ def test_stablehlo_names_no_path_of_this_machine(small: Path, tmp_path: Path) ->
         (("--format", "onnx", "--plan", "nowhere.json", "--out", "OUT"), "nowhere.json: cannot be read"),
         (("--format", "onnx", "--plan", "p.json", "--tp", "2", "--out", "OUT"), "--plan decides the layout"),
         (("--format", "onnx", "--plan", "p.json", "--tp", "1", "--out", "OUT"), "--plan decides the layout"),
-        (("--format", "onnx", "--cann-ops", "all", "--out", "OUT"), "are for --format ascend"),
+        (("--format", "onnx", "--npu-ops", "all", "--out", "OUT"), "are for --format ascend"),
+        (("--format", "ascend", "--npu-ops", "some", "--out", "OUT"), "--npu-ops some: all or none"),
+        (("--format", "ascend", "--formats", "fp8", "--weights", "none", "--out", "OUT"), "have no 8-bit floats"),
+        (("--format", "ascend", "--profile", "h200-sxm", "--out", "OUT"), "is no Ascend chip"),
+        (("--format", "ascend", "--verify", "--out", "OUT"), "add --npu-ops none"),
         (("--format", "onnx", "--chunk", "128", "--out", "OUT"), "add --phase prefill or both"),
         (("check", "OUT"), "--checkpoint stands before `check`, which does not read it"),
     ],
@@ -330,7 +334,7 @@ def test_an_interrupted_export_leaves_nothing_that_looks_whole(
         (lambda p: (p / FILE).write_text((p / FILE).read_text()[:900]), "it is truncated"),
         (
             lambda p: (p / FILE).write_text(
-                (p / FILE).read_text().replace('"schema_version": 1', '"schema_version": 7')
+                (p / FILE).read_text().replace('"schema_version": 2', '"schema_version": 7')
             ),
             "manifest version 7",
         ),
@@ -356,7 +360,7 @@ def flip(path: Path) -> None:
     [
         (
             ("--backend", "torch", "--prompt-ids", "1"),
-            "--backend torch runs torch, and this package is onnx; use --backend ort",
+            "--backend torch runs torch, ascend, and this package is onnx; use --backend ort",
         ),
         (("--backend", "cpu", "--prompt-ids", "1"), "--backend cpu does not run exported packages"),
         (("--backend", "ort", "--prompt-ids", "1,2", "--max-tokens", "63"), "largest gear, a context of 64"),

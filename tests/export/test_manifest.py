@@ -84,6 +84,7 @@ def test_a_manifest_is_what_its_file_says() -> None:
     ("change", "complaint"),
     [
         ({"schema_version": SCHEMA_VERSION + 1}, f"manifest version {SCHEMA_VERSION + 1}, this release reads"),
+        ({"schema_version": 1}, "manifest version 1, this release reads 2"),  # whose ascend packages were ONNX
         ({"format": "caffe"}, "manifest.format must be one of"),
         ({"page_size": "16"}, "manifest.page_size must be int"),
         ({"page_size": True}, "manifest.page_size must be int"),

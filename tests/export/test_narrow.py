@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
+from itertools import product
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from model.ops import OPS
 from runtime.deployment.tensors import packed, unpacked
 from runtime.execution.package.ort import OrtExecutor
 from tests.export.test_targets import graph_of, in_torch
+from tests.marks import slow_but
 
 RNG = np.random.default_rng(0)
 FORMATS = ("w8a8-int8", "w4a8", "w4a16", "w4a16-g16")
@@ -158,7 +160,10 @@ def test_in_onnx(name: str, case: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "case"),
-    [("w8a8-int8", case) for case in CASES] + [("w4a16-g16", case) for case in CASES] + [("w4a8", "many_tokens")],
+    slow_but(
+        [("w8a8-int8", "few_tokens"), ("w8a8-int8", "short_group"), ("w4a16-g16", "gate_up"), ("w4a8", "many_tokens")],
+        [*product(("w8a8-int8", "w4a16-g16"), CASES), ("w4a8", "many_tokens")],
+    ),
 )
 def test_in_stablehlo(name: str, case: str) -> None:
     op, operands, expected = CASES[case](name, "stablehlo")
@@ -174,7 +179,7 @@ def test_in_stablehlo(name: str, case: str) -> None:
     assert ("xi4>" in text) == (name != "w8a8-int8")
 
 
-@pytest.mark.parametrize("case", ["gate_up", "few_tokens", "many_tokens"])
+@pytest.mark.parametrize("case", slow_but(["few_tokens"], ["gate_up", "few_tokens", "many_tokens"]))
 def test_in_torch(case: str) -> None:
     op, operands, expected = CASES[case]("w8a8-int8", "torch")
     (found,) = in_torch(graph_of(op, *operands), operands)
@@ -184,11 +189,13 @@ def test_in_torch(case: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_emulation_computes_the_same(name: str) -> None:
     """Bit for bit where a product is an integer's: the same scales, the same rounding, the same order of scales."""
-    from backends.emulation.products import product
+    from backends.emulation import products
 
     op, (x, values, scale), _ = linear(name, (24,))
     flat = x.reshape(-1, x.shape[-1])
-    emulated = product(jnp.asarray(flat), jnp.asarray(values.astype(np.int8)), jnp.asarray(scale), matrix_format(name))
+    emulated = products.product(
+        jnp.asarray(flat), jnp.asarray(values.astype(np.int8)), jnp.asarray(scale), matrix_format(name)
+    )
     found = np.asarray(jax.jit(op)(flat, values, scale))
     np.testing.assert_allclose(found, emulated, rtol=1e-6, atol=1e-6)
     if not name.startswith("w4a16"):

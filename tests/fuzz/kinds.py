@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 from foundation.errors import Failure
-from tests.fuzz import checkpoints, commands, documents
+from tests.fuzz import checkpoints, commands, documents, requests
 from tests.fuzz.kind import Kind
 
 
@@ -37,4 +37,4 @@ def _judged(folder: Path) -> None:
 def kinds() -> dict[str, Kind]:
     """All of them, by name."""
     judge = Kind("judge.txt", lambda rng: b"", _judged)
-    return {**checkpoints.kinds(), **documents.kinds(), **commands.kinds(), "the judge": judge}
+    return {**checkpoints.kinds(), **documents.kinds(), **commands.kinds(), **requests.kinds(), "the judge": judge}

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FEW, MANY = 80, 300  # cases of a kind; more by `python -m tests.fuzz.server KIND FIRST LAST`
-COSTLY = 30  # of one that opens a checkpoint, a tokenizer or a command, in place of the few
+FEW, MANY = 30, 300  # cases of a kind; more by `python -m tests.fuzz.server KIND FIRST LAST`
+COSTLY = 12  # of one that opens a checkpoint, a tokenizer or a command, or starts a runtime, in place of the few
 _CHEAP = (
     "quantised config", "plan", "manifest", "package weights", "training config", "engine", "profile", "prices",
     "trace", "expert load", "load", "placement", "measured rows", "prompts",
@@ -24,7 +24,8 @@ _COSTLY = (
 KINDS: dict[str, int] = {
     **dict.fromkeys(_CHEAP, FEW),
     **dict.fromkeys(_COSTLY, COSTLY),
-    **{"onnx graph": FEW, "torch graph": 30, "stablehlo graphs": 1},
+    "request": COSTLY,  # more in tests/api
+    **{"onnx graph": FEW, "torch graph": COSTLY, "stablehlo graphs": 1},
 }
 AT_ONCE = {"stablehlo graphs": 25}  # cases in a case, `graphs.AT_ONCE`
 Run = Callable[..., list[tuple[int, str]]]

@@ -304,7 +304,8 @@ def test_a_mixed_stack_is_dequantised_and_the_rest_kept(tmp_path: Path, change: 
                 assert isinstance(value, Quantized) == isinstance(before[index][name], Quantized)
 
 
-@pytest.mark.parametrize("part", ["down_proj", pytest.param("gate_proj", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["down_proj", "gate_proj"])
 def test_experts_of_which_a_half_is_quantised_run(tmp_path: Path, part: str) -> None:
     """The op takes both halves as values and scales or neither: the same tokens and logits as dequantised."""
     make_checkpoint(tmp_path / "made")

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.checkpoint import Checkpoint
+from tests.marks import slow_but
 from tests.model.oracle import (
     CASES,
     FAIR_GAP,
@@ -84,7 +85,7 @@ def test_token_by_token_decode(oracles: Oracles, name: str) -> None:
     assert distance(ours, oracle) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", STEPPED)
+@pytest.mark.parametrize("name", slow_but(["glm_moe_dsa"], CASES))
 def test_decode_continues_a_prefill(oracles: Oracles, name: str) -> None:
     """The caches that expanded prefill writes are those that absorbed decode reads."""
     oracle = oracles(name)

@@ -1,59 +1,28 @@
-"""Packages whose graphs are of torch_npu's operators: the torch format's, with another writer."""
+"""Ascend packages for the tests."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import pytest
-
-from backends.ascend.npu.target import NpuOptions
-from backends.ascend.npu.writer import halves, write
-from backends.toolchains.walker import Graph, Port
+from backends.ascend.target import NpuOptions
 from model.checkpoint import Checkpoint
 from model.hf_config import load_config
 from model.split import Layout
-from runtime.deployment.manifest import Gear, Manifest, Phase, Step
+from runtime.deployment.manifest import Gear, Manifest, Phase
 from runtime.porting.export import options as cutting
 from runtime.porting.export import package
-from runtime.porting.export.job import ExportJob, values
-
-
-@dataclasses.dataclass
-class GraphWriter:
-    """A writer (`runtime.porting.export.job.Writer`). `used` counts torch_npu's operators."""
-
-    options: NpuOptions
-    used: Counter[str] = dataclasses.field(default_factory=Counter)
-    packages: tuple[str, ...] = ("torch",)
-
-    def write(self, graph: Graph, folder: Path, stem: str) -> Step:
-        made = write(graph, self.options)
-        (folder / f"{stem}.pt2").write_bytes(made.archive)
-        self.used.update(operator for _, operators in made.used.elements() for operator in operators)
-        return Step(
-            kind="graph",
-            name=graph.name,
-            inputs=values(made.inputs),
-            outputs=values(made.outputs),
-            files={"any": f"{stem}.pt2"},
-            aliases=dict(made.aliases),
-        )
-
-    def finish(self, folder: Path, manifest: Manifest) -> Manifest:
-        caches = {
-            unit: values([p for each in held for p in self._parts(Port(each.name, each.shape, each.dtype))])
-            for unit, held in manifest.caches.items()
-        }
-        return dataclasses.replace(manifest, caches=caches)
-
-    def _parts(self, port: Port) -> tuple[Port, ...]:
-        return tuple(halves(port)) if self.options.splits(port) else (port,)
+from runtime.porting.export.job import ExportJob
+from tests.npu.graphs import F32
 
 
 def request(
-    model: str | Path, scheme: str, gears: dict[Phase, list[Gear]], layout: Layout = Layout(), page_size: int = 16
+    model: str | Path,
+    scheme: str,
+    gears: Mapping[Phase, Sequence[Gear]],
+    layout: Layout = Layout(),
+    page_size: int = 16,
 ) -> ExportJob:
     """Of a preset by its name, without weights, or of a checkpoint."""
     checkpoint = Checkpoint(model) if isinstance(model, Path) else None
@@ -62,7 +31,7 @@ def request(
     return ExportJob(
         cfg=cfg,
         checkpoint=checkpoint,
-        format="torch",
+        format="ascend",
         gears=gears,
         grid=placed.grid,
         layout=placed.name,
@@ -72,8 +41,11 @@ def request(
     )
 
 
-def export(job: ExportJob, folder: Path, options: NpuOptions, monkeypatch: pytest.MonkeyPatch) -> GraphWriter:
-    writer = GraphWriter(options)
-    monkeypatch.setattr(package, "writers", lambda: {"torch": lambda _: writer})
-    package.export(job, folder)
-    return writer
+def export(job: ExportJob, folder: Path, options: NpuOptions = F32) -> Manifest:
+    """By default with operators in float32 too, to compare what graphs mean and not how they round."""
+    return package.export(dataclasses.replace(job, options={**job.options, "npu_options": options}), folder)
+
+
+def operators(manifest: Manifest) -> set[str]:
+    """Of torch_npu, that a package's graphs call."""
+    return set(manifest.extra["ascend"]["operators"])

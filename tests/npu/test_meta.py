@@ -11,10 +11,10 @@ pytest.importorskip("torch")
 import torch
 from torch.utils import _pytree as pytree
 
-from backends.ascend.catalog import npu_release
-from backends.ascend.npu import declare
-from backends.ascend.npu.target import NpuOptions
-from backends.ascend.npu.writer import write
+from backends.ascend import declare
+from backends.ascend.operators import npu_release
+from backends.ascend.target import NpuOptions
+from backends.ascend.writer import write
 from backends.toolchains.walker import Graph
 from model.split import Layout
 from runtime.deployment.manifest import Gear
@@ -47,8 +47,14 @@ def test_every_recorded_operator_is_called_by_one_of_these_graphs():
 @pytest.mark.npu
 @pytest.mark.parametrize(
     ("formats", "layout"),
-    [("bf16", Layout(tp=16)), ("w8a8", Layout(tp=4, dp=4, ep=16)), ("w8a8", Layout(tp=16))],
-    ids=["bf16-tp16", "w8a8-ep16", "w8a8-tp16"],
+    [
+        ("bf16", Layout(tp=16)),
+        ("w8a8", Layout(tp=4, dp=4, ep=16)),
+        ("w8a8", Layout(tp=16)),
+        ("w4a8", Layout(tp=4, dp=4, ep=16)),
+        ("w4a16", Layout(tp=16)),
+    ],
+    ids=lambda each: each if isinstance(each, str) else each.name,
 )
 def test_glm_5_is_accepted_whole(formats: str, layout: Layout):
     """Chunks and tokens, every layer type: nothing that has an operator is decomposed, and no call is refused."""
@@ -61,7 +67,8 @@ def test_glm_5_is_accepted_whole(formats: str, layout: Layout):
                 assert not made.declined
                 used.update(operator for _, operators in made.used for operator in operators)
     int8 = {"npu_dynamic_quant", "npu_quant_matmul"}
-    assert set(used) == set(npu_release().operators) - (int8 if formats == "bf16" else set())
+    dense = {"npu_weight_quant_batchmatmul"} | (int8 if formats in ("bf16", "w4a16") else set())
+    assert set(used) == set(npu_release().operators) - dense
 
 
 def test_without_operators_a_graph_is_aten_alone():

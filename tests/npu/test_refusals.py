@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
-from backends.ascend.npu.check import argument_names, named, refusal
+from backends.ascend.check import argument_names, named, refusal
 from tests.npu import vendor
 from tests.npu.calls import GRAPHS, calls_of
 
@@ -67,6 +67,9 @@ MUTATED: list[tuple[str, int | str, Any, str, bool]] = [
     ("npu_grouped_matmul", "group_type", 1, "group_type that there is not", True),
     ("npu_grouped_matmul", "group_list_type", 3, "group_list_type that there is not", False),
     ("npu_grouped_matmul", "output_dtype", 27, "output_dtype 27, which is ge::DataType's bfloat16", True),
+    ("npu_weight_quant_batchmatmul", 1, F32, "weight in float32", False),
+    ("npu_weight_quant_batchmatmul", 2, F32, "antiquant_scale of another type", False),
+    ("npu_weight_quant_batchmatmul", "inner_precise", 2, "inner_precise that there is not", False),
     ("npu_swiglu", 0, I32, "input in int32", False),
     ("npu_moe_finalize_routing", 4, F32, "scales of another type", False),
     ("npu_moe_finalize_routing", "drop_pad_mode", 1, "drop_pad_mode 1 for rows of two dims", True),

@@ -4,9 +4,10 @@ from importlib.metadata import version
 
 import pytest
 
-from backends.ascend.catalog import NpuOperator, npu_release
+from backends.ascend.operators import NpuOperator, npu_release
 from model.ops import OPS
 from tests.npu import vendor
+from tools import docs_ascend
 
 torch = pytest.importorskip("torch")
 OPERATORS = list(npu_release().operators.values())
@@ -29,3 +30,8 @@ def test_a_recorded_schema_can_be_declared(operator: NpuOperator):
     parsed = torch._C.parse_schema(operator.schema)
     assert parsed.name == f"npu::{operator.name}" and str(parsed) == operator.schema
     assert set(operator.ops) <= OPS.keys()
+
+
+def test_the_documents_table_is_the_record():
+    page = docs_ascend.PAGE.read_text(encoding="utf-8")
+    assert page == docs_ascend.render(page), "run `python -m tools.docs_ascend`"

@@ -25,6 +25,7 @@ from model.split import scale_shape
 from model.weights import Quantized, Weight, layer_weights
 from runtime.deployment.choice import chip_formats
 from tests.engine.conftest import DSA, GQA, random_weights
+from tests.marks import slow_but
 
 torch = pytest.importorskip("torch", exc_type=ImportError)
 
@@ -112,7 +113,7 @@ def weight_of(name: str) -> Weight:
 
 @pytest.mark.parametrize(
     "scheme",
-    ["fp8", "w8a8", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fp8-tensor", "fp8-channel", "mxfp8"))],
+    slow_but(["fp8"], ["fp8", "w8a8", "fp8-tensor", "fp8-channel", "mxfp8"]),
 )
 def test_gate_and_up_are_two_matrices(scheme: str) -> None:
     held, rng = formats(scheme), np.random.default_rng(2)
@@ -140,7 +141,7 @@ def jnp_operands(value: Any) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize(
     "scheme",
-    ["fp8", "w4a8", "w4afp8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nvfp4", "w4a16-g16"))],
+    slow_but(["fp8", "w4a8"], ["fp8", "w4a8", "w4afp8", "nvfp4", "w4a16-g16"]),
 )
 def test_experts_one_by_one(scheme: str) -> None:
     """Against a loop over tokens and choices with the product of each expert alone; some experts live elsewhere."""

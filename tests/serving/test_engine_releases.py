@@ -51,7 +51,7 @@ def test_what_a_release_says_holds_for_older_ones() -> None:
         True,
         True,
     ]
-    assert [load(f"vllm@{r}").memory_fraction for r in ("0.11", "0.16", "0.23")] == [0.9, 0.9, 0.92]
+    assert [load(f"vllm@{r}").memory_fraction for r in ("0.11", "0.16", "0.19", "0.23")] == [0.9, 0.9, 0.9, 0.92]
     sized = [load(f"sglang@{r}").cache.sized_latent.cases[0].value for r in ("0.5.3", "0.5.9", "0.5.14")]
     assert sized[0] == sized[1] == "fp8" and load("sglang@0.5.14").cache.sized_latent.cases[1].value == "fp8_ds_mla"
 
@@ -59,7 +59,10 @@ def test_what_a_release_says_holds_for_older_ones() -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("vllm@0.12", "vllm: release '0.12' is not described; described are 0.11, 0.13, 0.14, 0.16, 0.23, 0.28"),
+        (
+            "vllm@0.12",
+            "vllm: release '0.12' is not described; described are 0.11, 0.13, 0.14, 0.15, 0.16, 0.17, 0.19, 0.23, 0.28",
+        ),
         ("vllm@1.0", "release '1.0' is not described"),
         ("sglang@0.5.6.post1", "described are 0.5.3, 0.5.6, 0.5.9, 0.5.14: name one of them, as sglang@0.5.14"),
         ("trtllm@", "no release behind the @ is not described"),
@@ -84,7 +87,7 @@ def test_a_release_that_is_not_described_is_refused(name: str, says: str) -> Non
         ("sglang", "2025-07", "0.5.3"),
         ("sglang", "glm5-hopper 2026-03-19", "0.5.9"),
         ("vllm", "0.11 era", "0.11"),
-        ("vllm", "nightly 2026-02-13", "0.14"),
+        ("vllm", "nightly 2026-02-13", "0.15"),
         ("vllm", "0.99", "0.28"),
         ("vllm", "", "0.28"),
         ("trtllm", "main 2026-02", "1.3"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +22,7 @@ from runtime.serving import (
     block_of,
     closed_loop,
     conversations,
+    open_conversations,
     open_loop,
     simulate,
 )
@@ -182,10 +185,43 @@ def test_turns_of_conversations_share_their_beginning_too() -> None:
     assert found == [0, 320, 240, 320, 240, 320, 240, 320]
 
 
-def test_conversations_are_asked_of_clients_only() -> None:
+def test_conversations_that_come_at_a_rate() -> None:
+    """They begin whatever the server does, and each then goes on as a lone client's does, its cache where it was."""
+    turns, think, rate, new, answer = 3, 4.0, 1.5, 100, 10
+    sharing = Sharing(block_tokens=PAGE)
+    load = open_conversations(rate, 60, turns, think, Fixed(new), Fixed(answer), cv=0, sharing=sharing)
+    report = simulate(load, served(replicas=2, devices=2))
+    assert report.saturated is False and report.sent_per_s == pytest.approx(rate, rel=0.02)
+    assert report.requests_per_s == pytest.approx(rate, rel=0.05) and report.measured_requests == 60
+    parts: dict[int, list[Request]] = {}
+    for request in report.requests:
+        parts.setdefault(request.session or 0, []).append(request)
+    openers = [held[0].sent_at for held in parts.values() if held[0].prompt_tokens == new]
+    assert np.diff(openers) == pytest.approx(turns / rate)  # an even rate
+    for held in parts.values():
+        for before, after in itertools.pairwise(held):
+            assert after.sent_at == pytest.approx(before.finished_at + think)
+            assert after.prompt_tokens == before.prompt_tokens + answer + new
+            assert after.cached == (before.prompt_tokens + answer - 1) // PAGE * PAGE
+
+
+@pytest.mark.parametrize("turns", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_conversations_beyond_capacity_are_not_kept_up_with(turns: int) -> None:
+    """Late answers hold further turns back, so that fewer requests are sent than asked for; that hides nothing."""
+    where = served(settings={"max_running_requests": 4})
+    full = simulate(conversations(64, 64 * turns, turns, 0.5, Fixed(60), Fixed(20)), where).requests_per_s
+    kept = {
+        share: simulate(open_conversations(share * full, 100, turns, 0.5, Fixed(60), Fixed(20)), where)
+        for share in (0.7, 1.3)
+    }
+    assert [report.saturated for report in kept.values()] == [False, True]
+    assert kept[0.7].requests_per_s == pytest.approx(0.7 * full, rel=0.05)
+
+
+def test_conversations_are_held_by_clients_or_come_at_a_rate() -> None:
     load = conversations(2, 8, 2, 0.0, Fixed(10), Fixed(5))
     for change in ({"concurrency": None}, {"warmup": 1}):
-        with pytest.raises(WorkloadError, match="closed loop"):
+        with pytest.raises(WorkloadError, match="without warm-up, by clients or at a rate without end"):
             dataclasses.replace(load, **change)
     for share, groups in ((-0.1, 1), (1.1, 1), (float("nan"), 1), (0.5, 0), (0.5, 10**9)):
         with pytest.raises(WorkloadError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -70,10 +71,12 @@ def test_a_plan_for_something_else_is_refused(small: Path, tmp_path: Path) -> No
     assert "not for" in refused(*SIM, "--plan", path)  # the embedded checkpoint is another model
     ask = (*SIM, "--checkpoint", small, "--plan", path)
     assert f"{path} is a plan for 2 devices" in refused(*ask, "--devices", 8)
-    assert refused(*ask, "--tp", 2).startswith("--tp: the plan decides that")
+    for given in (("--tp", 2), ("--mtp", 0), ("--kv", "bf16")):  # whatever the plan says
+        assert refused(*ask, *given).startswith(f"{given[0]} does not go with --plan, which decides it")
+        assert refused("serve", *ask[1:], *given).startswith(f"{given[0]} does not go with --plan")
     path.write_text(path.read_text()[:200])
     assert "cut short" in refused(*ask)
-    assert refused(*ask, "--mtp", 2).startswith("--mtp: the plan decides that")
+    assert refused(*ask, "--mtp", 2).startswith("--mtp does not go with --plan")
 
 
 @pytest.mark.parametrize("planned", [False, True])
@@ -146,3 +149,16 @@ def test_layouts_on_host_devices() -> None:
     found = [json.loads(line) for line in lines]
     assert len(found) == 15
     assert all(each["same_tokens"] and each["logit_error"] < 1e-4 for each in found)
+
+
+@pytest.mark.slow
+def test_several_emulated_devices_are_served() -> None:
+    """In a process of its own: JAX is told of its devices before anything starts it."""
+    command = [sys.executable, "-m", "runtime.cli.main", "serve", "--port", "0", "--warm-up", "0"]
+    devices = ["--backend", "sim", "--profile", CHIP, "--devices", "2"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    with subprocess.Popen([*command, *devices], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        process.terminate()
+    assert "ready" in line and process.returncode == 0

@@ -17,7 +17,7 @@ from runtime.execution.local.engine import LocalEngine
 from runtime.execution.local.load import embedded_checkpoint
 from runtime.execution.local.request import Completion, Prompt
 from runtime.training.data import TASKS, Exercise
-from runtime.training.evaluate import RandomIndexer, ask, evaluate, is_right
+from runtime.training.evaluate import RandomIndexer, ask, evaluate
 from tests.cli.cli import glm5, refused
 
 PATH = embedded_checkpoint()
@@ -89,7 +89,7 @@ CALL = "<tool_call>send<arg_key>item</arg_key><arg_value>lamp</arg_value></tool_
 )
 def test_a_call_is_right_in_name_and_arguments(text: str, right: bool) -> None:
     question = Exercise("tools", "", CALL, {"name": "send", "arguments": {"item": "lamp"}})
-    assert is_right(question, text) == right
+    assert question.is_right(text) == right
 
 
 def test_what_cannot_be_asked() -> None:

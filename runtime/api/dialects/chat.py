@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from pydantic import Field
@@ -14,6 +14,7 @@ from runtime.api.dialects.forms import (
     EFFORTS,
     MOST_LOGPROBS,
     FunctionTool,
+    Items,
     RequestBody,
     Sampled,
     arguments_of,
@@ -47,10 +48,10 @@ class _Options(RequestBody):
 
 class _Message(RequestBody):
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Items[dict[str, Any]] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Items[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -58,13 +59,13 @@ class _Message(RequestBody):
 class ChatBody(Sampled):
     """A chat as OpenAI has it, with vLLM's additions."""
 
-    messages: list[_Message] = Field(min_length=1)
+    messages: Items[_Message] = Field(min_length=1)
     model: str | None = None
     stream: bool | None = None
     stream_options: _Options | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    tools: list[_Tool] | None = None
+    tools: Items[_Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
@@ -140,7 +141,7 @@ class ChatRequest:
             "logprobs": logprobs(self._endpoint.vocabulary, turn.shown) if self._logprobs else None,
         }  # fmt: skip
 
-    async def stream(self, answering: Answering) -> AsyncIterator[dict[str, Any] | str]:
+    async def stream(self, answering: Answering) -> AsyncGenerator[dict[str, Any] | str, None]:
         """Chunks, the last of them `[DONE]`."""
         begun: set[int] = set()
         calls = dict.fromkeys(range(len(answering.turns)), -1)

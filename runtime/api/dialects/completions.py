@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from pydantic import Field
 
 from runtime.api.answer import Answering, Shown
-from runtime.api.ask import Ask
+from runtime.api.ask import MOST_CHOICES, Ask
 from runtime.api.dialects.chat import FINISH
 from runtime.api.dialects.forms import (
     MOST_LOGPROBS,
@@ -35,7 +35,7 @@ class _Options(RequestBody):
 class CompletionBody(Sampled):
     """As OpenAI had it, with vLLM's additions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Any  # `_prompts`
     model: str | None = None
     stream: bool | None = None
     stream_options: _Options | None = None
@@ -57,13 +57,7 @@ class CompletionRequest:
         self._endpoint, self._body = endpoint, body
         self.model = checked_model(endpoint.names, body.model)
         self.streams = bool(body.stream)
-        prompts = (
-            [body.prompt]
-            if isinstance(body.prompt, str) or body.prompt and isinstance(body.prompt[0], int)
-            else body.prompt
-        )
-        if not prompts:
-            raise wrong("prompt is empty: give at least one", "prompt")
+        prompts = _prompts(body.prompt)
         for name in ("prompt_logprobs", "suffix"):
             if getattr(body, name):
                 raise wrong(f"{name} is not supported: leave it out", name, "unsupported_parameter")
@@ -73,7 +67,7 @@ class CompletionRequest:
             raise wrong("best_of beyond n is not supported", "best_of", "unsupported_parameter")
         self.ask = Ask(
             drawn=body.drawn(max_tokens=body.max_tokens or _DEFAULT_TOKENS, logprobs=body.logprobs),
-            prompts=list(prompts),  # type: ignore[arg-type]
+            prompts=prompts,
             format=format_of(body.response_format, "response_format", nested=True),
             param="prompt",
         )
@@ -91,7 +85,7 @@ class CompletionRequest:
         ]  # fmt: skip
         return {**self._head(), "choices": choices, "usage": usage(answering)}
 
-    async def stream(self, answering: Answering) -> AsyncIterator[dict[str, Any] | str]:
+    async def stream(self, answering: Answering) -> AsyncGenerator[dict[str, Any] | str, None]:
         """Chunks, the last of them `[DONE]`."""
         begun: set[int] = set()
         offsets = [0] * len(answering.turns)
@@ -145,3 +139,23 @@ class CompletionRequest:
 
 def _text(events: list[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, Said))
+
+
+def _prompts(given: Any) -> list[str | list[int]]:
+    """A text, token ids, or several of either. Raises `ApiRefusal`."""
+    if isinstance(given, str) or _are_ids(given):
+        return [given]
+    if not isinstance(given, list):
+        raise wrong("prompt is a text, token ids, or a list of either", "prompt")
+    if not given:
+        raise wrong("prompt is empty: give at least one", "prompt")
+    if len(given) > MOST_CHOICES:
+        raise wrong(f"{len(given):,} answers to one request are more than {MOST_CHOICES}", "prompt")
+    for at, each in enumerate(given):
+        if not isinstance(each, str) and each != [] and not _are_ids(each):
+            raise wrong(f"prompt[{at}] is a text or token ids, and the prompt itself a list of either", f"prompt[{at}]")
+    return given
+
+
+def _are_ids(given: Any) -> bool:
+    return isinstance(given, list) and bool(given) and all(type(each) is int for each in given)

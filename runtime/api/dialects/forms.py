@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from foundation.reading import Unreadable, parse_json
 from runtime.api.answer import Answering, Shown
@@ -16,9 +16,21 @@ from runtime.api.tools import Tool, ToolChoice
 from runtime.api.vocabulary import Vocabulary
 
 MOST_LOGPROBS = 20
+MOST_BIASED = 1024
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _NO_FIELD = {"str", "int", "float", "bool", "none", "constrained-str", "constrained-int", "constrained-float"}
 Form = TypeVar("Form", bound="RequestBody")
+_Item = TypeVar("_Item")
+
+
+class _ToTheFirst(FailFast):
+    """The library's cannot be part of a union."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+Items = Annotated[list[_Item], _ToTheFirst()]
+"""A list of a request's: checked up to the first that is wrong, since an error takes a kilobyte."""
 
 
 class RequestBody(BaseModel):
@@ -35,9 +47,9 @@ class Sampled(RequestBody):
     top_k: int | None = Field(None, ge=-1, le=1_000_000)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = Field(None, max_length=128)
-    logit_bias: dict[str, float] | None = Field(None, max_length=1024)
+    stop: str | Items[str] | None = None
+    stop_token_ids: Items[int] | None = Field(None, max_length=128)
+    logit_bias: dict[str, Any] | None = None
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
     n: int | None = Field(None, ge=1, le=128)
@@ -102,13 +114,15 @@ def stops(given: str | list[str] | None, param: str) -> tuple[str, ...]:
     return found
 
 
-def _bias(given: dict[str, float]) -> dict[int, float]:
+def _bias(given: dict[str, Any]) -> dict[int, float]:
+    if len(given) > MOST_BIASED:
+        raise wrong(f"{len(given):,} tokens are more than {MOST_BIASED:,}", "logit_bias")
     found = {}
     for name, value in given.items():
         if not name.isdecimal() or len(name) > 9:
             raise wrong(f"{name[:40]!r} is no token id", "logit_bias")
-        if not -100 <= value <= 100:
-            raise wrong(f"a bias is from -100 to 100, not {value:g}", "logit_bias")
+        if type(value) not in (int, float) or not -100 <= value <= 100:
+            raise wrong(f"a bias is a number from -100 to 100, not {str(value)[:40]!r}", "logit_bias")
         found[int(name)] = float(value)
     return found
 

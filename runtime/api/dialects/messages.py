@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, Literal
 
 from pydantic import Field
@@ -12,7 +12,7 @@ from pydantic import Field
 from foundation.reading import Unreadable, parse_json
 from runtime.api.answer import Answering, OneAnswer
 from runtime.api.ask import Ask, Drawn
-from runtime.api.dialects.forms import EFFORTS, RequestBody, checked_model, format_of, new_id, read, stops
+from runtime.api.dialects.forms import EFFORTS, Items, RequestBody, checked_model, format_of, new_id, read, stops
 from runtime.api.endpoint import Endpoint
 from runtime.api.events import CallBegun, CallEnded, CallGrown, Event, Said, Thought
 from runtime.api.refusal import wrong
@@ -21,7 +21,7 @@ from runtime.api.tools import Tool, ToolChoice, checked
 
 class _Message(RequestBody):
     role: str
-    content: str | list[dict[str, Any]]
+    content: str | Items[dict[str, Any]]
 
 
 class _Tool(RequestBody):
@@ -51,10 +51,10 @@ class _Output(RequestBody):
 class CountBody(RequestBody):
     """What is counted: all of a request but how it is answered."""
 
-    messages: list[_Message] = Field(min_length=1)
+    messages: Items[_Message] = Field(min_length=1)
     model: str | None = None
-    system: str | list[dict[str, Any]] | None = None
-    tools: list[_Tool] | None = None
+    system: str | Items[dict[str, Any]] | None = None
+    tools: Items[_Tool] | None = None
     tool_choice: _Choice | None = None
     thinking: _Thinking | None = None
 
@@ -64,7 +64,7 @@ class MessagesBody(CountBody):
 
     max_tokens: int = Field(ge=1)
     stream: bool | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Items[str] | None = None
     temperature: float | None = Field(None, ge=0, le=1)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
@@ -121,7 +121,7 @@ class MessagesRequest:
                     content[-1]["input"] = _input(json)
         return {**self._message(content), **_ended(turn), "usage": _usage(turn)}
 
-    async def stream(self, answering: Answering) -> AsyncIterator[dict[str, Any] | str]:
+    async def stream(self, answering: Answering) -> AsyncGenerator[dict[str, Any] | str, None]:
         """Events; `type` names each."""
         (turn,) = answering.turns
         blocks = _Blocks()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from pydantic import Field
@@ -17,6 +17,7 @@ from runtime.api.dialects.forms import (
     EFFORTS,
     MOST_LOGPROBS,
     FunctionTool,
+    Items,
     Sampled,
     arguments_of,
     checked_model,
@@ -42,17 +43,17 @@ class _FlatTool(FunctionTool):
 class ResponsesBody(Sampled):
     """As OpenAI has it."""
 
-    input: str | list[dict[str, Any]]
+    input: str | Items[dict[str, Any]]
     model: str | None = None
     instructions: str | None = None
     stream: bool | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    tools: list[_FlatTool] | None = None
+    tools: Items[_FlatTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None
-    include: list[str] | None = None
+    include: Items[str] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     metadata: dict[str, Any] | None = None
     previous_response_id: str | None = None
@@ -120,7 +121,7 @@ class ResponsesRequest:
         items.close(turn.end == "length")
         return self._response(turn, answering, items.done)
 
-    async def stream(self, answering: Answering) -> AsyncIterator[dict[str, Any] | str]:
+    async def stream(self, answering: Answering) -> AsyncGenerator[dict[str, Any] | str, None]:
         """Events, numbered; `type` names each."""
         numbers = itertools.count()
         items = _Items(self._endpoint, self._logprobs)
@@ -285,7 +286,10 @@ def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
             case "message":
                 found.append(_spoken(item, param))
             case "reasoning":
-                texts = [part.get("text") for part in item.get("content") or () if isinstance(part, dict)]
+                content = item.get("content") or []
+                if not isinstance(content, list):
+                    raise wrong(f"{param}.content is parts of text", f"{param}.content")
+                texts = [part.get("text") for part in content if isinstance(part, dict)]
                 _last_turn(found)["reasoning_content"] = "".join(text for text in texts if isinstance(text, str))
             case "function_call":
                 if not isinstance(item.get("name"), str):
@@ -310,7 +314,7 @@ def _parts(output: Any) -> bool:
 
 def _spoken(item: dict[str, Any], param: str) -> dict[str, Any]:
     role, content = item.get("role"), item.get("content")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise wrong(f"{param}.role is one of {', '.join(_ROLES)}", f"{param}.role")
     if not isinstance(content, str) and not (isinstance(content, list) and _parts(content)):
         raise wrong(f"{param}.content is text, or parts of it", f"{param}.content")

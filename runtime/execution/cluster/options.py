@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+DECIDED_BY_PLAN = frozenset({"profile", "tp", "dp", "ep", "pp", "formats", "kv", "engine", "mtp"})
+"""Options that are not read where there is a plan."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SimOptions:
@@ -26,9 +29,3 @@ class SimOptions:
     mtp: int = 0
     scale_memory: float = 1.0
     trace: Path | None = None
-
-    @property
-    def decided(self) -> list[str]:
-        """The options given that a plan decides, as they are spelled."""
-        own = ("profile", "tp", "dp", "ep", "pp", "formats", "kv", "engine", "mtp")
-        return [f"--{name}" for name in own if getattr(self, name)]

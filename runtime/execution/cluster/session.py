@@ -79,8 +79,6 @@ def runnable(cfg: ModelConfig, plan: Plan) -> None:
 
 def _planned(cfg: ModelConfig, options: SimOptions) -> Plan:
     assert options.plan is not None
-    if options.decided:
-        raise UsageError(f"{', '.join(options.decided)}: the plan decides that; leave it out, or leave out --plan")
     plan = Plan.read(options.plan, cfg)
     if options.devices is not None and options.devices != len(plan.devices):
         raise UsageError(f"--devices {options.devices}: {options.plan} is a plan for {len(plan.devices)} devices")

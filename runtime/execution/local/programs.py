@@ -1,8 +1,8 @@
 """The compiled programs of a model on a backend, by shape.
 
 Shapes are rounded up to a few gears (powers of two in sequences, tokens and pages), so that a run
-compiles a handful of programs. Every program passes through an artifact: what is loaded is what was
-exported.
+compiles a handful of programs; of those of a long one as many are kept as the backend says. Every program
+passes through an artifact: what is loaded is what was exported.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 
 from backends import compiled
 from backends.interface import Backend, Executable, Program
+from backends.loaded import LoadedPrograms
 from foundation.errors import CapacityError, first_line
 from model import graph
 from model.cache import cache_rows
@@ -59,12 +60,17 @@ class Programs:
         self.page_size, self.dtype, self.drafts = page_size, dtype, drafts
         self.pages = pages
         self.clear()
-        self._loaded: dict[tuple[str, ProgramShape], Executable] = {}
+        self._loaded = LoadedPrograms(backend.capabilities().programs)
         self.compile_s = 0.0  # spent on exporting and loading programs so far
 
     @property
     def compiled(self) -> int:
         """How many programs have been compiled so far."""
+        return self._loaded.made
+
+    @property
+    def held(self) -> int:
+        """How many are loaded."""
         return len(self._loaded)
 
     def clear(self) -> None:
@@ -105,8 +111,8 @@ class Programs:
     def _run(self, name: str, fn: Any, batch: Batch, mode: Mode, *args: Any) -> Any:
         sequences, tokens = batch.tokens.shape
         shape = ProgramShape(sequences, tokens, batch.page_table.shape[1], mode)
-        executable = self._loaded.get((name, shape))
-        if executable is None:
+
+        def loaded() -> Executable:
             begin = time.perf_counter()
             quantised = any(isinstance(w, Quantized) for w in self._all_weights())
             program = Program(
@@ -118,9 +124,10 @@ class Programs:
             )
             decides = f"{self.cfg!r} {mode!r} {self.drafts} {inspect.getsource(Programs)}"
             executable = self.backend.load(compiled.exported(self.backend, program, decides))
-            self._loaded[name, shape] = executable
             self.compile_s += time.perf_counter() - begin
-        return executable(*args)
+            return executable
+
+        return self._loaded.get((name, shape), loaded)(*args)
 
     def _all_weights(self) -> list[Any]:
         layers = self.weights["layers"] + self.weights["mtp"]

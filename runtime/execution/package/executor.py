@@ -88,10 +88,10 @@ def graph_file(step: Step, platform: str) -> str:
 
 # executor -> (module, class, the package it needs, the formats it runs)
 _KNOWN = {
-    # of ascend packages ort runs what has no CANN operators; the ascend executor says itself what is missing
-    "ort": ("runtime.execution.package.ort", "OrtExecutor", "onnxruntime", ("onnx", "ascend")),
-    "ascend": ("runtime.execution.package.ascend", "AscendExecutor", "numpy", ("ascend",)),
-    "torch": ("runtime.execution.package.torch", "TorchExecutor", "torch", ("torch",)),
+    "ort": ("runtime.execution.package.ort", "OrtExecutor", "onnxruntime", ("onnx",)),
+    # of ascend packages torch runs what has no operators of torch_npu; the ascend executor says itself what is missing
+    "torch": ("runtime.execution.package.torch", "TorchExecutor", "torch", ("torch", "ascend")),
+    "ascend": ("runtime.execution.package.ascend", "AscendExecutor", "torch", ("ascend",)),
     "xla": ("runtime.execution.package.xla", "XlaExecutor", "jax", ("stablehlo",)),
 }
 

@@ -1,27 +1,21 @@
-"""torch on the CPU: the `.pt2` programs, run as they are."""
+"""torch: the `.pt2` programs of a package, run as they are on a device of torch's."""
 
 from __future__ import annotations
 
 import io
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import torch
 
+from backends.errors import BackendUnavailable
+from backends.toolchains.torch_device import TorchDevice
 from runtime.deployment.manifest import GearUnits, Manifest, Step
 from runtime.execution.package.executor import Function, graphs, refusing
 from runtime.execution.package.torch_archive import checked
-
-_VIEWS = {  # numpy has no such types of its own
-    np.dtype(ml_dtypes.bfloat16): (np.uint16, torch.bfloat16),
-    np.dtype(ml_dtypes.float8_e4m3fn): (np.uint8, torch.float8_e4m3fn),
-}
 
 
 @contextmanager
@@ -36,41 +30,64 @@ def _quiet() -> Iterator[None]:
 
 
 class TorchExecutor:
-    """See `runtime.execution.package.executor.Executor`."""
+    """See `runtime.execution.package.executor.Executor`. On the CPU, where a device is not given."""
 
     name = "torch"
     platform = "any"
 
-    def __init__(self, trusted: bool = False) -> None:
+    def __init__(self, trusted: bool = False, device: TorchDevice | None = None) -> None:
         self.trusted, self._checked = trusted, dict[Path, io.BytesIO]()
+        self.device = device or TorchDevice()
 
     def admit(self, folder: Path, manifest: Manifest) -> None:
+        """Raises `BackendUnavailable` for graphs of torch_npu's operators where those have no kernels."""
+        if lacking := self._lacking(manifest):
+            raise BackendUnavailable(
+                f"{folder}: its graphs call {', '.join(lacking[:3])}{' ..' if len(lacking) > 3 else ''} of torch_npu, "
+                f"which have no kernels on {self.device.name}; use --backend ascend on a host with an NPU, or export "
+                "with --npu-ops none"
+            )
         if not self.trusted:
             self._checked = {path: checked(path) for path in graphs(folder, manifest, self.platform)}
 
+    def _lacking(self, manifest: Manifest) -> list[str]:
+        called = {
+            name
+            for step in graphs(Path(), manifest, self.platform).values()
+            for use in step.ops
+            if use.form == "custom"
+            for name in use.target.split(", ")
+        }
+        if not called:
+            return []
+        import torch
+
+        from backends.ascend.declare import declare
+
+        declare()
+        key, found = (
+            ("CPU" if self.device.name == "cpu" else "PrivateUse1"),
+            torch._C._dispatch_has_kernel_for_dispatch_key,
+        )
+        return sorted(n for n in called if not found(f"npu::{n}", key))
+
     def load(self, path: Path, step: Step) -> Function:
         archive = path if self.trusted else self._checked.pop(path, None) or checked(path)
-        with refusing(path, "torch"), warnings.catch_warnings(), _quiet():
-            warnings.simplefilter("ignore")
-            module = torch.export.load(archive).module()
+        with refusing(path, "torch"), _quiet():
+            run = self.device.load(archive)
+        shapes = [value.shape for value in step.inputs]
 
-        def run(*arguments: Any) -> Any:
-            with torch.inference_mode():
-                return module(*arguments)
+        def shaped(*arguments: Any) -> Any:
+            """A weight is given in the shape of the graph's input, its elements in the file's order."""
+            return run(*(x.reshape(shape) for x, shape in zip(arguments, shapes, strict=True)))
 
-        return Function(run, step)
+        return Function(shaped, step)
 
     def load_step(self, folder: Path, manifest: Manifest, program: GearUnits) -> None:
         return None
 
     def put(self, array: np.ndarray) -> Any:
-        array = np.asarray(array, order="C")
-        if array.dtype in _VIEWS:
-            raw, dtype = _VIEWS[array.dtype]
-            return torch.from_numpy(array.view(raw).copy()).view(dtype)
-        return torch.from_numpy(array if array.flags.writeable else array.copy())
+        return self.device.put(array)
 
     def get(self, buffer: Any) -> np.ndarray:
-        if buffer.dtype == torch.bfloat16:
-            return buffer.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-        return buffer.numpy()
+        return self.device.get(buffer)

@@ -21,6 +21,7 @@ from typing import Any
 
 from torch.export.pt2_archive import PT2ArchiveWriter
 
+from backends.ascend.operators import npu_release
 from backends.errors import ArtifactError
 from foundation.errors import first_line
 from foundation.reading import Unreadable, parse_json
@@ -45,20 +46,21 @@ _FIXED: Mapping[str, re.Pattern[bytes]] = {
 
 _OPERATORS = frozenset((
     "__and__", "__or__", "_assert_tensor_metadata", "_to_copy", "abs", "add", "alias", "all", "amax", "amin", "any",
-    "arange", "argmax", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "ceil", "clamp", "clone", "contiguous",
+    "arange", "argmax", "bitwise_and", "bitwise_not", "bitwise_or", "bitwise_right_shift",
+    "cat", "ceil", "clamp", "clone", "contiguous",
     "cos", "cumsum", "detach", "detach_", "div", "einsum", "eq", "exp", "expand", "flip", "floor", "fmod", "full",
     "full_like", "gather", "ge", "gt", "index", "index_put", "index_select", "le", "lift_fresh_copy", "log", "lt",
-    "maximum", "minimum", "mul", "narrow", "ne", "neg", "permute", "pow", "remainder", "reshape", "round", "rsqrt",
-    "select", "sigmoid", "sign", "sin", "slice", "sort", "split", "split_with_sizes", "sqrt", "square", "squeeze",
-    "sub", "sum", "tanh", "to", "transpose", "unsqueeze", "view", "where", "zeros",
+    "matmul", "maximum", "minimum", "mul", "narrow", "ne", "neg", "permute", "pow", "remainder", "reshape", "round",
+    "rsqrt", "select", "sigmoid", "sign", "sin", "slice", "sort", "split", "split_with_sizes", "sqrt", "square",
+    "squeeze", "sub", "sum", "tanh", "to", "transpose", "unsqueeze", "view", "where", "zeros",
 ))  # fmt: skip
 """Those of ATen that `backends/toolchains/torch.py` makes programs of. ATen has others that write files."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_TARGET = re.compile(r"torch\.ops\.aten\.([a-z_]+)\.([A-Za-z_]+)")
+_TARGET = re.compile(r"torch\.ops\.(aten|npu)\.([a-z0-9_]+)\.([A-Za-z_]+)")
 _HELD = re.compile(
     r"[a-z]\w*_\d+", re.ASCII
 )  # a name for a constant, which becomes an attribute: none that classes have
-_WORD = re.compile(r"floor|trunc|[a-z,]+->[a-z]*")  # how to round a quotient; a product's letters
+_WORD = re.compile(r"floor|trunc|[a-z,]+->[a-z]*|(PA_)?BSND")  # how to round a quotient; a product's letters; a layout
 _BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 2, 7: 4, 8: 8, 12: 1, 13: 2, 29: 1}  # schema.ScalarType
 
 
@@ -174,7 +176,8 @@ def _wrong(field: str, text: str) -> str | None:
     """Why a text of the program is not taken, if so."""
     if field == "target":
         found = _TARGET.fullmatch(text)
-        return None if found and found[1] in _OPERATORS else "is no operator that exports are made of"
+        known = {"aten": _OPERATORS, "npu": npu_release().operators}
+        return None if found and found[2] in known[found[1]] else "is no operator that exports are made of"
     if field == "as_string":
         return None if _WORD.fullmatch(text) else "is no argument that exports have"
     if field == "tensor_constant_name":

@@ -11,7 +11,7 @@ from backends.toolchains import narrow
 from backends.toolchains.walker import Graph, Port
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
-from model.formats import SCHEMES, matrix_format, scheme
+from model.formats import matrix_format, scheme
 from model.split import Grid
 from runtime.deployment.manifest import Format, Gear, Manifest, OpUse, Phase, Step, Value
 from runtime.porting.export.units import Cut
@@ -43,10 +43,9 @@ class ExportJob:
         gears = [gear for each in self.gears.values() for gear in each]
         pages = 1 + max(gear.sequences * gear.context_pages for gear in gears)
         mtp = self.cfg.mtp_layers > 0 and (self.checkpoint is None or self.checkpoint.has_mtp)
-        found, known = scheme(self.scheme), self.format in narrow.HOLDS
-        replaced = narrow.lowerings(found, self.format) if known else {}
-        held = found if known else SCHEMES[found.wide]  # a format that narrows its matrices itself is given wide ones
-        return Cut(self.cfg, self.grid, self.dtype, held, self.page_size, pages, mtp, replaced)
+        found = scheme(self.scheme)
+        replaced = narrow.lowerings(found, self.format)
+        return Cut(self.cfg, self.grid, self.dtype, found, self.page_size, pages, mtp, replaced)
 
     @property
     def dtype(self) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 from importlib.util import find_spec
 from pathlib import Path
 
-from backends.toolchains.narrow import HOLDS, refusal
+from backends.toolchains.narrow import refusal
 from foundation.errors import UsageError
 from foundation.limits import within
 from model.checkpoint import Checkpoint, groups
@@ -18,7 +18,7 @@ from model.weights import layer_weights
 from runtime.deployment.manifest import MOST_STEP, Gear
 from runtime.porting.export.job import ExportJob
 
-_NEEDS = {"onnx": ("onnx",), "ascend": ("onnx",), "torch": ("torch",)}  # packages beyond the core's
+_NEEDS = {"onnx": ("onnx",), "ascend": ("torch",), "torch": ("torch",)}  # packages beyond the core's
 _CONTEXT = 4096  # tokens, by default
 _MOST_GEARS = 256  # of a phase; each is traced and written
 WIDE = {"f32": "float32", "bf16": "bfloat16"}
@@ -60,7 +60,7 @@ def check(request: ExportJob) -> None:
         if find_spec(package) is None:
             raise UsageError(f"--format {request.format} needs {package}: pip install 'glm5-runtime[export]'")
     wanted = scheme(request.scheme)
-    if request.format in HOLDS and (why := refusal(wanted, request.format)):
+    if why := refusal(wanted, request.format):
         known = [name for name, each in SCHEMES.items() if refusal(each, request.format) is None]
         raise UsageError(f"--formats {request.scheme}: {why}; choose {', '.join(known)}")
     _check_groups(request)

@@ -1,0 +1,80 @@
+"""Norms, activations and quantised products as torch_npu's operators. See `target.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends.ascend.check import type_name
+from backends.ascend.declare import SCALAR_TYPES
+from backends.ascend.target import KernelMatrix, NpuTarget, require
+from backends.toolchains.narrow import rounds_activations
+from backends.toolchains.walker import OpCall
+from model.formats import INT4, matrix_format
+from model.ops import FORMAT
+
+INT8 = "w8a8-int8"
+
+
+def rms_norm(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
+    x, weight = call.operands
+    return [t.npu("npu_rms_norm", x, weight.to(x.dtype), float(call.attributes["eps"]))[0]]
+
+
+def swiglu(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
+    gate_up = call.operands[0]
+    return [t.npu("npu_swiglu", gate_up.reshape(*gate_up.shape[:-2], -1), -1)]
+
+
+def linear(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
+    """x [.., i] times an int8 weight [i, ..]; a weight in 16 or 32 bits is a plain product."""
+    if FORMAT not in call.attributes:
+        return t.decomposed(call, call.operands)
+    x, values, scale = call.operands
+    fmt = matrix_format(call.attributes[FORMAT])
+    require(t.options.takes(x), f"npu_dynamic_quant takes no {type_name(x)}")
+    matrix = as_matrix(values, 1)
+    if fmt.values == INT4 and not rounds_activations(fmt):
+        return [_widened(t, x, values, matrix, scale)]
+    require(fmt.name == INT8, f"npu_quant_matmul is not mapped for {fmt.name}")
+    width, columns = matrix.shape
+    rows, row_scale = quantised_rows(t, x.reshape(-1, width))
+    out = t.npu(
+        "npu_quant_matmul",
+        rows,
+        matrix,
+        scale.reshape(columns).to(torch.float32),
+        pertoken_scale=row_scale,
+        output_dtype=SCALAR_TYPES[x.dtype],
+    )
+    return [out.reshape(*x.shape[:-1], *values.shape[1:])]
+
+
+def _widened(t: NpuTarget, x: Tensor, values: Any, matrix: Tensor, scale: Tensor) -> Tensor:
+    """x [.., i] times 4-bit integers in int32, [i, columns / 8], with a scale [groups, ..] for rows in groups."""
+    width, groups = matrix.shape[0], scale.shape[0]
+    size = width // groups
+    require(
+        groups == 1 or (size % 32 == 0 and size * groups == width), f"npu_weight_quant_batchmatmul: groups of {size}"
+    )
+    out = t.npu(
+        "npu_weight_quant_batchmatmul",
+        x.reshape(-1, width),
+        matrix,
+        scale.reshape(groups, -1).to(x.dtype),
+        antiquant_group_size=0 if groups == 1 else size,
+    )
+    return out.reshape(*x.shape[:-1], *values.shape[1:])
+
+
+def as_matrix(weight: Tensor | KernelMatrix, lead: int) -> Tensor:
+    """A weight with all dims after the first `lead` as one."""
+    return weight.tensor if isinstance(weight, KernelMatrix) else weight.reshape(*weight.shape[:lead], -1)
+
+
+def quantised_rows(t: NpuTarget, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [n, i] as int8 with one float32 scale a row."""
+    return t.npu("npu_dynamic_quant", x)
