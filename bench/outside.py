@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import re
+import selectors
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,52 +131,12 @@ def in_closed_loop(
 ) -> list[Seen]:
     """A closed loop: so many clients, each sending the next of `asks` when its last answer has ended. ids: prompts are
     drawn from these, so that none begins like another."""
-    return asyncio.run(_loop(server, asks, concurrency, seed, ids))
+    return _Clients(server, asks, np.random.default_rng([seed, os.getpid(), time.time_ns()]), ids).in_turn(concurrency)
 
 
-def in_open_loop(server: Server, asks: Sequence[Ask], rate: float, seed: int, ids: tuple[int, int]) -> list[Seen]:
-    """So many requests a second, each when it comes (Poisson), whoever is still served."""
-
-    async def one(content: bytes, ask: Ask, at: float) -> Seen:
-        await asyncio.sleep(at)
-        return await _ask(*await asyncio.open_connection(url.host, url.port), content, ask)
-
-    async def loop() -> list[Seen]:
-        times = np.cumsum(rng.exponential(1 / rate, len(asks)))
-        bodies = [_request(body(server, ask, drawn, ids)) for ask in asks]
-        return await asyncio.gather(*map(one, bodies, asks, times.tolist()))
-
-    url, rng, drawn = httpx.URL(server.url), np.random.default_rng(seed), np.random.default_rng(time.time_ns())
-    return asyncio.run(loop())
-
-
-async def _loop(server: Server, asks: Sequence[Ask], concurrency: int, seed: int, ids: tuple[int, int]) -> list[Seen]:
-    rng = np.random.default_rng([seed, os.getpid(), time.time_ns()])
-    requests = iter([(_request(body(server, ask, rng, ids)), ask) for ask in asks])  # only to be sent from here on
-    seen: list[Seen] = []
-    url = httpx.URL(server.url)
-
-    async def client() -> None:
-        for content, ask in requests:
-            reader, writer = await open_ones.pop()
-            seen.append(await _ask(reader, writer, content, ask))
-            open_ones.append(asyncio.open_connection(url.host, url.port))
-
-    connected = [asyncio.ensure_future(asyncio.open_connection(url.host, url.port)) for _ in range(concurrency)]
-    await asyncio.gather(*connected)
-    open_ones: list[Any] = [*connected]
-    await asyncio.gather(*(client() for _ in range(concurrency)))
-    for each in open_ones:
-        _, writer = await each
-        writer.close()
-    return seen
-
-
-def _request(content: bytes) -> bytes:
-    """Of a connection that ends with its answer. A client library would take longer over a token than the server, on
-    the same cores."""
-    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
+def in_open_loop(server: Server, asks: Sequence[Ask], times: Sequence[float], ids: tuple[int, int]) -> list[Seen]:
+    """Each request at its time, in seconds from now on, whoever is still served."""
+    return _Clients(server, asks, np.random.default_rng(time.time_ns()), ids).at(times)
 
 
 def body(server: Server, ask: Ask, rng: np.random.Generator, ids: tuple[int, int]) -> bytes:
@@ -187,27 +149,94 @@ def body(server: Server, ask: Ask, rng: np.random.Generator, ids: tuple[int, int
     ).encode()  # fmt: skip
 
 
-async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, content: bytes, ask: Ask) -> Seen:
-    sent = time.perf_counter()
-    writer.write(content)
-    first = last = 0.0
-    kept: list[bytes] = []
-    while part := await reader.read(1 << 16):
-        now = time.perf_counter()
+@dataclasses.dataclass
+class _Stream:
+    """A request under way: its connection, what has come, and when."""
+
+    ask: Ask
+    sent_s: float
+    first_s: float = 0.0
+    last_s: float = 0.0
+    kept: list[bytes] = dataclasses.field(default_factory=list)
+
+    def take(self, part: bytes) -> None:
         if b'"text":"' in part:
+            self.last_s = time.perf_counter()
             if b'"text":""' not in part:
-                first = first or now
-            last = now
-        kept.append(part)
-    writer.close()
-    if b" 200 " not in kept[0]:
-        raise SystemExit(f"{b''.join(kept)[:500]!r}")
-    lines = b"".join(kept).split(b"\n")
-    usage: Any = next(json.loads(line[6:]) for line in reversed(lines) if b'"usage":{' in line)
-    tokens = usage["usage"]["completion_tokens"]
-    if tokens != ask.output_tokens:
-        raise SystemExit(f"an answer has {tokens} tokens, not {ask.output_tokens}")
-    return Seen(sent, first, last, tokens)
+                self.first_s = self.first_s or self.last_s
+        self.kept.append(part)
+
+    def seen(self) -> Seen:
+        """Raises `SystemExit` for an answer that is not what was asked."""
+        content = b"".join(self.kept)
+        if b" 200 " not in content[:40]:
+            raise SystemExit(f"{content[:500]!r}")
+        lines = content.split(b"\n")
+        usage: Any = next(json.loads(line[6:]) for line in reversed(lines) if b'"usage":{' in line)
+        tokens = usage["usage"]["completion_tokens"]
+        if tokens != self.ask.output_tokens:
+            raise SystemExit(f"an answer has {tokens} tokens, not {self.ask.output_tokens}")
+        return Seen(self.sent_s, self.first_s, self.last_s, tokens)
+
+
+class _Clients:
+    """Clients on one thread, over sockets alone: a client library, or an event loop, would take as long over a token as
+    the server does, on the same cores. A connection is open before its request's time begins."""
+
+    def __init__(self, server: Server, asks: Sequence[Ask], rng: np.random.Generator, ids: tuple[int, int]):
+        url = httpx.URL(server.url)
+        self._place = (url.host, url.port)
+        self._left = deque((_request(body(server, ask, rng, ids)), ask) for ask in asks)
+        self._count = len(self._left)
+        self._seen: list[Seen] = []
+
+    def in_turn(self, concurrency: int) -> list[Seen]:
+        with selectors.DefaultSelector() as selector:
+            for _ in range(min(concurrency, self._count)):
+                self._send(selector)
+            while selector.get_map():
+                for _ in range(self._step(selector, None)):
+                    if self._left:
+                        self._send(selector)
+        return self._seen
+
+    def at(self, times: Sequence[float]) -> list[Seen]:
+        began, due = time.perf_counter(), deque(sorted(times))
+        with selectors.DefaultSelector() as selector:
+            while due or selector.get_map():
+                while due and began + due[0] <= time.perf_counter():
+                    due.popleft()
+                    self._send(selector)
+                wait = began + due[0] - time.perf_counter() if due else None
+                self._step(selector, None if wait is None else max(0.0, wait))
+        return self._seen
+
+    def _send(self, selector: selectors.BaseSelector) -> None:
+        content, ask = self._left.popleft()
+        made = socket.create_connection(self._place)
+        stream = _Stream(ask, time.perf_counter())
+        made.sendall(content)
+        selector.register(made, selectors.EVENT_READ, stream)
+
+    def _step(self, selector: selectors.BaseSelector, timeout: float | None) -> int:
+        """Takes what has come; how many answers have ended."""
+        ended = 0
+        for key, _ in selector.select(timeout):
+            made: Any = key.fileobj
+            if part := made.recv(1 << 16):
+                key.data.take(part)
+                continue
+            selector.unregister(made)
+            made.close()
+            self._seen.append(key.data.seen())
+            ended += 1
+        return ended
+
+
+def _request(content: bytes) -> bytes:
+    """Of a connection that ends with its answer."""
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
 
 
 def shown(values: Sequence[float], form: str = ".1f") -> str:

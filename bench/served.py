@@ -25,6 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench import crowd, inside, outside
 from bench.outside import Ask, Seen, glm5, in_closed_loop, served, shown
 
@@ -172,6 +174,8 @@ def predicted(options: argparse.Namespace) -> None:
     given = ("--backend", "cpu", "--checkpoint", checkpoint, "--warm-up", 2 * most, "--dtype", "float32")
     counts = [int(max(16, 6 * value)) if kind == "concurrency" else options.requests for kind, value in loads]
 
+    times = np.cumsum(np.random.default_rng(0).exponential(1 / options.rate, options.requests)).tolist()
+
     def answered(server: outside.Server) -> list[dict[str, float]]:
         found = []
         for (kind, value), count in zip(loads, counts, strict=True):
@@ -179,11 +183,13 @@ def predicted(options: argparse.Namespace) -> None:
             if kind == "concurrency":
                 answers = in_closed_loop(server, asks, int(value), 0, ids)
             else:
-                answers = outside.in_open_loop(server, asks, value, 0, ids)
+                answers = outside.in_open_loop(server, asks, times, ids)
             found.append(figures(answers, 1.0))
         return found
 
     with tempfile.TemporaryDirectory() as folder, served(*given) as server:
+        trace = Path(folder) / "rate.jsonl"
+        trace.write_text("".join(_traced(at, options, number) for number, at in enumerate(times)))
         answered(server)  # compiles what is left
         for seed in range(options.rounds):
             profile = Path(folder) / f"host{seed}.toml"
@@ -192,7 +198,20 @@ def predicted(options: argparse.Namespace) -> None:
             after = answered(server)
             for (kind, value), count, one, other in zip(loads, counts, before, after, strict=True):
                 print(f"{kind} {value:g}: ", end="")
-                simulated = told(json.loads(_simulate(checkpoint, profile, options, kind, value, count)))
+                load: list[object] = ["--trace-file", trace]
+                if kind == "concurrency":
+                    load = [
+                        "--isl",
+                        options.isl,
+                        "--osl",
+                        options.osl,
+                        "--length-ratio",
+                        1,
+                        "--concurrency",
+                        int(value),
+                    ]
+                    load += ["--requests", count]
+                simulated = told(json.loads(_simulate(checkpoint, profile, *load)))
                 seen = {name: (one[name] + other[name]) / 2 for name in one}
                 noted(found.setdefault(f"{value:g}, {kind}", {}), simulated, seen)
     print(f"{checkpoint}: {options.isl} in, {options.osl} out; {options.rounds} rounds\n{HEAD}")
@@ -200,13 +219,17 @@ def predicted(options: argparse.Namespace) -> None:
         print(*(sides.row(f"{load_name}: {name}") for name, sides in each.items()), sep="\n")
 
 
-def _simulate(
-    checkpoint: Path, profile: Path, options: argparse.Namespace, kind: str, value: float, requests: int
-) -> str:
+def _traced(at_s: float, options: argparse.Namespace, number: int) -> str:
+    """A request of a trace, which begins like no other."""
+    blocks = range(1000 * number, 1000 * number + -(-options.isl // 512))
+    asked = {"timestamp": 1e3 * at_s, "input_length": options.isl, "output_length": options.osl}
+    return json.dumps({**asked, "hash_ids": list(blocks)}) + "\n"
+
+
+def _simulate(checkpoint: Path, profile: Path, *load: object) -> str:
     return glm5(
         "simulate", "--model", checkpoint, "--profile", profile, "--devices", 1, "--engine", "glm5", "--formats", "f32",
-        "--isl", options.isl, "--osl", options.osl, "--length-ratio", 1, f"--{kind}", value,
-        "--requests", requests, "--json",
+        *load, "--json",
     )  # fmt: skip
 
 

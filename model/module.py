@@ -154,6 +154,10 @@ class Model(nnx.Module):
         """The arrays as the graph takes them: `{"outer": {..}, "layers": [{..}], "mtp": [{..}]}`."""
         return self._each(lambda variable: variable.get_value())
 
+    def seen(self, see: Callable[[Weight, Array], Array]) -> dict[str, Any]:
+        """`weights`, each as `see` has it."""
+        return self._each(lambda variable: see(variable.weight, variable.get_value()))
+
     def __call__(self, tokens: Any) -> Array:
         """Tokens int32 [b,t], each sequence from its start -> float32 logits [b,t,vocab] of the main stack.
 

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from model.formats import E2M1, E2M1_MAX, E4M3, E4M3_MAX, E8M0, FP8_BLOCK, INT4, INT8, MatrixFormat
+from foundation.errors import UsageError
+from model.formats import (
+    E2M1,
+    E2M1_MAX,
+    E4M3,
+    E4M3_MAX,
+    E8M0,
+    FORMATS,
+    FP8_BLOCK,
+    INT4,
+    INT8,
+    Described,
+    MatrixFormat,
+    matrix_format,
+    scheme,
+)  # fmt: skip
 
 E5M2 = np.dtype(ml_dtypes.float8_e5m2)
 CARRIER: Mapping[np.dtype, np.dtype] = {INT4: INT8, E2M1: E5M2}
@@ -94,15 +111,73 @@ def quantise(fmt: MatrixFormat, matrix: np.ndarray) -> Matrix:
         scale = np.where(scale == 0, np.float32(0.125), scale)  # e4m3's epsilon, as compressed-tensors has it
         divisor, factor = scale / inverse[..., None, None], np.float32(1.0) / inverse
     else:
-        scale = (largest / np.float32(fmt.bound)).astype(fmt.scale).astype(np.float32)
-        scale = np.where(scale > 0, scale, np.float32(1.0))
-        divisor = scale
+        divisor = scale = group_scale(HOST, fmt, largest)
     *lead, out, width = matrix.shape
     *_, above, rows, across, columns = groups.shape
     with np.errstate(over="ignore", under="ignore"):
         scaled = groups / divisor[..., :, None, :, None].astype(np.float32)
     values = cast(scaled.reshape(*lead, above * rows, across * columns)[..., :out, :width], fmt.values)
     return Matrix(values, scale.astype(fmt.scale), factor)
+
+
+class Arithmetic(NamedTuple):
+    """How a quantiser computes, so that it is one for the host and inside a compiled program.
+
+    xp: NumPy, or what has its functions. divided: float32 arrays, or one by a number; not one times the other's
+    inverse. kept: float32 rounded as a type keeps it.
+    """
+
+    xp: Any
+    divided: Callable[[Any, Any], Any]
+    kept: Callable[[Any, np.dtype], Any]
+
+
+HOST = Arithmetic(np, lambda x, by: x / np.asarray(by, np.float32), lambda x, dtype: x.astype(dtype).astype(np.float32))
+
+
+def group_scale(how: Arithmetic, fmt: MatrixFormat, largest: Any) -> Any:
+    """The float32 scale of groups with these largest magnitudes: of integers, and of FP8 with float scales."""
+    assert fmt.scale is not None
+    scale = how.kept(how.divided(largest, fmt.bound), fmt.scale)
+    return how.xp.where(scale > 0, scale, np.float32(1.0))
+
+
+def integer_rounded(how: Arithmetic, fmt: MatrixFormat, matrix: Any) -> Any:
+    """A float32 matrix [.., out, in] as `dequantise` gives it back from an integer format: rounded to codes, and back.
+    The same to the bit for every `how`. Raises ValueError for another format, and for groups that do not divide rows.
+    """
+    if fmt.values not in (INT4, INT8) or fmt.factor is not None or fmt.zero is not None or fmt.shared == "block":
+        raise ValueError(f"{fmt.name} is no integer format with scales of groups, rows or tensors")
+    xp, (rows, columns) = how.xp, _shared_shape(fmt.shared, matrix.shape)  # type: ignore[arg-type]
+    *lead, out, width = matrix.shape
+    if out % rows or width % columns:
+        raise ValueError(f"rows of {width} do not divide into groups of {columns}")
+    groups = xp.reshape(matrix, (*lead, out // rows, rows, width // columns, columns))
+    scale = group_scale(how, fmt, xp.max(xp.abs(groups), axis=(-3, -1)))[..., :, None, :, None]
+    low, high = (-128.0, 127.0) if fmt.values == INT8 else (-8.0, 7.0)
+    codes = xp.clip(xp.rint(how.divided(groups, scale)), np.float32(low), np.float32(high))
+    return xp.reshape(codes * scale, matrix.shape)
+
+
+FEW_BITS: Mapping[str, MatrixFormat] = {
+    name: dataclasses.replace(FORMATS["w4a8"], name=name, label=f"INT{bits}, a scale an output channel", bound=bound)
+    for name, bits, bound in (("int3", 3, 3.0), ("int2", 2, 1.0))
+}
+"""Of no chip and no checkpoint: where a small model has something to lose."""
+INTEGERS_HELP = "w4a16, w4a16-gN, w4a8, w8a8, DENSE/EXPERTS of these and bf16, int3 or int2"
+
+
+@cache
+def integer_formats(name: str) -> Callable[[Described], MatrixFormat]:
+    """Which format a weight is rounded to in a scheme of integers, or in one of `FEW_BITS`: a narrow one, or the plain
+    one that it is left in. Raises `UsageError` for another scheme."""
+    if name in FEW_BITS:
+        return lambda weight: FORMATS["bf16"] if weight.role == "wide" else FEW_BITS[name]
+    chosen = scheme(name)
+    narrow = [fmt for fmt in map(matrix_format, chosen.formats) if fmt.narrow]
+    if not narrow or any(fmt.values not in (INT4, INT8) or fmt.zero is not None for fmt in narrow):
+        raise UsageError(f"formats {name} are not of integers: give {INTEGERS_HELP}")
+    return chosen.stored
 
 
 def shared_size(size: int, parts: int) -> int:

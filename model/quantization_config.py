@@ -181,7 +181,10 @@ def _format(group: Mapping[str, Any]) -> str:
     kind = acts.get("type") if isinstance(acts, Mapping) else None
     bits = acts.get("num_bits") if isinstance(acts, Mapping) else None
     stored = _stored(weights, kind)
-    expected = matrix_format(stored).activations
+    held = matrix_format(stored)
+    if weights.get("symmetric") is False and held.zero is None:
+        return f"{stored} with zero points"  # which no ledger counts
+    expected = held.activations
     if kind is None:
         same = expected.scale is None
     else:

@@ -8,6 +8,7 @@ A `Layout` is tp x dp x pp devices, in the order stage, dp rank, tp rank: `tp` s
 vocabulary; `dp` splits sequences (attention data parallelism); `pp` splits the layers into stages. Routed experts are
 spread over the tp x dp devices of a stage in ep groups of neighbours: a group holds 1/ep of the experts, and each of
 its tp x dp / ep devices a share of their width. So ep = 1 is by tensor alone, ep = tp x dp by expert alone (slots).
+With more tp ranks than KV heads each head is on as many neighbours, and so are its keys and values.
 `dcp` neighbours of a tp group deal out the tokens of a cache that each would else hold whole (decode context
 parallelism); it adds no devices.
 Whoever holds bytes or shapes asks here: the tracer, the ledger, emulated and real clusters, export units and weight
@@ -112,10 +113,11 @@ class Layout:
 
     def check(self, cfg: ModelConfig) -> None:
         """Raises `UsageError` with the equation where the model does not divide."""
-        divisions = [("attention heads", cfg.heads, "tp", self.tp), ("vocabulary", cfg.vocab_size, "tp", self.tp)]
-        divisions.append(("dense width", cfg.dense_intermediate, "tp", self.tp))
-        if isinstance(cfg.attention, Gqa):
+        divisions = [("attention heads", cfg.heads, "tp", self.tp)]
+        if isinstance(cfg.attention, Gqa) and self.tp % cfg.attention.kv_heads:  # else each is on as many ranks
             divisions.append(("KV heads", cfg.attention.kv_heads, "tp", self.tp))
+        divisions.append(("vocabulary", cfg.vocab_size, "tp", self.tp))
+        divisions.append(("dense width", cfg.dense_intermediate, "tp", self.tp))
         if cfg.moe:
             if cfg.moe.shared_experts:
                 divisions.append(("shared expert width", cfg.moe.shared_experts * cfg.moe.intermediate, "tp", self.tp))
@@ -127,10 +129,17 @@ class Layout:
         for what, size, degree, parts in divisions:
             if size % parts:
                 raise UsageError(f"{cfg.name}: {what} / {degree} = {size} / {parts} = {size / parts:.3f}: not whole")
-        if self.dcp > 1 and isinstance(cfg.attention, Gqa):
-            raise UsageError(f"{cfg.name}: dcp {self.dcp}: each KV head lies on one tp rank alone, nothing to deal out")
+        if (copies := self.cache_copies(cfg)) % self.dcp:
+            where = (
+                "one tp rank alone, nothing to deal out" if copies == 1 else f"{copies} tp ranks, which dcp must divide"
+            )
+            raise UsageError(f"{cfg.name}: dcp {self.dcp}: each KV head lies on {where}")
         if self.pp > cfg.num_layers:
             raise UsageError(f"{cfg.name}: {cfg.num_layers} layers cannot be cut into pp = {self.pp} stages")
+
+    def cache_copies(self, cfg: ModelConfig) -> int:
+        """tp ranks that would each hold a row of a sequence whole, were it not dealt out."""
+        return max(1, self.tp // cfg.attention.kv_heads) if isinstance(cfg.attention, Gqa) else self.tp
 
     # --- dims over mesh axes
 
@@ -143,8 +152,14 @@ class Layout:
         if weight.expert_count and self.grouped:
             over = {"expert": self.ep, "ffn": self.expert_tensor_parts}
             return tuple((dim, over[axis]) for dim, axis in enumerate(weight.axes) if axis in over)
+        if self._repeats(weight):
+            return ((weight.axes.index("kv_heads"), weight.heads),) if weight.heads > 1 else ()
         dim, axes = self.split(weight)
         return ((dim, self.parts(axes)),) if axes else ()
+
+    def _repeats(self, weight: Weight) -> bool:
+        """Whether several tp ranks hold the same KV heads of it."""
+        return "kv_heads" in weight.axes and self.tp > weight.heads
 
     def scales_cut(self, weight: Weight) -> tuple[int, int]:
         """The innermost cut, the one that may go through what a scale covers, as `scale_shape` takes it."""
@@ -153,10 +168,13 @@ class Layout:
     def split(self, weight: Weight) -> tuple[int, Axes]:
         """The dim of a weight that is cut, and the mesh axes it is cut over; (0, ()) for one held whole.
 
-        Raises `UsageError` for experts that are cut in two dims, which no one array over the mesh says.
+        Raises `UsageError` for experts that are cut in two dims, and KV heads that several ranks hold, which no one
+        array over the mesh says.
         """
         if weight.expert_count and self.grouped:
             raise UsageError(self._no_mesh)
+        if self._repeats(weight):
+            raise UsageError(self._no_mesh_of_heads)
         stage, tp = tuple(self.axes), tuple(axis for axis in self.axes if axis == "tp")
         over: dict[str, Axes] = {name: tp for name in ("heads", "kv_heads", "vocab", "ffn")} | {"expert": ()}
         if weight.expert_count:
@@ -172,11 +190,13 @@ class Layout:
             shape[dim] //= parts
         return tuple(shape)
 
-    def require_mesh(self) -> None:
+    def require_mesh(self, cfg: ModelConfig | None = None) -> None:
         """Raises `UsageError` where a device's share is none of one array over the mesh: what holds arrays (emulated
-        devices, processes, exports) cannot be laid out so."""
+        devices, processes, exports) cannot be laid out so. cfg: of the model, whose KV heads may be fewer than tp."""
         if self.grouped or self.dcp > 1:
             raise UsageError(self._no_mesh)
+        if cfg is not None and isinstance(cfg.attention, Gqa) and self.tp > cfg.attention.kv_heads:
+            raise UsageError(self._no_mesh_of_heads)
 
     @property
     def _no_mesh(self) -> str:
@@ -187,21 +207,32 @@ class Layout:
             f"{self.name}: {what} planned and simulated alone; emulated devices, processes and exports take {instead}"
         )
 
+    @property
+    def _no_mesh_of_heads(self) -> str:
+        return (
+            f"{self.name}: KV heads that several tp ranks hold are planned and simulated alone; emulated devices, "
+            "processes and exports take tp up to the KV heads"
+        )
+
     def row_split(self, row: CacheRow) -> tuple[int, Axes]:
         """The dim of a cache row that is cut, and over what: KV heads over tp; latents and index keys are held whole
-        by every tp rank."""
+        by every tp rank. Raises `UsageError` for KV heads that several ranks hold."""
+        if len(row.shape) == 2 and self.tp > row.shape[0]:
+            raise UsageError(self._no_mesh_of_heads)
         return (0, ("tp",)) if len(row.shape) == 2 and self.tp > 1 else (0, ())
+
+    def _row_parts(self, row: CacheRow) -> int:
+        """Into how many parts a row is cut: by its KV heads."""
+        return min(self.tp, row.shape[0]) if len(row.shape) == 2 else 1
 
     def local_row(self, row: CacheRow) -> tuple[int, ...]:
         """A device's share of a token's row of a cache."""
-        shape = list(row.shape)
-        dim, axes = self.row_split(row)
-        shape[dim] //= self.parts(axes)
-        return tuple(shape)
+        first, *rest = row.shape
+        return (first // self._row_parts(row), *rest)
 
     def row_copies(self, row: CacheRow) -> int:
         """Devices of a stage that hold the same row of a sequence."""
-        return self.tp // self.dcp // self.parts(self.row_split(row)[1])
+        return self.tp // self.dcp // self._row_parts(row)
 
     # --- devices and layers
 
@@ -315,7 +346,9 @@ class Grid:
 
     @classmethod
     def of(cls, cfg: ModelConfig, layout: Layout, slots: Slots | None = None) -> Grid:
-        """A layout with even stages, and experts in order unless `slots` says otherwise."""
+        """A layout with even stages, and experts in order unless `slots` says otherwise. Raises `UsageError` for one
+        that holds no arrays of the model."""
+        layout.require_mesh(cfg)
         return cls(layout, tuple(layout.stage_layers(cfg.num_layers)), slots or slots_in_order(cfg, layout))
 
     @property
@@ -335,7 +368,9 @@ class Grid:
         return self.stage_devices * len(self.stages)
 
     def check(self, cfg: ModelConfig) -> None:
-        """Raises `UsageError` where the stages are not the model's layers, or the slots not its experts."""
+        """Raises `UsageError` where the stages are not the model's layers, the slots not its experts, or its KV heads
+        fewer than tp."""
+        self.layout.require_mesh(cfg)
         layers = [layer for stage in self.stages for layer in stage]
         if layers != list(range(cfg.num_layers)) or not all(self.stages):
             raise UsageError(f"the plan's stages hold layers {layers}, {cfg.name} has {cfg.num_layers}; plan it anew")

@@ -46,6 +46,22 @@ _MATRIX_DIMS = {
     Arrangement.MATRIX: (-2, -1), Arrangement.GATE_UP: (-3, -1), Arrangement.HEAD_KEYS: (-1, -2),
     Arrangement.HEAD_VALUES: (-2, -1),
 }  # fmt: skip
+
+
+def as_matrix(weight: Weight, value: Any) -> Any:
+    """An array of a matrix in the graph's layout, NumPy's or JAX's, as [.., out, in]."""
+    if weight.arrangement is Arrangement.GATE_UP:  # [.., d, 2, f] -> [.., 2, f, d]
+        return value.swapaxes(-3, -1).swapaxes(-3, -2)
+    return value if weight.arrangement is Arrangement.HEAD_KEYS else value.swapaxes(-1, -2)
+
+
+def from_matrix(weight: Weight, value: Any) -> Any:
+    """The inverse of `as_matrix`."""
+    if weight.arrangement is Arrangement.GATE_UP:
+        return value.swapaxes(-3, -2).swapaxes(-3, -1)
+    return value if weight.arrangement is Arrangement.HEAD_KEYS else value.swapaxes(-1, -2)
+
+
 _INDEXER = "self_attn.indexer."  # where checkpoints keep an indexer's weights
 
 
@@ -56,7 +72,7 @@ class Weight:
     `sources` are checkpoint tensor names below the layer's prefix; where `expert_count` is set they hold
     an `{e}` and the graph's weight has a leading expert dimension. `quantised` says that a block-FP8
     checkpoint stores the matrix in FP8. `component` groups it in reports. `float32` weights never narrow.
-    `heads`: how many heads' matrices a projection to queries, keys or values holds, 0 for all else.
+    `heads`: how many heads a projection to queries, keys or values, or its bias, is of, 0 for all else.
     """
 
     name: str
@@ -195,7 +211,8 @@ def _gqa(cfg: ModelConfig, gqa: Gqa) -> Iterator[Weight]:
         yield _matrix(name, shape, (None, axis), f"{a}{name}_proj.weight", "attention", heads=heads)
         if gqa.bias:
             width = heads * gqa.head_dim
-            yield Weight(f"{name}_bias", (width,), (axis,), (f"{a}{name}_proj.bias",), Arrangement.PLAIN, "attention")
+            source = (f"{a}{name}_proj.bias",)
+            yield Weight(f"{name}_bias", (width,), (axis,), source, Arrangement.PLAIN, "attention", heads=heads)
     if gqa.qk_norm:
         yield _vector("q_norm", gqa.head_dim, a + "q_norm.weight")
         yield _vector("k_norm", gqa.head_dim, a + "k_norm.weight")

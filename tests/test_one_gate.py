@@ -50,6 +50,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     },
     "runtime.execution.package.xla": {"path.read_bytes": "a graph, hashed before", "export.deserialize": "of it"},
     "backends.toolchains.torch_device": {"torch.export.load": "a graph, hashed before, or an artifact"},
+    "runtime.api.pace_client": {"json.loads": "what the process that started it asks"},
     "backends.kernels.library": {"json.loads": "the index of PTX, ours", "<>.read_text": "PTX, ours"},
     "backends.xla": {"export.deserialize": "an artifact, hashed before"},
     "backends.ascend.operators": {"tomllib.loads": "tables of ours", "<>.read_text": "tables of ours"},

@@ -41,6 +41,11 @@ def refusal(
         found = {type_name(x) for argument in group for x in _tensors(given.get(argument))}
         if len(found) > 1:
             return f"{name} takes {', '.join(group)} in one type, not {', '.join(sorted(found))}"
+    if operator.pairs:
+        held = [{type_name(x) for x in _tensors(given.get(argument))} for argument in operator.pairs["arguments"]]
+        together = ["bfloat16" if name in also else name for each in held for name in sorted(each)]
+        if together not in operator.pairs["types"]:
+            return f"{name} takes no {', '.join(operator.pairs['arguments'])} in {', '.join(together)}"
     return None
 
 

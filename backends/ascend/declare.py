@@ -80,7 +80,12 @@ def _moe_init_routing_v2(
 def _grouped_matmul(
     x: Sequence[Tensor], weight: Sequence[Tensor], *, output_dtype: int | None = None, **_: Any
 ) -> list[Tensor]:
-    return [x[0].new_empty((x[0].shape[0], weight[0].shape[2]), dtype=_of_scalar_type(output_dtype, x[0].dtype))]
+    columns = weight[0].shape[2] * (8 if weight[0].dtype == torch.int32 else 1)
+    return [x[0].new_empty((x[0].shape[0], columns), dtype=_of_scalar_type(output_dtype, x[0].dtype))]
+
+
+def _weight_quant_batchmatmul(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[1] * (8 if weight.dtype == torch.int32 else 1)))
 
 
 def _swiglu(x: Tensor, dim: int = -1) -> Tensor:
@@ -105,6 +110,7 @@ SHAPES: Mapping[str, Callable[..., Any]] = {
     "npu_moe_gating_top_k": _moe_gating_top_k,
     "npu_moe_init_routing_v2": _moe_init_routing_v2,
     "npu_grouped_matmul": _grouped_matmul,
+    "npu_weight_quant_batchmatmul": _weight_quant_batchmatmul,
     "npu_swiglu": _swiglu,
     "npu_moe_finalize_routing": _moe_finalize_routing,
 }

@@ -11,7 +11,9 @@ from torch import Tensor
 from backends.ascend.check import type_name
 from backends.ascend.declare import SCALAR_TYPES
 from backends.ascend.target import KernelMatrix, NpuTarget, require
+from backends.toolchains.narrow import rounds_activations
 from backends.toolchains.walker import OpCall
+from model.formats import INT4, matrix_format
 from model.ops import FORMAT
 
 INT8 = "w8a8-int8"
@@ -32,9 +34,12 @@ def linear(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     if FORMAT not in call.attributes:
         return t.decomposed(call, call.operands)
     x, values, scale = call.operands
-    require(call.attributes[FORMAT] == INT8, f"npu_quant_matmul is not mapped for {call.attributes[FORMAT]}")
+    fmt = matrix_format(call.attributes[FORMAT])
     require(t.options.takes(x), f"npu_dynamic_quant takes no {type_name(x)}")
     matrix = as_matrix(values, 1)
+    if fmt.values == INT4 and not rounds_activations(fmt):
+        return [_widened(t, x, values, matrix, scale)]
+    require(fmt.name == INT8, f"npu_quant_matmul is not mapped for {fmt.name}")
     width, columns = matrix.shape
     rows, row_scale = quantised_rows(t, x.reshape(-1, width))
     out = t.npu(
@@ -46,6 +51,23 @@ def linear(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
         output_dtype=SCALAR_TYPES[x.dtype],
     )
     return [out.reshape(*x.shape[:-1], *values.shape[1:])]
+
+
+def _widened(t: NpuTarget, x: Tensor, values: Any, matrix: Tensor, scale: Tensor) -> Tensor:
+    """x [.., i] times 4-bit integers in int32, [i, columns / 8], with a scale [groups, ..] for rows in groups."""
+    width, groups = matrix.shape[0], scale.shape[0]
+    size = width // groups
+    require(
+        groups == 1 or (size % 32 == 0 and size * groups == width), f"npu_weight_quant_batchmatmul: groups of {size}"
+    )
+    out = t.npu(
+        "npu_weight_quant_batchmatmul",
+        x.reshape(-1, width),
+        matrix,
+        scale.reshape(groups, -1).to(x.dtype),
+        antiquant_group_size=0 if groups == 1 else size,
+    )
+    return out.reshape(*x.shape[:-1], *values.shape[1:])
 
 
 def as_matrix(weight: Tensor | KernelMatrix, lead: int) -> Tensor:

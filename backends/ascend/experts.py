@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +12,12 @@ from torch import Tensor
 from backends.ascend import constraints
 from backends.ascend.check import type_name
 from backends.ascend.declare import SCALAR_TYPES
-from backends.ascend.dense import INT8, as_matrix, quantised_rows
-from backends.ascend.target import NpuTarget, accept, require
+from backends.ascend.dense import as_matrix, quantised_rows
+from backends.ascend.target import KernelMatrix, NpuTarget, accept, require
+from backends.toolchains.narrow import rounds_activations
 from backends.toolchains.walker import OpCall
+from model.formats import INT4, matrix_format
+from model.formats import INT8 as INT8_VALUES
 from model.ops import FORMAT
 
 # enumerations of the operators' documentation
@@ -51,16 +55,17 @@ def expert_ffn(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     """
     x, experts, weights, *matrices = call.operands
     fmt = call.attributes.get(FORMAT, "")
-    require(fmt in ("", INT8), f"npu_grouped_matmul is not mapped for {fmt}")
     require(len(matrices) == (4 if fmt else 2), "npu_grouped_matmul takes no FP8 blocks")
     require(fmt == "" or t.options.takes(x), f"npu_dynamic_quant takes no {type_name(x)}")
     half = len(matrices) // 2
-    (gate_up, *gate_up_scale), (down, *down_scale) = matrices[:half], matrices[half:]
+    gate_up, down = (_Weight.of(*each, fmt=fmt) for each in (matrices[:half], matrices[half:]))
     (tokens, width), choices = x.shape, experts.shape[1]
-    gate_up, down = as_matrix(gate_up, 2), as_matrix(down, 2)
-    count, _, columns = gate_up.shape
+    count, _, columns = gate_up.matrix.shape
     require(count > 1, "npu_grouped_matmul takes no single group")
-    require(bool(fmt) or gate_up.dtype == down.dtype == x.dtype, f"npu_grouped_matmul takes weights in {type_name(x)}")
+    require(
+        bool(fmt) or gate_up.matrix.dtype == down.matrix.dtype == x.dtype,
+        f"npu_grouped_matmul takes weights in {type_name(x)}",
+    )
     accept(constraints.grouped_matmul(columns, width))
     rows, places, groups, _ = t.npu(
         "npu_moe_init_routing_v2",
@@ -76,24 +81,53 @@ def expert_ffn(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
         active_expert_range=[0, count],
         row_idx_type=_GATHER,
     )
-    hidden = _grouped(t, rows, gate_up, gate_up_scale, groups)
-    out = _grouped(t, t.npu("npu_swiglu", hidden, -1), down, down_scale, groups)
+    hidden = _grouped(t, rows, gate_up, groups)
+    out = _grouped(t, t.npu("npu_swiglu", hidden, -1), down, groups)
     return [_combined(t, out, places, groups, weights)]
 
 
-def _grouped(t: NpuTarget, x: Tensor, weight: Tensor, scale: Sequence[Tensor], groups: Tensor) -> Tensor:
-    """x [n, i] sorted by group times weight [e, i, o]: [n, o]. scale: none, or [e, ..] of int8 weights."""
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """Matrices [e, i, o] of a grouped product, o / 8 where eight 4-bit integers are in an int32; scale [e, groups, o];
+    `bias` [e, o] where the kernel wants one."""
+
+    matrix: Tensor
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    rounds: bool = False
+
+    @classmethod
+    def of(cls, values: Any, scale: Tensor | None = None, fmt: str = "") -> _Weight:
+        matrix = as_matrix(values, 2)
+        if scale is None:
+            return cls(matrix)
+        found = matrix_format(fmt)
+        require(found.values in (INT8_VALUES, INT4), f"npu_grouped_matmul is not mapped for {fmt}")
+        bias = values.bias if isinstance(values, KernelMatrix) else None
+        scale = scale.reshape(*scale.shape[:2], -1)
+        require(not rounds_activations(found) or scale.shape[1] == 1, f"npu_grouped_matmul is not mapped for {fmt}")
+        return cls(matrix, scale, bias, rounds_activations(found))
+
+
+def _grouped(t: NpuTarget, x: Tensor, weight: _Weight, groups: Tensor) -> Tensor:
+    """x [n, i] sorted by group times a weight: [n, o]."""
     given: dict[str, Any] = {}
-    rows = x
-    if scale:
+    rows, scale, four_bits = x, weight.scale, weight.matrix.dtype == torch.int32
+    if scale is not None and weight.rounds:
         rows, row_scale = quantised_rows(t, x)
-        of_weights = scale[0].reshape(weight.shape[0], weight.shape[2])
-        of_weights = of_weights.to(x.dtype if x.dtype == torch.bfloat16 else torch.float32)
-        given = {"scale": [of_weights], "per_token_scale": [row_scale], "output_dtype": SCALAR_TYPES[x.dtype]}
+        given = {"per_token_scale": [row_scale], "output_dtype": SCALAR_TYPES[x.dtype]}
+        if four_bits:  # the bits of a float32 in an int64
+            require(weight.bias is not None, "npu_grouped_matmul wants the sums of 4-bit weights")
+            given |= {"scale": [scale.to(torch.float32).view(torch.int32).to(torch.int64)], "bias": [weight.bias]}
+        else:
+            given["scale"] = [scale[:, 0].to(x.dtype if x.dtype == torch.bfloat16 else torch.float32)]
+    elif scale is not None:
+        narrow = scale.to(x.dtype) if four_bits else scale[:, 0].to(x.dtype)
+        given = {"antiquant_scale": [narrow], "antiquant_offset": [torch.zeros(narrow.shape, dtype=narrow.dtype)]}
     return t.npu(
         "npu_grouped_matmul",
         [rows],
-        [weight],
+        [weight.matrix],
         group_list=groups,
         split_item=_ONE_OUTPUT,
         group_type=_ROWS,

@@ -25,7 +25,8 @@ _ATEN = {
 @dataclasses.dataclass(frozen=True)
 class NpuOperator:
     """An operator `torch.ops.npu.<name>`: its schema, the ops of the contract it is used for, and what arguments are
-    documented to be, by name: the `types` and `ranks` of tensors, the `values` of others; `same`: those of one type."""
+    documented to be, by name: the `types` and `ranks` of tensors, the `values` of others; `same`: those of one type;
+    `pairs`: `arguments` whose types are one of `types` together."""
 
     name: str
     schema: str
@@ -34,6 +35,7 @@ class NpuOperator:
     ranks: Mapping[str, tuple[int, ...]]
     values: Mapping[str, tuple[Any, ...]]
     same: tuple[tuple[str, ...], ...]
+    pairs: Mapping[str, Any]
 
     @property
     def signature(self) -> str:
@@ -63,7 +65,7 @@ def _npu_operator(name: str, entry: Mapping[str, Any]) -> NpuOperator:
         for key in ("types", "ranks", "values")
     }
     same = tuple(tuple(each) for each in entry.get("same", ()))
-    return NpuOperator(name, entry["schema"], tuple(entry["ops"]), **taken, same=same)
+    return NpuOperator(name, entry["schema"], tuple(entry["ops"]), **taken, same=same, pairs=entry.get("pairs", {}))
 
 
 def npu_form(op: str) -> str:

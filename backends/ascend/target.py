@@ -7,7 +7,8 @@ Latents. The attention operators read the latent and its rope part from two cach
 has one of 576. A graph whose cache they can read is given two, and the one is `Halves`; an op without a kernel is given
 the context's rows put together again.
 
-Matrices. A quantised weight, and the experts', are inputs of the two or three dims that their operators take.
+Matrices. A quantised weight, and the experts', are inputs of the two or three dims that their operators take; 4-bit
+integers, which torch lacks, eight to an int32.
 
 In place. Caches are written in place (`npu_scatter_nd_update_`): the output of a cache is its input.
 
@@ -66,10 +67,22 @@ class Halves:
 @dataclasses.dataclass(frozen=True)
 class KernelMatrix:
     """A weight as its operator takes it: `tensor` [rows, columns], or [experts, rows, columns]; `shape` is the graph's.
-    A kernel may then have it in a layout of its own (FRACTAL_NZ), of which there are no views."""
+    A kernel may then have it in a layout of its own (FRACTAL_NZ), of which there are no views. packed: `tensor` is
+    int32, each of which holds eight 4-bit integers of a row, the first in its lowest bits."""
 
     tensor: Tensor
     shape: tuple[int, ...]
+    packed: bool = False
+    bias: Tensor | None = None  # float32 [experts, columns]: see `sums.bias_of`
+
+    @property
+    def whole(self) -> Tensor:
+        """As the graph has it, 4-bit integers as int8."""
+        if not self.packed:
+            return self.tensor.reshape(self.shape)
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+        low = torch.bitwise_and(torch.bitwise_right_shift(self.tensor.unsqueeze(-1), shifts), 15)
+        return torch.where(low > 7, low - 16, low).to(torch.int8).reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +143,7 @@ class NpuTarget(TorchTarget):
         if isinstance(value, Halves):
             return torch.cat([value.nope, value.rope], dim=-1)
         if isinstance(value, KernelMatrix):
-            return value.tensor.reshape(value.shape)
+            return value.whole
         if isinstance(value, Unscored):
             return self.decomposed(value.call, value.call.operands)[0]
         return value

@@ -14,12 +14,17 @@ from jax.extend import core as jex
 from backends.ascend.check import argument_names
 from backends.ascend.constraints import LATENT, ROPE
 from backends.ascend.lowerings import LOWERINGS
+from backends.ascend.sums import bias_name
 from backends.ascend.target import Halves, KernelMatrix, NpuOptions, NpuTarget
+from backends.errors import Unsupported
+from backends.toolchains.narrow import rounds_activations
 from backends.toolchains.torch import exported, saved
 from backends.toolchains.walker import Graph, Port, walk
+from model.formats import matrix_format
 from model.ops import FORMAT, attributes_of
 
-_NZ = {"npu_grouped_matmul": ("int8", "bfloat16"), "npu_quant_matmul": ("int8",)}
+_IN_INT32 = 8
+_NZ = {"npu_grouped_matmul": ("int8", "bfloat16", "int32"), "npu_quant_matmul": ("int8",)}
 """Operators whose weight may be in FRACTAL_NZ, and in which types: their documentation, torch_npu 2.13.0."""
 _WEIGHT = {"npu_grouped_matmul": "weight", "npu_quant_matmul": "x2"}
 
@@ -41,15 +46,15 @@ class NpuGraph:
 
 def write(graph: Graph, options: NpuOptions = NpuOptions()) -> NpuGraph:
     """Needs no torch_npu. Raises `Unsupported` for a primitive without a rule."""
-    matrices = _matrices(graph.jaxpr.jaxpr) if options.fused else {}
+    matrices = _matrices(graph, options.fused)
+    variables = graph.jaxpr.jaxpr.invars
 
     def parts(port: Port) -> Sequence[Port]:
         return halves(port) if options.splits(port) else (port,)
 
     def given_as(port: Port, var: jex.Var) -> Sequence[Port]:
-        return [dataclasses.replace(port, shape=matrices[var])] if var in matrices else parts(port)
+        return matrices[var].ports(port) if var in matrices else parts(port)
 
-    variables = graph.jaxpr.jaxpr.invars
     inputs = tuple(p for port, var in zip(graph.inputs, variables, strict=True) for p in given_as(port, var))
     outputs = tuple(part for port in graph.outputs for part in parts(port))
     target = NpuTarget(options, LOWERINGS)
@@ -59,8 +64,8 @@ def write(graph: Graph, options: NpuOptions = NpuOptions()) -> NpuGraph:
         values: list[Any] = []
         for port, var in zip(graph.inputs, variables, strict=True):
             first = next(left)
-            if var in matrices:
-                values.append(KernelMatrix(first, port.shape))
+            if (form := matrices.get(var)) is not None:
+                values.append(KernelMatrix(first, port.shape, form.packed, next(left) if form.summed else None))
             else:
                 values.append(Halves(first, next(left)) if options.splits(port) else first)
         results: list[torch.Tensor] = []
@@ -84,18 +89,44 @@ def halves(port: Port) -> Sequence[Port]:
     return tuple(Port(f"{stem}_{part}{dot}{out}", (*port.shape[:2], w), port.dtype) for part, w in widths.items())
 
 
-def _matrices(jaxpr: jex.Jaxpr) -> dict[Any, tuple[int, ...]]:
-    """The inputs that are weights of products with operators of their own, and the shapes that those take."""
-    found: dict[Any, tuple[int, ...]] = {}
-    inputs = set(jaxpr.invars)
-    for eqn in jaxpr.eqns:
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """How a weight is an input: with its first `lead` dims and the others as one; packed: eight 4-bit integers in an
+    int32; summed: with a second input, `sums.bias_of` its own."""
+
+    lead: int
+    packed: bool
+    summed: bool
+
+    def ports(self, port: Port) -> Sequence[Port]:
+        columns, lead = math.prod(port.shape[self.lead :]), port.shape[: self.lead]
+        if not self.packed:
+            return [dataclasses.replace(port, shape=(*lead, columns))]
+        if columns % _IN_INT32:
+            raise Unsupported(
+                f"{port.name} has rows of {columns} 4-bit integers, which do not fill int32; see --formats"
+            )
+        packed = Port(port.name, (*lead, columns // _IN_INT32), "int32")
+        if not self.summed:
+            return [packed]
+        return [packed, Port(bias_name(port.name), (port.shape[0], columns), "float32")]
+
+
+def _matrices(graph: Graph, fused: bool) -> dict[Any, _Form]:
+    """The inputs that are weights of products with operators of their own, and those of 4-bit integers."""
+    found: dict[Any, _Form] = {}
+    inputs = dict(zip(graph.jaxpr.jaxpr.invars, graph.inputs, strict=True))
+    for eqn in graph.jaxpr.jaxpr.eqns:
         name = eqn.params.get("name") if eqn.primitive.name == "composite" else None
-        narrow = name is not None and FORMAT in attributes_of(eqn)
-        places = {"glm.linear": (1,) if narrow else (), "glm.expert_ffn": (3, 5) if narrow else (3, 4)}
+        fmt = attributes_of(eqn).get(FORMAT) if name is not None else None
+        places = {"glm.linear": (1,) if fmt else (), "glm.expert_ffn": (3, 5) if fmt else (3, 4)}
         for var in (eqn.invars[place] for place in places.get(str(name), ())):
-            if not isinstance(var, jex.Literal) and var in inputs:
-                lead = var.aval.shape[: 2 if name == "glm.expert_ffn" else 1]  # type: ignore[attr-defined]
-                found[var] = (*lead, math.prod(var.aval.shape[len(lead) :]))  # type: ignore[attr-defined]
+            if isinstance(var, jex.Literal) or var not in inputs:
+                continue
+            experts, packed = name == "glm.expert_ffn", inputs[var].dtype == "int4"
+            summed = fused and experts and packed and rounds_activations(matrix_format(str(fmt)))
+            if fused or packed:
+                found[var] = _Form(2 if experts else 1, packed, summed)
     return found
 
 

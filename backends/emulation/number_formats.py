@@ -19,7 +19,7 @@ from model.formats import BF16, F32, INT4, Formats, MatrixFormat, Scheme, matrix
 from model.ops import OPS, full_scale, swiglu_body
 from model.quantised import Matrix
 from model.split import scale_shape
-from model.weights import Arrangement, Quantized, Weight
+from model.weights import Quantized, Weight, as_matrix, from_matrix
 
 Lowering = Callable[..., Any]
 _PLAIN = {"float32": F32, "bfloat16": BF16}
@@ -66,7 +66,7 @@ class NumberFormats:
         else:
             matrix = _widen(value) if isinstance(value, Quantized) else np.asarray(value)
             try:
-                held = _from_matrix(weight, quantised.quantise(fmt, _to_matrix(weight, matrix)))
+                held = _from_matrix(weight, quantised.quantise(fmt, as_matrix(weight, matrix)))
             except ValueError as error:
                 raise UsageError(f"{weight.name} in {fmt.name}: {error}") from None
         if not weight.stays_narrow:  # the halves of kv_b_proj, which are widened when loaded
@@ -141,24 +141,14 @@ class NumberFormats:
         return rounding.head_row(row, fmt)
 
 
-# --- weights in the graph's layout, to and from matrices [.., out, in] -----------------------------------
-
-
-def _to_matrix(weight: Weight, value: np.ndarray) -> np.ndarray:
-    if weight.arrangement is Arrangement.GATE_UP:  # [.., d, 2, f] -> [.., 2, f, d]
-        return np.moveaxis(value, -3, -1)
-    return value if weight.arrangement is Arrangement.HEAD_KEYS else np.swapaxes(value, -1, -2)
+# --- weights in the graph's layout ------------------------------------------------------------------------
 
 
 def _from_matrix(weight: Weight, held: Matrix) -> Quantized:
     scale = held.scale
     if held.factor is not None:
         scale = scale.astype(np.float32) * held.factor[..., None, None]
-    values = held.values
-    if weight.arrangement is Arrangement.GATE_UP:
-        values, scale = np.moveaxis(values, -1, -3), np.moveaxis(scale, -1, -3)
-    elif weight.arrangement is not Arrangement.HEAD_KEYS:
-        values, scale = np.swapaxes(values, -1, -2), np.swapaxes(scale, -1, -2)
+    values, scale = from_matrix(weight, held.values), from_matrix(weight, scale)
     return Quantized(quantised.carried(np.ascontiguousarray(values)), np.ascontiguousarray(scale))
 
 

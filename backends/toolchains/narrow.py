@@ -49,7 +49,7 @@ HOLDS: Mapping[str, Holds] = {
     "stablehlo": Holds(frozenset({E4M3, INT8, INT4}), frozenset({E4M3, INT8, INT4})),
     "onnx": Holds(frozenset({INT8, INT4}), frozenset({INT8})),  # ONNX's Gather takes no 4-bit types
     "torch": Holds(frozenset({E4M3, INT8}), frozenset({E4M3, INT8})),
-    "ascend": Holds(frozenset({INT8}), frozenset({INT8})),
+    "ascend": Holds(frozenset({INT8, INT4}), frozenset({INT8})),  # torch has no 4-bit types: packed in int32
 }
 """By the name of the package format."""
 

@@ -43,9 +43,7 @@ def product(t: OnnxTarget, p: Product, shape: Sequence[int], out_dtype: str, lef
     swapped = _plan(right, left, p.right_batch, p.left_batch, p.right_contract, p.left_contract)
     swapped = dataclasses.replace(swapped, swapped=True)
     plan = min(straight, swapped, key=lambda each: each.cost(shape))
-    narrow = t.narrow_products and left.dtype == right.dtype == "bfloat16"
-    work = left.dtype if narrow else out_dtype
-    return t.cast(plan.emit(t, right if plan.swapped else left, left if plan.swapped else right, work), out_dtype)
+    return plan.emit(t, right if plan.swapped else left, left if plan.swapped else right, out_dtype)
 
 
 @dataclasses.dataclass(frozen=True)

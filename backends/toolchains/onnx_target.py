@@ -53,7 +53,7 @@ class Ref:
 
 @dataclasses.dataclass(frozen=True)
 class OpForm:
-    """How an op of the contract came out: form "function", "custom" (operator `target`) or "decomposed"."""
+    """How an op of the contract came out: form "function" or "decomposed"."""
 
     name: str
     form: str
@@ -62,16 +62,12 @@ class OpForm:
 
 @dataclasses.dataclass(frozen=True)
 class OnnxModel:
-    """A model, its inputs and outputs in order (a custom op may have added or replaced inputs), and its ops."""
+    """A model, its inputs and outputs in order, and its ops."""
 
     model: onnx.ModelProto
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     ops: Counter[OpForm]
-
-
-CustomOp = Callable[["OnnxTarget", OpCall[Ref]], Sequence[Ref] | None]
-"""Emits an op as other nodes (`target.node(.., domain=..)`) and returns its results, or None to decline it."""
 
 
 class RuleTables(NamedTuple):
@@ -98,21 +94,18 @@ class _Scope:
 
 
 class OnnxTarget(Target[Ref]):
-    """What `custom` ops are given: `node`, `constant`, `whole`, `input`, and the shape helpers."""
+    """The graph that is being written: `node`, `constant`, `whole`, `input`, and the shape helpers."""
 
     name = "onnx"
 
     def __init__(
         self,
         tables: RuleTables,
-        custom: Mapping[str, CustomOp],
         functions: bool,
-        narrow_products: bool,
         opset: int = OPSET,
     ):
         self.rules, self.calls, self.bodies = tables.rules, tables.calls, tables.bodies
-        self.custom, self.functions, self.narrow_products = custom, functions, narrow_products
-        self.opset = opset
+        self.functions, self.opset = functions, opset
         self.scope = _Scope("v", [])
         self.inputs: list[Port] = []
         self.domains: set[str] = set()
@@ -240,13 +233,6 @@ class OnnxTarget(Target[Ref]):
     # --- ops of the contract
 
     def op(self, call: OpCall[Ref]) -> Sequence[Ref]:
-        if call.name in self.custom:
-            before = len(self.scope.nodes)
-            results = self.custom[call.name](self, call)
-            if results is not None:
-                new = [f"{n.domain}::{n.op_type}" for n in self.scope.nodes[before:] if n.domain not in ("", DOMAIN)]
-                self.ops[OpForm(call.name, "custom", ", ".join(dict.fromkeys(new)))] += 1
-                return results
         if not self.functions:
             self.ops[OpForm(call.name, "decomposed")] += 1
             return super().op(call)

@@ -87,7 +87,8 @@ class TorchTarget(Target[Tensor]):
 
 
 def _dtype(eqn: Any, place: int = 0) -> torch.dtype:
-    return TORCH_DTYPES[np.dtype(eqn.outvars[place].aval.dtype).name]
+    name = np.dtype(eqn.outvars[place].aval.dtype).name
+    return TORCH_DTYPES["int8" if name == "int4" else name]
 
 
 def _shape(eqn: Any) -> tuple[int, ...]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from backends.toolchains.packing import INT4, packed
+
 
 @dataclasses.dataclass(frozen=True)
 class TorchDevice:
@@ -49,10 +51,13 @@ class TorchDevice:
 
 
 def host_tensor(array: np.ndarray) -> Any:
-    """A host array as a tensor; numpy has some of the types by way of ml_dtypes."""
+    """A host array as a tensor; numpy has some of the types by way of ml_dtypes. 4-bit integers come in a vector
+    of int32."""
     import torch
 
     array = np.asarray(array, order="C")
+    if array.dtype == INT4:  # eight to an int32, the first in its lowest bits
+        array = packed(array).view(np.int32)
     if array.dtype.name in ("bfloat16", "float8_e4m3fn"):
         raw = {1: np.uint8, 2: np.uint16}[array.dtype.itemsize]
         return torch.from_numpy(array.view(raw).copy()).view(getattr(torch, array.dtype.name))

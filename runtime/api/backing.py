@@ -130,12 +130,18 @@ def _synthetic(backing: Backing, path: Path) -> Opened:
 
 
 def _emulated(backing: Backing, options: SimOptions, found: Opened) -> Opened:
+    from backends import registry
+    from backends.emulation.backend import SimBackend
     from runtime.execution.cluster.deploy import clock_of
     from runtime.execution.cluster.session import prepare
     from runtime.execution.services import pages_here
 
     assert found.config is not None
     plan = prepare(found.config, options)
+    if backing.tokens == "model":  # before pricing, which traces: JAX is told its devices before it starts
+        adapter = registry.get(backing.backend)
+        assert isinstance(adapter, SimBackend)
+        adapter.start(max(pool.layout.devices for pool in plan.pools))
     priced = clock_of(found.config, plan)
     evidence, band = trusted(priced)
     profile = " + ".join(dict.fromkeys(pool.profile for pool in plan.pools))

@@ -3,11 +3,12 @@
 The whole server is measured, with the embedded checkpoint, by a client in a process of its own on the same machine:
 sockets, forms, threads that wake one another, scheduler, sampling, streams, and that programs between them find colder
 caches and fewer cores. What the client sees is timed, and programs alone beside it, round by round. Times are the
-wall's: other programs on the machine count, as they will where it serves beside them.
+wall's, and medians of single steps: what else runs on the machine does not count as long as it leaves most steps alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from backends.interface import Backend
+from foundation.reading import parse_json
 from model.checkpoint import Checkpoint
 from runtime.api import pace_client
 from runtime.api.endpoint import Endpoint
@@ -30,13 +32,14 @@ from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.load import embedded_checkpoint, load_engine
 from runtime.execution.services import engine_service
 from runtime.porting.calibrate import ServingCost
-from runtime.serving.executor import ByRank, FedRow
+from runtime.serving.executor import FedRow
 
 _PROMPT, _ANSWER, _STREAMS = 16, 48, 8  # tokens, and requests at once
 _ALONE = 4  # requests one behind the other
+_LEAST_S = 1e-6  # less is not told apart from nothing, which a profile does not hold
 
-Seen = list[tuple[float, float]]
-"""Of each answer, when it came: seconds from the sending of all to its first token and to its last."""
+Seen = list[list[float]]
+"""Of each answer, when its tokens came: seconds from the sending of all."""
 Burst = Callable[[int], Seen]
 """So many requests at once."""
 
@@ -49,15 +52,20 @@ def serving_cost(backend: Backend, rounds: int = 7) -> ServingCost:
         ask(_STREAMS)  # compiles, and the first of everything takes longer
         for _ in range(rounds):
             alone = [ask(1)[0] for _ in range(_ALONE)]
-            first = statistics.median(first for first, _ in alone)
-            one = statistics.median((last - first) / (_ANSWER - 1) for first, last in alone)
+            first = statistics.median(came[0] for came in alone)
+            one = statistics.median(_gap_s(came) for came in alone)
             # of the answer that began last, beside which all others are at work
-            of_all = max(ask(_STREAMS))
-            found.append((first, one, (of_all[1] - of_all[0]) / (_ANSWER - 1), *_programs_s(engine)))
+            together = _gap_s(max(ask(_STREAMS)))
+            found.append((first, one, together, *_programs_s(engine)))
     first, one, together, prompt, token, tokens = (statistics.median(each) for each in zip(*found, strict=True))
-    row_s = max(0.0, ((together - tokens) - (one - token)) / (_STREAMS - 1))
-    step_s = max(0.0, one - token - row_s)
-    return ServingCost(max(0.0, first - prompt - step_s - row_s), step_s, row_s)
+    row_s = max(_LEAST_S, ((together - tokens) - (one - token)) / (_STREAMS - 1))
+    step_s = max(_LEAST_S, one - token - row_s)
+    return ServingCost(max(_LEAST_S, first - prompt - step_s - row_s), step_s, row_s)
+
+
+def _gap_s(came: list[float]) -> float:
+    """From token to token."""
+    return statistics.median(after - before for before, after in itertools.pairwise(came))
 
 
 def _programs_s(engine: LocalEngine) -> tuple[float, float, float]:
@@ -68,22 +76,16 @@ def _programs_s(engine: LocalEngine) -> tuple[float, float, float]:
     prompt = [[FedRow(range(300, 300 + _PROMPT), 0, held[0])]]
     tokens = [FedRow([300 + at], _PROMPT + _ANSWER // 2, each) for at, each in enumerate(held)]
 
-    def step_s(rows: tuple[ByRank, ByRank], steps: int) -> float:
-        """A mean over as many steps as an answer has, so that what disturbs either counts alike."""
+    found = []
+    for rows in ((prompt, [[]]), ([[]], [tokens[:1]]), ([[]], [tokens])):
         engine.executor.step(*rows, False)
         times = []
-        for _ in range(_ALONE):
+        for _ in range(_ANSWER):
             before = time.perf_counter()
-            for _ in range(steps):
-                engine.executor.step(*rows, False)
-            times.append((time.perf_counter() - before) / steps)
-        return statistics.median(times)
-
-    return (
-        step_s((prompt, [[]]), 1),
-        step_s(([[]], [tokens[:1]]), _ANSWER - 1),
-        step_s(([[]], [tokens]), _ANSWER - 1),
-    )
+            engine.executor.step(*rows, False)
+            times.append(time.perf_counter() - before)
+        found.append(statistics.median(times))
+    return found[0], found[1], found[2]
 
 
 @contextmanager
@@ -100,7 +102,7 @@ def _asked(engine: LocalEngine) -> Iterator[Burst]:
         def ask(streams: int) -> Seen:
             bodies = [_request(rng) for _ in range(streams)]
             print(json.dumps({"port": port, "bodies": bodies}), file=asked, flush=True)
-            return [(first, last) for first, last in json.loads(told.readline())]
+            return parse_json(told.readline())
 
         yield ask
         asked.close()

@@ -1,7 +1,7 @@
 """A client in a process of its own, which must not take long to start: the standard library alone.
 
 Reads a line `{"port": PORT, "bodies": [...]}`, sends all bodies at once to /v1/completions, each over a connection of
-its own, and writes a line `[[first, last], ...]`: seconds until each stream's first token, and its last.
+its own, and writes a line `[[at, ...], ...]`: seconds until each write of a stream that holds tokens.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import time
 from collections.abc import Sequence
 
 
-def asked(port: int, bodies: Sequence[str]) -> list[tuple[float, float]]:
+def asked(port: int, bodies: Sequence[str]) -> list[list[float]]:
     """Raises `RuntimeError` for an answer that is none."""
     head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
     opened = [socket.create_connection(("127.0.0.1", port)) for _ in bodies]
-    first, last = [0.0] * len(opened), [0.0] * len(opened)
+    came: list[list[float]] = [[] for _ in opened]
     began = time.perf_counter()
     with selectors.DefaultSelector() as selector:
         for at, (made, body) in enumerate(zip(opened, bodies, strict=True)):
@@ -31,11 +31,10 @@ def asked(port: int, bodies: Sequence[str]) -> list[tuple[float, float]]:
                     selector.unregister(made)
                     made.close()
                 elif b'"text":' in part:
-                    last[at] = time.perf_counter() - began
-                    first[at] = first[at] or last[at]
-    if not all(first):
+                    came[at].append(time.perf_counter() - began)
+    if not all(came):
         raise RuntimeError("an answer did not come")
-    return list(zip(first, last, strict=True))
+    return came
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import typer
 
 from foundation.errors import UsageError
 from runtime.cli import completion
+from runtime.cli.given import given
 
 if TYPE_CHECKING:
     from backends.interface import Backend
@@ -19,12 +20,27 @@ if TYPE_CHECKING:
 
 
 def calibrate(
+    context: typer.Context,
     backend: Annotated[
         str, typer.Option(autocompletion=completion.backends, help="What to measure with; `glm5 backends` lists them.")
     ] = "cpu",
     out: Annotated[Path, typer.Option(help="Where to write the profile; measured ops go beside it.")] = Path(
         "my-host.toml"
     ),
+    from_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Instead of measuring, read times of operators: what an Ascend package's run.py wrote (--operators "
+            "--json), or msmodeling's CSV of a kernel, or a folder of those.",
+        ),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=completion.chips, help="With --from: the chip's profile; what was not measured stays."
+        ),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and rounds: seconds, and rougher.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -33,16 +49,24 @@ def calibrate(
     import hw_profiles
     from backends import registry
     from foundation.writing import replacing_together
-    from runtime.porting.calibrate import QUICK, Effort, measure, prices, profile
+    from runtime.porting.calibrate import QUICK, Effort, measure, prices
+    from runtime.porting.calibrate import profile as described_by
 
     if out.suffix != ".toml":
         raise UsageError(f"--out {out}: a profile's name ends in .toml, as in my-host.toml")
+    said = given(context)
+    if (from_file is None) != (profile is None):
+        raise UsageError("--from FILE and --profile CHIP go together")
+    if from_file is not None:
+        if said.keys() & {"backend", "quick"}:
+            raise UsageError("--from reads what was measured: leave out --backend and --quick")
+        return _from_file(from_file, str(profile), out, as_json)
     tables = out.with_suffix(".prices.json")
     adapter = registry.usable(backend)
     with replacing_together(tables, out) as (beside, temporary):  # the profile last: it says which prices are its own
         found = measure(adapter, QUICK if quick else Effort(), _line if sys.stderr.isatty() and not as_json else None)
         found = dataclasses.replace(found, serving=_serving_cost(adapter))
-        described = profile(found, adapter, out.stem, tables.name)
+        described = described_by(found, adapter, out.stem, tables.name)
         measured = json.dumps(prices(found, described), indent=1) + "\n"
         described = dataclasses.replace(described, prices_sha256=hw_profiles.prices_sha256(measured))
         beside.write_text(measured, encoding="utf-8")
@@ -60,6 +84,31 @@ def calibrate(
     print(f"rounds differ by {found.spread:.0%}. Wrote {out} and {tables.name}; use it with")
     formats = " --formats f32" if found.dtype == "float32" else ""
     print(f"  glm5 simulate --profile {out} --devices 1 --engine glm5{formats} --model CHECKPOINT")
+
+
+def _from_file(measured: Path, chip: str, out: Path, as_json: bool) -> None:
+    import hw_profiles
+    from foundation.writing import replacing
+    from runtime.porting import operator_times
+
+    base = hw_profiles.load(chip)
+    times = operator_times.read(measured, base.number("overhead.kernel_launch_s") or 0.0)
+    products = operator_times.products(times)
+    found = operator_times.calibrated(base, products, measured.name, out.stem)
+    with replacing(out) as temporary:
+        temporary.write_text(hw_profiles.dumps(found), encoding="utf-8")
+    curves = {path: curve for path, curve in found.curves.items() if curve is not base.curves.get(path)}
+    if as_json:
+        knots = {path: [list(knot) for knot in curve.knots] for path, curve in curves.items()}
+        print(json.dumps({"profile": str(out), "operators": len(times), "products": len(products), **knots}, indent=2))
+        return
+    print(f"{measured}: {len(times)} operators, {len(products)} matrix products")
+    for path, curve in curves.items():
+        for size, share in curve.knots:
+            print(f"{path:24}{size:12.4g} {curve.size_unit:6}{share:8.1%}")
+    for problem in hw_profiles.check(found):
+        print(f"implausible: {problem}")
+    print(f"Wrote {out}, {base.name} but for that; use it with --profile {out}")
 
 
 def _serving_cost(adapter: Backend) -> ServingCost | None:

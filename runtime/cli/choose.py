@@ -117,7 +117,12 @@ def choose(
     listed = [name.strip() for name in profiles.split(",") if name.strip()]
     if not listed:
         raise UsageError("--profiles names no chip: give some, as a,b,c, or all")
+    engines = dict.fromkeys(name.strip() for name in engine.split(",") if name.strip())
+    if not engines:
+        raise UsageError("--engine names none: give some, as a,b,c, or auto")
     chips = [hw_profiles.load(name) for name in dict.fromkeys(names() if listed == ["all"] else listed)]
+    if strange := hourly.keys() - {*names(), *(chip.name for chip in chips)}:
+        raise UsageError(f"{prices}: {min(strange)} is no chip of --profiles nor of `glm5 profiles list`")
     demand = Demand(
         concurrency=concurrency, rate=rate, ttft_ms=ttft_ms, tpot_ms=tpot_ms, objective="min-devices",
         percentile=PERCENTILES[percentile], **lengths_asked(cfg, context.params, given(context)),
@@ -126,7 +131,7 @@ def choose(
     asked = [
         (Question(cfg, demand, name, None if formats == "auto" else formats, kv, mtp, **accepted), chip)
         for chip in chips
-        for name in ([engine_beside(chip)] if engine == "auto" else dict.fromkeys(engine.split(",")))
+        for name in ([engine_beside(chip)] if engine == "auto" else engines)
     ]
     with progress_bar(not as_json, "chips") as progress:
         found = choose_chips(asked, max_devices, progress or (lambda done, total: None))

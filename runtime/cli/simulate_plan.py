@@ -64,10 +64,7 @@ def simulated_plan(
     for name in ("isl", "osl"):
         if name in load and plan.demand.histogram:
             raise UsageError(f"--{name}: the plan's lengths are those of a file; make another plan")
-    demand = dataclasses.replace(plan.demand, **load)
-    if demand.turns > 1 and demand.rate is not None:
-        raise UsageError("conversations are held by clients: give --concurrency, and not --rate")
-    plan = dataclasses.replace(plan, demand=demand)
+    plan = dataclasses.replace(plan, demand=dataclasses.replace(plan.demand, **load))
     report, share, shares = simulate_plan(
         plan, plan.config(model, path), seed=seed, requests=requests, trace=trace, progress=progress
     )

@@ -21,28 +21,14 @@ import ml_dtypes
 import numpy as np
 
 from backends.errors import ArtifactError
+from backends.toolchains.packing import INT4, packed, unpacked
 from foundation.reading import Unreadable, parse_json
 from foundation.safetensors import NAMES, header, read_header
-
-INT4 = np.dtype(ml_dtypes.int4)
 
 
 def numpy_dtype(name: str) -> np.dtype:
     """A dtype by numpy's spelling, those of ml_dtypes included."""
     return np.dtype(getattr(ml_dtypes, name, None) or name)
-
-
-def packed(values: np.ndarray) -> np.ndarray:
-    """int4 of any shape as bytes, two numbers to each, the first in the low half."""
-    halves = np.asarray(values, order="C").reshape(-1).astype(np.int8).view(np.uint8) & 0xF
-    halves = np.pad(halves, (0, halves.size % 2))
-    return halves[0::2] | (halves[1::2] << 4)
-
-
-def unpacked(raw: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """`packed`, undone."""
-    halves = np.stack([raw & 0xF, raw >> 4], axis=-1).reshape(-1)[: math.prod(shape)]
-    return ((halves ^ 8).astype(np.int8) - 8).astype(INT4).reshape(shape)
 
 
 def _stored(shape: tuple[int, ...], kind: np.dtype) -> tuple[str, Sequence[int], int]:

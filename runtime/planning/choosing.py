@@ -21,6 +21,7 @@ from typing import Any
 
 from foundation.errors import Failure, UsageError, first_line
 from hw_profiles import Figure, Profile
+from model.formats import KV, scheme
 from runtime.deployment.engines import default_kv, engine_for, load, names
 from runtime.deployment.errors import NoPlanError
 from runtime.deployment.plan import Plan, Predicted
@@ -119,9 +120,15 @@ def choose(
     """What each chip comes to under its question's engine, in their order. most: devices of each. processes: side by
     side, by default one a core.
 
-    Raises `UsageError` for a load that nobody can serve.
+    Raises `UsageError` for a load that nobody can serve, and for formats that there are not, `EngineError` for such an
+    engine: what one chip alone cannot do is that chip's `reason`.
     """
     for question, _ in questions:
+        load(question.engine)
+        if question.scheme is not None:
+            scheme(question.scheme)
+        if question.kv is not None and question.kv not in KV:
+            raise UsageError(f"unknown KV format {question.kv!r}; known: {', '.join(KV)}")
         demand = question.demand
         if demand.rate is None and demand.concurrency is None:
             raise UsageError("which chips depends on the load: give --rate or --concurrency")

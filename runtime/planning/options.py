@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ import hw_profiles
 from foundation.errors import CapacityError, UsageError
 from foundation.limits import within
 from hw_profiles import Profile
-from model.config import MOST_DRAFTS, Mla, ModelConfig
+from model.config import MOST_DRAFTS, ModelConfig
 from model.formats import FORMATS, KV, Scheme, matrix_format, scheme_of
 from model.formats import scheme as named_scheme
 from model.quantization_config import is_scheme
@@ -275,13 +275,16 @@ def nodes_refused(option: Option, replicas: int) -> str | None:
 
 
 def layouts(
-    devices: int, held: int | None = None, groups: int | None = None, dealt: int | None = 1
+    devices: int,
+    held: int | None = None,
+    groups: int | None = None,
+    dealt: Callable[[int], Iterable[int]] = lambda tp: (1,),
 ) -> Iterator[tuple[Layout, list[int]]]:
     """Every tp x dp, with experts by tensor and by expert, and the numbers of stages to try with it, fewest first: the
     one that is held to, or several.
 
     groups: of experts, beside those: so many where they divide tp x dp; 0: what lies between, up to `_GROUPED`.
-    dealt: ranks that a cache's tokens are dealt out to, where they divide tp; None: one, and all of tp.
+    dealt: of a tp, the ranks that a cache's tokens are dealt out to.
     Stages have a number of devices that divides `devices` or is a power of two.
     """
     sizes = {size for size in range(1, devices + 1) if devices % size == 0 or size & (size - 1) == 0}
@@ -290,16 +293,20 @@ def layouts(
         if not stages:
             continue
         for tp in (tp for tp in range(1, size + 1) if size % tp == 0):
-            for dcp in (degree for degree in sorted({dealt or 1, dealt or tp}) if tp % degree == 0):
+            for dcp in dealt(tp):
                 for ep in sorted({1, size, *_groups(size, groups)}):
                     yield Layout(tp=tp, dp=size // tp, ep=ep, dcp=dcp), stages
 
 
-def _deals(question: Question, profile: Profile) -> bool:
-    """Whether the engine deals caches of this model out to tp ranks of this chip."""
+def _dealt(question: Question, profile: Profile) -> Callable[[int], Iterable[int]]:
+    """Of a tp, the ranks to deal a cache's tokens out to: those asked for, or one, and where the engine can all that
+    would hold the same of it."""
+    if held := question.held.get("dcp"):
+        return lambda tp: () if tp % held else (held,)
     at = Circumstances.of(question.cfg, profile)
-    engine = load(question.engine, question.settings, at)
-    return isinstance(question.cfg.attention, Mla) and deals_cache(engine, question.cfg)
+    if not deals_cache(load(question.engine, question.settings, at), question.cfg):
+        return lambda tp: (1,)
+    return lambda tp: sorted({1, Layout(tp).cache_copies(question.cfg)})
 
 
 def _groups(size: int, asked: int | None) -> list[int]:
@@ -327,8 +334,7 @@ def options(question: Question, profile: Profile, devices: int) -> tuple[list[Op
     rejected = {each.name: each.reason for each in left_out}
     most = sum(question.demand.longest) + question.drafts
     groups = question.held.get("ep", 0 if load(question.engine).expert_groups and question.cfg.moe else None)
-    dealt = question.held.get("dcp", None if _deals(question, profile) else 1)
-    searched = layouts(devices, question.held.get("pp"), groups, dealt)
+    searched = layouts(devices, question.held.get("pp"), groups, _dealt(question, profile))
     held = [(base, stages) for base, stages in searched if question.admits(base)]
     if not held:
         asked = ", ".join(f"{axis} {degree}" for axis, degree in question.held.items())

@@ -113,8 +113,8 @@ def _expert_layers(x: Any, experts: Any, weights: Any, layers: Any) -> Any:
 
 
 def _decoding(backend: Backend, dtype: str, size: float, sequences: Sequence[int], rounds: int) -> list[Measurement]:
-    """Attention of one query a sequence over the chosen of 512 tokens."""
-    cases = [(b, 1, keys, 512) for b in sequences for keys in (128, 512)]
+    """Attention of one query a sequence over the chosen of 512 tokens, or of few."""
+    cases = [(b, 1, keys, cached) for b in sequences for keys, cached in ((32, 128), (128, 512), (512, 512))]
     features = [{"sequences": float(b), "tokens": float(b), "context": float(keys)} for b, _, keys, _ in cases]
     return _attention(backend, dtype, size, cases, features, rounds)
 

@@ -65,6 +65,17 @@ class MlaLayer:
         return ROWS[self.index].bytes(self.shape.index_dim)
 
 
+@dataclass(frozen=True, slots=True)
+class GqaLayer:
+    """Grouped-query attention on one device: `heads` and `kv_heads` are local; row is what keys and values are stored
+    in (a name of `model.formats.ROWS`)."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int = 128
+    row: str = "bf16"
+
+
 def block_kernel(book: PriceBook, layer: MlaLayer, phase: Literal["decode", "prefill"]) -> Kernel | None:
     """The measured whole-block kernel, this engine's or else SGLang's, or None when there is none.
 
@@ -332,13 +343,14 @@ def select_topk(book: PriceBook, shape: MlaShape, tokens: float, context: float)
     return table.price(tokens, context)
 
 
-def gqa(book: PriceBook, phase: Literal["decode", "prefill"], heads: int, kv_heads: int, tokens: float, context: float,
-        sequences: float | None = None, head_dim: int = 128, row: str = "bf16") -> Price:  # fmt: skip
-    """Grouped-query attention kernel alone; local heads. Decode: `tokens` sequences over `context` keys each.
+def gqa(book: PriceBook, phase: Literal["decode", "prefill"], layer: GqaLayer, tokens: float, context: float,
+        sequences: float | None = None) -> Price:  # fmt: skip
+    """Grouped-query attention kernel alone. Decode: `tokens` sequences over `context` keys each.
 
     Prefill: `tokens` queries over a mean of `context` keys, in `sequences` sequences. Fitted for head size
-    128 and 4 to 16 query heads a KV head. row: what a token's keys and values are stored in.
+    128 and 4 to 16 query heads a KV head.
     """
+    heads, kv_heads, head_dim, row = layer.heads, layer.kv_heads, layer.head_dim, layer.row
     kept = ROWS[row]
     name = "fp8" if phase == "decode" and kept.narrow else "bf16"
     kernel, _ = book.kernel(f"gqa_{phase}", name)
@@ -354,13 +366,13 @@ def gqa(book: PriceBook, phase: Literal["decode", "prefill"], heads: int, kv_hea
     return book.surface(key, kernel, "bf16", rows, features).price(tokens, context)
 
 
-def gqa_unpacked(book: PriceBook, heads: int, kv_heads: int, sequences: float, context: float, tile: int,
-                 head_dim: int = 128, row: str = "bf16") -> Price:  # fmt: skip
+def gqa_unpacked(book: PriceBook, layer: GqaLayer, sequences: float, context: float, tile: int) -> Price:
     """Decoding `sequences` over `context` keys each by the prefill kernel, which computes `tile` queries of each."""
     kernel, _ = book.kernel("gqa_prefill", "bf16")
-    fixed = {"heads": float(heads), "kv_bytes": kv_heads * 2.0 * ROWS[row].bytes(head_dim),
-             "qk": float(head_dim), "v": float(head_dim)}  # fmt: skip
-    key = ("gqa_unpacked", heads, kv_heads, head_dim, row, tile)
+    width = float(layer.head_dim)
+    fixed = {"heads": float(layer.heads), "kv_bytes": layer.kv_heads * 2.0 * ROWS[layer.row].bytes(layer.head_dim),
+             "qk": width, "v": width}  # fmt: skip
+    key = ("gqa_unpacked", layer, tile)
     return book.surface(key, kernel, "bf16", BATCH_KNOTS,
                         lambda b, c: {"sequences": b, "tokens": tile * b, "context": c, **fixed}
                         ).price(sequences, context)  # fmt: skip

@@ -221,6 +221,9 @@ class PriceBook:
         if self.wide != "bf16":  # then everything is computed in it
             weight_format = self.wide
         timing = kernel.time(features, self.chip.peak(weight_format), self.chip.memory_bandwidth_bytes_per_s)
+        if self.chip.cache_bytes and kernel.rates is None:
+            cold = kernel.cold_bytes(features, self.chip.cache_bytes) / self.chip.memory_bandwidth_bytes_per_s
+            timing = replace(timing, seconds=timing.seconds + cold)
         if self.chip.sustained_clock_fraction == 1:
             return timing
         # measured in short bursts, at a clock that long steps do not keep

@@ -85,6 +85,7 @@ class Chip:
     memory_curve: Knots | None = None
     node_devices: int | None = None
     sustained_clock_fraction: float = 1.0
+    cache_bytes: float = 0.0
     absent: frozenset[str] = frozenset()
 
     @property
@@ -186,5 +187,6 @@ class Chip:
             (measured or {}).get("efficiency.memory"),
             int(node or domain),
             get("chip.sustained_clock_fraction") or 1.0,
+            get("chip.memory.cache_bytes") or 0.0,
             frozenset(absent),
         )

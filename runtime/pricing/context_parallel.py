@@ -11,6 +11,11 @@ serving/context_parallel_deployment.md), a layer and decode step:
 With an indexer each rank scores the keys that it holds, and candidates (scores and positions) are gathered for one
 global choice (vllm #46178). A prompt's chunk attends to all heads' keys on every rank, as without: the cached latents
 before it are gathered first.
+
+Grouped queries (v1/attention/backends/flash_attn.py `_forward_with_dcp`, PR 24864) go the same way with whole heads:
+the query heads of the ranks that share KV heads are gathered, attend to each rank's share of the context, and are put
+together by their log-sums; what a step adds itself each rank has of its own heads, and attends to apart. A prompt's
+chunk too, whose cached tokens stay where they are.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from runtime.pricing import attention
-from runtime.pricing.attention import MlaLayer
+from runtime.pricing.attention import GqaLayer, MlaLayer
 from runtime.pricing.book import PriceBook
 from runtime.pricing.placement import Span
 from runtime.pricing.price import Price, total, weakest
@@ -36,17 +41,50 @@ def decode(book: PriceBook, layer: MlaLayer, sequences: float, context: float, a
     mine = attention.mla_decode(book, layer, sequences, keys)
     group = attention.mla_decode(book, replace(layer, heads=layer.heads * ranks), sequences, keys)
     more = max(0.0, group.seconds - mine.seconds)
-    heads = sequences * layer.heads * ranks
-    exchanged = [
-        book.network.collective("all_gather", _HALF * heads * (shape.kv_lora + shape.rope), across),
-        book.network.collective("all_gather", _SINGLE * heads * ranks, across),
-        book.network.collective("reduce_scatter", _HALF * heads * shape.kv_lora, across),
-    ]
+    exchanged = _exchanged(book, sequences * layer.heads, shape.kv_lora + shape.rope, shape.kv_lora, across)
     if layer.mode == "index":
         candidates = min(share, float(shape.index_topk)) * ranks
         exchanged.append(book.network.collective("all_gather", 2 * _SINGLE * sequences * candidates, across))
     evidence = weakest((block.evidence, "transferred"))
     return total([replace(block, seconds=block.seconds + more, evidence=evidence), *exchanged])
+
+
+def gqa_decode(book: PriceBook, layer: GqaLayer, sequences: float, context: float, across: Span) -> Price:
+    """Attention of one decode step: `sequences` queries over a mean of `context` tokens, of which each rank holds its
+    share, and over their own."""
+    if across.devices == 1:
+        return attention.gqa(book, "decode", layer, sequences, context)
+    group, share = replace(layer, heads=layer.heads * across.devices), max(context / across.devices, 1.0)
+    dealt, own = (
+        attention.gqa(book, "decode", group, sequences, share),
+        attention.gqa(book, "decode", layer, sequences, 1.0),
+    )
+    return _together(dealt, own, _exchanged(book, sequences * layer.heads, layer.head_dim, layer.head_dim, across))
+
+
+def gqa_prefill(book: PriceBook, layer: GqaLayer, tokens: float, prefix: float, sequences: int, across: Span) -> Price:
+    """Attention of a step's chunks: `tokens` over `sequences`, to one another and to `prefix` cached tokens before
+    each, of which each rank holds its share."""
+    own = attention.gqa(book, "prefill", layer, tokens, max(tokens / sequences / 2, 1.0), sequences)
+    if prefix <= 0:
+        return own
+    group, share = replace(layer, heads=layer.heads * across.devices), max(prefix / across.devices, 1.0)
+    dealt = attention.gqa(book, "prefill", group, tokens, share, sequences)
+    return _together(dealt, own, _exchanged(book, tokens * layer.heads, layer.head_dim, layer.head_dim, across))
+
+
+def _together(dealt: Price, own: Price, exchanged: list[Price]) -> Price:
+    return total([replace(dealt, evidence=weakest((dealt.evidence, "transferred"))), own, *exchanged])
+
+
+def _exchanged(book: PriceBook, heads: float, query: int, output: int, across: Span) -> list[Price]:
+    """What the ranks tell each other of `heads` rows on each of them: queries, log-sums and outputs."""
+    of_all = heads * across.devices
+    return [
+        book.network.collective("all_gather", _HALF * of_all * query, across),
+        book.network.collective("all_gather", _SINGLE * of_all * across.devices, across),
+        book.network.collective("reduce_scatter", _HALF * of_all * output, across),
+    ]
 
 
 def gathered(book: PriceBook, layer: MlaLayer, cached_tokens: float, across: Span) -> Price:

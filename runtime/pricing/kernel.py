@@ -22,11 +22,14 @@ from runtime.pricing.chip import Knots
 from runtime.pricing.eras import OLDER_ERROR
 from runtime.pricing.grid import Array, RatioGrid
 from runtime.pricing.price import Bound, PriceEvidence
-from runtime.pricing.work import FAMILIES, Features
+from runtime.pricing.work import FAMILIES, Features, weight_bytes
 
 _CALIBRATED_ERROR, _CARRIED_ERROR = 0.2, 0.5
 """Errors of what calibration measured (the spread of its own points about the curves), and of kernels that
 borrow its rates."""
+ROTATED = {"gemm": 6}
+"""Weights that the tables' benchmarks took in turn, so as not to find them in a cache: six at most (aiconfigurator
+collect_gemm.py:298); one, where nothing is said."""
 KERNEL_BOUNDS: tuple[Bound, ...] = ("compute", "memory", "overhead")
 
 
@@ -136,6 +139,18 @@ class Kernel:
             value = np.asarray(features[name], float)
             outside = outside | (value < low * 0.999) | (value > self.high[name] * 1.001)
         return Timing(seconds, bound, outside)
+
+    def cold_bytes(self, features: Features, cache_bytes: float) -> Array:
+        """Bytes of weights that a layer of a model reads from memory, and measuring read from the chip's cache.
+
+        A step goes through all weights before it comes back to a layer's, which no cache holds; whoever measures runs
+        one kernel over and over. What it touches stays while it fits: all of it up to the cache's size, nothing from
+        twice that size on, where the next run has lost what the last one read.
+        """
+        work = FAMILIES[self.family](features)
+        touched = np.asarray(work.bytes, float) * ROTATED.get(self.family, 1)
+        kept = np.clip(2.0 * cache_bytes / np.maximum(touched, 1.0) - 1.0, 0.0, 1.0)
+        return np.asarray(weight_bytes(self.family, features), float) * kept
 
     def adjusted(self, launch_s: float, compute_scale: float, memory_scale: float) -> Kernel:
         """The same kernel with a launch time of a chip's own, and efficiencies scaled by what its profile says.

@@ -13,7 +13,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from model.formats import Formats
 from model.split import Layout
 from model.weights import layer_weights, outer_weights
 from runtime.pricing import attention, context_parallel
-from runtime.pricing.attention import MlaLayer
+from runtime.pricing.attention import GqaLayer, MlaLayer
 from runtime.pricing.book import BATCH_KNOTS, CONTEXT_KNOTS, PriceBook
 from runtime.pricing.grid import Surface
 from runtime.pricing.load import ExpertLoad
@@ -199,13 +199,21 @@ class GraphPricer:
         (out,) = (weight for weight in layer_weights(self.cfg, kind) if weight.name == "o")
         return self.formats.held(out, kind.mtp).name
 
+    @property
+    def _gqa_layer(self) -> GqaLayer:
+        gqa, tp = self.cfg.attention, self.layout.tp
+        assert not isinstance(gqa, Mla)
+        return GqaLayer(self.cfg.heads // tp, max(1, gqa.kv_heads // tp), gqa.head_dim, self.formats.cache.heads)
+
     def _decode_price(self, kind: LayerType, sequences: float, context: float) -> Price:
-        if self.layout.dcp > 1:
-            across = self._context.placement.dcp
+        across = self._context.placement.dcp if self.layout.dcp > 1 else None
+        if not isinstance(self.cfg.attention, Mla):
+            if across:
+                return context_parallel.gqa_decode(self.book, self._gqa_layer, sequences, context, across)
+            return attention.gqa(self.book, "decode", self._gqa_layer, sequences, context)
+        if across:
             return context_parallel.decode(self.book, self._mla_layer(kind), sequences, context, across)
-        if isinstance(self.cfg.attention, Mla):
-            return attention.decode(self.book, self._mla_layer(kind), sequences, context)
-        return self._gqa_price("decode", sequences, context, None)
+        return attention.decode(self.book, self._mla_layer(kind), sequences, context)
 
     def _decode(self, kind: LayerType, sequences: float, context: float) -> Price:
         """The price at a point of the decode surface, in the seconds that the surface gives."""
@@ -214,24 +222,11 @@ class GraphPricer:
 
     def _decode_beside(self, kind: LayerType, rows: int, queries: int, context: float, prompts: int) -> Price:
         """The price of decoding in a step with so many prompt tokens."""
-        alone = self._decode(kind, rows * queries, context)
-        gqa, tp, tile = self.cfg.attention, self.layout.tp, self.book.unpacked_tile
-        if not (prompts and tile) or isinstance(gqa, Mla):
+        alone, tile = self._decode(kind, rows * queries, context), self.book.unpacked_tile
+        if not (prompts and tile) or isinstance(self.cfg.attention, Mla) or self.layout.dcp > 1:
             return alone
-        heads, kept, size = self.cfg.heads // tp, gqa.kv_heads // tp, gqa.head_dim
-        row = self.formats.cache.heads
-        apart = attention.gqa_unpacked(self.book, heads, kept, rows, context, tile, size, row)
+        apart = attention.gqa_unpacked(self.book, self._gqa_layer, rows, context, tile)
         return max(alone, apart, key=lambda price: price.seconds)
-
-    def _gqa_price(
-        self, phase: Literal["decode", "prefill"], tokens: float, context: float, sequences: float | None
-    ) -> Price:
-        gqa, tp = self.cfg.attention, self.layout.tp
-        assert not isinstance(gqa, Mla)
-        return attention.gqa(
-            self.book, phase, self.cfg.heads // tp, gqa.kv_heads // tp, tokens, context, sequences,
-            head_dim=gqa.head_dim, row=self.formats.cache.heads,
-        )  # type: ignore[arg-type]  # fmt: skip
 
     def _decode_surface(self, kind: LayerType) -> Callable[[float, float], float]:
         if self.layout.dcp > 1:
@@ -250,14 +245,17 @@ class GraphPricer:
         return Surface(rows, contexts, filled)
 
     def _prefill_price(self, kind: LayerType, tokens: int, prefix: float, sequences: int) -> Price:
-        if isinstance(self.cfg.attention, Mla):
-            layer = self._mla_layer(kind)
-            found = attention.prefill(self.book, layer, tokens, prefix, sequences, host_launched=False)
-            if self.layout.dcp > 1:
-                across = self._context.placement.dcp
-                return total([found, context_parallel.gathered(self.book, layer, prefix * sequences, across)])
-            return found
-        return self._gqa_price("prefill", tokens, prefix + tokens / sequences / 2, sequences)
+        across = self._context.placement.dcp if self.layout.dcp > 1 else None
+        if not isinstance(self.cfg.attention, Mla):
+            if across:
+                return context_parallel.gqa_prefill(self.book, self._gqa_layer, tokens, prefix, sequences, across)
+            keys = prefix + tokens / sequences / 2
+            return attention.gqa(self.book, "prefill", self._gqa_layer, tokens, keys, sequences)
+        layer = self._mla_layer(kind)
+        found = attention.prefill(self.book, layer, tokens, prefix, sequences, host_launched=False)
+        if across:
+            return total([found, context_parallel.gathered(self.book, layer, prefix * sequences, across)])
+        return found
 
     # --- steps
 

@@ -131,11 +131,10 @@ def _gqa(op: TracedOp, sizes: Sizes, context: Context) -> Price:
     b, t, heads, width = op.inputs[0].at(sizes)
     kv_heads, page = op.inputs[1].at(sizes)[2], op.inputs[1].at(sizes)[1]
     keys = op.inputs[3].at(sizes)[1] * page
-    row = context.formats.cache.heads
+    layer = attention.GqaLayer(heads, kv_heads, width, context.formats.cache.heads)
     if t == 1:
-        return attention.gqa(context.book, "decode", heads, kv_heads, b, keys, head_dim=width, row=row)
-    mean = max(keys - t / 2, 1.0)
-    return attention.gqa(context.book, "prefill", heads, kv_heads, b * t, mean, b, head_dim=width, row=row)
+        return attention.gqa(context.book, "decode", layer, b, keys)
+    return attention.gqa(context.book, "prefill", layer, b * t, max(keys - t / 2, 1.0), b)
 
 
 def _in_block(op: TracedOp, sizes: Sizes, context: Context) -> Price:

@@ -24,7 +24,7 @@ from jax.extend import core as jex
 from foundation.errors import UsageError
 from model import abstract
 from model.cache import CacheRow
-from model.config import LayerType, ModelConfig
+from model.config import Gqa, LayerType, ModelConfig
 from model.graph import Mode
 from model.ops import attributes_of
 from model.parallel import Parallel
@@ -90,8 +90,12 @@ def _routed(cfg: ModelConfig, what: What) -> bool:
 def _degrees(cfg: ModelConfig, layout: Layout, routed: bool) -> tuple[Layout, ...]:
     """Layouts of one family to trace at: a base, one with another tp and one with another dp where they are split.
 
-    Where the model is too small for those, the layout alone: then its degrees stay numbers.
+    Where the model is too small for those, or its KV heads too few to be cut as often as tp, the layout alone: then its
+    degrees stay numbers.
     """
+    alone = (dataclasses.replace(layout, pp=1, dcp=1),)
+    if isinstance(cfg.attention, Gqa) and max(layout.tp, 4 if layout.tp > 1 else 1) > cfg.attention.kv_heads:
+        return alone
     by_expert = layout.by_expert and routed
     dp = min(layout.dp, 2) if routed else 1
     tp = min(layout.tp, 2)
@@ -106,7 +110,7 @@ def _degrees(cfg: ModelConfig, layout: Layout, routed: bool) -> tuple[Layout, ..
         for point in points:
             point.check(cfg)
     except UsageError:
-        return (dataclasses.replace(layout, pp=1),)
+        return alone
     return points
 
 

@@ -144,3 +144,16 @@ def mla_block(f: Features) -> Work:
 FAMILIES: Mapping[str, Callable[[Features], Work]] = {
     f.__name__: f for f in (gemm, bmm, moe, attention, index_scores, select_topk, memory, mla_block)
 }
+
+
+def weight_bytes(family: str, f: Features) -> Any:
+    """Bytes of weights that a kernel reads, of the families that have some."""
+    if family == "gemm":
+        return f["n"] * f["k"] * f["weight_bytes"]
+    if family == "bmm":
+        return 2.0 * f["heads"] * f["n"] * f["k"]
+    if family == "moe":
+        return f["active"] * 3.0 * f["hidden"] * f["inter"] * f["weight_bytes"]
+    if family == "mla_block":
+        return projections(f).bytes + f["indexer"] * index_projections(f).bytes
+    return 0.0

@@ -151,8 +151,13 @@ def _aiperf(run: Mapping[str, Any]) -> dict[str, Any]:
     stimulus = asked.get("perf_analyzer")
     stimulus = stimulus.get("stimulus") if isinstance(stimulus, dict) else None
     stimulus = stimulus if isinstance(stimulus, dict) else {}
-    clients = _whole(generated, "concurrency") or _whole(stimulus, "concurrency")
-    rate = generated.get("request_rate", stimulus.get("request_rate"))
+    phases = [_part(asked, "phases")] if isinstance(asked.get("phases"), dict) else asked.get("phases")
+    of_phase = [each for each in phases or () if isinstance(each, dict)] if isinstance(phases, list) else []
+    phase = next((each for each in of_phase if each.get("kind") == "profiling"), {})  # 0.13
+    clients = next((found for each in (phase, generated, stimulus) if (found := _whole(each, "concurrency"))), None)
+    rate = next(
+        (each[key] for each in (phase, generated, stimulus) for key in ("rate", "request_rate") if key in each), None
+    )
     figures = {
         f"{name}_{column}_ms": _stat(run, tag, said)
         for name, tag in _MS.items()

@@ -82,6 +82,11 @@ MECHANISMS = (
         chip={"link.scale_out.collective_latency_s": 5e-6},
     ),
     Mechanism("clocks", "long matrix products lose clock; without: none", chip={"chip.sustained_clock_fraction": 1.0}),
+    Mechanism(
+        "cold-weights",
+        "weights that tables were measured over in the chip's cache come from memory; without: from the cache",
+        chip={"chip.memory.cache_bytes": 1.0},
+    ),
     Mechanism("expert-load", "grouped routers load experts by a power law; without: evenly", expert_load="uniform"),
 )
 

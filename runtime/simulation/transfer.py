@@ -58,13 +58,13 @@ def _shares(given: int, taken: int, copies: int, kept: int) -> list[tuple[int, i
     own, parts = given // copies, taken // kept
     found = []
     for target in range(taken):
-        part = target % parts  # neighbours have different ones
+        part = target // kept  # neighbours have the same ones
         for had in range(own):
             share = max(0.0, min((part + 1) / parts, (had + 1) / own) - max(part / parts, had / own))
             if share > 1e-12:
                 # of those that have it: one of its own, as far as there are any
                 mine = target * given // taken
-                source = mine if mine % own == had else had + own * (target % copies)
+                source = mine if mine // copies == had else had * copies + target % copies
                 found.append((source, target, share))
     return found
 

@@ -1,7 +1,8 @@
 """Scoring the simulator against measured deployments.
 
 Three kinds of file, told apart by their columns: deployments as people publish them (`server_flags`, see `published`),
-end-to-end rows of one serving benchmark (`ttft_ms`, `tpot_ms`), and single step times (`measured_s`). Each row is
+end-to-end rows of one serving benchmark (`ttft_ms`, `tpot_ms`), and single step times (`measured_s`, or the
+JSON of an Ascend package's run.py). Each row is
 predicted from its columns and, for the benchmark, from the server settings that it is known to pass; nothing is fitted
 here. A row that cannot be priced is listed with the reason and counted.
 """
@@ -28,7 +29,7 @@ from runtime.pricing.bands import band
 from runtime.pricing.pricer import relative_error
 from runtime.serving import Report, bench_serving, simulate
 from runtime.serving.pricing import BatchShape
-from runtime.simulation import published
+from runtime.simulation import package_runs, published
 from runtime.simulation.build import Built, PriceTables, build, spec_for
 from runtime.simulation.mechanisms import Mechanism
 from runtime.simulation.published import PublishedRow, model_of
@@ -68,6 +69,8 @@ STEP = (
 
 def read_rows(path: Path) -> tuple[str, list[dict[str, str]]]:
     """("published", "end-to-end" or "step", and the rows). Raises `UsageError` naming what is wrong with the file."""
+    if path.suffix == ".json":
+        return "step", package_runs.steps(path)
     try:
         columns, rows = read_csv(path)
     except Unreadable as error:
@@ -204,19 +207,18 @@ def _published(row: Mapping[str, str], builds: dict[Any, Built], without: Mechan
 
 
 _DEVICES = {"ATLAS_800_A3_560T_128G_DIE": "ascend-910c-die-560t", "ATLAS_800_A3_752T_128G_DIE": "ascend-910c-die"}
-_LINEAR = {"W8A8_DYNAMIC": "w8a8", "W4A8_DYNAMIC": "w4a8", "DISABLED": "bf16"}
 
 
 def _step(row: Mapping[str, str], shared: _Shared) -> ScoredRow:
     cfg = model_of(row["model"])
     profile = shared.profile(_DEVICES.get(row["device"], row["device"]))
     tp, dp, ep, world, drafts = (int(row[key]) for key in ("tp", "dp", "ep", "world", "mtp"))
-    if row["q_linear"] not in _LINEAR:
-        raise UsageError(f"q_linear {row['q_linear']!r}: known are {', '.join(_LINEAR)}")
+    if row["q_linear"] not in package_runs.LINEAR:
+        raise UsageError(f"q_linear {row['q_linear']!r}: known are {', '.join(package_runs.LINEAR)}")
     layout = Layout(tp=tp, dp=dp, ep=ep, pp=max(1, world // (tp * dp)))
     kv = {"INT8": "int8", "FP8": "fp8"}.get(row["q_attn"], "bf16")
     drafts = drafts if cfg.mtp_layers else 0  # drafted by something else than the model: verification alone is priced
-    linear, cuts = _LINEAR[row["q_linear"]], {"expert_groups": True}  # as measured, whoever serves so
+    linear, cuts = package_runs.LINEAR[row["q_linear"]], {"expert_groups": True}  # as measured, whoever serves so
     # a pool is not part of a single step
     spec = spec_for(cfg, profile, layout, linear, kv, "vllm-ascend", cuts, drafts=drafts, pool_tokens=1_000_000)
     built = build(spec, shared.tables)
@@ -226,7 +228,7 @@ def _step(row: Mapping[str, str], shared: _Shared) -> ScoredRow:
         contexts = np.full(local, context)
         shape = BatchShape(decode_contexts=contexts, query_tokens=length, decode_rows=local, graphed=True)
     else:
-        shape = BatchShape(prefill_chunks=[(length, 0)] * local)
+        shape = BatchShape(prefill_chunks=[(length, int(row.get("start") or 0))] * local)
     price = built.pricer.price(shape)
     found = band("step", kind_of(built), relative_error(price), price.extrapolated)
     return ScoredRow(

@@ -18,6 +18,7 @@ from foundation.reading import Unreadable, read_toml
 from model.config import MOST_DRAFTS, ModelConfig
 from model.errors import ConfigError
 from model.hf_config import from_hf
+from model.quantised import integer_formats
 from runtime.deployment.document import Fault, place, validated
 from runtime.training.data import TASKS
 
@@ -87,7 +88,8 @@ class OptimizerConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainingStage:
     """So many steps of one kind: `rows` sequences of `length` tokens, tasks by `mix`. With `draft_weight` the MTP
-    layer learns too, `drafts` deep, on `draft_rows` of the sequences."""
+    layer learns too, `drafts` deep, on `draft_rows` of the sequences. rounding: integer formats that the weights are
+    seen in (quantisation-aware training), "" for none."""
 
     attention: Literal["dense", "warmup", "sparse"]
     steps: int
@@ -97,8 +99,11 @@ class TrainingStage:
     drafts: int = 3
     draft_rows: int = 0
     draft_weight: float = 0.0
+    rounding: str = ""
 
     def problem(self) -> str | None:
+        if said := unknown_rounding(self.rounding):
+            return said
         for key in ("steps", "rows", "length"):
             if getattr(self, key) < 1:
                 return f"`{key}` must be at least 1, not {getattr(self, key)}"
@@ -122,6 +127,16 @@ class TrainingStage:
     @property
     def draft_depths(self) -> int:
         return self.drafts if self.draft_rows else 0
+
+
+def unknown_rounding(name: str) -> str | None:
+    """What is wrong with a stage's `rounding`."""
+    if name:
+        try:
+            integer_formats(name)
+        except UsageError as error:
+            return f"`rounding`: {error}"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,12 +24,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array, lax
 
-from model import graph, ops
+from model import graph, ops, qat
 from model.config import LayerType, Mla, ModelConfig
-from model.module import MODE, IndexerParam, Model, fresh
+from model.module import MODE, Model, fresh
+from model.weights import Weight
 
 Attention = Literal["dense", "warmup", "sparse"]
 
@@ -172,12 +172,24 @@ def staged(cfg: ModelConfig, attention: Attention, length: int) -> ModelConfig:
     return cfg
 
 
-def forward(model: Model, tokens: Array, attention: Attention, drafts: int = 0, draft_rows: int = 0) -> Passed:
+def forward(
+    model: Model, tokens: Array, attention: Attention, drafts: int = 0, draft_rows: int = 0, rounding: str = ""
+) -> Passed:
     """The graph over tokens [b,t]. With `drafts`, the MTP layer's depths too, for the first `draft_rows` sequences:
-    depth k gives at position i the logits of token i + 1 + k, each depth carrying the hidden state of the last."""
+    depth k gives at position i the logits of token i + 1 + k, each depth carrying the hidden state of the last.
+    rounding: of the weights, see `model.qat`."""
     cfg = staged(model.config, attention, tokens.shape[1])
-    weights = model.weights()
-    gauges = Gauges(attention, frozenset(map(id, jax.tree.leaves(nnx.state(model, IndexerParam)))))
+    seen = qat.rounding(rounding) if rounding else None
+    of_indexers: set[int] = set()
+
+    def see(weight: Weight, array: Array) -> Array:
+        found = seen(weight, array) if seen else array
+        if weight.of_indexer:
+            of_indexers.add(id(found))
+        return found
+
+    weights = model.seen(see)
+    gauges = Gauges(attention, frozenset(of_indexers))
 
     def run(fn: Callable[..., Any], kinds: Sequence[LayerType], tokens: Array, *more: Any) -> graph.StepOutput:
         caches, batch = fresh(cfg, kinds, tokens, jnp.float32)
@@ -207,17 +219,19 @@ def surprise(logits: Array, tokens: Array, weights: Array, ahead: int) -> tuple[
 
 @dataclasses.dataclass(frozen=True)
 class Aim:
-    """What a stage trains: its attention, how many draft depths over how many sequences, and their loss's weight."""
+    """What a stage trains: its attention, how many draft depths over how many sequences, and their loss's weight; and
+    what its weights are rounded to on the way."""
 
     attention: Attention
     drafts: int = 0
     draft_rows: int = 0
     draft_weight: float = 0.0
+    rounding: str = ""
 
 
 def loss(model: Model, aim: Aim, tokens: Array, weights: Array) -> tuple[Array, dict[str, Any]]:
     """The loss of a batch, and its parts. `row_loss`, `row_count` [b]: surprise over the answers of each sequence."""
-    passed = forward(model, tokens, aim.attention, aim.drafts, aim.draft_rows)
+    passed = forward(model, tokens, aim.attention, aim.drafts, aim.draft_rows, aim.rounding)
     gauges = passed.gauges
     losses, counts = surprise(passed.logits, tokens, weights, 1)
     language = jnp.sum(losses) / jnp.sum(counts)

@@ -116,7 +116,7 @@ StepFn = Callable[[State, Any, Any], tuple[State, dict[str, Any]]]
 
 def compile_step(stage: TrainingStage, optimizers: Optimizers) -> StepFn:
     """The jitted step of a stage: (state, tokens [b,t], weights [b,t]) -> (state, parts of the loss)."""
-    aim = Aim(stage.attention, stage.draft_depths, stage.draft_rows, stage.draft_weight)
+    aim = Aim(stage.attention, stage.draft_depths, stage.draft_rows, stage.draft_weight, stage.rounding)
 
     def run(state: State, tokens: Array, weights: Array) -> tuple[State, dict[str, Any]]:
         model, main, index = state

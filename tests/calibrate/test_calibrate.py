@@ -101,7 +101,7 @@ def test_what_serving_takes_is_found_beside_the_programs(
     def ask(streams: int) -> pace.Seen:
         first = streams * (request + row) + step + 3 * programs
         token = programs + step + streams * row + (rows_s if streams > 1 else 0)
-        return [(first, first + 47 * token)] * streams
+        return [[first + at * token for at in range(48)]] * streams
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pace, "load_engine", lambda *_: None)
@@ -109,6 +109,21 @@ def test_what_serving_takes_is_found_beside_the_programs(
         patch.setattr(pace, "_programs_s", lambda engine: (3 * programs, programs, programs + rows_s))
         found = SERVING_COST(registry.get("cpu"), rounds=1)
     assert dataclasses.astuple(found) == pytest.approx((request, step, row), rel=1e-6, abs=1e-9)
+
+
+def test_what_cannot_be_told_from_nothing_is_a_figure_still(written: hw_profiles.Profile, tmp_path: Path) -> None:
+    """On a host that something else slows down as programs are timed alone, and not as the server is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pace, "load_engine", lambda *_: None)
+        patch.setattr(pace, "_asked", lambda engine: contextlib.nullcontext(lambda streams: [[0.001, 0.048]] * streams))
+        patch.setattr(pace, "_programs_s", lambda engine: (0.1, 0.1, 0.2))
+        found = SERVING_COST(registry.get("cpu"), rounds=1)
+    figures = dict(written.figures)
+    for name, value in dataclasses.asdict(found).items():
+        path = f"overhead.serving_{name}"
+        figures[path] = dataclasses.replace(figures[path], value=value)
+    (tmp_path / "slowed.toml").write_text(hw_profiles.dumps(dataclasses.replace(written, prices=None, figures=figures)))
+    assert hw_profiles.load(tmp_path / "slowed.toml").figures["overhead.serving_step_s"].value > 0
 
 
 @pytest.mark.slow

@@ -42,7 +42,11 @@ if moment == "name":
     import os as _os
     real = _os.replace
     _os.replace = lambda *paths: (os.kill(os.getpid(), signal.SIGINT), time.sleep(1), real(*paths))
-main()
+try:
+    main()
+finally:
+    if moment == "name":
+        time.sleep(1000)  # whoever answers may be late
 """
 
 

@@ -92,7 +92,10 @@ def test_seeds(small: Path) -> None:
     assert first == again != other
 
 
-@pytest.mark.parametrize(("file", "tokenizer"), [("config.json", True), ("generation_config.json", False)])
+@pytest.mark.parametrize(
+    ("file", "tokenizer"),
+    [("config.json", True), pytest.param("generation_config.json", False, marks=pytest.mark.slow)],
+)
 def test_stop_tokens(small: Path, plain: dict[str, Any], tmp_path: Path, file: str, tokenizer: bool) -> None:
     """Of either config, whether or not there is a tokenizer."""
     third = plain["token_ids"][2]

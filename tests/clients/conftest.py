@@ -22,12 +22,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.clients)
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[str]:
-    """The URL of a server that answers with the embedded model. GLM5 is the command."""
+BACKENDS = {"cpu": "", "sim": "--backend sim --profile h200-sxm"}
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def server(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of a server that answers with the embedded model, on this host or on emulated chips. GLM5 is the
+    command."""
     if "GLM5" not in os.environ:
         pytest.skip("GLM5 does not name the command: `make test-clients`")
     command = [*shlex.split(os.environ["GLM5"]), "serve", "--port", "0", "--warm-up", "1", "--api-key", "secret"]
+    command += BACKENDS[request.param].split()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sys.stderr, text=True)
     try:
         assert process.stdout is not None

@@ -10,13 +10,16 @@ import hw_profiles
 from foundation.errors import UsageError
 from model.cache import cache_rows
 from model.hf_config import load_config
-from model.split import Layout
-from runtime.deployment.engines.flags import format_facts, releases, unsupported
+from model.split import Grid, Layout
+from model.weights import layer_weights
+from runtime.deployment.engines.flags import releases
+from runtime.deployment.errors import LaunchError
 from runtime.deployment.ledger import stage_kv_bytes_per_token
 from runtime.planning.assign import plan_for
 from runtime.planning.check import check
+from runtime.planning.launch import launch
 from runtime.pricing import attention, context_parallel, open_book
-from runtime.pricing.attention import MlaLayer
+from runtime.pricing.attention import GqaLayer, MlaLayer
 from runtime.pricing.placement import Span, place
 from runtime.pricing.work import MEASURED_BLOCKS
 from runtime.simulation.build import Spec, memories, spec_for
@@ -72,6 +75,47 @@ def test_more_ranks_never_hold_fewer_tokens_and_the_plan_adds_up() -> None:
     assert plan.pools[0].pool_tokens == pytest.approx(pools[2], rel=1e-3)
 
 
+def test_kv_heads_on_several_ranks_are_dealt_out() -> None:
+    """GLM-4.6: 92 layers and 8 KV heads of 128, two numbers of 2 bytes each. With 16 ranks each head is on two of them;
+    dealt out, all ranks together hold a token once."""
+    cfg, held = load_config("glm-4.6"), formats("bf16", "bf16")
+    token = 92 * 8 * 128 * 2 * 2
+    for tp, dcp, copies in ((8, 1, 1), (16, 1, 2), (16, 2, 1), (32, 2, 2), (32, 4, 1)):
+        layout = Layout(tp, dcp=dcp)
+        layout.check(cfg)
+        assert stage_kv_bytes_per_token(cfg, layout, held, 0, False) * tp == token * copies
+        assert {layout.row_copies(row) for kind in cfg.layer_counts for row in cache_rows(cfg, kind)} == {copies}
+    pools = [spec(dcp, "glm-4.6", "bf16", tp=16) for dcp in (1, 2)]
+    one, two = (memories(each)[0].pool_tokens for each in pools)
+    assert two == pytest.approx(2 * one, rel=1e-5)
+    assert check(plan_for(pools[1]), cfg) == []
+
+
+def test_weights_of_kv_heads_on_several_ranks() -> None:
+    """A rank has its head's columns of the projections to keys and values, and their biases; scales of blocks too."""
+    cfg = load_config("glm-4.6")
+    kind = next(iter(cfg.layer_counts))
+    shapes = {weight.name: Layout(32).local_shape(weight) for weight in layer_weights(cfg, kind)}
+    for name in ("k", "v"):
+        assert (shapes[name], shapes[f"{name}_bias"]) == ((5120, 128), (128,))
+    assert shapes["q"] == (5120, 96 // 32 * 128)
+
+
+@given(sequences=st.sampled_from((1, 8, 64)), context=st.sampled_from((512, 8192, 65536)))
+def test_grouped_queries_over_shares(sequences: int, context: int) -> None:
+    """Where reading the cache takes the time, half of it to read is faster; never by more than that. A prompt's chunk
+    reads nothing less than its own tokens."""
+    book, layer = open_book(CHIPS["h200-sxm"], "vllm"), GqaLayer(6, 1)
+    alone = attention.gqa(book, "decode", layer, sequences, context).seconds
+    assert context_parallel.gqa_decode(book, layer, sequences, context, Span(1, 1, 1, 1)).seconds == alone
+    dealt = context_parallel.gqa_decode(book, layer, sequences, context, Span(2, 1, 1, 2)).seconds
+    assert dealt > alone / 2
+    if sequences >= 64 and context >= 65536:
+        assert dealt < alone
+    chunk = context_parallel.gqa_prefill(book, layer, 4096, context, 1, Span(2, 1, 1, 2)).seconds
+    assert chunk > context_parallel.gqa_prefill(book, layer, 4096, 0, 1, Span(2, 1, 1, 2)).seconds
+
+
 @given(sequences=st.sampled_from((1, 8, 64, 256)), context=st.sampled_from((512, 8192, 65536)))
 def test_attention_over_shares(sequences: int, context: int) -> None:
     """One rank is the block itself. Several cost what the share costs, with all heads of the group, and exchange; where
@@ -104,20 +148,32 @@ def test_what_an_engine_cannot_is_refused(model: str, engine: str, why: str) -> 
         spec(8, model, "fp8", engine)
     with pytest.raises(UsageError, match="each KV head lies on one tp rank alone"):
         Layout(8, dcp=8).check(load_config("glm-4.5"))
+    with pytest.raises(UsageError, match="each KV head lies on 2 tp ranks, which dcp must divide"):
+        Layout(16, dcp=4).check(load_config("glm-4.5"))
+    with pytest.raises(UsageError, match="KV heads / tp = 8 / 12"):
+        Layout(12).check(load_config("glm-4.5"))
     with pytest.raises(UsageError, match="dcp above 1 is planned and simulated alone"):
         Layout(8, dcp=8).require_mesh()
+    with pytest.raises(UsageError, match="KV heads that several tp ranks hold are planned and simulated alone"):
+        Grid.of(load_config("glm-4.5"), Layout(16))
+    with pytest.raises(UsageError, match="vllm 0.11 has no decode context parallelism for KV heads: --dcp 1, not 2"):
+        spec(2, "glm-4.6", "bf16", "vllm@0.11", tp=16)
 
 
 @pytest.mark.parametrize("release", ["0.11", "0.13", "0.23", "0.28"])
 def test_which_vllm_deals_out_eight_bits(release: str) -> None:
     """Its mla_attention.py asserts against it up to 0.24; PR 44044 took that out. Wherever there are launch lines they
-    refuse the same."""
+    refuse the same, of a plan that is for another release too."""
     name = f"vllm@{release}"
     assert spec(1, engine=name, kv="fp8").layout.dcp == 1
-    facts = {"dealt": True} | format_facts(load_config("kimi-k2"), hw_profiles.load("h200-sxm"), "w4a16", "fp8")
     fits = release == "0.28"
     if release in releases("vllm"):
-        assert (unsupported("vllm", release, facts) is None) == fits
+        cfg, dealt = load_config("kimi-k2"), plan_for(spec(8, engine="vllm@0.28", kv="fp8"))
+        if fits:
+            assert "--decode-context-parallel-size 8" in launch(dealt, cfg, release=release).script(0)
+        else:
+            with pytest.raises(LaunchError, match=f"vllm {release} deals no fp8 cache out"):
+                launch(dealt, cfg, release=release)
     if fits:
         assert memories(spec(8, engine=name, kv="fp8"))[0].pool_tokens > 1.5 * memories(spec(8))[0].pool_tokens
         return

@@ -35,13 +35,14 @@ LAYOUTS = {
     "tp1-dp8-ep8": Layout(1, 8, ep=8),
 }  # fmt: skip
 CHIPS = {
-    "h200-sxm": "sglang", "b200-sxm": "vllm", "a100-sxm-80gb": "sglang", "gb200-nvl72": "trtllm",
+    "h200-sxm": "sglang", "b200-sxm": "vllm", "a100-sxm-80gb": "vllm", "gb200-nvl72": "trtllm",
     "h20-141gb": "sglang", "ascend-910b2": "vllm-ascend",
 }  # fmt: skip
 SHAPES = [
     BatchShape(np.full(rows, context), 1, decode_rows=rows, graphed=True)
     for rows, context in ((1, 1), (1, 4096), (7, 900), (64, 20_000), (300, 3000))
 ] + [BatchShape(prefill_chunks=[(tokens, 2048)]) for tokens in (1, 100, 8192)]
+SHAPES += [BatchShape(np.full(rows, 4000), 1, [(1000, 500)], rows) for rows in (1, 64)]  # answers beside a prompt
 CASES = list(itertools.product(CHIPS, LAYOUTS))[::2]  # every chip, every layout
 
 
@@ -82,4 +83,6 @@ def test_fewer_tokens_never_make_a_step_slower(case: tuple[str, str]) -> None:
         assert plain.seconds(BatchShape(prefill_chunks=[(tokens, 0)])) <= plain.seconds(
             BatchShape(prefill_chunks=[(tokens + 1, 0)])
         ) * (1 + 1e-9)
+        beside = [BatchShape(np.full(64, keys), 1, [(500, 0)], 64) for keys in (tokens, tokens + 1)]
+        assert plain.seconds(beside[0]) <= plain.seconds(beside[1]) * (1 + 1e-9)
         assert plain._layers.seconds(tokens) <= plain._layers.seconds(tokens + 1) * (1 + 1e-9)

@@ -107,7 +107,7 @@ def test_grades_and_stand_ins() -> None:
         attention.decode(npu, MlaLayer(GLM5, 8, "index", "int8", "w8a8-int8"), 16, 4096),
         attention.prefill(npu, MlaLayer(GLM5, 8, "index", "bf16", "bf16"), 4096),
         npu.network.collective("all_reduce", 1e6, 8),
-        attention.gqa(npu, "decode", 12, 1, 16, 4096),
+        attention.gqa(npu, "decode", attention.GqaLayer(12, 1), 16, 4096),
     ):
         assert price.evidence == "transferred" and price.seconds > 0 and 0.1 < price.relative_error < 2
 

@@ -176,7 +176,7 @@ def test_bfloat16_graphs_pass_the_checker() -> None:
             jax.ShapeDtypeStruct(s.shape, jnp.bfloat16) if s.dtype == jnp.float32 and known not in wide else s
             for s, known in zip(operands, names, strict=True)
         ]
-        for options in ({}, {"narrow_products": True}, {"functions": False}):
+        for options in ({}, {"functions": False}):
             onnx.checker.check_model(onnx_writer.write(graph_of(call(name), *narrow), **options).model, full_check=True)
 
 
@@ -189,24 +189,6 @@ def test_what_a_format_cannot_hold_is_one_line() -> None:
             Unsupported, match="no rule for the primitive `erf_inv`; add one to the rules in backends/toolchains/"
         ):
             write(graph_of(lax.erf_inv, X))
-
-
-def test_a_custom_node_takes_an_op_or_declines_it() -> None:
-    operands = values("glm.rms_norm")
-    graph = graph_of(call("glm.rms_norm"), *operands)
-
-    def custom(target: onnx_target.OnnxTarget, op: Any) -> Any:
-        x, weight = op.operands
-        return [
-            target.node("RmsNorm", x, weight, shape=x.shape, dtype=x.dtype, domain="npu", epsilon=op.attributes["eps"])
-        ]
-
-    written = onnx_writer.write(graph, {"glm.rms_norm": custom})
-    (node,) = written.model.graph.node
-    assert (node.domain, node.op_type, node.attribute[0].name) == ("npu", "RmsNorm", "epsilon")
-    assert list(written.ops) == [onnx_target.OpForm("glm.rms_norm", "custom", "npu::RmsNorm")]
-    declined = onnx_writer.write(graph, {"glm.rms_norm": lambda target, op: None})
-    assert [form.form for form in declined.ops] == ["function"]
 
 
 def test_the_table_has_a_row_for_every_op() -> None:

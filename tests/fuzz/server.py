@@ -81,8 +81,13 @@ def _work(kind: Kind, name: str, seeds: range, told: int, keep: bool, seconds: f
     os._exit(0)
 
 
-def run(kind: Kind, name: str, seeds: range, keep: bool = False, seconds: float = SECONDS) -> list[tuple[int, str]]:
-    """What went wrong, by seed. A case that takes its process along is one of them; the next goes on in another."""
+def run(
+    kind: Kind, name: str, seeds: range, keep: bool = False, seconds: float = SECONDS, peaks: list[int] | None = None
+) -> list[tuple[int, str]]:
+    """What went wrong, by seed. A case that takes its process along is one of them; the next goes on in another.
+
+    peaks: where the most memory goes that each process has held, or one that it started; bytes.
+    """
     wrong: list[tuple[int, str]] = []
     while seeds:
         read, told = os.pipe()
@@ -97,7 +102,9 @@ def run(kind: Kind, name: str, seeds: range, keep: bool = False, seconds: float 
         os.close(read)
         if not ended:
             os.kill(worker, signal.SIGKILL)
-        status = os.waitpid(worker, 0)[1]
+        _, status, used = os.wait4(worker, 0)
+        if peaks is not None:
+            peaks.append(used.ru_maxrss << 10)
         if at is None:
             return wrong
         code = os.waitstatus_to_exitcode(status)
@@ -132,9 +139,11 @@ def main() -> None:
     try:
         if len(sys.argv) > 1:
             name, first, *last = sys.argv[1:]
-            for seed, what in run(known[name], name, range(int(first), int(last[0]) if last else int(first) + 1), True):
+            peaks: list[int] = []
+            seeds = range(int(first), int(last[0]) if last else int(first) + 1)
+            for seed, what in run(known[name], name, seeds, True, peaks=peaks):
                 print(f"{name} {seed}: {what}")
-            print(f"the files are in {here}")
+            print(f"{name}: {max(peaks) / 1e6:,.0f} MB at most; the files are in {here}")
             return
         for line in sys.stdin:
             name, first, last, seconds = line.rstrip("\n").split("\t")

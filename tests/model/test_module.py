@@ -114,7 +114,8 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     outer = {**tied.weights()["outer"], "head": tied.outer["embed"][...].T}
     untied = Model(dataclasses.replace(cfg, tie_embeddings=False), {**tied.weights(), "outer": outer})
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
-    np.testing.assert_array_equal(run(tied, tokens), run(untied, tokens))
+    # Two programs: a transposed head's products may be summed in another order.
+    assert np.abs(run(tied, tokens) - run(untied, tokens)).max() < TOLERANCE / 10
     tied.save(tmp_path / "tied")
     assert same(arrays(Model.load(tmp_path / "tied")), arrays(tied))
 

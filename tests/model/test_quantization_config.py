@@ -53,6 +53,7 @@ ATTENTION = "re:.*self_attn.*"
         (quantization((NVFP4, None), ignore=[ATTENTION]), "nvfp4a16"),
         (quantization((NVFP4, FP8_ACTS)), "nvfp4 with 8-bit float activations"),
         (quantization((args(4, "int", "channel"), None)), "w4a8 with 16-bit activations"),
+        (quantization((args(4, "int", "channel") | {"symmetric": False}, None)), "w4a8 with zero points"),
         (quantization((INT4, INT8_ACTS)), "w4a16-g128 with 8-bit int activations"),
         # what is left wide, by role or name by name
         (quantization((INT4, None), ignore=[ATTENTION, "lm_head"]), "w4a16-g128"),

@@ -80,7 +80,7 @@ def test_degrees_that_do_not_go_together(degrees: dict[str, int], words: str) ->
     [
         ("glm-5", Layout(tp=7), "attention heads / tp = 64 / 7 = 9.143"),
         ("glm-4.7-flash", Layout(tp=8), "attention heads / tp = 20 / 8 = 2.500"),
-        ("glm-4.5", Layout(tp=16), "KV heads / tp = 8 / 16 = 0.500"),
+        ("glm-4.5", Layout(tp=12), "KV heads / tp = 8 / 12 = 0.667"),
         ("glm-4.5", Layout(dp=3, ep=3), "experts / ep = 160 / 3 = 53.333"),
         ("glm-5", Layout(dp=3), "expert width / tp x dp = 2048 / 3 = 682.667"),
         ("glm-5", Layout(dp=6, ep=2), "expert width / tp x dp / ep = 2048 / 3 = 682.667"),

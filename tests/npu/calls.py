@@ -53,8 +53,23 @@ def _int8() -> NpuGraph:
     return write(g.graph(layer, inputs, ["out"]))
 
 
+def _int4(name: str) -> NpuGraph:
+    lowerings = narrow.lowerings(scheme(f"{name}/{name}"), "ascend")
+    inputs = g.narrow_experts(name, _BF16)
+    if name == "w4a16":
+        inputs |= {"matrix.values": g.int4(64, 24), "matrix.scale": g.normal(2, 24)}
+
+    def layer(**x: Any) -> tuple[Any, ...]:
+        matrices = (x["gate_up.values"], x["gate_up.scale"], x["down.values"], x["down.scale"])
+        out = lowerings["glm.expert_ffn"](x["x"], x["experts"], x["weights"], *matrices)
+        return (lowerings["glm.linear"](out, x["matrix.values"], x["matrix.scale"]) if name == "w4a16" else out,)
+
+    return write(g.graph(layer, inputs, ["out"]))
+
+
 GRAPHS: dict[str, Callable[[], NpuGraph]] = {
     "sparse": _sparse, "route": _route, "experts": _experts, "norm": _norm, "int8": _int8,
+    "w4a8": lambda: _int4("w4a8"), "w4a16": lambda: _int4("w4a16"),
 }  # fmt: skip
 
 

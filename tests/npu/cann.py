@@ -1,4 +1,4 @@
-"""Fused operators of CANN in NumPy, after their READMEs (the sources in `backends/ascend/cann_operators.toml`).
+"""Fused operators of CANN in NumPy, after their READMEs (sources: `backends/ascend/constraints.py`).
 
 Not written from our lowerings, so that a test compares a graph's meaning on a chip, as documented, with the JAX op.
 Accelerators' rounding is not imitated: sums are taken in float64.

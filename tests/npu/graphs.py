@@ -13,6 +13,7 @@ import torch
 
 from backends.ascend.target import NpuOptions
 from backends.ascend.writer import NpuGraph
+from backends.toolchains.torch_device import host_tensor
 from backends.toolchains.walker import Graph, port
 from model import ops
 
@@ -54,6 +55,9 @@ def run(made: NpuGraph, inputs: Mapping[str, np.ndarray]) -> Inputs:
 
 
 def given(inputs: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    if name.endswith(".bias"):  # eight times the sum of the weights, for the half of an int8 that is taken less 8
+        values, scale = (inputs[name.removesuffix(".bias") + part].astype(np.float32) for part in (".values", ".scale"))
+        return np.float32(8) * (values * scale).sum(1)
     stem, _, half = name.rpartition("_")
     if name not in inputs and half in ("nope", "rope"):
         return inputs[stem][..., :512] if half == "nope" else inputs[stem][..., 512:]
@@ -62,6 +66,8 @@ def given(inputs: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 
 def tensor(x: np.ndarray) -> torch.Tensor:
     x = np.array(x)
+    if x.dtype == ml_dtypes.int4:
+        return host_tensor(x)
     return (
         torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16)
         if x.dtype == ml_dtypes.bfloat16
@@ -150,6 +156,21 @@ def expert_inputs(local: int, dtype: Any = np.float32) -> Inputs:
         "gate_up": normal(6, 32, 2, 16, dtype=dtype, scale=0.3),
         "down": normal(6, 16, 32, dtype=dtype, scale=0.3),
     }
+
+
+def int4(*shape: int) -> np.ndarray:
+    return np.random.default_rng(shape).integers(-8, 8, shape).astype(ml_dtypes.int4)
+
+
+def narrow_experts(name: str, dtype: Any = np.float32) -> Inputs:
+    """`expert_inputs` with 4-bit matrices: a scale a column, or in w4a16 one for 32 rows."""
+    inputs = {k: v for k, v in expert_inputs(0, dtype).items() if k not in ("gate_up", "down")}
+    inputs["x"] = normal(7, 64, dtype=dtype)
+    groups = {"w4a8": (1, 1), "w4a16": (2, 1)}[name]
+    scales = (groups[0], 2, 32), (groups[1], 64)
+    for part, shape, scale in zip(("gate_up", "down"), ((64, 2, 32), (32, 64)), scales, strict=True):
+        inputs |= {f"{part}.values": int4(6, *shape), f"{part}.scale": np.abs(normal(6, *scale)) / 20}
+    return inputs
 
 
 def experts(**x: Any) -> tuple[Any, ...]:

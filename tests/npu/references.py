@@ -127,33 +127,96 @@ def _moe_init_routing_v2(x: Tensor, expert_idx: Tensor, **given: Any) -> tuple[T
     return _as(rows, x.dtype), _as(places, torch.int32), _as(counts, torch.int64), undefined
 
 
+def _int4(packed: Tensor) -> np.ndarray:
+    """Eight to an int32, the first in its lowest bits (npu_convert_weight_to_int4pack)."""
+    raw = packed.contiguous().numpy().view(np.uint8)
+    halves = np.stack([raw & 15, raw >> 4], -1).reshape(*packed.shape[:-1], -1).astype(np.int64)
+    return np.where(halves > 7, halves - 16, halves)
+
+
+def _integers(weight: Tensor) -> np.ndarray:
+    return _int4(weight) if weight.dtype == torch.int32 else _np(weight)
+
+
+def _int8_times_int4(rows: np.ndarray, matrix: np.ndarray, scale: Tensor, bias: Tensor) -> np.ndarray:
+    """The two halves of an int8, of which the kernel takes the lower less 8; the bias makes up for it."""
+    assert scale.dtype == torch.int64 and scale.dim() == 2 and scale.shape[0] == 1 and bias.dtype == torch.float32
+    high, low = rows >> 4, (rows & 15) - 8
+    factors = scale.to(torch.int32).view(torch.float32).to(torch.float64).numpy()
+    return (16 * (high @ matrix) + low @ matrix) * factors + _np(bias)
+
+
 def _grouped_matmul(
     x: Sequence[Tensor],
     weight: Sequence[Tensor],
     *,
     group_list: Tensor,
+    bias: Sequence[Tensor] | None = None,
     scale: Sequence[Tensor] | None = None,
     per_token_scale: Sequence[Tensor] | None = None,
+    antiquant_scale: Sequence[Tensor] | None = None,
+    antiquant_offset: Sequence[Tensor] | None = None,
     output_dtype: int | None = None,
     split_item: int = 0,
     group_type: int | None = None,
     group_list_type: int = 0,
 ) -> list[Tensor]:
-    (rows,), (matrices,) = x, weight
-    assert (split_item, group_type, group_list_type) == (3, 0, 1) and rows.dtype == matrices.dtype
-    assert group_list.dtype == torch.int64 and group_list.shape == (matrices.shape[0],) and len(group_list) > 1
+    (rows,), (weights,) = x, weight
+    assert (split_item, group_type, group_list_type) == (3, 0, 1)
+    assert group_list.dtype == torch.int64 and group_list.shape == (weights.shape[0],) and len(group_list) > 1
     assert (scale is None) == (per_token_scale is None) == (rows.dtype != torch.int8)
+    assert (antiquant_scale is None) == (antiquant_offset is None) == (rows.dtype == weights.dtype or scale is not None)
     dtype = rows.dtype if output_dtype is None else _SCALAR_TYPES[output_dtype]
+    matrices = _integers(weights)
     out = np.full((rows.shape[0], matrices.shape[2]), np.nan)  # rows of no group are left as they are
     start = 0
     for group, count in enumerate(group_list.tolist()):
-        part = _np(rows[start : start + count]).astype(np.float64) @ _np(matrices[group]).astype(np.float64)
+        own, matrix = _np(rows[start : start + count]), matrices[group]
         if scale is not None and per_token_scale is not None:
-            assert scale[0].dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-            part = part * _np(scale[0][group]) * _np(per_token_scale[0][start : start + count])[:, None]
+            own = own.astype(np.int64)
+            if weights.dtype == torch.int32:
+                assert bias is not None
+                part = _int8_times_int4(own, matrix.astype(np.int64), scale[0][group], bias[0][group])
+            else:
+                assert scale[0].dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+                part = own @ matrix.astype(np.int64) * _np(scale[0][group])
+            part = part * _np(per_token_scale[0][start : start + count])[:, None]
+        else:
+            if antiquant_scale is not None and antiquant_offset is not None:
+                matrix = _widened(matrix, antiquant_scale[0][group], antiquant_offset[0][group])
+            part = own.astype(np.float64) @ matrix.astype(np.float64)
         out[start : start + count] = part
         start += count
     return [_as(out, dtype)]
+
+
+def _widened(matrix: np.ndarray, scale: Tensor, offset: Tensor | None = None) -> np.ndarray:
+    """(matrix + offset) * scale; [k, n] with a scale [n], or [groups, n]."""
+    factors, shift = _np(scale), 0.0 if offset is None else _np(offset)
+    if factors.ndim == 2:
+        each = matrix.shape[0] // factors.shape[0]
+        assert each * factors.shape[0] == matrix.shape[0]
+        factors = np.repeat(factors, each, 0)
+        shift = shift if offset is None else np.repeat(shift, each, 0)
+    return (matrix + shift) * factors
+
+
+def _weight_quant_batchmatmul(
+    x: Tensor,
+    weight: Tensor,
+    antiquant_scale: Tensor,
+    antiquant_offset: None = None,
+    quant_scale: None = None,
+    quant_offset: None = None,
+    bias: None = None,
+    antiquant_group_size: int = 0,
+) -> Tensor:
+    matrix = _integers(weight)
+    groups = antiquant_scale.shape[0]
+    assert antiquant_scale.dtype == x.dtype and antiquant_scale.dim() == 2
+    assert groups == 1 if antiquant_group_size == 0 else groups == matrix.shape[0] // antiquant_group_size
+    assert antiquant_group_size == 0 or (antiquant_group_size % 32 == 0 and antiquant_group_size < matrix.shape[0])
+    return _as(_np(x) @ _widened(matrix, antiquant_scale), x.dtype)
 
 
 def _swiglu(x: Tensor, dim: int = -1) -> Tensor:
@@ -190,6 +253,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "npu_moe_gating_top_k": _moe_gating_top_k,
     "npu_moe_init_routing_v2": _moe_init_routing_v2,
     "npu_grouped_matmul": _grouped_matmul,
+    "npu_weight_quant_batchmatmul": _weight_quant_batchmatmul,
     "npu_swiglu": _swiglu,
     "npu_moe_finalize_routing": _moe_finalize_routing,
 }

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("torch")
 from backends.ascend.target import NpuOptions
 from backends.ascend.writer import write
+from backends.errors import Unsupported
 from backends.toolchains import narrow
 from model import ops
 from model.formats import scheme
@@ -148,6 +149,47 @@ def test_int8_experts_mean_what_the_narrow_op_means(first: int):
     want = np.asarray(layer(**inputs)[0])
     error = np.abs(g.run(made, inputs)["out"] - want).max()
     assert error <= 0.01 * max(np.abs(want).max(), 1e-6)  # a value on the edge may round the other way
+
+
+@pytest.mark.parametrize("name", ["w4a8", "w4a16"])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_4_bit_experts_mean_what_the_narrow_op_means(name: str, fused: bool):
+    """Packed eight to an int32, whatever runs them; with int8 rows the kernel's halves, and the sums it is given."""
+    inputs, call = g.narrow_experts(name), narrow.lowerings(scheme(name), "ascend")["glm.expert_ffn"]
+
+    def layer(**x: Any) -> tuple[Any, ...]:
+        return (call(x["x"], x["experts"], x["weights"], x["gate_up.values"], x["gate_up.scale"], x["down.values"],
+                     x["down.scale"]),)  # fmt: skip
+
+    made = write(g.graph(layer, inputs, ["out"]), NpuOptions(dtypes=g.F32.dtypes, fused=fused))
+    assert {port.dtype for port in made.inputs if port.name.endswith(".values")} == {"int32"}
+    assert ("npu_grouped_matmul" in g.operators(made)) == fused
+    assert ("gate_up.bias" in {port.name for port in made.inputs}) == (fused and name == "w4a8")
+    want = np.asarray(layer(**inputs)[0])
+    error = np.abs(g.run(made, inputs)["out"] - want).max()
+    assert error <= 0.01 * np.abs(want).max()  # a value on the edge may round the other way
+
+
+@pytest.mark.parametrize(("groups", "fused"), [(2, True), (1, True), (2, False)])
+def test_4_bit_products_mean_what_the_narrow_op_means(groups: int, fused: bool):
+    inputs = {"x": g.normal(2, 3, 64), "matrix.values": g.int4(64, 2, 24),
+              "matrix.scale": np.abs(g.normal(groups, 2, 24)) / 8}  # fmt: skip
+    call = narrow.lowerings(scheme("w4a16/w4a16"), "ascend")["glm.linear"]
+
+    def product(**x: Any) -> tuple[Any, ...]:
+        return (call(x["x"], x["matrix.values"], x["matrix.scale"]),)
+
+    made = write(g.graph(product, inputs, ["out"]), NpuOptions(dtypes=g.F32.dtypes, fused=fused))
+    assert g.operators(made) == ({"npu_weight_quant_batchmatmul"} if fused else set())
+    np.testing.assert_allclose(g.run(made, inputs)["out"], np.asarray(product(**inputs)[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_do_not_fill_int32_are_refused():
+    call = narrow.lowerings(scheme("w4a16/w4a16"), "ascend")["glm.linear"]
+    inputs = {"x": g.normal(3, 64), "w.values": g.int4(64, 12), "w.scale": np.abs(g.normal(2, 12))}
+    graph = g.graph(lambda **x: (call(x["x"], x["w.values"], x["w.scale"]),), inputs, ["out"])
+    with pytest.raises(Unsupported, match="w.values has rows of 12 4-bit integers"):
+        write(graph)
 
 
 def test_bfloat16_activations_come_out_close():

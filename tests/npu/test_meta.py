@@ -47,8 +47,14 @@ def test_every_recorded_operator_is_called_by_one_of_these_graphs():
 @pytest.mark.npu
 @pytest.mark.parametrize(
     ("formats", "layout"),
-    [("bf16", Layout(tp=16)), ("w8a8", Layout(tp=4, dp=4, ep=16)), ("w8a8", Layout(tp=16))],
-    ids=["bf16-tp16", "w8a8-ep16", "w8a8-tp16"],
+    [
+        ("bf16", Layout(tp=16)),
+        ("w8a8", Layout(tp=4, dp=4, ep=16)),
+        ("w8a8", Layout(tp=16)),
+        ("w4a8", Layout(tp=4, dp=4, ep=16)),
+        ("w4a16", Layout(tp=16)),
+    ],
+    ids=lambda each: each if isinstance(each, str) else each.name,
 )
 def test_glm_5_is_accepted_whole(formats: str, layout: Layout):
     """Chunks and tokens, every layer type: nothing that has an operator is decomposed, and no call is refused."""
@@ -61,7 +67,8 @@ def test_glm_5_is_accepted_whole(formats: str, layout: Layout):
                 assert not made.declined
                 used.update(operator for _, operators in made.used for operator in operators)
     int8 = {"npu_dynamic_quant", "npu_quant_matmul"}
-    assert set(used) == set(npu_release().operators) - (int8 if formats == "bf16" else set())
+    dense = {"npu_weight_quant_batchmatmul"} | (int8 if formats in ("bf16", "w4a16") else set())
+    assert set(used) == set(npu_release().operators) - dense
 
 
 def test_without_operators_a_graph_is_aten_alone():

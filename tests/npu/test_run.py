@@ -54,7 +54,7 @@ def start(folder: Path, *words: str, processes: int = 1, python: str = sys.execu
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT) if "--kernels" in words else ""}
     command = [python, *torchrun, str(folder / "run.py"), "--device", "cpu", *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=900)
 
 
 def prompts(count: int = len(PROMPTS)) -> list[str]:
@@ -93,7 +93,7 @@ def test_either_phase_alone_generates(gears: Any, tmp_path: Path):
 @pytest.mark.slow
 def test_without_operators_torch_is_all_it_takes_and_the_product_runs_it_too(tmp_path: Path):
     """Compiled, with the collectives in the graph; and all ranks in one process, by `glm5 run --artifact`."""
-    folder = package(tmp_path / "package", Layout(tp=2), npu_ops="none")
+    folder = package(tmp_path / "package", Layout(tp=2), {"decode": [Gear(2, 1, 6)]}, npu_ops="none")
     assert tokens(start(folder, *prompts(), "--graph-mode", "aot_eager", processes=2)) == expected()
     ids = ",".join(map(str, PROMPTS[0]))
     said = glm5("run", "--artifact", folder, "--backend", "torch", "--prompt-ids", ids, "--max-tokens", COUNT, "--json",
@@ -169,6 +169,7 @@ def test_another_package_or_a_damaged_one_is_refused(plain: Path, tmp_path: Path
         ('"schema_version": 2', '"schema_version": 1', "manifest version 1; this run.py reads ascend, version 2"),
         ('"format": "ascend"', '"format": "torch"', "a package of format 'torch'"),
         ('"index": 0,\n   "stage"', '"index": 5,\n   "stage"', "has no weights of device 0"),
+        ('"layers": [\n    0,', '"layers": [', "does not hold all devices"),
     ):
         (folder / "manifest.json").write_text(text.replace(old, new, 1))
         done = start(folder)

@@ -16,7 +16,10 @@ OTHER = power_law_suite(1.2, 9, layers=6, experts=64)
 
 
 @pytest.mark.parametrize("load", [DRIFT, OTHER])
-@pytest.mark.parametrize(("devices", "slots", "groups"), [(8, 64, 1), (8, 80, 1), (32, 96, 1), (8, 80, 4)])
+@pytest.mark.parametrize(
+    ("devices", "slots", "groups"),
+    [(8, 64, 1), (8, 80, 4), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((8, 80, 1), (32, 96, 1)))],
+)
 def test_more_budget_is_never_worse(load: np.ndarray, devices: int, slots: int, groups: int) -> None:
     previous = place_experts(BEFORE, devices, 2, slots, groups=groups)
     last = np.inf

@@ -7,12 +7,11 @@ import pytest
 
 from runtime.deployment.engines import load
 from runtime.serving import Deployment, Fixed, Uniform, bench_serving, closed_loop, open_loop, simulate
-from tests.marks import slow_but
 from tests.serving.helpers import plain_engine
 from tests.serving.pricers import LinearPricer
 
 
-@pytest.mark.parametrize("load_factor", slow_but([0.8], [0.3, 0.6, 0.8]))
+@pytest.mark.parametrize("load_factor", [0.6, *(pytest.param(rho, marks=pytest.mark.slow) for rho in (0.3, 0.8))])
 def test_one_slot_and_one_token_answers_are_an_m_d_1_queue(load_factor: float) -> None:
     """Wait in an M/D/1 queue: W = rho D / (2 (1 - rho)) (Pollaczek-Khinchine)."""
     service = 0.010 + 100 * 25e-6

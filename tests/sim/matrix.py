@@ -26,17 +26,16 @@ LENGTHS, MOST = (70, 9, 1), (5, 3, 6)
 
 
 def admitted(cfg: ModelConfig) -> list[Layout]:
-    """Every layout of degrees in 1, 2, 4, 8 that the model divides by and that is emulated: experts are split over all
-    of tp x dp, or none."""
+    """Every layout of degrees in 1, 2, 4, 8 that the model divides by and that is emulated."""
     found = []
     for tp, dp, ep, pp in itertools.product((1, 2, 4, 8), repeat=4):
         try:
             layout = Layout(tp, dp, ep, pp)
             layout.check(cfg)
+            layout.require_mesh(cfg)
         except UsageError:
             continue
-        if not layout.grouped:
-            found.append(layout)
+        found.append(layout)
     return found
 
 

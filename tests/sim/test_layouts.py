@@ -87,6 +87,7 @@ def check_any(checkpoints: Checkpoints, data: st.DataObject, families: tuple[str
 def admitted(checkpoint: Checkpoint, layout: Layout) -> bool:
     try:
         layout.check(checkpoint.config)
+        layout.require_mesh(checkpoint.config)
     except UsageError:
         return False
     return True

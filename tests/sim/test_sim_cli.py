@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -148,3 +149,16 @@ def test_layouts_on_host_devices() -> None:
     found = [json.loads(line) for line in lines]
     assert len(found) == 11
     assert all(each["same_tokens"] and each["logit_error"] < 1e-4 for each in found)
+
+
+@pytest.mark.slow
+def test_several_emulated_devices_are_served() -> None:
+    """In a process of its own: JAX is told of its devices before anything starts it."""
+    command = [sys.executable, "-m", "runtime.cli.main", "serve", "--port", "0", "--warm-up", "0"]
+    devices = ["--backend", "sim", "--profile", CHIP, "--devices", "2"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    with subprocess.Popen([*command, *devices], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        process.terminate()
+    assert "ready" in line and process.returncode == 0

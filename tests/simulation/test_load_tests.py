@@ -46,6 +46,20 @@ AIPERF: dict[str, Any] = {
     "input_config": {"loadgen": {"request_rate": 2.0, "request_count": 100}},
 }  # fmt: skip
 
+# an entry of `benchmarks` of guidellm 0.8.1's `--output kind=json`, as it wrote it
+GUIDELLM: dict[str, Any] = {
+    "type_": "generative_benchmark",
+    "config": {"strategy": {"type_": "concurrent", "worker_count": 4, "max_concurrency": 4, "streams": 4}},
+    "metrics": {
+        "request_totals": {"successful": 12, "errored": 0, "incomplete": 0, "total": 12},
+        "prompt_token_count": {"successful": {"mean": 205.0, "median": 205.0, "percentiles": {"p99": 205.0}}},
+        "output_token_count": {"successful": {"mean": 32.0, "median": 32.0, "percentiles": {"p99": 32.0}}},
+        "time_to_first_token_ms": {"successful": {"mean": 322.6, "median": 305.8, "percentiles": {"p99": 484.9}}},
+        "inter_token_latency_ms": {"successful": {"mean": 16.1, "median": 16.0, "percentiles": {"p99": 17.0}}},
+        "output_tokens_per_second": {"successful": {"mean": 151.6, "median": 140.0, "percentiles": {"p99": 900.0}}},
+    },
+}  # fmt: skip
+
 
 def written(path: Path, *runs: Any) -> Path:
     path.write_text("\n".join(json.dumps(run) for run in runs))
@@ -91,6 +105,24 @@ def test_a_result_of_aiperf(tmp_path: Path) -> None:
     assert float(one(tmp_path / "q.json", seconds)["ttft_mean_ms"]) == pytest.approx(300.0)
     closed = AIPERF | {"input_config": {"perf_analyzer": {"stimulus": {"concurrency": 8}}}}
     assert one(tmp_path / "r.json", closed)["concurrency"] == "8"
+    phase = {"name": "profiling", "kind": "profiling", "type": "concurrency", "requests": 16, "concurrency": 4}  # 0.13
+    newer = AIPERF | {"input_config": {"phases": [{"kind": "warmup", "concurrency": 1}, phase]}}
+    assert (one(tmp_path / "s.json", newer)["concurrency"], one(tmp_path / "s.json", newer)["rate"]) == ("4", "")
+
+
+def test_runs_of_guidellm(tmp_path: Path) -> None:
+    """Several of one file, each with its own load; one that failed in part is left out."""
+    paced = GUIDELLM | {"config": {"strategy": {"type_": "constant", "rate": 2.5}}}
+    broken = GUIDELLM | {"metrics": GUIDELLM["metrics"] | {"request_totals": {"successful": 9, "errored": 3}}}
+    other = GUIDELLM | {"config": {"strategy": {"type_": "trace"}}}
+    rows, skipped = rows_of(written(tmp_path / "g.json", {"benchmarks": [GUIDELLM, paced, broken, other]}), SERVER)
+    assert (rows[0]["isl"], rows[0]["osl"], rows[0]["concurrency"], rows[0]["num_prompts"]) == ("205", "32", "4", "12")
+    assert read(rows[0]).measured == {
+        "ttft_mean_ms": 322.6, "ttft_median_ms": 305.8, "ttft_p99_ms": 484.9, "tpot_mean_ms": 16.1,
+        "tpot_median_ms": 16.0, "tpot_p99_ms": 17.0, "output_tok_s": 151.6,
+    }  # fmt: skip
+    assert (rows[1]["concurrency"], rows[1]["rate"]) == ("", "2.5")
+    assert "3 requests failed" in skipped[0] and "its strategy is 'trace'" in skipped[1]
 
 
 @pytest.mark.parametrize(
@@ -110,8 +142,11 @@ def test_a_run_that_cannot_be_used_says_why(tmp_path: Path, change: dict[str, An
     assert not rows and why in skipped[0]
 
 
+KEYS = [*VLLM, *AIPERF, *GUIDELLM, *GUIDELLM["metrics"], "loadgen", "phases", "benchmarks", "successful", "strategy"]
+
+
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(
-    st.sampled_from([*VLLM, *AIPERF, "loadgen"]), x), max_leaves=12))  # fmt: skip
+    st.sampled_from(KEYS), x), max_leaves=12))  # fmt: skip
 def test_any_document_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, document: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_text(json.dumps(document))

@@ -128,7 +128,8 @@ def test_what_a_run_changes_and_says(tmp_path: Path, checkpoint: Path) -> None:
     moved = {name for name, a in named(after).items() if (np.asarray(a) != np.asarray(named(before)[name])).any()}
     assert moved and moved <= set(named(before, LEARNS))
     assert not any("index" in name or "router_bias" in name or name.startswith("mtp") for name in moved)
-    records = metrics.load(folder)
+    first, *records = metrics.load(folder)
+    assert first["step"] == 0 and set(first["held_out"]) == {"arithmetic"}
     assert [r["step"] for r in records] == [1, 2, 3, 4]
     assert all(r["behind"] == 0 and r["gap_max"] < 1e-4 for r in records), "in step, the two agree"
     assert set(records[-1]["held_out"]) == {"arithmetic"}
@@ -137,7 +138,7 @@ def test_what_a_run_changes_and_says(tmp_path: Path, checkpoint: Path) -> None:
 
 @pytest.mark.slow
 def test_lag_is_what_the_tokens_say(tmp_path: Path, checkpoint: Path) -> None:
-    records = metrics.load(run(written(tmp_path, ('mode = "sync"', 'mode = "sync"\nlag = 2')), checkpoint))
+    _, *records = metrics.load(run(written(tmp_path, ('mode = "sync"', 'mode = "sync"\nlag = 2')), checkpoint))
     assert [r["behind"] for r in records] == [0, 1, 2, 2]
 
 
@@ -171,7 +172,7 @@ def test_a_process_of_its_own(tmp_path: Path, checkpoint: Path, mode: str) -> No
         patch.setattr(generators.Apart, "__init__", remember)
         folder = run(written(tmp_path, ('mode = "sync"', mode)), checkpoint, report=kill_once)
     assert killed and sorted(trained) == list(range(8))
-    records = metrics.load(folder)
+    _, *records = metrics.load(folder)
     assert max(r["behind_most"] for r in records) <= (1 if "ahead" in mode else 2)
     assert started[0]._process is None, "nobody is left behind"
 

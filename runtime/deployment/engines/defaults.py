@@ -38,7 +38,8 @@ def engine_for(
             f"over none: --ep {layout.stage_devices} or --ep 1, not {layout.ep}"
         )
     if layout.dcp > 1 and not deals_cache(engine, cfg):
-        of = " for sparse attention" if engine.decode_context_parallel == "dense" else ""
+        kind = "sparse attention" if cfg.sparse else "KV heads"
+        of = "" if engine.decode_context_parallel == "none" else f" for {kind}"
         raise UsageError(
             f"{engine.name} {engine.release} has no decode context parallelism{of}: --dcp 1, not {layout.dcp}"
         )
@@ -177,9 +178,10 @@ def with_pool(engine: Engine, cfg: ModelConfig, pool_tokens: int, given: Mapping
 
 
 def deals_cache(engine: Engine, cfg: ModelConfig) -> bool:
-    """Whether the engine deals a model's latent cache out to tp ranks."""
+    """Whether the engine deals a model's cache out to tp ranks."""
     held = engine.decode_context_parallel
-    return held == "any" or (held == "dense" and not cfg.sparse)
+    latent = isinstance(cfg.attention, Mla)
+    return held == "any" or (not cfg.sparse and (held == "dense" or (held == "latent" and latent)))
 
 
 def check_dealt(engine: Engine, layout: Layout, formats: Formats) -> None:

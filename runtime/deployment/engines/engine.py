@@ -17,7 +17,7 @@ MemoryOf = Literal["free-before-load", "device", "free-after-peak"]
 Victim = Literal["least-output", "last"]
 RouterPolicy = Literal["round-robin", "least-loaded", "cache-aware"]
 GraphMode = Literal["eager", "piecewise", "full"]
-ContextParallel = Literal["none", "dense", "any"]
+ContextParallel = Literal["none", "latent", "dense", "any"]
 Tables = Literal["sglang", "trtllm", "vllm"]
 """Engines whose operator tables price steps."""
 
@@ -206,8 +206,9 @@ class Engine:
 
     Layouts
     expert_groups: whether experts can be cut both ways: over groups of devices, and in a group by width.
-    decode_context_parallel: whether the ranks of a tp group can deal the tokens of one latent cache out among them
-        (DCP): "none", where attention is "dense", or in "any" model, indexers included.
+    decode_context_parallel: whether the ranks of a tp group that would hold the same cache can deal its tokens out
+        among them (DCP): "none", in models of dense "latent" attention alone, where attention is "dense", grouped
+        queries included, or in "any" model, indexers included.
     deals_narrow_cache: whether a cache that is dealt out may be kept in 8 bits.
 
     Overheads

@@ -91,7 +91,6 @@ def layout_facts(layout: Layout, drafts: int, role: str, placement: bool = False
     return {
         "role": role,
         "by_expert": layout.by_expert,
-        "dealt": layout.dcp > 1,
         "groups": layout.dp > 1,
         "drafts": drafts > 0,
         "pp": layout.pp > 1,

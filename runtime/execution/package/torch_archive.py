@@ -46,7 +46,8 @@ _FIXED: Mapping[str, re.Pattern[bytes]] = {
 
 _OPERATORS = frozenset((
     "__and__", "__or__", "_assert_tensor_metadata", "_to_copy", "abs", "add", "alias", "all", "amax", "amin", "any",
-    "arange", "argmax", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "ceil", "clamp", "clone", "contiguous",
+    "arange", "argmax", "bitwise_and", "bitwise_not", "bitwise_or", "bitwise_right_shift",
+    "cat", "ceil", "clamp", "clone", "contiguous",
     "cos", "cumsum", "detach", "detach_", "div", "einsum", "eq", "exp", "expand", "flip", "floor", "fmod", "full",
     "full_like", "gather", "ge", "gt", "index", "index_put", "index_select", "le", "lift_fresh_copy", "log", "lt",
     "matmul", "maximum", "minimum", "mul", "narrow", "ne", "neg", "permute", "pow", "remainder", "reshape", "round",

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from foundation.errors import UsageError
 from foundation.writing import replacing_together
 from model.config import ModelConfig
 from model.quantization_config import is_scheme
-from runtime.deployment.engines import engine_for, load
+from runtime.deployment.engines import check_dealt, engine_for, load, nearest_release
 from runtime.deployment.engines.flags import LaunchTable, checkpoint, launched, releases, table
+from runtime.deployment.engines.releases import same_release
 from runtime.deployment.errors import LaunchError
 from runtime.deployment.plan import Plan, Pool, profile_of
 from runtime.planning.kv_tiers import HOST_RATIO, device_bytes_per_token
@@ -142,6 +144,15 @@ def _releases(tables: Iterable[LaunchTable]) -> list[str]:
     return found
 
 
+def _require_dealt(engine: str, cfg: ModelConfig, pool: Pool, settings: Mapping[str, Any] | None) -> None:
+    """Raises `LaunchError` where the release that is launched does not deal the pool's cache out to tp ranks, whichever
+    it was planned for."""
+    try:
+        check_dealt(engine_for(engine, cfg, profile_of(pool), pool.layout, settings), pool.layout, pool.formats)
+    except UsageError as error:
+        raise LaunchError(str(error)) from None
+
+
 def _module(server: LaunchServer) -> Any:
     return sglang if server.table.name == "sglang" else vllm
 
@@ -170,6 +181,9 @@ def _servers(
     described = engine_for(
         engine, cfg, profile, pool.layout, pool.settings if engine == pool.engine else None, pool.drafts
     )
+    if pool.layout.dcp > 1:
+        own = pool.settings if engine == pool.engine and same_release(planned.release, flags.release) else None
+        _require_dealt(nearest_release(kind, flags.release), cfg, pool, own)
     placement = None
     if pool.experts and not experts.in_order(pool.experts):
         placement = f"experts-{pool.role}.json"

@@ -6,6 +6,6 @@
     a checkpoint                        -> each device's weight file      shares.py
     all of it                           -> a folder and its manifest      package.py
 
-`verify.py` runs the finished package beside the graph; `check.py` says what ATC would refuse. A package's nouns are
-`runtime.deployment.manifest`; running one is `runtime.execution.package`.
+`verify.py` runs the finished package beside the graph; `check.py` says what is wrong with one that is there. The
+nouns of a package are `runtime.deployment.manifest`; running one is `runtime.execution.package`.
 """

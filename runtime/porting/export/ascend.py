@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 from backends.ascend.operators import npu_release
+from backends.ascend.sums import bias_name
 from backends.ascend.target import NpuOptions
 from backends.ascend.writer import halves, write
 from backends.errors import ArtifactError, Unsupported
@@ -19,7 +20,7 @@ from backends.toolchains.walker import Graph, Port
 from foundation.errors import UsageError
 from hw_profiles import Profile
 from model.formats import scheme
-from runtime.deployment.manifest import Manifest, Step, Value
+from runtime.deployment.manifest import Manifest, Step, Value, WeightRef
 from runtime.porting.export.ascend_readme import readme
 from runtime.porting.export.job import ExportJob, op_uses, values
 
@@ -83,11 +84,24 @@ class AscendWriter:
             "declined": [f"{op}: {why} ({n} times)" for (op, why), n in sorted(self.declined.items())],
         }
         caches = {unit: tuple(p for each in held for p in self._parts(each)) for unit, held in manifest.caches.items()}
-        manifest = dataclasses.replace(manifest, caches=caches)
+        weights = {
+            unit: tuple(each for ref in refs for each in self._refs(unit, ref))
+            for unit, refs in manifest.weights.items()
+        }
+        manifest = dataclasses.replace(manifest, caches=caches, weights=weights)
         text = (resources.files("runtime.porting.export") / "ascend_run.py").read_text(encoding="utf-8")
         (folder / RUN).write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(readme(manifest), encoding="utf-8")
         return manifest
+
+    def _refs(self, unit: str, ref: WeightRef) -> tuple[WeightRef, ...]:
+        """A weight's entry, and behind a scale that of the sums which some kernels want beside it."""
+        bias = bias_name(f"{ref.name.removesuffix('.scale')}.values")
+        if not ref.name.endswith(".scale") or bias not in self.plain.get(unit, set()):
+            return (ref,)
+        shape, whole, split = ((*x[:1], *x[2:]) for x in (ref.shape, ref.whole, ref.split))
+        sums = dataclasses.replace(ref, name=bias, shape=shape, whole=whole, split=split, layout="SUMS")  # type: ignore[arg-type]
+        return (ref, sums)
 
     def _parts(self, cache: Value) -> tuple[Value, ...]:
         port = Port(cache.name, cache.shape, cache.dtype)

@@ -109,6 +109,9 @@ class RunPlace:
         self.axes = {axis: manifest["axes"].get(axis, 1) for axis in ("dp", "tp")}
         self.stages = 1 + max(each["stage"] for each in manifest["devices"])
         self.world = self.stages * self.axes["dp"] * self.axes["tp"]
+        held = {index for each in manifest["devices"] for index in each["layers"]}
+        if len(manifest["devices"]) != self.world or held != {each["index"] for each in manifest["layers"]}:
+            raise Stop(f"the package does not hold all devices of {manifest['layout']}; export it without --device")
         self.rank = int(os.environ.get("RANK", "0"))
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes != self.world:
@@ -118,9 +121,7 @@ class RunPlace:
             )
         found = [each for each in manifest["devices"] if each["index"] == self.rank]
         if not found or found[0]["weights"] is None:
-            raise Stop(
-                f"the package has no weights of device {self.rank}; export it with --weights external, without --device"
-            )
+            raise Stop(f"the package has no weights of device {self.rank}; export it with --weights external")
         self.share = found[0]
         self.local = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device("cpu") if device == "cpu" else torch.device("npu", self.local)
@@ -187,31 +188,38 @@ def exchange(kind, value, dim, group):
 
 
 class Unit(torch.nn.Module):
-    """A unit's graphs and the collectives between them: tensors in by `inputs`, out by `outputs`."""
+    """A unit's graphs and the collectives between them: tensors in by `inputs`, out by `outputs`.
+
+    Values have numbers inside: what torch.compile has to compare at every call is kept small.
+    """
 
     def __init__(self, steps, graphs, groups):
         super().__init__()
         self.graphs = torch.nn.ModuleList(graphs)
-        self.steps, self.groups = steps, groups
-        made, self.inputs, self.outputs = set(), [], []
-        for step in steps:
-            given = [value["name"] for value in step["inputs"]]
-            self.inputs += [name for name in given if name not in made and name not in self.inputs]
-            made |= {value["name"] for value in step["outputs"]}
-            self.outputs += [value["name"] for value in step["outputs"] if value["name"].endswith(OUT)]
-        self.outputs = list(dict.fromkeys(self.outputs))
+        names = [[[value["name"] for value in step[key]] for key in ("inputs", "outputs")] for step in steps]
+        made = [name for _, outputs in names for name in outputs]
+        self.inputs = list(dict.fromkeys(name for given, _ in names for name in given if name not in made))
+        self.outputs = list(dict.fromkeys(name for name in made if name.endswith(OUT)))
+        number = {name: place for place, name in enumerate(dict.fromkeys([*self.inputs, *made]))}
+        self.count = len(number)
+        self.plan = tuple(
+            (step["kind"], step["dim"], step["axis"], tuple(number[name] for name in given), number[results[0]])
+            for step, (given, results) in zip(steps, names, strict=True)
+        )  # what a step makes has numbers in a row
+        self.results = tuple(number[name] for name in self.outputs)
+        self.groups = {step["axis"]: groups[step["axis"]][0] for step in steps if step["axis"]}
 
     def forward(self, *values):
-        env, left = dict(zip(self.inputs, values, strict=True)), 0
-        for step in self.steps:
-            given = [env[value["name"]] for value in step["inputs"]]
-            if step["kind"] == "graph":
-                results = self.graphs[left](*given)
+        held = [*values, *[None] * (self.count - len(values))]
+        left = 0
+        for kind, dim, axis, given, first in self.plan:
+            if kind == "graph":
+                made = self.graphs[left](*[held[place] for place in given])
                 left += 1
             else:
-                results = [exchange(step["kind"], given[0], step["dim"], self.groups[step["axis"]][0])]
-            env.update(zip([value["name"] for value in step["outputs"]], results, strict=True))
-        return tuple(env[name] for name in self.outputs)
+                made = [exchange(kind, held[given[0]], dim, self.groups[axis])]
+            held[first : first + len(made)] = made
+        return tuple(held[place] for place in self.results)
 
 
 def unit_of(steps, graphs, groups):
@@ -259,13 +267,13 @@ class RunModel:
         self.load_s = time.perf_counter() - begin
 
     def _shapes(self):
-        """Of every weight as the graphs take it, by unit and name."""
+        """Shape and type of every weight as the graphs take it, by unit and name."""
         found = {}
         for program in self.manifest["programs"]:
             for name, steps in program["units"].items():
                 for value in (value for step in steps for value in step["inputs"]):
                     owner = "outer" if value["name"].startswith("outer.") else name
-                    found[owner, value["name"]] = value["shape"]
+                    found[owner, value["name"]] = (value["shape"], value["dtype"])
         return found
 
     def _weights(self, held, owner, shapes):
@@ -273,12 +281,17 @@ class RunModel:
         nz = self.manifest["extra"]["ascend"]["nz"].get(unit, [])
         for ref in self.manifest["weights"][unit]:
             stored = held.tensor(f"{owner}.{ref['name'].partition('.')[2]}")
-            shape = shapes.get((unit, ref["name"]))
-            if shape is None:
+            if (unit, ref["name"]) not in shapes:
                 continue  # of a graph that this device does not run
+            shape, dtype = shapes[unit, ref["name"]]
+            packed = ref["dtype"] == "int4"  # two to a byte in the file, eight to an int32 in the graph
+            if packed:
+                stored, shape = stored.view(torch.int8), [*shape[:-1], shape[-1] * 4]
             value = stored.reshape(shape).to(self.place.device)
             if ref["name"] in nz and self.place.device.type == "npu":
                 value = torch.ops.npu.npu_format_cast(value, FRACTAL_NZ)
+            if packed:  # after the cast, which counts bytes
+                value = value.view(getattr(torch, dtype))
             out[ref["name"]] = value
         return out
 
@@ -553,8 +566,24 @@ class OperatorTimes(torch.fx.Interpreter):
         seconds = time.perf_counter() - begin
         tensors = torch.utils._pytree.tree_leaves((args, kwargs))
         shapes = tuple((tuple(x.shape), str(x.dtype)[6:]) for x in tensors if isinstance(x, torch.Tensor))
-        self.found.setdefault((target._schema.name.replace("::", "."), shapes), []).append(seconds)
+        made = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+        outputs = tuple((tuple(x.shape), str(x.dtype)[6:]) for x in made)
+        equation = args[0] if args and isinstance(args[0], str) else ""
+        key = (target._schema.name.replace("::", "."), shapes, outputs, equation)
+        self.found.setdefault(key, []).append(seconds)
         return result
+
+
+def measure_empty(place, count=50):
+    """Seconds of an operator that has nothing to do, with the wait for it: what every operator's time begins at."""
+    value, times = torch.zeros(1, device=place.device), []
+    for _ in range(count):
+        place.synchronize()
+        begin = time.perf_counter()
+        torch.ops.aten.add.Tensor(value, value)
+        place.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
 
 
 def measure_operators(model, program, repeat):
@@ -589,10 +618,12 @@ def measure_operators(model, program, repeat):
             "operator": name,
             "phase": phase,
             "inputs": [{"shape": list(shape), "dtype": dtype} for shape, dtype in shapes],
+            "outputs": [{"shape": list(shape), "dtype": dtype} for shape, dtype in outputs],
+            "equation": equation,
             "calls_a_step": len(seconds) // repeat,
             **spread(seconds),
         }
-        for (name, shapes), seconds in sorted(found.items(), key=lambda each: -sum(each[1]))
+        for (name, shapes, outputs, equation), seconds in sorted(found.items(), key=lambda each: -sum(each[1]))
     ]
 
 
@@ -701,6 +732,7 @@ def run(given):
             "prompts": prompts,
             "tokens": answers,
             "steps": {phase: spread(seconds[1:] or seconds) for phase, seconds in times.items()},
+            "empty_s": measure_empty(place) if given.operators else None,
             "programs": [],
             "operators": [],
         }

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from backends.ascend.sums import bias_of
 from backends.emulation.number_formats import NumberFormats
 from backends.spmd.shard import divisible, is_split
 from model.checkpoint import Checkpoint, groups
@@ -55,6 +56,7 @@ def each_share(
     keep = any(ref.name.endswith(".scale") for refs in manifest.weights.values() for ref in refs)
     numbers = emulated(checkpoint, manifest)
     held = {device.index: set(manifest.owners(device)) for device in targets}
+    named = {owner: {ref.name for ref in manifest.weights[unit]} for owner, unit in manifest.owner_units.items()}
     order = _order(cfg, mtp)
 
     def deal(weight: Weight, value: np.ndarray | Quantized) -> np.ndarray | Quantized:
@@ -65,13 +67,21 @@ def each_share(
         placed = grid.placement(cfg, layer) if weight.expert_count else None
         dim, axes = grid.layout.split(weight)
         value = divisible(value, weight, dim, grid.layout.parts(axes))  # scales of blocks that a cut goes through
-        parts = {".values": value.values, ".scale": value.scale} if isinstance(value, Quantized) else {"": value}
-        for suffix, array in parts.items():
+        parts: dict[str, Any] = (
+            {".values": value.values, ".scale": value.scale} if isinstance(value, Quantized) else {"": value}
+        )
+        for suffix, array in list(parts.items()):
             if placed is not None:
                 array = array[placed[0]]  # the expert in each slot, copies included
+            parts[suffix] = array
             for device in targets:
                 if owner in held[device.index]:
                     sink(device, f"{owner}.{weight.name}{suffix}", share(array, weight, grid, device))
+        if f"w.{weight.name}.bias" in named[owner]:
+            for device in targets:
+                if owner in held[device.index]:
+                    values, scale = (share(parts[each], weight, grid, device) for each in (".values", ".scale"))
+                    sink(device, f"{owner}.{weight.name}.bias", bias_of(values, scale))
         return _NOTHING  # what `load` would keep
 
     checkpoint.load(manifest.dtype if numbers is None else "float32", keep, mtp=mtp, convert=deal)

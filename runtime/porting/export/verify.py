@@ -74,6 +74,10 @@ def refuse(request: ExportJob) -> None:
     """Raises `UsageError` where a package of this kind cannot be verified here: before it is made."""
     if executor_of(request.format) is None:
         raise UsageError(f"--verify: no runtime here runs {request.format}; verify the same options as onnx")
+    if request.format == "ascend" and request.options.get("npu_ops") != "none":
+        raise UsageError(
+            "--verify runs the package here, where torch_npu's operators have no kernels: add --npu-ops none"
+        )
     if request.checkpoint is None:
         raise UsageError("--verify needs weights: give --checkpoint")
     what = request.cut

@@ -13,7 +13,7 @@ from foundation.errors import UsageError
 from foundation.reading import Unreadable, read_toml
 from model.formats import SCHEMES_HELP, scheme
 from runtime.serving.pacing import RolloutAdmission
-from runtime.training.config import MOST_STEPS, table
+from runtime.training.config import MOST_STEPS, table, unknown_rounding
 from runtime.training.rl.episodes import PRACTISED
 
 FILE = "config.toml"
@@ -130,7 +130,8 @@ class PolicyObjective:
 class RlStage:
     """So many steps on `groups` questions of `group_size` answers, tasks by their shares in `tasks`. length: tokens of
     an episode, its question among them. rate, clip: of Adam, and the largest norm of a gradient. imitate: so many steps
-    on right answers first (a cold start), at `imitate_rate`."""
+    on right answers first (a cold start), at `imitate_rate`. rounding: integer formats that the learner's weights are
+    seen in, "" for none."""
 
     steps: int
     tasks: Mapping[str, float]
@@ -141,6 +142,7 @@ class RlStage:
     clip: float = 1.0
     imitate: int = 0
     imitate_rate: float = 1e-3
+    rounding: str = ""
     objective: PolicyObjective = PolicyObjective()
 
     @property
@@ -161,6 +163,8 @@ class RlStage:
             return f"`tasks` has no {unknown[0]!r}; it takes {', '.join(PRACTISED)}"
         if any(share < 0 for share in self.tasks.values()) or not sum(self.tasks.values()) > 0:
             return "the shares of `tasks` must be 0 or more, and one above 0"
+        if said := unknown_rounding(self.rounding):
+            return said
         for key in ("rate", "clip", "imitate_rate"):
             if not getattr(self, key) > 0:
                 return f"`{key}` must be above 0, not {getattr(self, key)}"

@@ -62,7 +62,7 @@ def behind(state: LearnerState) -> Params:
 LearnerStep = Callable[[LearnerState, LearnerBatch], tuple[LearnerState, dict[str, Array]]]
 
 
-def compile_step(how: PolicyObjective, optimizer: optax.GradientTransformation) -> LearnerStep:
+def compile_step(how: PolicyObjective, optimizer: optax.GradientTransformation, rounding: str = "") -> LearnerStep:
     """The jitted step. What it is given is its own from then on."""
 
     def run(state: LearnerState, given: LearnerBatch) -> tuple[LearnerState, dict[str, Array]]:
@@ -76,7 +76,7 @@ def compile_step(how: PolicyObjective, optimizer: optax.GradientTransformation) 
             held = log_probabilities(_logits(elder, tokens), tokens)
 
         def of(learner: Model) -> tuple[Array, dict[str, Array]]:
-            return loss(how, _logits(learner, tokens), given, held)
+            return loss(how, _logits(learner, tokens, rounding), given, held)
 
         gradients, said = nnx.grad(of, argnums=nnx.DiffState(0, LEARNS), has_aux=True)(model)
         found = named(gradients, LEARNS)
@@ -88,7 +88,7 @@ def compile_step(how: PolicyObjective, optimizer: optax.GradientTransformation) 
     return jax.jit(run)
 
 
-def _logits(model: Model, tokens: Array) -> Array:
+def _logits(model: Model, tokens: Array, rounding: str = "") -> Array:
     assert model.config.indexer is not None
     sparse = tokens.shape[1] > model.config.indexer.topk
-    return forward(model, tokens, "sparse" if sparse else "dense").logits
+    return forward(model, tokens, "sparse" if sparse else "dense", rounding=rounding).logits

@@ -178,6 +178,8 @@ class _Run:
     def go(self) -> Path:
         """All that is left; the checkpoint."""
         number, within = self.config.at(self._done)
+        if not self._done and not metrics.load(self.folder):  # what it knows before it learns
+            metrics.append(self.folder, {"step": 0, "stage": 1, "held_out": self._examine(number)})
         while number < len(self.config.stages):
             self._stage(number, within)
             number, within = number + 1, 0
@@ -209,7 +211,7 @@ class _Run:
             waited, compiled = time.perf_counter() - began, 0.0
             given = batch(groups, stage.length, how.scale)
             if step is None:
-                step, compiled = self._compiled(how, learner.adam(stage.rate, stage.clip), given)
+                step, compiled = self._compiled(number, how, learner.adam(stage.rate, stage.clip), given)
             at = time.perf_counter()
             self._now, said = step(self._now, given)
             record = {
@@ -245,9 +247,11 @@ class _Run:
         elif within == self.config.stages[number].imitate:
             self._now = self._begin(self._now.model, number)._replace(teacher=self._now.teacher)
 
-    def _compiled(self, how: PolicyObjective, optimizer: Any, given: LearnerBatch) -> tuple[Any, float]:
+    def _compiled(self, number: int, how: PolicyObjective, optimizer: Any, given: LearnerBatch) -> tuple[Any, float]:
         began = time.perf_counter()
-        step = learner.compile_step(how, optimizer).lower(self._now, given).compile()  # type: ignore[attr-defined]
+        step = (
+            learner.compile_step(how, optimizer, self.config.stages[number].rounding).lower(self._now, given).compile()
+        )  # type: ignore[attr-defined]
         return step, time.perf_counter() - began
 
     def _imitate(self, number: int, within: int) -> None:
@@ -258,7 +262,7 @@ class _Run:
             groups = [RolloutGroup(row, (each,)) for row, each in zip(rows, right, strict=True)]
             given = batch(groups, stage.length, False)._replace(advantages=np.ones(len(groups), np.float32))
             if step is None:
-                step, _ = self._compiled(_IMITATES, learner.adam(stage.imitate_rate, stage.clip), given)
+                step, _ = self._compiled(number, _IMITATES, learner.adam(stage.imitate_rate, stage.clip), given)
             self._now, said = step(self._now, given)
             within += 1
             self._done += 1

@@ -1,0 +1,212 @@
+"""Measured times of a chip's operators, and the profile that they make of the chip's: its efficiency curves.
+
+    run.py --operators --json   the runner of an Ascend package: every operator of its graphs, by name and tensors
+    msmodeling                  its profiling database: a CSV a kernel (`MatMulV2.csv`, `QuantBatchMatmulV3.csv`, ..)
+                                with the columns of `CSV_COLUMNS`, or a folder of them (Ascend/msmodeling, tensor_cast/
+                                performance_model/profiling_database, read 2026-11)
+
+Names are those of torch_npu and ATen; msmodeling's kernels are read under the names of the operators that start them.
+What is read are products, which say how near a size comes to the chip's peak or to its bandwidth; the base profile's
+other figures stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from foundation.errors import UsageError
+from foundation.reading import Unreadable, read_csv
+from hw_profiles import Curve, Profile
+from runtime.simulation import package_runs
+
+CSV_COLUMNS = ("Input Shapes", "Input Data Types", "Output Shapes", "Output Data Types")
+_DURATIONS = ("Average Duration(us)", "Profiling Average Duration(us)", "Duration(us)")
+KERNELS: Mapping[str, str] = {
+    "MatMulV2": "aten.mm",
+    "MatMulV3": "aten.mm",
+    "MatMulCommon": "aten.mm",
+    "BatchMatMulV2": "aten.bmm",
+    "BatchMatMulNd": "aten.bmm",
+    "QuantBatchMatmulV3": "npu.npu_quant_matmul",
+    "WeightQuantBatchMatmulV2": "npu.npu_weight_quant_batchmatmul",
+    "GroupedMatmul": "npu.npu_grouped_matmul",
+}
+"""The operators that msmodeling's kernels are started by."""
+_BYTES = {
+    "int8": 1, "uint8": 1, "bool": 1, "float16": 2, "bfloat16": 2, "int16": 2, "float32": 4, "int32": 4, "int64": 8,
+    "uint64": 8,
+}  # fmt: skip
+_SPELT = {"FLOAT": "float32", "DT_BF16": "bfloat16", "FLOAT16": "float16", "DT_FLOAT": "float32", "BOOL": "bool"}
+_RATES = {"int8": "int8", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_FEW = 3
+"""Sizes, at least, that say something of a curve."""
+
+ShapeAndType = tuple[tuple[int, ...], str]  # shape, type
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatorTime:
+    """An operator's call: what it was given and made, and how long it took beyond what an empty one takes."""
+
+    name: str
+    inputs: tuple[ShapeAndType, ...]
+    outputs: tuple[ShapeAndType, ...]
+    seconds: float
+    equation: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredProduct:
+    """A matrix product: FLOP, bytes moved at least, the rate it computes at ("bf16"), seconds."""
+
+    flops: float
+    bytes: float
+    rate: str
+    seconds: float
+
+
+def read(path: Path, launch_s: float) -> list[OperatorTime]:
+    """launch_s: what a kernel of msmodeling's takes however small it is. Raises `UsageError` for a file that is
+    neither form, or holds none."""
+    if path.is_dir():
+        files = [file for file in sorted(path.glob("*.csv")) if file.stem in KERNELS]
+        found = [each for file in files for each in _of_csv(file, launch_s)]
+    elif path.suffix == ".csv":
+        found = list(_of_csv(path, launch_s))
+    else:
+        found = list(_of_run(path))
+    if not found:
+        raise UsageError(f"{path}: no measured operators; run.py writes them with --measure N --operators --json FILE")
+    return found
+
+
+def _of_run(path: Path) -> Iterator[OperatorTime]:
+    found = package_runs.read(path)
+    try:
+        empty = float(found["empty_s"])
+        for entry in found["operators"]:
+            inputs, outputs = (
+                tuple((tuple(map(int, each["shape"])), str(each["dtype"])) for each in entry[key])
+                for key in ("inputs", "outputs")
+            )
+            seconds = float(entry["median_s"]) - empty
+            yield OperatorTime(str(entry["operator"]), inputs, outputs, seconds, str(entry["equation"]))
+    except (KeyError, TypeError, ValueError) as error:
+        why = f"operators: {type(error).__name__}: {error}"
+        raise UsageError(f"{path}: {why}; measure again with this package's run.py") from None
+
+
+def _of_csv(path: Path, launch_s: float) -> Iterator[OperatorTime]:
+    if path.stem not in KERNELS:
+        raise UsageError(f"{path}: a kernel that no product is; known file names: {', '.join(KERNELS)}")
+    try:
+        columns, rows = read_csv(path)
+    except Unreadable as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None
+    duration = next((name for name in _DURATIONS if name in columns), None)
+    missing = [name for name in CSV_COLUMNS if name not in columns]
+    if missing or duration is None:
+        raise UsageError(f"{path}: no column {', '.join([*missing, *([_DURATIONS[0]] * (duration is None))])}")
+    for number, row in enumerate(rows, 2):
+        try:
+            seconds = float(row[duration] or 0) * 1e-6
+            inputs, outputs = (_tensors(row[f"{of} Shapes"], row[f"{of} Data Types"]) for of in ("Input", "Output"))
+        except ValueError as error:
+            raise UsageError(f"{path}: line {number}: {error}") from None
+        if seconds > 0:
+            yield OperatorTime(KERNELS[path.stem], inputs, outputs, seconds - launch_s)
+
+
+def _tensors(shapes: str, types: str) -> tuple[ShapeAndType, ...]:
+    """ "1,64;4,4" and "INT8;DT_BF16"; the empty shape of an argument that is absent is left out."""
+    pairs = zip(shapes.strip().strip('"').split(";"), types.strip().strip('"').split(";"), strict=False)
+    return tuple(
+        (tuple(int(size) for size in shape.split(",")), _SPELT.get(kind, kind.removeprefix("DT_").lower()))
+        for shape, kind in pairs
+        if shape
+    )
+
+
+# --- products -----------------------------------------------------------------------------------------
+
+
+def products(times: Sequence[OperatorTime]) -> list[MeasuredProduct]:
+    """Those of the operators that are matrix products, and took some time."""
+    found = []
+    for each in times:
+        flops = _flops(each)
+        if flops and each.seconds > 0 and (rate := _RATES.get(each.inputs[0][1])):
+            moved = sum(math.prod(shape) * _BYTES.get(kind, 4) for shape, kind in (*each.inputs, *each.outputs))
+            found.append(MeasuredProduct(flops, float(moved), rate, each.seconds))
+    return found
+
+
+def _flops(each: OperatorTime) -> float:
+    """0 for what is no product, or not one that its tensors tell."""
+    if not each.outputs or len(each.inputs) < 2:
+        return 0.0
+    (left, _), (out, _) = each.inputs[0], each.outputs[0]
+    if each.name == "aten.einsum":
+        terms = re.fullmatch(r"([a-z]+),([a-z]+)->[a-z]*", each.equation)
+        sizes: dict[str, int] = {}
+        for term, (shape, _) in zip(terms.groups() if terms else (), each.inputs, strict=False):
+            sizes.update(zip(term, shape, strict=False))
+        return 2.0 * math.prod(sizes.values()) if sizes else 0.0
+    if each.name in ("aten.mm", "aten.bmm", "aten.matmul", *(name for name in KERNELS.values() if "npu" in name)):
+        return 2.0 * math.prod(out) * left[-1]
+    return 0.0
+
+
+def calibrated(base: Profile, found: Sequence[MeasuredProduct], source: str, name: str) -> Profile:
+    """The base with efficiency curves of measured products: by FLOP those that computing bounds, by bytes those that
+    memory does. Raises `UsageError` where too few say either, or the base lacks a figure."""
+    bandwidth = base.number("chip.memory.bandwidth_bytes_per_s")
+    if bandwidth is None:
+        raise UsageError(f"--profile {base.name}: has no chip.memory.bandwidth_bytes_per_s")
+    compute: list[tuple[float, float]] = []
+    memory: list[tuple[float, float]] = []
+    for product in found:
+        peak = base.number(f"chip.peak.{product.rate}_flops_per_s")
+        if peak is None:
+            continue
+        computing, moving = product.flops / peak, product.bytes / bandwidth
+        if computing > 2 * moving:
+            compute.append((product.flops, computing / product.seconds))
+        elif moving > 2 * computing:
+            memory.append((product.bytes, moving / product.seconds))
+    curves = dict(base.curves)
+    today = time.strftime("%Y-%m-%d")
+    for path, unit, points in (("efficiency.compute", "FLOP", compute), ("efficiency.memory", "bytes", memory)):
+        if knots := _knots(points):
+            most = max(share for _, share in points)
+            note = f"Medians by octave of {len(points)} measured products."
+            if most > 1:
+                note += f" The fastest is at {most:.2f} of the profile's figure, which is too low, and counted as 1."
+            curves[path] = Curve(knots, unit, source, today, "measured", note)
+    if curves == dict(base.curves):
+        raise UsageError(
+            f"{source}: {len(found)} products, and fewer than {_FEW} of them tell how fast the chip computes or reads; "
+            "measure more sizes: --batch and --chunk of glm5 export"
+        )
+    return dataclasses.replace(base, name=name, curves=curves, prices=None, prices_sha256=None, path=None)
+
+
+def _knots(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    octaves: dict[int, list[tuple[float, float]]] = {}
+    for size, share in points:
+        octaves.setdefault(round(math.log2(size)), []).append((size, share))
+    if len(points) < _FEW:
+        return ()
+    return tuple(
+        (
+            float(f"{math.exp(statistics.fmean(math.log(size) for size, _ in each)):.4g}"),
+            float(f"{min(1.0, statistics.median(share for _, share in each)):.4g}"),
+        )
+        for _, each in sorted(octaves.items())
+    )
