@@ -57,10 +57,11 @@ def refused(cfg: ModelConfig, kind: LayerType, layout: Layout, fp8: bool, pages:
 
 
 NOT_OURS = {"a matrix that is not in block-FP8: XLA's libraries have that product"}
-# Shares of its dense layer of 10,944 channels, tp 8 and 16.
+# Shares of its dense layer of 10,944 channels, tp 8 and 16, and of its shared expert of 1,408, tp 16.
 OUT_OF_REACH = {
     "glm-4.5-air": {
-        f"a matrix of {shape}: not multiples of 16" for shape in ("1368 x 4096", "4096 x 1368", "684 x 4096")
+        f"a matrix of {shape}: not multiples of 16"
+        for shape in ("1368 x 4096", "4096 x 1368", "684 x 4096", "88 x 4096")
     }
 }
 PRESETS = ("glm-5", "glm-5.2", "glm-4.7-flash", "glm-4.5", "glm-4.5-air", "deepseek-v3", "deepseek-v3.2", "kimi-k2")
