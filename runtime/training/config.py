@@ -223,14 +223,19 @@ def _say(where: str, fault: Fault) -> str:
     return f"{where}: `{place(fault.path)}` {wrong}, not {fault.shown}"
 
 
-def read(path: str | Path) -> TrainConfig:
-    """The run that a TOML file describes. Raises `UsageError`, one line, for anything it cannot mean."""
-    path = Path(path)
+def tables(path: Path) -> dict[str, Any]:
+    """What a TOML file holds. Raises `UsageError`, one line."""
     try:
-        raw = read_toml(path)
+        return read_toml(path)
     except Unreadable as error:
         what = f"not valid TOML ({error})" if error.reason in ("syntax", "encoding") else error
         raise UsageError(f"{path}: {what}") from None
+
+
+def read(path: str | Path) -> TrainConfig:
+    """The run that a TOML file describes. Raises `UsageError`, one line, for anything it cannot mean."""
+    path = Path(path)
+    raw = tables(path)
     file = table(str(path), _File, raw)
     config = TrainConfig(
         _model(path, file.model),

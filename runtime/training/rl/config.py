@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from foundation.errors import UsageError
-from foundation.reading import Unreadable, read_toml
 from model.formats import SCHEMES_HELP, scheme
 from runtime.serving.pacing import RolloutAdmission
-from runtime.training.config import MOST_STEPS, table, unknown_rounding
+from runtime.training.config import MOST_STEPS, table, tables, unknown_rounding
 from runtime.training.rl.episodes import PRACTISED
 
 FILE = "config.toml"
@@ -236,12 +235,7 @@ class _File:
 def read(path: str | Path) -> RlConfig:
     """The run that a TOML file describes. Raises `UsageError`, one line, for anything it cannot mean."""
     path = Path(path)
-    try:
-        raw = read_toml(path)
-    except Unreadable as error:
-        what = f"not valid TOML ({error})" if error.reason in ("syntax", "encoding") else error
-        raise UsageError(f"{path}: {what}") from None
-    file = table(str(path), _File, raw)
+    file = table(str(path), _File, tables(path))
     return RlConfig(
         table(f"{path}: [schedule]", Schedule, file.schedule),
         table(f"{path}: [generation]", Generation, file.generation),
