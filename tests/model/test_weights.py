@@ -115,7 +115,8 @@ def test_descriptions_are_consistent(name: str) -> None:
             assert len(weight.axes) == len(weight.shape)
             assert (weight.expert_count > 0) == all("{e}" in source for source in weight.sources)
             assert len(weight.sources) == (2 if weight.arrangement is Arrangement.GATE_UP else 1)
-            assert bool(weight.heads) == (weight.name in {"q", "k", "v", "q_b", "k_up", "v_up"})
+            projections = {"q", "k", "v", "q_b", "k_up", "v_up"}
+            assert bool(weight.heads) == (weight.name.removesuffix("_bias") in projections)
             if weight.matrix_dims:
                 rows, columns = (weight.shape[dim] for dim in weight.matrix_dims)
                 assert weight.initial == (0.0, rows**-0.5) and weight.size % (rows * columns) == 0
