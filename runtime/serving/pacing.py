@@ -9,10 +9,8 @@ waits where all that would then be left could not be trained on before they are 
 It need not wait for ever: once all have come, the oldest are a batch, and as many begin as a step takes. So nothing
 that was generated is thrown away.
 
-`discard`: so many groups are always under way, and a step takes whichever come first; those that are too stale by then
-are thrown away, and that is counted. It favours what is over soon.
-
-The loop of `glm5 rl` and the simulation of `glm5 plan rl` ask the same object.
+`discard`: so many groups are always under way, and a step waits for none in particular: it takes the oldest of those
+that are there, and what is too stale by then is thrown away, and counted. It favours what is over soon.
 """
 
 from __future__ import annotations

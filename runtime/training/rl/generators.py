@@ -38,13 +38,10 @@ class GeneratorLost(RuntimeError):
 
 
 class RolloutSource(Protocol):
-    """Makes the groups of a stage by number. busy_s: seconds that it drew tokens for so far; tokens: how many."""
+    """Makes the groups of a stage by number. busy_s: seconds that it drew tokens for so far."""
 
     @property
     def busy_s(self) -> float: ...
-
-    @property
-    def tokens(self) -> int: ...
 
     def publish(self, policy: Arrays, version: int) -> None:
         """The policy that is generated with from now on."""
@@ -94,10 +91,6 @@ class Here:
     def busy_s(self) -> float:
         return self.engine.busy_s
 
-    @property
-    def tokens(self) -> int:
-        return self.engine.tokens
-
     def publish(self, policy: Arrays, version: int) -> None:
         self.engine.load(nested(policy), version)
 
@@ -120,7 +113,6 @@ class _Told:
 
     group: RolloutGroup | None = None
     busy_s: float = 0.0
-    tokens: int = 0
 
 
 class Apart:
@@ -128,16 +120,13 @@ class Apart:
 
     def __init__(self, folder: Path, checkpoint: Path, backend: str):
         self._folder, self._checkpoint, self._backend = folder, checkpoint, backend
-        self.busy_s, self.tokens = 0.0, 0
-        self._before = (0.0, 0)
+        self.busy_s = self._before_s = 0.0
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
-        self._version = -1
 
     def publish(self, policy: Arrays, version: int) -> None:
         arrays = {name: np.asarray(array) for name, array in policy.items()}
         write_arrays(self._folder / POLICY, arrays, {"version": str(version)})
-        self._version = version
         if self._process is not None:
             self._tell({"policy": version})
 
@@ -153,7 +142,7 @@ class Apart:
                 self._end()
                 raise GeneratorLost
             told = _told(line)
-            self.busy_s, self.tokens = self._before[0] + told.busy_s, self._before[1] + told.tokens
+            self.busy_s = self._before_s + told.busy_s
             if told.group is not None:
                 return [told.group]
 
@@ -168,7 +157,7 @@ class Apart:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8",
             )  # fmt: skip
         self._lines = queue.Queue()
-        self._before = (self.busy_s, self.tokens)
+        self._before_s = self.busy_s
         threading.Thread(target=_pump, args=(self._process.stdout, self._lines), daemon=True).start()
 
     def _tell(self, what: Mapping[str, Any]) -> None:
@@ -204,4 +193,4 @@ def _told(line: str) -> _Told:
 
 def told(group: RolloutGroup | None, engine: RolloutEngine) -> str:
     """A line for `Apart`."""
-    return json.dumps(dataclasses.asdict(_Told(group, engine.busy_s, engine.tokens)))
+    return json.dumps(dataclasses.asdict(_Told(group, engine.busy_s)))

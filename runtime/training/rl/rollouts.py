@@ -73,7 +73,6 @@ class _Work:
 
 class RolloutEngine:
     """Generates groups. version: of the policy that draws now. busy_s: seconds that steps took, compiling left out.
-    tokens: drawn so far.
 
     longest: tokens of an episode at most; running: answers at work at once. Raises `UsageError` for what the model
     cannot serve.
@@ -108,7 +107,7 @@ class RolloutEngine:
         programs = Programs(self._backend, cfg, self._held(weights), config.pages, page, dtype)
         self._engine = LocalEngine(cfg, programs, config)
         self.version = 0
-        self.busy_s, self.tokens = 0.0, 0
+        self.busy_s = 0.0
         self._answers: dict[Request, Answer] = {}
         self._works: dict[int, _Work] = {}
         self._numbered = 0
@@ -127,11 +126,6 @@ class RolloutEngine:
     @property
     def compile_s(self) -> float:
         return self._engine.programs.compile_s
-
-    @property
-    def drawing(self) -> bool:
-        """Answers are being made."""
-        return bool(self._works)
 
     @property
     def idle(self) -> bool:
@@ -202,7 +196,6 @@ class RolloutEngine:
 
     def _drew(self, number: int, token: int) -> None:
         self._works[number].versions.append(self.version)
-        self.tokens += 1
 
     def _heard(self, news: News) -> None:
         for answer, update in news:
