@@ -10,7 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from foundation.errors import CapacityError
 from model.cache import cache_rows, row_bytes
@@ -20,6 +20,42 @@ from model.split import Layout, share_bytes
 from model.weights import layer_weights, outer_weights, stage_outer
 from runtime.deployment.engines import Engine
 from runtime.deployment.engines.reserve import reserve
+
+RUNTIME_BYTES, COMMUNICATION_BYTES = 2.0e9, 0.5e9
+"""Where a profile has no figure for what the driver and runtime keep back, and for collective buffers."""
+
+
+class ChipFigures(Protocol):
+    """What is asked of a chip's profile here."""
+
+    @property
+    def name(self) -> str: ...
+
+    def number(self, path: str, /) -> float | None: ...
+
+    def value(self, path: str, /) -> float: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceMemory:
+    """A device's memory, as an application finds it, and what driver, runtime and collectives keep of it."""
+
+    capacity_bytes: float
+    usable_bytes: float
+    runtime_bytes: float
+    communication_bytes: float
+
+    @classmethod
+    def of(cls, profile: ChipFigures, devices: int) -> DeviceMemory:
+        """devices: those that talk to each other; one has no buffers for it."""
+        capacity = profile.value("chip.memory.capacity_bytes")
+        buffers = profile.number("overhead.collective_buffer_bytes") or COMMUNICATION_BYTES
+        return cls(
+            capacity,
+            profile.number("chip.memory.usable_bytes") or capacity,
+            profile.number("overhead.runtime_reserved_bytes") or RUNTIME_BYTES,
+            buffers if devices > 1 else 0.0,
+        )
 
 
 def stage_weight_bytes(

@@ -21,7 +21,7 @@ from runtime.pricing.kernel import Kernel
 from runtime.pricing.price import Price, PriceError, total, weakest
 from runtime.pricing.work import MEASURED_BLOCKS, MlaShape
 
-_RATED = "trtllm"
+RATED = "trtllm"
 """Whose table of the dense MLA prefill kernel agrees with the whole blocks of SGLang; SGLang's own is of a third of
 that rate (see docs/validation.md, where it falls short)."""
 IndexMode = Literal["index", "skip", "dense"]
@@ -179,7 +179,7 @@ def _absorbing(book: PriceBook, layer: MlaLayer, tokens: float, keys: float, seq
     ways = []
     for absorbed in (True, False):
         parts = _projections(book, layer, tokens, absorbed)
-        ways.append(total([*parts.values(), mla_prefill(book, layer, tokens, keys, sequences, absorbed, _RATED)]))
+        ways.append(total([*parts.values(), mla_prefill(book, layer, tokens, keys, sequences, absorbed, RATED)]))
     return max(0.0, ways[0].seconds - ways[1].seconds)
 
 

@@ -20,14 +20,20 @@ from model.formats import Formats, Scheme, scheme
 from model.split import MOST_DEVICES, Layout
 from runtime.deployment.engines import Engine, check_dealt, engine_for, formats_for, sized_cache, with_pool
 from runtime.deployment.kv import Offload
-from runtime.deployment.ledger import Ledger, fullest, stage_kv_bytes_per_token, stage_ledgers
+from runtime.deployment.ledger import (
+    COMMUNICATION_BYTES,
+    RUNTIME_BYTES,
+    DeviceMemory,
+    Ledger,
+    fullest,
+    stage_kv_bytes_per_token,
+    stage_ledgers,
+)
 from runtime.pricing import Chip, PriceBook, load, open_book
 from runtime.pricing.pricer import GraphPricer, OpLists
 from runtime.serving import CacheTier, Deployment, Speculation
 from runtime.simulation.offload import cache_tiers, tiers_assumed
 
-RUNTIME_BYTES, COMMUNICATION_BYTES = 2.0e9, 0.5e9
-"""Where a profile has no figure for what the driver and runtime keep back, and for collective buffers."""
 _HALF, _BRAIN = (f"chip.peak.{name}_flops_per_s" for name in ("fp16", "bf16"))
 _ACCEPTED, _ACCEPTED_RANGE = 0.65, (0.60, 0.90)
 """Chance that a draft is taken, where nobody says, and what it may be: DeepSeek-V3.2 makes 2.55 tokens at 4 steps,
@@ -180,22 +186,15 @@ def memory(spec: Spec) -> Ledger:
 
 def memories(spec: Spec) -> list[Ledger]:
     """The ledger of each pipeline stage's devices, fitting or not."""
-    profile = spec.profile
-    capacity = profile.require("chip.memory.capacity_bytes").value
-    runtime = profile.number("overhead.runtime_reserved_bytes")
-    buffers = profile.number("overhead.collective_buffer_bytes")
     return stage_ledgers(
         spec.cfg,
         spec.layout,
         spec.formats,
         spec.engine,
-        usable_bytes=profile.number("chip.memory.usable_bytes") or capacity,
-        capacity_bytes=capacity,
-        communication_bytes=(buffers or COMMUNICATION_BYTES) if spec.layout.devices > 1 else 0.0,
-        runtime_bytes=runtime or RUNTIME_BYTES,
+        **vars(DeviceMemory.of(spec.profile, spec.layout.devices)),
         mtp=spec.drafts > 0,
         redundant_slots=spec.redundant_slots,
-        sized=sized_cache(spec.engine, spec.cfg, profile, spec.formats),
+        sized=sized_cache(spec.engine, spec.cfg, spec.profile, spec.formats),
     )
 
 

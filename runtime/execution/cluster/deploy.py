@@ -13,9 +13,10 @@ from hw_profiles import Profile
 from model.config import ModelConfig
 from model.split import Grid, Layout, Slots, slots_in_order
 from runtime.deployment.engines import engine_for
+from runtime.deployment.ledger import DeviceMemory
 from runtime.deployment.plan import Plan, Pool
 from runtime.planning.assign import plan_for
-from runtime.simulation.build import COMMUNICATION_BYTES, RUNTIME_BYTES, Spec, memories
+from runtime.simulation.build import Spec, memories
 from runtime.simulation.planned import Deployed, deployed
 
 MOST_EMULATED = 1024
@@ -68,12 +69,12 @@ def scaled(name: str, factor: float) -> Profile:
     profile = hw_profiles.load(name)
     if factor == 1.0:
         return profile
-    capacity = profile.require("chip.memory.capacity_bytes").value
+    held = DeviceMemory.of(profile, devices=2)
     values = {
-        "chip.memory.capacity_bytes": capacity,
-        "chip.memory.usable_bytes": profile.number("chip.memory.usable_bytes") or capacity,
-        "overhead.runtime_reserved_bytes": profile.number("overhead.runtime_reserved_bytes") or RUNTIME_BYTES,
-        "overhead.collective_buffer_bytes": profile.number("overhead.collective_buffer_bytes") or COMMUNICATION_BYTES,
+        "chip.memory.capacity_bytes": held.capacity_bytes,
+        "chip.memory.usable_bytes": held.usable_bytes,
+        "overhead.runtime_reserved_bytes": held.runtime_bytes,
+        "overhead.collective_buffer_bytes": held.communication_bytes,
     }
     return hw_profiles.load(name, {path: value * factor for path, value in values.items()})
 
