@@ -29,8 +29,8 @@ class TrainLayout:
     """Degrees of parallelism of a training step, and what it keeps and hides.
 
     micro_batch_tokens: the most tokens of one micro-batch of a dp rank, over all its cp ranks; whole sequences are
-    packed into them. recompute: what the backward pass computes again instead of keeping it: nothing, norms, rotary
-    embeddings and activation functions ("selective"), or each layer from its input. zero: optimizer state is sharded
+    packed into them. recompute: what the backward pass computes again instead of keeping it: nothing, what is cheap
+    ("selective", see `backward.repeated`), or each layer from its input. zero: optimizer state is sharded
     over the ranks that hold the same weights (ZeRO-1, Megatron's distributed optimizer). overlap_exchange: dispatch and
     combine of experts run beside another micro-batch's products (DualPipe). overlap_gradients: gradients are reduced
     while the last micro-batch goes backward, and weights gathered while the next step's first goes forward. Raises
