@@ -3,7 +3,8 @@
     weights       16 bits of each; in FP8 training every narrow matrix is kept twice, as it is and transposed, in 8
     gradients     float32 of each that is trained
     optimizer     float32 weight and two moments, 12 bytes each; with `zero` over the ranks that hold the same weights
-    activations   what the backward pass reads, of every micro-batch that a stage has under way: min(pp - stage, M)
+    activations   what the backward pass reads, of every micro-batch that a stage has under way: min(pp - stage, M),
+                  and with interleaved runs (pp - 1) / interleave more (Korthikanti et al., arXiv 2205.05198)
     workspace     one layer while it goes backward (what it keeps, and gradients as large), logits and their gradient,
                   and rows on their way to and from experts
 
@@ -105,7 +106,8 @@ def training_memory(
     ledgers = []
     for stage, layers in enumerate(layout.shard.stage_layers(cfg.num_layers)):
         kinds = Counter(cfg.layers[layer] for layer in layers)
-        under_way = min(float(layout.pp - stage), max(micro_batches, 1.0))
+        more = (layout.pp - 1) / layout.interleave if layout.interleave > 1 else 0.0
+        under_way = min(layout.pp - stage + more, max(micro_batches, 1.0))
         kept = sum(count * keeps.layer(kind, layout) for kind, count in kinds.items())
         at_once = 2.0 * max(keeps.layer(kind, whole) for kind in kinds)
         last = stage == layout.pp - 1

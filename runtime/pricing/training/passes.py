@@ -92,8 +92,7 @@ class PassPrices:
         weights = {w.name: w for kind in cfg.layer_counts for w in layer_weights(cfg, kind)}
         weights |= {w.name: w for w in outer_weights(cfg)}
         shard = dataclasses.replace(layout.shard, pp=1)
-        copies = layout.devices // shard.devices
-        self.ops = OpPrices(Context(cfg, shard, formats, book, load, weights, replicas=copies))
+        self.ops = OpPrices(Context(cfg, shard, formats, book, load, weights))
         self.kinds = [
             Counter(cfg.layers[layer] for layer in stage) for stage in layout.shard.stage_layers(cfg.num_layers)
         ]
@@ -113,7 +112,7 @@ class PassPrices:
                 for name, part in end.items():
                     sums.setdefault(name, []).append(part)
             if len(self.kinds) > 1:
-                sums["stages"] = [self.hop(batch).times(2.0)]
+                sums["stages"] = [self.hop(batch).times(2.0 * self.layout.interleave)]
             found.append({name: total(parts) for name, parts in sums.items()})
         return found
 
