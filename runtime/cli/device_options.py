@@ -47,3 +47,7 @@ ScaleMemory = Annotated[float, typer.Option(help="With sim: share of the chip's 
 TrustPackage = Annotated[
     bool, typer.Option("--trust-package", help="With --artifact: open graphs that may run code, too.")
 ]
+Coordinator = Annotated[
+    str | None, typer.Option(help="Run --plan over several processes: HOST:PORT where process 0 meets the others.")
+]
+Process = Annotated[str | None, typer.Option(help="With --coordinator: I/N, this is process I of N, from 0 on.")]

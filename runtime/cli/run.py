@@ -68,12 +68,8 @@ def run(
     ] = None,
     scale_memory: device_options.ScaleMemory = 1.0,
     trace: Annotated[Path | None, typer.Option(help="With sim: write a Chrome/Perfetto trace, a row a device.")] = None,
-    coordinator: Annotated[
-        str | None, typer.Option(help="Run --plan over several processes: HOST:PORT where process 0 listens.")
-    ] = None,
-    process: Annotated[
-        str | None, typer.Option(help="With --coordinator: I/N, this is process I of N, from 0 on.")
-    ] = None,
+    coordinator: device_options.Coordinator = None,
+    process: device_options.Process = None,
 ) -> None:
     """Generate text with a model on a backend."""
     values = dict(locals())

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from foundation.errors import UsageError
 from foundation.reading import Unreadable, read_lines
 from runtime.cli import completion, device_options
-from runtime.cli.compile_cache import open_compile_cache
 from runtime.cli.given import refuse_decided, refuse_unread
 from runtime.execution.cluster.options import DECIDED_BY_PLAN
-
-if TYPE_CHECKING:
-    import socket
-
-    from runtime.api.backing import Backing, Opened
-    from runtime.api.endpoint import Endpoint
-    from runtime.api.settings import Settings
-    from runtime.serving.service import Service
 
 _LOCAL = frozenset({"dtype", "keep_fp8", "pool_tokens", "prefill_chunk"})
 _EMULATED = frozenset(
     {"plan", "profile", "devices", "tp", "dp", "ep", "pp", "formats", "kv", "engine", "scale_memory", "model",
      "tokens", "time_scale"}
 )  # fmt: skip
+_OF_PROCESSES = frozenset({"coordinator", "process"})
 _OF_CHECKPOINTS = _LOCAL | _EMULATED | {"checkpoint", "mtp"}
 _OF_PACKAGES = frozenset({"artifact", "trust_package"})
 
@@ -77,8 +66,11 @@ def serve(
     ] = None,
     trust_package: device_options.TrustPackage = False,
     plan: Annotated[
-        Path | None, typer.Option(help="With sim: the plan to keep the pace of (`glm5 plan --out`).")
+        Path | None,
+        typer.Option(help="With sim: the plan to keep the pace of (`glm5 plan --out`); with --coordinator: to run."),
     ] = None,
+    coordinator: device_options.Coordinator = None,
+    process: device_options.Process = None,
     profile: device_options.SimProfile = None,
     devices: device_options.SimDevices = None,
     tp: device_options.SimTp = None,
@@ -110,23 +102,27 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: OpenAI's and Anthropic's forms, tools, schemas, metrics."""
     values = dict(locals())
+    spread = coordinator is not None or process is not None
     emulates, why_not = False, "does not go with --artifact: the package has been made without it; leave it out"
     if artifact is not None:
-        unread = _OF_CHECKPOINTS
+        unread = _OF_CHECKPOINTS | _OF_PROCESSES
+    elif spread:
+        unread = (_LOCAL | _EMULATED | _OF_PACKAGES | {"mtp"}) - {"plan", "dtype"}
+        why_not = "does not go with --coordinator and --process, which serve a plan as it is; leave it out"
     else:
         from backends import registry
 
         emulates = registry.get(backend).emulates
         unread, why_not = (_LOCAL if emulates else _EMULATED) | _OF_PACKAGES, _why_not(emulates, backend)
     refuse_unread(context, set(values) - unread, lambda name: "needs --artifact" if name in _OF_PACKAGES else why_not)
-    if plan is not None:
+    if plan is not None and not spread:
         refuse_decided(context, DECIDED_BY_PLAN)
     keys = _keys(api_key, api_key_file)
     _positive(max_body_mb=max_body_mb, ping_seconds=ping_seconds, drain_seconds=drain_seconds)
     try:
-        from runtime.api.backing import Backing, opened
-        from runtime.api.server import bound, is_loopback
+        from runtime.api.backing import Backing
         from runtime.api.settings import Settings
+        from runtime.cli.front import Front
     except ModuleNotFoundError as error:
         raise UsageError(f"glm5 serve needs {error.name}: pip install 'glm5-runtime[serve]'") from None
     if tokens not in ("model", "synthetic"):
@@ -138,73 +134,18 @@ def serve(
         sim = SimOptions(**{f.name: values[f.name] for f in dataclasses.fields(SimOptions) if f.name in values})
     names = [field.name for field in dataclasses.fields(Backing) if field.name not in ("sim", "warm")]
     backing = Backing(sim=sim, warm=warm_up, **{name: values[name] for name in names})
-    with bound(host, port) as listening:
-        found = opened(backing)
-        for note in found.notes:
-            _say(note)
-        if not keys and not is_loopback(host):
-            _say(f"warning: anyone who reaches {host} may use this server; give --api-key")
-        settings = Settings(
-            keys=keys, open_health=not guard_health,
-            origins=tuple(allowed_origin or ("*",) * bool(keys)),
-            max_queue=max_queue, max_body_bytes=int(max_body_mb * 1e6), ping_s=ping_seconds, drain_s=drain_seconds,
-        )  # fmt: skip
-        _serve(listening, backing, found, settings, tuple(served_model_name or ()), host, compile_cache)
+    settings = Settings(
+        keys=keys, open_health=not guard_health,
+        origins=tuple(allowed_origin or ("*",) * bool(keys)),
+        max_queue=max_queue, max_body_bytes=int(max_body_mb * 1e6), ping_s=ping_seconds, drain_s=drain_seconds,
+    )  # fmt: skip
+    front = Front(host, port, tuple(served_model_name or ()), settings, compile_cache)
+    if spread:
+        from runtime.cli.serve_processes import ProcessesServe
 
-
-def _serve(
-    listening: socket.socket,
-    backing: Backing,
-    found: Opened,
-    settings: Settings,
-    names: tuple[str, ...],
-    host: str,
-    compile_cache: str | None,
-) -> None:
-    from runtime.api.backing import make_service
-    from runtime.api.endpoint import Endpoint
-    from runtime.api.server import HttpServer
-
-    endpoint = Endpoint(
-        names or (found.name,),
-        found.vocabulary,
-        found.limits.positions,
-        settings,
-        found.recommended,
-        found.emulated,
-    )
-    shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{listening.getsockname()[1]}"
-    began = time.monotonic()
-
-    def progress(words: str) -> None:
-        endpoint.progress = words
-        _say(words)
-
-    def make() -> Service:
-        if endpoint.inventor is None:  # made-up tokens need nothing compiled
-            open_compile_cache(compile_cache)
-        return make_service(backing, found, endpoint.inventor, progress)
-
-    def ready() -> None:
-        print(f"glm5: serving {endpoint.names[0]} on {url}, ready after {time.monotonic() - began:.1f} s", flush=True)
-        if endpoint.emulated is not None:
-            print(f"glm5: emulated: {endpoint.emulated.header()}", flush=True)
-
-    server = HttpServer(endpoint, make, ready)
-    server.serve_on(listening)
-    _say(_ended(endpoint))
-    if server.loading:  # and cannot be asked to stop
-        sys.stdout.flush()
-        os._exit(0)
-
-
-def _ended(endpoint: Endpoint) -> str:
-    counts = endpoint.last_counts
-    if endpoint.emulated is None or counts is None:
-        return "ended"
-    late = f"this machine was behind the chips' clock by {1000 * counts.most_late_s:,.1f} ms at most"
-    return f"ended; {late} (--time-scale {endpoint.emulated.time_scale:g})"
+        ProcessesServe(front, backing, plan, coordinator, process).run()
+    else:
+        front.serve_alone(backing)
 
 
 def _why_not(emulates: bool, backend: str) -> str:
@@ -233,7 +174,3 @@ def _positive(**given: float) -> None:
     for name, value in given.items():
         if not 0 < value < 1e6:
             raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {value:g}")
-
-
-def _say(words: str) -> None:
-    print(f"glm5: {words}", file=sys.stderr, flush=True)

@@ -1,5 +1,5 @@
-"""Services, ready to be asked: a checkpoint on a device of this host, a package, or a plan's deployment at its own
-pace."""
+"""Services, ready to be asked: a checkpoint on a device of this host, a package, or a plan's deployment: at its own
+pace, or on the devices of several processes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from model.cache import cache_rows
 from model.config import ModelConfig
 from runtime.deployment.plan import Plan, Pool
 from runtime.execution.cluster import deploy
+from runtime.execution.cluster.led import Leader, LedExecutor
 from runtime.execution.cluster.session import clusters_of, executor_of, runnable
 from runtime.serving import Deployment, Disaggregated
 from runtime.serving.clock import Clock, Paced, Wall
-from runtime.serving.executor import refuse
+from runtime.serving.executor import StepExecutor, refuse
 from runtime.serving.live import LiveService, ModelLimits
 from runtime.serving.worker import ModelWorker, SyntheticWorker, Worker
 from runtime.simulation.planned import Deployed
@@ -24,6 +25,7 @@ from runtime.simulation.planned import Deployed
 if TYPE_CHECKING:
     from backends.emulation.backend import SimBackend
     from backends.interface import Backend
+    from backends.spmd.processes import Processes
     from model.checkpoint import Checkpoint
     from runtime.execution.local.engine import EngineConfig, LocalEngine
     from runtime.execution.package.generate import Package
@@ -111,21 +113,66 @@ def emulated_service(
     runnable(cfg, plan)
     backend.start(max(pool.layout.devices for pool in plan.pools))
     pages = pages_here(cfg, plan)
-    deployment = _within(priced.deployment, [n * pool.page_tokens for n, pool in zip(pages, plan.pools, strict=True)])
-    roles = [deployment.prefill, deployment.decode] if isinstance(deployment, Disaggregated) else [deployment]
     clusters = [clusters_of(checkpoint, backend, pool) for pool in plan.pools]
     each = [itertools.cycle(found) for found in clusters]
 
-    def hire(role: int, answers: Any, moving: Any) -> Worker:
-        pool = plan.pools[role]
-        executor = executor_of(next(each[role]), pages[role] + 1, pool)
-        refuse(roles[role], executor, moves=len(roles) > 1)
-        return ModelWorker(executor, answers, moving, pool.drafts)
+    def made(role: int) -> StepExecutor:
+        return executor_of(next(each[role]), pages[role] + 1, plan.pools[role])
 
     def compiling_s() -> float:
         return sum(cluster.compile_s for found in clusters for cluster in found)
 
-    return LiveService(deployment, hire, clock or Paced(time_scale, compiling_s), _limits(cfg), max_queue)
+    return _planned(cfg, plan, priced, pages, made, clock or Paced(time_scale, compiling_s), max_queue)
+
+
+def led_service(
+    checkpoint: Checkpoint, machines: Processes, plan: Plan, max_queue: int = 1024
+) -> tuple[LiveService, Leader]:
+    """Process 0's service of a plan's deployment on the devices of several processes, as fast as they go, and its
+    leader, to be ended behind it. The others `follow` on `executors_of` the same. Raises what loading raises."""
+    from backends.spmd.processes import send
+
+    found, numbers = executors_of(checkpoint, machines, plan), itertools.count()
+    leader = Leader(lambda arrays: send(arrays, 0))
+    led = [[LedExecutor(leader, next(numbers), executor) for executor in pool] for pool in found]
+    each = [itertools.cycle(pool) for pool in led]
+    pages = [pool[0].can.pages for pool in led]
+    priced = deploy.clock_of(checkpoint.config, plan)
+    service = _planned(checkpoint.config, plan, priced, pages, lambda role: next(each[role]), Wall(), max_queue)
+    return service, leader
+
+
+def executors_of(checkpoint: Checkpoint, machines: Processes, plan: Plan) -> list[list[StepExecutor]]:
+    """What carries out the steps of each pool's servers, on the devices of several processes; the same in all."""
+    runnable(checkpoint.config, plan)
+    told = machines.backend.capabilities().devices[0].memory_bytes is not None
+    pages = [pool.kv_pages for pool in plan.pools] if told else pages_here(checkpoint.config, plan)
+    return [
+        [executor_of(cluster, count + 1, pool) for cluster in clusters_of(checkpoint, machines, pool)]
+        for count, pool in zip(pages, plan.pools, strict=True)
+    ]
+
+
+def _planned(
+    cfg: ModelConfig,
+    plan: Plan,
+    priced: Deployed,
+    pages: list[int],
+    make_executor: Callable[[int], StepExecutor],
+    clock: Clock,
+    max_queue: int,
+) -> LiveService:
+    """A plan's deployment, its steps carried out. pages: of a rank of each pool. make_executor: of a role's next
+    server."""
+    deployment = _within(priced.deployment, [n * pool.page_tokens for n, pool in zip(pages, plan.pools, strict=True)])
+    roles = [deployment.prefill, deployment.decode] if isinstance(deployment, Disaggregated) else [deployment]
+
+    def hire(role: int, answers: Any, moving: Any) -> Worker:
+        executor = make_executor(role)
+        refuse(roles[role], executor, moves=len(roles) > 1)
+        return ModelWorker(executor, answers, moving, plan.pools[role].drafts)
+
+    return LiveService(deployment, hire, clock, _limits(cfg), max_queue)
 
 
 def _limits(cfg: ModelConfig) -> ModelLimits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -11,15 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 import hw_profiles
+from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.hf_config import from_hf
 from model.split import Layout
 from runtime.deployment.demand import Demand
 from runtime.deployment.plan import ModelRef, Plan, Transfer, config_hash
 from runtime.execution.cluster import processes
+from runtime.execution.local.load import embedded_checkpoint
 from tests.cli.cli import CONFIG, glm5, make_checkpoint, refused
 from tests.plans import formats, plan_for, pool_of
 from tests.sim.servers import CHIP
@@ -65,12 +69,13 @@ def start(
     *words: object,
     own: tuple[str, ...] = (),
     pipe_bytes: int = -1,
+    verb: str = "run",
 ) -> None:
     """Process 0 of `count` first. own: more words, one for each process. pipe_bytes: what a pipe of theirs holds."""
     port = free_port()
     for index in range(count):
         place = ("--coordinator", f"127.0.0.1:{port}", "--process", f"{index}/{count}", *own[index : index + 1])
-        command = (sys.executable, "-m", "runtime.cli.main", "run", "--backend", "cpu", "--plan", plan, *place, *words)
+        command = (sys.executable, "-m", "runtime.cli.main", verb, "--backend", "cpu", "--plan", plan, *place, *words)
         line, pipe = list(map(str, command)), subprocess.PIPE
         started.append(subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, pipesize=pipe_bytes))
 
@@ -182,3 +187,43 @@ def test_what_cannot_be_is_said_in_a_line(small: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(processes, "JOIN_SECONDS", 0.5)
     line = refused(*ask, "--process", "1/2")
     assert line.startswith("--coordinator 127.0.0.1:1: nothing has listened there for 0.5 s") and "process 0" in line
+
+
+@pytest.mark.slow
+def test_a_plan_is_served(started: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+    """By two processes: the tokens of one device, streams ended properly on SIGTERM, both ending well."""
+    checkpoint = embedded_checkpoint()
+    plan = plan_at(tmp_path / "plan.json", Layout(tp=2, ep=2), cfg=Checkpoint(checkpoint).config)
+    serving = ("--warm-up", 1, "--port", 0)
+    start(started, 2, plan, *serving, verb="serve")
+    first, second = started
+    assert first.stdout and second.stderr
+    said = first.stdout.readline()
+    url = re.search(r"http://\S+:\d+", said)
+    assert url, (said, *first.communicate(timeout=60))
+    ask = {"prompt": "1, 2, 3,", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+    expected = json.loads(glm5("run", "--prompt", ask["prompt"], "--max-tokens", 24, "--ignore-eos", "--json").out)
+    with httpx.Client(base_url=url[0], timeout=300) as client:
+        found = client.post("/v1/completions", json=ask).raise_for_status().json()
+        assert found["choices"][0]["text"] == re.sub(r"<\|\w+\|>", "", expected["text"])
+        with client.stream("POST", "/v1/completions", json={**ask, "max_tokens": 300, "stream": True}) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            for each in started:
+                each.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+    _, err = first.communicate(timeout=600)
+    assert first.returncode == 0 and err.endswith("glm5: ended\n"), err
+    assert second.communicate(timeout=600)[1].count("\n") == 1 and second.returncode == 0
+
+
+def test_what_cannot_be_served_over_processes_is_said_in_a_line(small: Path, tmp_path: Path) -> None:
+    plan = plan_at(tmp_path / "plan.json", Layout(tp=4, ep=4))
+    ask = ("serve", "--coordinator", "127.0.0.1:1", "--process", "0/2")
+    assert "--coordinator needs --plan" in refused(*ask)
+    assert "go together" in refused(*ask[:3], "--plan", plan)
+    assert "--mtp does not go with --coordinator" in refused(*ask, "--plan", plan, "--mtp", 1)
+    assert "--profile does not go with --coordinator" in refused(*ask, "--plan", plan, "--profile", CHIP)
+    assert "--process does not go with --artifact" in refused("serve", "--artifact", tmp_path, "--process", "0/2")
+    assert "backend sim does not run over" in refused(*ask, "--plan", plan, "--backend", "sim")
+    assert "; make a plan for" in refused(*ask, "--plan", plan)

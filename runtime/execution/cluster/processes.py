@@ -19,6 +19,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING
 
 from backends.errors import BackendUnavailable
@@ -90,9 +91,10 @@ _OF_RUNTIME = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|RESOURCE
 _BUG = 1  # exit code of a child that has printed a traceback
 
 
-def supervise(place: ProcessPlace, work: Callable[[Ticket], None]) -> None:
+def supervise(place: ProcessPlace, work: Callable[[Ticket], None], drains: bool = False) -> None:
     """Meets the other processes, runs `work`, which is pickled, in a child process, and raises here what it raises
-    there if that is expected.
+    there if that is expected. drains: SIGTERM and Ctrl-C are for process 0's `work`, which ends in its own time; a
+    second one ends any other process.
 
     Raises `UsageError` where not all processes come, or something else stands in the place of one, and `ProcessLost`
     where the child ended otherwise: another process is gone.
@@ -107,6 +109,8 @@ def supervise(place: ProcessPlace, work: Callable[[Ticket], None]) -> None:
     child = spawn.Process(target=_child, name="glm5-process", args=(place, sender, key, work))
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the child's for good: it ends with this process
     child.start()
+    if drains:
+        _pass_on(place, child)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     sender.close()
     said: Failure | None = None
@@ -133,6 +137,24 @@ def supervise(place: ProcessPlace, work: Callable[[Ticket], None]) -> None:
         sys.exit(_BUG)
     if child.exitcode:
         raise _lost(place, f"exit code {child.exitcode}" if child.exitcode > 0 else f"signal {-child.exitcode}")
+
+
+def _pass_on(place: ProcessPlace, child: BaseProcess) -> None:
+    told = 0
+
+    def heard(number: int, frame: object) -> None:
+        nonlocal told
+        told += 1
+        if place.index == 0:
+            child.terminate()
+        elif told > 1:
+            child.kill()
+        else:
+            os.write(2, f"glm5: {place} ends when process 0 does; once more ends it now\n".encode())
+
+    signal.set_wakeup_fd(-1)  # `interrupt` would end the process at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, heard)
 
 
 def _lost(place: ProcessPlace, reason: str) -> ProcessLost:
