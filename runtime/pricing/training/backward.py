@@ -21,6 +21,8 @@ tokens: 424/565, 501/625, 542/638, 559/646, 561/648 TFLOP/s (arXiv 2407.08608, f
 ACCUMULATE_BYTES = 8.0
 """Of an element of a weight: its float32 gradient is read and written with every micro-batch."""
 _ATTENTION = ("glm.expanded_attention", "glm.sparse_attention", "glm.latent_attention", "glm.paged_attention")
+UP_PROJECTIONS = ("q_b", "k_up")
+"""Weights that make queries and keys of MLA's low-rank ones."""
 ELEMENTWISE = ("glm.rms_norm", "glm.layer_norm", "glm.swiglu", "glm.rope", "glm.bias")
 FROZEN_STAGE = "indexer"
 
@@ -33,6 +35,14 @@ def trained(weight: Weight) -> bool:
 def differentiated(op: TracedOp) -> bool:
     """Whether gradients go through an op."""
     return op.stage != FROZEN_STAGE and op.name not in ("glm.index_scores", "glm.select_topk")
+
+
+def repeated(op: TracedOp) -> bool:
+    """Whether selective recompute does a whole op again: norms, activation functions, rotary embeddings and MLA's
+    up-projections (DeepSeek-V3, arXiv 2412.19437, 3.2.3; Megatron-LM's layernorm, moe_act and mla_up_proj). Expanded
+    attention and experts it does again in part."""
+    up = op.name in ("glm.linear", "glm.head_linear") and op.weights[:1] and op.weights[0] in UP_PROJECTIONS
+    return differentiated(op) and (op.name in ELEMENTWISE or bool(up))
 
 
 def gradient_flops(op: TracedOp, sizes: Sizes) -> int:

@@ -29,12 +29,13 @@ class TrainLayout:
     """Degrees of parallelism of a training step, and what it keeps and hides.
 
     micro_batch_tokens: the most tokens of one micro-batch of a dp rank, over all its cp ranks; whole sequences are
-    packed into them. recompute: what the backward pass computes again instead of keeping it: nothing, norms, rotary
-    embeddings and activation functions ("selective"), or each layer from its input. zero: optimizer state is sharded
-    over the ranks that hold the same weights (ZeRO-1, Megatron's distributed optimizer). overlap_exchange: dispatch and
-    combine of experts run beside another micro-batch's products (DualPipe). overlap_gradients: gradients are reduced
-    while the last micro-batch goes backward, and weights gathered while the next step's first goes forward. Raises
-    `UsageError` for degrees that do not go together.
+    packed into them. recompute: what the backward pass computes again instead of keeping it: nothing, what is cheap
+    ("selective", see `backward.repeated`), or each layer from its input. zero: optimizer state is sharded over the
+    ranks that hold the same weights (ZeRO-1, Megatron's distributed optimizer). interleave: runs of layers that each
+    device has in turn (virtual pipeline stages). overlap_exchange: dispatch and combine of experts run beside another
+    micro-batch's products (DualPipe). overlap_gradients: gradients are reduced while the last micro-batch goes
+    backward, and weights gathered while the next step's first goes forward. Raises `UsageError` for degrees that do not
+    go together.
     """
 
     tp: int = 1
@@ -45,11 +46,12 @@ class TrainLayout:
     micro_batch_tokens: int = 8192
     recompute: Recompute = "full"
     zero: bool = True
+    interleave: int = 1
     overlap_exchange: bool = False
     overlap_gradients: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "dp", "ep", "cp", "micro_batch_tokens"):
+        for name in ("tp", "pp", "dp", "ep", "cp", "micro_batch_tokens", "interleave"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.recompute not in RECOMPUTES:
@@ -92,11 +94,15 @@ class TrainLayout:
     @property
     def name(self) -> str:
         cp = f" cp{self.cp}" if self.cp > 1 else ""
-        return f"tp{self.tp}{cp} pp{self.pp} dp{self.dp} ep{self.ep}"
+        runs = f"x{self.interleave}" if self.interleave > 1 else ""
+        return f"tp{self.tp}{cp} pp{self.pp}{runs} dp{self.dp} ep{self.ep}"
 
     def check(self, cfg: ModelConfig) -> None:
         """Raises `UsageError` with the equation where the model does not divide."""
         self.shard.check(cfg)
+        if self.pp * self.interleave > cfg.num_layers or (self.interleave > 1 and self.pp == 1):
+            runs = f"pp x interleave = {self.pp} x {self.interleave}"
+            raise UsageError(f"{cfg.name}: {cfg.num_layers} layers cannot be cut into {runs} runs of a pipeline")
         if not isinstance(cfg.attention, Mla) and self.tp > cfg.attention.kv_heads:
             heads = cfg.attention.kv_heads
             raise UsageError(
@@ -147,4 +153,8 @@ def spans(layout: TrainLayout, domain: int, node: int) -> Spans:
 
 
 def spans_on(layout: TrainLayout, chip: Chip) -> Spans:
-    return spans(layout, chip.domain, chip.node)
+    """On a chip whose scale-up domains hold groups of experts whole: a domain of 72 has 64 devices for groups of 64 or
+    32, as schedulers allot racks in segments."""
+    block = layout.shard.stage_devices
+    domain = chip.domain // block * block or chip.domain
+    return spans(layout, domain, chip.node)

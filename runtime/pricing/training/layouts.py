@@ -25,7 +25,7 @@ _LEAST_MICRO_BATCH = 4096
 
 
 def train_layouts(
-    cfg: ModelConfig, profile: ChipFigures, devices: int, longest: int = 8192, zero: bool = True
+    cfg: ModelConfig, profile: ChipFigures, devices: int, longest: int = 8192, formats: str = "bf16", zero: bool = True
 ) -> list[TrainLayout]:
     """Layouts on exactly `devices` devices of a chip that hold sequences of up to `longest` tokens, each with the least
     recompute that fits; the fewest pipeline stages and tp ranks first.
@@ -45,7 +45,7 @@ def train_layouts(
             continue  # whatever it keeps beside
         for recompute in RECOMPUTES:
             layout = dataclasses.replace(shape, recompute=recompute)
-            held = training_memory(cfg, layout, device)
+            held = training_memory(cfg, layout, device, formats)
             if held.fits:
                 found.append(layout)
                 break
@@ -97,7 +97,7 @@ def best_layouts(
     `PriceError` where none can be priced."""
     priced: list[tuple[TrainLayout, TrainingStep]] = []
     why: PriceError | None = None
-    for layout in train_layouts(cfg, profile, devices, sequences.longest):
+    for layout in train_layouts(cfg, profile, devices, sequences.longest, formats):
         try:
             priced.append((layout, training_step(cfg, book, layout, sequences, formats)))
         except PriceError as error:

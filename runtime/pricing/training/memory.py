@@ -1,14 +1,17 @@
 """What a training step keeps on a device, in bytes: a ledger of each pipeline stage, of which the fullest counts.
 
     weights       16 bits of each; in FP8 training every narrow matrix is kept twice, as it is and transposed, in 8
-    gradients     float32 of each that is trained optimizer     float32 weight and two moments, 12 bytes each; with
-    `zero` over the ranks that hold the same weights activations   what the backward pass reads, of every micro-batch
-    that a stage has under way: min(pp - stage, M) workspace     one layer while it goes backward (what it keeps, and
-    gradients as large), logits and their gradient, and
-                  rows on their way to and from experts
+    gradients     float32 of each that is trained
+    optimizer     float32 weight and two moments, 12 bytes each; with `zero` over the ranks that hold the same weights
+    activations   what the backward pass reads, of every micro-batch that a stage has under way: min(pp - stage, M),
+                  and with interleaved runs (pp - 1) / interleave more (Korthikanti et al., arXiv 2205.05198)
+    workspace     one layer while it goes backward (what it keeps, and gradients as large), logits and their gradient,
+                  and rows on their way to and from experts
 
 Activations follow from the traced list: outputs of ops that a gradient reads, where nothing is fused; of hidden states
-each tp rank has its share of the tokens (Megatron's sequence parallelism).
+each tp rank has its share of the tokens (Megatron's sequence parallelism). In FP8 what only a narrow product reads is
+kept in 8 bits. Routing weights multiply before an expert's second product, as in Megatron-LM, so what comes out of it
+is not kept.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from collections.abc import Mapping
 
 from foundation.errors import CapacityError
 from model.config import LayerType, ModelConfig
-from model.formats import Formats
+from model.formats import Formats, matrix_format
 from runtime.deployment.ledger import DeviceMemory, stage_weight_bytes
 from runtime.pricing import load as loads
 from runtime.pricing.load import ExpertLoad
@@ -28,7 +31,7 @@ from runtime.pricing.oplist import Sizes, TracedOp
 from runtime.pricing.training import backward
 from runtime.pricing.training.layout import TrainLayout
 from runtime.pricing.training.passes import StepPrograms, programs
-from runtime.pricing.training.step import GRADIENT_BYTES
+from runtime.pricing.training.step import GRADIENT_BYTES, training_formats
 from runtime.pricing.training.weights import stage_weights
 
 OPTIMIZER_BYTES = 12.0
@@ -89,22 +92,22 @@ def training_memory(
     cfg: ModelConfig,
     layout: TrainLayout,
     device: DeviceMemory,
+    formats: str = "bf16",
     micro_batches: float = math.inf,
     load: ExpertLoad | None = None,
 ) -> TrainingMemory:
-    """The ledger of the fullest stage with full micro-batches. micro_batches: of a dp rank, where they are fewer than
-    stages. Raises `UsageError` for a layout that the model does not divide by.
-
-    The same in bf16 and FP8, for narrow matrices are kept twice.
+    """The ledger of the fullest stage with full micro-batches. formats: see `training_formats`. micro_batches: of a dp
+    rank, where they are fewer than stages. Raises `UsageError` for a layout that the model does not divide by.
     """
     layout.check(cfg)
     load = load or loads.uniform(cfg.moe.experts if cfg.moe else 1)
-    keeps = _Keeps(cfg, layout, load)
+    keeps = _Keeps(cfg, layout, load, training_formats(formats))
     whole = dataclasses.replace(layout, recompute="none")
     ledgers = []
     for stage, layers in enumerate(layout.shard.stage_layers(cfg.num_layers)):
         kinds = Counter(cfg.layers[layer] for layer in layers)
-        under_way = min(float(layout.pp - stage), max(micro_batches, 1.0))
+        more = (layout.pp - 1) / layout.interleave if layout.interleave > 1 else 0.0
+        under_way = min(layout.pp - stage + more, max(micro_batches, 1.0))
         kept = sum(count * keeps.layer(kind, layout) for kind, count in kinds.items())
         at_once = 2.0 * max(keeps.layer(kind, whole) for kind in kinds)
         last = stage == layout.pp - 1
@@ -125,7 +128,8 @@ def training_memory(
 class _Keeps:
     """Bytes that a full micro-batch leaves on a device."""
 
-    def __init__(self, cfg: ModelConfig, layout: TrainLayout, load: ExpertLoad):
+    def __init__(self, cfg: ModelConfig, layout: TrainLayout, load: ExpertLoad, formats: Formats):
+        self.operand_bytes = matrix_format(formats.experts).activations.bytes_per_element
         self.cfg, self.layout, self.load = cfg, layout, load
         self.tokens = math.ceil(layout.rank_tokens)
         self.programs: StepPrograms = programs(cfg, dataclasses.replace(layout.shard, pp=1))
@@ -141,35 +145,35 @@ class _Keeps:
         )
 
     def _op(self, op: TracedOp, layout: TrainLayout) -> float:
-        if layout.recompute == "selective" and op.name in backward.ELEMENTWISE:
+        if layout.recompute == "selective" and backward.repeated(op):
             return 0.0
         if op.name == "glm.expert_ffn":
             return self._experts(op, layout)
         if op.name.endswith("_attention"):
-            return self._attention(op)
+            return self._attention(op, layout)
         if op.name not in _KEPT or (op.name != "glm.select_topk" and not backward.differentiated(op)):
             return 0.0
         if op.weights and op.weights[0] in _ADDED:
             return 0.0
-        size = sum(x.elements(self._sizes) * x.element_bytes for x in op.outputs)
+        operand = op.name in ("glm.rms_norm", "glm.swiglu")
+        size = sum(x.elements(self._sizes) * (self.operand_bytes if operand else x.element_bytes) for x in op.outputs)
         shared = op.outputs[0].at(self._sizes)[-1:] == (self.cfg.hidden_size,)
         return size / layout.tp if shared else float(size)
 
-    def _attention(self, op: TracedOp) -> float:
+    def _attention(self, op: TracedOp, layout: TrainLayout) -> float:
         """What it gives, and where keys and values are expanded, those."""
         size = 2.0 * op.outputs[0].elements(self._sizes)
-        if op.name == "glm.expanded_attention":
+        if op.name == "glm.expanded_attention" and layout.recompute != "selective":
             (h, nope, _), (_, _, v) = op.inputs[3].at(self._sizes), op.inputs[4].at(self._sizes)
             size += 2.0 * self.tokens * h * (nope + v)
         return size
 
     def _experts(self, op: TracedOp, layout: TrainLayout) -> float:
-        """Rows of the busiest rank: given, gate and up, their product unless it is computed again, and what comes out,
-        for the gradients of the routing weights."""
+        """Rows of the busiest rank: given, gate and up, and their product unless it is computed again."""
         half = (len(op.inputs) - 3) // 2
         f = op.inputs[3 + half].at(self._sizes)[1]
-        inner = 2 * f if layout.recompute == "selective" else 3 * f
-        return 2.0 * self.rows * (2 * self.cfg.hidden_size + inner)
+        product = 0.0 if layout.recompute == "selective" else self.operand_bytes * f
+        return self.rows * (self.operand_bytes * self.cfg.hidden_size + 2.0 * 2 * f + product)
 
     @property
     def _sizes(self) -> Sizes:

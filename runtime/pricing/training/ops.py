@@ -75,11 +75,13 @@ class OpPrices:
         return found and _derived(found)
 
     def recomputed(self, op: TracedOp, seen: Attended) -> Price | None:
-        """The price of computing an op again where only cheap ones are."""
+        """The price of computing an op, or part of it, again under selective recompute."""
+        tokens = max(1, math.ceil(seen.tokens))
         if op.name == "glm.expert_ffn":
-            tokens = max(1, math.ceil(seen.tokens))
             return self._activation(op, tokens)
-        return self.forward(op, seen) if op.name in backward.ELEMENTWISE and backward.differentiated(op) else None
+        if op.name == "glm.expanded_attention":
+            return total(self._expansion(op, tokens))
+        return self.forward(op, seen) if backward.repeated(op) else None
 
     def _collective(self, op: TracedOp, tokens: int, sent_narrow: str) -> Price:
         """sent_narrow: the stage whose tokens go in 8 bits where experts compute in them: dispatch forward, and what
@@ -204,9 +206,12 @@ class OpPrices:
         return [(h, lora, nope), (h, lora, v)]
 
     def _expanded(self, op: TracedOp, seen: Attended, tokens: int) -> Price:
+        return total([*self._expansion(op, tokens), self._expanded_kernel(op, seen)])
+
+    def _expansion(self, op: TracedOp, tokens: int) -> list[Price]:
+        """Keys and values of each head from the latents."""
         book = self.context.book
-        expand = [book.gemm(tokens, heads * out, lora, book.wide) for heads, lora, out in self._expanded_sizes(op)]
-        return total([*expand, self._expanded_kernel(op, seen)])
+        return [book.gemm(tokens, heads * out, lora, book.wide) for heads, lora, out in self._expanded_sizes(op)]
 
     def _expanded_back(self, op: TracedOp, seen: Attended, tokens: int) -> Price:
         book = self.context.book

@@ -72,6 +72,15 @@ class MicroBatch:
         return Attended(self.tokens, sum(seen.sequences for seen in self.groups), 0.0, 0.0)
 
 
+def layer_ops(of: StepPrograms, kind: LayerType, batch: MicroBatch) -> Iterator[tuple[TracedOp, Attended]]:
+    """The ops of a layer, each with the sequences that it is over."""
+    either = of.dense[kind] if batch.dense else of.sparse[kind]
+    yield from ((op, batch.all) for op in either.ops if op.stage not in ATTENDING)
+    for seen, programs in ((batch.dense, of.dense), (batch.sparse, of.sparse)):
+        if seen:
+            yield from ((op, seen) for op in programs[kind].ops if op.stage in ATTENDING)
+
+
 class PassPrices:
     """Prices of micro-batches under one layout. load: how tokens fall on experts."""
 
@@ -83,8 +92,7 @@ class PassPrices:
         weights = {w.name: w for kind in cfg.layer_counts for w in layer_weights(cfg, kind)}
         weights |= {w.name: w for w in outer_weights(cfg)}
         shard = dataclasses.replace(layout.shard, pp=1)
-        copies = layout.devices // shard.devices
-        self.ops = OpPrices(Context(cfg, shard, formats, book, load, weights, replicas=copies))
+        self.ops = OpPrices(Context(cfg, shard, formats, book, load, weights))
         self.kinds = [
             Counter(cfg.layers[layer] for layer in stage) for stage in layout.shard.stage_layers(cfg.num_layers)
         ]
@@ -104,13 +112,13 @@ class PassPrices:
                 for name, part in end.items():
                     sums.setdefault(name, []).append(part)
             if len(self.kinds) > 1:
-                sums["stages"] = [self.hop(batch).times(2.0)]
+                sums["stages"] = [self.hop(batch).times(2.0 * self.layout.interleave)]
             found.append({name: total(parts) for name, parts in sums.items()})
         return found
 
     def layer(self, kind: LayerType, batch: MicroBatch) -> Parts:
         """One layer, its recompute included."""
-        return self._parts(self._ops(kind, batch), again=True) | self._context(batch, kind)
+        return self._parts(layer_ops(self.programs, kind, batch), again=True) | self._context(batch, kind)
 
     def embed(self, batch: MicroBatch) -> Parts:
         return self._parts(((op, batch.all) for op in self.programs.embed.ops), again=False)
@@ -132,13 +140,6 @@ class PassPrices:
         return self.book.network.point_to_point(
             size, across_domains=self.spans.stages_across_domains, across_nodes=self.spans.stages_across_nodes
         )
-
-    def _ops(self, kind: LayerType, batch: MicroBatch) -> Iterator[tuple[TracedOp, Attended]]:
-        either = self.programs.dense[kind] if batch.dense else self.programs.sparse[kind]
-        yield from ((op, batch.all) for op in either.ops if op.stage not in ATTENDING)
-        for seen, programs in ((batch.dense, self.programs.dense), (batch.sparse, self.programs.sparse)):
-            if seen:
-                yield from ((op, seen) for op in programs[kind].ops if op.stage in ATTENDING)
 
     def _parts(self, ops: Iterable[tuple[TracedOp, Attended]], again: bool) -> Parts:
         found: dict[str, list[Price | None]] = {"forward": [], "backward": [], "recompute": []}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from foundation.errors import UsageError
@@ -70,13 +70,13 @@ class TrainingStep:
 
 
 def training_formats(name: str) -> Formats:
-    """Number formats of a training step's products: "bf16", or a scheme whose activations are narrow too ("fp8").
+    """Number formats of a training step's products: "bf16", or "fp8" or "mxfp8", forward and backward alike.
 
     Raises `UsageError` for formats that nobody trains in.
     """
     found = scheme(name)
-    if found.wide == "f32" or found.name not in ("bf16", "fp8"):
-        raise UsageError(f"a training step's products are in bf16 or fp8, not {name}")
+    if found.wide == "f32" or found.name not in ("bf16", "fp8", "mxfp8"):
+        raise UsageError(f"a training step's products are in bf16, fp8 or mxfp8, not {name}")
     return Formats(found.dense, found.experts, "bf16", CacheFormats.plain("bf16"))
 
 
@@ -113,7 +113,7 @@ class TrainingPricer:
         dense, sparse = (group and group.part(share) for group in sequences.attended(self.cfg))
         stages = self._passes.stages(MicroBatch(dense, sparse))
         parts, hidden = self._played(stages, count)
-        last = stages[-1] if len(stages) == 1 else max(stages, key=_unit)
+        last = max(stages, key=_unit)
         for name, price, behind in zip(
             ("gradients", "weights"), self._update[:2], ("backward", "forward"), strict=True
         ):
@@ -127,10 +127,7 @@ class TrainingPricer:
 
     def _played(self, stages: list[Parts], count: float) -> tuple[Parts, Parts]:
         shown = [self._exposed(stage) for stage in stages]
-        slowest = max(range(len(stages)), key=lambda number: _unit(shown[number]))
-        parts = {name: part.times(count) for name, part in shown[slowest].items()}
-        others = [total(stage.values()) for number, stage in enumerate(shown) if number != slowest]
-        parts["bubble"] = total(others) if others else FREE
+        slowest, parts = pipelined(shown, count, self.layout.interleave)
         told = stages[slowest].get("exchange", FREE)
         kept = shown[slowest].get("exchange", FREE)
         return parts, {"exchange": told.lasting((told.seconds - kept.seconds) * count)}
@@ -152,7 +149,8 @@ class TrainingPricer:
                        if name not in COMPUTING]  # fmt: skip
             units.append(total([stage["forward"], *talking]))
         longest = max(units, key=lambda unit: unit.seconds)
-        return total([longest.times(count - 1.0), *units])
+        others = total(units).seconds - longest.seconds
+        return longest.lasting(longest.seconds * count + others / self.layout.interleave)
 
     def _updated(self) -> tuple[Price, Price, Price]:
         """(gradients reduced, weights gathered, optimizer) of the stage where they take longest."""
@@ -168,6 +166,16 @@ class TrainingPricer:
             update = self.book.memory(UPDATE_BYTES * held.held(layout))
             found.append((reduced, gathered, update))
         return max(found, key=lambda each: sum(price.seconds for price in each))
+
+
+def pipelined(stages: Sequence[Parts], count: float, interleave: int = 1) -> tuple[int, Parts]:
+    """(the slowest stage, its parts of a step and the bubble) of `count` micro-batches; stages: of one each, there
+    and back."""
+    slowest = max(range(len(stages)), key=lambda number: _unit(stages[number]))
+    parts = {name: part.times(count) for name, part in stages[slowest].items()}
+    others = [total(stage.values()) for number, stage in enumerate(stages) if number != slowest]
+    parts["bubble"] = total(others).times(1 / interleave) if others else FREE
+    return slowest, parts
 
 
 def _unit(stage: Parts) -> float:
