@@ -129,6 +129,10 @@ def op_calls(sequences: int, tokens: int, context: int) -> dict[str, tuple[tuple
     }  # fmt: skip
     if tokens == 1:
         calls["glm.latent_attention"] = ((s((*lead, 8, 576), bf16), s((*cache, 576), bf16), table, at), latent)
+    else:
+        up = (s((8, 192, 512), bf16), s((8, 512, 256), bf16))
+        attended = (s((*lead, 8, 256), bf16), s((*cache, 576), bf16), table, *up, at)
+        calls["glm.expanded_attention"] = (attended, {"scale": 0.06})
     return calls
 
 

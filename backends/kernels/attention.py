@@ -1,4 +1,4 @@
-"""Lowerings of `glm.sparse_attention`, `glm.latent_attention` and `glm.paged_attention`."""
+"""Lowerings of `glm.sparse_attention`, `glm.latent_attention`, `glm.paged_attention` and `glm.expanded_attention`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from jax import Array
 from backends.kernels.launch import launch
 from backends.kernels.library import Capability, fits
 from backends.kernels.lowering import KernelLowering, blocks, not_bfloat16, out, splits
-from backends.kernels.variants import FEW, HEAD_WIDTH, MANY, REST, VALUE
+from backends.kernels.variants import EXPANDED, FEW, HEAD_WIDTH, MANY, REST, TALL, VALUE
+from model.ops import context_rows
 
+_EXPANDED = tuple((nope + more, value) for nope, more, value in EXPANDED)
 _LATENT_BLOCK, _HEAD_BLOCK = 32, 64  # positions a step
 
 
@@ -102,6 +104,38 @@ def _finish(
     return joined
 
 
+def expanded_attention_why_not(
+    query: Array, pages: Array, page_table: Array, k_up: Array, v_up: Array, positions: Array, *, scale: float
+) -> str | None:
+    nope, value = k_up.shape[1], v_up.shape[2]
+    if (nope, value) not in _EXPANDED or query.shape[-1] != nope + REST:
+        known = " and ".join(f"{nope} + {REST} and {value}" for nope, value in _EXPANDED)
+        return f"heads of {nope} + {query.shape[-1] - nope} and {value}: kernels are for {known}"
+    if (k_up.shape[2], pages.shape[-1]) != (VALUE, VALUE + REST):
+        return f"latents of {k_up.shape[2]} + {pages.shape[-1] - k_up.shape[2]}: kernels are for {VALUE} + {REST}"
+    return not_bfloat16(query=query, pages=pages)
+
+
+def expanded_attention(
+    capability: Capability, query: Array, pages: Array, page_table: Array, k_up: Array, v_up: Array,
+    positions: Array, *, scale: float,
+) -> Array:  # fmt: skip
+    """The expansion is XLA's: two products, whose rows are [context, heads, ..] as they come out of them."""
+    b, t, heads, _ = query.shape
+    nope, value = k_up.shape[1], v_up.shape[2]
+    rows = context_rows(pages, page_table)
+    latents = rows[..., :VALUE]
+    keys = jnp.einsum("bcl,hnl->bchn", latents, k_up.astype(query.dtype))
+    values = jnp.einsum("bcl,hlv->bchv", latents, v_up.astype(query.dtype))
+    tall = t > MANY and fits(f"expanded_attention_{TALL}_{nope}", capability)
+    tile = TALL if tall else MANY
+    (made,) = launch(
+        f"expanded_attention_{tile}_{nope}", capability, [out((b, t, heads, value), query.dtype)],
+        (blocks(t, tile), b * heads), [query, rows, keys, values, positions], [t, heads, rows.shape[1], float(scale)],
+    )  # fmt: skip
+    return made
+
+
 _LATENTS = f"bfloat16 queries and caches, latents of {VALUE} + {REST}"
 LOWERINGS = (
     KernelLowering("glm.sparse_attention", _LATENTS, sparse_attention_why_not, sparse_attention),
@@ -111,5 +145,11 @@ LOWERINGS = (
         f"bfloat16 queries and caches, heads of width {HEAD_WIDTH}",
         paged_attention_why_not,
         paged_attention,
+    ),
+    KernelLowering(
+        "glm.expanded_attention",
+        f"{_LATENTS}, heads of {' or '.join(f'{nope} + {REST} and {value}' for nope, value in _EXPANDED)}",
+        expanded_attention_why_not,
+        expanded_attention,
     ),
 )

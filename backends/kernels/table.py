@@ -24,7 +24,6 @@ WITHOUT: Mapping[str, str] = MappingProxyType({
     "glm.swiglu": _FUSED,
     "glm.rope": _FUSED,
     "glm.cache_write": "a scatter into the donated cache, which XLA does in place",
-    "glm.expanded_attention": "no kernel yet: its products are XLA's libraries', its softmax goes through memory",
 })  # fmt: skip
 
 

@@ -120,6 +120,23 @@ def _attention() -> list[Variant]:
     ]  # fmt: skip
 
 
+EXPANDED = ((128, 64, 256), (128, 0, 128))
+"""Widths of heads that are expanded from latents: of a key, as a power of two and what is beyond it, and of a value.
+GLM-5 and GLM-4.7-Flash; DeepSeek and Kimi."""
+TALL = 128
+
+
+def _expanded() -> list[Variant]:
+    arrays = {"query": BF16, "latents": BF16, "keys": BF16, "values": BF16, "positions": I32, "out": BF16}
+    return [
+        Variant(f"expanded_attention_{rows}_{nope + more}", "expanded.expanded_attention",
+                _typed(arrays, "tokens heads context", "", "scale"),
+                {"ROWS": rows, "NOPE": nope, "MORE": more, "REST": REST, "LATENT": VALUE, "VALUE": value,
+                 "BLOCK": 64 if rows == TALL else 32}, 8 if rows == TALL else 4, 2)
+        for nope, more, value in EXPANDED for rows in (MANY, TALL)
+    ]  # fmt: skip
+
+
 INDEX_HEADS = (32, 64)
 INDEX_QUERIES = 64
 ROUTED = (256, 512)
@@ -148,5 +165,5 @@ def _indexer() -> list[Variant]:
 
 
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
-    {each.name: each for each in (*_linear(), *_experts(), *_attention(), *_indexer())}
+    {each.name: each for each in (*_linear(), *_experts(), *_attention(), *_expanded(), *_indexer())}
 )

@@ -22,9 +22,11 @@ from tools.kernels import KERNELS
 pytestmark = pytest.mark.cuda
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PLUGIN = find_spec("jax_cuda13_plugin") or find_spec("jax_cuda12_plugin")
-WIDE = {"sparse_attention_64": 256, "latent_attention_64": 256}
-"""Bytes that these may spill: 64 rows of 512 sums. A rank of eight has 8 heads, which the others take."""
-BOUNDS = {"b1": (45, 1e6), "b64": (50, 16e6), "t2048": (50, 256e6)}
+WIDE = {"sparse_attention_64": 256, "latent_attention_64": 256, "expanded_attention_64_192": 512,
+        "expanded_attention_128_192": 512, "expanded_attention_128_128": 512}  # fmt: skip
+"""Bytes that these may spill: 64 rows of 512 sums (a rank of eight has 8 heads, which the others take), and chunks of
+prompts on sm_80 and sm_100."""
+BOUNDS = {"b1": (45, 1e6), "b64": (50, 16e6), "t2048": (50, 256e6), "first2048": (50, 256e6)}
 """Of a layer: launches, and bytes of temporaries. Of the chunk, whose index scores are 67 MB and whose choices' rows
 201 MB; an expert matrix in bfloat16 would be 805 or 1,611 MB."""
 
@@ -77,10 +79,10 @@ def test_a_layer_of_each_type_compiled_for_an_h200() -> None:
     done = subprocess.run([sys.executable, "-m", "tests.kernels.deviceless"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
-    assert len(report) == 6
+    assert len(report) == 8
     for name, figures in report.items():
         launches, temporary_bytes = BOUNDS[name.split()[-1]]
         assert figures["launches"] <= launches, (name, figures)
         assert figures["temporary_bytes"] <= temporary_bytes, (name, figures)
         assert not {"copy", "transpose"} & set(figures["kernels"]), (name, figures)
-        assert figures["kernels"]["triton_kernel_call_ffi"] >= 4
+        assert figures["kernels"]["triton_kernel_call_ffi"] >= (1 if name.endswith("first2048") else 4)

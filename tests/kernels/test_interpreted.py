@@ -191,6 +191,20 @@ def test_paged_attention(b: int, t: int, heads: int, groups: int, pages: int) ->
     no_further(found, "glm.paged_attention", narrow, tuple(map(wide, narrow)), scale=0.09)
 
 
+@pytest.mark.parametrize("nope, value", [(192, 256), (128, 128)])
+@pytest.mark.parametrize("b, t, heads, pages", [(2, 5, 3, 5), (1, 70, 2, 12), (1, 150, 1, 10), (1, 129, 2, 40)])
+def test_expanded_attention(b: int, t: int, heads: int, pages: int, nope: int, value: int) -> None:
+    """Chunks at the start, and behind a context; a tile of one token; blocks that all see, and that none does."""
+    cache, table = cached(heads, b, pages, 16, 576)
+    query = normal(heads + 1, b, t, heads, nope + 64)
+    k_up, v_up = normal(2, heads, nope, 512, scale=0.05), normal(3, heads, 512, value, scale=0.05)
+    last = np.random.default_rng(pages).integers(t - 1, pages * 16, (b, 1))
+    positions = (last - np.arange(t)[::-1]).astype(np.int32)
+    narrow = (query, cache, table, k_up, v_up, positions)
+    found = by_kernel("glm.expanded_attention", HOPPER, *narrow, scale=0.08)
+    no_further(found, "glm.expanded_attention", narrow, tuple(map(wide, narrow)), scale=0.08)
+
+
 @pytest.mark.parametrize("b, t, heads, pages", [(2, 1, 32, 9), (1, 70, 8, 3), (1, 2, 64, 1), (1, 1, 33, 2)])
 def test_index_scores(b: int, t: int, heads: int, pages: int) -> None:
     cache, table = cached(heads, b, pages, 16, 128)

@@ -44,7 +44,8 @@ def test_ptx_is_of_its_architecture_and_takes_what_the_launch_gives() -> None:
         assert re.search(rf"^\.target sm_{target}a?$", text, re.M), path.name
         (entry,) = re.findall(r"\.visible \.entry (\w+)\(", text)
         assert entry == library.compiled_kernel(variant, int(target)).entry
-        kinds = re.findall(r"\.param \.(u64|b64|u32|b32|f32)", text[: text.index("{")])
+        head = text[text.index(".visible .entry") :].partition("{")[0]
+        kinds = re.findall(r"\.param \.(u64|b64|u32|b32|f32)", head)
         wide = [kind.startswith("*") for kind in VARIANTS[variant].parameters.values()] + [True, True]
         assert [kind.endswith("64") for kind in kinds] == wide, path.name
         assert "/" not in re.sub(r"//.*", "", text), path.name
@@ -61,9 +62,9 @@ def test_a_capability_takes_ptx_that_it_runs(capability: tuple[int, int], target
 
 @pytest.mark.parametrize("capability", [capability for capability, _ in RUNS])
 def test_what_a_card_launches_fits_into_its_shared_memory(capability: tuple[int, int]) -> None:
-    """All but the two that a smaller one of 16 rows stands in for."""
+    """All but those that one of fewer rows stands in for."""
     large = {name for name in VARIANTS if not library.fits(name, capability)}
-    assert large <= {"sparse_attention_64", "latent_attention_64"}
+    assert large <= {"sparse_attention_64", "latent_attention_64", "expanded_attention_128_192"}
     assert not large or library.shared_bytes_of(capability) < 100 * 1024 + 1
 
 
