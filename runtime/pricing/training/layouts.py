@@ -16,7 +16,7 @@ from runtime.deployment.ledger import ChipFigures, DeviceMemory
 from runtime.pricing.book import PriceBook
 from runtime.pricing.price import PriceError
 from runtime.pricing.training.layout import RECOMPUTES, TrainLayout
-from runtime.pricing.training.memory import TrainingMemory, resident_bytes, training_memory
+from runtime.pricing.training.memory import resident_bytes, training_memory
 from runtime.pricing.training.sequences import Sequences
 from runtime.pricing.training.step import TrainingStep, training_step
 
@@ -31,31 +31,31 @@ def train_layouts(
     recompute that fits; the fewest pipeline stages and tp ranks first.
 
     Raises `UsageError` where the devices fill no whole servers, `CapacityError` where none fits, with the ledger of the
-    one that comes closest.
+    one with the fewest bytes of weights and their gradients and moments.
     """
     node = int(profile.number("node.devices") or profile.number("link.scale_up.domain_devices") or 8)
     if devices < 1 or (devices > node and devices % node):
         raise UsageError(f"{devices} devices are no whole servers of {node}: use {max(1, devices // node) * node}")
     device = DeviceMemory.of(profile, devices)
     found: list[TrainLayout] = []
-    closest: TrainingMemory | None = None
+    smallest: tuple[float, TrainLayout] | None = None
     for shape in _shapes(cfg, devices, int(profile.number("link.scale_up.domain_devices") or node), longest):
         shape = dataclasses.replace(shape, zero=zero)
-        if resident_bytes(cfg, shape) > (closest.total_bytes if closest and not found else device.usable_bytes):
+        resident = resident_bytes(cfg, shape)
+        if smallest is None or resident < smallest[0]:
+            smallest = resident, shape
+        if resident > device.usable_bytes:
             continue  # whatever it keeps beside
         for recompute in RECOMPUTES:
             layout = dataclasses.replace(shape, recompute=recompute)
-            held = training_memory(cfg, layout, device, formats)
-            if held.fits:
+            if training_memory(cfg, layout, device, formats).fits:
                 found.append(layout)
                 break
-            if closest is None or held.total_bytes < closest.total_bytes:
-                closest = held
+    if smallest is None:
+        raise UsageError(f"{cfg.name} divides by no layout of {devices} devices: use another number")
     if not found:
-        if closest is None:
-            raise UsageError(f"{cfg.name} divides by no layout of {devices} devices: use another number")
-        closest.check()
-        raise CapacityError(closest.name)
+        held = training_memory(cfg, dataclasses.replace(smallest[1], recompute="full"), device, formats)
+        raise CapacityError(held.refusal)
     return found
 
 

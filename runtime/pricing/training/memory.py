@@ -63,15 +63,17 @@ class TrainingMemory:
         rows.append(("= free", self.usable_bytes - self.total_bytes))
         return [f"{name:28}{size / 1e9:10.2f} GB" for name, size in rows]
 
-    def check(self) -> None:
-        """Raises `CapacityError` with the ledger where it does not fit."""
-        if self.fits:
-            return
+    @property
+    def refusal(self) -> str:
+        """What to say where it does not fit: a line, and the ledger below it."""
         sizes = f"{self.total_bytes / 1e9:.1f} GB a device of {self.usable_bytes / 1e9:.1f} GB usable"
         instead = "use more devices, smaller micro-batches or more recompute"
-        raise CapacityError(
-            "\n".join([f"training {self.name} takes {sizes} on stage {self.stage}; {instead}", *self.lines()])
-        )
+        return "\n".join([f"training {self.name} takes {sizes} on stage {self.stage}; {instead}", *self.lines()])
+
+    def check(self) -> None:
+        """Raises `CapacityError` with the ledger where it does not fit."""
+        if not self.fits:
+            raise CapacityError(self.refusal)
 
 
 def resident_bytes(cfg: ModelConfig, layout: TrainLayout) -> float:

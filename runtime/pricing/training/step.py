@@ -4,8 +4,8 @@
 
 u: of the slowest stage, a micro-batch forward, backward and again, with its exchanges and messages. M: micro-batches of
 a dp rank, filled to `micro_batch_tokens`; the last may be part-filled and then counts in proportion, for what a packer
-makes of real lengths is not known here. With equal stages that is (M + pp - 1) u (Narayanan et al., arXiv 2104.04473).
-dp ranks get equal work, but none less than the longest sequence.
+makes of real lengths is not known here. With equal stages that is (M + pp - 1) u (Narayanan et al., arXiv 2104.04473),
+and where they are not it is never less than what 1F1B takes. dp ranks get equal work, but one has the longest sequence.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TrainingStep:
     @property
     def price(self) -> Price:
         """Of the whole step, graded by its weakest part."""
-        return total(self.parts.values())
+        return total(part for part in self.parts.values() if part.seconds)
 
     @property
     def seconds(self) -> float:
@@ -107,10 +107,18 @@ class TrainingPricer:
             raise UsageError(
                 f"the longest sequence has {sequences.longest} tokens, and a micro-batch {layout.micro_batch_tokens}"
             )
-        of_rank = max(sequences.tokens / layout.dp, float(sequences.longest))
+        longest = Sequences((sequences.longest,))
+        ways = [self._step(sequences, max(1.0, sequences.tokens / layout.dp), sequences, scored)]
+        if layout.dp > 1:
+            ways.append(self._step(longest, float(longest.tokens), sequences, scored))
+        return max(ways, key=lambda found: found.seconds)
+
+    def _step(self, alike: Sequences, of_rank: float, learnt: Sequences, scored: int) -> TrainingStep:
+        """A step in which each dp rank has `of_rank` tokens of sequences such as those."""
+        layout = self.layout
         count = max(1.0, of_rank / layout.micro_batch_tokens)
-        share = of_rank / count / layout.cp / sequences.tokens
-        dense, sparse = (group and group.part(share) for group in sequences.attended(self.cfg))
+        share = of_rank / count / layout.cp / alike.tokens
+        dense, sparse = (group and group.part(share) for group in alike.attended(self.cfg))
         stages = self._passes.stages(MicroBatch(dense, sparse))
         parts, hidden = self._played(stages, count)
         last = max(stages, key=_unit)
@@ -123,7 +131,7 @@ class TrainingPricer:
         parts["optimizer"] = self._update[2]
         if scored:
             parts["scoring"] = self._scored(stages, count).times(scored)
-        return TrainingStep(parts, hidden, sequences.tokens, layout.devices, count)
+        return TrainingStep(parts, hidden, learnt.tokens, layout.devices, count)
 
     def _played(self, stages: list[Parts], count: float) -> tuple[Parts, Parts]:
         shown = [self._exposed(stage) for stage in stages]

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections import Counter
 from functools import lru_cache
 
 from model.config import ModelConfig
+from model.split import Layout
 from model.weights import Weight, layer_weights, stage_outer
 from runtime.pricing.training.backward import trained
 from runtime.pricing.training.layout import TrainLayout
@@ -34,21 +35,28 @@ class Trained:
         return self.dense / layout.dense_copies + self.experts / layout.expert_copies
 
 
-@lru_cache(maxsize=4096)
 def stage_weights(cfg: ModelConfig, layout: TrainLayout) -> tuple[Trained, ...]:
     """Of each stage. MTP layers are not trained in reinforcement learning, and not held."""
-    return tuple(_trained(cfg, layout, layers) for layers in layout.shard.stage_layers(cfg.num_layers))
+    return _stages(cfg, layout.shard)
 
 
-def _trained(cfg: ModelConfig, layout: TrainLayout, layers: range) -> Trained:
+@lru_cache(maxsize=4096)
+def _stages(cfg: ModelConfig, shard: Layout) -> tuple[Trained, ...]:
+    alone = dataclasses.replace(shard, pp=1)
+    found = []
+    for layers in shard.stage_layers(cfg.num_layers):
+        kinds = Counter(cfg.layers[layer] for layer in layers)
+        parts = [(_counted(cfg, alone, layer_weights(cfg, kind)), count) for kind, count in kinds.items()]
+        parts.append((_counted(cfg, alone, tuple(stage_outer(cfg, layers))), 1))
+        names = ("dense", "experts", "frozen")
+        found.append(Trained(*(sum(getattr(part, name) * count for part, count in parts) for name in names)))
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def _counted(cfg: ModelConfig, shard: Layout, weights: tuple[Weight, ...]) -> Trained:
     sums = {"dense": 0.0, "experts": 0.0, "frozen": 0.0}
-    for weight in _weights(cfg, layers):
+    for weight in weights:
         name = "frozen" if not trained(weight) else "experts" if weight.expert_count else "dense"
-        sums[name] += math.prod(layout.shard.local_shape(weight))
+        sums[name] += math.prod(shard.local_shape(weight))
     return Trained(**sums)
-
-
-def _weights(cfg: ModelConfig, layers: range) -> Iterator[Weight]:
-    for layer in layers:
-        yield from layer_weights(cfg, cfg.layers[layer])
-    yield from stage_outer(cfg, layers)
