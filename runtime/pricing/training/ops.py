@@ -27,6 +27,8 @@ from runtime.pricing.work import MlaShape
 Takes = Literal["compute", "tensor", "exchange"]
 """What an op's time is: computing, sums over tp ranks, tokens to and from experts."""
 NOT_TRAINED = ("glm.cache_write",)
+_SPARSE_BACK_ERROR = 1.0
+"""Nobody published times of a kernel that scatters gradients to the rows that each query selected."""
 _ROUNDED_BYTES = 4.0
 """Of an element of a narrow product's operand: read in 16 bits, written twice in 8, as it is and transposed, for the
 products forward and of the weight's gradient."""
@@ -229,7 +231,14 @@ class OpPrices:
 
     def _sparse_back(self, op: TracedOp, seen: Attended, tokens: int) -> Price:
         qk, v = op.inputs[0].at(Sizes(1, 1, 1))[-1], op.attributes["value_dim"]
-        return self._sparse(op, seen, tokens).times(backward.attention_factor(qk, v))
+        forward = self._sparse(op, seen, tokens)
+        guess = f"backward sparse attention at {backward.BACKWARD_RATE:g} of the forward kernel's rate"
+        return dataclasses.replace(
+            forward.times(backward.attention_factor(qk, v)),
+            evidence="assumed",
+            assumed=forward.assumed | {guess},
+            relative_error=max(forward.relative_error, _SPARSE_BACK_ERROR),
+        )
 
     def _index_scores(self, op: TracedOp, seen: Attended, tokens: int) -> Price:
         layer = self._mla(1, "index")
