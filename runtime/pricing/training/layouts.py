@@ -22,6 +22,8 @@ from runtime.pricing.training.step import TrainingStep, training_step
 
 _LEAST_MICRO_BATCH = 4096
 """Tokens on a device below which products are too small to be worth while."""
+MARGIN = 0.05
+"""Of a device's memory left free, for what an allocator loses between its blocks."""
 
 
 def train_layouts(
@@ -37,6 +39,7 @@ def train_layouts(
     if devices < 1 or (devices > node and devices % node):
         raise UsageError(f"{devices} devices are no whole servers of {node}: use {max(1, devices // node) * node}")
     device = DeviceMemory.of(profile, devices)
+    room = (1 - MARGIN) * device.usable_bytes
     found: list[TrainLayout] = []
     smallest: tuple[float, TrainLayout] | None = None
     for shape in _shapes(cfg, devices, int(profile.number("link.scale_up.domain_devices") or node), longest):
@@ -44,11 +47,11 @@ def train_layouts(
         resident = resident_bytes(cfg, shape)
         if smallest is None or resident < smallest[0]:
             smallest = resident, shape
-        if resident > device.usable_bytes:
+        if resident > room:
             continue  # whatever it keeps beside
         for recompute in RECOMPUTES:
             layout = dataclasses.replace(shape, recompute=recompute)
-            if training_memory(cfg, layout, device, formats).fits:
+            if training_memory(cfg, layout, device, formats).total_bytes <= room:
                 found.append(layout)
                 break
     if smallest is None:

@@ -7,9 +7,11 @@
 
 Two schedules. "sharded": every part leaves the training pool once, from all devices that hold it in equal shares,
 enters each server of the first replica once, and goes on from there to the next replica while it comes in (a chain);
-the slowest server's ports bind. "broadcast": slime's and verl's way, each matrix whole from the first rank of its stage
-to every device that generates, one stage after another, so that one device's port binds. Nothing is hidden: buckets are
-gathered, sent and loaded one after the other. MTP layers are not trained and not sent.
+the slowest server's ports bind, and each device loads its share as it is to lie. That is the bound; no framework is
+known to reach it. "broadcast": slime's and verl's way, each matrix whole from the first rank of its stage to every
+device that generates, one stage after another, so that one device's port binds, and engines cut their shares out of
+whole matrices (`LOADED_BYTES_PER_S`). Nothing is hidden: buckets are gathered, sent and loaded one after the other. MTP
+layers are not trained and not sent.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ from runtime.pricing.price import Price, PriceError, total
 from runtime.pricing.training.layout import TrainLayout, spans_on
 
 SyncSchedule = Literal["sharded", "broadcast"]
+LOADED_BYTES_PER_S, _LOADED_ERROR = 66e9, 0.15
+"""Bytes of a model a second at which engines take whole matrices in: checkpoint-engine's README, six updates of vLLM
+from host memory, 3.5 to 16 s for 0.21 to 1.03 TB on 8 to 256 H800 and H20, 61 to 76 GB/s whatever their number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +86,16 @@ def weight_sync(
     )
     cast = train_book.memory(max(wide + new for wide, new in zip(halves, narrow, strict=True)) / devices)
     shares = [stage_weight_bytes(cfg, rollout, formats, stage, mtp=False) for stage in range(rollout.pp)]
+    device = max(sum(share.values()) for share in shares)
     if schedule == "sharded":
         sent = max(narrow) / (devices * _rate(here))
         received = _entering(rollout, shares, rollout_book.chip.node) / _rate(there)
         seconds = max(sent, received)
+        load = rollout_book.memory(2.0 * device)
     else:
         seconds = whole / min(_rate(here), _rate(there))
+        source = frozenset({"checkpoint-engine's published updates"})
+        load = Price(whole / LOADED_BYTES_PER_S, "overhead", "transferred", _LOADED_ERROR, sources=source)
     used = [
         f"link.scale_out.latency_s {DEFAULTS['link.scale_out.latency_s'][1]}"
         for chip in (train_book.chip, rollout_book.chip)
@@ -97,8 +106,6 @@ def weight_sync(
     chips = sorted({train_book.chip.name, rollout_book.chip.name})
     source = frozenset({f"scale-out bandwidth of the profile of {' and '.join(chips)}"})
     transfer = Price(seconds, "network", grade, FORMULA_ERROR, False, frozenset(used), source)
-    device = max(sum(share.values()) for share in shares)
-    load = rollout_book.memory(2.0 * device)
     return WeightSync({"gather": gather, "cast": cast, "transfer": transfer, "load": load}, whole, device)
 
 
