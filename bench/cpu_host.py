@@ -29,7 +29,8 @@ from model.split import Layout
 from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.load import load_engine
 from runtime.execution.local.request import Prompt
-from runtime.porting.calibrate import Effort, measure, profile
+from runtime.porting.calibrate import measure, profile
+from runtime.porting.calibrate_sizes import Effort
 from runtime.serving.pricing import BatchShape
 from runtime.simulation.build import build, spec_for
 

@@ -49,8 +49,9 @@ def calibrate(
     import hw_profiles
     from backends import registry
     from foundation.writing import replacing_together
-    from runtime.porting.calibrate import QUICK, Effort, measure, prices
+    from runtime.porting.calibrate import measure, prices
     from runtime.porting.calibrate import profile as described_by
+    from runtime.porting.calibrate_sizes import QUICK, Effort
 
     if out.suffix != ".toml":
         raise UsageError(f"--out {out}: a profile's name ends in .toml, as in my-host.toml")

@@ -18,57 +18,36 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 import hw_profiles
-from backends.interface import Backend, Program
-from foundation.errors import UsageError
+from backends.interface import Backend
 from hw_profiles import ChipFormats, Curve, Figure, Profile
 from runtime.porting.calibrate_ops import measure_kernels
+from runtime.porting.calibrate_sizes import (
+    DTYPES,
+    Effort,
+    Probe,
+    host_bytes,
+    loaded,
+    matrices,
+    median,
+    pass_rows,
+    pass_s,
+    sized,
+    times,
+)
 from runtime.pricing.adjust import stated
 
 SOURCE = "glm5 calibrate"
-_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _PEAK = {"float32": "chip.peak.fp32_flops_per_s", "bfloat16": "chip.peak.bf16_flops_per_s"}
+_MOST_MATRICES = 512
 _CACHE_ROWS = 1 << 14  # of the donated cache: 64 MB of float32 rows, 1024 wide
-
-
-@dataclasses.dataclass(frozen=True)
-class Effort:
-    """What is measured, and how long.
-
-    widths: k = n of the products [m, k] x [k, n]. rows: m, from one decoding sequence to a prompt's chunk.
-    tokens: of a step, for the ops that
-    are measured whole. rounds: of each program. cold_bytes: what the matrices of one width take together, more
-    than any cache.
-    program_flops: at most so much in one program.
-    """
-
-    widths: tuple[int, ...] = (256, 512, 1024, 2048)
-    rows: tuple[int, ...] = (1, 8, 32, 128, 256, 1024)
-    tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    rounds: int = 9
-    cold_bytes: float = 128e6
-    program_flops: float = 2e9
-
-    def __post_init__(self) -> None:
-        for name in ("widths", "rows", "tokens"):
-            if not getattr(self, name) or any(size < 1 for size in getattr(self, name)):
-                raise UsageError(f"{name} of a calibration must be whole numbers of one or more")
-        if 1 not in self.rows or max(self.rows) < 32:
-            raise UsageError("rows of a calibration must hold 1 (memory) and at least 32 (compute)")
-        if self.rounds < 1:
-            raise UsageError(f"rounds must be at least 1, not {self.rounds}")
-
-
-QUICK = Effort(
-    widths=(256, 512, 1024), rows=(1, 32, 256), tokens=(1, 8, 64), rounds=5, cold_bytes=64e6, program_flops=5e8
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,21 +172,28 @@ def measure(
     total = len(effort.widths) + len(others) + 4
     report = progress or (lambda done, total: None)
     rounds = max(30, 20 * effort.rounds)
-    dispatch_s = _median(_times(_empty(backend), rounds))
-    donated_s = _median(_donated_times(backend, rounds))
+    dispatch_s = median(times(_empty(backend), rounds))
+    donated_s = median(_donated_times(backend, rounds))
     report(1, total)
-    kernel_s = _per_op(backend, _product_chain, (1, 64), [(64, 64)] * 64, dtype, dispatch_s, effort.rounds)
+    kernel_s = _per_op(backend, partial(_product_chain, 1), (1, 64), [(64, 64)] * 64, dtype, dispatch_s, effort.rounds)
     vector_s = _per_op(backend, _norm_chain, (1, 512), [(1, 512)] * 64, dtype, dispatch_s, effort.rounds)
     report(2, total)
-    streams = tuple(_stream(backend, size, dtype, dispatch_s, effort.rounds) for size in (1e6, effort.cold_bytes))
+    effort, probe = sized(backend, effort, dtype, dispatch_s, kernel_s)
+    streams = tuple(
+        Stream(
+            2.0 * pass_rows(size, dtype) * 1024 * DTYPES[dtype].itemsize,
+            pass_s(backend, size, dtype, dispatch_s, effort.rounds),
+        )
+        for size in (1e6, effort.cold_bytes)
+    )
     report(3, total)
     gemms: list[Gemm] = []
     for done, k in enumerate(effort.widths):
-        gemms += _gemms(backend, k, effort.rows, dtype, dispatch_s, effort)
+        gemms += _gemms(backend, k, effort.rows, dtype, probe, effort)
         report(4 + done, total)
     for done, other in enumerate(others):  # only how fast it computes
         k = sorted(effort.widths)[len(effort.widths) // 2]
-        gemms += _gemms(backend, k, (256 if 256 in effort.rows else max(effort.rows),), other, dispatch_s, effort)
+        gemms += _gemms(backend, k, (256 if 256 in effort.rows else max(effort.rows),), other, probe, effort)
         report(4 + len(effort.widths) + done, total)
     found = Calibration(dtype, dispatch_s, donated_s, kernel_s, vector_s, tuple(gemms), streams)
     rates = found.peak_flops_per_s(dtype), found.bandwidth_bytes_per_s
@@ -228,7 +214,7 @@ def profile(found: Calibration, backend: Backend, name: str, prices: str | None 
         _PEAK[dtype]: (found.peak_flops_per_s(dtype), f"Best product seen. {spread}")
         for dtype in sorted({g.dtype for g in found.gemms})
     }
-    values["chip.memory.capacity_bytes"] = (float(device.memory_bytes or _host_bytes()), "As the system reports it.")
+    values["chip.memory.capacity_bytes"] = (float(device.memory_bytes or host_bytes()), "As the system reports it.")
     values["chip.memory.bandwidth_bytes_per_s"] = (found.bandwidth_bytes_per_s, f"Best stream seen. {spread}")
     values["overhead.kernel_launch_s"] = (
         found.kernel_launch_s,
@@ -273,35 +259,14 @@ def prices(found: Calibration, described: Profile) -> dict[str, Any]:
 # --- timing --------------------------------------------------------------------------------------------
 
 
-def _load(backend: Backend, name: str, fn: Any, args: tuple[Any, ...], donate: tuple[int, ...] = ()) -> Any:
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
-    return backend.load(backend.export(Program(name, fn, shapes, donate)))
-
-
-def _times(call: Callable[[], Any], rounds: int) -> list[float]:
-    """Seconds of each call, after two to warm up; `call` waits for its result."""
-    for _ in range(2):
-        call()
-    times = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return times
-
-
-def _median(times: Sequence[float]) -> float:
-    return statistics.median(times)
-
-
 def _random(rng: np.random.Generator, shape: tuple[int, int], dtype: str) -> np.ndarray:
     """Standard normal over the root of the rows, so that chains neither grow nor vanish."""
-    return (rng.standard_normal(shape, dtype=np.float32) / np.float32(shape[0] ** 0.5)).astype(_DTYPES[dtype])
+    return (rng.standard_normal(shape, dtype=np.float32) / np.float32(shape[0] ** 0.5)).astype(DTYPES[dtype])
 
 
 def _empty(backend: Backend) -> Callable[[], Any]:
     x = backend.put(np.ones((8,), np.float32))
-    run = _load(backend, "calibrate empty", lambda x: x + 1.0, (x,))
+    run = loaded(backend, "calibrate empty", lambda x: x + 1.0, (x,))
     return lambda: backend.get(run(x))
 
 
@@ -312,25 +277,25 @@ def _donated_times(backend: Backend, rounds: int) -> list[float]:
     def write(cache: Any, row: Any, at: Any) -> tuple[Any, Any]:
         return jax.lax.dynamic_update_slice_in_dim(cache, row, at, 0), jnp.sum(row)
 
-    run = _load(backend, "calibrate donated", write, (held[0], row, at), donate=(0,))
+    run = loaded(backend, "calibrate donated", write, (held[0], row, at), donate=(0,))
 
     def call() -> None:
         held[0], result = run(held[0], row, at)
         backend.get(result)
 
-    return _times(call, rounds)
+    return times(call, rounds)
 
 
-def _product_chain(x: Any, matrices: tuple[Any, ...]) -> Any:
-    for w in matrices:
+def _product_chain(repeats: int, x: Any, factors: tuple[Any, ...]) -> Any:
+    for w in factors * repeats:
         x = jnp.dot(x, w)
-    return x
+    return x, x[0, 0]  # all of it is made, and one number fetched
 
 
 def _norm_chain(x: Any, scales: tuple[Any, ...]) -> Any:
     for scale in scales:
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-5) * (1.0 + scale)
-    return x
+    return x, x[0, 0]
 
 
 def _per_op(
@@ -346,56 +311,48 @@ def _per_op(
     rng = np.random.default_rng(0)
     x = backend.put(_random(rng, shape, dtype))
     held = tuple(backend.put(_random(rng, each, dtype)) for each in shapes)
-    run = _load(backend, f"calibrate {chain.__name__}", chain, (x, held))
-    seconds = _median(_times(lambda: backend.get(run(x, held)), 10 * rounds))
+    run = loaded(backend, f"calibrate small ops {shape[1]}", chain, (x, held))
+    seconds = median(times(lambda: backend.get(run(x, held)[1]), 10 * rounds))
     return max((seconds - dispatch_s) / len(held), 1e-8)
 
 
-def _stream(backend: Backend, size: float, dtype: str, dispatch_s: float, rounds: int) -> Stream:
-    """One pass that reads and writes an array, `size` bytes in all."""
-    rows = max(1, int(size / 2 / 1024 / _DTYPES[dtype].itemsize))
-    x = backend.put(np.ones((rows, 1024), _DTYPES[dtype]))
-    run = _load(backend, "calibrate stream", lambda x: (x * 2, x[0, 0]), (x,))
-    seconds = _median(_times(lambda: backend.get(jax.block_until_ready(run(x))[1]), rounds))
-    return Stream(2.0 * rows * 1024 * _DTYPES[dtype].itemsize, max(seconds - dispatch_s, 1e-9))
-
-
-def _gemms(backend: Backend, k: int, rows: Sequence[int], dtype: str, dispatch_s: float, effort: Effort) -> list[Gemm]:
+def _gemms(backend: Backend, k: int, rows: Sequence[int], dtype: str, probe: Probe, effort: Effort) -> list[Gemm]:
     """Chains of [m, k] x [k, k], rounds alternating over the rows, so that a slow spell hits all of them."""
     rng = np.random.default_rng(k)
-    size = _DTYPES[dtype].itemsize
-    whole = max(2, math.ceil(effort.cold_bytes / (k * k * size)))
-    base = _random(rng, (k, k), dtype)
-    matrices = [backend.put(base if i == 0 else np.roll(base, i)) for i in range(whole)]
-    calls, counts, turns = [], [], [0] * len(rows)
+    size = DTYPES[dtype].itemsize
+    whole = min(_MOST_MATRICES, max(2, math.ceil(effort.cold_bytes / (k * k * size))))
+    held = matrices(backend, k, whole, dtype)
+    calls, counts, repeats, turns = [], [], [], [0] * len(rows)
     for m in rows:
         count = min(whole, 32, max(1, round(effort.program_flops / (2 * m * k * k))))
         x = backend.put(_random(rng, (m, k), dtype))
-        run = _load(backend, f"calibrate product {m}x{k}x{k}", _product_chain, (x, tuple(matrices[:count])))
+        again = probe.repeats(count, m, k, size)
+        if again > 1:  # rather more matrices than the same ones, which a cache may hold
+            count = min(whole, count * again, 128)
+            again = probe.repeats(count, m, k, size)
+        chain = partial(_product_chain, again)
+        run = loaded(backend, f"calibrate product {m}x{k}x{k} x {again}", chain, (x, tuple(held[:count])))
         counts.append(count)
+        repeats.append(again)
         calls.append((run, x))
 
     def call(i: int) -> None:
         run, x = calls[i]
         first = turns[i] * counts[i] % max(1, whole - counts[i] + 1)
         turns[i] += 1
-        backend.get(run(x, tuple(matrices[first : first + counts[i]])))
+        backend.get(run(x, tuple(held[first : first + counts[i]]))[1])
 
-    times: list[list[float]] = [[] for _ in rows]
+    kept_s: list[list[float]] = [[] for _ in rows]
     for i in range(len(rows)):
         call(i)
     for _ in range(effort.rounds):
-        for i, kept in enumerate(times):
+        for i, kept in enumerate(kept_s):
             begin = time.perf_counter()
             call(i)
             kept.append(time.perf_counter() - begin)
     found = []
-    for m, count, kept in zip(rows, counts, times, strict=True):
+    for m, count, again, kept in zip(rows, counts, repeats, kept_s, strict=True):
         low, middle, high = np.percentile(kept, (25, 50, 75))
-        seconds = max(float(middle) - dispatch_s, 1e-9) / count
+        seconds = max(float(middle) - probe.dispatch_s, 1e-9) / (count * again)
         found.append(Gemm(dtype, m, k, size, seconds, float((high - low) / 2 / middle)))
     return found
-
-
-def _host_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -24,7 +24,8 @@ from runtime.api import pace
 from runtime.deployment.engines import load
 from runtime.deployment.engines.defaults import engine_for
 from runtime.porting import calibrate_ops
-from runtime.porting.calibrate import QUICK, Calibration, Effort, Gemm, ServingCost, Stream, measure, prices, profile
+from runtime.porting.calibrate import Calibration, Gemm, ServingCost, Stream, measure, prices, profile
+from runtime.porting.calibrate_sizes import QUICK, Effort
 from runtime.pricing import Chip, open_book
 from runtime.serving.pricing import BatchShape
 from runtime.simulation.build import PriceTables, pricer_of, spec_for
