@@ -270,7 +270,10 @@ class Checkpoint:
     def _matrix(self, name: str) -> Matrix:
         found = self._spellings[name]
         assert found is not None
-        return found.read(name, self.array)
+        try:
+            return found.read(name, self.array)
+        except ValueError as error:  # what only the values of its tensors say
+            raise CheckpointError(f"{self.path}: tensor {error}") from None
 
     def plain(self, name: str) -> np.ndarray:
         """A tensor of the model, dequantised to float32 where it is stored quantised."""

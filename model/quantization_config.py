@@ -2,9 +2,9 @@
 `quant_model_description.json`, read into the name of a scheme (`model.formats.scheme`). Free of JAX.
 
 Read: DeepSeek's block FP8 (`quant_method` "fp8", blocks of 128 x 128); compressed-tensors' groups, each by what it says
-of its weights: bits, type, strategy and group size; modelopt's algorithms, by name. A few modules stand for the rest,
-experts' projections and attentions', and the format of most of them is the scheme's: what is left wide here and there
-is read off the tensors.
+of its weights: bits, type, strategy and group size; modelopt's algorithms, by name; AWQ and GPTQ
+of 4 bits. A few modules stand for the rest, experts' projections and attentions', and the format of most of them is the
+scheme's: what is left wide here and there is read off the tensors.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ def scheme_name(quant: Mapping[str, Any], layers: int, moe_layers: Sequence[int]
         found = named + [(_matcher(names), fmt) for names, fmt in said]  # names and patterns come before "Linear"
     elif method in ("modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed"):
         wide, found = _modelopt(quant)
+    elif method in ("awq", "gptq"):
+        wide, found = _turned(quant, method)
     else:
         raise UnknownQuantization(f"{method!r} with weight_block_size={quant.get('weight_block_size')}")
 
@@ -106,6 +108,52 @@ def _modelopt(quant: Mapping[str, Any]) -> tuple[Applies, Sequence[tuple[Applies
     for module, held in layers.items():
         by_format.setdefault(named(held.get("quant_algo")), []).append(module)
     return _wildcards(left), [(_below(modules), fmt) for fmt, modules in by_format.items()]
+
+
+def _turned(quant: Mapping[str, Any], method: str) -> tuple[Applies, Sequence[tuple[Applies, str]]]:
+    """What AWQ and GPTQ leave wide, and their format: 4 bits, groups of a size or whole rows. GPTQ stores zero points
+    that are all alike where it says `sym`, which engines then leave out."""
+    bits, size = (quant.get(new, quant.get(old)) for new, old in (("bits", "w_bit"), ("group_size", "q_group_size")))
+    said = f"of {method} with {bits} bits, groups of {size}"
+    if bits != 4:
+        raise UnknownQuantization(said)
+    dynamic = quant.get("dynamic") or {}
+    if method == "awq":
+        version = str(quant.get("version", "gemm")).lower()
+        odd = {"version": version != "gemm", "zero_point": not quant.get("zero_point", True)}
+        wide, only, zero = _within(_names(quant, "modules_to_not_convert")), _within([""]), True
+    elif not isinstance(dynamic, Mapping):
+        raise UnknownQuantization("whose `dynamic` is not an object")
+    else:
+        odd = {
+            "desc_act": bool(quant.get("desc_act")),
+            "checkpoint_format": quant.get("checkpoint_format", "gptq") != "gptq",
+            "dynamic": any(not key.startswith("-:") for key in dynamic),
+        }
+        wide, zero = _matcher([f"re:{key[2:]}" for key in dynamic]), not quant.get("sym", True)
+        blocks = {"all": quant.get("modules_in_block_to_quantize") or [[""]]}
+        if isinstance(blocks["all"], list) and all(isinstance(each, list) for each in blocks["all"]):
+            blocks = {"all": [name for each in blocks["all"] for name in each]}
+        only = _within(_names(blocks, "all"))
+    if field := next((name for name, is_odd in odd.items() if is_odd), None):
+        raise UnknownQuantization(f"{said} and {field} {quant.get(field)!r}")
+    if size == -1:
+        name = "w4a8 with zero points" if zero else "w4a8 with 16-bit activations"
+    else:
+        try:
+            name = matrix_format(f"w4a16-g{size}{'-zp' * zero}").name
+        except UsageError:
+            raise UnknownQuantization(said) from None
+    return wide, [(only, name)]
+
+
+def _within(parts: list[str]) -> Applies:
+    """Names that have one of them in it."""
+
+    def applies(module: str) -> bool:
+        return any(part in module for part in parts)
+
+    return applies
 
 
 def _wildcards(patterns: list[str]) -> Applies:

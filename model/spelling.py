@@ -5,6 +5,7 @@ compressed-tensors  `weight` or `weight_packed`, `weight_scale`, `weight_shape`,
                     `weight_zero_point`
 msmodelslim         `weight`, `weight_scale`, `weight_offset`, `scale_bias`
 modelopt            `weight`, `weight_scale`, `weight_scale_2` (read only)
+AWQ, GPTQ           `qweight`, `qzeros`, `scales`, and `g_idx` of GPTQ; 4 bits, turned to [in, out] (read only)
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ def spelling(name: str, shape: tuple[int, ...], look: Look) -> Spelling | None:
     """
     out, width = shape if len(shape) == 2 else (1, shape[-1])
     held, scale, packed = look(name), look(name + "_scale"), look(name + "_packed")
+    if (words := look(tensor_name(name, ".qweight"))) and held is None:
+        return _turned_words(name, (out, width), words, look)
     groups = scale.shape[-1] if scale and len(scale.shape) == 2 else 1
     if look(name + "_g_idx"):
         raise ValueError(f"{name}: weight_g_idx (actorder by groups) cannot be read; columns must be in order")
@@ -133,9 +136,7 @@ def _packed_words(
     if width % groups:
         raise ValueError(f"{name}: {groups} scales do not divide its {width} columns into equal groups")
     bits = 8 if packed.shape[-1] == -(-width // 4) != -(-width // 8) else 4
-    size, repeat = width // groups, 1
-    if size != shared_size(width, groups):  # their number would be taken for ragged groups: in parts it is not
-        repeat = size // (size & -size)
+    size, repeat = _equal_groups(width, groups)
     if bits == 8:
         if groups > 1:
             raise ValueError(f"{name}: weights packed in 8 bits are read with a scale a row, not in groups of {size}")
@@ -159,9 +160,68 @@ def _packed_words(
         values = _unpack_words(words, width, 4).astype(np.int8) - np.repeat(zeros.astype(np.int8), size, axis=1)
         return Matrix(values, np.repeat(s, repeat, 1))
 
-    # 4 bits less 4 bits are read as whole numbers from -15 to 15
-    fmt = dataclasses.replace(matrix_format(f"w4a16-g{size // repeat}-zp"), values=INT8)
-    return Spelling(fmt, parts, ("_shape",), decode)
+    return Spelling(_shifted(size // repeat), parts, ("_shape",), decode)
+
+
+def _equal_groups(width: int, groups: int) -> tuple[int, int]:
+    """Columns of each group, and how often a scale stands in `Matrix.scale`: their number alone would be taken for
+    ragged groups where it does not say the size, and in parts it does."""
+    size = width // groups
+    return (size, 1) if size == shared_size(width, groups) else (size, size // (size & -size))
+
+
+def _shifted(size: int) -> MatrixFormat:
+    """4 bits less a zero point of 4 bits, which are read as whole numbers from -16 to 15."""
+    return dataclasses.replace(matrix_format(f"w4a16-g{size}-zp"), values=INT8)
+
+
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Which 4 bits of a word, from the lowest, have its first column, its second, ..: AutoAWQ packs columns 0, 2, 4, 6, 1,
+3, 5, 7 (`WQLinear_GEMM.from_linear`)."""
+
+
+def _turned_words(name: str, shape: tuple[int, int], words: Found, look: Look) -> Spelling:
+    """A matrix [in, out] of 4 bits in int32 words, with a scale and a zero point for equal groups of its rows. AWQ's
+    words (AutoAWQ, version "gemm") go along the columns in an order of their own, GPTQ's (AutoGPTQ, GPTQModel's format
+    "gptq") down the rows, and its zero points are stored less 1."""
+    out, width = shape
+    scales, order = look(tensor_name(name, ".scales")), look(tensor_name(name, ".g_idx"))
+    groups = scales.shape[0] if scales and len(scales.shape) == 2 else 1
+    if groups < 1 or width % groups:
+        raise ValueError(f"{name}: {groups} scales do not divide its {width} columns into equal groups")
+    awq, gptq = (width, -(-out // 8)), (-(-width // 8), out)
+    if words.dtype != "I32" or words.shape not in (awq, gptq):
+        raise ValueError(
+            f"{name}: qweight {words.dtype} {list(words.shape)} is neither AWQ's {list(awq)} nor GPTQ's {list(gptq)} "
+            "of 4 bits in int32 words"
+        )
+    of_gptq = words.shape == gptq
+    if order and not of_gptq:
+        raise ValueError(f"{name}: g_idx is GPTQ's, and its qweight is packed as AWQ's")
+    size, repeat = _equal_groups(width, groups)
+    parts: dict[str, tuple[int, ...]] = {
+        ".qweight": words.shape, ".qzeros": (groups, -(-out // 8)), ".scales": (groups, out)
+    }  # fmt: skip
+    if order:
+        parts[".g_idx"] = (width,)
+
+    def decode(packed: np.ndarray, points: np.ndarray, s: np.ndarray, index: np.ndarray | None = None) -> Matrix:
+        if index is not None and not np.array_equal(index, np.arange(width) // size):
+            raise ValueError(f"{name}: g_idx (desc_act) cannot be read; columns must be in order")
+        if of_gptq:
+            values, zeros = _nibbles(packed.T)[:, :width], _nibbles(points)[:, :out].T + 1
+        else:
+            values, zeros = _nibbles(packed, _AWQ_ORDER)[:, :out].T, _nibbles(points, _AWQ_ORDER)[:, :out].T
+        return Matrix(values - np.repeat(zeros, size, axis=1), np.repeat(s.T, repeat, 1))
+
+    return Spelling(_shifted(size // repeat), parts, (), decode)
+
+
+def _nibbles(words: np.ndarray, order: tuple[int, ...] = tuple(range(8))) -> np.ndarray:
+    """[rows, words] int32 -> [rows, 8 words] int8 from 0 to 15; order: which 4 bits of a word come first, second, .."""
+    pairs = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
+    lowest_first = _unpack_pairs(pairs).reshape(words.shape[0], -1, 8)
+    return lowest_first[..., order].reshape(words.shape[0], -1).astype(np.int8)
 
 
 def _unpack_pairs(pairs: np.ndarray) -> np.ndarray:

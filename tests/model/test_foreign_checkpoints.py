@@ -19,13 +19,14 @@ from model.formats import FORMATS, Formats
 from model.hf_config import from_hf, load_config
 from model.quantised import quantise
 from model.safetensors_file import SafetensorsFile, write
-from model.spelling import spell
+from model.spelling import spell, tensor_name
 from model.split import Layout
 from model.weights import Quantized
 from runtime.deployment.ledger import stage_weight_bytes
 from tests.cli.cli import glm5, make_checkpoint, refused
 from tests.model.oracle import CASES, FAMILIES, Oracle, random_weights, torch_logits
 from tests.model.test_checkpoint import assert_same
+from tests.model.test_spelling import turned
 
 Oracles = Callable[[str], Oracle]
 Tensors = dict[str, np.ndarray]
@@ -107,6 +108,39 @@ def test_fused_experts_of_another_layout(made: Path) -> None:
     tensors[name] = np.ascontiguousarray(tensors[name].transpose(0, 2, 1))
     with pytest.raises(CheckpointError, match=r"experts\.0\.down_proj\.weight has shape"):
         Checkpoint(copy(made, "turned", tensors))
+
+
+# --- AWQ and GPTQ ---------------------------------------------------------------------------------
+
+SAID = {"awq": {"version": "gemm", "zero_point": True}, "gptq": {"sym": False, "desc_act": False}}
+
+
+@pytest.mark.parametrize("method", SAID)
+def test_awq_and_gptq(made: Path, method: str) -> None:
+    """Experts of layers so stored load as what they stand for; kept narrow, they are the same numbers."""
+    tensors = tensors_of(made)
+    plain, packed = dict(tensors), dict(tensors)
+    for name in [name for name in tensors if ".mlp.experts." in name]:
+        out, width = tensors[name].shape
+        held, plain[name] = turned(method, width, 16, out)
+        del packed[name]
+        packed |= {tensor_name(name, part.removeprefix("layer")): array for part, array in held.items()}
+    quant = {
+        "quant_method": method,
+        "bits": 4,
+        "group_size": 16,
+        "modules_to_not_convert": ["self_attn"],
+        **SAID[method],
+    }
+    opened = Checkpoint(copy(made, method, packed, quantization_config=quant))
+    expected = Checkpoint(copy(made, "plain", plain)).load()
+    assert_same(opened.load(), expected)
+    for layer, same in zip(opened.load(keep_fp8=True)["layers"], expected["layers"], strict=True):
+        narrow = {name: value for name, value in layer.items() if isinstance(value, Quantized)}
+        assert narrow or not any("expert" in name for name in layer)
+        for name, value in narrow.items():
+            scale = np.repeat(value.scale.astype(np.float32), 16, axis=1)
+            np.testing.assert_array_equal(value.values * scale, same[name])
 
 
 # --- the head -------------------------------------------------------------------------------------

@@ -110,6 +110,48 @@ def test_named_targets_come_before_linear() -> None:
     assert from_hf({**raw_preset("glm-5"), "quantization_config": quant}).weight_format == "w8a8-int8/w4a16-g128"
 
 
+# --- AWQ and GPTQ ----------------------------------------------------------------------------------
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": False, "lm_head": False}
+
+
+@pytest.mark.parametrize(
+    ("quant", "name"),
+    [
+        (AWQ | {"modules_to_not_convert": ["self_attn", "shared_experts"]}, "w4a16-g128-zp"),
+        (AWQ, "w4a16-g128-zp/w4a16-g128-zp"),
+        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 32, "modules_to_not_convert": ["attn"]}, "w4a16-g32-zp"),
+        (AWQ | {"group_size": -1}, "w4a8 with zero points"),
+        (GPTQ | {"dynamic": {"-:.*self_attn.*": {}}}, "w4a16-g64"),
+        (GPTQ | {"sym": False, "modules_in_block_to_quantize": [["experts"], ["lm"]]}, "w4a16-g64-zp"),
+        (GPTQ | {"group_size": -1, "checkpoint_format": "gptq"}, "w4a8 with 16-bit activations"),
+    ],
+)
+def test_awq_and_gptq(quant: Any, name: str) -> None:
+    assert from_hf({**raw_preset("glm-5"), "quantization_config": quant}).weight_format == name
+
+
+@pytest.mark.parametrize(
+    ("quant", "mention"),
+    [
+        (AWQ | {"bits": 8}, "8 bits"),
+        (AWQ | {"version": "gemv"}, "version 'gemv'"),
+        (AWQ | {"zero_point": False}, "zero_point False"),
+        (AWQ | {"group_size": "a\n"}, "groups of a\\n"),
+        (GPTQ | {"desc_act": True}, "desc_act True"),
+        (GPTQ | {"checkpoint_format": "gptq_v2"}, "checkpoint_format 'gptq_v2'"),
+        (GPTQ | {"dynamic": {"+:.*experts.*": {"bits": 8}}}, "dynamic"),
+        (GPTQ | {"dynamic": 5}, "not an object"),
+        (GPTQ | {"modules_in_block_to_quantize": "all"}, "not a list"),
+    ],
+)
+def test_awq_and_gptq_that_cannot_be_read(quant: Any, mention: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        from_hf({**raw_preset("glm-5"), "quantization_config": quant})
+    assert mention in str(error.value) and "\n" not in str(error.value)
+
+
 # --- modelopt --------------------------------------------------------------------------------------
 
 

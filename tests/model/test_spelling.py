@@ -11,12 +11,12 @@ import pytest
 
 from model.formats import matrix_format
 from model.quantised import dequantise, quantise
-from model.spelling import Found, spelling
+from model.spelling import Found, spelling, tensor_name
 
 NAME = "layer.weight"
 DTYPES = {
     "float32": "F32", "bfloat16": "BF16", "int32": "I32", "int8": "I8", "uint8": "U8", "int64": "I64",
-    "float8_e4m3fn": "F8_E4M3",
+    "float8_e4m3fn": "F8_E4M3", "float16": "F16",
 }  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def read(tensors: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
     found = spelling(NAME, shape, stored(tensors))
     assert found is not None
     for suffix, expected in found.parts.items():
-        assert tensors[NAME + suffix].shape == expected
+        assert tensors[tensor_name(NAME, suffix)].shape == expected
     return dequantise(found.read(NAME, tensors.__getitem__))
 
 
@@ -158,3 +158,53 @@ def test_fp8_blocks_of_modelopt() -> None:
     held = quantise(matrix_format("fp8-block"), np.random.default_rng(0).standard_normal((256, 384), np.float32))
     tensors = {NAME: held.values, f"{NAME}_scale": held.scale.reshape(2, 1, 3, 1)}
     np.testing.assert_array_equal(read(tensors, (256, 384)), dequantise(held))
+
+
+# --- AWQ and GPTQ ----------------------------------------------------------------------------------
+
+
+def in_words(numbers: np.ndarray, places: Any) -> np.ndarray:
+    """[rows, columns] of 4 bits, eight of a row in a word: place i, from the lowest, holds column `places[i]`."""
+    words = np.zeros((numbers.shape[0], numbers.shape[1] // 8), np.uint32)
+    for word in range(words.shape[1]):
+        for i, place in enumerate(places):
+            words[:, word] |= numbers[:, 8 * word + place].astype(np.uint32) << np.uint32(4 * i)
+    return words.view(np.int32)
+
+
+def turned(method: str, width: int, group: int, out: int = 24) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Tensors as AutoAWQ and AutoGPTQ pack a matrix, word by word, and what they stand for."""
+    made = np.random.default_rng(0)
+    values = made.integers(0, 16, (width, out))
+    points = made.integers(0, 16, (width // group, out)) + (method == "gptq")
+    scales = (0.1 + made.random((width // group, out))).astype(np.float16)
+    if method == "awq":  # along the outputs
+        places = (0, 2, 4, 6, 1, 3, 5, 7)
+        tensors = {"layer.qweight": in_words(values, places), "layer.qzeros": in_words(points, places)}
+    else:  # down the inputs; a zero point is stored less 1
+        tensors = {"layer.qweight": in_words(values.T, range(8)).T, "layer.qzeros": in_words(points - 1, range(8))}
+        tensors["layer.g_idx"] = np.array([row // group for row in range(width)], np.int32)
+    rows = [(values[row] - points[row // group]) * scales[row // group].astype(np.float32) for row in range(width)]
+    return {**tensors, "layer.scales": scales}, np.stack(rows, axis=1).astype(np.float32)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+@pytest.mark.parametrize(("width", "group"), [(256, 128), (96, 32), (96, 48), (64, 64), (32, 16)])
+def test_awq_and_gptq(method: str, width: int, group: int) -> None:
+    tensors, expected = turned(method, width, group)
+    np.testing.assert_array_equal(read(tensors, (24, width)), expected)
+
+
+def test_gptq_without_or_with_another_order() -> None:
+    tensors, expected = turned("gptq", 64, 32)
+    order = tensors.pop("layer.g_idx")
+    np.testing.assert_array_equal(read(tensors, (24, 64)), expected)
+    with pytest.raises(ValueError, match="desc_act"):
+        read({**tensors, "layer.g_idx": order[::-1].copy()}, (24, 64))
+
+
+def test_awq_and_gptq_of_another_shape() -> None:
+    tensors, _ = turned("awq", 64, 32)
+    refused({**tensors, "layer.qweight": np.zeros((16, 24), np.int32)}, (24, 64), "neither AWQ's [64, 3]", "[8, 24]")
+    refused({**tensors, "layer.scales": np.ones((3, 24), np.float16)}, (24, 64), "3 scales", "64 columns")
+    refused({**tensors, "layer.g_idx": np.zeros(64, np.int32)}, (24, 64), "g_idx")
