@@ -330,6 +330,17 @@ def test_no_port_takes_more_than_it_can() -> None:
     ), "the slower side binds"
 
 
+def test_what_a_servers_devices_all_hold_enters_it_once() -> None:
+    """Attention data parallelism: eight copies of the dense weights on a server, and eight times other experts."""
+    chip, rollout = CHIPS["h200-sxm"], Layout(tp=1, dp=16, ep=16)
+    assert chip.scale_out
+    share = stage_weight_bytes(GLM5, rollout, formats("bf16"), 0, mtp=False)
+    dense = sum(share.values()) - share["experts"]
+    found = weight_sync(GLM5, WIDE, book(), rollout, book(), formats("bf16"))
+    rate = chip.scale_out.bandwidth_bytes_per_s * chip.scale_out.efficiency
+    assert found.parts["transfer"].seconds == pytest.approx((share["experts"] + dense / 8) / rate, rel=1e-4)
+
+
 def test_pools_without_a_network_are_refused() -> None:
     alone = open_book(dataclasses.replace(UNMEASURED, scale_out=None))
     with pytest.raises(PriceError, match=r"some-npu has no link.scale_out.bandwidth_bytes_per_s, which weights take"):
