@@ -20,6 +20,7 @@ from model.config import ModelConfig
 from model.formats import CacheFormats, Formats, scheme
 from runtime.pricing import load as loads
 from runtime.pricing.book import PriceBook
+from runtime.pricing.chip import rate_of
 from runtime.pricing.load import ExpertLoad
 from runtime.pricing.price import Price, PriceEvidence, total
 from runtime.pricing.training.layout import TrainLayout
@@ -92,8 +93,12 @@ class TrainingPricer:
         load: ExpertLoad | None = None,
     ):
         self.cfg, self.book, self.layout = cfg, book, layout
+        held = training_formats(formats)
+        for name in held.scheme.formats:
+            if not book.chip.peak_flops_per_s.get(rate_of(name)):
+                raise UsageError(f"{book.chip.name} multiplies nothing in {name}: train in bf16")
         load = load or loads.uniform(cfg.moe.experts if cfg.moe else 1)
-        self._passes = PassPrices(cfg, book, layout, training_formats(formats), load)
+        self._passes = PassPrices(cfg, book, layout, held, load)
         self._update = self._updated()
 
     def step(self, sequences: Sequences, scored: int = 0) -> TrainingStep:
