@@ -328,8 +328,7 @@ def route(
     The bias takes part in choosing only. With groups, a group scores by its two best experts and only
     the `topk_group` best groups are considered. Ties go to the lowest expert.
     """
-    logits = lax.dot_general(_f32(x), _f32(router), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    affinity = jax.nn.sigmoid(logits)
+    affinity = affinities(x, router)
     choice = affinity + bias[None, :]
     tokens, experts = choice.shape
     if n_group > 1:
@@ -339,10 +338,21 @@ def route(
         allowed = jnp.any(best[:, :, None] == jnp.arange(n_group, dtype=best.dtype)[None, None, :], axis=1)
         choice = jnp.where(allowed[:, :, None], per_group, -jnp.inf).reshape(tokens, experts)
     chosen = lax.top_k(choice, top_k)[1].astype(jnp.int32)
+    return chosen, expert_weights(affinity, chosen, normalise=normalise, scale=scale)
+
+
+def affinities(x: Array, router: Array) -> Array:
+    """What `route` chooses by: x [n,d], router [d,e] -> float32 [n,e]."""
+    logits = lax.dot_general(_f32(x), _f32(router), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return jax.nn.sigmoid(logits)
+
+
+def expert_weights(affinity: Array, chosen: Array, *, normalise: bool, scale: float) -> Array:
+    """The weights of `route`: affinity [n,e], chosen [n,k] -> float32 [n,k]."""
     weights = jnp.take_along_axis(affinity, chosen, axis=1, mode="promise_in_bounds")
     if normalise:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.float32(1e-20))
-    return chosen, weights * jnp.float32(scale)
+    return weights * jnp.float32(scale)
 
 
 @op("expert_ffn")

@@ -19,12 +19,14 @@ Shapes: b sequences, t tokens, c context (= t), h heads, e experts, n = b * t.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from model import graph, ops, qat
 from model.config import LayerType, Mla, ModelConfig
@@ -40,10 +42,12 @@ Attention = Literal["dense", "warmup", "sparse"]
 @dataclasses.dataclass
 class Gauges:
     """What is read off a pass, in the order of the layers: the largest attention logit of each, the load of each
-    router's experts [e], and for each indexer its scores, the positions it selected and the distributions it served."""
+    router's experts [e], and for each indexer its scores, the positions it selected and the distributions it served.
+    chosen: by "experts" and "selections", what each layer is to choose instead, int32 [b,t,width], -1 where it may."""
 
     attention: Attention
     index_weights: frozenset[int]
+    chosen: dict[str, Iterator[Array]] = dataclasses.field(default_factory=dict)
     logit_max: list[Array] = dataclasses.field(default_factory=list)
     loads: list[Array] = dataclasses.field(default_factory=list)
     scores: list[Array] = dataclasses.field(default_factory=list)
@@ -59,6 +63,7 @@ class Gauges:
             "glm.index_scores": self._index_scores,
             "glm.route": self._route,
             "glm.expert_ffn": _expert_ffn,
+            **({"glm.select_topk": self._select_topk} if "selections" in self.chosen else {}),
         }
 
     def _linear(self, x: Array, *weight: Array) -> Array:
@@ -68,8 +73,16 @@ class Gauges:
 
     def _route(self, x: Array, router: Array, bias: Array, **attributes: Any) -> tuple[Array, Array]:
         experts, weights = ops.OPS["glm.route"].meaning(x, router, bias, **attributes)
+        if "experts" in self.chosen:
+            experts = _chosen(next(self.chosen["experts"]).reshape(experts.shape), experts)
+            weights = ops.expert_weights(
+                ops.affinities(x, router), experts, normalise=attributes["normalise"], scale=attributes["scale"]
+            )
         self.loads.append(jnp.sum(jax.nn.one_hot(experts, bias.shape[0], dtype=jnp.float32), axis=(0, 1)))
         return experts, weights
+
+    def _select_topk(self, scores: Array, *, k: int) -> Array:
+        return _chosen(next(self.chosen["selections"]), ops.OPS["glm.select_topk"].meaning(scores, k=k))
 
     def _index_scores(self, query: Array, head_weights: Array, pages: Array, table: Array, positions: Array) -> Array:
         keys, heads, width = pages[1:], query.shape[2], query.shape[3]
@@ -136,6 +149,10 @@ class Gauges:
         return sum(losses[1:], losses[0]) / jnp.float32(len(losses))
 
 
+def _chosen(recorded: Array, own: Array) -> Array:
+    return jnp.where(recorded >= 0, recorded, own)
+
+
 def _past(t: int) -> Array:
     return jnp.tril(jnp.ones((t, t), bool))
 
@@ -173,11 +190,18 @@ def staged(cfg: ModelConfig, attention: Attention, length: int) -> ModelConfig:
 
 
 def forward(
-    model: Model, tokens: Array, attention: Attention, drafts: int = 0, draft_rows: int = 0, rounding: str = ""
+    model: Model,
+    tokens: Array,
+    attention: Attention,
+    drafts: int = 0,
+    draft_rows: int = 0,
+    rounding: str = "",
+    chosen: Mapping[str, ArrayLike] = MappingProxyType({}),
 ) -> Passed:
     """The graph over tokens [b,t]. With `drafts`, the MTP layer's depths too, for the first `draft_rows` sequences:
     depth k gives at position i the logits of token i + 1 + k, each depth carrying the hidden state of the last.
-    rounding: of the weights, see `model.qat`."""
+    rounding: of the weights, see `model.qat`. chosen: what the layers of the main stack are to choose, as of `Gauges`,
+    [layers,b,t,width]."""
     cfg = staged(model.config, attention, tokens.shape[1])
     seen = qat.rounding(rounding) if rounding else None
     of_indexers: set[int] = set()
@@ -189,7 +213,7 @@ def forward(
         return found
 
     weights = model.seen(see)
-    gauges = Gauges(attention, frozenset(of_indexers))
+    gauges = Gauges(attention, frozenset(of_indexers), {name: iter(jnp.asarray(each)) for name, each in chosen.items()})
 
     def run(fn: Callable[..., Any], kinds: Sequence[LayerType], tokens: Array, *more: Any) -> graph.StepOutput:
         caches, batch = fresh(cfg, kinds, tokens, jnp.float32)

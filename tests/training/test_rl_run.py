@@ -137,6 +137,13 @@ def test_what_a_run_changes_and_says(tmp_path: Path, checkpoint: Path) -> None:
 
 
 @pytest.mark.slow
+def test_replaying_what_the_learner_would_choose_changes_nothing(tmp_path: Path, checkpoint: Path) -> None:
+    """In step and in one number format, to the bit; the questions are longer than what an indexer selects."""
+    replays = ("max_tokens = 4", 'max_tokens = 4\nreplay = "all"')
+    same(run(written(tmp_path / "plain"), checkpoint), run(written(tmp_path / "replayed", replays), checkpoint))
+
+
+@pytest.mark.slow
 def test_lag_is_what_the_tokens_say(tmp_path: Path, checkpoint: Path) -> None:
     _, *records = metrics.load(run(written(tmp_path, ('mode = "sync"', 'mode = "sync"\nlag = 2')), checkpoint))
     assert [r["behind"] for r in records] == [0, 1, 2, 2]

@@ -3,6 +3,7 @@
     config       a run as a TOML file: stages, objective, schedule
     episodes     questions, what answers are worth, and what an environment says in between
     rollouts     the project's own engine as a generator: log-probabilities and a policy version on every token
+    replay       choices of experts and positions that the engine made, recorded and made again in training
     generators   who generates: this process, or one of its own, whose weights come through a versioned file
     objective    group baselines, importance ratios and their corrections
     learner      one training step on a batch of rollouts

@@ -25,6 +25,7 @@ MOST_STALENESS = 1024
 
 Correction = Literal["none", "ppo-clip", "tis", "icepop", "double-sided"]
 RlMode = Literal["sync", "ahead", "async"]
+Replay = Literal["none", "experts", "all"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +66,14 @@ class Generation:
     """How answers are drawn, at temperature 1.
 
     formats: "float32", "bfloat16", or number formats to emulate (weights, activations and products as a chip has them).
-    max_tokens: of one answer, or of one turn. running: answers at work at once.
+    max_tokens: of one answer, or of one turn. running: answers at work at once. replay: choices of the engine that are
+    recorded with the tokens and made again in training: of experts, or those and the indexers' selections.
     """
 
     formats: str = "float32"
     max_tokens: int = 16
     running: int = 256
+    replay: Replay = "none"
 
     def problem(self) -> str | None:
         if not 1 <= self.max_tokens <= MOST_ANSWER:

@@ -8,6 +8,7 @@ The reward is 1 for an episode whose every turn is right, 0 for any other.
 
 from __future__ import annotations
 
+import base64
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,11 +24,32 @@ _QUESTION, _DELAY, _DRAW, _IMITATED = 1, 2, 3, 4  # streams of one seed
 
 
 @dataclasses.dataclass(frozen=True)
+class Choices:
+    """What layers chose for each token: ids, little-endian int16 in base64, of [layers,tokens,width]; -1 where nothing
+    was recorded."""
+
+    layers: int
+    width: int
+    ids: str
+
+    @classmethod
+    def of(cls, ids: np.ndarray) -> Choices:
+        """Of integers [layers,tokens,width]."""
+        return cls(ids.shape[0], ids.shape[2], base64.b64encode(ids.astype("<i2").tobytes()).decode())
+
+    @property
+    def array(self) -> np.ndarray:
+        """int16 [layers,tokens,width]"""
+        return np.frombuffer(base64.b64decode(self.ids), "<i2").reshape(self.layers, -1, self.width)
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollout:
     """A finished episode.
 
     ids, made, logprobs, versions: one entry a token. logprobs: natural logarithm of its probability when it was drawn;
-    versions: of the policy that drew it; 0 and -1 where it was given. finish: of its last turn.
+    versions: of the policy that drew it; 0 and -1 where it was given. finish: of its last turn. choices: by name, as of
+    `replay`, where they are recorded.
     """
 
     task: str
@@ -37,6 +59,7 @@ class Rollout:
     versions: tuple[int, ...]
     reward: float
     finish: str
+    choices: Mapping[str, Choices] = dataclasses.field(default_factory=dict)
 
     @property
     def length(self) -> int:

@@ -7,7 +7,8 @@ than what an indexer selects are attended whole, which is the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -76,7 +77,7 @@ def compile_step(how: PolicyObjective, optimizer: optax.GradientTransformation, 
             held = log_probabilities(_logits(elder, tokens), tokens)
 
         def of(learner: Model) -> tuple[Array, dict[str, Array]]:
-            return loss(how, _logits(learner, tokens, rounding), given, held)
+            return loss(how, _logits(learner, tokens, rounding, given.choices), given, held)
 
         gradients, said = nnx.grad(of, argnums=nnx.DiffState(0, LEARNS), has_aux=True)(model)
         found = named(gradients, LEARNS)
@@ -88,7 +89,7 @@ def compile_step(how: PolicyObjective, optimizer: optax.GradientTransformation, 
     return jax.jit(run)
 
 
-def _logits(model: Model, tokens: Array, rounding: str = "") -> Array:
+def _logits(model: Model, tokens: Array, rounding: str = "", chosen: Mapping[str, Any] = MappingProxyType({})) -> Array:
     assert model.config.indexer is not None
     sparse = tokens.shape[1] > model.config.indexer.topk
-    return forward(model, tokens, "sparse" if sparse else "dense", rounding=rounding).logits
+    return forward(model, tokens, "sparse" if sparse else "dense", rounding=rounding, chosen=chosen).logits

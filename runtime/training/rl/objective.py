@@ -20,6 +20,8 @@ The loss is the mean over all drawn tokens of the batch. Shapes: r rollouts, t t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -33,12 +35,13 @@ from runtime.training.rl.episodes import RolloutGroup
 
 class LearnerBatch(NamedTuple):
     """tokens int32 [r,t]; made float32 [r,t], 1 where the policy drew; logprobs float32 [r,t], when it was drawn;
-    advantages float32 [r]."""
+    advantages float32 [r]; choices, by name, int32 [layers,r,t,width], -1 where nothing was recorded."""
 
     tokens: np.ndarray
     made: np.ndarray
     logprobs: np.ndarray
     advantages: np.ndarray
+    choices: Mapping[str, np.ndarray] = {}
 
 
 def advantages(rewards: np.ndarray, scale: bool) -> np.ndarray:
@@ -48,8 +51,10 @@ def advantages(rewards: np.ndarray, scale: bool) -> np.ndarray:
     return above / deviation if scale and deviation > 0 else above
 
 
-def batch(groups: list[RolloutGroup], length: int, scale: bool) -> LearnerBatch:
-    """Rollouts in rows of `length` tokens, zeros behind them."""
+def batch(
+    groups: list[RolloutGroup], length: int, scale: bool, replayed: Mapping[str, tuple[int, int]] = MappingProxyType({})
+) -> LearnerBatch:
+    """Rollouts in rows of `length` tokens, zeros behind them. replayed: as of `replay.widths`."""
     rollouts = [each for group in groups for each in group.rollouts]
     shape = len(rollouts), length
     found = LearnerBatch(
@@ -59,8 +64,13 @@ def batch(groups: list[RolloutGroup], length: int, scale: bool) -> LearnerBatch:
         found.tokens[row, : each.length] = each.ids
         found.made[row, : each.length] = each.made
         found.logprobs[row, : each.length] = each.logprobs
+    choices = {name: np.full((layers, *shape, width), -1, np.int32) for name, (layers, width) in replayed.items()}
+    for name, into in choices.items():
+        for row, each in enumerate(rollouts):
+            if name in each.choices:
+                into[:, row, : each.length] = each.choices[name].array
     found.advantages[:] = np.concatenate([advantages(group.rewards, scale) for group in groups])
-    return found._replace(advantages=found.advantages.astype(np.float32))
+    return found._replace(advantages=found.advantages.astype(np.float32), choices=choices)
 
 
 def log_probabilities(logits: Array, tokens: Array) -> Array:

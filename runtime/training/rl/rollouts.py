@@ -8,10 +8,11 @@ as a chip does (`backends/emulation`): that is the gap between a rollout engine 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +39,8 @@ from runtime.serving.service import Job
 from runtime.serving.worker import ModelWorker, News
 from runtime.training.data import Exercise
 from runtime.training.rl.config import Generation
-from runtime.training.rl.episodes import Episode, Rollout, RolloutGroup
+from runtime.training.rl.episodes import Choices, Episode, Rollout, RolloutGroup
+from runtime.training.rl.replay import RecordingPrograms, RecordingWorker
 
 _CHUNK = 32  # tokens that prompts are padded to
 PolicyWeights = Mapping[str, Any]
@@ -62,13 +64,21 @@ class Asked:
 
 @dataclasses.dataclass(slots=True)
 class _Work:
-    """A member of a group at work. versions, logprobs: of the tokens of this turn."""
+    """A member of a group at work. versions, logprobs: of the tokens of this turn. chosen: as of `replay`, of the whole
+    episode, -1 where nothing was."""
 
     asked: Asked
     member: int
     episode: Episode
     versions: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    chosen: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def done(self) -> Rollout:
+        found, length = self.episode.done, len(self.episode.ids)
+        choices = {name: Choices.of(ids[:, :length]) for name, ids in self.chosen.items()}
+        return dataclasses.replace(found, choices=choices)
 
 
 class RolloutEngine:
@@ -104,7 +114,9 @@ class RolloutEngine:
         )
         dtype = self._numbers.dtype if self._numbers else generation.formats
         self._dtype = dtype
-        programs = Programs(self._backend, cfg, self._held(weights), config.pages, page, dtype)
+        given = self._backend, cfg, self._held(weights), config.pages, page, dtype
+        records = generation.replay != "none"
+        programs = RecordingPrograms(generation.replay, *given) if records else Programs(*given)
         self._engine = LocalEngine(cfg, programs, config)
         self.version = 0
         self.busy_s = 0.0
@@ -118,7 +130,7 @@ class RolloutEngine:
             self._engine.deployment,
             block_tokens=page,
             clock=Wall(lambda: programs.compile_s),
-            make_worker=lambda role: ModelWorker(self._engine.executor, self._answers, {}, 0, self._drew),
+            make_worker=lambda role: self._worker(programs),
             done=self._answers.__delitem__,
             tell=self._heard,
         )
@@ -136,6 +148,16 @@ class RolloutEngine:
         """The next policy, from the next step on."""
         self._engine.programs.weights = self._held(weights)
         self.version = version
+
+    @contextlib.contextmanager
+    def lent(self, weights: PolicyWeights, version: int) -> Iterator[None]:
+        """Another policy for a while, where nothing is asked; then the one that was there again."""
+        before = self._engine.programs.weights, self.version
+        self.load(weights, version)
+        try:
+            yield
+        finally:
+            self._engine.programs.weights, self.version = before
 
     def begin(self, asked: Asked) -> None:
         """Raises `UsageError` for a question that leaves no room to answer."""
@@ -162,7 +184,7 @@ class RolloutEngine:
         while self._outside and self._outside[0][0] <= time.perf_counter():
             work = heapq.heappop(self._outside)[2]
             number, found = work.asked.number, self._groups[work.asked.number]
-            found[work.member] = work.episode.done
+            found[work.member] = work.done
             if len(found) == work.asked.size:
                 del self._groups[number]
                 whole.append(RolloutGroup(number, tuple(found[member] for member in range(work.asked.size))))
@@ -193,6 +215,22 @@ class RolloutEngine:
         self._works[self._numbered] = work
         work.versions, work.logprobs = [], []
         self._loop.at(max(self._loop.now, self._loop.clock.now()), 0, self._loop.send, request)
+
+    def _worker(self, programs: Programs) -> ModelWorker:
+        given = self._engine.executor, self._answers, {}, 0, self._drew
+        if isinstance(programs, RecordingPrograms):
+            return RecordingWorker(programs, self._chose, *given)
+        return ModelWorker(*given)
+
+    def _chose(self, number: int, start: int, choices: Mapping[str, np.ndarray]) -> None:
+        """What is computed a second time, as a turn behind another is, keeps the choices of the first."""
+        work = self._works[number]
+        for name, ids in choices.items():
+            layers, count, width = ids.shape
+            if name not in work.chosen:
+                work.chosen[name] = np.full((layers, work.asked.longest, width), -1, np.int16)
+            into = work.chosen[name][:, start : start + count]
+            into[:] = np.where(into < 0, ids, into)
 
     def _drew(self, number: int, token: int) -> None:
         self._works[number].versions.append(self.version)

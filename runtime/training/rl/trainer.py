@@ -24,7 +24,7 @@ from runtime.serving.pacing import Pacer
 from runtime.training import metrics, state
 from runtime.training.export import write_tuned
 from runtime.training.params import Params, named
-from runtime.training.rl import learner
+from runtime.training.rl import learner, replay
 from runtime.training.rl.config import FILE, Generation, PolicyObjective, RlConfig
 from runtime.training.rl.episodes import Questions, RolloutGroup
 from runtime.training.rl.generators import Apart, GeneratorLost, Here, RolloutSource, nested
@@ -198,6 +198,7 @@ class _Run:
             within = stage.imitate
         how, size, schedule = stage.objective, stage.groups, self.config.schedule
         pacer = Pacer(size, (stage.all_steps - within) * size, schedule.behind, schedule.admission)
+        replayed = replay.widths(self._now.model.config, self.config.generation.replay, stage.length)
         first, step = self._begun, None
         whole: dict[int, RolloutGroup] = {}
         self._publish(within - stage.imitate)
@@ -209,7 +210,7 @@ class _Run:
                 self._start(number, pacer, first)
             groups = [whole.pop(each) for each in taken.groups]
             waited, compiled = time.perf_counter() - began, 0.0
-            given = batch(groups, stage.length, how.scale)
+            given = batch(groups, stage.length, how.scale, replayed)
             if step is None:
                 step, compiled = self._compiled(number, how, learner.adam(stage.rate, stage.clip), given)
             at = time.perf_counter()
@@ -286,22 +287,28 @@ class _Run:
 
     def _examine(self, number: int) -> dict[str, float]:
         """Share of held-out questions answered right, greedily, in float32."""
-        stage = self.config.stages[number]
+        stage, found = self.config.stages[number], {}
+        with self._examiner.lent(nested(named(self._now.model)), self._done):
+            for task in sorted(task for task, share in stage.tasks.items() if share > 0):
+                questions = self.questions.generator.questions(task, self.config.questions)
+                groups = self._examiner.generate(
+                    [
+                        Asked(i, question, 1, stage.length, lambda member, turn: (0,), temperature=0.0)
+                        for i, question in enumerate(questions)
+                    ]
+                )
+                found[task] = float(np.mean([group.rewards[0] for group in groups]))
+        return found
+
+    @property
+    def _examiner(self) -> RolloutEngine:
+        """An engine that has nothing to do and computes in float32: the one that generates, where it is such a one."""
+        if isinstance(self._generates, Here) and self.config.generation.formats == "float32":
+            return self._generates.engine
         if self._exam is None:
             generation = Generation("float32", self.config.generation.max_tokens)
             self._exam = self._engine(generation, min(64, self.config.questions))
-        self._exam.load(nested(named(self._now.model)), self._done)
-        found = {}
-        for task in sorted(task for task, share in stage.tasks.items() if share > 0):
-            questions = self.questions.generator.questions(task, self.config.questions)
-            groups = self._exam.generate(
-                [
-                    Asked(i, question, 1, stage.length, lambda member, turn: (0,), temperature=0.0)
-                    for i, question in enumerate(questions)
-                ]
-            )
-            found[task] = float(np.mean([group.rewards[0] for group in groups]))
-        return found
+        return self._exam
 
 
 def _told(groups: list[RolloutGroup], step: int) -> dict[str, Any]:
@@ -317,6 +324,8 @@ def _told(groups: list[RolloutGroup], step: int) -> dict[str, Any]:
         "mixed": float(np.mean([len(set(group.rewards)) > 1 for group in groups])),
         "behind": float(np.mean(step - drawn)),
         "behind_most": int(np.max(step - drawn)),
+        "answers": len(rollouts),
         "drawn_tokens": len(drawn),
+        "answer_tokens": np.percentile([sum(each.made) for each in rollouts], (10, 50, 90)).tolist(),
         "cut_short": float(np.mean([each.finish == "length" for each in rollouts])),
     }
