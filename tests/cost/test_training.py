@@ -291,6 +291,9 @@ def test_devices_that_cannot_train_say_why() -> None:
         train_layouts(AIR, profile, 12)
     with pytest.raises(CapacityError, match=r"GB a device of 150.1 GB usable.*\n.*usable"):
         train_layouts(GLM5, profile, 32)
+    with pytest.raises(CapacityError, match=r"training glm-5 on 16 devices \(tp1 pp16 dp1 ep1, recompute full\) takes"):
+        training_memory(GLM5, TrainLayout(pp=16), DeviceMemory.of(profile, 16)).check()
+    training_memory(AIR, LAYOUT, DeviceMemory.of(profile, 64)).check()
 
 
 # --- weights to rollouts

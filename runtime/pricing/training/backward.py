@@ -20,7 +20,6 @@ BACKWARD_RATE = 0.85
 tokens: 424/565, 501/625, 542/638, 559/646, 561/648 TFLOP/s (arXiv 2407.08608, figures 5 and 6): 0.75 to 0.87."""
 ACCUMULATE_BYTES = 8.0
 """Of an element of a weight: its float32 gradient is read and written with every micro-batch."""
-_ATTENTION = ("glm.expanded_attention", "glm.sparse_attention", "glm.latent_attention", "glm.paged_attention")
 UP_PROJECTIONS = ("q_b", "k_up")
 """Weights that make queries and keys of MLA's low-rank ones."""
 ELEMENTWISE = ("glm.rms_norm", "glm.layer_norm", "glm.swiglu", "glm.rope", "glm.bias")
