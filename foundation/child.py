@@ -30,11 +30,14 @@ MESSAGE_BYTES = 1 << 28  # of a request, and of an answer
 CLOCK = 12.0  # seconds by the clock for each CPU second, and one more: for what waits, on a machine that others use too
 _START_SECONDS = 60  # of our own code, on a machine that does other things too
 _REQUEST, _ANSWER = struct.Struct(">Id"), struct.Struct(">I")  # length of what follows; CPU seconds
+_PART_BYTES = 1 << 16
 _ROOT = Path(__file__).parents[1]
 # -I: neither the directory nor PYTHON.. variables decide what is imported.
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); import {0}; {0}.main(int(sys.argv[2]))"
 _KEPT = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "TZ")  # of the environment: a child needs none of its secrets
 _ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# As `json.dumps` and `json.loads` do, less what they ask themselves at each call. A circle ends in `RecursionError`.
+_DUMPS, _LOADS = json.JSONEncoder(check_circular=False).encode, json.JSONDecoder().decode
 
 _TOO_MUCH = f"takes more than the {MEMORY_BYTES / 1e9:.1f} GB of memory that it is given"
 
@@ -68,7 +71,8 @@ class Child:
         self.lock = threading.RLock()  # for who asks several times in a row
         self.asked = 0  # how often, since it started
         self._process: subprocess.Popen[bytes] | None = None
-        self._lifeline = -1
+        self._to = self._from = self._lifeline = -1  # pipes
+        self._answers = select.poll()
         self._owner = 0
         atexit.register(self.end)
 
@@ -78,7 +82,7 @@ class Child:
         Raises `ChildFailure`; the process has then ended, unless it refused. A request that is no JSON raises as `json`
         does.
         """
-        data = json.dumps(request).encode()
+        data = _DUMPS(request).encode()
         cpu_seconds = self.cpu_seconds + seconds_a_byte * len(data)
         if len(data) > MESSAGE_BYTES:
             raise ChildFailure("memory", f"takes a text of more than {MESSAGE_BYTES >> 20} MiB")
@@ -144,9 +148,11 @@ class Child:
         finally:
             os.close(there)
         self._owner = os.getpid()
-        for each in (self._process.stdin, self._process.stdout):
-            assert each is not None
-            os.set_blocking(each.fileno(), False)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
+        os.set_blocking(self._to, False)
+        self._answers = select.poll()  # one for all answers: what a short request costs is calls to the kernel
+        self._answers.register(self._from, select.POLLIN)
         try:
             self._read(time.monotonic() + _START_SECONDS)
         except BaseException as error:
@@ -156,29 +162,31 @@ class Child:
             raise
 
     def _write(self, data: bytes, until: float) -> None:
-        assert self._process is not None and self._process.stdin is not None
-        pipe, left = self._process.stdin.fileno(), memoryview(data)
+        written = self._written(data)
+        if written == len(data):
+            return
+        left, room = memoryview(data)[written:], select.poll()
+        room.register(self._to, select.POLLOUT)
         while left:
-            try:
-                left = left[os.write(pipe, left) :]
-            except BlockingIOError:
-                _await(pipe, select.POLLOUT, until)
+            _await(room, until)
+            left = left[self._written(left) :]
+
+    def _written(self, data: bytes | memoryview) -> int:
+        try:
+            return os.write(self._to, data)
+        except BlockingIOError:
+            return 0
 
     def _read(self, until: float) -> dict[str, Any]:
-        assert self._process is not None and self._process.stdout is not None
-        pipe, found, wanted = self._process.stdout.fileno(), bytearray(), _ANSWER.size
-        while len(found) < wanted:
-            _await(pipe, select.POLLIN, until)
-            more = os.read(pipe, 1 << 16)
-            if not more:
+        def some() -> bytes:
+            _await(self._answers, until)
+            if not (part := os.read(self._from, _PART_BYTES)):
                 raise _Gone
-            found += more
-            if wanted == _ANSWER.size <= len(found):
-                wanted += _ANSWER.unpack_from(found)[0]
-                if wanted > MESSAGE_BYTES:
-                    raise _Gone
+            return part
+
+        data, _ = _message(_ANSWER, some)
         try:
-            answer = json.loads(found[_ANSWER.size :])
+            answer = _LOADS(data.decode())
         except (ValueError, RecursionError):
             raise _Gone from None
         if not isinstance(answer, dict):
@@ -190,10 +198,8 @@ def _too_long(cpu_seconds: float) -> ChildFailure:
     return ChildFailure("time", f"takes more than the {round(cpu_seconds, 1):g} s that it is given")
 
 
-def _await(pipe: int, what: int, until: float) -> None:
+def _await(poll: select.poll, until: float) -> None:
     """Raises `_Late` where a pipe is not ready until then."""
-    poll = select.poll()
-    poll.register(pipe, what)
     if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
         raise _Late
 
@@ -217,18 +223,18 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, Any]], lifeline: int) -> 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     _put(answers, b"{}")
     while True:
-        request, cpu_seconds = _next_request()
-        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # SIGPROF, which ends this process, when it has used them
+        request, (cpu_seconds,) = _message(_REQUEST, _some)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+        # SIGPROF, which ends this process, when it has used them. It is not taken back: waiting uses none
         data = None
         try:
-            data = json.dumps(answer(json.loads(request))).encode()
+            data = _DUMPS(answer(_LOADS(request.decode()))).encode()
         except MemoryError:
             pass  # what took it is let go of behind this block
         except BaseException as error:  # a panic of a library in Rust is not an `Exception`
             data = json.dumps({"failed": one_line(error)}).encode()
         if data is None or len(data) > MESSAGE_BYTES:
             data = json.dumps({"failed": _TOO_MUCH, "memory": True}).encode()
-        signal.setitimer(signal.ITIMER_PROF, 0)
         _put(answers, data)
 
 
@@ -240,20 +246,33 @@ def one_line(error: BaseException) -> str:
 
 
 def _put(pipe: int, data: bytes) -> None:
-    left = memoryview(_ANSWER.pack(len(data)) + data)
-    while left:
-        left = left[os.write(pipe, left) :]
+    framed = _ANSWER.pack(len(data)) + data
+    written = os.write(pipe, framed)
+    while written < len(framed):
+        written += os.write(pipe, memoryview(framed)[written:])
 
 
-def _next_request() -> tuple[bytearray, float]:
-    """A request, and the CPU seconds that it may take."""
-    found, wanted, cpu_seconds = bytearray(), _REQUEST.size, 0.0
-    while len(found) < wanted:
-        part = os.read(0, 1 << 16)
-        if not part:
-            os._exit(0)  # the parent is gone
-        found += part
-        if wanted == _REQUEST.size <= len(found):
-            length, cpu_seconds = _REQUEST.unpack_from(found)
-            wanted += length
-    return found[_REQUEST.size :], cpu_seconds
+def _some() -> bytes:
+    part = os.read(0, _PART_BYTES)
+    if not part:
+        os._exit(0)  # the parent is gone
+    return part
+
+
+# --- on both sides -------------------------------------------------------------------------------
+
+
+def _message(header: struct.Struct, some: Callable[[], bytes]) -> tuple[bytes | bytearray, tuple[Any, ...]]:
+    """A message, and what its header says beside its length. some: the bytes that come next, at least one. Raises
+    `_Gone` for one that is too long."""
+    found: bytes | bytearray = some()
+    while len(found) < header.size:
+        found += some()
+    length, *said = header.unpack_from(found)
+    if length > MESSAGE_BYTES:
+        raise _Gone
+    if len(found) < header.size + length:  # a short one comes at once, and is not copied
+        found = bytearray(found)
+        while len(found) < header.size + length:
+            found += some()
+    return found[header.size :], tuple(said)
