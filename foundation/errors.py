@@ -25,6 +25,11 @@ def first_line(said: object) -> str:
     return next((line.strip() for line in str(said).splitlines() if line.strip()), type(said).__name__)
 
 
+def shortened(text: str) -> str:
+    """Text of others, cut to a length that a message can bear."""
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def printable(text: str) -> str:
     """Text of others on one line: line ends and what would command a terminal are spelt out (`\\n`, `\\x1b`)."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

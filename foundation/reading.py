@@ -23,7 +23,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn
 
-from foundation.errors import first_line
+from foundation.errors import first_line, shortened
 
 MOST_BYTES = 1 << 26
 """67 MB: twice the largest tokenizer.json, and more than an index of a million tensors."""
@@ -135,7 +135,7 @@ def read_csv(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
     except csv.Error as error:
         raise Unreadable("syntax", str(error)) from None
     if len(set(columns)) != len(columns):
-        raise Unreadable("syntax", f"column {_cut(_twice(columns))} stands twice", 1)
+        raise Unreadable("syntax", f"column {shortened(repr(_twice(columns)))} stands twice", 1)
     return columns, rows
 
 
@@ -221,14 +221,14 @@ def _int(digits: str) -> int:
 def _float(digits: str) -> float:
     number = float(digits)
     if math.isinf(number) and digits[-1] != "f":  # TOML's own name of it
-        raise _NoNumber(f"{_cut(digits)} is beyond what a number can be", digits)
+        raise _NoNumber(f"{shortened(repr(digits))} is beyond what a number can be", digits)
     return number
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        raise Unreadable("syntax", f"key {_cut(_twice(key for key, _ in pairs))} stands twice in an object")
+        raise Unreadable("syntax", f"key {shortened(repr(_twice(key for key, _ in pairs)))} stands twice in an object")
     return made
 
 
@@ -283,9 +283,3 @@ def _lone_surrogate(value: Any) -> bool:
 def _twice(names: Iterable[str]) -> str:
     seen: set[str] = set()
     return next(name for name in names if name in seen or seen.add(name))
-
-
-def _cut(text: str) -> str:
-    """Text from outside, on one line and cut to a readable length."""
-    text = repr(text)
-    return text if len(text) <= 60 else text[:57] + "..."

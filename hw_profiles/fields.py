@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from foundation.errors import shortened
+
 ChipKind = Literal["accelerator", "host"]
 RATE_FORMATS = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "fp4", "int4")
 WEIGHT_SCHEMES = (
@@ -176,4 +178,4 @@ def show(value: object) -> str:
         text = value if isinstance(value, str) and value.isprintable() and value else repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, or tables nested as deep
         return "a value too large to print"
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shortened(text)

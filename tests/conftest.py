@@ -39,7 +39,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of a run find t
 # Examples are the same in every run: a suite that passed passes again. HYPOTHESIS_PROFILE=random looks further.
 _QUIET = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=25, **_QUIET)
-hypothesis.settings.register_profile("random", max_examples=60, **_QUIET)
+hypothesis.settings.register_profile("random", max_examples=30, **_QUIET)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 

@@ -9,7 +9,8 @@ from model.config import ModelConfig
 from model.formats import CacheFormats, Formats, scheme
 from model.split import Layout
 from runtime.deployment.demand import Demand
-from runtime.deployment.plan import Plan, Pool
+from runtime.deployment.plan import Plan
+from runtime.deployment.pool import Pool
 from runtime.planning import assign
 from runtime.simulation.build import Spec, spec_for
 

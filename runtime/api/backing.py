@@ -22,7 +22,8 @@ from runtime.serving.service import Job, Service, Update
 if TYPE_CHECKING:
     from model.checkpoint import Checkpoint
     from model.config import ModelConfig
-    from runtime.deployment.plan import Plan, Pool
+    from runtime.deployment.plan import Plan
+    from runtime.deployment.pool import Pool
     from runtime.execution.cluster.options import SimOptions
     from runtime.simulation.planned import Deployed
 

@@ -10,7 +10,7 @@ import errno
 import os
 import sys
 
-from foundation.errors import Failure, printable
+from foundation.errors import Failure, printable, shortened
 from runtime.cli.interrupt import CODE, MESSAGE, answer_interrupts
 
 TYPE_CHECKING = False  # without `typing`, which takes its time
@@ -51,9 +51,7 @@ def _run(arguments: Sequence[str] | None) -> NoReturn:
             _leave_unprinted()
             _fail(f"{error.filename or 'the output'} cannot be written: {error.strerror}")
         if isinstance(error, OSError) and error.errno in _NO_WAY and error.filename is not None:
-            shown = str(error.filename)
-            shown = shown if len(shown) <= 60 and shown.isprintable() else f"{shown[:57]!r}..."
-            _fail(f"{shown}: {error.strerror}")
+            _fail(f"{shortened(printable(str(error.filename)))}: {error.strerror}")
         # A wrong command line. Its exception is public only as an interface: click's, or typer's own copy.
         message = getattr(error, "format_message", None)
         if message is None:

@@ -10,7 +10,8 @@ from runtime.deployment.engines import load as load_engine
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from runtime.deployment.plan import Device, Plan, Pool
+    from runtime.deployment.plan import Plan
+    from runtime.deployment.pool import Device, Pool
 
 _BAR = 40
 _ALTERNATIVES = 12

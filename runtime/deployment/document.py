@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar, cast
 
-from foundation.errors import Failure, first_line
+from foundation.errors import Failure, first_line, shortened
 
 _PLAIN = (str, int, float, type(None))
-_LONGEST = 60
 
 T = TypeVar("T")
 Keys = tuple[str | int, ...]
@@ -42,12 +41,12 @@ class Fault:
     @property
     def shown(self) -> str:
         """The value, on one line and cut to a readable length."""
-        return _cut(repr(self.value))
+        return shortened(repr(self.value))
 
 
 def place(path: Keys) -> str:
     """`pools[0].devices[3].ledger`."""
-    keys = (key if isinstance(key, int) else _cut(key if key.isprintable() else repr(key)) for key in path)
+    keys = (key if isinstance(key, int) else shortened(key if key.isprintable() else repr(key)) for key in path)
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
 
 
@@ -171,10 +170,6 @@ def _difference(document: Any, written: Any, complete: bool, path: Keys = ()) ->
     else:
         return None
     return next(filter(None, (_difference(a, b, complete, (*path, key)) for key, a, b in below)), None)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 def to_json(value: Any) -> Any:

@@ -1,9 +1,8 @@
 """The plan: which part of a model, its experts and its KV pages each device holds, and what that promises.
 
-A `Plan` is plain data, written as one JSON file. `Pool`s are groups of equal replicas on one kind of chip: one
-pool that serves, or one that prefills and one that decodes. A replica is `layout.devices` `Device`s, in the
-order replica, stage, dp rank, tp rank. The file carries a hash of its own text, so that a changed byte is
-noticed, and of the model's config, so that it is not used for another model. Free of JAX.
+A `Plan` is plain data, written as one JSON file: one pool (`pool.py`) that serves, or one that prefills and one that
+decodes. The file carries a hash of its own text, so that a changed byte is noticed, and of the model's config, so that
+it is not used for another model. Free of JAX.
 """
 
 from __future__ import annotations
@@ -16,29 +15,25 @@ from collections.abc import Mapping
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import hw_profiles
+from foundation.errors import printable, shortened
 from foundation.paths import Outside, beside
 from foundation.reading import Unreadable, parse_json, read_text
 from foundation.writing import replacing
-from hw_profiles import Profile
 from model.config import ModelConfig
 from model.formats import Formats
 from model.hf_config import load_config, preset, preset_names
-from model.split import Layout
 from runtime.deployment.demand import Demand, Figures
 from runtime.deployment.document import to_json, validated
 from runtime.deployment.engines import split_release
 from runtime.deployment.errors import PlanFileError
-from runtime.deployment.kv import Offload, PoolKv
-from runtime.deployment.ledger import Ledger
+from runtime.deployment.kv import PoolKv
+from runtime.deployment.pool import Device, Experts, Pool
 from runtime.deployment.sound import number_faults, plan_faults
 
 SCHEMA_VERSION = 5
 _HASH = re.compile(r'^"hash": "([0-9a-f]{64})",$', re.MULTILINE)
-
-PoolRole = Literal["serve", "prefill", "decode"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,102 +42,6 @@ class ModelRef:
 
     name: str
     config_hash: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """One device: where it is, what it holds, and its memory.
-
-    index and node count over the whole plan. ranks: its "tp", "dp" and "ep" rank in its stage (ep: its
-    expert group, see `model.split.Layout`). layers: first and one past the last; an MTP layer is on the last
-    stage. kv_page_bytes: bytes of one page by cache ("latent", "index", "key", "value"), over the device's layers.
-    """
-
-    index: int
-    node: int
-    replica: int
-    stage: int
-    ranks: Mapping[str, int]
-    layers: tuple[int, int]
-    ledger: Ledger
-    kv_pages: int
-    kv_page_bytes: Mapping[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Experts:
-    """Which expert is in which slot, for each MoE layer: slot s is on the device of ep rank s // slots_per_device.
-
-    slot_expert: a row a MoE layer, in the order of the layers. max_over_mean and bound: the busiest device's load
-    over the mean device's, mean over layers, and what no placement in these slots can beat; None without a
-    measured load.
-    """
-
-    slots_per_device: int
-    slot_expert: tuple[tuple[int, ...], ...]
-    max_over_mean: float | None = None
-    worst_max_over_mean: float | None = None
-    bound: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Pool:
-    """Equal replicas of one layout on one kind of chip.
-
-    profile: name or path of the chip's profile; profile_settings: figures of it that were set by hand.
-    scheme: the name of the weight formats.
-    engine: name; settings: its settings, per dp rank, that differ from what it derives itself.
-    drafts: tokens of multi-token prediction a step. acceptance: the chance of each that it is accepted, given that
-        those before it were; empty where nobody said. acceptance_ranges: what each may be; empty where nobody said.
-    page_tokens: tokens a KV page. Each dp rank of a replica holds `kv_pages` pages of its own sequences; its tp
-        ranks hold the same latents and index keys.
-    experts: None where experts are split by tensor.
-    expert_load: what is assumed of how tokens fall on experts; slot_load: measured, the share of each expert slot
-        (of each expert where they are split by tensor), busiest devices first, mean over layers; empty where nothing
-        was measured.
-    offload: memory below the devices' that prompts are kept in.
-    """
-
-    role: PoolRole
-    profile: str
-    profile_settings: Mapping[str, float]
-    layout: Layout
-    scheme: str
-    formats: Formats
-    engine: str
-    settings: Mapping[str, Any]
-    drafts: int
-    replicas: int
-    page_tokens: int
-    devices: tuple[Device, ...]
-    experts: Experts | None
-    expert_load: str
-    slot_load: tuple[float, ...] = ()
-    acceptance: tuple[float, ...] = ()
-    acceptance_ranges: tuple[tuple[float, float], ...] = ()
-    offload: Offload = Offload()
-
-    @property
-    def kv_pages(self) -> int:
-        """Pages of one rank: the least of its replica's devices."""
-        return min(device.kv_pages for device in self.devices)
-
-    @property
-    def pool_tokens(self) -> int:
-        """Tokens of cache of one rank."""
-        return self.kv_pages * self.page_tokens
-
-    @property
-    def redundant_slots(self) -> int:
-        """Expert slots a device beyond an even share of the experts, in each MoE layer."""
-        if self.experts is None:
-            return 0
-        return self.experts.slots_per_device - len(set(self.experts.slot_expert[0])) // self.layout.ep
-
-    @property
-    def name(self) -> str:
-        """One line: `2 x tp4 dp1 ep4 pp1 on h200-sxm, fp8, KV bf16`."""
-        return f"{self.replicas} x {self.layout.name} on {self.profile}, {self.scheme}, KV {self.formats.kv}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,7 +290,7 @@ class Plan:
             try:
                 found = beside(Path(file).parent, self.model.name)
             except Outside:
-                name = _cut(self.model.name)
+                name = shortened(printable(self.model.name))
                 raise PlanFileError(
                     f"{file}: model.name: {name} neither ships with this program nor lies beside the plan: name the "
                     "model with --model"
@@ -415,13 +314,10 @@ def _beside(file: Path, number: int, pool: Pool) -> Pool:
             changed[key] = str(beside(file.parent, name)) + release
         except Outside as error:
             raise PlanFileError(
-                f"{file}: pools[{number}].{key}: {_cut(name)} must stand beside the plan ({error}): copy it there"
+                f"{file}: pools[{number}].{key}: {shortened(printable(name))} must stand beside the plan ({error}): "
+                "copy it there"
             ) from None
     return dataclasses.replace(pool, **changed)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 60 and text.isprintable() else repr(text)[:60]
 
 
 def _digest(text: str) -> str:
@@ -433,8 +329,3 @@ def config_hash(cfg: ModelConfig) -> str:
     body: dict[str, Any] = dataclasses.asdict(cfg)
     del body["name"]
     return _digest(json.dumps(body, sort_keys=True))
-
-
-def profile_of(pool: Pool) -> Profile:
-    """The profile that a pool was planned for. Raises `ProfileError`."""
-    return hw_profiles.load(pool.profile, dict(pool.profile_settings))

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from foundation.errors import CapacityError, UsageError
 from model.cache import cache_rows
 from model.config import ModelConfig
-from runtime.deployment.plan import Plan, Pool
+from runtime.deployment.plan import Plan
+from runtime.deployment.pool import Pool
 from runtime.execution.cluster import deploy
 from runtime.execution.cluster.led import Leader, LedExecutor
 from runtime.execution.cluster.session import clusters_of, executor_of, runnable

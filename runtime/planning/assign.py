@@ -17,7 +17,8 @@ from model.split import Layout, slots_in_order
 from runtime.deployment.demand import Demand
 from runtime.deployment.kv import Offload
 from runtime.deployment.ledger import Ledger, fullest, stage_kv_bytes_by_cache
-from runtime.deployment.plan import Device, Experts, ModelRef, Plan, Pool, PoolRole, config_hash
+from runtime.deployment.plan import ModelRef, Plan, config_hash
+from runtime.deployment.pool import Device, Experts, Pool, PoolRole
 from runtime.pricing.load import ExpertLoad
 from runtime.pricing.placement import second_pool
 from runtime.simulation.build import Spec, default_expert_load, memories, node_devices

@@ -15,7 +15,8 @@ from hw_profiles import Profile
 from model.config import ModelConfig
 from model.split import moe_layers
 from runtime.deployment.ledger import Ledger
-from runtime.deployment.plan import Device, Plan, Pool, profile_of
+from runtime.deployment.plan import Plan
+from runtime.deployment.pool import Device, Pool, profile_of
 from runtime.planning.assign import first_nodes, pool_of
 from runtime.planning.kv_tiers import check_kv
 from runtime.simulation.planned import spec_of

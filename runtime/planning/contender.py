@@ -6,7 +6,8 @@ import dataclasses
 from functools import cached_property
 
 from hw_profiles import Profile
-from runtime.deployment.plan import Alternative, Experts, ModelRef, Plan, Pool, PoolRole, Transfer, config_hash
+from runtime.deployment.plan import Alternative, ModelRef, Plan, Transfer, config_hash
+from runtime.deployment.pool import Experts, Pool, PoolRole
 from runtime.planning.assign import first_nodes, pool_of
 from runtime.planning.estimate import Estimate, score
 from runtime.planning.options import Option, Question

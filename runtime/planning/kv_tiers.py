@@ -36,7 +36,8 @@ from runtime.simulation.offload import HOST_LINK, host_tier, lower_tiers
 if TYPE_CHECKING:
     from runtime.deployment.demand import Demand
     from runtime.deployment.engines import Engine
-    from runtime.deployment.plan import Plan, Pool
+    from runtime.deployment.plan import Plan
+    from runtime.deployment.pool import Pool
     from runtime.simulation.build import PriceTables
 
 HOST_RATIO = 2.0
@@ -51,7 +52,7 @@ def plan_kv(
 
     Raises `ProfileError` or `PriceError`.
     """
-    from runtime.deployment.plan import profile_of
+    from runtime.deployment.pool import profile_of
     from runtime.simulation.build import pricer_of
     from runtime.simulation.planned import spec_of
 

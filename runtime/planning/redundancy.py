@@ -13,7 +13,8 @@ import numpy as np
 from foundation.errors import CapacityError, first_line
 from model.split import moe_layers
 from runtime.deployment.errors import LoadError
-from runtime.deployment.plan import Experts, Rejected
+from runtime.deployment.plan import Rejected
+from runtime.deployment.pool import Experts
 from runtime.planning.contender import Contender, Part
 from runtime.planning.estimate import OptionPrices, score
 from runtime.planning.experts import ExpertPlacement, place_experts

@@ -23,7 +23,8 @@ from model.config import ModelConfig
 from model.split import MOST_DEVICES
 from runtime.deployment.demand import Demand
 from runtime.deployment.errors import NoPlanError
-from runtime.deployment.plan import Plan, PoolRole, Predicted, Rejected
+from runtime.deployment.plan import Plan, Predicted, Rejected
+from runtime.deployment.pool import PoolRole
 from runtime.planning.contender import Contender, Part, alternative, mark_front, plan_of, rank_key
 from runtime.planning.estimate import OptionPrices, score
 from runtime.planning.experts.packing import Floats

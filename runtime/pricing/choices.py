@@ -12,15 +12,22 @@ from runtime.pricing.eras import order
 
 
 @dataclass(frozen=True)
-class FusedReduce:
-    """All-reduces with the next norm fused in, on one server and without DP attention: FlashInfer's kernel, which is
-    TensorRT-LLM's (`tables`), for steps of up to `most_tokens`."""
+class KernelChoice:
+    """What an engine (`engine`) does from a release on (`since`), on chips of some families, for some model types (None
+    for any), and where that stands (`source`)."""
 
     engine: str
     since: str
     families: frozenset[str]
-    models: frozenset[str]
+    models: frozenset[str] | None
     source: str
+
+
+@dataclass(frozen=True)
+class FusedReduce(KernelChoice):
+    """All-reduces with the next norm fused in, on one server and without DP attention: FlashInfer's kernel, which is
+    TensorRT-LLM's (`tables`), for steps of up to `most_tokens`."""
+
     tables: str = "trtllm"
     most_tokens: int = 2048
 
@@ -40,15 +47,10 @@ FUSED_REDUCES = (
 
 
 @dataclass(frozen=True)
-class FusedShared:
+class FusedShared(KernelChoice):
     """The shared expert runs as one more of up to `most_experts` routed ones, which every token picks; not where ranks
     hold whole experts, nor with experts of a format (`not_formats`) that the shared one does not have."""
 
-    engine: str
-    since: str
-    families: frozenset[str]
-    models: frozenset[str]
-    source: str
     most_experts: int = 256
     not_formats: frozenset[str] = frozenset({"w4afp8"})
 
@@ -66,29 +68,26 @@ FUSED_SHARED = (
 
 
 @dataclass(frozen=True)
-class UntunedExperts:
+class UntunedExperts(KernelChoice):
     """Triton experts of a shape without a file of tuned block sizes, in releases whose default sizes were slow: they
     run at `tables`, the table of an engine that has those defaults still.
 
-    tuned: (experts, width on a rank) that have a file, by chip family. since and until: the releases, until left out.
+    tuned: (experts, width on a rank) that have a file, by chip family. until: the first release that has other
+    defaults.
     """
 
-    engine: str
-    since: str
     until: str
-    families: frozenset[str]
-    models: frozenset[str]
     formats: frozenset[str]
     tuned: frozenset[tuple[str, int, int]]
-    source: str
     tables: str = "sglang"
 
 
 UNTUNED_EXPERTS = (
-    UntunedExperts("vllm", "0.5", "0.17", frozenset({"hopper"}), frozenset({"glm4_moe", "glm4_moe_lite"}),
-                   frozenset({"bf16"}), frozenset({("hopper", 128, 352), ("hopper", 128, 176)}),
+    UntunedExperts("vllm", "0.5", frozenset({"hopper"}), frozenset({"glm4_moe", "glm4_moe_lite"}),
                    "vllm PR 34846 (2026-02-18): the old defaults matched under 1 % of tuned files, many-expert models "
-                   "gain up to 2x; vllm fused_moe/configs has no 16-bit file of 160 experts for H100 or H200"),
+                   "gain up to 2x; vllm fused_moe/configs has no 16-bit file of 160 experts for H100 or H200",
+                   until="0.17", formats=frozenset({"bf16"}),
+                   tuned=frozenset({("hopper", 128, 352), ("hopper", 128, 176)})),
 )  # fmt: skip
 
 
@@ -126,43 +125,32 @@ TABLE_CHOICES = (
 
 
 @dataclass(frozen=True)
-class AbsorbedPrefill:
+class AbsorbedPrefill(KernelChoice):
     """Dense MLA prefill in the latent, as decode attends, where the tokens that a step's sequences have cached already
-    are some, but fewer than `below` together; expanded heads otherwise. models: None for any."""
+    are some, but fewer than `below` together; expanded heads otherwise."""
 
-    engine: str
-    since: str
-    families: frozenset[str]
-    source: str
     below: int = 8192
-    models: frozenset[str] | None = None
 
 
 ABSORBED_PREFILLS = (
-    AbsorbedPrefill("sglang", "0.4.6", frozenset({"hopper"}),
+    AbsorbedPrefill("sglang", "0.4.6", frozenset({"hopper"}), None,
                     "sglang 0.5.9 models/deepseek_common/attention_backend_handler.py: FA3 takes the MLA method unless "
                     "prefixes sum to nothing or to chunked_prefix_cache_threshold; trtllm_mla (Blackwell) never does"),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class DensePrefill:
+class DensePrefill(KernelChoice):
     """Sparse attention of prompts that its selection would take whole: with expanded heads and no indexer, as dense
     layers attend, instead of in the latent."""
 
-    engine: str
-    since: str
-    families: frozenset[str]
-    source: str
-    models: frozenset[str] | None = None
-
 
 DENSE_PREFILLS = (
-    DensePrefill("sglang", "0.5.5", frozenset({"hopper"}),
+    DensePrefill("sglang", "0.5.5", frozenset({"hopper"}), None,
                  "sglang 0.5.5 models/deepseek_v2.py handle_attention_nsa: MHA_ONE_SHOT up to index_topk keys, SM90"),
-    DensePrefill("sglang", "0.5.6", _BOTH,
+    DensePrefill("sglang", "0.5.6", _BOTH, None,
                  "sglang 0.5.6.post1 layers/attention/nsa_backend.py set_nsa_prefill_impl: SM90 and SM100"),
-    DensePrefill("vllm", "0.28", _BOTH,
+    DensePrefill("vllm", "0.28", _BOTH, None,
                  "vllm 0.28.0 layers/attention/sparse_mla_attention.py use_dense_mha (PR 47327, 2026-07); 0.24.0 and "
                  "older only have the sparse kernel"),
 )  # fmt: skip
@@ -170,34 +158,25 @@ DENSE_PREFILLS = (
 
 
 @dataclass(frozen=True)
-class UnpackedDecode:
+class UnpackedDecode(KernelChoice):
     """Grouped-query attention whose kernel packs the query heads of a key head into one tile only in calls without
     prompts: beside prompts each head of a decoding sequence fills a tile of `tile` queries alone."""
 
-    engine: str
-    since: str
-    families: frozenset[str]
-    source: str
     tile: int = 64
-    models: frozenset[str] | None = None
 
 
 UNPACKED_DECODES = (
-    UnpackedDecode("vllm", "0.8", frozenset({"ampere"}),
+    UnpackedDecode("vllm", "0.8", frozenset({"ampere"}), None,
                    "vllm-project/flash-attention csrc/flash_attn/flash_api.cpp mha_varlen_fwd: seqlenq_ngroups_swapped "
                    "(and split keys) only if max_seqlen_q == 1, and 64 queries a block over a paged cache; vllm "
                    "v1/attention/backends/flash_attn.py has prompts and answers in one call; FlashAttention 3 (Hopper) "
                    "packs paged calls, FlashInfer (Blackwell) splits them"),
 )  # fmt: skip
 
-KernelChoice = TypeVar(
-    "KernelChoice", FusedReduce, FusedShared, UntunedExperts, AbsorbedPrefill, DensePrefill, UnpackedDecode
-)
+_Choice = TypeVar("_Choice", bound=KernelChoice)
 
 
-def _chosen(
-    choices: tuple[KernelChoice, ...], engine: str, release: str, family: str, model: str = ""
-) -> KernelChoice | None:
+def _chosen(choices: tuple[_Choice, ...], engine: str, release: str, family: str, model: str = "") -> _Choice | None:
     asked = order(release)
     mine = [c for c in choices if c.engine == engine and asked and (order(c.since) or asked) <= asked]
     if not mine or family not in mine[-1].families:

@@ -15,7 +15,8 @@ from foundation.writing import replacing
 from hw_profiles.errors import ProfileError
 from model.config import ModelConfig
 from runtime.deployment.errors import PlanError
-from runtime.deployment.plan import Alternative, Plan, Pool, Predicted
+from runtime.deployment.plan import Alternative, Plan, Predicted
+from runtime.deployment.pool import Pool
 from runtime.planning.launch import LAUNCHED_ENGINES, launch
 from runtime.reports import svg
 from runtime.reports.page import EVIDENCE, SATURATED, assumed_list, cards, count, document, ms, section

@@ -8,7 +8,8 @@ from itertools import groupby
 
 from model.config import ModelConfig
 from runtime.deployment.ledger import Ledger
-from runtime.deployment.plan import Device, Experts, Plan, Pool
+from runtime.deployment.plan import Plan
+from runtime.deployment.pool import Device, Experts, Pool
 from runtime.reports import svg
 from runtime.reports.page import gb
 

@@ -6,7 +6,8 @@ from collections import Counter
 from html import escape
 
 from model.config import ModelConfig
-from runtime.deployment.plan import Experts, Plan, Pool
+from runtime.deployment.plan import Plan
+from runtime.deployment.pool import Experts, Pool
 from runtime.reports.page import gb
 
 _BARS = 64  # devices drawn apart

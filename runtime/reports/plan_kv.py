@@ -6,7 +6,8 @@ from html import escape
 
 from model.config import ModelConfig
 from runtime.deployment.kv import PoolKv
-from runtime.deployment.plan import Plan, Pool, Transfer
+from runtime.deployment.plan import Plan, Transfer
+from runtime.deployment.pool import Pool
 from runtime.planning.kv_tiers import plan_kv
 from runtime.reports import svg
 from runtime.reports.page import gb, ms

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from runtime.deployment.engines.flags import layout_facts, pair_facts, unsupported
-from runtime.deployment.plan import PoolRole, Transfer
+from runtime.deployment.plan import Transfer
+from runtime.deployment.pool import PoolRole
 from runtime.serving import Deployment, Disaggregated
 from runtime.simulation.build import Spec
 from runtime.simulation.transfer import link_assumed

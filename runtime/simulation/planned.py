@@ -13,7 +13,8 @@ from hw_profiles import Profile
 from model.config import ModelConfig
 from model.formats import Formats
 from runtime.deployment.engines import with_pool
-from runtime.deployment.plan import Plan, Pool, profile_of
+from runtime.deployment.plan import Plan
+from runtime.deployment.pool import Pool, profile_of
 from runtime.pricing.load import ExpertLoad, named
 from runtime.pricing.price import PriceError
 from runtime.serving import Deployment, Disaggregated, Speculation

@@ -39,9 +39,7 @@ def alone(engine: LocalEngine, request: Prompt) -> Completion:
     return engine.generate([request])[0]
 
 
-@pytest.mark.parametrize(
-    "family", ["dsa", *(pytest.param(family, marks=pytest.mark.slow) for family in ("gqa", "mla"))]
-)
+@pytest.mark.parametrize("family", slow_but(["dsa"], ["dsa", "mla"]))
 def test_batched_tokens_equal_each_request_alone(engines: Engines, family: str) -> None:
     engine = engines[family, 0]
     requests = [Prompt(prompt(n, n), max_tokens=6 + n % 5) for n in (3, 40, 17, 70, 1, 33)]
@@ -50,10 +48,7 @@ def test_batched_tokens_equal_each_request_alone(engines: Engines, family: str) 
     assert_all_pages_are_back(engine)
 
 
-@pytest.mark.parametrize(
-    ("family", "drafts"),
-    [("dsa", 3), pytest.param("gqa", 2, marks=pytest.mark.slow), pytest.param("mla", 3, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("family", "drafts"), slow_but([("dsa", 3)], [("dsa", 3), ("mla", 3)]))
 def test_drafts_leave_greedy_tokens_as_they_are(engines: Engines, family: str, drafts: int) -> None:
     requests = [Prompt(prompt(n, n), max_tokens=24) for n in (5, 50, 21)]
     plain = engines[family, 0].generate(requests)

@@ -72,7 +72,6 @@ def verified(*words: object) -> list[float]:
         ("onnx", ("--tp", 2, "--dp", 2, "--ep", 4)),
         pytest.param("onnx", ("--tp", 2, "--pp", 2), marks=pytest.mark.slow),
         pytest.param("stablehlo", ("--tp", 2), marks=pytest.mark.slow),
-        pytest.param("torch", (), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -93,11 +92,8 @@ def chunk(phase: str) -> tuple[object, ...]:
 @pytest.mark.parametrize(
     ("format", "layout", "phase"),
     [
-        ("onnx", (), "prefill"),
         ("onnx", ("--tp", 2, "--dp", 2, "--ep", 4), "decode"),
-        ("torch", (), "decode"),
         ("torch", ("--tp", 2, "--dp", 2, "--ep", 4), "prefill"),
-        ("stablehlo", (), "decode"),
         ("stablehlo", ("--tp", 4, "--ep", 4), "prefill"),
     ],
     ids=str,
@@ -134,7 +130,7 @@ def test_tokens_are_those_of_the_cpu_backend(small: Path, package: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("format", "phase"),
-    [("onnx", "prefill"), ("onnx", "decode"), ("torch", "both"), ("torch", "prefill"), ("stablehlo", "both")],
+    [("onnx", "prefill"), ("onnx", "decode"), ("torch", "both"), ("stablehlo", "both")],
 )
 def test_tokens_of_every_format_and_phase(tmp_path: Path, format: str, phase: str) -> None:
     sizes = ("--phase", phase, *chunk(phase), "--context", 256, "--page-size", 16)

@@ -9,7 +9,8 @@ import hw_profiles
 from model.checkpoint import Checkpoint
 from model.split import Layout
 from runtime.deployment.manifest import Manifest
-from runtime.deployment.plan import Experts, Plan
+from runtime.deployment.plan import Plan
+from runtime.deployment.pool import Experts
 from runtime.deployment.tensors import TensorReader
 from tests.cli.cli import glm5, make_checkpoint, refused
 from tests.plans import formats, plan_for

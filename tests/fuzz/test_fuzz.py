@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FEW, MANY = 30, 300  # cases of a kind; more by `python -m tests.fuzz.server KIND FIRST LAST`
+FEW, MANY = 30, 150  # cases of a kind; more by `python -m tests.fuzz.server KIND FIRST LAST`
 COSTLY = 12  # of one that opens a checkpoint, a tokenizer or a command, or starts a runtime, in place of the few
 _CHEAP = (
     "quantised config", "plan", "manifest", "package weights", "training config", "engine", "profile", "prices",

@@ -31,7 +31,7 @@ def _runner(folder: Path) -> Runner:
     return Runner(folder, manifest, TorchExecutor(trusted=True), weights)
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(dp=2, ep=2)], ids=lambda each: each.name)
+@pytest.mark.parametrize("layout", [Layout(), Layout(dp=2, ep=2)], ids=lambda each: each.name)
 def test_the_embedded_model(layout: Layout, tmp_path: Path):
     gears = {"decode": [Gear(2, 1, 6)], **({"prefill": [Gear(2, 48, 6)]} if layout == Layout() else {})}
     job = request(embedded_checkpoint(), "f32", gears, layout)  # type: ignore[arg-type]
@@ -48,7 +48,7 @@ def test_the_embedded_model(layout: Layout, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("formats", "layout"),
-    [("w8a8", Layout()), ("w4a8", Layout()), ("w4a8", Layout(dp=2, ep=2)), ("w4a16", Layout(tp=2))],
+    [("w8a8", Layout()), ("w4a8", Layout(dp=2, ep=2)), ("w4a16", Layout(tp=2))],
 )
 def test_the_embedded_model_in_narrow_formats(formats: str, layout: Layout, tmp_path: Path):
     """Against the emulated chip's step, in the measure of graphs that round activations, or not."""

@@ -15,7 +15,8 @@ from model.split import Layout
 from runtime.deployment.demand import Demand
 from runtime.deployment.engines.flags import releases
 from runtime.deployment.errors import LaunchError
-from runtime.deployment.plan import ModelRef, Plan, Pool, config_hash
+from runtime.deployment.plan import ModelRef, Plan, config_hash
+from runtime.deployment.pool import Pool
 from runtime.planning.launch import LAUNCHED_ENGINES, Command, Launch, launch
 from tests.plans import formats, pool_of
 

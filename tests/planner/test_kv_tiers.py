@@ -19,7 +19,8 @@ from runtime.deployment.demand import Demand
 from runtime.deployment.engines import engine_for as make_engine
 from runtime.deployment.errors import LaunchError
 from runtime.deployment.kv import Offload, PoolKv, Tier
-from runtime.deployment.plan import Plan, Pool
+from runtime.deployment.plan import Plan
+from runtime.deployment.pool import Pool
 from runtime.execution.cluster.session import runnable
 from runtime.planning import assign
 from runtime.planning.check import check

@@ -18,7 +18,8 @@ from foundation.errors import CapacityError, UsageError
 from model.split import Layout
 from runtime.deployment.engines.flags import holds, table
 from runtime.deployment.errors import LaunchError
-from runtime.deployment.plan import Plan, Pool
+from runtime.deployment.plan import Plan
+from runtime.deployment.pool import Pool
 from runtime.planning.launch import Command, Launch, launch
 from tests.cli.cli import glm5, refused
 from tests.planner.launching import PRODUCT, RELEASES, complaints, made, pairs, plan_of, pool, recorded

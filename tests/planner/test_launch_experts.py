@@ -10,7 +10,7 @@ import pytest
 from model.hf_config import load_config
 from model.split import Layout
 from runtime.deployment.errors import LaunchError
-from runtime.deployment.plan import Pool
+from runtime.deployment.pool import Pool
 from runtime.planning.assign import in_order
 from runtime.planning.launch import LAUNCHED_ENGINES
 from tests.planner.launching import PRODUCT, made, pairs, pool, says

@@ -32,12 +32,12 @@ def test_every_line_is_one_that_the_release_takes(kind: str, release: str) -> No
     assert count >= 10
 
 
-# The oldest and the newest: what the parsers of those between take is on record, and does not change.
-ENDS = dict.fromkeys((kind, list(releases(kind))[at]) for kind in dict(RELEASES) for at in (0, -1))
+# What the parsers of older releases take is on record, and does not change.
+NEWEST = [(kind, list(releases(kind))[-1]) for kind in dict(RELEASES)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "release"), ENDS)
+@pytest.mark.parametrize(("kind", "release"), NEWEST)
 def test_the_engines_own_parser_takes_every_line(kind: str, release: str) -> None:
     lines = [
         command.argv[len(table(kind, release).program) :]

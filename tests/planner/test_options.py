@@ -56,7 +56,7 @@ def test_any_model_on_any_number_of_any_chip_fits_and_adds_up_or_says_why(
 
 
 @pytest.mark.slow
-@settings(max_examples=15)
+@settings(max_examples=9)
 @questions
 def test_many_models_on_chips(model: str, chip: str, count: int, data: st.DataObject) -> None:
     check_any(model, chip, count, data)

@@ -58,7 +58,7 @@ def sound(plan: Plan) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(model=st.sampled_from(preset_names()), chip=st.sampled_from(hw_profiles.names()), count=st.integers(1, 384))
 def test_any_search_ends_in_a_sound_plan_or_a_reason(model: str, chip: str, count: int) -> None:
     try:

@@ -59,7 +59,6 @@ def test_a_rate_that_is_met_is_met_in_a_long_run_and_one_beyond_is_missed(tmp_pa
     "demand",
     [
         Demand(isl=2048, osl=256, rate=20, objective="min-devices"),
-        Demand(isl=12000, osl=700, rate=2, objective="min-devices"),
         Demand(isl=4096, osl=512, rate=3, tpot_ms=60, objective="min-devices"),
     ],
 )

@@ -18,17 +18,8 @@ from model.hf_config import load_config
 from model.split import Layout
 from runtime.deployment.demand import Demand
 from runtime.deployment.kv import Point
-from runtime.deployment.plan import (
-    Alternative,
-    Experts,
-    ModelRef,
-    Plan,
-    Predicted,
-    Rejected,
-    Route,
-    Transfer,
-    config_hash,
-)
+from runtime.deployment.plan import Alternative, ModelRef, Plan, Predicted, Rejected, Route, Transfer, config_hash
+from runtime.deployment.pool import Experts
 from runtime.planning.kv_tiers import plan_kv
 from runtime.planning.launch import launch
 from runtime.pricing.load import ExpertLoad

@@ -19,7 +19,8 @@ from model.config import ModelConfig
 from model.hf_config import from_hf
 from model.split import Layout
 from runtime.deployment.demand import Demand
-from runtime.deployment.plan import Experts, ModelRef, Plan, config_hash, profile_of
+from runtime.deployment.plan import ModelRef, Plan, config_hash
+from runtime.deployment.pool import Experts, profile_of
 from runtime.execution.cluster.session import Result, serve
 from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.load import load_engine

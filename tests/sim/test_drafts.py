@@ -112,7 +112,6 @@ def prompts() -> tuple[Prompt, ...]:
 
 
 @cache
-@cache
 def on_one_device(drafts: int) -> list[Completion]:
     shapes = EngineConfig(page_size=16, least_batch=4, least_chunk=32, least_context=128, drafts=drafts)
     return load_engine(trained(), registry.usable("cpu"), shapes, "float32").generate(list(prompts()))
@@ -123,9 +122,7 @@ def on_one_device(drafts: int) -> list[Completion]:
     "layout",
     [
         Layout(tp=2, dp=2, ep=4, pp=2),
-        Layout(),
         Layout(dp=4),
-        Layout(tp=2, ep=2),
     ],
     ids=lambda each: each.name,
 )

@@ -114,9 +114,7 @@ def test_two_processes(started: list[subprocess.Popen[str]], small: Path, tmp_pa
     ("count", "layout", "replicas"),
     [
         (2, Layout(tp=2, ep=2, pp=2), 1),  # two devices each, a stage
-        (4, Layout(tp=2, ep=2, pp=2), 1),  # half a stage each
-        (4, Layout(tp=2, dp=2, ep=4), 1),
-        (4, Layout(tp=2, ep=2), 2),  # a server on two of them
+        (4, Layout(dp=2, ep=2), 2),  # a server on two of them
     ],
 )
 def test_layouts(

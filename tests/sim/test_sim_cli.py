@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -136,18 +135,23 @@ def test_many_devices_from_the_command_line() -> None:
     """The embedded checkpoint."""
     devices = 384
     ask = ("--prompt", "A mixture of experts", "--max-tokens", 8)
-    found = in_a_process(*SIM, "--profile", "ascend-910c", "--formats", "f32", "--devices", devices, *ask)
+    words = (*SIM, "--profile", "ascend-910c", "--formats", "f32", "--devices", devices, *ask, "--json")
+    command = [sys.executable, "-m", "runtime.cli.main", *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        found = json.loads(process.stdout.read())
+        _, process.returncode, used = os.wait4(process.pid, 0)  # of it alone; this process has had other children
     assert found["token_ids"] == glm5("run", *ask, "--json").json["token_ids"] and found["devices"] == devices
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 4e9
+    assert process.returncode == 0 and used.ru_maxrss * 1024 < 4e9
 
 
 @pytest.mark.slow
 def test_layouts_on_host_devices() -> None:
-    """A seventh of the 72 with degrees in 1, 2, 4, 8, as the checkpoint admits; `tests.sim.matrix all` runs all."""
+    """A twelfth of the 72 with degrees in 1, 2, 4, 8, as the checkpoint admits; `tests.sim.matrix all` runs all."""
     command = [sys.executable, "-m", "tests.sim.matrix", "some"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     found = [json.loads(line) for line in lines]
-    assert len(found) == 11
+    assert len(found) == 6
     assert all(each["same_tokens"] and each["logit_error"] < 1e-4 for each in found)
 
 

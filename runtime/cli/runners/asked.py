@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foundation.errors import UsageError
+from foundation.errors import UsageError, shortened
 from foundation.writing import require_writable
 from runtime.cli.runners.answers import Answers
 from runtime.execution.prompts import read_prompts
@@ -143,5 +143,4 @@ def _parse_ids(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        shown = text if len(text) <= 60 else f"{text[:57]}..."
-        raise UsageError(f"--prompt-ids takes whole numbers separated by commas, not {shown!r}") from None
+        raise UsageError(f"--prompt-ids takes whole numbers separated by commas, not {shortened(repr(text))}") from None

@@ -67,7 +67,7 @@ class EngineSite:
     at: Circumstances
 
 
-def _cut(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
+def _captured(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
     """The sizes up to `most`, which is captured too."""
     return (*(size for size in sizes if size < most), most) if most else ()
 
@@ -84,7 +84,7 @@ def _sglang(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived
     sizes = engine.graph_batch_sizes
     if on.drafts:
         sizes = (*range(1, 9), *range(10, 33, 2), *range(40, 65, 4), *range(72, 257, 8), *range(272, most + 1, 16))
-    sizes = _cut(sizes, most)
+    sizes = _captured(sizes, most)
     whole = engine.graph_mode != "eager" and layout.dp == layout.pp == 1 and on.profile.vendor == "NVIDIA"
     pieces = engine.piecewise_step_tokens if whole else 0
     mla = isinstance(on.cfg.attention, Mla)
@@ -145,7 +145,7 @@ def _trtllm(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived
     """TensorRT-LLM, llm_args.py _generate_cuda_graph_batch_sizes: other sizes with padding than without."""
     most = engine.graph_max_batch
     padded = (1, 2, 4, *range(8, 129, 8), *range(192, most + 1, 64))
-    return {"graph_batch_sizes": _cut(padded if engine.graph_padding else engine.graph_batch_sizes, most)}
+    return {"graph_batch_sizes": _captured(padded if engine.graph_padding else engine.graph_batch_sizes, most)}
 
 
 def _glm5(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived:

@@ -25,6 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from foundation.errors import shortened
 from foundation.limits import within
 from foundation.reading import Unreadable, read_toml
 from model.formats import KV, ROWS
@@ -284,7 +285,7 @@ def _checked(file: str, part: _Part) -> _Part:
         limits = [limit for limit, _ in entry.by_memory_gib]
         if limits != sorted(limits):
             raise EngineError(
-                f"{file}: {key}.by_memory_gib = {_cut(repr(limits))} must rise, the first that fits holds"
+                f"{file}: {key}.by_memory_gib = {shortened(repr(limits))} must rise, the first that fits holds"
             )
         for value in (*(case.value for case in entry.cases), *(value for _, value in entry.by_memory_gib)):
             if key == "graph_batch_sizes":
@@ -293,7 +294,7 @@ def _checked(file: str, part: _Part) -> _Part:
             made = int(value) if isinstance(value, float) and value.is_integer() else value
             validated(dict[str, _TAKEN[key]], {key: made}, EngineError, file, say=_say)  # pyright: ignore[reportInvalidTypeForm]
             if why := wrong_setting(key, made):
-                raise EngineError(f"{file}: {key} = {_cut(repr(made))} {why}")
+                raise EngineError(f"{file}: {key} = {shortened(repr(made))} {why}")
     return part
 
 
@@ -340,13 +341,11 @@ def expand(sizes: Any, where: str = "") -> tuple[int, ...]:
             else:
                 expanded.add(int(size))
     except (TypeError, ValueError, OverflowError):
-        raise EngineError(f'{name} = {_cut(repr(sizes))} must hold sizes and ranges as "first:last:step"') from None
+        raise EngineError(
+            f'{name} = {shortened(repr(sizes))} must hold sizes and ranges as "first:last:step"'
+        ) from None
     within(f"{name}: sizes of", len(expanded), MOST_GRAPHS, EngineError)
     return tuple(sorted(expanded))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _known(key: str, where: str = "") -> None:

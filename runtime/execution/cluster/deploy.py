@@ -14,7 +14,8 @@ from model.config import ModelConfig
 from model.split import Grid, Layout, Slots, slots_in_order
 from runtime.deployment.engines import engine_for
 from runtime.deployment.ledger import DeviceMemory
-from runtime.deployment.plan import Plan, Pool
+from runtime.deployment.plan import Plan
+from runtime.deployment.pool import Pool
 from runtime.planning.assign import plan_for
 from runtime.simulation.build import Spec, memories
 from runtime.simulation.planned import Deployed, deployed

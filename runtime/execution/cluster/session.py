@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from foundation.errors import UsageError
 from model.config import ModelConfig
 from runtime.deployment.choice import check_kv, chosen_scheme
-from runtime.deployment.plan import Plan, Pool, profile_of
+from runtime.deployment.plan import Plan
+from runtime.deployment.pool import Pool, profile_of
 from runtime.execution.cluster import deploy
 from runtime.execution.cluster.options import SimOptions
 from runtime.simulation.build import spec_for

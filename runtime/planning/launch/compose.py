@@ -16,7 +16,8 @@ from runtime.deployment.engines import check_dealt, engine_for, load, nearest_re
 from runtime.deployment.engines.flags import LaunchTable, checkpoint, launched, releases, table
 from runtime.deployment.engines.releases import same_release
 from runtime.deployment.errors import LaunchError
-from runtime.deployment.plan import Plan, Pool, profile_of
+from runtime.deployment.plan import Plan
+from runtime.deployment.pool import Pool, profile_of
 from runtime.planning.kv_tiers import HOST_RATIO, device_bytes_per_token
 from runtime.planning.launch import experts, sglang, vllm
 from runtime.planning.launch.server import LaunchServer, NodeShare

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from model.config import ModelConfig
-from runtime.deployment.plan import Experts
+from runtime.deployment.pool import Experts
 
 
 def in_order(experts: Experts) -> bool:

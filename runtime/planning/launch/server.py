@@ -12,7 +12,7 @@ from runtime.deployment.engines import Engine, load
 from runtime.deployment.engines.flags import LaunchTable, format_facts, layout_facts, pair_facts, why_uneven
 from runtime.deployment.engines.releases import same_release
 from runtime.deployment.errors import LaunchError
-from runtime.deployment.plan import Pool
+from runtime.deployment.pool import Pool
 from runtime.planning.launch.words import Command, Word
 
 EXPRESSED = (

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from backends.toolchains.narrow import refusal
-from foundation.errors import UsageError
+from foundation.errors import UsageError, shortened
 from foundation.limits import within
 from model.checkpoint import Checkpoint, groups
 from model.config import ModelConfig
@@ -137,7 +137,6 @@ def sizes(option: str, text: str) -> list[int]:
     except ValueError:
         found = []
     if not found or found[0] < 1:
-        shown = text if len(text) <= 60 else f"{text[:57]}..."
-        raise UsageError(f"{option} {shown}: give whole numbers of 1 or more, separated by commas")
+        raise UsageError(f"{option} {shortened(text)}: give whole numbers of 1 or more, separated by commas")
     within(option, found[-1], MOST_STEP)
     return found
