@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from foundation.child import Child, ChildFailure
 
 MOST_BYTES = 1 << 26  # of a tokenizer.json; the largest vocabularies take half of it
+MOST_CHARACTERS = 1 << 23  # of a text to encode: a vocabulary of GLM's takes 3 s for each million on a slow processor
 WORKER = Child("foundation.text_worker")
 _SECONDS_A_BYTE = 2e-6  # of a text, and of a chat: several times what the slowest that mean well take
 _SECONDS_A_BYTE_READ = 5e-8  # of a tokenizer.json
@@ -72,8 +73,15 @@ class ForeignTokenizer(_Foreign):
         self.special = [str(token) for token in self.loaded["special"]]
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-        """Token ids of each text."""
-        return self._use("encode", texts=list(texts), add_special_tokens=add_special_tokens)["ids"]
+        """Token ids of each text; asks once for as many as may be long together."""
+        for text in texts:
+            if len(text) > MOST_CHARACTERS:
+                taken = f"the {MOST_CHARACTERS:,} that are taken"
+                raise ChildFailure("refused", f"a text of {len(text):,} characters is longer than {taken}")
+        found: list[list[int]] = []
+        for some in _together(texts):
+            found += self._use("encode", texts=some, add_special_tokens=add_special_tokens)["ids"]
+        return found
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Text of token ids, where the decoder is not tame."""
@@ -96,6 +104,19 @@ class ForeignTemplate(_Foreign):
     def render(self, contexts: Sequence[dict[str, Any]]) -> list[str]:
         """The text of each context. What is no JSON data raises as `json` does."""
         return self._use("render", contexts=list(contexts))["texts"]
+
+
+def _together(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in order, in groups of at most `MOST_CHARACTERS`."""
+    some, size = [], 0
+    for text in texts:
+        if some and size + len(text) > MOST_CHARACTERS:
+            yield some
+            some, size = [], 0
+        some.append(text)
+        size += len(text)
+    if some:
+        yield some
 
 
 def is_tame(decoder: Any) -> bool:

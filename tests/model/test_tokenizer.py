@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
+from foundation import foreign_text
 from foundation.streaming import TextStream
 from model.errors import TokenizerError
 from model.tokenizer import Tokenizer
@@ -156,3 +157,13 @@ def test_text_is_shown_as_soon_as_nothing_can_change_it(decoder: Any, tokens: tu
     stream, ids = Tokenizer(inner).stream(), [TOKENS.index(token) for token in tokens]
     assert [stream.put(token) for token in ids] == pieces
     assert "".join(pieces) + stream.flush() == inner.decode(ids, skip_special_tokens=False)
+
+
+def test_a_text_of_any_length_is_encoded_or_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And many texts are, in as many requests as it takes."""
+    texts = ["a b c", "", "def", "g" * 10]
+    expected = TOKENIZER.encode_each(texts)
+    monkeypatch.setattr(foreign_text, "MOST_CHARACTERS", 10)
+    assert TOKENIZER.encode_each(texts) == expected
+    with pytest.raises(TokenizerError, match=r"tokenizer.json.*11 characters is longer than the 10"):
+        TOKENIZER.encode_each(["a", "g" * 11])
