@@ -90,7 +90,8 @@ table{display:block;max-width:100%;overflow-x:auto}.figures th,.figures td{paddi
 details::details-content{display:block;content-visibility:visible;height:auto}summary{list-style:none;font-weight:600}
 pre{max-height:none;overflow:visible;white-space:pre-wrap;overflow-wrap:anywhere;font-size:8pt}
 table{max-width:100%;font-size:9pt}section{overflow:visible}
-.figures th,.figures td,.bars th,.bars td{white-space:normal;padding:3px 5px;overflow-wrap:anywhere}
+.figures th,.figures td,.bars th,.bars td{white-space:normal;padding:3px 5px;overflow-wrap:break-word}
+.figures tbody th,.bars tbody th,.reasons td{overflow-wrap:anywhere}
 .named th{min-width:0}.tiles{grid-template-columns:repeat(8,minmax(0,1fr))}.tile{overflow-wrap:anywhere}
 .figures.choices th,.figures.choices td{overflow-wrap:normal;padding:3px}.choices .words{min-width:0}
 .choices .quiet{font-size:8pt}.choices tbody th{white-space:normal}

@@ -18,8 +18,9 @@ BROWSER = next(
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs chromium, to lay a page out")
 PHONE, PAPER = 390, 700  # CSS pixels; A4 between the usual margins
 
-# In a frame of that width: what ends beyond the right edge, what is cut off by its own box, what stays folded.
-_MEASURE = """
+# In a frame of that width: what ends beyond the right edge, what is cut off by its own box, which figures and short
+# words of tables go on in the next line, what stays folded.
+_MEASURE = r"""
 const frame = document.querySelector("iframe");
 frame.onload = () => {
   const inside = frame.contentDocument, view = frame.contentWindow, all = [...inside.querySelectorAll("body *")];
@@ -32,12 +33,25 @@ frame.onload = () => {
   const high = e => e.clientHeight && e.scrollHeight > e.clientHeight + 1
     && view.getComputedStyle(e).overflowY !== "visible";
   const closed = e => e.getClientRects().length === 0 || !e.checkVisibility({contentVisibilityAuto: true});
+  const words = node => [...node.data.matchAll(/[\w.,%]{1,12}(?![\w.,%])/g)].filter(m => {
+    if (m.index && /[\w.,%]/.test(node.data[m.index - 1])) return false;
+    const range = inside.createRange();
+    range.setStart(node, m.index);
+    range.setEnd(node, m.index + m[0].length);
+    return new Set([...range.getClientRects()].map(r => Math.round(r.top))).size > 1;
+  }).map(m => m[0]);
+  const split = cell => {
+    const walk = inside.createTreeWalker(cell, NodeFilter.SHOW_TEXT), all = [];
+    while (walk.nextNode()) all.push(...words(walk.currentNode));
+    return all;
+  };
   const found = {
     width: inside.documentElement.clientWidth,
     page: inside.documentElement.scrollWidth,
     run_off: all.filter(e => !e.closest("svg") && beyond(e) && !scrolls(e.parentElement)).map(name),
     cut: all.filter(wide).concat(all.filter(high)).map(name),
     folded: [...inside.querySelectorAll("details > :not(summary)")].filter(closed).map(name),
+    split: [...inside.querySelectorAll("td, thead th")].flatMap(split),
     folds: inside.querySelectorAll("details").length,
   };
   document.title = JSON.stringify(found);
@@ -74,4 +88,4 @@ def check(html: str, folder: Path) -> None:
     assert phone["page"] <= phone["width"] and phone["run_off"] == [], phone
     paper = laid_out(html, PAPER, folder, paper=True)
     assert paper["page"] <= paper["width"] and paper["run_off"] == [], paper
-    assert paper["folded"] == [] and paper["cut"] == [], paper
+    assert paper["folded"] == [] and paper["cut"] == [] and paper["split"] == [], paper

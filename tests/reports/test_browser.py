@@ -45,4 +45,6 @@ def test_it_would_be_seen(tmp_path: Path) -> None:
     page += f"<pre style='overflow:auto'>{'word ' * 99}</pre>"
     found = laid_out(page, PHONE, tmp_path, paper=True)
     assert found["page"] > found["width"] and "table." in found["run_off"]
-    assert found["folded"] == ["p."] and found["cut"] == ["pre."]
+    assert found["folded"] == ["p."] and found["cut"] == ["pre."] and found["split"] == []
+    narrow = "<table style='width:20px;overflow-wrap:anywhere'><tr><td>simulated<td>1,234.5 ms</table>"
+    assert laid_out(narrow, PAPER, tmp_path)["split"] == ["simulated", "1,234.5", "ms"]
