@@ -92,7 +92,7 @@ def _across_devices(t: NpuTarget, call: OpCall[Any]) -> Tensor:
     gate_up, down = _weights(t, call)
     ranks = math.prod(size for _, size in call.attributes["across"])
     count = gate_up.matrix.shape[0]
-    accept(constraints.moe_distribute(constraints.Sent(*x.shape, experts.shape[1], count, ranks)))
+    accept(constraints.moe_distribute(constraints.Sent(x.shape[0], x.shape[1], experts.shape[1], count, ranks)))
     require(t.options.takes(x), f"npu_moe_distribute_dispatch_v2 takes no {type_name(x)}")
     group = (EP_GROUP, ranks, 0, count * ranks)
     rows, scales, places, groups, received, *_ = t.npu(

@@ -20,7 +20,7 @@ from backends.toolchains.walker import Graph, Port
 from foundation.errors import UsageError
 from hw_profiles import Profile
 from model.formats import scheme
-from runtime.deployment.manifest import Manifest, Step, Value, WeightRef
+from runtime.deployment.manifest import Gear, Manifest, Phase, Step, Value, WeightRef
 from runtime.porting.export.ascend_readme import readme
 from runtime.porting.export.job import ExportJob, op_uses, values
 
@@ -42,7 +42,7 @@ class AscendWriter:
         _refuse(request, request.options.get("profile"))
         self.options = request.options.get("npu_options") or NpuOptions(fused=chosen != "none")
         self.chosen = chosen if self.options.fused else "none"
-        gears = [(phase, gear) for phase, each in request.gears.items() for gear in each]
+        gears: list[tuple[Phase, Gear]] = [(phase, gear) for phase, each in request.gears.items() for gear in each]
         self.not_sent = Counter(why for each in gears if (why := request.cut.not_sent(*each)))
         sent = [request.cut.sent(gear) for phase, gear in gears if request.cut.sends(phase, gear)]
         self.buffer_mb = max((each.buffer_mb for each in sent), default=0)
