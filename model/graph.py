@@ -234,9 +234,10 @@ def _feed_forward(cfg: ModelConfig, kind: LayerType, w: LayerWeights, x: Array, 
     with jax.named_scope("dispatch"):
         flat, slots, weights = par.dispatch(flat, slots, weights, gate_up[0].shape[0])
     with jax.named_scope("experts"):
-        out = ops.expert_ffn(flat, slots, weights, *gate_up, *down)
+        reach = {"across": par.across} if par.across else {}
+        out = ops.expert_ffn(flat, slots, weights, *gate_up, *down, **reach)
     with jax.named_scope("combine"):
-        out = par.combine(out).reshape(x.shape)
+        out = par.combine(out, x.shape[0] * x.shape[1]).reshape(x.shape)
     return par.sum_heads(out + _shared_experts(w, x) if moe.shared_experts else out)
 
 

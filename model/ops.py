@@ -355,13 +355,37 @@ def expert_weights(affinity: Array, chosen: Array, *, normalise: bool, scale: fl
     return weights * jnp.float32(scale)
 
 
+Across = tuple[tuple[str, int], ...]
+"""Mesh axes and their sizes, the slowest first: the devices of a group in order of rank."""
+
+
+def spread(ffn: Callable[..., Array], x: Array, experts: Array, weights: Array, count: int, across: Across) -> Array:
+    """`expert_ffn` over the experts of a group of devices, `count` on each: expert e is number e % count of rank
+    e // count. A device gives in tokens of its own and has theirs back. ffn(x, experts, weights): of this device's
+    experts, by their numbers here."""
+    rank = jnp.int32(0)
+    for axis, size in across:
+        rank = rank * size + lax.axis_index(axis).astype(jnp.int32)
+    for axis, _ in reversed(across):
+        x, experts, weights = (lax.all_gather(part, axis, axis=0, tiled=True) for part in (x, experts, weights))
+    local = experts - rank * count
+    out = ffn(x, jnp.where((local >= 0) & (local < count), local, count), weights)
+    for axis, _ in across:
+        out = lax.psum_scatter(out, axis, scatter_dimension=0, tiled=True)
+    return out
+
+
 @op("expert_ffn")
-def expert_ffn(x: Array, experts: Array, weights: Array, *matrices: Array) -> Array:
+def expert_ffn(x: Array, experts: Array, weights: Array, *matrices: Array, across: Across = ()) -> Array:
     """The routed experts: x [n,d], experts [n,k], weights [n,k] -> [n,d].
 
     matrices: gate_up [e,d,2,f] and down [e,f,d] (each as FP8 values and block scales where kept so). An
-    expert id of e or more contributes nothing: it lives on another device.
+    expert id of e or more contributes nothing: it lives on another device. With `across` ids are of all devices'
+    experts, which the op reaches itself (`spread`).
     """
+    if across:
+        here = functools.partial(OPS["glm.expert_ffn"].meaning, across=())
+        return spread(lambda *given: here(*given, *matrices), x, experts, weights, matrices[0].shape[0], across)
     half = len(matrices) // 2
     gate_up, down = _dense(matrices[:half], x.dtype), _dense(matrices[half:], x.dtype)
     tokens, count = x.shape[0], gate_up.shape[0]

@@ -14,7 +14,9 @@ compute are partial sums, which the sums over `tp` and `dp` that are there anyho
 Tokens meet the experts of other `dp` groups in one of two ways. "gather": every group's tokens go to
 every device, and the results are summed back. "all_to_all": a device sends each group a buffer with a
 place for each of its tokens, filled where one of the token's experts lives there, and gets the results
-back in the same places. Every place is there at any load, so no token is ever dropped.
+back in the same places. Every place is there at any load, so no token is ever dropped. A chip may have operators that
+do the exchange and so belong to the op of the experts ("operators"): a device then gives in its share of its group's
+tokens, cut over `tp`, and what comes back stands among zeros that the sum over `tp` completes.
 """
 
 from __future__ import annotations
@@ -32,12 +34,13 @@ from model.split import Layout
 @dataclasses.dataclass(frozen=True)
 class Parallel:
     """Names of the mesh axes, how experts are split, how tokens reach those of other `dp` groups ("gather" where
-    a group's width is split too), and the devices of a group. The default is one device."""
+    a group's width is split too; "operators" is for a caller to choose), and the devices of a group. The default is
+    one device."""
 
     tp: str | None = None
     dp: str | None = None
     moe: Literal["tensor", "expert"] = "tensor"
-    exchange: Literal["gather", "all_to_all"] = "gather"
+    exchange: Literal["gather", "all_to_all", "operators"] = "gather"
     expert_parts: int = 1
 
     @classmethod
@@ -89,21 +92,48 @@ class Parallel:
         `count` (nobody) for those elsewhere, and the choices' weights [m,k]."""
         if self.dp and self.moe == "expert" and self.exchange == "all_to_all":
             return self._send(x, slots, weights, count)
+        if self.across:
+            return self._share(x), self._share(slots), self._share(weights)
         x, slots, weights = (self._gather(part) for part in (x, slots, weights))
         if self.moe != "expert" or not (self.tp or self.dp):
             return x, slots, weights
         return x, _local(slots, self._first_slot(count), count), weights
 
-    def combine(self, out: Array) -> Array:
-        """The inverse of `dispatch`, for results [m,d]: each group's own tokens, [n,d], summed over the groups
+    def combine(self, out: Array, tokens: int) -> Array:
+        """The inverse of `dispatch`, for results [m,d]: each group's own `tokens`, [n,d], summed over the groups
         that served them; the sum over `tp` is left to the caller."""
         if not self.dp:
             return out
+        if self.across:
+            return self._among_zeros(out, tokens)
         if self.moe != "expert" or self.exchange == "gather":
             return lax.psum_scatter(out, self.dp, scatter_dimension=0, tiled=True)
         groups = lax.axis_size(self.dp)
         served = lax.all_to_all(out.reshape(groups, -1, out.shape[1]), self.dp, 0, 0, tiled=True)
         return jnp.sum(served, axis=0, dtype=jnp.float32).astype(out.dtype)
+
+    @property
+    def across(self) -> ops.Across:
+        """The devices whose experts the op of the experts reaches itself: none where the graph does it."""
+        if self.exchange != "operators" or self.moe != "expert" or not self.dp:
+            return ()
+        return tuple((axis, lax.axis_size(axis)) for axis in (self.dp, self.tp) if axis)
+
+    def _share(self, x: Array) -> Array:
+        """This tp rank's equal share of x [n, ..]; where n does not divide, the last row again."""
+        if not self.tp:
+            return x
+        share = -(-x.shape[0] // lax.axis_size(self.tp))
+        rows = lax.axis_index(self.tp).astype(jnp.int32) * share + jnp.arange(share, dtype=jnp.int32)
+        return x.at[jnp.minimum(rows, x.shape[0] - 1)].get(mode="promise_in_bounds")
+
+    def _among_zeros(self, share: Array, tokens: int) -> Array:
+        """Rows [m, d] of `_share` in their places of [tokens, d]."""
+        if not self.tp:
+            return share
+        mine = jnp.arange(lax.axis_size(self.tp), dtype=jnp.int32) == lax.axis_index(self.tp).astype(jnp.int32)
+        rows = jnp.where(mine[:, None, None], share[None], jnp.zeros((), share.dtype))
+        return rows.reshape(-1, share.shape[1])[:tokens]
 
     def _gather(self, x: Array) -> Array:
         """Of all `dp` groups."""

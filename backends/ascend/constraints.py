@@ -1,11 +1,17 @@
 """What the kernels behind torch_npu's operators take, in numbers; each says why a call is refused, or None.
 
 Sources, all of 2026-08-22: the READMEs of CANN's ops-transformer: attention/lightning_indexer,
-attention/sparse_flash_attention, moe/moe_gating_top_k, moe/moe_init_routing_v3, gmm/grouped_matmul.
+attention/sparse_flash_attention, moe/moe_gating_top_k, moe/moe_init_routing_v3, gmm/grouped_matmul. And op-plugin's
+documents of torch_npu's operators (docs/zh/custom_APIs/torch_npu, 2026-08-21), for Atlas A3:
+npu_moe_distribute_dispatch_v2 and combine_v2.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
+ACTIVATIONS = frozenset({"float16", "bfloat16"})
+"""Types of activations that attention, quantisation and exchanges take."""
 LATENT, ROPE = 512, 64
 _SPARSE_COUNTS = frozenset((*range(1, 2049), *range(3072, 8193, 1024)))
 _INDEX_DIM, _INDEX_HEADS = 128, 64
@@ -13,6 +19,9 @@ _HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
 _PAGE, _LARGEST_PAGE = 16, 1024
 _MOST_EXPERTS, _ALIGNED = 2048, 32
 _WIDEST = 65535
+_SENT_WIDTH, _SENT_TOKENS, _SENT_CHOICES = (1024, 8192), 512, 16
+_SENT_RANKS, _SENT_EXPERTS = (2, 768), 1024
+_MB, _LEAST_BUFFER_MB = 1 << 20, 200
 
 Shape = tuple[int, ...]
 
@@ -56,3 +65,45 @@ def moe_gating_top_k(experts: int, groups: int) -> str | None:
 def grouped_matmul(*last_dims: int) -> str | None:
     widest = max(last_dims)
     return f"GroupedMatmul takes no rows of {widest}" if widest > _WIDEST else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """What a device gives MoeDistributeDispatch: tokens [tokens, width] for `choices` experts each, of `experts` on
+    each of `ranks` devices."""
+
+    tokens: int
+    width: int
+    choices: int
+    experts: int
+    ranks: int
+
+    @property
+    def buffer_mb(self) -> int:
+        """What the group's buffers must hold (hccl_buffer_size), at least what HCCL has by default."""
+        row = _up(2 * self.width, 32)
+        places = self.experts * self.tokens * self.ranks * _up(row + 64, 512)
+        back = (self.choices + 1) * self.tokens * _up(2 * self.width, 512)  # + 1: shared_expert_num, by default
+        return max(_LEAST_BUFFER_MB, -(-2 * (places + back) // _MB))
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def moe_distribute(sent: Sent) -> str | None:
+    """Why MoeDistributeDispatch and Combine do not take what a device sends, or what then comes no grouped product."""
+    (narrowest, widest), (fewest, most) = _SENT_WIDTH, _SENT_RANKS
+    if not narrowest <= sent.width <= widest:
+        return f"MoeDistributeDispatch takes rows of {narrowest} to {widest}, not {sent.width}"
+    if sent.tokens > _SENT_TOKENS:
+        return f"MoeDistributeDispatch takes at most {_SENT_TOKENS} tokens of a device, not {sent.tokens}"
+    if sent.choices > _SENT_CHOICES:
+        return f"MoeDistributeDispatch takes at most {_SENT_CHOICES} experts a token, not {sent.choices}"
+    if not fewest <= sent.ranks <= most:
+        return f"MoeDistributeDispatch takes {fewest} to {most} devices, not {sent.ranks}"
+    if sent.experts * sent.ranks > _SENT_EXPERTS:
+        return f"MoeDistributeDispatch takes at most {_SENT_EXPERTS} experts, not {sent.experts * sent.ranks}"
+    if sent.experts < 2:
+        return "GroupedMatmul takes no single group"
+    return None

@@ -100,6 +100,38 @@ def _moe_finalize_routing(
     return rows.new_empty((scales.shape[0], rows.shape[1]))
 
 
+def _moe_distribute_dispatch_v2(
+    x: Tensor,
+    expert_ids: Tensor,
+    group_ep: str,
+    ep_world_size: int,
+    ep_rank_id: int,
+    moe_expert_num: int,
+    *,
+    quant_mode: int = 0,
+    **_: Any,
+) -> tuple[Tensor, ...]:
+    local = moe_expert_num // ep_world_size
+    rows = x.shape[0] * ep_world_size * min(local, expert_ids.shape[1])
+
+    def int32(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=torch.int32)
+
+    return (
+        x.new_empty((rows, x.shape[1]), dtype=torch.int8 if quant_mode else x.dtype),
+        x.new_empty((rows,), dtype=torch.float32),
+        int32(max(expert_ids.numel(), rows * 128)),
+        x.new_empty((local,), dtype=torch.int64),
+        int32(moe_expert_num),
+        int32(0),
+        x.new_empty((0,), dtype=torch.float32),
+    )
+
+
+def _moe_distribute_combine_v2(expand_x: Tensor, expert_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+    return expand_x.new_empty((expert_ids.shape[0], expand_x.shape[1]))
+
+
 SHAPES: Mapping[str, Callable[..., Any]] = {
     "npu_rms_norm": _rms_norm,
     "npu_dynamic_quant": _dynamic_quant,
@@ -113,5 +145,7 @@ SHAPES: Mapping[str, Callable[..., Any]] = {
     "npu_weight_quant_batchmatmul": _weight_quant_batchmatmul,
     "npu_swiglu": _swiglu,
     "npu_moe_finalize_routing": _moe_finalize_routing,
+    "npu_moe_distribute_dispatch_v2": _moe_distribute_dispatch_v2,
+    "npu_moe_distribute_combine_v2": _moe_distribute_combine_v2,
 }
 """By operator: what it returns, of tensors without data."""

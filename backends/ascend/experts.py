@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ from backends.ascend import constraints
 from backends.ascend.check import type_name
 from backends.ascend.declare import SCALAR_TYPES
 from backends.ascend.dense import as_matrix, quantised_rows
-from backends.ascend.target import KernelMatrix, NpuTarget, accept, require
+from backends.ascend.target import KernelMatrix, NotTaken, NpuTarget, accept, require
+from backends.errors import Unsupported
 from backends.toolchains.narrow import rounds_activations
 from backends.toolchains.walker import OpCall
 from model.formats import INT4, matrix_format
@@ -22,6 +24,8 @@ from model.ops import FORMAT
 
 # enumerations of the operators' documentation
 _SIGMOID, _BEST_TWO, _COUNTS, _GATHER, _PLAIN, _ONE_OUTPUT, _ROWS, _BY_TOKEN = 1, 1, 1, 0, -1, 3, 0, 2
+_ROUNDED = 2  # quant_mode: int8, a scale a row
+EP_GROUP = "ep"  # stands where the name of the experts' group goes
 
 
 def route(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
@@ -53,20 +57,14 @@ def expert_ffn(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     An expert id of `count` or more lives elsewhere: all such become `count`, outside the active range, whose rows
     npu_moe_init_routing_v2 numbers -1 and leaves as they are, whatever is there.
     """
-    x, experts, weights, *matrices = call.operands
-    fmt = call.attributes.get(FORMAT, "")
-    require(len(matrices) == (4 if fmt else 2), "npu_grouped_matmul takes no FP8 blocks")
-    require(fmt == "" or t.options.takes(x), f"npu_dynamic_quant takes no {type_name(x)}")
-    half = len(matrices) // 2
-    gate_up, down = (_Weight.of(*each, fmt=fmt) for each in (matrices[:half], matrices[half:]))
-    (tokens, width), choices = x.shape, experts.shape[1]
-    count, _, columns = gate_up.matrix.shape
-    require(count > 1, "npu_grouped_matmul takes no single group")
-    require(
-        bool(fmt) or gate_up.matrix.dtype == down.matrix.dtype == x.dtype,
-        f"npu_grouped_matmul takes weights in {type_name(x)}",
-    )
-    accept(constraints.grouped_matmul(columns, width))
+    x, experts, weights, *_ = call.operands
+    if call.attributes.get("across"):
+        try:
+            return [_across_devices(t, call)]
+        except NotTaken as reason:  # what the body does between devices is no graph's
+            raise Unsupported(f"{reason}; export with --npu-ops local") from None
+    gate_up, down = _weights(t, call)
+    tokens, choices, count = x.shape[0], experts.shape[1], gate_up.matrix.shape[0]
     rows, places, groups, _ = t.npu(
         "npu_moe_init_routing_v2",
         x,
@@ -81,9 +79,60 @@ def expert_ffn(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
         active_expert_range=[0, count],
         row_idx_type=_GATHER,
     )
-    hidden = _grouped(t, rows, gate_up, groups)
-    out = _grouped(t, t.npu("npu_swiglu", hidden, -1), down, groups)
+    out = _ffn(t, _Rows(rows), gate_up, down, groups)
     return [_combined(t, out, places, groups, weights)]
+
+
+def _across_devices(t: NpuTarget, call: OpCall[Any]) -> Tensor:
+    """Each token's row to the devices of its experts, their grouped products there, and the weighted sum back here.
+
+    Where products round rows to int8 they are sent as that. `run.py` puts in the group's name and the device's rank.
+    """
+    x, experts, weights, *_ = call.operands
+    gate_up, down = _weights(t, call)
+    ranks = math.prod(size for _, size in call.attributes["across"])
+    count = gate_up.matrix.shape[0]
+    accept(constraints.moe_distribute(constraints.Sent(x.shape[0], x.shape[1], experts.shape[1], count, ranks)))
+    require(t.options.takes(x), f"npu_moe_distribute_dispatch_v2 takes no {type_name(x)}")
+    group = (EP_GROUP, ranks, 0, count * ranks)
+    rows, scales, places, groups, received, *_ = t.npu(
+        "npu_moe_distribute_dispatch_v2",
+        x,
+        experts,
+        *group,
+        quant_mode=_ROUNDED if gate_up.rounds else 0,
+        expert_token_nums_type=_COUNTS,
+    )
+    sent = _Rows(rows, x.dtype, scales) if gate_up.rounds else _Rows(rows)
+    out = _ffn(t, sent, gate_up, down, groups)
+    return t.npu("npu_moe_distribute_combine_v2", out, experts, places, received, weights.to(torch.float32), *group)
+
+
+def _weights(t: NpuTarget, call: OpCall[Any]) -> tuple[_Weight, _Weight]:
+    """The matrices of a call. Raises `NotTaken`."""
+    x, _, _, *matrices = call.operands
+    fmt = call.attributes.get(FORMAT, "")
+    require(len(matrices) == (4 if fmt else 2), "npu_grouped_matmul takes no FP8 blocks")
+    require(fmt == "" or t.options.takes(x), f"npu_dynamic_quant takes no {type_name(x)}")
+    half = len(matrices) // 2
+    gate_up, down = (_Weight.of(*each, fmt=fmt) for each in (matrices[:half], matrices[half:]))
+    count, _, columns = gate_up.matrix.shape
+    require(count > 1, "npu_grouped_matmul takes no single group")
+    require(
+        bool(fmt) or gate_up.matrix.dtype == down.matrix.dtype == x.dtype,
+        f"npu_grouped_matmul takes weights in {type_name(x)}",
+    )
+    accept(constraints.grouped_matmul(columns, x.shape[1]))
+    return gate_up, down
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Rows [n, i] of a grouped product, in int8 with the type of what they were and their `scale` [n] float32."""
+
+    values: Tensor
+    wide: torch.dtype | None = None
+    scale: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,20 +158,27 @@ class _Weight:
         return cls(matrix, scale, bias, rounds_activations(found))
 
 
-def _grouped(t: NpuTarget, x: Tensor, weight: _Weight, groups: Tensor) -> Tensor:
+def _ffn(t: NpuTarget, x: _Rows, gate_up: _Weight, down: _Weight, groups: Tensor) -> Tensor:
+    """Two grouped products and the activation between them, of rows sorted by group: [n, d]."""
+    hidden = _grouped(t, x, gate_up, groups)
+    return _grouped(t, _Rows(t.npu("npu_swiglu", hidden, -1)), down, groups)
+
+
+def _grouped(t: NpuTarget, x: _Rows, weight: _Weight, groups: Tensor) -> Tensor:
     """x [n, i] sorted by group times a weight: [n, o]."""
     given: dict[str, Any] = {}
-    rows, scale, four_bits = x, weight.scale, weight.matrix.dtype == torch.int32
+    rows, scale, four_bits = x.values, weight.scale, weight.matrix.dtype == torch.int32
+    wide = x.wide or rows.dtype
     if scale is not None and weight.rounds:
-        rows, row_scale = quantised_rows(t, x)
-        given = {"per_token_scale": [row_scale], "output_dtype": SCALAR_TYPES[x.dtype]}
+        rows, row_scale = (rows, x.scale) if x.scale is not None else quantised_rows(t, rows)
+        given = {"per_token_scale": [row_scale], "output_dtype": SCALAR_TYPES[wide]}
         if four_bits:  # the bits of a float32 in an int64
             require(weight.bias is not None, "npu_grouped_matmul wants the sums of 4-bit weights")
             given |= {"scale": [scale.to(torch.float32).view(torch.int32).to(torch.int64)], "bias": [weight.bias]}
         else:
-            given["scale"] = [scale[:, 0].to(x.dtype if x.dtype == torch.bfloat16 else torch.float32)]
+            given["scale"] = [scale[:, 0].to(wide if wide == torch.bfloat16 else torch.float32)]
     elif scale is not None:
-        narrow = scale.to(x.dtype) if four_bits else scale[:, 0].to(x.dtype)
+        narrow = scale.to(wide) if four_bits else scale[:, 0].to(wide)
         given = {"antiquant_scale": [narrow], "antiquant_offset": [torch.zeros(narrow.shape, dtype=narrow.dtype)]}
     return t.npu(
         "npu_grouped_matmul",

@@ -26,7 +26,7 @@ _ATEN = {
 class NpuOperator:
     """An operator `torch.ops.npu.<name>`: its schema, the ops of the contract it is used for, and what arguments are
     documented to be, by name: the `types` and `ranks` of tensors, the `values` of others; `same`: those of one type;
-    `pairs`: `arguments` whose types are one of `types` together."""
+    `pairs`: `arguments` whose types are one of `types` together. exchange: it talks to other devices."""
 
     name: str
     schema: str
@@ -36,6 +36,7 @@ class NpuOperator:
     values: Mapping[str, tuple[Any, ...]]
     same: tuple[tuple[str, ...], ...]
     pairs: Mapping[str, Any]
+    exchange: bool
 
     @property
     def signature(self) -> str:
@@ -65,7 +66,15 @@ def _npu_operator(name: str, entry: Mapping[str, Any]) -> NpuOperator:
         for key in ("types", "ranks", "values")
     }
     same = tuple(tuple(each) for each in entry.get("same", ()))
-    return NpuOperator(name, entry["schema"], tuple(entry["ops"]), **taken, same=same, pairs=entry.get("pairs", {}))
+    return NpuOperator(
+        name,
+        entry["schema"],
+        tuple(entry["ops"]),
+        **taken,
+        same=same,
+        pairs=entry.get("pairs", {}),
+        exchange=entry.get("exchange", False),
+    )
 
 
 def npu_form(op: str) -> str:

@@ -40,7 +40,7 @@ class NpuOptions:
     attention and quantisation take; a check of what graphs mean may add float32, which no kernel has."""
 
     fused: bool = True
-    dtypes: frozenset[str] = frozenset({"float16", "bfloat16"})
+    dtypes: frozenset[str] = constraints.ACTIVATIONS
 
     def splits(self, port: Port) -> bool:
         """Whether a cache is kept as two: the same for all graphs of a package."""

@@ -30,7 +30,7 @@ from jax import Array, lax
 
 from backends.emulation.rounding import LARGEST, LEAST
 from model.formats import E2M1, E4M3, INT4, INT8, MatrixFormat, Scheme, matrix_format
-from model.ops import FORMAT, OPS, Lowerings, full_scale, swiglu_body
+from model.ops import FORMAT, OPS, Across, Lowerings, full_scale, spread, swiglu_body
 
 BOUND = LARGEST[INT8]
 _NAMES = {E4M3: "8-bit floats", E2M1: "4-bit floats", INT8: "8-bit integers", INT4: "4-bit integers"}
@@ -112,10 +112,15 @@ def linear(x: Array, values: Array, scale: Array, *, format: str) -> Array:
     return _product(x, values, scale, (((x.ndim - 1,), (0,)), ((), ())), matrix_format(format))
 
 
-def expert_ffn(x: Array, experts: Array, weights: Array, *matrices: Array, format: str, taken: bool) -> Array:
+def expert_ffn(
+    x: Array, experts: Array, weights: Array, *matrices: Array, format: str, taken: bool, across: Across = ()
+) -> Array:
     """See `model.ops.expert_ffn`. An expert's result is in x's type before the sum over the choices."""
     gate_up, gate_up_scale, down, down_scale = matrices
     fmt, count = matrix_format(format), gate_up.shape[0]
+    if across:
+        here = functools.partial(expert_ffn, format=format, taken=taken)
+        return spread(lambda *given: here(*given, *matrices), x, experts, weights, count, across)
     if taken and experts.size <= count:  # few choices: the chosen experts' matrices alone
         here = experts < count
         local = jnp.where(here, experts, 0)

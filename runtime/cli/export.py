@@ -67,7 +67,11 @@ def export(
         typer.Option(autocompletion=completion.chips, help="For ascend: the chip, a profile's name or TOML file."),
     ] = None,
     npu_ops: Annotated[
-        str, typer.Option(help="For ascend, torch_npu's operators: all that take a call, or none (ATen alone).")
+        str,
+        typer.Option(
+            help="For ascend, torch_npu's operators: all that take a call; local, without those that talk to other "
+            "devices; or none (ATen alone)."
+        ),
     ] = "all",
     dtype: Annotated[
         str,

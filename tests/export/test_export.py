@@ -265,7 +265,7 @@ def test_stablehlo_names_no_path_of_this_machine(small: Path, tmp_path: Path, lo
         (("--format", "onnx", "--plan", "p.json", "--tp", "2", "--out", "OUT"), "--plan decides the layout"),
         (("--format", "onnx", "--plan", "p.json", "--tp", "1", "--out", "OUT"), "--plan decides the layout"),
         (("--format", "onnx", "--npu-ops", "all", "--out", "OUT"), "are for --format ascend"),
-        (("--format", "ascend", "--npu-ops", "some", "--out", "OUT"), "--npu-ops some: all or none"),
+        (("--format", "ascend", "--npu-ops", "some", "--out", "OUT"), "--npu-ops some: all, local or none"),
         (("--format", "ascend", "--formats", "fp8", "--weights", "none", "--out", "OUT"), "have no 8-bit floats"),
         (("--format", "ascend", "--profile", "h200-sxm", "--out", "OUT"), "is no Ascend chip"),
         (("--format", "ascend", "--verify", "--out", "OUT"), "add --npu-ops none"),

@@ -67,9 +67,16 @@ def _int4(name: str) -> NpuGraph:
     return write(g.graph(layer, inputs, ["out"]))
 
 
+def _exchange(name: str = "") -> NpuGraph:
+    call = narrow.lowerings(scheme(name), "ascend")["glm.expert_ffn"] if name else ops.expert_ffn
+    _, shares = g.exchange_inputs(name, _BF16)
+    return write(g.graph(g.exchange(call), shares[0], ["out"], g.EXCHANGE))
+
+
 GRAPHS: dict[str, Callable[[], NpuGraph]] = {
     "sparse": _sparse, "route": _route, "experts": _experts, "norm": _norm, "int8": _int8,
     "w4a8": lambda: _int4("w4a8"), "w4a16": lambda: _int4("w4a16"),
+    "exchange-int8": lambda: _exchange("w8a8"), "exchange": _exchange,
 }  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from backends.ascend.writer import NpuGraph
 from backends.toolchains.torch_device import host_tensor
 from backends.toolchains.walker import Graph, port
 from model import ops
+from runtime.porting.export.ascend_run import addressed
 
 F32 = NpuOptions(dtypes=frozenset({"float16", "bfloat16", "float32"}))
 """Operators in float32 too, to compare what graphs mean and not how they round."""
@@ -28,8 +30,10 @@ def normal(*shape: int, dtype: Any = np.float32, scale: float = 1.0, seed: int =
     return (np.random.default_rng((seed, *shape)).standard_normal(shape) * scale).astype(dtype)
 
 
-def graph(fn: Layer, inputs: Mapping[str, Any], outputs: list[str]) -> Graph:
-    closed = jax.make_jaxpr(lambda *args: fn(**dict(zip(inputs, args, strict=True))))(*inputs.values())
+def graph(fn: Layer, inputs: Mapping[str, Any], outputs: list[str], axes: ops.Across = ()) -> Graph:
+    """axes: mesh axes of the devices, of which `inputs` are one's."""
+    traced = jax.make_jaxpr(lambda *args: fn(**dict(zip(inputs, args, strict=True))), axis_env=list(axes) or None)
+    closed = traced(*inputs.values())
     names = [port(name, var.aval) for name, var in zip(inputs, closed.jaxpr.invars, strict=True)]
     results = [port(name, aval) for name, aval in zip(outputs, closed.out_avals, strict=True)]
     aliases = {name: name.removesuffix(".out") for name in outputs if name.startswith("cache.")}
@@ -52,6 +56,26 @@ def run(made: NpuGraph, inputs: Mapping[str, np.ndarray]) -> Inputs:
     register()
     results = program(made).module()(*(tensor(given(inputs, each.name)).reshape(each.shape) for each in made.inputs))
     return {each.name: array(value) for each, value in zip(made.outputs, results, strict=True)}
+
+
+def run_ranks(made: NpuGraph, shares: Sequence[Mapping[str, np.ndarray]]) -> list[Inputs]:
+    """A graph that talks to other devices, on a thread for each: what each returns."""
+    from tests.npu import references
+
+    references.register()
+    group = f"threads-{id(made)}"
+    references.MEETINGS[group] = references.Meeting(len(shares))
+
+    modules = [program(made).module() for _ in shares]
+    assert all(addressed(module, (group, rank)) for rank, module in enumerate(modules))
+
+    def one(rank: int) -> Inputs:
+        module = modules[rank]
+        results = module(*(tensor(given(shares[rank], each.name)).reshape(each.shape) for each in made.inputs))
+        return {each.name: array(value) for each, value in zip(made.outputs, results, strict=True)}
+
+    with ThreadPoolExecutor(len(shares)) as pool:
+        return list(pool.map(one, range(len(shares))))
 
 
 def given(inputs: Mapping[str, np.ndarray], name: str) -> np.ndarray:
@@ -175,3 +199,30 @@ def narrow_experts(name: str, dtype: Any = np.float32) -> Inputs:
 
 def experts(**x: Any) -> tuple[Any, ...]:
     return (ops.expert_ffn(x["x"], x["experts"], x["weights"], x["gate_up"], x["down"]),)
+
+
+EXCHANGE = (("dp", 2), ("tp", 2))
+
+
+def exchange_inputs(scheme: str = "", dtype: Any = np.float32) -> tuple[Inputs, list[Inputs]]:
+    """Of four devices that hold two experts each: all experts on one, and each device's share of everything. Three
+    tokens a device, of the least width that operators send, for two experts each."""
+    rng, width, inner = np.random.default_rng(7), 1024, 16
+    experts = np.stack([rng.permutation(8)[:2] for _ in range(12)]).astype(np.int32)
+    whole = {"x": normal(12, width, dtype=dtype), "experts": experts, "weights": rng.random((12, 2)).astype(np.float32)}
+    if scheme:
+        make = int4 if scheme.startswith("w4") else lambda *shape: rng.integers(-127, 128, shape).astype(np.int8)
+        for name, shape, scale in (("gate_up", (width, 2, inner), (1, 2, inner)), ("down", (inner, width), (1, width))):
+            whole[f"{name}.values"] = make(8, *shape)
+            whole[f"{name}.scale"] = (np.abs(normal(8, *scale)) / 100).astype(np.float32)
+    else:
+        whole |= {"gate_up": normal(8, width, 2, inner, dtype=dtype, scale=0.03)}
+        whole |= {"down": normal(8, inner, width, dtype=dtype, scale=0.3)}
+    return whole, [{name: np.split(value, 4)[rank] for name, value in whole.items()} for rank in range(4)]
+
+
+def exchange(call: Layer = ops.expert_ffn, across: ops.Across = EXCHANGE) -> Layer:
+    def layer(x: Any, experts: Any, weights: Any, **matrices: Any) -> tuple[Any, ...]:
+        return (call(x, experts, weights, *matrices.values(), **({"across": across} if across else {})),)
+
+    return layer

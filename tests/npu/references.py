@@ -8,6 +8,7 @@ What a document leaves undefined is NaN here.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -243,6 +244,88 @@ def _moe_finalize_routing(
     return _as((own * _np(scales)[:, :, None]).sum(1), rows.dtype)
 
 
+class Meeting:
+    """Where ranks that are threads of one process hand each other what an exchange sends, under a group's name."""
+
+    def __init__(self, ranks: int):
+        self.barrier, self.held = threading.Barrier(ranks, timeout=60), [None] * ranks
+
+    def all_gather(self, rank: int, value: Any) -> list[Any]:
+        self.held[rank] = value
+        self.barrier.wait()
+        found = list(self.held)
+        self.barrier.wait()
+        return found
+
+
+MEETINGS: dict[str, Meeting] = {}
+
+
+def _all_gather(group: str, rank: int, ranks: int, value: Any) -> list[Any]:
+    """What each rank of a group has, on all of them: threads that meet, or processes of torch.distributed."""
+    if group in MEETINGS:
+        return MEETINGS[group].all_gather(rank, value)
+    import torch.distributed as dist
+
+    made = dist.distributed_c10d._resolve_process_group(group)
+    assert dist.get_world_size(made) == ranks and dist.get_rank(made) == rank
+    found: list[Any] = [None] * ranks
+    dist.all_gather_object(found, value, made)
+    return found
+
+
+def _moe_distribute_dispatch_v2(
+    x: Tensor, ids: Tensor, group: str, ranks: int, rank: int, experts: int, *, quant_mode: int = 0, **given: Any
+) -> tuple[Tensor, ...]:
+    """A row for each choice that lives here: by expert, then by the rank that it comes from. What is sent in
+    assist_info_for_combine is the kernel's own matter; here the rank, token and choice of each row."""
+    assert given in ({}, {"expert_token_nums_type": 1}) and experts % ranks == 0 and 0 <= rank < ranks
+    assert ids.dtype == torch.int32 and ids.shape[0] == x.shape[0] and ((ids >= 0) & (ids < experts)).all()
+    assert all(len(set(row)) == len(row) for row in ids.tolist()), "an expert twice for one token"
+    local, choices = experts // ranks, ids.shape[1]
+    values, scale = _dynamic_quant(x) if quant_mode == 2 else (x, torch.zeros(x.shape[0]))
+    sent = _all_gather(group, rank, ranks, (values.clone(), scale, ids.clone()))
+    assert len({each[2].shape for each in sent}) == 1, "global_bs 0: all ranks have as many tokens"
+    room = x.shape[0] * ranks * min(local, choices)
+    rows = torch.full((room, x.shape[1]), -77 if quant_mode == 2 else torch.nan, dtype=values.dtype)
+    scales, assist = torch.full((room,), torch.nan), torch.full((max(ids.numel(), room * 128),), -1, dtype=torch.int32)
+    counts, received, place = torch.zeros(local, dtype=torch.int64), [], 0
+    for expert in range(local):
+        for source, (theirs, theirs_scale, theirs_ids) in enumerate(sent):
+            for token, choice in (theirs_ids == rank * local + expert).nonzero().tolist():
+                rows[place], scales[place] = theirs[token], theirs_scale[token]
+                assist[place * 128 : place * 128 + 3] = torch.tensor([source, token, choice])
+                counts[expert] += 1
+                place += 1
+            received.append(place)
+    none = torch.zeros(0, dtype=torch.int32)
+    return rows, scales, assist, counts, torch.tensor(received, dtype=torch.int32), none, torch.zeros(0)
+
+
+def _moe_distribute_combine_v2(
+    x: Tensor,
+    ids: Tensor,
+    assist: Tensor,
+    counts: Tensor,
+    weights: Tensor,
+    group: str,
+    ranks: int,
+    rank: int,
+    experts: int,
+) -> Tensor:
+    assert weights.dtype == torch.float32 and weights.shape == ids.shape and len(counts) == experts
+    mine = assist.reshape(-1, 128)[: int(counts[-1]), :3].clone() if len(counts) else assist.new_empty((0, 3))
+    total = np.zeros((ids.shape[0], x.shape[1]))
+    seen = np.zeros(ids.shape, bool)
+    for rows, places in _all_gather(group, rank, ranks, (x[: len(mine)].clone(), mine)):
+        for row, (source, token, choice) in zip(_np(rows), places.tolist(), strict=True):
+            if source == rank:
+                total[token] += row * float(weights[token, choice])
+                seen[token, choice] = True
+    assert seen.all()
+    return _as(total, x.dtype)
+
+
 REFERENCES: dict[str, Callable[..., Any]] = {
     "npu_rms_norm": _rms_norm,
     "npu_dynamic_quant": _dynamic_quant,
@@ -256,4 +339,6 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "npu_weight_quant_batchmatmul": _weight_quant_batchmatmul,
     "npu_swiglu": _swiglu,
     "npu_moe_finalize_routing": _moe_finalize_routing,
+    "npu_moe_distribute_dispatch_v2": _moe_distribute_dispatch_v2,
+    "npu_moe_distribute_combine_v2": _moe_distribute_combine_v2,
 }

@@ -184,6 +184,28 @@ def test_4_bit_products_mean_what_the_narrow_op_means(groups: int, fused: bool):
     np.testing.assert_allclose(g.run(made, inputs)["out"], np.asarray(product(**inputs)[0]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["", "w8a8", "w4a8", "w4a16"])
+def test_experts_across_devices_are_one_devices_experts(name: str):
+    """Four ranks exchange rows, as int8 where the products round them; each gets back what one device computes."""
+    call = narrow.lowerings(scheme(name), "ascend")["glm.expert_ffn"] if name else ops.expert_ffn
+    whole, shares = g.exchange_inputs(name)
+    made = write(g.graph(g.exchange(call), shares[0], ["out"], g.EXCHANGE), g.F32)
+    assert {"npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2"} <= g.operators(made)
+    assert not {"npu_moe_init_routing_v2", "npu_moe_finalize_routing"} & g.operators(made)
+    want = np.asarray(g.exchange(call, ())(**whole)[0])
+    got = np.concatenate([each["out"] for each in g.run_ranks(made, shares)])
+    assert np.abs(want).max() > 0.1
+    assert np.abs(got - want).max() <= (0.01 * np.abs(want).max() if name else 1e-4)  # as above, for int8
+
+
+def test_an_exchange_that_the_operators_do_not_take_is_refused_before_it_is_a_graph():
+    whole, shares = g.exchange_inputs()
+    narrow_rows = {**shares[0], "x": shares[0]["x"][:, :512], "gate_up": shares[0]["gate_up"][:, :512],
+                   "down": shares[0]["down"][:, :, :512]}  # fmt: skip
+    with pytest.raises(Unsupported, match="takes rows of 1024 to 8192, not 512; export with --npu-ops local"):
+        write(g.graph(g.exchange(), narrow_rows, ["out"], g.EXCHANGE), g.F32)
+
+
 def test_rows_that_do_not_fill_int32_are_refused():
     call = narrow.lowerings(scheme("w4a16/w4a16"), "ascend")["glm.linear"]
     inputs = {"x": g.normal(3, 64), "w.values": g.int4(64, 12), "w.scale": np.abs(g.normal(2, 12))}

@@ -67,8 +67,10 @@ def test_glm_5_is_accepted_whole(formats: str, layout: Layout):
                 assert not made.declined
                 used.update(operator for _, operators in made.used for operator in operators)
     int8 = {"npu_dynamic_quant", "npu_quant_matmul"}
+    across = {name for name, operator in npu_release().operators.items() if operator.exchange}
+    assert (across <= set(used)) == (layout.dp > 1)
     dense = {"npu_weight_quant_batchmatmul"} | (int8 if formats in ("bf16", "w4a16") else set())
-    assert set(used) == set(npu_release().operators) - dense
+    assert set(used) | across == set(npu_release().operators) - dense
 
 
 def test_without_operators_a_graph_is_aten_alone():

@@ -74,6 +74,16 @@ MUTATED: list[tuple[str, int | str, Any, str, bool]] = [
     ("npu_moe_finalize_routing", 4, F32, "scales of another type", False),
     ("npu_moe_finalize_routing", "drop_pad_mode", 1, "drop_pad_mode 1 for rows of two dims", True),
     ("npu_moe_finalize_routing", "drop_pad_mode", 4, "drop_pad_mode that there is not", False),
+    ("npu_moe_distribute_dispatch_v2", 0, F32, "x in float32", False),
+    ("npu_moe_distribute_dispatch_v2", 1, I64, "expert_ids in int64", False),
+    ("npu_moe_distribute_dispatch_v2", 0, _flat, "x of one dim", True),
+    ("npu_moe_distribute_dispatch_v2", "quant_mode", 6, "quant_mode that there is not", False),
+    ("npu_moe_distribute_dispatch_v2", "expert_token_nums_type", 2, "expert_token_nums_type that there is not", True),
+    ("npu_moe_distribute_dispatch_v2", "comm_alg", "ring", "comm_alg that there is not", False),
+    ("npu_moe_distribute_combine_v2", 0, F32, "expand_x in float32", False),
+    ("npu_moe_distribute_combine_v2", 4, F16, "expert_scales in float16", False),
+    ("npu_moe_distribute_combine_v2", 2, I64, "assist_info_for_combine in int64", False),
+    ("npu_moe_distribute_combine_v2", "comm_quant_mode", 1, "comm_quant_mode that there is not", False),
 ]
 
 

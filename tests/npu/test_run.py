@@ -15,13 +15,16 @@ import pytest
 
 pytest.importorskip("torch")
 from backends import registry
+from backends.errors import BackendUnavailable
 from model.checkpoint import Checkpoint
 from model.split import Layout
 from runtime.deployment.manifest import Gear
 from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.load import embedded_checkpoint, load_engine
 from runtime.execution.local.request import Prompt
+from runtime.execution.package.torch import TorchExecutor
 from tests.cli.cli import glm5, refused
+from tests.export.wide_checkpoint import glm_like
 from tests.npu.packages import export, operators, request
 
 PROMPTS = ((32, 537, 72, 87, 83, 875, 542), (85, 258, 300, 4, 9, 11, 13, 400, 77, 31, 5, 600))
@@ -77,6 +80,21 @@ def test_tokens_are_those_of_the_jax_step_on_one_process_a_device(layout: Layout
     folder = package(tmp_path / "package", layout)
     done = start(folder, *KERNELS, *prompts(), processes=layout.tp * layout.dp * layout.pp)
     assert tokens(done) == expected()
+
+
+@pytest.mark.slow
+def test_tokens_with_experts_that_operators_reach(tmp_path: Path):
+    """Four processes, each with its own share of a group's tokens and of the experts; rows wide enough to be sent."""
+    checkpoint = Checkpoint(glm_like(tmp_path / "checkpoint", hidden_size=1024, n_routed_experts=8))
+    gears = {"prefill": [Gear(2, 32, 3)], "decode": [Gear(2, 1, 6)]}
+    folder = tmp_path / "package"
+    manifest = export(request(checkpoint.path, "f32", gears, Layout(tp=2, dp=2, ep=4)), folder)  # type: ignore[arg-type]
+    assert "npu_moe_distribute_dispatch_v2" in operators(manifest) and manifest.extra["ascend"]["exchange"]
+    engine = load_engine(checkpoint, registry.get("cpu"), EngineConfig(), "float32", False, None)
+    want = [list(each.token_ids) for each in engine.generate([Prompt(ids, COUNT) for ids in PROMPTS])]
+    assert tokens(start(folder, *KERNELS, *prompts(), processes=4)) == want
+    with pytest.raises(BackendUnavailable, match="talk to other devices themselves.*its run.py"):
+        TorchExecutor(trusted=True).admit(folder, manifest)
 
 
 @pytest.mark.slow

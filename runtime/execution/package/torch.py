@@ -11,11 +11,23 @@ from typing import Any
 
 import numpy as np
 
+from backends.ascend.operators import npu_release
 from backends.errors import BackendUnavailable
 from backends.toolchains.torch_device import TorchDevice
 from runtime.deployment.manifest import GearUnits, Manifest, Step
 from runtime.execution.package.executor import Function, graphs, refusing
 from runtime.execution.package.torch_archive import checked
+
+
+def _operators(manifest: Manifest, platform: str) -> set[str]:
+    """Of torch_npu, that the graphs call."""
+    return {
+        name
+        for step in graphs(Path(), manifest, platform).values()
+        for use in step.ops
+        if use.form == "custom"
+        for name in use.target.split(", ")
+    }
 
 
 @contextmanager
@@ -40,8 +52,16 @@ class TorchExecutor:
         self.device = device or TorchDevice()
 
     def admit(self, folder: Path, manifest: Manifest) -> None:
-        """Raises `BackendUnavailable` for graphs of torch_npu's operators where those have no kernels."""
-        if lacking := self._lacking(manifest):
+        """Raises `BackendUnavailable` for graphs of torch_npu's operators where those have no kernels, and for graphs
+        that talk to other devices themselves: here ranks run one after another."""
+        called = _operators(manifest, self.platform)
+        exchanging = {name for name, operator in npu_release().operators.items() if operator.exchange}
+        if sending := sorted(called & exchanging):
+            raise BackendUnavailable(
+                f"{folder}: its graphs talk to other devices themselves ({sending[0]}): start it with its run.py, or "
+                "export it with --npu-ops local"
+            )
+        if lacking := self._lacking(called):
             raise BackendUnavailable(
                 f"{folder}: its graphs call {', '.join(lacking[:3])}{' ..' if len(lacking) > 3 else ''} of torch_npu, "
                 f"which have no kernels on {self.device.name}; use --backend ascend on a host with an NPU, or export "
@@ -50,14 +70,7 @@ class TorchExecutor:
         if not self.trusted:
             self._checked = {path: checked(path) for path in graphs(folder, manifest, self.platform)}
 
-    def _lacking(self, manifest: Manifest) -> list[str]:
-        called = {
-            name
-            for step in graphs(Path(), manifest, self.platform).values()
-            for use in step.ops
-            if use.form == "custom"
-            for name in use.target.split(", ")
-        }
+    def _lacking(self, called: set[str]) -> list[str]:
         if not called:
             return []
         import torch

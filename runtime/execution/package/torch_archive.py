@@ -60,7 +60,8 @@ _TARGET = re.compile(r"torch\.ops\.(aten|npu)\.([a-z0-9_]+)\.([A-Za-z_]+)")
 _HELD = re.compile(
     r"[a-z]\w*_\d+", re.ASCII
 )  # a name for a constant, which becomes an attribute: none that classes have
-_WORD = re.compile(r"floor|trunc|[a-z,]+->[a-z]*|(PA_)?BSND")  # how to round a quotient; a product's letters; a layout
+_WORD = re.compile(r"floor|trunc|[a-z,]+->[a-z]*|(PA_)?BSND|ep")
+"""How to round a quotient; a product's letters; a layout; where the name of a group goes."""
 _BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 2, 7: 4, 8: 8, 12: 1, 13: 2, 29: 1}  # schema.ScalarType
 
 

@@ -20,26 +20,32 @@ from backends.toolchains.walker import Graph, Port
 from foundation.errors import UsageError
 from hw_profiles import Profile
 from model.formats import scheme
-from runtime.deployment.manifest import Manifest, Step, Value, WeightRef
+from runtime.deployment.manifest import Gear, Manifest, Phase, Step, Value, WeightRef
 from runtime.porting.export.ascend_readme import readme
 from runtime.porting.export.job import ExportJob, op_uses, values
 
 RUN = "run.py"
-OPERATORS = ("all", "none")
+OPERATORS = ("all", "local", "none")
 
 
 class AscendWriter:
-    """Options of the request: `npu_ops` ("all" of torch_npu's operators where they take a call, or "none": ATen alone)
-    and `profile` (a Profile or None: whose number formats a package is held to)."""
+    """Options of the request: `npu_ops` ("all" of torch_npu's operators where they take a call, "local": but those that
+    talk to other devices, or "none": ATen alone) and `profile` (a Profile or None: whose number formats a package is
+    held to)."""
 
     packages: tuple[str, ...] = ("torch",)
 
     def __init__(self, request: ExportJob):
         chosen = request.options.get("npu_ops", "all")
         if chosen not in OPERATORS:
-            raise UsageError(f"--npu-ops {chosen}: {' or '.join(OPERATORS)}")
+            raise UsageError(f"--npu-ops {chosen}: {', '.join(OPERATORS[:-1])} or {OPERATORS[-1]}")
         _refuse(request, request.options.get("profile"))
-        self.options = request.options.get("npu_options") or NpuOptions(fused=chosen == "all")
+        self.options = request.options.get("npu_options") or NpuOptions(fused=chosen != "none")
+        self.chosen = chosen if self.options.fused else "none"
+        gears: list[tuple[Phase, Gear]] = [(phase, gear) for phase, each in request.gears.items() for gear in each]
+        self.not_sent = Counter(why for each in gears if (why := request.cut.not_sent(*each)))
+        sent = [request.cut.sent(gear) for phase, gear in gears if request.cut.sends(phase, gear)]
+        self.buffer_mb = max((each.buffer_mb for each in sent), default=0)
         self.nz: dict[str, set[str]] = {}
         self.plain: dict[str, set[str]] = {}  # that some graph reads in another way
         self.declined: Counter[tuple[str, str]] = Counter()
@@ -77,12 +83,15 @@ class AscendWriter:
     def finish(self, folder: Path, manifest: Manifest) -> Manifest:
         nz = {unit: sorted(names - self.plain.get(unit, set())) for unit, names in self.nz.items()}
         manifest.extra["ascend"] = {
-            "npu_ops": "all" if self.options.fused else "none",
+            "npu_ops": self.chosen,
             "torch_npu": npu_release().version,
             "operators": sorted(self.operators),
             "nz": {unit: names for unit, names in sorted(nz.items()) if names},
-            "declined": [f"{op}: {why} ({n} times)" for (op, why), n in sorted(self.declined.items())],
+            "declined": [f"{op}: {why} ({n} times)" for (op, why), n in sorted(self.declined.items())]
+            + [f"experts on other devices: {why} ({n} gears)" for why, n in sorted(self.not_sent.items())],
         }
+        if self.buffer_mb:  # of the group in which the operators that exchange tokens are alone
+            manifest.extra["ascend"]["exchange"] = {"hccl_buffer_mb": self.buffer_mb}
         caches = {unit: tuple(p for each in held for p in self._parts(each)) for unit, held in manifest.caches.items()}
         weights = {
             unit: tuple(each for ref in refs for each in self._refs(unit, ref))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from runtime.deployment.manifest import Manifest
 
@@ -49,6 +50,7 @@ def readme(manifest: Manifest) -> str:
         "`--graph-mode`: `eager`; `npugraph_ex` (the default) and `torchair` compile each unit once and keep it under "
         '`compiled/`; `npugraph_ex-compile` is `torch.compile(backend="npugraph_ex")`. The collectives between a '
         "unit's graphs are operators of `torch.distributed` inside what is compiled, over HCCL.",
+        *_exchange(said),
         "## Gears\nA gear is a set of static shapes. run.py takes the smallest that holds the prompts.\n\n"
         "| phase | sequences | tokens | context |\n|---|---|---|---|\n" + gears,
         "## How the graphs fit together\n`manifest.json`: `programs` lists the units of each gear and their steps, "
@@ -71,6 +73,18 @@ def readme(manifest: Manifest) -> str:
             "`NAME.scale` their float32 scales."
         )
     return "\n\n".join(parts) + "\n"
+
+
+def _exchange(said: dict[str, Any]) -> list[str]:
+    """What a host must have for operators that talk to other devices."""
+    if "exchange" not in said:
+        return []
+    return [
+        "## Experts on other devices\nDecode graphs exchange tokens themselves (`npu_moe_distribute_dispatch_v2`, "
+        f"`_combine_v2`) in a group of their own, whose buffers take {said['exchange']['hccl_buffer_mb']} MB of each "
+        "device (hccl_buffer_size; run.py sets it). run.py puts the group's name and the device's rank into the graphs "
+        'where they say `group_ep="ep"` and `ep_rank_id=0`.'
+    ]
 
 
 def _devices(manifest: Manifest) -> int:

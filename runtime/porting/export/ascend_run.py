@@ -34,6 +34,7 @@ SCHEMA_VERSION = 2
 MEASUREMENTS = "glm5-npu-measurements"  # `glm5 calibrate --from` and `glm5 validate` know the file by it
 MEASUREMENTS_VERSION = 1
 FRACTAL_NZ = 29  # of CANN's aclFormat
+EXCHANGES = ("npu::npu_moe_distribute_dispatch_v2", "npu::npu_moe_distribute_combine_v2")
 OUT = ".out"
 DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8,
@@ -139,12 +140,31 @@ class RunPlace:
             self._join("dp", [[rank_of[s, d, t] for d in dp] for s in stages for t in tp])
             self._join("stage", [[rank_of[s, d, t] for s in stages] for d in dp for t in tp])
             self._join("world", [list(range(self.world))])
+            exchange = manifest["extra"]["ascend"].get("exchange")
+            if exchange:  # a group in which nothing but the operators that exchange tokens is
+                self._join("ep", [[rank_of[s, d, t] for d in dp for t in tp] for s in stages], exchange)
 
-    def _join(self, axis, groups):
+    def _join(self, axis, groups, exchange=None):
+        options = None
+        if exchange and self.device.type == "npu":
+            import torch_npu
+
+            options = torch_npu._C._distributed_c10d.ProcessGroupHCCL.Options()
+            options.hccl_config = {"hccl_buffer_size": exchange["hccl_buffer_mb"]}
         for ranks in groups:  # every process makes every group, in the same order
-            made = dist.new_group(ranks) if len(ranks) > 1 else None
+            made = dist.new_group(ranks, pg_options=options) if len(ranks) > 1 else None
             if self.rank in ranks:
                 self.groups[axis] = (made, ranks)
+
+    @property
+    def experts(self):
+        """The group that experts are spread over: how operators call it, and this device's rank; None without one."""
+        if "ep" not in self.groups:
+            return None
+        group, ranks = self.groups["ep"]
+        if self.device.type == "cpu":
+            return group.group_name, ranks.index(self.rank)
+        return group._get_backend(self.device).get_hccl_comm_name(self.rank), ranks.index(self.rank)
 
     @property
     def stage(self):
@@ -185,6 +205,26 @@ def exchange(kind, value, dim, group):
 
 
 # --- units ------------------------------------------------------------------------------------------
+
+
+def addressed(module, experts):
+    """Puts the experts' group and this device's rank into a graph's exchanges. Returns whether there are any."""
+    found = [node for node in module.graph.nodes if getattr(node.target, "_schema", None) is not None]
+    found = [node for node in found if node.target._schema.name in EXCHANGES]
+    if found and experts is None:
+        raise Stop("a graph talks to other devices, and the manifest has no group for it; export the package again")
+    for node in found:
+        names = [argument.name for argument in node.target._schema.arguments]
+        given, named = list(node.args), dict(node.kwargs)
+        for name, value in zip(("group_ep", "ep_rank_id"), experts, strict=True):
+            if (place := names.index(name)) < len(given):
+                given[place] = value
+            else:
+                named[name] = value
+        node.args, node.kwargs = tuple(given), named
+    if found:
+        module.recompile()
+    return bool(found)
 
 
 class Unit(torch.nn.Module):
@@ -256,7 +296,8 @@ class RunModel:
         self.units = {"outer": "outer"} | {f"layers.{each['index']}": each["unit"] for each in manifest["layers"]}
         self.first, self.last = place.stage == 0, place.stage == place.stages - 1
         self.layers = [f"layers.{index}" for index in place.share["layers"]]
-        self.graphs, self.made, self.load_s, self.compile_s = {}, {}, 0.0, {}
+        self.graphs, self.made, self.load_s = {}, {}, 0.0
+        self.sending = set()  # files of graphs that have exchanges
         begin = time.perf_counter()
         shapes = self._shapes()
         held = WeightFile(check_file(folder, manifest, place.share["weights"], verify))
@@ -315,6 +356,8 @@ class RunModel:
 
                 program = move_to_device_pass(program, str(self.place.device))
             self.graphs[file] = program.module()
+            if addressed(self.graphs[file], self.place.experts):
+                self.sending.add(file)
             self.load_s += time.perf_counter() - begin
         return self.graphs[file]
 
@@ -325,6 +368,9 @@ class RunModel:
             graphs = [self.graph(step["files"]["any"]) for step in steps if step["kind"] == "graph"]
             made = unit_of(steps, graphs, self.place.groups)
             cache = str(self.folder / "compiled" / self.mode / f"{program}-{name}")
+            if any(step["files"]["any"] in self.sending for step in steps if step["kind"] == "graph"):
+                # what is compiled has the group's name, which is another one at the next start
+                cache += "-" + hashlib.sha256(self.place.experts[0].encode()).hexdigest()[:12]
             self.made[key] = (made, compiled(made, self.mode, cache, self.place.rank))
         return self.made[key]
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from backends.ascend import constraints
 from backends.toolchains import narrow
 from backends.toolchains.walker import Graph, Port
 from model.checkpoint import Checkpoint
@@ -45,7 +46,15 @@ class ExportJob:
         mtp = self.cfg.mtp_layers > 0 and (self.checkpoint is None or self.checkpoint.has_mtp)
         found = scheme(self.scheme)
         replaced = narrow.lowerings(found, self.format)
-        return Cut(self.cfg, self.grid, self.dtype, found, self.page_size, pages, mtp, replaced)
+        exchange = "operators" if self._operators_exchange else "collectives"
+        return Cut(self.cfg, self.grid, self.dtype, found, self.page_size, pages, mtp, replaced, exchange)
+
+    @property
+    def _operators_exchange(self) -> bool:
+        """Whether Ascend's operators that talk to other devices are wanted, and take the activations."""
+        given = self.options.get("npu_options")
+        taken = constraints.ACTIVATIONS if given is None else given.dtypes if given.fused else ()
+        return self.format == "ascend" and self.options.get("npu_ops", "all") == "all" and self.dtype in taken
 
     @property
     def dtype(self) -> str:

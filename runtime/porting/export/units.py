@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from backends.ascend import constraints
 from backends.toolchains.cut import Exchange, cut
 from backends.toolchains.walker import Graph
 from model import abstract, graph, ops
@@ -33,7 +34,8 @@ class Cut:
     """What is exported: a model on a grid of devices, in a number format, with caches of `pool_pages` pages.
 
     dtype: of activations, caches and whatever the scheme leaves wide. lowerings: ops that the number format replaces
-    (`backends.toolchains.narrow`). mtp: with the MTP layer, where the model has one.
+    (`backends.toolchains.narrow`). mtp: with the MTP layer, where the model has one. exchange: experts on other devices
+    are reached by collectives between graphs, or by Ascend's operators for it where those take a step.
     """
 
     cfg: ModelConfig
@@ -44,6 +46,7 @@ class Cut:
     pool_pages: int
     mtp: bool = True
     lowerings: ops.Lowerings = dataclasses.field(default_factory=dict)
+    exchange: Literal["collectives", "operators"] = "collectives"
 
     @property
     def axes(self) -> dict[str, int]:
@@ -54,6 +57,43 @@ class Cut:
     def unit_types(self) -> dict[str, LayerType]:
         """The layer types, MTP's included, by the name of their unit."""
         return {kind.name: kind for kind in self.cfg.layer_counts if self.mtp or not kind.mtp}
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether tokens are sent to experts on other devices, each to those of its own alone."""
+        par = Parallel.of(self.grid.layout)
+        return self.cfg.moe is not None and bool(par.dp) and (par.moe, par.exchange) == ("expert", "all_to_all")
+
+    def sent(self, gear: Gear) -> constraints.Sent:
+        """What a device gives the operators of an exchange, where there is one."""
+        moe, layout = self.cfg.moe, self.grid.layout
+        assert moe is not None
+        moe_types = [kind for kind in self.unit_types.values() if kind.ffn != "dense"]
+        (matrix,) = (w for w in layer_weights(self.cfg, moe_types[0]) if w.name == "experts_gate_up")
+        return constraints.Sent(
+            tokens=-(-gear.sequences * gear.tokens // layout.tp),
+            width=self.cfg.hidden_size,
+            choices=moe.top_k,
+            experts=self.local(matrix)[0],
+            ranks=layout.dp * layout.tp,
+        )
+
+    def not_sent(self, phase: Phase, gear: Gear) -> str | None:
+        """Why an exchange is made of collectives between graphs; None where it is operators', or there is none."""
+        if not self.exchanges or self.exchange == "collectives":
+            return None
+        if phase == "prefill":
+            return "chunks go by collectives: the operators' buffers hold all that every device could send"
+        return constraints.moe_distribute(self.sent(gear))
+
+    def sends(self, phase: Phase, gear: Gear) -> bool:
+        """Whether an exchange is operators'."""
+        return self.exchanges and self.exchange == "operators" and self.not_sent(phase, gear) is None
+
+    def parallel(self, phase: Phase, gear: Gear) -> Parallel:
+        """The collectives of a step's program."""
+        found = Parallel.of(self.grid.layout)
+        return dataclasses.replace(found, exchange="operators") if self.sends(phase, gear) else found
 
     def table_width(self, kind: LayerType) -> int:
         """Columns of the table of expert slots that layers of a type are given; 0 where slot e is expert e."""
@@ -151,7 +191,7 @@ def _leaves(weight: Weight, fmt: MatrixFormat, value: Any) -> list[tuple[str, An
 
 def units(what: Cut, phase: Phase, gear: Gear) -> dict[str, Chain]:
     """Every unit's chain at a gear, by name: "view", "embed", the layer types, "head", and MTP's where there is one."""
-    cfg, shape, par, axes = what.cfg, what.shape(gear), Parallel.of(what.grid.layout), what.axes
+    cfg, shape, par, axes = what.cfg, what.shape(gear), what.parallel(phase, gear), what.axes
     mode = graph.Mode("expanded" if phase == "prefill" else "absorbed")
     out: dict[str, Chain] = {"view": _view(what, shape), "embed": _end(what, shape, "embed")}
     for name, kind in what.unit_types.items():
