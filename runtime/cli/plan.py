@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -39,7 +37,9 @@ from runtime.cli.loads import (
 from runtime.cli.plan_check import plan_check
 from runtime.cli.plan_experts import plan_experts
 from runtime.cli.plan_launch import plan_launch
+from runtime.cli.plan_rl import plan_rl
 from runtime.cli.prefill_pool import HeldPrefillDp, HeldPrefillEp, HeldPrefillPp, HeldPrefillTp, prefill_held
+from runtime.cli.searches import progress, split_profile
 from runtime.deployment.engines import ENGINES_HELP
 
 if TYPE_CHECKING:
@@ -53,10 +53,9 @@ app = typer.Typer(help="Plan a deployment: layout, experts and KV cache, assigne
 app.command("experts")(plan_experts)
 app.command("check")(plan_check)
 app.command("launch")(plan_launch)
+app.command("rl")(plan_rl)
 
 PERCENTILES: Mapping[str, Percentile | None] = {"mean": None, "50": 50, "90": 90, "99": 99}
-QUIET_SECONDS = 1.0
-"""Searches that take longer say on stderr what they are doing."""
 
 
 @app.callback(invoke_without_command=True)
@@ -215,7 +214,7 @@ def _chips(names: list[str], devices: int | None, default: int, settings: Mappin
 
     if len(names) > 2:
         raise UsageError(f"{len(names)} profiles: give one, or two to prefill on one and decode on the other")
-    named = [_split(text) for text in names]
+    named = [split_profile(text) for text in names]
     if devices is not None and all(count is not None for _, count in named):
         raise UsageError(f"--devices {devices}: --profile {names[0]} has a number already; leave out one of the two")
     return [Chips(chip_with(name, settings), count or devices or default) for name, count in named]
@@ -229,28 +228,7 @@ def _answer(question: Question, chips: list[Chips], expert_load: Path | None) ->
     load = read_load(expert_load) if expert_load else None
     load_name = expert_load.name if expert_load else ""
     if question.demand.objective != "min-devices":
-        return search(question, chips, load, load_name, _progress())
+        return search(question, chips, load, load_name, progress())
     if len(chips) > 1:
         raise UsageError("min-devices counts one kind of chip: give one --profile")
-    return smallest(question, chips[0].profile, chips[0].count, load, load_name, _progress())
-
-
-def _split(text: str) -> tuple[str, int | None]:
-    """A profile and its number of devices, from NAME or NAME:COUNT. Raises `UsageError`."""
-    name, colon, count = text.rpartition(":")
-    if not colon or name.endswith("/") or not re.fullmatch(r"[+-]?[0-9]{1,18}", count):
-        return text, None
-    if int(count) < 1:
-        raise UsageError(f"--profile {text}: give at least one device")
-    return name, int(count)
-
-
-def _progress() -> Callable[[str], None]:
-    start = time.monotonic()
-
-    def say(message: str) -> None:
-        seconds = time.monotonic() - start
-        if seconds > QUIET_SECONDS:
-            typer.echo(f"{seconds:4.0f} s  {message}", err=True)
-
-    return say
+    return smallest(question, chips[0].profile, chips[0].count, load, load_name, progress())

@@ -55,6 +55,11 @@ class Pacer:
         """Groups that have begun and not finished."""
         return len(self._under_way)
 
+    @property
+    def finished(self) -> list[int]:
+        """Groups that have come back and that no step has taken or thrown away."""
+        return list(self._finished)
+
     def begin(self) -> range:
         """The groups that begin now, with the present version."""
         if self.admission == "paced":

@@ -51,7 +51,7 @@ def glm5(*words: object) -> Output:
     No search is so long that it says what it is doing: whether it would depends on the machine.
     """
     out, err = io.StringIO(), io.StringIO()
-    patient = mock.patch("runtime.cli.plan.QUIET_SECONDS", math.inf)
+    patient = mock.patch("runtime.cli.searches.QUIET_SECONDS", math.inf)
     with patient, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main([str(word) for word in words])

@@ -113,7 +113,7 @@ def test_what_does_not_fit_prints_its_ledger() -> None:
 
 
 def test_a_longer_search_says_what_it_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("runtime.cli.plan.QUIET_SECONDS", -1.0)
+    monkeypatch.setattr("runtime.cli.searches.QUIET_SECONDS", -1.0)
     with pytest.raises(SystemExit) as end:
         main(["plan", "--profile", "h100-sxm"])
     *progress, first, _ = capsys.readouterr().err.partition("glm5: ")

@@ -15,6 +15,7 @@ from foundation.errors import UsageError
 from model.checkpoint import Checkpoint
 from model.module import Model
 from runtime.execution.local.load import embedded_checkpoint
+from runtime.serving.delays import Delay
 from runtime.training import config, export, steps
 from runtime.training.data import Exercise
 from runtime.training.params import named, put
@@ -180,6 +181,6 @@ def test_questions_are_of_facts_that_are_not_held_out_and_imitated_ones_are_othe
 
 
 def test_delays_have_the_mean_and_are_the_members_own(known: Questions) -> None:
-    found = np.array([known.delay_s(0, 0, member, 2.0, 4.0) for member in range(4000)])
+    found = np.array([known.delay_s(0, 0, member, Delay(2.0, 4.0)) for member in range(4000)])
     assert abs(found.mean() - 2.0) < 0.15 and found.min() > 0 and found.max() > 6
-    assert known.delay_s(0, 0, 1, 0.0, 1.5) == 0.0
+    assert known.delay_s(0, 0, 1, Delay()) == 0.0

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from foundation.errors import UsageError
 from model.formats import SCHEMES_HELP, scheme
+from runtime.serving.delays import Delay
 from runtime.serving.pacing import RolloutAdmission
 from runtime.training.config import MOST_STEPS, table, tables, unknown_rounding
 from runtime.training.rl.episodes import PRACTISED
@@ -86,20 +87,6 @@ class Generation:
             except UsageError:
                 return f"`formats` must be float32, bfloat16, {SCHEMES_HELP}, not {self.formats!r}"
         return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Delay:
-    """Time that an environment takes over every answer, injected: Pareto with this mean and tail (above 1; the lower,
-    the heavier)."""
-
-    mean_s: float = 0.0
-    tail: float = 1.5
-
-    def problem(self) -> str | None:
-        if not 0 <= self.mean_s <= 3600:
-            return f"`mean_s` must lie between 0 and 3600, not {self.mean_s}"
-        return None if 1 < self.tail <= 100 else f"`tail` must lie above 1 and at most 100, not {self.tail}"
 
 
 @dataclasses.dataclass(frozen=True)

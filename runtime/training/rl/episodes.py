@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from model.tokenizer import ChatTemplate, Tokenizer
+from runtime.serving.delays import Delay
 from runtime.training.data import HARDER, TASKS, TURNS, Exercise, Generator
 
 PRACTISED = (*TASKS, *HARDER, *TURNS)
@@ -172,12 +173,11 @@ class Questions:
             episode.say(ids, [0.0] * len(ids), [0] * len(ids), "stop")
         return episode.done
 
-    def delay_s(self, stage: int, number: int, member: int, mean_s: float, tail: float) -> float:
-        """What an environment takes over a member's answer: Pareto, of that mean."""
-        if not mean_s:
+    def delay_s(self, stage: int, number: int, member: int, delay: Delay) -> float:
+        """What an environment takes over a member's answer."""
+        if not delay.mean_s:
             return 0.0
-        rng = np.random.default_rng([self._seed, _DELAY, stage, number, member])
-        return float(mean_s * (tail - 1) / tail * (1 + rng.pareto(tail)))
+        return float(delay.draw(np.random.default_rng([self._seed, _DELAY, stage, number, member]), 1)[0])
 
     def draw_seed(self, stage: int, number: int, member: int, turn: int) -> list[int]:
         """Of the generator that a turn's tokens are drawn from."""

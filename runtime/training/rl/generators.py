@@ -65,7 +65,7 @@ def asked(config: RlConfig, questions: Questions, stage: int, number: int) -> As
         of.group_size,
         of.length,
         seeds=lambda member, turn: questions.draw_seed(stage, number, member, turn),
-        delay_s=lambda member: questions.delay_s(stage, number, member, config.delay.mean_s, config.delay.tail),
+        delay_s=lambda member: questions.delay_s(stage, number, member, config.delay),
     )
 
 
