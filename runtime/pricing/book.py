@@ -286,7 +286,7 @@ class PriceBook:
     # ---- dense and expert GEMMs, elementwise ------------------------------------------------------
 
     def gemm_curve(self, n: int, k: int, weight_format: str) -> Tabulated:
-        """Tokens -> seconds of [m, k] x [k, n]; activation quantisation not included."""
+        """Tokens -> seconds of [m, k] x [k, n], the quantising of its activations included (as the tables have it)."""
         kernel, stand_in = self.kernel("gemm", weight_format)
         sizes = {"n": float(n), "k": float(k), "out_bytes": self.wide_bytes, **element_bytes(weight_format)}
         return self.curve(("gemm", n, k, weight_format), kernel, stand_in, weight_format, lambda m: {"m": m, **sizes})

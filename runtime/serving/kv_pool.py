@@ -13,7 +13,7 @@ so `free + private + block pages + pages left == total` at all times; `check` pr
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from foundation.errors import CapacityError
 from runtime.serving.pages import PageNumbers
@@ -194,7 +194,7 @@ class KvPool:
             self._lose(request, self._idle[request])
 
     def _evict(self, pages: int) -> None:
-        """Frees pages of the oldest that rests: a whole block, or at most so many from the end of what a request left."""
+        """Frees pages of the oldest at rest: a whole block, or at most so many from the end of what a request left."""
         oldest = next(iter(self._idle))
         if isinstance(oldest, Request):
             self._lose(oldest, min(pages, self._idle[oldest]))
@@ -263,7 +263,7 @@ class KvPool:
         return _leading(request.prefix_hashes, request.prompt_tokens // self.block_tokens, self._holders, self._idle)
 
     def _reused(self, request: Request, blocks: int, left: int = 0) -> int:
-        """Tokens of so many leading blocks, and pages left behind them, that need not be computed: all but one at most."""
+        """Tokens of so many leading blocks, and pages left behind them, that need not be computed: not the last one."""
         return min(blocks * self.block_tokens + left * self.page_tokens, request.target - 1)
 
     def _left(self, request: Request, matched: int) -> int:
@@ -296,7 +296,7 @@ class KvPool:
         self._holders[block] = self._holders.get(block, 0) + 1
 
 
-def _leading(blocks: Sequence[int], most: int, *caches: Iterable[int]) -> int:
+def _leading(blocks: Sequence[int], most: int, *caches: Container[int | Request]) -> int:
     """How many of the first `most` blocks, from the start on, some cache holds."""
     count = 0
     for block in blocks[:most]:
