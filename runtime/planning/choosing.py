@@ -4,8 +4,8 @@
     2. estimates  the fewest nodes that meet the targets in the steady state, by replicas of each
     3. simulation the best one or two of a number of nodes; more nodes where they miss, fewer where they meet
 
-Every chip has the same budget of simulation (`_WORK`), whoever else is asked about, so that its answer is always the same
-and six take at most about a minute on two cores; none simulates more than `_COUNTS` x `_EACH` plans. `glm5 plan`
+Every chip has the same budget of simulation (`_WORK`), whoever else is asked about, so that its answer is always the
+same and six take at most about a minute on two cores; none simulates more than `_COUNTS` x `_EACH` plans. `glm5 plan`
 then searches further for one of them: formats of the cache, chunks, and prefill apart from decode.
 """
 

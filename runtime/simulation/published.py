@@ -160,7 +160,7 @@ def read(row: Mapping[str, str], without: Mechanism | None = None) -> PublishedR
     dealt = re.search(_DEALT, cell["server_flags"])
     layout = Layout(**degrees, dcp=int(dealt[1]) if dealt else 1)
     if (cut := re.search(_CUT_PROMPTS, cell["server_flags"])) and cut[1] != "1":
-        raise UsageError(f"server_flags {cut[0]!r}: prompts cut over devices (prefill context parallelism) have no price")
+        raise UsageError(f"server_flags {cut[0]!r}: prefill context parallelism has no price")
     devices = _whole(cell, "devices", layout.devices)
     if devices != layout.devices:
         raise UsageError(f"devices {devices}: tp x dp x pp is {layout.devices}")
