@@ -128,6 +128,7 @@ def test_a_model_by_other_names() -> None:
         (dict.fromkeys(MEASURED, ""), "no figure"),
         ({"concurrency": "", "num_prompts": "", "rate": "inf"}, "neither concurrency"),
         ({"chip": "h300"}, "h300"),
+        ({"server_flags": "--tp 8 --attn-cp-size 8"}, "prefill context parallelism"),
     ],
 )
 def test_what_cannot_be_read(changed: dict[str, str], mentions: str) -> None:

@@ -4,8 +4,8 @@
     2. estimates  the fewest nodes that meet the targets in the steady state, by replicas of each
     3. simulation the best one or two of a number of nodes; more nodes where they miss, fewer where they meet
 
-All chips share one budget of simulation (`_WORK`), so that six take at most about a minute on two cores, and more of
-them little longer than their layouts take to be priced; none simulates more than `_COUNTS` x `_EACH` plans. `glm5 plan`
+Every chip has the same budget of simulation (`_WORK`), whoever else is asked about, so that its answer is always the
+same and six take at most about a minute on two cores; none simulates more than `_COUNTS` x `_EACH` plans. `glm5 plan`
 then searches further for one of them: formats of the cache, chunks, and prefill apart from decode.
 """
 
@@ -38,9 +38,8 @@ from runtime.simulation.trust import report_bands
 
 _COUNTS, _EACH = 6, 2
 """Numbers of nodes that are simulated for a chip, and contenders of each."""
-_WORK, _SHARES = 1_500_000, 6
-"""Of all simulations, in requests x (4 + ranks that step together), some 60 microseconds each; and the fewest equal
-shares that it is cut into, one a chip, so that what a chip comes to does not depend on one or five others."""
+_WORK = 250_000
+"""Of a chip's simulations, in requests x (4 + ranks that step together), some 60 microseconds each."""
 _WORK_EACH = 60_000
 """Of one simulation beyond the first of a number of nodes."""
 _LARGEST = 4
@@ -135,8 +134,7 @@ def choose(
         if demand.osl == 1 and demand.tpot_ms is not None:
             raise UsageError("answers of one token have no time per output token: leave out --tpot-ms, or ask for more")
         require_positions(question.cfg, *demand.longest)
-    share = _WORK // max(_SHARES, len(questions))
-    work = [(question, profile, most, share) for question, profile in questions]
+    work = [(question, profile, most) for question, profile in questions]
     count = min(processes or os.cpu_count() or 1, len(work))
     found: list[ChipChoice] = []
     for each in _side_by_side(work, count):
@@ -145,8 +143,8 @@ def choose(
     return found
 
 
-_Asked = tuple[Question, Profile, int, int]
-"""What one chip is asked: how many devices there are at most, and the work that its simulations may take."""
+_Asked = tuple[Question, Profile, int]
+"""What one chip is asked, and how many devices there are at most."""
 
 
 def _side_by_side(work: Sequence[_Asked], count: int) -> Iterator[ChipChoice]:
@@ -164,10 +162,10 @@ def _leave_interrupts() -> None:
 
 
 def _chosen(work: _Asked) -> ChipChoice:
-    question, profile, most, budget = work
+    question, profile, most = work
     node = node_devices(profile)
     try:
-        return _Choosing(question, profile, max(1, most // node), budget).choice()
+        return _Choosing(question, profile, max(1, most // node)).choice()
     except Failure as error:
         return ChipChoice(profile.name, question.engine, node, reason=first_line(error))
 
@@ -180,12 +178,12 @@ class _Played:
 
 
 class _Choosing:
-    """One chip. most: nodes. budget: of work that simulations may take; each begins while some is left."""
+    """One chip. most: nodes. Simulations begin while some of its budget is left."""
 
-    def __init__(self, question: Question, profile: Profile, most: int, budget: int):
+    def __init__(self, question: Question, profile: Profile, most: int):
         if question.kv is None:
             question = dataclasses.replace(question, kv=_own_kv(question, profile))
-        self.question, self.profile, self.most, self.left = question, profile, most, budget
+        self.question, self.profile, self.most, self.left = question, profile, most, _WORK
         self.node = node_devices(profile)
         self.coarse, self.full = PriceTables(coarse=True), PriceTables()
         self.played: dict[int, _Played | None] = {}

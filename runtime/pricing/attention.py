@@ -9,6 +9,7 @@ right and counts nothing twice. Elementwise ops inside the block are then alread
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -24,6 +25,8 @@ from runtime.pricing.work import MEASURED_BLOCKS, MlaShape
 RATED = "trtllm"
 """Whose table of the dense MLA prefill kernel agrees with the whole blocks of SGLang; SGLang's own is of a third of
 that rate (see docs/validation.md, where it falls short)."""
+_CACHED_AT_ONCE = 64 * 1024
+"""Cached tokens that a workspace has room for, expanded: more are attended to in turns (vLLM; 128k in SGLang)."""
 IndexMode = Literal["index", "skip", "dense"]
 """Sparse with its own indexer; sparse with an earlier layer's choice; or attending to everything."""
 
@@ -165,12 +168,30 @@ def prefill(book: PriceBook, layer: MlaLayer, tokens: float, prefix: float = 0.0
     absorbed = _absorbed(book, layer, prefix * sequences)
     block = prefill_block(book, layer, sequences, host_launched=host_launched)
     if block is None:
-        return total(_prefill_parts(book, layer, tokens, keys, sequences, absorbed).values())
-    price = block.price(tokens, keys)
-    if layer.mode == "dense" and absorbed:  # what was measured expands the heads
+        price = total(_prefill_parts(book, layer, tokens, keys, sequences, absorbed).values())
+    else:
+        price = block.price(tokens, keys)
+    if layer.mode == "dense" and absorbed and block:  # what was measured expands the heads
         more = _absorbing(book, layer, tokens, keys, sequences)
         return replace(price, seconds=price.seconds + more, evidence=weakest((price.evidence, "transferred")))
+    if layer.mode == "dense" and not absorbed and prefix > 0:
+        return total([price, _expanding_cached(book, layer, tokens, prefix * sequences)])
     return price
+
+
+def _expanding_cached(book: PriceBook, layer: MlaLayer, tokens: float, cached: float) -> Price:
+    """What `cached` tokens before the new ones of a step add to a dense block with expanded heads, beside being
+    attended to: no table has prompts with them. Their latents are gathered and go through the up-projection again,
+    their keys are put together from two halves, and what attends to them is merged with the rest (vllm 0.11.0
+    v1/attention/backends/mla/common.py _compute_prefill_context; sglang 0.5.3 models/deepseek_v2.py
+    _chunked_prefix_attn_mha)."""
+    s, h = layer.shape, layer.heads
+    wide = book.wide_bytes
+    gathered = cached * (layer.kv_bytes + wide * (s.kv_lora + s.rope))
+    joined = cached * wide * (h * s.nope + s.rope + h * (s.nope + s.rope))
+    merged = math.ceil(cached / _CACHED_AT_ONCE) * 3 * tokens * h * s.v * wide
+    expanded = book.gemm(cached, h * (s.nope + s.v), s.kv_lora, layer.weight_format)
+    return total([expanded, *(book.memory(moved) for moved in (gathered, joined, merged))])
 
 
 def _absorbing(book: PriceBook, layer: MlaLayer, tokens: float, keys: float, sequences: int) -> float:

@@ -37,6 +37,7 @@ from runtime.pricing.kernel import KERNEL_BOUNDS, Kernel, Timing, kernel_from_js
 from runtime.pricing.load import ExpertLoad
 from runtime.pricing.network import Network
 from runtime.pricing.price import Price, PriceError, PriceEvidence
+from runtime.pricing.work import least
 
 PRICES_FOLDER = Path(__file__).resolve().parents[2] / "hw_profiles" / "prices"
 TOKEN_KNOTS = log_knots(1.0, 2.0**20, 3)
@@ -221,15 +222,28 @@ class PriceBook:
         if self.wide != "bf16":  # then everything is computed in it
             weight_format = self.wide
         timing = kernel.time(features, self.chip.peak(weight_format), self.chip.memory_bandwidth_bytes_per_s)
-        if self.chip.cache_bytes and kernel.rates is None:
-            cold = kernel.cold_bytes(features, self.chip.cache_bytes) / self.chip.memory_bandwidth_bytes_per_s
-            timing = replace(timing, seconds=timing.seconds + cold)
+        if kernel.rates is None:  # a machine's own rates were measured through its caches
+            seconds = timing.seconds
+            if self.chip.cache_bytes:
+                seconds = seconds + self._cold_seconds(kernel, features)
+            timing = replace(timing, seconds=np.maximum(seconds, self._least_seconds(kernel, features, weight_format)))
         if self.chip.sustained_clock_fraction == 1:
             return timing
         # measured in short bursts, at a clock that long steps do not keep
         computes = timing.bound == KERNEL_BOUNDS.index("compute")
         seconds = np.where(computes, timing.seconds / self.chip.sustained_clock_fraction, timing.seconds)
         return replace(timing, seconds=seconds)
+
+    def _cold_seconds(self, kernel: Kernel, features: Mapping[str, Any]) -> Array:
+        return kernel.cold_bytes(features, self.chip.cache_bytes) / self.chip.memory_bandwidth_bytes_per_s
+
+    def _least_seconds(self, kernel: Kernel, features: Mapping[str, Any], weight_format: str) -> Array:
+        """What the chip's peak rates allow. Ratios that were fitted to small sizes can ask for more beyond them:
+        tables end where a device's memory does, so no measurement has the longest contexts of the largest batches."""
+        work = least(kernel.family, features)
+        formats = {weight_format, *({"fp8-tensor"} if "fp8" in kernel.key.split("/") else ())}
+        peak = max(self.chip.peak(each) for each in formats)
+        return np.maximum(work.flops / peak, work.bytes / self.chip.memory_bandwidth_bytes_per_s)
 
     # ---- tabulating -------------------------------------------------------------------------------
 
@@ -272,7 +286,7 @@ class PriceBook:
     # ---- dense and expert GEMMs, elementwise ------------------------------------------------------
 
     def gemm_curve(self, n: int, k: int, weight_format: str) -> Tabulated:
-        """Tokens -> seconds of [m, k] x [k, n]; activation quantisation not included."""
+        """Tokens -> seconds of [m, k] x [k, n], the quantising of its activations included (as the tables have it)."""
         kernel, stand_in = self.kernel("gemm", weight_format)
         sizes = {"n": float(n), "k": float(k), "out_bytes": self.wide_bytes, **element_bytes(weight_format)}
         return self.curve(("gemm", n, k, weight_format), kernel, stand_in, weight_format, lambda m: {"m": m, **sizes})

@@ -157,3 +157,11 @@ def weight_bytes(family: str, f: Features) -> Any:
     if family == "mla_block":
         return projections(f).bytes + f["indexer"] * index_projections(f).bytes
     return 0.0
+
+
+def least(family: str, f: Features) -> Work:
+    """What no kernel of a family gets by with less of: its products, and the bytes that have to come from memory or go
+    there. Rows that a grouped product permutes may stay in a cache between its kernels; its weights do not.
+    """
+    work = FAMILIES[family](f)
+    return Work(work.flops, weight_bytes(family, f) if family == "moe" else work.bytes)

@@ -5,14 +5,15 @@ Pages are counted; where steps are carried out they are numbered, too (`pages.py
     free       nobody's
     private    held by one request (the pool keeps the sum; `Request.pages` keeps the share)
     blocks     part of a prefix block, held by any number of requests, or by none and evictable
+    left       computed by a request that was preempted, and evictable until it comes back
 
-so `free + private + block pages == total` at all times; `check` proves it.
+so `free + private + block pages + pages left == total` at all times; `check` proves it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from foundation.errors import CapacityError
 from runtime.serving.pages import PageNumbers
@@ -24,7 +25,8 @@ class KvPool:
     """Pages of one rank, with an optional prefix cache evicted in least-recently-used order.
 
     tokens: capacity; only whole pages count. page_tokens: tokens per page. block_tokens: prompt tokens one
-    prefix hash stands for. numbered: say which pages, too. below: where blocks are found that are here no
+    prefix hash stands for. keeps_left: what a preempted request computed stays until it is evicted, as cached prompts
+    do. numbered: say which pages, too. below: where blocks are found that are here no
     more. Raises CapacityError when not even one page fits.
     """
 
@@ -35,6 +37,7 @@ class KvPool:
         *,
         prefix_cache: bool = False,
         block_tokens: int = 512,
+        keeps_left: bool = False,
         numbered: bool = False,
         below: LowerTiers | None = None,
     ):
@@ -49,10 +52,13 @@ class KvPool:
         self.prefix_cache = prefix_cache
         self.block_tokens = block_tokens
         self.block_pages = -(-block_tokens // page_tokens)
+        self.keeps_left = keeps_left
         self.free = self.total
         self.private = 0
         self._holders: dict[int, int] = {}  # prefix hash -> requests that hold it
-        self._idle: OrderedDict[int, None] = OrderedDict()  # blocks nobody holds, oldest first
+        self._idle: OrderedDict[int | Request, int] = OrderedDict()  # blocks nobody holds, and what preempted ones left
+        self._idle_pages = 0
+        self._behind: dict[Request, int] = {}  # of preempted requests: the blocks that what they left follows on
         self.numbers = PageNumbers(self.total, self.block_pages) if numbered else None
         self.below = below if prefix_cache else None
 
@@ -64,7 +70,7 @@ class KvPool:
     @property
     def available(self) -> int:
         """Pages that can be taken now: free ones and those of idle blocks."""
-        return self.free + len(self._idle) * self.block_pages
+        return self.free + self._idle_pages
 
     @property
     def used(self) -> int:
@@ -78,35 +84,55 @@ class KvPool:
     def cached_tokens(self, request: Request) -> int:
         """Prompt tokens that the prefix cache holds, here or below, at most all but one (one must be computed)."""
         matched = self._match(request)
+        if left := self._left(request, matched):
+            return self._reused(request, matched, left)
         return self._reused(request, matched + len(self._found_below(request, matched)))
 
-    def missing_pages(self, request: Request) -> int:
-        """Pages to be found, by taking or evicting, to hold `request.target` tokens."""
+    def missing_pages(self, request: Request, new_tokens: int | None = None) -> int:
+        """Pages to be found, by taking or evicting, to hold what is cached and `new_tokens` behind it; by default the
+        whole `request.target`."""
         matched = request.prefix_hashes[: self._match(request)]
         revived = sum(block in self._idle for block in matched) * self.block_pages
-        return self._private_pages(request, len(matched)) + revived
+        held = None if new_tokens is None else self.cached_tokens(request) + new_tokens
+        return self._private_pages(request, len(matched), held) + revived
 
-    def admit(self, request: Request) -> int:
-        """Holds pages for `request.target` tokens, reusing cached blocks; the tokens found in the cache, of which
-        `request.fetching` have to come from below.
+    def admit(self, request: Request, new_tokens: int | None = None) -> int:
+        """Holds pages for what is cached of a request and `new_tokens` behind it, by default for its whole
+        `request.target`; the tokens found in the cache, of which `request.fetching` have to come from below.
 
         Raises CapacityError when the pages are not there (callers ask `missing_pages` first).
         """
         matched = self._match(request)
-        below = self._found_below(request, matched)
-        cached = self._reused(request, matched + len(below))
+        left = self._left(request, matched)
+        below = [] if left else self._found_below(request, matched)
+        cached = self._reused(request, matched + len(below), left)
         if self.below:
             request.fetching = self._by_tier(below, cached - self._reused(request, matched))
         for block in request.prefix_hashes[:matched]:
             self._hold(block)
         request.shared = matched
-        private = self._private_pages(request, matched)
-        self.take(private)
-        request.pages = matched * self.block_pages + private
+        private = self._private_pages(request, matched, None if new_tokens is None else cached + new_tokens)
         if self.numbers:
             self.numbers.share(request, request.prefix_hashes[:matched])
+        if left:
+            self._come_back(request)
+        self.take(private - left)
+        request.pages = matched * self.block_pages + private
+        if self.numbers:
             self.numbers.extend(request, request.pages)
         return cached
+
+    def extend(self, request: Request, tokens: int) -> bool:
+        """Holds pages for so many tokens of an admitted request; False, and nothing taken, where they are not there."""
+        more = self.pages_for(tokens) - request.pages
+        if more > self.available:
+            return False
+        if more > 0:
+            self.take(more)
+            request.pages += more
+            if self.numbers:
+                self.numbers.extend(request, request.pages)
+        return True
 
     def publish(self, request: Request, tokens: int | None = None) -> None:
         """Makes the whole blocks of a computed prompt available to later requests; of `tokens` tokens, where the cache
@@ -128,16 +154,24 @@ class KvPool:
         if self.below:
             self.below.put(request.prefix_hashes[:whole])
 
-    def release(self, request: Request) -> None:
-        """Gives back everything the request holds; its prefix blocks stay cached until evicted."""
-        self.give(request.pages - request.shared * self.block_pages)
+    def release(self, request: Request, left_tokens: int = 0) -> None:
+        """Gives back everything the request holds; its prefix blocks stay cached until evicted, and so do the whole
+        pages of its first `left_tokens`, where it will come back for them."""
+        private = request.pages - request.shared * self.block_pages
+        left = left_tokens // self.page_tokens - request.shared * self.block_pages if self.keeps_left else 0
+        left = min(max(left, 0), private)
+        self.give(private - left)
         if self.numbers:
-            self.numbers.release(request, request.shared)
+            self.numbers.release(request, request.shared, left)
         for block in reversed(request.prefix_hashes[: request.shared]):  # so that leaves are evicted first
             self._holders[block] -= 1
             if not self._holders[block]:
                 del self._holders[block]
-                self._idle[block] = None
+                self._rest(block, self.block_pages)
+        if left:
+            self.private -= left
+            self._behind[request] = request.shared
+            self._rest(request, left)
         request.pages = request.shared = 0
 
     def take(self, pages: int) -> None:
@@ -145,20 +179,56 @@ class KvPool:
         if pages > self.available:
             raise CapacityError(f"{pages} KV pages are needed, {self.available} of {self.total} are available")
         while self.free < pages:
-            self._evict()
+            self._evict(pages - self.free)
         self.free -= pages
         self.private += pages
 
     def flush(self) -> None:
         """Forgets what is kept for reuse and held by nobody."""
         while self._idle:
-            self._evict()
+            self._evict(self.total)
 
-    def _evict(self) -> None:
-        block, _ = self._idle.popitem(last=False)
+    def forget(self, request: Request) -> None:
+        """A preempted request will not come back for what it left."""
+        if request in self._behind:
+            self._lose(request, self._idle[request])
+
+    def _evict(self, pages: int) -> None:
+        """Frees pages of the oldest at rest: a whole block, or at most so many from the end of what a request left."""
+        oldest = next(iter(self._idle))
+        if isinstance(oldest, Request):
+            self._lose(oldest, min(pages, self._idle[oldest]))
+            return
+        self._wake(oldest)
         self.free += self.block_pages
         if self.numbers:
-            self.numbers.evict(block)
+            self.numbers.evict(oldest)
+
+    def _lose(self, request: Request, pages: int) -> None:
+        """The last pages of what a preempted request left are free."""
+        self._idle[request] -= pages
+        self._idle_pages -= pages
+        self.free += pages
+        if self.numbers:
+            self.numbers.lose(request, pages)
+        if not self._idle[request]:
+            del self._idle[request], self._behind[request]
+
+    def _come_back(self, request: Request) -> None:
+        """A request that is admitted again holds what it left."""
+        del self._behind[request]
+        self.private += self._wake(request)
+        if self.numbers:
+            self.numbers.come_back(request)
+
+    def _rest(self, key: int | Request, pages: int) -> None:
+        self._idle[key] = pages
+        self._idle_pages += pages
+
+    def _wake(self, key: int | Request) -> int:
+        pages = self._idle.pop(key)
+        self._idle_pages -= pages
+        return pages
 
     def give(self, pages: int) -> None:
         """Moves pages from private use back to free."""
@@ -168,9 +238,10 @@ class KvPool:
     def check(self, holders: Iterable[Request]) -> None:
         """Asserts that each page is in exactly one place, given everyone who holds some. For tests."""
         requests = list(holders)
-        blocks = len(self._holders) + len(self._idle)
-        assert self.free >= 0 and self.private >= 0
-        assert self.free + self.private + blocks * self.block_pages == self.total, "a page leaked or is held twice"
+        assert self.free >= 0 and self.private >= 0 and self._idle_pages == sum(self._idle.values())
+        held_pages = self.private + len(self._holders) * self.block_pages
+        assert self.free + held_pages + self._idle_pages == self.total, "a page leaked or is held twice"
+        assert self._behind.keys() == {key for key in self._idle if isinstance(key, Request)}
         assert self.private == sum(r.pages - r.shared * self.block_pages for r in requests)
         held: dict[int, int] = {}
         for request in requests:
@@ -191,9 +262,13 @@ class KvPool:
             return 0
         return _leading(request.prefix_hashes, request.prompt_tokens // self.block_tokens, self._holders, self._idle)
 
-    def _reused(self, request: Request, blocks: int) -> int:
-        """Tokens of so many leading blocks that need not be computed: all but one of the prompt's at most."""
-        return min(blocks * self.block_tokens, request.target - 1)
+    def _reused(self, request: Request, blocks: int, left: int = 0) -> int:
+        """Tokens of so many leading blocks, and pages left behind them, that need not be computed: not the last one."""
+        return min(blocks * self.block_tokens + left * self.page_tokens, request.target - 1)
+
+    def _left(self, request: Request, matched: int) -> int:
+        """Pages that a preempted request left and finds again behind its first `matched` blocks."""
+        return self._idle.get(request, 0) if self._behind.get(request) == matched else 0
 
     def _found_below(self, request: Request, matched: int) -> list[int]:
         """The tier below of each block that follows on those here."""
@@ -211,15 +286,17 @@ class KvPool:
             tokens -= taken
         return tuple(counts)
 
-    def _private_pages(self, request: Request, matched: int) -> int:
-        return max(0, self.pages_for(request.target) - matched * self.block_pages)
+    def _private_pages(self, request: Request, matched: int, tokens: int | None) -> int:
+        held = request.target if tokens is None else min(tokens, request.target)
+        return max(0, self.pages_for(held) - matched * self.block_pages)
 
     def _hold(self, block: int) -> None:
-        self._idle.pop(block, None)
+        if block in self._idle:
+            self._wake(block)
         self._holders[block] = self._holders.get(block, 0) + 1
 
 
-def _leading(blocks: Sequence[int], most: int, *caches: Iterable[int]) -> int:
+def _leading(blocks: Sequence[int], most: int, *caches: Container[int | Request]) -> int:
     """How many of the first `most` blocks, from the start on, some cache holds."""
     count = 0
     for block in blocks[:most]:

@@ -271,6 +271,7 @@ def _ranks(
                 engine.page_tokens,
                 prefix_cache=engine.prefix_cache and reuse,
                 block_tokens=block_tokens,
+                keeps_left=engine.prefix_cache,
                 numbered=worker is not None and worker.numbered,
                 below=LowerTiers(role.tiers, block_tokens) if role.tiers and worker is None else None,
             ),

@@ -21,6 +21,7 @@ class PageNumbers:
         self._free: list[int] = []  # held before, taken from the end
         self._tables: dict[Request, list[int]] = {}
         self._blocks: dict[int, list[int]] = {}
+        self._left: dict[Request, list[int]] = {}  # of preempted requests, behind their shared blocks
 
     def table(self, request: Request) -> list[int]:
         """The pages of a request in the order of its tokens. Not to be changed."""
@@ -52,13 +53,29 @@ class PageNumbers:
         """Nobody holds the block, and nobody will."""
         self._free.extend(reversed(self._blocks.pop(block)))
 
-    def release(self, request: Request, shared: int) -> None:
-        """A request holds nothing any more; its first `shared` blocks stay."""
-        self._free.extend(reversed(self._tables.pop(request, [])[shared * self._block_pages :]))
+    def release(self, request: Request, shared: int, left: int = 0) -> None:
+        """A request holds nothing any more; its first `shared` blocks stay, and so do `left` pages behind them."""
+        private = self._tables.pop(request, [])[shared * self._block_pages :]
+        if left:
+            self._left[request] = private[:left]
+        self._free.extend(reversed(private[left:]))
+
+    def come_back(self, request: Request) -> None:
+        """A request that begins again holds what it left."""
+        self._tables[request] += self._left.pop(request)
+
+    def lose(self, request: Request, pages: int) -> None:
+        """The last pages of what a request left are nobody's."""
+        left = self._left[request]
+        self._free.extend(reversed(left[-pages:]))
+        del left[-pages:]
+        if not left:
+            del self._left[request]
 
     def check(self) -> None:
         """Asserts that every page is in one place. For tests."""
         blocks = [page for pages in self._blocks.values() for page in pages]
         known = set(blocks)
-        private = [page for table in self._tables.values() for page in table if page not in known]
+        tables = [*self._tables.values(), *self._left.values()]
+        private = [page for table in tables for page in table if page not in known]
         assert sorted([*self._free, *blocks, *private]) == list(range(1, self._untouched)), "a page leaked or is twice"

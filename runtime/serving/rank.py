@@ -99,10 +99,11 @@ class Rank:
 
     # Coming in
 
-    def admit(self, request: Request, now: float) -> None:
-        """Takes pages for the queue's head; it then prefills, or decodes if its cache came along."""
+    def admit(self, request: Request, now: float, new_tokens: int | None = None) -> None:
+        """Takes pages for the queue's head, up to its first `new_tokens` or for all of it; it then prefills, or decodes
+        if its cache came along."""
         assert self.waiting.popleft() is request
-        request.computed = self.pool.admit(request)
+        request.computed = self.pool.admit(request, new_tokens)
         self.committed += self._full_pages(request)
         if self.pool.below and any(request.fetching):
             request.ready_at = self.pool.below.fetch(request.fetching, now)
@@ -217,16 +218,23 @@ class Rank:
 
     def release(self, request: Request) -> None:
         """Gives back the request's pages; whatever was refused may be asked again."""
+        self._give_back(request, 0)
+
+    def _give_back(self, request: Request, left_tokens: int) -> None:
         self.handed_off.discard(request)
-        self.pool.release(request)
+        self.pool.release(request, left_tokens)
         self.committed -= self._full_pages(request)
         self.blocked = ""
         if not self.load:
             self.new_token_ratio = self.engine.new_token_ratio
 
     def preempt(self, request: Request) -> None:
-        """Throws a request out of service; it waits again and all it had computed is lost."""
-        self._throw_out(request)
+        """Throws a request out of service; it waits again. What it had computed stays as cached prompts do, of SGLang's
+        ("estimate" admission) the prompt alone, whose answers are not in its tree of prefixes."""
+        computed = int(self.kv[self.running.index(request)]) if request in self.running else request.computed
+        if self.engine.admission == "estimate":
+            computed = min(computed, request.prompt_tokens)
+        self._throw_out(request, computed)
         request.computed = 0
         request.kv_ready = False
         request.ready_at = 0.0
@@ -241,18 +249,19 @@ class Rank:
         """Takes a request out for good, waiting or in service; a cache that is being sent stays until it has been."""
         if request in self.waiting:
             self.waiting.remove(request)
+            self.pool.forget(request)
             self.blocked = ""
         elif request not in self.handed_off:
             self._throw_out(request)
 
-    def _throw_out(self, request: Request) -> None:
+    def _throw_out(self, request: Request, left_tokens: int = 0) -> None:
         if request in self.prefilling:
             self.prefilling.remove(request)
         else:
             slot = self.running.index(request)
             self._leave(slot)
             self._keep(np.arange(len(self.left)) != slot)
-        self.release(request)
+        self._give_back(request, left_tokens)
 
     def shorten(self, request: Request, output_tokens: int) -> None:
         """The answer of a request in service turns out to end after `output_tokens`, the next token at the earliest."""

@@ -5,8 +5,8 @@
     prefill-first (SGLang)          while prompts can be admitted, steps are prompts only
     mixed (vLLM, TensorRT-LLM)      every slot decodes, prompts fill what is left of the token budget
 
-A request's pages for its whole prompt are taken when it is admitted, also where an engine takes them
-chunk by chunk.
+A request's pages for its whole prompt are taken when it is admitted; where an engine asks for those of a chunk only
+("chunk" admission), they are taken chunk by chunk, and a prompt that finds none is put back.
 """
 
 from __future__ import annotations
@@ -77,24 +77,30 @@ def _mixed(rank: Rank, known_at: float, now: float) -> StepPlan:
     step = StepPlan()
     budget = engine.max_step_tokens - len(rank.running) * rank.query_tokens
     longest = engine.chunked_prefill_tokens or math.inf
-    for request in rank.prefilling:
+    by_chunk = engine.admission == "chunk"
+    for request in list(rank.prefilling):
         if request.ready_at > now:
             continue
         tokens = int(min(request.target - request.computed, longest, budget))
-        if tokens <= 0:
+        if tokens <= 0 or request not in rank.prefilling:
             break
+        if by_chunk and not rank.pool.extend(request, request.computed + tokens):
+            preempted = True
+            if not _makes_room_for(rank, request, request.computed + tokens):
+                break
         step.chunks.append((request, tokens, request.computed))
         budget -= tokens
     while not preempted and budget > 0 and (request := _head(rank, known_at)):
-        rank.blocked = _refusal(rank, request, [])
-        if rank.blocked:
-            break
         tokens = 0 if request.kv_ready else request.target - rank.pool.cached_tokens(request)
         if engine.chunked_prefill_tokens:
             tokens = int(min(tokens, longest, budget))
         elif tokens > budget and (step.chunks or rank.running):
             break  # uncut prompts wait for a step with room; a lone one may exceed the budget
-        rank.admit(request, now)
+        first = tokens if by_chunk and not request.kv_ready else None
+        rank.blocked = _refusal(rank, request, [], first)
+        if rank.blocked:
+            break
+        rank.admit(request, now, first)
         if request.kv_ready:
             budget -= rank.query_tokens
         elif request.ready_at <= now:
@@ -114,14 +120,15 @@ def _head(rank: Rank, known_at: float) -> Request | None:
     return rank.waiting[0]
 
 
-def _refusal(rank: Rank, request: Request, joining: list[Request]) -> str:
+def _refusal(rank: Rank, request: Request, joining: list[Request], first: int | None = None) -> str:
     """Why the request cannot be admitted now: "max-running", "kv-pool", or "" if it can.
 
-    joining: requests whose prompts end in the batch being made.
+    joining: requests whose prompts end in the batch being made. first: tokens of the prompt that have to fit; None for
+    all of them.
     """
     if rank.in_service >= rank.engine.max_running_requests:
         return "max-running"
-    missing = rank.pool.missing_pages(request)
+    missing = rank.pool.missing_pages(request, first)
     if missing > rank.pool.available:
         return "kv-pool"
     if not rank.in_service and not rank.handed_off:
@@ -129,7 +136,7 @@ def _refusal(rank: Rank, request: Request, joining: list[Request]) -> str:
     if rank.engine.admission == "max-length":
         full = rank.pool.pages_for(request.prompt_tokens + request.output_tokens)
         return "" if rank.committed + full <= rank.pool.total else "kv-pool"
-    if rank.engine.admission == "prompt":
+    if rank.engine.admission in ("prompt", "chunk"):
         spare = int(rank.engine.watermark_fraction * rank.pool.total)
         return "" if missing + spare <= rank.pool.available else "kv-pool"
     fits = _estimate_fits if rank.engine.prefix_cache else _lookahead_fits
@@ -178,6 +185,15 @@ def _make_room(rank: Rank) -> bool:
         ratio = (made + engine.retract_decode_steps * len(rank.running)) / (asked + 1)
         rank.new_token_ratio = min(1.0, ratio)
     return True
+
+
+def _makes_room_for(rank: Rank, request: Request, tokens: int) -> bool:
+    """Preempts until a prompt's next chunk has its pages; False where the prompt itself was the last to go."""
+    while request in rank.prefilling:
+        rank.preempt(_victim(rank))
+        if request in rank.prefilling and rank.pool.extend(request, tokens):
+            return True
+    return False
 
 
 def _victim(rank: Rank) -> Request:

@@ -147,6 +147,8 @@ class PublishedRow:
 
 _DEALT = r"(?:--decode-context-parallel-size|-dcp)[ =]+(\d{1,6})\b"
 """Decode context parallelism is no column: servers say it in their flags."""
+_CUT_PROMPTS = r"(?:--prefill-context-parallel-size|-pcp|--attn-cp-size)[ =]+(\d{1,6})\b|nsa-prefill-context-parallel"
+"""Prefill context parallelism, of vLLM (from 0.28, PR 46570) and SGLang (from 0.5.14, sparse models): not predicted."""
 
 
 def read(row: Mapping[str, str], without: Mechanism | None = None) -> PublishedRow:
@@ -157,6 +159,8 @@ def read(row: Mapping[str, str], without: Mechanism | None = None) -> PublishedR
     degrees = {axis: _whole(cell, axis, 1) for axis in ("tp", "dp", "ep", "pp")}
     dealt = re.search(_DEALT, cell["server_flags"])
     layout = Layout(**degrees, dcp=int(dealt[1]) if dealt else 1)
+    if (cut := re.search(_CUT_PROMPTS, cell["server_flags"])) and cut[1] != "1":
+        raise UsageError(f"server_flags {cut[0]!r}: prefill context parallelism has no price")
     devices = _whole(cell, "devices", layout.devices)
     if devices != layout.devices:
         raise UsageError(f"devices {devices}: tp x dp x pp is {layout.devices}")

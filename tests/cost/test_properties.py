@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.pricing import GLM5, MlaLayer, attention, load, open_book
+from runtime.pricing import DEEPSEEK_V3, GLM5, MlaLayer, attention, load, open_book
 from runtime.pricing.grid import Polyline, RatioGrid, Surface, rising
+from runtime.pricing.work import least
 from tests.cost.chips import CHIPS, UNMEASURED
 
 BOOKS = {name: open_book(chip) for name, chip in {**CHIPS, "some-npu": UNMEASURED}.items()}
@@ -136,3 +137,48 @@ def test_curve_and_surface_scalar_and_vector_calls_agree() -> None:
         [surface(r, c) for r, c in zip(sizes, sizes[::-1], strict=True)]
     )
     assert surface(32.0, 16.0) == pytest.approx(2 * surface(16.0, 16.0))
+
+
+def _some(rng: np.random.Generator, count: int) -> dict[str, np.ndarray | float]:
+    """Features of every family, from one of each to far more than any table or device holds."""
+    dims = {"hidden": 6144.0, "q_lora": 2048.0, "kv_lora": 512.0, "rope": 64.0, "nope": 192.0, "v": 256.0, "qk": 256.0}
+    index = {"index_heads": 32.0, "index_dim": 128.0, "index_topk": 2048.0, "selected": 2048.0, "index_kv_bytes": 132.0}
+    most = {"m": 1e6, "n": 1e5, "k": 3e4, "heads": 128, "rows": 1e6, "active": 256, "inter": 4096, "touched": 1e6}
+    most |= {"sequences": 8192, "tokens": 1e6, "context": 2e6, "rows_per_expert": 4096, "spread": 16, "bytes": 1e11}
+    drawn = {name: np.exp(rng.uniform(0.0, np.log(high), count)) for name, high in most.items()}
+    flags = {"absorbed": 1.0, "indexer": 1.0, "kv_bytes": 576.0, "weight_bytes": 1.0, "act_bytes": 1.0}
+    return {**dims, **index, **drawn, **flags}
+
+
+@pytest.mark.parametrize("name", sorted(BOOKS))
+def test_no_kernel_is_faster_than_the_chip(name: str) -> None:
+    """Any table, inside what was measured and far outside: products and bytes take what the data sheet allows them."""
+    chip, features = BOOKS[name].chip, _some(np.random.default_rng(1), 100)
+    peak = max(chip.peak_flops_per_s.values())
+    for engine in ("sglang", "vllm", "trtllm"):
+        book = open_book(chip, engine)
+        for kernel in book._kernels.values():
+            work = least(kernel.family, features)
+            floor = np.maximum(work.flops / peak, work.bytes / chip.memory_bandwidth_bytes_per_s)
+            assert (book.time(kernel, features, "fp8-block").seconds >= floor * (1 - 1e-9)).all(), kernel.key
+
+
+def test_the_longest_contexts_of_large_batches_are_read_in_the_time_that_memory_takes() -> None:
+    """256 sequences of 131,072 tokens: TensorRT-LLM's table was priced at 13 times the bandwidth there."""
+    for name, book in BOOKS.items():
+        trt, layer = open_book(book.chip, "trtllm"), attention.GqaLayer(16, 1)
+        moved = 256 * 131_072 * 2 * 128 * 2.0
+        seconds = attention.gqa(trt, "decode", layer, 256, 131_072).seconds
+        assert seconds >= moved / book.chip.memory_bandwidth_bytes_per_s * (1 - 1e-9), name
+
+
+@given(st.sampled_from(["h200-sxm", "b200-sxm", "some-npu"]), st.integers(64, 8192), st.integers(8192, 100_000))
+def test_cached_tokens_of_a_dense_prompt_are_expanded_again(name: str, new: int, before: int) -> None:
+    """A chunk after cached tokens takes what its keys take, and at least their up-projection besides."""
+    book, layer = BOOKS[name], MlaLayer(DEEPSEEK_V3, 16, "dense")
+    whole = attention.prefill(book, layer, new, before, host_launched=False).seconds
+    keys = before + new / 2
+    block = attention.prefill_block(book, layer, host_launched=False)
+    alone = block.seconds(new, keys) if block else attention.mla_prefill(book, layer, new, keys).seconds
+    up = book.gemm(before, 16 * (DEEPSEEK_V3.nope + DEEPSEEK_V3.v), DEEPSEEK_V3.kv_lora, "fp8-block").seconds
+    assert whole >= alone + up

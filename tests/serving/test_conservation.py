@@ -51,7 +51,7 @@ def deployments(draw: st.DrawFn) -> Deployment:
         "page_tokens": draw(st.sampled_from([1, 16, 64])),
         "prefix_cache": draw(st.booleans()),
         "overlap_scheduling": draw(st.booleans()),
-        "admission": draw(st.sampled_from(["estimate", "prompt", "max-length"])),
+        "admission": draw(st.sampled_from(["estimate", "prompt", "chunk", "max-length"])),
         "policy": draw(st.sampled_from(["prefill-first", "mixed"])),
         "preemption_victim": draw(st.sampled_from(["least-output", "last"])),
         "preempted_go": draw(st.sampled_from(["front", "back"])),

@@ -77,7 +77,7 @@ def test_impossible_pools_are_refused() -> None:
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 90), st.integers(0, 2)), max_size=60))
 def test_numbered_pages_are_where_the_counts_say(actions: list[tuple[int, int, int]]) -> None:
     """Random requests of three families of prompts come, grow and go; pages of blocks are shared, others are not."""
-    pool = KvPool(20 * 8, 8, prefix_cache=True, block_tokens=8, numbered=True)
+    pool = KvPool(20 * 8, 8, prefix_cache=True, block_tokens=8, keeps_left=True, numbered=True)
     numbers = pool.numbers
     assert numbers is not None
     held: dict[int, Request] = {}
@@ -85,7 +85,7 @@ def test_numbered_pages_are_where_the_counts_say(actions: list[tuple[int, int, i
     for owner, tokens, family in actions:
         request = held.pop(owner, None)
         if request is not None:
-            pool.release(request)
+            pool.release(request, tokens)  # preempted, having computed some; it never comes back
             pool.check(held.values())
             continue
         request = Request(owner, tokens, 5, tuple(1000 * family + place for place in range(tokens // 8)))

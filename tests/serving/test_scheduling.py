@@ -91,6 +91,50 @@ def test_trtllm_admits_only_what_can_run_to_its_end() -> None:
     assert len(plan(vllm, 0.0, 0.0).chunks) == 2  # the prompts fit; answers may be preempted
 
 
+def by_chunk(prefix_cache: bool, pool_tokens: int = 960, **overrides: Any) -> Rank:
+    sizes = {"max_step_tokens": 400, "chunked_prefill_tokens": 400, "page_tokens": 16}
+    engine = plain_engine("vllm@0.17", prefix_cache=prefix_cache, **{**sizes, **overrides})
+    return Rank(engine, KvPool(pool_tokens, 16, keeps_left=engine.prefix_cache), None, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_vllm_before_0_19_admits_by_the_first_chunk_and_puts_back_whom_no_page_is_left_for(prefix_cache: bool) -> None:
+    rank = by_chunk(prefix_cache)
+    first, second = queue(rank, 600, 600, output=20)
+    finish(rank, plan(rank, 0.0, 0.0), 1.0)
+    step = plan(rank, 1.0, 1.0)
+    assert chunks(step) == [(0, 200, 400), (1, 200, 0)]  # 1,200 tokens will not fit 960, but those do
+    finish(rank, step, 2.0)
+    step = plan(rank, 2.0, 2.0)
+    assert step.decode and not step.chunks and rank.waiting[0] is second  # 22 pages left, 25 asked for
+    while first in rank.running:
+        finish(rank, step, 3.0)
+        step = plan(rank, 3.0, 3.0)
+    again = 192 if prefix_cache else 0  # whole pages of its 200 tokens, which nobody took; the answer took free ones
+    assert chunks(step) == [(1, 400, again)] and second.preemptions == 1
+    rank.pool.check(rank.holders())
+    whole = make_rank(plain_engine("vllm", max_step_tokens=400, chunked_prefill_tokens=400, page_tokens=16), 960)
+    queue(whole, 600, 600)
+    finish(whole, plan(whole, 0.0, 0.0), 1.0)
+    assert chunks(plan(whole, 1.0, 1.0)) == [(0, 200, 400)] and whole.blocked == "kv-pool"
+
+
+def test_what_a_preempted_request_left_is_taken_from_its_end() -> None:
+    rank = by_chunk(True, 320)
+    (request,) = queue(rank, 160)
+    finish(rank, plan(rank, 0.0, 0.0), 1.0)
+    rank.preempt(request)
+    assert (rank.pool.free, rank.pool.available, rank.pool.cached_tokens(request)) == (10, 20, 160)
+    rank.pool.take(14)
+    assert (rank.pool.available, rank.pool.cached_tokens(request)) == (6, 96)
+    rank.pool.give(14)
+    assert chunks(plan(rank, 1.0, 1.0)) == [(0, 65, 96)]
+    rank.pool.check(rank.holders())
+    rank.preempt(request)
+    rank.drop(request)
+    assert rank.pool.free == rank.pool.total
+
+
 def test_sglang_estimates_with_its_ratio_and_gives_up_until_something_ends() -> None:
     rank = make_rank(sglang(prefix_cache=True, page_tokens=1, new_token_ratio=0.5), 2000)
     queue(rank, 600, 600, 100, output=400)

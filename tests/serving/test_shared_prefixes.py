@@ -107,8 +107,8 @@ def test_hits_are_what_the_pool_says(share: float, groups: int, room: int, clien
 def _count(pool: Any, counted: dict[Request, int]) -> None:
     admit = pool.admit
 
-    def admitted(request: Request) -> int:
-        found = admit(request)
+    def admitted(request: Request, new_tokens: int | None = None) -> int:
+        found = admit(request, new_tokens)
         counted.setdefault(request, found)
         return found
 

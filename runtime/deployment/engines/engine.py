@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from runtime.deployment.errors import EngineError
 
 Policy = Literal["prefill-first", "mixed"]
-Admission = Literal["estimate", "prompt", "max-length"]
+Admission = Literal["estimate", "prompt", "chunk", "max-length"]
 MemoryOf = Literal["free-before-load", "device", "free-after-peak"]
 Victim = Literal["least-output", "last"]
 RouterPolicy = Literal["round-robin", "least-loaded", "cache-aware"]
@@ -165,7 +165,8 @@ class Engine:
         mixed: all tokens of a step.
     max_running_requests: requests in service at most, per rank.
     admission: "estimate": prompt plus output must fit beside the estimated rest of those running
-        (SGLang; see `serving.scheduler`). "prompt": the prompt must fit now (vLLM). "max-length": prompt
+        (SGLang; see `serving.scheduler`). "prompt": the prompt must fit now (vLLM). "chunk": its first
+        chunk must, and pages are taken chunk by chunk (vLLM up to 0.18). "max-length": prompt
         and output of everything in service must fit at once, so nothing is ever preempted (TensorRT-LLM).
     watermark_fraction: share of the pages that "prompt" admission leaves free.
     new_token_ratio: "estimate" admission: share of its remaining output that a running request is taken to need.
