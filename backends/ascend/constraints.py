@@ -3,7 +3,7 @@
 Sources, all of 2026-08-22: the READMEs of CANN's ops-transformer: attention/lightning_indexer,
 attention/sparse_flash_attention, moe/moe_gating_top_k, moe/moe_init_routing_v3, gmm/grouped_matmul. And op-plugin's
 documents of torch_npu's operators (docs/zh/custom_APIs/torch_npu, 2026-08-21), for Atlas A3:
-npu_moe_distribute_dispatch_v2 and combine_v2.
+npu_moe_distribute_dispatch_v2 and combine_v2, npu_interleave_rope.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ def moe_gating_top_k(experts: int, groups: int) -> str | None:
     if max(experts, -(-in_group // _ALIGNED) * _ALIGNED * groups) > _MOST_EXPERTS:
         return f"MoeGatingTopK takes at most {_MOST_EXPERTS} experts, each group counted as a multiple of {_ALIGNED}"
     return None
+
+
+def interleave_rope(width: int) -> str | None:
+    return None if width == ROPE else f"InterleaveRope takes heads of {ROPE}, not {width}"
 
 
 def grouped_matmul(*last_dims: int) -> str | None:

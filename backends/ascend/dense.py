@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends.ascend import constraints
 from backends.ascend.check import type_name
 from backends.ascend.declare import SCALAR_TYPES
-from backends.ascend.target import KernelMatrix, NpuTarget, require
+from backends.ascend.target import KernelMatrix, NpuTarget, accept, require
 from backends.toolchains.narrow import rounds_activations
 from backends.toolchains.walker import OpCall
 from model.formats import INT4, matrix_format
@@ -27,6 +28,23 @@ def rms_norm(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
 def swiglu(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     gate_up = call.operands[0]
     return [t.npu("npu_swiglu", gate_up.reshape(*gate_up.shape[:-2], -1), -1)]
+
+
+def rope(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
+    """Neighbours rotated, and put out as two halves, as the op has them. Cosines and sines are found in float32 and
+    then in x's type, which is what the operator takes (and what transformers multiplies with)."""
+    x, positions, inv_freq = call.operands
+    width = 2 * inv_freq.shape[0]
+    require(bool(call.attributes["interleaved"]), "npu_interleave_rope takes neighbours, not halves")
+    require(t.options.takes(x), f"npu_interleave_rope takes no {type_name(x)}")
+    accept(constraints.interleave_rope(width))
+    tokens, heads = x.shape[0] * x.shape[1], x.shape[2]
+    angle = positions.reshape(tokens, 1).to(torch.float32) * inv_freq.to(torch.float32)[None]
+    parts = [(part * float(call.attributes["factor"])).to(x.dtype) for part in (torch.cos(angle), torch.sin(angle))]
+    cos, sin = (torch.cat([part, part], dim=-1).reshape(tokens, 1, 1, width) for part in parts)
+    rotated = x[..., :width].reshape(tokens, heads, 1, width).contiguous()
+    out = t.npu("npu_interleave_rope", rotated, cos, sin).reshape(*x.shape[:-1], width)
+    return [out if width == x.shape[-1] else torch.cat([out, x[..., width:]], dim=-1)]
 
 
 def linear(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:

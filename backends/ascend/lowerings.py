@@ -10,6 +10,7 @@ from backends.ascend.target import NpuLowering
 LOWERINGS: Mapping[str, NpuLowering] = {
     "glm.rms_norm": dense.rms_norm,
     "glm.swiglu": dense.swiglu,
+    "glm.rope": dense.rope,
     "glm.linear": dense.linear,
     "glm.cache_write": attention.cache_write,
     "glm.index_scores": attention.index_scores,

@@ -14,8 +14,6 @@ _ATEN = {
     "glm.layer_norm": "the indexer's norm of 128 values, in float32",
     "glm.head_linear": "one `bmm`",
     "glm.bias": "`add`",
-    "glm.rope": "`cos`, `sin`, `mul`: npu_interleave_rope takes cosines in the activations' 16 bits, the graph's are "
-    "float32",
     "glm.expanded_attention": "keys and values are expanded from latents: products, which dominate a chunk",
     "glm.paged_attention": "products and a softmax: npu_fused_infer_attention_score is not mapped yet",
 }

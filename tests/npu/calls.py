@@ -76,6 +76,7 @@ def _exchange(name: str = "") -> NpuGraph:
 GRAPHS: dict[str, Callable[[], NpuGraph]] = {
     "sparse": _sparse, "route": _route, "experts": _experts, "norm": _norm, "int8": _int8,
     "w4a8": lambda: _int4("w4a8"), "w4a16": lambda: _int4("w4a16"),
+    "rope": lambda: write(g.graph(g.rope(), g.rope_inputs(_BF16), ["out"])),
     "exchange-int8": lambda: _exchange("w8a8"), "exchange": _exchange,
 }  # fmt: skip
 

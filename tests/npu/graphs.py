@@ -201,6 +201,20 @@ def experts(**x: Any) -> tuple[Any, ...]:
     return (ops.expert_ffn(x["x"], x["experts"], x["weights"], x["gate_up"], x["down"]),)
 
 
+def rope_inputs(dtype: Any = np.float32, width: int = 64) -> Inputs:
+    """Far positions too: the angles of a context of GLM-5's length."""
+    at = np.array([[3, 4, 5], [0, 777, 131_000]], np.int32)
+    frequencies = (1e6 ** (-np.arange(32) / 32)).astype(np.float32)
+    return {"x": normal(2, 3, 4, width, dtype=dtype), "positions": at, "inv_freq": frequencies}
+
+
+def rope(interleaved: bool = True) -> Layer:
+    def layer(**x: Any) -> tuple[Any, ...]:
+        return (ops.rope(x["x"], x["positions"], x["inv_freq"], interleaved=interleaved, factor=1.25),)
+
+    return layer
+
+
 EXCHANGE = (("dp", 2), ("tp", 2))
 
 

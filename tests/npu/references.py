@@ -226,6 +226,15 @@ def _swiglu(x: Tensor, dim: int = -1) -> Tensor:
     return _as(gate / (1 + np.exp(-gate)) * up, x.dtype)
 
 
+def _interleave_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, N, S, 64] as pairs, put out as halves; cos and sin of one head, of S or one place."""
+    assert x.is_contiguous() and x.dtype == cos.dtype == sin.dtype and cos.shape == sin.shape
+    assert x.shape[3] == cos.shape[3] == 64 and cos.shape[:2] == (x.shape[0], 1) and cos.shape[2] in (1, x.shape[2])
+    q = np.swapaxes(_np(x).reshape(*x.shape[:3], 32, 2), -1, -2).reshape(x.shape)
+    half = np.concatenate([-q[..., 32:], q[..., :32]], axis=-1)
+    return _as(q * _np(cos) + half * _np(sin), x.dtype)
+
+
 def _moe_finalize_routing(
     rows: Tensor,
     skip1: None,
@@ -338,6 +347,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "npu_grouped_matmul": _grouped_matmul,
     "npu_weight_quant_batchmatmul": _weight_quant_batchmatmul,
     "npu_swiglu": _swiglu,
+    "npu_interleave_rope": _interleave_rope,
     "npu_moe_finalize_routing": _moe_finalize_routing,
     "npu_moe_distribute_dispatch_v2": _moe_distribute_dispatch_v2,
     "npu_moe_distribute_combine_v2": _moe_distribute_combine_v2,

@@ -91,6 +91,23 @@ def test_a_norm_has_its_epsilon(eps: float):
     np.testing.assert_allclose(g.run(made, inputs)["out"], np.asarray(norm(**inputs)[0]), rtol=1e-5)
 
 
+@pytest.mark.parametrize("width", [64, 128])
+def test_neighbours_are_rotated_and_the_rest_of_a_head_is_left(width: int):
+    inputs = g.rope_inputs(width=width)
+    made = write(g.graph(g.rope(), inputs, ["out"]), g.F32)
+    assert g.operators(made) == {"npu_interleave_rope"}
+    np.testing.assert_allclose(g.run(made, inputs)["out"], np.asarray(g.rope()(**inputs)[0]), atol=1e-5)
+
+
+def test_rotated_halves_and_other_widths_are_decomposed():
+    halves, wide = g.rope_inputs(), g.rope_inputs(width=128)
+    wide["inv_freq"] = np.repeat(wide["inv_freq"], 2)
+    for inputs, interleaved in ((halves, False), (wide, True)):
+        made = write(g.graph(g.rope(interleaved), inputs, ["out"]), g.F32)
+        assert not g.operators(made) and sum(made.declined.values()) == 1
+        np.testing.assert_allclose(g.run(made, inputs)["out"], np.asarray(g.rope(interleaved)(**inputs)[0]), atol=1e-5)
+
+
 @pytest.mark.parametrize(("groups", "kept"), [(1, 1), (4, 2)])
 def test_routing_chooses_the_same_experts_with_the_same_weights(groups: int, kept: int):
     inputs, fn = g.route_inputs(), g.route(groups, kept)

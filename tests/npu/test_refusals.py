@@ -74,6 +74,8 @@ MUTATED: list[tuple[str, int | str, Any, str, bool]] = [
     ("npu_moe_finalize_routing", 4, F32, "scales of another type", False),
     ("npu_moe_finalize_routing", "drop_pad_mode", 1, "drop_pad_mode 1 for rows of two dims", True),
     ("npu_moe_finalize_routing", "drop_pad_mode", 4, "drop_pad_mode that there is not", False),
+    ("npu_interleave_rope", 1, F32, "cos of another type", False),
+    ("npu_interleave_rope", 0, _flat, "x of one dim", False),
     ("npu_moe_distribute_dispatch_v2", 0, F32, "x in float32", False),
     ("npu_moe_distribute_dispatch_v2", 1, I64, "expert_ids in int64", False),
     ("npu_moe_distribute_dispatch_v2", 0, _flat, "x of one dim", True),
