@@ -66,8 +66,9 @@ def plan_rl(
         Literal["in-flight", "pause"], typer.Option(help="Replicas go on while weights are sent, or stand still.")
     ] = "in-flight",
     sync_schedule: Annotated[
-        Literal["sharded", "broadcast"], typer.Option(help="How weights are sent: see docs/rl_planning.md.")
-    ] = "sharded",
+        Literal["broadcast", "sharded"],
+        typer.Option(help="How weights are sent: as frameworks do, or a bound; see docs/training_steps.md."),
+    ] = "broadcast",
     formats: Annotated[
         str,
         typer.Option(autocompletion=completion.schemes, help=f"Of rollouts: auto (the checkpoint's), {SCHEMES_HELP}."),

@@ -49,7 +49,7 @@ class RlQuestion:
     train_formats: str = "bf16"
     scored: int = 0
     in_flight: bool = True
-    sync_schedule: SyncSchedule = "sharded"
+    sync_schedule: SyncSchedule = "broadcast"
     steps: int = 8
     seed: int = 0
 
