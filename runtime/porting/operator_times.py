@@ -52,13 +52,16 @@ ShapeAndType = tuple[tuple[int, ...], str]  # shape, type
 
 @dataclasses.dataclass(frozen=True)
 class OperatorTime:
-    """An operator's call: what it was given and made, and how long it took beyond what an empty one takes."""
+    """An operator's call: what it was given and made, and how long it took beyond what an empty one takes. rows,
+    groups: of a grouped product, the rows that belong to a group, and the groups that have any; None where not said."""
 
     name: str
     inputs: tuple[ShapeAndType, ...]
     outputs: tuple[ShapeAndType, ...]
     seconds: float
     equation: str = ""
+    rows: float | None = None
+    groups: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +99,8 @@ def _of_run(path: Path) -> Iterator[OperatorTime]:
                 for key in ("inputs", "outputs")
             )
             seconds = float(entry["median_s"]) - empty
-            yield OperatorTime(str(entry["operator"]), inputs, outputs, seconds, str(entry["equation"]))
+            rows, groups = (None if entry.get(key) is None else float(entry[key]) for key in ("rows", "groups"))
+            yield OperatorTime(str(entry["operator"]), inputs, outputs, seconds, str(entry["equation"]), rows, groups)
     except (KeyError, TypeError, ValueError) as error:
         why = f"operators: {type(error).__name__}: {error}"
         raise UsageError(f"{path}: {why}; measure again with this package's run.py") from None
@@ -137,13 +141,21 @@ def _tensors(shapes: str, types: str) -> tuple[ShapeAndType, ...]:
 
 
 def products(times: Sequence[OperatorTime]) -> list[MeasuredProduct]:
-    """Those of the operators that are matrix products, and took some time."""
+    """Those of the operators that are matrix products, and took some time. A grouped one does the work of the rows that
+    belong to groups: where experts are on several devices, most of what it is given may belong to none."""
     found = []
     for each in times:
         flops = _flops(each)
         if flops and each.seconds > 0 and (rate := _RATES.get(each.inputs[0][1])):
-            moved = sum(math.prod(shape) * _BYTES.get(kind, 4) for shape, kind in (*each.inputs, *each.outputs))
-            found.append(MeasuredProduct(flops, float(moved), rate, each.seconds))
+            sizes = [math.prod(shape) * _BYTES.get(kind, 4) for shape, kind in (*each.inputs, *each.outputs)]
+            moved = float(sum(sizes))
+            if each.rows is not None and each.groups is not None:
+                share, held = each.rows / max(1, each.inputs[0][0][0]), each.groups / max(1, each.inputs[1][0][0])
+                given, weights, made = sizes[0], sizes[1], sizes[len(each.inputs)]
+                moved -= (1 - share) * (given + made) + (1 - held) * weights
+                flops *= share
+            if flops:
+                found.append(MeasuredProduct(flops, moved, rate, each.seconds))
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import hw_profiles
+from runtime.porting import operator_times
 from runtime.simulation import package_runs
 from tests.cli.cli import glm5, refused
 
@@ -68,6 +69,19 @@ def test_the_shares_that_products_reach_become_the_profiles_curves(tmp_path: Pat
     assert curves["efficiency.network"] == CHIP.curves["efficiency.network"]
     assert curves["efficiency.compute"].evidence == "measured"
     assert hw_profiles.load(out).figures == CHIP.figures
+
+
+def test_a_grouped_product_does_the_work_of_the_rows_that_are_in_groups(tmp_path: Path):
+    """Given 512 rows and 16 matrices, of which 32 rows for 8 of them: as much as 32 rows and 8 matrices are."""
+    k, n = 6144, 4096
+    call = _product("npu.npu_grouped_matmul", 512, k, n, 1e-3)
+    call["inputs"][1]["shape"] = [16, k, n]
+    few = {**call, "rows": 32.0, "groups": 8.0}
+    measured = tmp_path / "m.json"
+    measured.write_text(json.dumps({**run_json(0.6, 0.5), "operators": [call, few], "empty_s": 0.0}))
+    whole, found = operator_times.products(operator_times.read(measured, 0.0))
+    assert whole.flops == 2 * 512 * k * n and found.flops == 2 * 32 * k * n
+    assert found.bytes == 2 * (32 * k + 8 * k * n + 32 * n)
 
 
 def test_msmodelings_table_of_a_kernel_is_read_in_its_form(tmp_path: Path):

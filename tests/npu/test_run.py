@@ -149,6 +149,9 @@ def test_measurements_have_every_unit_and_operator(tmp_path: Path):
         layers = [layer["unit"] for layer in manifest["layers"]]
         assert calls == {unit: max(1, layers.count(unit)) for unit in calls}
     called = {each["operator"].removeprefix("npu.") for each in found["operators"]}
+    grouped = [each for each in found["operators"] if each["operator"] == "npu.npu_grouped_matmul"]
+    for each in grouped:  # on one device every row that is given is some expert's
+        assert each["rows"] == each["inputs"][0]["shape"][0] and 1 <= each["groups"] <= each["inputs"][1]["shape"][0]
     assert set(manifest["extra"]["ascend"]["operators"]) <= called
 
 

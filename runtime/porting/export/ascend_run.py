@@ -616,8 +616,18 @@ class OperatorTimes(torch.fx.Interpreter):
         outputs = tuple((tuple(x.shape), str(x.dtype)[6:]) for x in made)
         equation = args[0] if args and isinstance(args[0], str) else ""
         key = (target._schema.name.replace("::", "."), shapes, outputs, equation)
-        self.found.setdefault(key, []).append(seconds)
+        self.found.setdefault(key, []).append((seconds, *groups_of(kwargs.get("group_list"))))
         return result
+
+
+def groups_of(counts):
+    """Of a grouped product: the rows that its groups have, which may be few of those it is given, and how many groups
+    have any. counts: rows by group."""
+    return (None, None) if counts is None else (int(counts.sum()), int((counts > 0).sum()))
+
+
+def mean(values):
+    return None if None in values else statistics.fmean(values)
 
 
 def measure_empty(place, count=50):
@@ -666,10 +676,14 @@ def measure_operators(model, program, repeat):
             "inputs": [{"shape": list(shape), "dtype": dtype} for shape, dtype in shapes],
             "outputs": [{"shape": list(shape), "dtype": dtype} for shape, dtype in outputs],
             "equation": equation,
-            "calls_a_step": len(seconds) // repeat,
-            **spread(seconds),
+            "calls_a_step": len(calls) // repeat,
+            "rows": mean([rows for _, rows, _ in calls]),
+            "groups": mean([groups for _, _, groups in calls]),
+            **spread([seconds for seconds, *_ in calls]),
         }
-        for (name, shapes, outputs, equation), seconds in sorted(found.items(), key=lambda each: -sum(each[1]))
+        for (name, shapes, outputs, equation), calls in sorted(
+            found.items(), key=lambda each: -sum(seconds for seconds, *_ in each[1])
+        )
     ]
 
 
