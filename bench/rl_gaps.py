@@ -24,9 +24,9 @@ from runtime.training.rl.objective import LearnerBatch, batch, log_probabilities
 from runtime.training.rl.replay import widths
 from runtime.training.rl.rollouts import Asked, RolloutEngine
 
-TASKS = {"copy": 1.0, "long-copy": 1.0}
+TASKS = {"long-copy": 1.0}
 GROUPS, SIZE, LENGTH, MOST_TOKENS = 4, 8, 48, 24
-"""Of a batch; questions and answers together are longer than what an indexer selects."""
+"""Of a batch: lists of 9 to 19 words to repeat, with which episodes get longer than what an indexer selects (32)."""
 CORRECTIONS: tuple[Correction, ...] = ("ppo-clip", "tis", "icepop", "double-sided")
 
 

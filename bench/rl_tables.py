@@ -177,13 +177,15 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 
 
 def tables(results: list[dict[str, Any]], wanted: Iterable[str]) -> str:
-    """In Markdown: median and range over the seeds that were run."""
+    """In Markdown, those of which something was run: median and range over the seeds."""
     parts = []
     for name in wanted:
         columns, rows = COLUMNS[name], dict[tuple[str, ...], list[dict[str, Any]]]()
         for each in results:
             if each["table"] == name:
                 rows.setdefault(tuple(each["labels"]), []).append(each)
+        if not rows:
+            continue
         head = ["", "runs", "failed", *(column[0] for column in columns)]
         lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
         for labels, runs in sorted(rows.items(), key=lambda row: _order(row[0])):
