@@ -16,8 +16,7 @@ GENERATION = {"max_tokens": 12}
 CORRECTIONS = ("none", "ppo-clip", "tis", "icepop", "double-sided")
 RATES = (5e-4, 2e-3)
 FORMATS = ("float32", "bfloat16", "fp8", "w4a16")
-REPLAYS = ("none", "experts", "all")
-ROUNDINGS = ("w4a16", "int3", "int2")
+ROUNDINGS = ("int3", "int2", "w4a16")
 DELAY = {"mean_s": 0.3, "tail": 1.5}
 OLD = ("arithmetic", "copy", "sentences")
 
@@ -75,7 +74,8 @@ def modes(seed: int) -> Iterator[Cell]:
 
 def lags(seed: int) -> Iterator[Cell]:
     """Versions behind, by what is done about it. At no lag all corrections are one, so only one is run."""
-    cells = [(lag, how, RATES[0]) for lag in (16,) for how in CORRECTIONS] + [(0, "ppo-clip", rate) for rate in RATES]
+    cells = [(16, "ppo-clip", RATES[0]), (16, "none", RATES[0]), (0, "ppo-clip", RATES[0])]
+    cells += [(16, how, RATES[0]) for how in ("double-sided", "tis", "icepop")] + [(0, "ppo-clip", RATES[1])]
     cells += [(16, how, RATES[1]) for how in CORRECTIONS]
     cells += [(lag, how, rate) for lag in (4, 1) for rate in RATES for how in CORRECTIONS]
     for lag, correction, rate in cells:
@@ -97,8 +97,10 @@ def admissions(seed: int) -> Iterator[Cell]:
 
 def formats(seed: int) -> Iterator[Cell]:
     """What the engine computes in, by what is done about the gap. Episodes are longer than what an indexer selects."""
-    stage = STAGE | {"steps": 8, "length": 48, "tasks": {"long-copy": 1.0}, "group_size": 8}
-    cells = [("ppo-clip", fmt, replay) for fmt in FORMATS for replay in REPLAYS]
+    stage = STAGE | {"steps": 6, "length": 48, "tasks": {"long-copy": 1.0}, "group_size": 8}
+    cells = [("ppo-clip", "float32", "none")]
+    cells += [("ppo-clip", fmt, replay) for fmt in FORMATS[1:] for replay in ("none", "all")]
+    cells += [("ppo-clip", fmt, "experts") for fmt in FORMATS[1:]]
     cells += [(how, fmt, replay) for how in ("none", "icepop") for fmt in FORMATS[2:] for replay in ("none", "all")]
     for correction, fmt, replay in cells:
         generation = {"formats": fmt, "replay": replay, "max_tokens": 24}
@@ -106,9 +108,16 @@ def formats(seed: int) -> Iterator[Cell]:
         yield Cell("formats", (fmt, correction, replay), seed, (chosen,), {}, generation)
 
 
+def gaps(seed: int) -> Iterator[Cell]:
+    """The same tokens with and without replay (`rl_gaps.py`)."""
+    for fmt in FORMATS:
+        for replay in ("none", "experts", "all"):
+            yield Cell("gaps", (fmt, replay), seed, ())
+
+
 def stages(seed: int) -> Iterator[Cell]:
     """What a second task does to what the first taught, and to what was known before."""
-    sums = STAGE | {"steps": 40, "group_size": 32}
+    sums = STAGE | {"steps": 40}
     copying = STAGE | {"steps": 24, "length": 48, "tasks": {"long-copy": 1.0}}
     asks = ("thinking", "long-copy", *OLD)
     yield Cell("stages", ("sums",), seed, (sums,), {}, {"max_tokens": 24}, asks=asks)
@@ -119,25 +128,25 @@ def stages(seed: int) -> Iterator[Cell]:
 
 def roundings(seed: int) -> Iterator[Cell]:
     """Learnt in few bits, or rounded afterwards: so many steps on right answers, and one of reinforcement."""
-    stage = STAGE | {"imitate": 40, "steps": 1, "imitate_rate": 5e-4, "tasks": dict.fromkeys(OLD, 1.0), "length": 32}
+    stage = STAGE | {"imitate": 30, "steps": 1, "imitate_rate": 5e-4, "tasks": dict.fromkeys(OLD, 1.0), "length": 32}
     for name in ROUNDINGS:
-        if seed == SEEDS[0]:  # nothing is drawn
-            yield Cell("roundings", (name, "not taught"), seed, (), asks=OLD, offline=name)
         for how in ("offline", "learnt"):
             chosen = stage | ({"rounding": name} if how == "learnt" else {})
             yield Cell("roundings", (name, how), seed, (chosen,), asks=OLD, offline=name, questions=20)
+    if seed == SEEDS[0]:  # nothing is drawn
+        for name in ROUNDINGS:
+            yield Cell("roundings", (name, "not taught"), seed, (), asks=OLD, offline=name)
 
 
-TABLES = (lags, formats, roundings, modes, admissions, stages)
-FIRST = {"lags": 7, "formats": 12, "modes": 6, "roundings": 9, "admissions": 2, "stages": 4}
+TABLES = (gaps, lags, modes, roundings, admissions, stages, formats)
+FIRST = {"gaps": 12, "lags": 3, "formats": 0, "modes": 3, "roundings": 4, "admissions": 2, "stages": 0}
 """Cells of each table that are run, for all seeds, before any other."""
 
 
 def all_cells(tables: tuple[str, ...]) -> Iterator[Cell]:
-    """The most telling first, a seed after the other."""
+    """The most telling first: all seeds of some cells of every table, then of the others."""
     for telling in (True, False):
-        for seed in SEEDS:
-            for table in TABLES:
-                cells = list(table(seed)) if table.__name__ in tables else []
-                first = FIRST[table.__name__]
+        for table in TABLES:
+            for seed in SEEDS if table.__name__ in tables else ():
+                cells, first = list(table(seed)), FIRST[table.__name__]
                 yield from cells[:first] if telling else cells[first:]

@@ -1,6 +1,7 @@
 """The tables of docs/rl.md: runs what is not there yet, and prints what is.
 
-    python -m bench.rl_tables --results DIR [--table NAME ...] [--minutes N] [--print-only]
+    python -m bench.rl_tables --results DIR [--table NAME ...] [--minutes N] [--collect FILE]
+    python -m bench.rl_tables --results bench/results/rl_2026-11-29.json --print-only
 
 A cell's result is a JSON file in DIR; a sweep that was cut short goes on where it was. Cells run one after another in
 this process (`rl_cells.py` has them), so what was compiled for one serves the next; seconds of CPU are this process's
@@ -24,6 +25,7 @@ import numpy as np
 from backends import compiled
 from backends.registry import usable
 from bench.rl_cells import TABLES, Cell, all_cells
+from bench.rl_gaps import CORRECTIONS, gap
 from foundation.errors import UsageError
 from foundation.writing import replacing
 from model import qat
@@ -50,6 +52,9 @@ def run(cell: Cell) -> dict[str, Any]:
         folder, source = Path(temporary) / "run", Path(temporary) / "rl.toml"
         checkpoint = embedded_checkpoint()
         try:
+            if cell.table == "gaps":
+                formats, replay = cell.labels
+                found |= gap(formats, replay, cell.seed)  # type: ignore[arg-type]
             if cell.stages:
                 source.write_text(cell.toml)
                 checkpoint = train(configs.read(source), Checkpoint(checkpoint), usable(BACKEND), folder, source)
@@ -127,6 +132,10 @@ def asked(task: str) -> Callable[[dict[str, Any]], float]:
     return lambda each: each["asked"][task]
 
 
+def cut_by(correction: str) -> Callable[[dict[str, Any]], float]:
+    return lambda each: each["cut"][correction]
+
+
 Column = tuple[str, Callable[[dict[str, Any]], float], float, int]
 COLUMNS: dict[str, tuple[Column, ...]] = {
     "modes": (
@@ -154,6 +163,12 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("long-copy at the end, %", last("long-copy"), 100, 0),
         ("tokens cut, %", lambda each: each["cut"], 100, 2),
     ),
+    "gaps": (
+        ("mean gap, 1e-3 nats", lambda each: each["gap"], 1000, 3),
+        ("99th percentile", lambda each: each["gap_99"], 1000, 2),
+        ("largest, nats", lambda each: each["gap_max"], 1, 2),
+        *((f"{how} cuts, %", cut_by(how), 100, 2) for how in CORRECTIONS),
+    ),
     "stages": tuple(
         (f"{task}, %", asked(task), 100, 0) for task in ("thinking", "long-copy", "arithmetic", "copy", "sentences")
     ),
@@ -162,13 +177,15 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 
 
 def tables(results: list[dict[str, Any]], wanted: Iterable[str]) -> str:
-    """In Markdown: median and range over the seeds that were run."""
+    """In Markdown, those of which something was run: median and range over the seeds."""
     parts = []
     for name in wanted:
         columns, rows = COLUMNS[name], dict[tuple[str, ...], list[dict[str, Any]]]()
         for each in results:
             if each["table"] == name:
                 rows.setdefault(tuple(each["labels"]), []).append(each)
+        if not rows:
+            continue
         head = ["", "runs", "failed", *(column[0] for column in columns)]
         lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
         for labels, runs in sorted(rows.items(), key=lambda row: _order(row[0])):
@@ -185,24 +202,28 @@ def _order(labels: tuple[str, ...]) -> list[tuple[float, str]]:
     return [(float(each), "") if each.replace(".", "").replace("e-", "").isdigit() else (-1.0, each) for each in labels]
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+def read(place: Path) -> list[dict[str, Any]]:
+    """Of a folder with a file a cell, or of one file with all."""
+    if place.is_file():
+        return json.loads(place.read_text())
+    return [json.loads(path.read_text()) for path in sorted(place.glob("*.json"))]
 
 
 def main() -> None:
     names = tuple(each.__name__ for each in TABLES)
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--results", type=Path, required=True, help="a folder of JSON, one file a cell")
+    parser.add_argument("--results", type=Path, required=True, help="a folder of JSON, a file a cell; or one, to print")
     parser.add_argument("--table", choices=names, action="append", help="only this one; may be repeated")
     parser.add_argument("--minutes", type=float, default=1e9, help="no cell begins after that long")
     parser.add_argument("--print-only", action="store_true", help="run nothing")
+    parser.add_argument("--collect", type=Path, help="all results in one file")
     given = parser.parse_args()
     wanted, end = tuple(given.table or names), time.monotonic() + 60 * given.minutes
-    given.results.mkdir(parents=True, exist_ok=True)
-    compiled.keep_in(given.results / "compiled")
+    if not given.print_only:
+        compiled.keep_in(given.results / "compiled")
     for cell in [] if given.print_only else all_cells(wanted):
         place = given.results / f"{cell.name}.json"
-        if place.exists():
+        if place.exists() and json.loads(place.read_text())["config"] == cell.toml:
             continue
         if time.monotonic() > end:
             break
@@ -210,7 +231,10 @@ def main() -> None:
         with replacing(place) as temporary:
             temporary.write_text(json.dumps(found))
         print(f"{cell.name}: {found['cell_cpu_s']:.0f} s of CPU, {found['cell_wall_s']:.0f} s", flush=True)
-    print(tables(read(given.results), wanted))
+    results = read(given.results)
+    if given.collect:
+        given.collect.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
+    print(tables(results, wanted))
 
 
 if __name__ == "__main__":
