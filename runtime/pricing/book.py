@@ -62,12 +62,12 @@ FALLBACK_FORMAT: Mapping[str, tuple[str, ...]] = {
 }
 """Whose kernel stands in for a format without a table, at the format's own bytes and peak rate. Not an error
 where the kernel holds a machine's own rates, which were measured in the format computed in."""
-KIN: Mapping[str, tuple[str, ...]] = {
-    "ampere": ("a100-sxm-80gb",),
-    "hopper": ("h100-sxm", "h200-sxm"),
-    "blackwell": ("b200-sxm", "b300-sxm"),
+KIN: Mapping[str, Mapping[str, float]] = {
+    "ampere": {"a100-sxm-80gb": 19.5e12},
+    "hopper": {"h100-sxm": 67e12, "h200-sxm": 67e12},
+    "blackwell": {"b200-sxm": 75e12, "b300-sxm": 75e12},
 }
-"""Measured chips by architecture, for others of the same."""
+"""Measured chips by architecture, for others of the same, and their FLOP/s beside matrix products (data sheets)."""
 REFERENCE = "gemm/bf16/sglang"
 """The kernel of the joint fit that a profile's own efficiencies are compared with."""
 STAND_IN_ERROR = 0.35
@@ -140,7 +140,7 @@ class PriceBook:
         self._kernels: dict[str, Kernel] = {}
         self._found: dict[tuple[str, str, str, str | None], tuple[Kernel, bool]] = {}
         reference = (reference_chip(measured) or chip) if measured else None
-        own = Changes(chip, reference) if reference else None
+        own = Changes(chip, reference, KIN[family][kin] if kin else 0.0) if reference else None
         joint = transfer["kernels"][REFERENCE]["constants"]
         carried = own if own and own_rates(chip) is None and not kin else OtherChip(chip, joint)
         for key, body in transfer["kernels"].items():
