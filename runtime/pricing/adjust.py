@@ -55,17 +55,32 @@ def own_rates(chip: Chip) -> Rates | None:
 
 
 class Changes:
-    """Kernels measured on `reference`, on a chip that has other figures: scaled by the ratio of each."""
+    """Kernels measured on `reference`, on a chip that has other figures: scaled by the ratio of each.
 
-    def __init__(self, chip: Chip, reference: Chip) -> None:
+    kin_vectors: of another chip of its architecture, the FLOP/s beside matrix products; 0 for itself. What a kernel
+    takes beyond its products at their peak rate is work of the rest of its cores (exponentials, scales, addresses),
+    which goes by their own rate:
+
+        1 / efficiency - 1  =  (1 / efficiency of the reference - 1) x (ratio of peaks / ratio of vector rates)
+
+    H20 has 15 % of H200's peak and 66 % of its vector rate: FlashMLA reaches 126 to 130 of its 148 TFLOP/s
+    (deepseek-ai/FlashMLA issue 30), FlashAttention 3 126 (Dao-AILab/flash-attention issue 1310).
+    """
+
+    def __init__(self, chip: Chip, reference: Chip, kin_vectors: float = 0.0) -> None:
         self._launch = _ratio(chip.kernel_launch_s, reference.kernel_launch_s)
         self._vector = _ratio(chip.vector_launch_s, reference.vector_launch_s)
         self._compute = _ratio(chip.compute_efficiency, reference.compute_efficiency)
         self._memory = _ratio(chip.memory_efficiency, reference.memory_efficiency)
+        products = _ratio(chip.peak_flops_per_s.get("bf16"), reference.peak_flops_per_s.get("bf16"))
+        known = kin_vectors and chip.vector_flops_per_s
+        self._rest = products / (chip.vector_flops_per_s / kin_vectors) if known else 1.0
 
     def __call__(self, kernel: Kernel) -> Kernel:
         launch = self._vector if kernel.family == "memory" else self._launch
-        return kernel.adjusted(kernel.constants.launch_s * launch, self._compute, self._memory)
+        kept = kernel.constants
+        beside = 1.0 / (kept.compute_efficiency + (1.0 - kept.compute_efficiency) * self._rest)
+        return kernel.adjusted(kept.launch_s * launch, self._compute * beside, self._memory)
 
 
 class OtherChip:

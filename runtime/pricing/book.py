@@ -62,6 +62,12 @@ FALLBACK_FORMAT: Mapping[str, tuple[str, ...]] = {
 }
 """Whose kernel stands in for a format without a table, at the format's own bytes and peak rate. Not an error
 where the kernel holds a machine's own rates, which were measured in the format computed in."""
+KIN: Mapping[str, Mapping[str, float]] = {
+    "ampere": {"a100-sxm-80gb": 19.5e12},
+    "hopper": {"h100-sxm": 67e12, "h200-sxm": 67e12},
+    "blackwell": {"b200-sxm": 75e12, "b300-sxm": 75e12},
+}
+"""Measured chips by architecture, for others of the same, and their FLOP/s beside matrix products (data sheets)."""
 REFERENCE = "gemm/bf16/sglang"
 """The kernel of the joint fit that a profile's own efficiencies are compared with."""
 STAND_IN_ERROR = 0.35
@@ -110,8 +116,9 @@ class Tabulated:
 class PriceBook:
     """Prices of one chip under one engine. Build with `open_book`.
 
-    release: of the engine; "" for the newest that was measured. family: of the chip. wide: the format of what no
-    scheme quantises ("bf16", or "f32" where everything is computed in float32).
+    kin: the chip of the same architecture that was measured instead of it; "" where it was itself. release: of the
+    engine; "" for the newest that was measured. family: of the chip. wide: the format of what no scheme quantises
+    ("bf16", or "f32" where everything is computed in float32).
     """
 
     def __init__(
@@ -123,18 +130,19 @@ class PriceBook:
         wide: str = "bf16",
         release: str = "",
         family: str = "",
+        kin: str = "",
     ) -> None:
         self._chooses = engine, release, family
         self.chip = chip
         self.wide = wide
         self.engine = engine
-        self.measured = measured is not None
+        self.measured = measured is not None and not kin
         self._kernels: dict[str, Kernel] = {}
         self._found: dict[tuple[str, str, str, str | None], tuple[Kernel, bool]] = {}
         reference = (reference_chip(measured) or chip) if measured else None
-        own = Changes(chip, reference) if reference else None
+        own = Changes(chip, reference, KIN[family][kin] if kin else 0.0) if reference else None
         joint = transfer["kernels"][REFERENCE]["constants"]
-        carried = own if own and own_rates(chip) is None else OtherChip(chip, joint)
+        carried = own if own and own_rates(chip) is None and not kin else OtherChip(chip, joint)
         for key, body in transfer["kernels"].items():
             self._kernels[f"transfer:{key}"] = carried(kernel_from_json(key, body, "transferred"))
         if measured and own:
@@ -145,6 +153,7 @@ class PriceBook:
                     eras[each.key] = entry_of(entries, each.taken, engine, release)
             for key, era in eras.items():
                 kernel = own(kernel_from_json(key, era.body))
+                kernel = kernel.of_kin(kin) if kin else kernel
                 self._kernels[key] = kernel.of_later_release(era.later) if era.later else kernel
         curves = choose((measured or {}).get("collectives", {}), engine, release)
         self.network = Network(chip, curves, engine, reference)
@@ -369,6 +378,21 @@ def open_book(
     family: str = "",
 ) -> PriceBook:
     """A price book for a chip. `prices` defaults to `hw_profiles/prices/<chip.name>.json` if there is one."""
-    path = prices or PRICES_FOLDER / f"{chip.name}.json"
+    path, kin = prices or PRICES_FOLDER / f"{chip.name}.json", ""
+    if not prices and not path.is_file() and own_rates(chip) is None and (kin := measured_kin(chip, family)):
+        path = PRICES_FOLDER / f"{kin}.json"
     measured = read_prices(path) if prices or path.is_file() else None
-    return PriceBook(chip, engine, measured, read_prices(PRICES_FOLDER / "transfer.json"), wide, release, family)
+    return PriceBook(chip, engine, measured, read_prices(PRICES_FOLDER / "transfer.json"), wide, release, family, kin)
+
+
+def measured_kin(chip: Chip, family: str) -> str:
+    """The measured chip of the same architecture whose memory is about as fast; "" where there is none.
+
+    It runs the same kernels: launches, chains and how far shapes fill the machine are theirs, rates are the chip's own.
+    """
+    near = {
+        name: abs(np.log(chip.memory_bandwidth_bytes_per_s / known.memory_bandwidth_bytes_per_s))
+        for name in KIN.get(family, ())
+        if (known := reference_chip(read_prices(PRICES_FOLDER / f"{name}.json")))
+    }
+    return min(near, key=near.__getitem__, default="")

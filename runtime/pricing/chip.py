@@ -64,7 +64,7 @@ class Chip:
 
     node_devices: devices in one server; None: as many as share the scale-up link. sustained_clock_fraction: of the
     clock at which kernels were measured, what long matrix products keep under the power limit. absent: figures that
-    the profile does not have, by dotted field.
+    the profile does not have, by dotted field. vector_flops_per_s: of its cores beside matrix products; 0 if unknown.
 
     compute_curve, memory_curve: (size, share of the peak) knots by FLOP and by bytes, where the profile's own
     machine was measured; they then say more than the single factors.
@@ -87,6 +87,7 @@ class Chip:
     sustained_clock_fraction: float = 1.0
     cache_bytes: float = 0.0
     absent: frozenset[str] = frozenset()
+    vector_flops_per_s: float = 0.0
 
     @property
     def domain(self) -> int:
@@ -189,4 +190,5 @@ class Chip:
             get("chip.sustained_clock_fraction") or 1.0,
             get("chip.memory.cache_bytes") or 0.0,
             frozenset(absent),
+            get("chip.vector.fp32_flops_per_s") or 0.0,
         )

@@ -27,6 +27,10 @@ from runtime.pricing.work import FAMILIES, Features, weight_bytes
 _CALIBRATED_ERROR, _CARRIED_ERROR = 0.2, 0.5
 """Errors of what calibration measured (the spread of its own points about the curves), and of kernels that
 borrow its rates."""
+_KIN_ERROR = 0.2
+"""Of a chip's prices by the tables of another of its architecture. Operators of a step by H100's tables are within 5 %
+of H200's own in the median and 12 % at the 90th percentile, and the other way round; B200's and B300's within 3 and 8 %
+(38 % under vLLM). Chips that nobody measured are less alike: H20 has a seventh of the FLOP/s."""
 ROTATED = {"gemm": 6}
 """Weights that the tables' benchmarks took in turn, so as not to find them in a cache: six at most (aiconfigurator
 collect_gemm.py:298); one, where nothing is said."""
@@ -169,6 +173,12 @@ class Kernel:
     def resting_on(self, assumed: frozenset[str]) -> Kernel:
         """The same kernel, graded for figures that nobody gave."""
         return replace(self, assumed=assumed, evidence="assumed") if assumed else self
+
+    def of_kin(self, measured: str) -> Kernel:
+        """The same kernel, on a chip of the architecture of the one that was measured."""
+        source = f"{self.source}, measured on {measured}, of the same architecture"
+        error = math.hypot(self.relative_error, _KIN_ERROR)
+        return replace(self, relative_error=error, evidence="transferred", source=source)
 
     def of_later_release(self, taken: str) -> Kernel:
         """The same kernel, for a release of its engine that is older than any that was measured."""
