@@ -47,7 +47,7 @@ def test_every_command_and_op_is_there() -> None:
     commands = docs_cli.DEFAULT.read_text(encoding="utf-8")
     assert all(f"## glm5 {verb}\n" in commands for verb in ("run", "model", "backends", "profiles show"))
     assert "`--prompt-ids TEXT`" in commands and "`--set TEXT`" in commands
-    assert "| `glm.expert_ffn` | `x, experts, weights, *matrices` |  | cpu" in docs_ops.render()
+    assert "| `glm.expert_ffn` | `x, experts, weights, *matrices` | `across: Across` | cpu" in docs_ops.render()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
