@@ -27,7 +27,7 @@ BASES = {
     "choose": ("choose", "--profiles", "h200-sxm", "--concurrency", "2", "--isl", "64", "--osl", "8"),
     "serve": ("serve", "--port", "0"),
     "serve sim": ("serve", "--port", "0", "--backend", "sim", "--profile", "h200-sxm"),
-    "eval": ("eval",), "compare": ("compare", "--profile", "h200-sxm"),
+    "plan rl": ("plan", "rl"), "eval": ("eval",), "compare": ("compare", "--profile", "h200-sxm"),
 }  # fmt: skip
 LARGE, HUGE = 10**9, 10**18
 AXES = ("--devices", "--tp", "--dp", "--ep", "--pp")
@@ -56,6 +56,9 @@ REFUSED: list[tuple[str, str, int, str]] = [
             ("choose", "--isl"),
             ("choose", "--osl"), ("choose", "--concurrency"), ("choose", "--mtp"), ("choose", "--max-devices"),
             ("compare", "--tasks"), ("compare", "--max-tokens"),
+            ("plan rl", "--devices"), ("plan rl", "--train-devices"), ("plan rl", "--groups"),
+            ("plan rl", "--group-size"), ("plan rl", "--isl"), ("plan rl", "--osl"), ("plan rl", "--longest"),
+            ("plan rl", "--tool-tokens"), ("plan rl", "--staleness"), ("plan rl", "--steps"),
         )
         for size in (HUGE, -1)
     ],
@@ -68,7 +71,7 @@ REFUSED: list[tuple[str, str, int, str]] = [
 ]  # fmt: skip
 FREE = {
     ("run", "--top-k"), ("run", "--seed"), ("run", "--prefill-chunk"), ("simulate", "--seed"), ("plan", "--max-pp"),
-    ("compare", "--window"), ("serve", "--prefill-chunk"), ("serve", "--max-queue"),
+    ("plan rl", "--seed"), ("compare", "--window"), ("serve", "--prefill-chunk"), ("serve", "--max-queue"),
 }  # fmt: skip
 """Where any number is taken, and more of it costs nothing."""
 

@@ -311,7 +311,8 @@ def test_arbitrary_objects(raw: dict[str, Any]) -> None:
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}, "'llama3'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "`factor`"),
         ({"rope_parameters": None, "rope_theta": None}, "`rope_theta`"),
-        ({"quantization_config": {"quant_method": "awq"}}, "'awq'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "awq with None bits"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "'bitsandbytes'"),
     ],
 )
 def test_contradictions_are_named(changes: dict[str, Any], mention: str) -> None:
