@@ -180,7 +180,7 @@ def test_a_package_is_its_emulation(gqa: Path, tmp_path: Path) -> None:
         ("onnx", "w8a8", ("--phase", "both", "--chunk", 16, "--batch", "1,3")),
         ("onnx", "w4a16", ("--phase", "both", "--chunk", 16, "--batch", 2)),
         ("onnx", "w4a16-g64/w4a16-g16", ()),
-        ("onnx", "w4a8", ("--tp", 2, "--dp", 2, "--ep", 4)),
+        ("onnx", "w4a8", ("--dp", 2, "--ep", 2)),
         ("stablehlo", "w8a8", ()),
         ("stablehlo", "w4a16", ("--batch", 2)),
         ("torch", "w8a8", ()),

@@ -53,8 +53,10 @@ def test_shares_are_of_a_whole(document: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_the_best_is_the_best_of_the_splits_that_were_played() -> None:
-    """And closed forms, which choose what is played, are of the size of the plays."""
-    document = glm5("plan", "rl", "--model", "glm-4.7-flash", "--devices", 16, *LOAD, "--json").json
+    """And closed forms, which choose what is played, are of the size of the plays, where weights are not sent for as
+    long as answers are drawn."""
+    load = (*LOAD, "--osl", 1000)
+    document = glm5("plan", "rl", "--model", "glm-4.7-flash", "--devices", 16, *load, "--json").json
     played = document["played"]
     rates = [row["samples_per_s"] for row in played]
     assert rates == sorted(rates, reverse=True) and rates[0] == document["figures"]["samples_per_s"]
