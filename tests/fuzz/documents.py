@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import tempfile
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -71,12 +72,13 @@ def _plan_reads(folder: Path) -> None:
 
 
 def _weights() -> bytes:
-    path = Path("weights.safetensors").absolute()
     shapes = {"a": ((20, 30), "float32"), "b": ((3,), "int32"), "c": ((4, 4), "int4"), "d": ((), "float32")}
-    with TensorWriter(path, shapes) as writer:
-        for name, (shape, dtype) in shapes.items():
-            writer.put(name, np.zeros(shape, numpy_dtype(dtype)))
-    return path.read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.safetensors"
+        with TensorWriter(path, shapes) as writer:
+            for name, (shape, dtype) in shapes.items():
+                writer.put(name, np.zeros(shape, numpy_dtype(dtype)))
+        return path.read_bytes()
 
 
 def _weights_read(folder: Path) -> None:
