@@ -116,7 +116,7 @@ def unpack(data: bytes) -> list[np.ndarray | None]:
     return made
 
 
-def send(arrays: Sequence[np.ndarray | None], source: int) -> list[Any]:
+def send(arrays: Sequence[np.ndarray | None], source: int = 0) -> list[Any]:
     """Host arrays of process `source`, in every process; what the others give is not looked at."""
     mine = source == jax.process_index()
     data = pack(arrays) if mine else b""

@@ -8,13 +8,12 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foundation.errors import UsageError
 from runtime.api.backing import Backing, Opened, opened, warmed
 from runtime.api.server import bound
 from runtime.api.synthetic import Inventor
 from runtime.cli.compile_cache import open_compile_cache
 from runtime.cli.front import Front, TellProgress
-from runtime.execution.cluster.processes import ProcessPlace, Ticket, connect, supervise
+from runtime.execution.cluster.processes import ProcessPlace, Ticket, connect, require_spread, supervise
 
 if TYPE_CHECKING:
     from backends.spmd.processes import Processes
@@ -36,15 +35,8 @@ class ProcessesServe:
 
     def run(self) -> None:
         """Refuses what can be refused here, then has a child process do it."""
-        from backends import registry
-
         place = self._place
-        if self.plan is None:
-            raise UsageError("--coordinator needs --plan")
-        if not registry.get(self.backing.backend).spreads:
-            raise UsageError(
-                f"--coordinator: backend {self.backing.backend} does not run over several processes; cpu and cuda do"
-            )
+        require_spread(self.backing.backend, self.plan)
         self._prepared(opened(self.backing))
         supervise(place, self.join, drains=True)
 
@@ -54,8 +46,7 @@ class ProcessesServe:
             self._follow(ticket)
             return
         with bound(self.front.host, self.front.port) as listening:
-            found = opened(self.backing)
-            self._lead(found, self._connected(found, ticket), listening)
+            self._lead(ticket, listening)
 
     @property
     def _place(self) -> ProcessPlace:
@@ -70,17 +61,18 @@ class ProcessesServe:
         self._place.check(plan)
         return found.checkpoint, plan
 
-    def _connected(self, found: Opened, ticket: Ticket) -> Processes:
+    def _connected(self, plan: Plan, ticket: Ticket) -> Processes:
         from backends import registry
 
         open_compile_cache(self.front.compile_cache)
-        _, plan = self._prepared(found)
         return connect(self._place, ticket, registry.get(self.backing.backend), self.backing.dtype, plan, "serve")
 
-    def _lead(self, found: Opened, machines: Processes, listening: socket.socket) -> None:
+    def _lead(self, ticket: Ticket, listening: socket.socket) -> None:
         from runtime.execution.services import led_service
 
+        found = opened(self.backing)
         checkpoint, plan = self._prepared(found)
+        machines = self._connected(plan, ticket)
         leaders: list[Leader] = []
 
         def make(inventor: Inventor | None, progress: TellProgress) -> Service:
@@ -103,7 +95,6 @@ class ProcessesServe:
         from runtime.execution.cluster.led import follow
         from runtime.execution.services import executors_of
 
-        found = opened(self.backing)
-        machines = self._connected(found, ticket)
-        checkpoint, plan = self._prepared(found)
-        follow([*chain(*executors_of(checkpoint, machines, plan))], lambda arrays: send(arrays, 0))
+        checkpoint, plan = self._prepared(opened(self.backing))
+        machines = self._connected(plan, ticket)
+        follow([*chain(*executors_of(checkpoint, machines, plan))], send)

@@ -134,7 +134,7 @@ def led_service(
     from backends.spmd.processes import send
 
     found, numbers = executors_of(checkpoint, machines, plan), itertools.count()
-    leader = Leader(lambda arrays: send(arrays, 0))
+    leader = Leader(send)
     led = [[LedExecutor(leader, next(numbers), executor) for executor in pool] for pool in found]
     each = [itertools.cycle(pool) for pool in led]
     pages = [pool[0].can.pages for pool in led]

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foundation.errors import UsageError
 from runtime.cli.compile_cache import open_compile_cache
 from runtime.cli.runners.asked import CheckpointRun
 
@@ -38,17 +37,11 @@ class ProcessesRun(CheckpointRun):
 
     def run(self) -> None:
         """Refuses what can be refused here, then has a child process do it."""
-        from backends import registry
-        from runtime.execution.cluster.processes import supervise
+        from runtime.execution.cluster.processes import require_spread, supervise
 
         place = self.place
-        if self.plan is None:
-            raise UsageError("--coordinator needs --plan")
+        require_spread(self.backend, self.plan)
         self.words()
-        if not registry.get(self.backend).spreads:
-            raise UsageError(
-                f"--coordinator: backend {self.backend} does not run over several processes; cpu and cuda do"
-            )
         self._prepared(self.opened())
         supervise(place, self.join)
 

@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backends.errors import BackendUnavailable
@@ -70,6 +71,16 @@ class ProcessPlace:
 
     def __str__(self) -> str:
         return f"process {self.index} of {self.count}"
+
+
+def require_spread(backend: str, plan: Path | None) -> None:
+    """Raises `UsageError` where several processes are asked for, and there is no plan or the backend cannot."""
+    from backends import registry
+
+    if plan is None:
+        raise UsageError("--coordinator needs --plan")
+    if not registry.get(backend).spreads:
+        raise UsageError(f"--coordinator: backend {backend} does not run over several processes; cpu and cuda do")
 
 
 def _whole(text: str) -> int:
