@@ -172,6 +172,12 @@ def _difference(document: Any, written: Any, complete: bool, path: Keys = ()) ->
     return next(filter(None, (_difference(a, b, complete, (*path, key)) for key, a, b in below)), None)
 
 
+def document_text(fields: Mapping[str, Any]) -> str:
+    """JSON, a top-level field a line."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in fields.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def to_json(value: Any) -> Any:
     """A value as what `json.dumps` takes. Derived properties are written behind the fields."""
     if isinstance(value, _PLAIN):

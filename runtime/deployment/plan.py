@@ -25,7 +25,7 @@ from model.config import ModelConfig
 from model.formats import Formats
 from model.hf_config import load_config, preset, preset_names
 from runtime.deployment.demand import Demand, Figures
-from runtime.deployment.document import to_json, validated
+from runtime.deployment.document import document_text, to_json, validated
 from runtime.deployment.engines import split_release
 from runtime.deployment.errors import PlanFileError
 from runtime.deployment.kv import PoolKv
@@ -190,9 +190,7 @@ class Plan:
         """The file: JSON, a top-level field a line; `hash` is the SHA-256 of the text with zeros in its place."""
         body = to_json(self)
         head = {"schema_version": body.pop("schema_version"), "hash": "0" * 64, "model": body.pop("model")}
-        fields = {**head, "formats": to_json(self.formats), **body}
-        lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in fields.items()]
-        text = "{\n" + ",\n".join(lines) + "\n}\n"
+        text = document_text({**head, "formats": to_json(self.formats), **body})
         return text.replace("0" * 64, _digest(text), 1)
 
     @property

@@ -27,7 +27,7 @@ from runtime.serving.pricing import NO_CONTEXTS, step_seconds, step_shape
 from runtime.simulation.build import PriceTables, pricer_of, speculation, tiers_of
 
 _LONGEST_SWEEP = 4096
-_ALIGNED = 0.7
+ALIGNED = 0.7
 """Power of the ranks in the rounds of prompts, fitted to simulations of 2 to 8 ranks with 8 to 80 requests."""
 
 
@@ -127,7 +127,7 @@ class OptionPrices:
         decode = self.decode_seconds(running)
         first, delay = self.prefill_seconds(running if self.engine.policy == "mixed" else 0)
         mu = running * self.accepted / self.output
-        rounds = min(together**_ALIGNED * mu, mu + math.sqrt(2 * mu * math.log(together)) if together > 1 else mu)
+        rounds = min(together**ALIGNED * mu, mu + math.sqrt(2 * mu * math.log(together)) if together > 1 else mu)
         step = decode + rounds * delay
         share = rounds * delay / step
         tpot = step / self.accepted

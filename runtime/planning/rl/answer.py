@@ -6,14 +6,13 @@ Units are in the names; docs/rl_planning.md says what fields mean.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from foundation.writing import replacing
-from runtime.deployment.document import to_json
+from runtime.deployment.document import document_text, to_json
 from runtime.deployment.plan import Rejected
 from runtime.planning.rl.played import Played
 from runtime.planning.rl.search import RlFound, RlSplit
@@ -161,8 +160,7 @@ class RlPlan:
     @property
     def text(self) -> str:
         """JSON, a top-level field a line."""
-        lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in to_json(self).items()]
-        return "{\n" + ",\n".join(lines) + "\n}\n"
+        return document_text(to_json(self))
 
     def write(self, path: str | Path) -> None:
         """Writes the file, whole or not at all. Raises `UsageError`."""

@@ -25,6 +25,7 @@ from runtime.deployment.demand import Demand
 from runtime.deployment.errors import NoPlanError
 from runtime.deployment.ledger import DeviceMemory
 from runtime.deployment.plan import Rejected
+from runtime.planning.estimate import ALIGNED
 from runtime.planning.options import Option, Question, options
 from runtime.planning.rl.engine_prices import side_of
 from runtime.planning.rl.load import RolloutLoad
@@ -39,7 +40,7 @@ from runtime.pricing.training import (
     TrainingMemory,
     TrainingStep,
     TrainLayout,
-    train_layouts,
+    best_layouts,
     training_memory,
     training_step,
 )
@@ -49,8 +50,6 @@ from runtime.simulation.build import PriceTables, node_devices, pricer_of
 
 _SERVERS = (4, 8, 16, 64)
 """Of one rollout replica at most: as few as hold the model."""
-_ALIGNED = 0.7
-"""As of `runtime.planning.estimate`: prompts on r ranks in lock-step hold all of them up r^0.7 times as often."""
 _SLICES = 24
 
 
@@ -86,7 +85,7 @@ class RolloutOption:
         if load.turns > 1:
             new = max(1, load.tool_tokens)
             seconds += (load.turns - 1) * prices.prompt_seconds([(new, int(load.context))], 0, 0.0)
-        return seconds * ranks**_ALIGNED
+        return seconds * ranks**ALIGNED  # prompts of ranks in lock-step hold all of them up
 
     def rate(self, replicas: int, under_way: float) -> float:
         """Answers a second of so many replicas with `under_way` answers in all."""
@@ -194,16 +193,10 @@ class TrainSide:
         return self._found[devices]
 
     def _best(self, devices: int) -> TrainOption:
-        question, cfg = self.question, self.question.cfg
-        formats, priced, why = question.train_formats, [], None
-        for layout in train_layouts(cfg, question.profile, devices, question.load.longest, formats):
-            try:
-                priced.append((training_step(cfg, self.book, layout, self.usual, formats, question.scored), layout))
-            except PriceError as error:
-                why = error
-        if not priced:
-            raise why or CapacityError("no layout could be priced")
-        step, layout = min(priced, key=lambda each: (each[0].seconds, each[1].name))
+        question, cfg, formats = self.question, self.question.cfg, self.question.train_formats
+        ((layout, step),) = best_layouts(
+            cfg, question.profile, self.book, devices, self.usual, formats, 1, question.load.longest, question.scored
+        )
         memory = training_memory(cfg, layout, DeviceMemory.of(question.profile, devices), formats)
         return TrainOption(layout, step, memory)
 

@@ -95,16 +95,19 @@ def best_layouts(
     sequences: Sequences,
     formats: str = "bf16",
     count: int = 4,
+    longest: int | None = None,
+    scored: int = 0,
 ) -> list[tuple[TrainLayout, TrainingStep]]:
-    """The layouts of `train_layouts` that take the fewest seconds for a step, fastest first. Raises as that does, and
-    `PriceError` where none can be priced."""
+    """The layouts of `train_layouts` that take the fewest seconds for a step, fastest first. longest: tokens of a
+    sequence that must fit; by default of `sequences`. scored: as of `training_step`. Raises as `train_layouts` does,
+    and `PriceError` where none can be priced."""
     priced: list[tuple[TrainLayout, TrainingStep]] = []
     why: PriceError | None = None
-    for layout in train_layouts(cfg, profile, devices, sequences.longest, formats):
+    for layout in train_layouts(cfg, profile, devices, longest or sequences.longest, formats):
         try:
-            priced.append((layout, training_step(cfg, book, layout, sequences, formats)))
+            priced.append((layout, training_step(cfg, book, layout, sequences, formats, scored)))
         except PriceError as error:
             why = error
     if not priced and why:
         raise why
-    return sorted(priced, key=lambda each: each[1].seconds)[:count]
+    return sorted(priced, key=lambda each: (each[1].seconds, each[0].name))[:count]
