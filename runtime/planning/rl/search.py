@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from runtime.pricing.bands import Band, PredictionKind, band
 from runtime.pricing.price import PriceError
 from runtime.pricing.pricer import relative_error
 from runtime.pricing.training import WeightSync as PricedSync
+from runtime.pricing.training import training_band
 from runtime.serving.pricing import BatchShape
 from runtime.simulation.build import PriceTables
 
@@ -54,16 +55,19 @@ class RlSplit:
 
 @dataclasses.dataclass(frozen=True)
 class RlFound:
-    """What a search comes to. played: everything that was, best first. slow, fast: the best one again, with steps of
-    rollouts as slow and as fast as their band has them."""
+    """What a search comes to. played: everything that was, best first. band, train_band: of a rollout step and of a
+    training step. samples_per_s: the interval that follows for the best one: it is played again with either side as
+    slow and as fast as its band has it, and the two sides' errors are taken as independent.
+    untrainable: numbers of devices that cannot train the model, and why. rejected: replicas and splits, and why."""
 
     question: RlQuestion
     best: RlSplit
     figures: Played
     played: tuple[tuple[RlSplit, Played], ...]
     band: Band
-    slow: Played
-    fast: Played
+    train_band: Band
+    samples_per_s: tuple[float, float]
+    untrainable: Mapping[int, str]
     rejected: tuple[Rejected, ...]
 
 
@@ -102,15 +106,19 @@ class _Search:
         played = sorted(self.done.values(), key=lambda each: (-each[1].samples_per_s, each[0].name))
         best, figures = played[0]
         sure = _band(best)
-        slow, fast = (self._played(best, factor) for factor in sure.around(1.0)[::-1])
-        return RlFound(self.question, best, figures, tuple(played), sure, slow, fast, tuple(self.rejected))
+        train_sure = training_band(self.question.cfg.sparse, best.train.step.price.relative_error)
+        self.progress("playing the best again, as slow and as fast as it may be")
+        between = self._between(best, figures, sure, train_sure)
+        lost = dict(self.train.rejected)
+        return RlFound(
+            self.question, best, figures, tuple(played), sure, train_sure, between, lost, tuple(self.rejected)
+        )
 
     # --- ranking
 
     def _trains(self, devices: int) -> bool:
         train = self.train.best(devices)
         if train is None:
-            self.rejected.append(Rejected(f"{devices} devices to train", self.train.rejected[devices]))
             return False
         self.progress(f"{devices} devices to train: {train.layout.name}, {train.step.seconds:.3g} s a step")
         return True
@@ -167,13 +175,31 @@ class _Search:
         except CapacityError as error:
             self.rejected.append(Rejected(contender.name, first_line(error)))
 
-    def _played(self, contender: RlSplit, slower: float = 1.0) -> Played:
+    def _between(self, best: RlSplit, figures: Played, rollouts: Band, train: Band) -> tuple[float, float]:
+        """Samples a second, low and high. A side that waits has nothing to add."""
+
+        def moved(**slower: float) -> float:
+            return math.log(self._played(best, **slower).samples_per_s / figures.samples_per_s)
+
+        low = [moved(slower=rollouts.around(1.0)[1]), moved(train_slower=train.around(1.0)[1])]
+        high = [moved(slower=rollouts.around(1.0)[0]), moved(train_slower=train.around(1.0)[0])]
+        ends = (  # what is sure adds up, what is not is independent
+            sum(max(each, 0.0) for each in low) - math.hypot(*(min(each, 0.0) for each in low)),
+            sum(min(each, 0.0) for each in high) + math.hypot(*(max(each, 0.0) for each in high)),
+        )
+        return figures.samples_per_s * math.exp(ends[0]), figures.samples_per_s * math.exp(ends[1])
+
+    def _played(self, contender: RlSplit, slower: float = 1.0, train_slower: float = 1.0) -> Played:
+        """slower, train_slower: what seconds of rollout steps and of training steps are multiplied by."""
         question, side = self.question, contender.rollout.replicated(contender.replicas)
         if slower != 1.0:
             side = dataclasses.replace(side, prices=_Slower(side.prices, slower))
+
+        def seconds(lengths: Sequence[int]) -> float:
+            return self.train.seconds(contender.train, lengths) * train_slower
+
         return play(
-            question.load, side, partial(self.train.seconds, contender.train), contender.sync, question.schedule,
-            question.steps, seed=question.seed,
+            question.load, side, seconds, contender.sync, question.schedule, question.steps, seed=question.seed
         )  # fmt: skip
 
     def _nothing(self) -> str:
