@@ -27,6 +27,8 @@ from runtime.simulation.build import PriceTables
 
 _EACH = 3
 """Replicas that are played for a split."""
+_BEYOND = 3
+"""Splits that are still looked at after rollouts bind: estimates leave out that a side waits now and then."""
 _PLAYED = 10
 """Contenders that are played at first, and as many neighbours at most."""
 
@@ -86,13 +88,10 @@ class _Search:
         self.done: dict[str, tuple[RlSplit, Played]] = {}
 
     def run(self) -> RlFound:
-        splits = [(here, there) for here, there in self.question.splits if self._trains(here)]
-        if not splits:
-            raise NoPlanError(self._nothing())
-        options, lost = rollout_options(self.question, self.tables, max(there for _, there in splits))
+        options, lost = rollout_options(self.question, self.tables, max(there for _, there in self.question.splits))
         self.rejected += lost
         self.progress(f"{len(options)} replicas of {self.question.rollouts_on.name} fit")
-        ranked = self._ranked(splits, options)
+        ranked = self._ranked(options)
         if not ranked:
             raise NoPlanError(self._nothing())
         for contender in _spread(ranked)[:_PLAYED]:
@@ -116,18 +115,22 @@ class _Search:
 
     # --- ranking
 
-    def _trains(self, devices: int) -> bool:
-        train = self.train.best(devices)
-        if train is None:
-            return False
-        self.progress(f"{devices} devices to train: {train.layout.name}, {train.step.seconds:.3g} s a step")
-        return True
-
-    def _ranked(self, splits: Sequence[tuple[int, int]], options: Sequence[RolloutOption]) -> list[RlSplit]:
+    def _ranked(self, options: Sequence[RolloutOption]) -> list[RlSplit]:
+        """All splits by their estimates, best first, from the fewest devices to train on, until `_BEYOND` of them leave
+        so few for rollouts that those give no more than the best one so far, if training took no time."""
         found: list[RlSplit] = []
-        for here, there in splits:
-            train = self.train.best(here)
-            assert train is not None
+        beyond = 0
+        for here, there in self.question.splits:
+            most = max((each.estimate for each in found), default=0.0)
+            hopeless = bool(found) and most >= max(self._free(option, there) for option in options)
+            if hopeless and beyond == _BEYOND:
+                why = f"{there} devices generate too little for a better split, however fast the others train"
+                self.rejected.append(Rejected(f"{here} devices to train, or more", why))
+                break
+            if (train := self.train.best(here)) is None:
+                continue
+            beyond += hopeless
+            self.progress(f"{here} devices to train: {train.layout.name}, {train.step.seconds:.3g} s a step")
             for option in options:
                 if replicas := there // option.devices:
                     try:
@@ -137,21 +140,27 @@ class _Search:
         return sorted(found, key=lambda each: (-each.estimate, each.name))
 
     def _contender(self, train: TrainOption, option: RolloutOption, here: int, there: int, replicas: int) -> RlSplit:
+        there_book = self.tables.book(self.question.rollouts_on, option.option.spec.engine, "bf16")[0]
+        sync, priced = sync_of(self.question, train, self.book, option, there_book, replicas)
+        estimate = self._estimate(option, replicas, train.step.seconds + sync.send_s, sync.load_s)
+        return RlSplit(train, option, replicas, here, there - replicas * option.devices, sync, priced, estimate)
+
+    def _free(self, option: RolloutOption, there: int) -> float:
+        """The estimate of so many devices for rollouts if training and weights took no time: no split has more."""
+        replicas = there // option.devices
+        return self._estimate(option, replicas, 0.0, 0.0) if replicas else 0.0
+
+    def _estimate(self, option: RolloutOption, replicas: int, learns: float, loads: float) -> float:
+        """Answers trained on a second by closed forms. learns: seconds of a step and of sending weights; loads: that
+        replicas stand still to take them."""
         question, answers = self.question, self.question.load.answers
-        there_book = self.tables.book(question.rollouts_on, option.option.spec.engine, "bf16")[0]
-        sync, priced = sync_of(question, train, self.book, option, there_book, replicas)
-        learns = train.step.seconds + sync.send_s
-        if question.mode == "async":
-            under_way = (question.staleness + 0.5) * answers if question.staleness else 0.0
-            rate = option.rate(replicas, under_way) if under_way else answers / option.batch_seconds(replicas)
-            oldest = (question.staleness + 1) * answers / option.longest_seconds(replicas, under_way)
-            estimate = min(answers / learns, rate, oldest)
-        if question.mode == "sync" or question.schedule.staleness == 0:
-            estimate = answers / (learns + sync.load_s + option.batch_seconds(replicas))
-        elif question.mode == "ahead":
-            estimate = answers / max(learns, option.batch_seconds(replicas) + sync.load_s)
-        spare = there - replicas * option.devices
-        return RlSplit(train, option, replicas, here, spare, sync, priced, estimate)
+        if question.schedule.staleness == 0:
+            return answers / (learns + loads + option.batch_seconds(replicas))
+        if question.mode == "ahead":
+            return answers / max(learns, option.batch_seconds(replicas) + loads)
+        under_way = (question.staleness + 0.5) * answers
+        oldest = (question.staleness + 1) * answers / option.longest_seconds(replicas, under_way)
+        return min(answers / max(learns, 1e-9), option.rate(replicas, under_way), oldest)
 
     def _neighbour(self, ranked: Sequence[RlSplit]) -> RlSplit | None:
         """Of the best one's split and the next to either side, the first that was not played."""
