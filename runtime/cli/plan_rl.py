@@ -192,8 +192,8 @@ def _show(plan: RlPlan) -> None:
     )
     low, high = got.samples_per_s_band
     console.print(
-        f"[bold]{got.samples_per_s:.3g} samples/s[/], {got.step_seconds:,.1f} s a step (rollout steps within their "
-        f"band: {low:.3g} to {high:.3g} samples/s)"
+        f"[bold]{got.samples_per_s:.3g} samples/s[/], {got.step_seconds:,.1f} s a step (nine times in ten: "
+        f"{low:.3g} to {high:.3g} samples/s)"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("side", "layout", "busy", "weights", "idle", "memory"):
@@ -235,10 +235,14 @@ def _show(plan: RlPlan) -> None:
         )
     _others(console, plan)
     console.print(
-        f"evidence: training {train.evidence} (no training step was measured: no band), rollouts {there.evidence}, "
-        f"weights {plan.sync.evidence}"
+        f"evidence: training {train.evidence}, rollouts {there.evidence}, weights {plan.sync.evidence} (the last "
+        "without a band)"
     )
-    console.print(f"band of a rollout step: {there.band_basis}")
+    for side, (fast, slow), seconds, basis in (
+        ("training", train.step_band_seconds, train.step_seconds, train.band_basis),
+        ("rollout", there.token_band_seconds, there.token_seconds, there.band_basis),
+    ):
+        console.print(f"band of a {side} step: {fast / seconds:.2f} to {slow / seconds:.2f} times; {basis}")
     show_assumed(console, plan.assumed)
 
 
@@ -259,9 +263,8 @@ def _others(console: Any, plan: RlPlan) -> None:
             f"{row.mean_behind:.2f}",
         )
     console.print(table)
-    lost = {int(each.name.split()[0]): each for each in plan.rejected if each.name.endswith("devices to train")}
-    if fewer := [count for count in lost if count < plan.trainer.devices]:
-        console.print(f"fewer to train: {lost[max(fewer)].name}: {lost[max(fewer)].reason}")
+    if fewer := [count for count in map(int, plan.untrainable) if count < plan.trainer.devices]:
+        console.print(f"fewer to train: {max(fewer)} devices: {plan.untrainable[str(max(fewer))]}")
 
 
 def _degrees(layout: Any) -> str:

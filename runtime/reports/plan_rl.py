@@ -27,7 +27,7 @@ def page(plan: RlPlan) -> str:
     low, high = got.samples_per_s_band
     figures = cards(
         [
-            ("samples a second", count(got.samples_per_s), f"{low:.3g} to {high:.3g} within the band of rollout steps"),
+            ("samples a second", count(got.samples_per_s), f"{low:.3g} to {high:.3g} nine times in ten"),
             ("a step", f"{got.step_seconds:,.1f} s", f"{train.step_seconds:.3g} s of training"),
             ("training side idle", f"{got.trainer['waiting']:.1%}", f"{train.devices} x {train.profile}"),
             ("rollout side idle", f"{got.rollouts['idle']:.1%}", f"{there.devices} x {there.profile}"),
@@ -122,11 +122,12 @@ def _played(plan: RlPlan) -> str:
 
 
 def _sure(plan: RlPlan) -> str:
-    there = plan.rollouts
-    low, high = there.token_band_seconds
+    train, there = plan.trainer, plan.rollouts
+    (fast, slow), (low, high) = train.step_band_seconds, there.token_band_seconds
     return (
-        f"<p>Training steps: {escape(plan.trainer.evidence)}; none was measured on these chips, so they have no band. "
+        f"<p>Training steps: {escape(train.evidence)}, {train.step_seconds:.3g} s, expected within {fast:.3g} to "
+        f"{slow:.3g} s nine times in ten ({escape(train.band_basis)}). "
         f"Rollout steps: {escape(there.evidence)}, {there.token_seconds * 1e3:.3g} ms when full, expected within "
-        f"{low * 1e3:.3g} to {high * 1e3:.3g} ms nine times in ten ({escape(there.band_basis)}). Weights: "
-        f"{escape(plan.sync.evidence)}.</p>{assumed_list(plan.assumed)}"
+        f"{low * 1e3:.3g} to {high * 1e3:.3g} ms ({escape(there.band_basis)}). Weights: "
+        f"{escape(plan.sync.evidence)}, without a band.</p>{assumed_list(plan.assumed)}"
     )

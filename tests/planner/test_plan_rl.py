@@ -12,6 +12,8 @@ import pytest
 from foundation.errors import UsageError
 from runtime.deployment.document import validated
 from runtime.planning.rl.answer import RlPlan
+from runtime.pricing.bands import FEW
+from runtime.pricing.training.band import PublishedSteps, training_band, training_coverage
 from tests.cli.cli import glm5, refused
 
 TINY = Path(__file__).parents[2] / "runtime" / "data" / "tiny-glm5" / "config.json"
@@ -86,3 +88,24 @@ def test_the_page_holds_the_timeline_and_nothing_from_elsewhere(files: tuple[Pat
 )
 def test_mistakes(words: tuple[object, ...], said: str) -> None:
     assert said in refused(*SMALL, *words)
+
+
+def test_bands_follow_the_steps(document: dict[str, Any]) -> None:
+    """A training step has a band, which leans to where published ones of such models lay; what the play makes of both
+    sides' bands holds the figure, and is no wider than both sides together."""
+    trainer, figures = document["trainer"], document["figures"]
+    low, high = (end / trainer["step_seconds"] for end in trainer["step_band_seconds"])
+    assert low < 1 < high and "groups" in trainer["band_basis"]
+    least, most = (end / figures["samples_per_s"] for end in figures["samples_per_s_band"])
+    assert 1 / (high * 2) < least <= 1 <= most < 2 / low
+
+
+def test_a_training_band_widens_where_little_is_known() -> None:
+    published = [PublishedSteps(str(place), False, (0.02 * place,), 0.3) for place in range(FEW)]
+    sparse = [PublishedSteps("with an indexer", True, (0.5,), 0.3)]
+    sure = training_band(False, 0.3, published + sparse)
+    unsure = training_band(True, 0.3, published + sparse)
+    assert unsure.high - unsure.low > sure.high - sure.low and "1 groups of" in unsure.basis
+    dearer = training_band(False, 0.6, published + sparse)
+    assert dearer.low < sure.low and sure.high < dearer.high and "less certain" in dearer.basis
+    assert training_coverage(published) == (FEW, FEW)

@@ -21,7 +21,7 @@ from runtime.serving.pricing import BatchShape
 from runtime.simulation.build import assumed as assumed_of
 from runtime.simulation.build import memory
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _LEVELS = 400
 """Points of the timeline's levels at most."""
 
@@ -37,7 +37,8 @@ class Priced:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """The training side, and a usual step. memory_bytes: of the fullest device, by part."""
+    """The training side, and a usual step, with where its seconds are expected nine times in ten. memory_bytes: of the
+    fullest device, by part."""
 
     profile: str
     devices: int
@@ -46,6 +47,8 @@ class Trainer:
     micro_batch_tokens: int
     formats: str
     step_seconds: float
+    step_band_seconds: tuple[float, float]
+    band_basis: str
     tokens_per_s: float
     parts: tuple[Priced, ...]
     memory_bytes: Mapping[str, float]
@@ -93,7 +96,7 @@ class RlFigures:
     """What the play came to. Shares are of the time of either side: training is `waiting`, `training` or `sending`;
     replicas are `busy`, `loading` or `idle`. answers_drawn: at once, on average; answers_held: that replicas have room
     for at most. behind: shares of trained tokens by versions behind; groups_behind: of
-    groups. band: samples a second with rollout steps as slow and as fast as they may be; training is as priced."""
+    groups. samples_per_s_band: where it is expected nine times in ten, by the bands of both sides' steps."""
 
     samples_per_s: float
     samples_per_s_band: tuple[float, float]
@@ -142,7 +145,8 @@ class RlTimeline:
 
 @dataclasses.dataclass(frozen=True)
 class RlPlan:
-    """The answer. asked: the load and the schedule. spare_devices: that no replica of this size can use."""
+    """The answer. asked: the load and the schedule. spare_devices: that no replica of this size can use. untrainable:
+    numbers of devices that cannot train the model, and why. rejected: replicas and splits."""
 
     schema_version: int
     model: str
@@ -154,6 +158,7 @@ class RlPlan:
     figures: RlFigures
     assumed: tuple[str, ...]
     played: tuple[RlRow, ...]
+    untrainable: Mapping[str, str]
     rejected: tuple[Rejected, ...]
     timeline: RlTimeline
 
@@ -206,6 +211,7 @@ def answer(found: RlFound) -> RlPlan:
         _figures(found),
         _assumed(found),
         tuple(_row(*each) for each in found.played),
+        {str(devices): reason for devices, reason in found.untrainable.items()},
         tuple(dict.fromkeys(found.rejected)),
         _timeline(found.figures),
     )
@@ -219,6 +225,7 @@ def _trainer(found: RlFound) -> Trainer:
     question, train = found.question, found.best.train
     layout = train.layout
     degrees = {name: getattr(layout, name) for name in ("tp", "cp", "pp", "dp", "ep")}
+    low, high = found.train_band.around(train.step.seconds)
     return Trainer(
         question.profile.name,
         found.best.train_devices,
@@ -227,6 +234,8 @@ def _trainer(found: RlFound) -> Trainer:
         layout.micro_batch_tokens,
         question.train_formats,
         train.step.seconds,
+        (low, high),
+        found.train_band.basis,
         train.step.tokens_per_s,
         _parts(train.step.parts),
         dict(train.memory.parts),
@@ -284,11 +293,10 @@ def _assumed(found: RlFound) -> tuple[str, ...]:
 
 def _figures(found: RlFound) -> RlFigures:
     got = found.figures
-    both = sorted((found.slow.samples_per_s, found.fast.samples_per_s))
     lives = sorted(life.done_at - life.began_at for life in got.lives if got.begin <= life.done_at <= got.end)
     return RlFigures(
         got.samples_per_s,
-        (both[0], both[1]),
+        found.samples_per_s,
         got.step_seconds,
         {doing: got.share(doing) for doing in ("training", "waiting", "sending")},
         {

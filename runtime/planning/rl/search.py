@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -21,11 +21,14 @@ from runtime.pricing.bands import Band, PredictionKind, band
 from runtime.pricing.price import PriceError
 from runtime.pricing.pricer import relative_error
 from runtime.pricing.training import WeightSync as PricedSync
+from runtime.pricing.training import training_band
 from runtime.serving.pricing import BatchShape
 from runtime.simulation.build import PriceTables
 
 _EACH = 3
 """Replicas that are played for a split."""
+_BEYOND = 3
+"""Splits that are still looked at after rollouts bind: estimates leave out that a side waits now and then."""
 _PLAYED = 10
 """Contenders that are played at first, and as many neighbours at most."""
 
@@ -54,16 +57,19 @@ class RlSplit:
 
 @dataclasses.dataclass(frozen=True)
 class RlFound:
-    """What a search comes to. played: everything that was, best first. slow, fast: the best one again, with steps of
-    rollouts as slow and as fast as their band has them."""
+    """What a search comes to. played: everything that was, best first. band, train_band: of a rollout step and of a
+    training step. samples_per_s: the interval that follows for the best one: it is played again with either side as
+    slow and as fast as its band has it, and the two sides' errors are taken as independent.
+    untrainable: numbers of devices that cannot train the model, and why. rejected: replicas and splits, and why."""
 
     question: RlQuestion
     best: RlSplit
     figures: Played
     played: tuple[tuple[RlSplit, Played], ...]
     band: Band
-    slow: Played
-    fast: Played
+    train_band: Band
+    samples_per_s: tuple[float, float]
+    untrainable: Mapping[int, str]
     rejected: tuple[Rejected, ...]
 
 
@@ -82,13 +88,10 @@ class _Search:
         self.done: dict[str, tuple[RlSplit, Played]] = {}
 
     def run(self) -> RlFound:
-        splits = [(here, there) for here, there in self.question.splits if self._trains(here)]
-        if not splits:
-            raise NoPlanError(self._nothing())
-        options, lost = rollout_options(self.question, self.tables, max(there for _, there in splits))
+        options, lost = rollout_options(self.question, self.tables, max(there for _, there in self.question.splits))
         self.rejected += lost
         self.progress(f"{len(options)} replicas of {self.question.rollouts_on.name} fit")
-        ranked = self._ranked(splits, options)
+        ranked = self._ranked(options)
         if not ranked:
             raise NoPlanError(self._nothing())
         for contender in _spread(ranked)[:_PLAYED]:
@@ -102,24 +105,32 @@ class _Search:
         played = sorted(self.done.values(), key=lambda each: (-each[1].samples_per_s, each[0].name))
         best, figures = played[0]
         sure = _band(best)
-        slow, fast = (self._played(best, factor) for factor in sure.around(1.0)[::-1])
-        return RlFound(self.question, best, figures, tuple(played), sure, slow, fast, tuple(self.rejected))
+        train_sure = training_band(self.question.cfg.sparse, best.train.step.price.relative_error)
+        self.progress("playing the best again, as slow and as fast as it may be")
+        between = self._between(best, figures, sure, train_sure)
+        lost = dict(self.train.rejected)
+        return RlFound(
+            self.question, best, figures, tuple(played), sure, train_sure, between, lost, tuple(self.rejected)
+        )
 
     # --- ranking
 
-    def _trains(self, devices: int) -> bool:
-        train = self.train.best(devices)
-        if train is None:
-            self.rejected.append(Rejected(f"{devices} devices to train", self.train.rejected[devices]))
-            return False
-        self.progress(f"{devices} devices to train: {train.layout.name}, {train.step.seconds:.3g} s a step")
-        return True
-
-    def _ranked(self, splits: Sequence[tuple[int, int]], options: Sequence[RolloutOption]) -> list[RlSplit]:
+    def _ranked(self, options: Sequence[RolloutOption]) -> list[RlSplit]:
+        """All splits by their estimates, best first, from the fewest devices to train on, until `_BEYOND` of them leave
+        so few for rollouts that those give no more than the best one so far, if training took no time."""
         found: list[RlSplit] = []
-        for here, there in splits:
-            train = self.train.best(here)
-            assert train is not None
+        beyond = 0
+        for here, there in self.question.splits:
+            most = max((each.estimate for each in found), default=0.0)
+            hopeless = bool(found) and most >= max(self._free(option, there) for option in options)
+            if hopeless and beyond == _BEYOND:
+                why = f"{there} devices generate too little for a better split, however fast the others train"
+                self.rejected.append(Rejected(f"{here} devices to train, or more", why))
+                break
+            if (train := self.train.best(here)) is None:
+                continue
+            beyond += hopeless
+            self.progress(f"{here} devices to train: {train.layout.name}, {train.step.seconds:.3g} s a step")
             for option in options:
                 if replicas := there // option.devices:
                     try:
@@ -129,21 +140,27 @@ class _Search:
         return sorted(found, key=lambda each: (-each.estimate, each.name))
 
     def _contender(self, train: TrainOption, option: RolloutOption, here: int, there: int, replicas: int) -> RlSplit:
+        there_book = self.tables.book(self.question.rollouts_on, option.option.spec.engine, "bf16")[0]
+        sync, priced = sync_of(self.question, train, self.book, option, there_book, replicas)
+        estimate = self._estimate(option, replicas, train.step.seconds + sync.send_s, sync.load_s)
+        return RlSplit(train, option, replicas, here, there - replicas * option.devices, sync, priced, estimate)
+
+    def _free(self, option: RolloutOption, there: int) -> float:
+        """The estimate of so many devices for rollouts if training and weights took no time: no split has more."""
+        replicas = there // option.devices
+        return self._estimate(option, replicas, 0.0, 0.0) if replicas else 0.0
+
+    def _estimate(self, option: RolloutOption, replicas: int, learns: float, loads: float) -> float:
+        """Answers trained on a second by closed forms. learns: seconds of a step and of sending weights; loads: that
+        replicas stand still to take them."""
         question, answers = self.question, self.question.load.answers
-        there_book = self.tables.book(question.rollouts_on, option.option.spec.engine, "bf16")[0]
-        sync, priced = sync_of(question, train, self.book, option, there_book, replicas)
-        learns = train.step.seconds + sync.send_s
-        if question.mode == "async":
-            under_way = (question.staleness + 0.5) * answers if question.staleness else 0.0
-            rate = option.rate(replicas, under_way) if under_way else answers / option.batch_seconds(replicas)
-            oldest = (question.staleness + 1) * answers / option.longest_seconds(replicas, under_way)
-            estimate = min(answers / learns, rate, oldest)
-        if question.mode == "sync" or question.schedule.staleness == 0:
-            estimate = answers / (learns + sync.load_s + option.batch_seconds(replicas))
-        elif question.mode == "ahead":
-            estimate = answers / max(learns, option.batch_seconds(replicas) + sync.load_s)
-        spare = there - replicas * option.devices
-        return RlSplit(train, option, replicas, here, spare, sync, priced, estimate)
+        if question.schedule.staleness == 0:
+            return answers / (learns + loads + option.batch_seconds(replicas))
+        if question.mode == "ahead":
+            return answers / max(learns, option.batch_seconds(replicas) + loads)
+        under_way = (question.staleness + 0.5) * answers
+        oldest = (question.staleness + 1) * answers / option.longest_seconds(replicas, under_way)
+        return min(answers / max(learns, 1e-9), option.rate(replicas, under_way), oldest)
 
     def _neighbour(self, ranked: Sequence[RlSplit]) -> RlSplit | None:
         """Of the best one's split and the next to either side, the first that was not played."""
@@ -167,13 +184,31 @@ class _Search:
         except CapacityError as error:
             self.rejected.append(Rejected(contender.name, first_line(error)))
 
-    def _played(self, contender: RlSplit, slower: float = 1.0) -> Played:
+    def _between(self, best: RlSplit, figures: Played, rollouts: Band, train: Band) -> tuple[float, float]:
+        """Samples a second, low and high. A side that waits has nothing to add."""
+
+        def moved(**slower: float) -> float:
+            return math.log(self._played(best, **slower).samples_per_s / figures.samples_per_s)
+
+        low = [moved(slower=rollouts.around(1.0)[1]), moved(train_slower=train.around(1.0)[1])]
+        high = [moved(slower=rollouts.around(1.0)[0]), moved(train_slower=train.around(1.0)[0])]
+        ends = (  # what is sure adds up, what is not is independent
+            sum(max(each, 0.0) for each in low) - math.hypot(*(min(each, 0.0) for each in low)),
+            sum(min(each, 0.0) for each in high) + math.hypot(*(max(each, 0.0) for each in high)),
+        )
+        return figures.samples_per_s * math.exp(ends[0]), figures.samples_per_s * math.exp(ends[1])
+
+    def _played(self, contender: RlSplit, slower: float = 1.0, train_slower: float = 1.0) -> Played:
+        """slower, train_slower: what seconds of rollout steps and of training steps are multiplied by."""
         question, side = self.question, contender.rollout.replicated(contender.replicas)
         if slower != 1.0:
             side = dataclasses.replace(side, prices=_Slower(side.prices, slower))
+
+        def seconds(lengths: Sequence[int]) -> float:
+            return self.train.seconds(contender.train, lengths) * train_slower
+
         return play(
-            question.load, side, partial(self.train.seconds, contender.train), contender.sync, question.schedule,
-            question.steps, seed=question.seed,
+            question.load, side, seconds, contender.sync, question.schedule, question.steps, seed=question.seed
         )  # fmt: skip
 
     def _nothing(self) -> str:

@@ -5,12 +5,14 @@
     training_step    seconds by part (`step.py`), from micro-batches (`passes.py`) of ops (`ops.py`), whose gradients
                      follow from the traced forward list (`backward.py`)
     training_memory  bytes by part (`memory.py`)
+    training_band    how far to trust its seconds (`band.py`, `residuals.json`)
     weight_sync      new weights to the devices that generate (`sync.py`)
     train_layouts    what fits so many devices, and `best_layouts` the fastest of it (`layouts.py`)
 
 Free of JAX but for the tracer, which is imported when a layout is first priced.
 """
 
+from runtime.pricing.training.band import training_band
 from runtime.pricing.training.layout import RECOMPUTES, Recompute, TrainLayout
 from runtime.pricing.training.layouts import best_layouts, train_layouts
 from runtime.pricing.training.memory import TrainingMemory, training_memory
@@ -30,6 +32,7 @@ __all__ = [
     "WeightSync",
     "best_layouts",
     "train_layouts",
+    "training_band",
     "training_formats",
     "training_memory",
     "training_step",

@@ -1,7 +1,8 @@
 """Layouts that a training step can have on so many devices: they divide the model, fill whole servers, and fit.
 
-What is tried: tp within a scale-up domain, cp where sequences are long, pp and ep over powers of two that divide; of
-each the least recompute that fits, for more only costs time. `best_layouts` prices what fits.
+What is tried: any pp that divides the devices (stages of unequal numbers of layers are usual); tp within a scale-up
+domain, cp where sequences are long, and ep over powers of two that divide; of each the least recompute that fits, for
+more only costs time. `best_layouts` prices what fits.
 """
 
 from __future__ import annotations
@@ -63,9 +64,7 @@ def train_layouts(
 
 
 def _shapes(cfg: ModelConfig, devices: int, domain: int, longest: int) -> Iterator[TrainLayout]:
-    for pp in _divisors(devices):
-        if pp > cfg.num_layers:
-            continue
+    for pp in (pp for pp in range(1, min(devices, cfg.num_layers) + 1) if devices % pp == 0):
         for tp in (tp for tp in _divisors(devices // pp) if tp <= domain):
             for cp in (cp for cp in _divisors(devices // pp // tp) if cp == 1 or longest // cp >= _LEAST_MICRO_BATCH):
                 dp = devices // pp // tp // cp
