@@ -112,6 +112,7 @@ class MatrixFormat:
     scale; None: 0 does. bound: what a group's largest magnitude is scaled to.
     accumulate: what products are summed in. left_wide: role of weight ("mtp": all of the MTP layer) -> who leaves it in
     16 bits. layouts: the checkpoint layouts that can hold it, the usual first. label: for people.
+    any_group: its name with `-gN` behind it is the same with groups of N.
     """
 
     name: str
@@ -126,6 +127,7 @@ class MatrixFormat:
     left_wide: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, hash=False)
     layouts: tuple[CheckpointLayout, ...] = ()
     zero: np.dtype | None = None
+    any_group: bool = False
 
     @property
     def narrow(self) -> bool:
@@ -196,11 +198,11 @@ FORMATS: Mapping[str, MatrixFormat] = {
         ),
         MatrixFormat(
             "w4a16", "INT4, a scale for 32 weights", INT4, 32, BF16, None, 7.5,
-            left_wide={"kv_up": _KV_B, "mtp": _MTP_EXPERTS}, layouts=(_CT,),
+            left_wide={"kv_up": _KV_B, "mtp": _MTP_EXPERTS}, layouts=(_CT,), any_group=True,
         ),
         MatrixFormat(
             "w4afp8", "INT4, a scale for 128 weights", INT4, 128, BF16, None, 7.5, _E4M3_TOKEN,
-            left_wide={"kv_up": _KV_B, "mtp": _MTP_EXPERTS}, layouts=(_CT,),
+            left_wide={"kv_up": _KV_B, "mtp": _MTP_EXPERTS}, layouts=(_CT,), any_group=True,
         ),
         MatrixFormat(
             "mxfp8", "MXFP8, a scale for 32 weights", E4M3, 32, E8M0, None, E4M3_MAX, Activation(E4M3, 32, E8M0),
@@ -221,7 +223,6 @@ FORMATS: Mapping[str, MatrixFormat] = {
     )
 }  # fmt: skip
 _GROUPED = re.compile(r"-g([1-9][0-9]{0,4})(-zp)?$")
-_ANY_GROUP = ("w4a16", "w4afp8")
 
 
 @lru_cache(maxsize=256)
@@ -232,13 +233,13 @@ def matrix_format(name: str) -> MatrixFormat:
         return FORMATS[name]
     group = _GROUPED.search(name)
     base = FORMATS.get(_GROUPED.sub("", name))
-    if group is None or base is None or base.name not in _ANY_GROUP:
-        known = [f"{each}[-gN]" if each in _ANY_GROUP else each for each in FORMATS]
+    if group is None or base is None or not base.any_group:
+        known = [f"{each.name}[-gN]" if each.any_group else each.name for each in FORMATS.values()]
         raise UsageError(f"unknown number format {name!r}; known: {', '.join(known)}")
     size, zero = int(group[1]), INT4 if group[2] else None
     if size == base.shared and zero is None:
         return base
-    label = f"INT4, a scale{' and a zero point' if zero else ''} for {size} weights"
+    label = base.label.replace(f"a scale for {base.shared}", f"a scale{' and a zero point' if zero else ''} for {size}")
     return dataclasses.replace(base, name=name, shared=size, label=label, zero=zero)
 
 
@@ -304,10 +305,10 @@ SCHEMES: Mapping[str, Scheme] = {
     )
 }
 """W4A8 keeps attention and dense matrices in W8A8, as msModelSlim's GLM-5 checkpoints do."""
+_ANY_GROUP = [name for name, each in SCHEMES.items() if FORMATS[each.experts].any_group]
 SCHEMES_HELP = (
-    ", ".join(name for name in SCHEMES if name != "nvfp4a16")
-    + " or nvfp4a16; w4a16-gN and w4afp8-gN have groups of N, "
-    "and DENSE/EXPERTS names the two formats"
+    f"{', '.join(list(SCHEMES)[:-1])} or {list(SCHEMES)[-1]}; {' and '.join(f'{each}-gN' for each in _ANY_GROUP)} have "
+    "groups of N, and DENSE/EXPERTS names the two formats"
 )
 """For help texts: what `scheme` takes."""
 
@@ -321,9 +322,10 @@ def scheme(name: str) -> Scheme:
     if name in SCHEMES:
         return SCHEMES[name]
     base = SCHEMES.get(_GROUPED.sub("", name))
-    if base is not None and base.experts in _ANY_GROUP:
-        experts = matrix_format(name).name
-        return base if experts == base.experts else Scheme(name, base.dense, experts)
+    if base is not None and FORMATS[base.experts].any_group:
+        experts = matrix_format(name.replace(base.name, base.experts, 1)).name
+        dense = experts if base.dense == base.experts else base.dense
+        return base if experts == base.experts else Scheme(name, dense, experts)
     if name.count("/") == 1:
         dense, experts = (matrix_format(part).name for part in name.split("/"))
         return scheme_of(dense, experts)
@@ -337,8 +339,9 @@ def scheme_of(dense: str, experts: str) -> Scheme:
     for known in SCHEMES.values():
         if (known.dense, known.experts) == (dense, experts):
             return known
-        if known.dense == dense and known.experts in _ANY_GROUP and matrix_format(experts).base == known.experts:
-            return Scheme(experts, dense, experts)
+        with_size = known.name + (_GROUPED.search(experts) or [""])[0]
+        if FORMATS[known.experts].any_group and scheme(with_size) == Scheme(with_size, dense, experts):
+            return scheme(with_size)
     return Scheme(f"{dense}/{experts}", dense, experts)
 
 

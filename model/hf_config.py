@@ -114,7 +114,7 @@ def from_hf(raw: Mapping[str, Any], name: str = "config.json") -> ModelConfig:
     else:
         attention, rope, indexer = _mla(fields, family, heads), None, _indexer(fields, family)
     rope, moe = _rope(fields, family, attention), _moe(fields)
-    schedule = _schedule(fields, family, indexer, moe)
+    schedule = _schedule(fields, family, "gqa" if isinstance(attention, Gqa) else "mla", indexer, moe)
     return ModelConfig(
         name=name,
         model_type=family,
@@ -282,7 +282,9 @@ def _moe(fields: _Fields) -> Moe | None:
     return moe
 
 
-def _schedule(fields: _Fields, family: str, indexer: Indexer | None, moe: Moe | None) -> tuple[LayerType, ...]:
+def _schedule(
+    fields: _Fields, family: str, attention: Literal["mla", "gqa"], indexer: Indexer | None, moe: Moe | None
+) -> tuple[LayerType, ...]:
     depth = fields.size("num_hidden_layers", most=MOST_LAYERS)
     dense = fields.get("first_k_dense_replace", int, 1, lambda v: v >= 0)
     ffn = fields.names("mlp_layer_types", ["dense"] * min(dense, depth) + ["sparse"] * max(depth - dense, 0))
@@ -297,7 +299,6 @@ def _schedule(fields: _Fields, family: str, indexer: Indexer | None, moe: Moe | 
             raise fields.fail(f"`{key}` holds unknown kinds {sorted(unknown)}")
     if kinds[0] == "shared":
         raise fields.fail("`indexer_types` begins with 'shared': the first layer has no selection to share")
-    attention: Literal["mla", "gqa"] = "gqa" if family == "glm4_moe" else "mla"
     return tuple(
         LayerType(attention, cast(IndexerKind, kind), "moe" if f == "sparse" else "dense")
         for kind, f in zip(kinds, ffn, strict=True)

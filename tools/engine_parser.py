@@ -155,9 +155,13 @@ def flags(parser: Parser) -> dict[str, dict[str, Any]]:
     return found
 
 
+PARSERS = {"sglang": sglang, "vllm": vllm, "vllm-ascend": vllm}
+"""By the name of the launch table: its argument parser, and what makes an engine's arguments of what that gives."""
+
+
 def keys(kind: str, folder: Path) -> dict[str, list[str]]:
     """The keys that JSON flags take, dotted where they are inside others."""
-    if kind == "sglang":
+    if PARSERS[kind] is not vllm:
         return {}
     import vllm.config as config  # pyright: ignore[reportMissingImports]
 
@@ -248,7 +252,7 @@ def main() -> None:
         stand_in(folder, kind)
         for path in folder.glob("vllm-*.dist-info/METADATA"):  # vLLM goes by its version's name to know of no GPU
             path.write_text(re.sub(r"(?m)^(Version: [\d.]+)$", r"\1+cpu", path.read_text()))
-        parser, made = sglang() if kind == "sglang" else vllm()
+        parser, made = PARSERS[kind]()
         if "record" in question:
             answer: Any = {"flags": flags(parser), "keys": keys(kind, folder), "variables": variables(folder)}
         else:

@@ -107,7 +107,7 @@ def _check_groups(source: Checkpoint, scheme: Scheme) -> None:
                 width = stored_shape(source.config, weight)[-1]
                 if isinstance(fmt.shared, int) and not _divides(width, fmt.shared):
                     other = next((size for size in (128, 64, 32, 16) if width % size == 0 and size != fmt.shared), None)
-                    instead = f"; groups of {other} would" if other and fmt.base in ("w4a16", "w4afp8") else ""
+                    instead = f"; groups of {other} would" if other and fmt.any_group else ""
                     raise UsageError(
                         f"formats {scheme.name}: groups of {fmt.shared} do not divide the {width} columns of "
                         f"{next(group.tensors(weight))} in a way that readers find again{instead}"

@@ -12,11 +12,13 @@ import pytest
 
 from model.split import Layout
 from runtime.deployment.engines import load
-from runtime.deployment.engines.flags import releases, table
+from runtime.deployment.engines.flags import launched, releases, table
 from runtime.deployment.errors import LaunchError
 from runtime.planning.launch import Command, launch
+from runtime.planning.launch.compose import WRITERS
 from tests.planner.launching import RELEASES, complaints, examples, made, pairs, plan_of, pool, recorded
 from tools.engine_flags import NoWheelError, asked, text, unpacked
+from tools.engine_parser import PARSERS
 
 B200 = pool("glm-5-fp8", "b200-sxm", Layout(4, 2), "fp8", settings={"graph_batch_sizes": [1, 2, 64]})
 
@@ -30,6 +32,10 @@ def test_every_line_is_one_that_the_release_takes(kind: str, release: str) -> No
             assert complaints(command, recorded(kind, release)) == [], name
             count += 1
     assert count >= 10
+
+
+def test_an_engine_with_a_launch_table_has_what_writes_and_what_parses_its_lines() -> None:
+    assert sorted(WRITERS) == sorted(PARSERS) == launched()
 
 
 # What the parsers of older releases take is on record, and does not change.

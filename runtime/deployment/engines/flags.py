@@ -148,6 +148,11 @@ def releases(name: str) -> list[str]:
     return list(_document(name)["releases"]) if name in launched() else []
 
 
+def runs_on(name: str) -> tuple[str, ...]:
+    """Vendors of the chips that an engine's own releases run on."""
+    return tuple(_document(name)["runs_on"])
+
+
 @lru_cache
 def table(name: str, release: str) -> LaunchTable:
     """The table of a release of an engine. Raises `LaunchError` where there is none."""

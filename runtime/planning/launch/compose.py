@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from foundation.errors import UsageError
 from foundation.writing import replacing_together
@@ -21,10 +21,22 @@ from runtime.deployment.pool import Pool, profile_of
 from runtime.planning.kv_tiers import HOST_RATIO, device_bytes_per_token
 from runtime.planning.launch import experts, sglang, vllm
 from runtime.planning.launch.server import LaunchServer, NodeShare
-from runtime.planning.launch.words import Command, Shell, Word, comment, plain
+from runtime.planning.launch.words import Command, Shell, Word, comment, joined, plain
 from runtime.simulation.build import node_devices
 
 LAUNCHED_ENGINES = tuple(launched())
+
+
+class _Writer(Protocol):
+    """A module that writes an engine's lines."""
+
+    def commands(self, server: LaunchServer) -> list[Command]: ...
+
+    def router(self, servers: list[LaunchServer]) -> Command | None: ...
+
+
+WRITERS: Mapping[str, _Writer] = {"sglang": sglang, "vllm": vllm, "vllm-ascend": vllm}
+"""By the name of the launch table. router: what stands before several servers; None where the engine brings nothing."""
 _MODEL = Shell("${MODEL:?the checkpoint to load}")
 
 
@@ -125,13 +137,13 @@ def launch(
         servers += _servers(plan, cfg, pool, engine, release, model, addresses, host_tier, files)
     for server in servers:
         server.refuse()
-    commands = [command for server in servers for command in _module(server).commands(server)]
+    commands = [command for server in servers for command in WRITERS[server.table.name].commands(server)]
     names = {server.table.name for server in servers}
-    router = _module(servers[0]).router(servers) if len(names) == 1 else None
+    router = WRITERS[servers[0].table.name].router(servers) if len(names) == 1 else None
     title = f"{plan.model.name}: " + "; ".join(pool.name for pool in plan.pools)
     tables = {server.table.name: server.table for server in servers}
     chosen = {name: each.release for name, each in tables.items()}
-    remarks = [*_releases(tables.values()), *_remarks(plan, servers, names)]
+    remarks = [*_releases(tables.values()), *_remarks(plan, servers, names, router)]
     return Launch(title, chosen, tuple(commands), router, files, tuple(remarks))
 
 
@@ -152,10 +164,6 @@ def _require_dealt(engine: str, cfg: ModelConfig, pool: Pool, settings: Mapping[
         check_dealt(engine_for(engine, cfg, profile_of(pool), pool.layout, settings), pool.layout, pool.formats)
     except UsageError as error:
         raise LaunchError(str(error)) from None
-
-
-def _module(server: LaunchServer) -> Any:
-    return sglang if server.table.name == "sglang" else vllm
 
 
 def _servers(
@@ -188,8 +196,7 @@ def _servers(
     placement = None
     if pool.experts and not experts.in_order(pool.experts):
         placement = f"experts-{pool.role}.json"
-        write = {"sglang": experts.sglang, "vllm-ascend": experts.vllm_ascend}.get(kind)
-        if write:
+        if write := experts.FILES.get(kind):
             files[placement] = write(pool.experts, cfg)
     host_bytes = HOST_RATIO * pool.pool_tokens * device_bytes_per_token(pool) if host_tier else None
     host_bytes = pool.offload.host_bytes or host_bytes
@@ -237,15 +244,16 @@ def _checkpoint(cfg: ModelConfig, pool: Pool) -> str | None:
     return checkpoint(cfg.name.removesuffix("-fp8"), pool.scheme)
 
 
-def _remarks(plan: Plan, servers: Sequence[LaunchServer], names: set[str]) -> list[str]:
+def _remarks(plan: Plan, servers: Sequence[LaunchServer], names: set[str], router: Command | None) -> list[str]:
     found = []
     if any(isinstance(server.model, Shell) for server in servers):
         found.append("no checkpoint of this model is published in these formats: set MODEL to one of yours")
     if len(names) > 1 or len({server.profile.vendor for server in servers}) > 1:
         chips = " and ".join(dict.fromkeys(f"{s.table.name} on {s.pool.profile}" for s in servers))
         found.append(f"no released KV connector joins {chips}: the servers start, the transfer between them is yours")
-    if len(names) == 1 and "sglang" not in names:
-        found += [remark] if (remark := vllm.balancer_remark(list(servers))) else []
+    if len(names) == 1 and len(servers) > 1 and router is None:
+        ends = ", ".join(plain(joined(server.parts[0].host, f":{server.port}")) for server in servers)
+        found.append(f"{len(servers)} independent servers: put a load balancer before {ends}")
     for pool in plan.pools:
         found.append(
             f"{pool.role}: the plan has {pool.pool_tokens:,} tokens of KV cache a rank, pages of {pool.page_tokens}; "

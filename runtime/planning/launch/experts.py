@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from model.config import ModelConfig
@@ -38,3 +39,7 @@ def vllm_ascend(experts: Experts, cfg: ModelConfig) -> dict[str, Any]:
         listed = [{"device_id": device, "device_expert": held} for device, held in enumerate(devices)]
         layers.append({"layer_id": number, "device_count": len(devices), "device_list": listed})
     return {"moe_layer_count": len(layers), "layer_list": layers}
+
+
+FILES: Mapping[str, Callable[[Experts, ModelConfig], dict[str, Any]]] = {"sglang": sglang, "vllm-ascend": vllm_ascend}
+"""By the kind of engine that reads one."""

@@ -9,7 +9,15 @@ from typing import Any
 from hw_profiles import Profile
 from model.config import ModelConfig
 from runtime.deployment.engines import Engine, load
-from runtime.deployment.engines.flags import LaunchTable, format_facts, layout_facts, pair_facts, why_uneven
+from runtime.deployment.engines.flags import (
+    LaunchTable,
+    format_facts,
+    launched,
+    layout_facts,
+    pair_facts,
+    runs_on,
+    why_uneven,
+)
 from runtime.deployment.engines.releases import same_release
 from runtime.deployment.errors import LaunchError
 from runtime.deployment.pool import Pool
@@ -127,13 +135,11 @@ class LaunchServer:
 
     def refuse(self) -> None:
         """Raises `LaunchError` for the first thing that the engine cannot do."""
-        others = {"vllm": "vllm-ascend", "vllm-ascend": "vllm"}
-        known = any(self.profile.vendor in vendors for vendors in _SERVED.values())
-        if self.profile.vendor not in self.table.runs_on and known:
-            other = others.get(self.table.name, "sglang")
+        others = [name for name in launched() if self.profile.vendor in runs_on(name)]
+        if self.table.name not in others and others:  # of a vendor that none names, its own build may be meant
             raise LaunchError(
                 f"{self.table.name} does not run on {self.pool.profile} ({self.profile.vendor}); "
-                f"use --engine {other} or sglang"
+                f"use --engine {' or '.join(others)}"
             )
         if self.pool.scheme == "f32":
             raise LaunchError("no serving engine runs float32 weights; plan with bf16, fp8, w8a8, w4a8 or w4a16")
@@ -149,10 +155,6 @@ class LaunchServer:
             raise LaunchError(f"{self.title}: {why_uneven(self.table.name, counts, self.node_devices)}")
 
 
-_SERVED = {"vllm": ("NVIDIA",), "vllm-ascend": ("Huawei",)}
-"""Chips that one of the two vLLM builds serves, and the other does not."""
-
-
 class Line:
     """A command line being written: each flag by its key in the table, so that each has a source."""
 
@@ -164,6 +166,8 @@ class Line:
         self.remarks: list[str] = list(server.remarks)
 
     def flag(self, key: str, *values: Word | int | float) -> None:
+        if not self._table.can(key):
+            raise LaunchError(f"no flag of {self._table.name} {self._table.release} is known for {key!r}")
         flag, source = self._table.flags[key]
         self.words += [flag, *(value if isinstance(value, Word) else f"{value:g}" for value in values)]
         self.sources[flag] = self._table.sources[source]

@@ -13,7 +13,7 @@ from typing import Any
 
 from runtime.deployment.errors import LaunchError
 from runtime.planning.launch.server import LaunchServer, Line
-from runtime.planning.launch.words import Command, Shell, Word, joined, plain
+from runtime.planning.launch.words import Command, Shell, Word
 
 _GIB = 2**30
 _DP_PORT, _MASTER_PORT = 13345, 29501
@@ -281,11 +281,3 @@ def _ends(server: LaunchServer) -> list[tuple[Word, int]]:
     if not server.table.can("data_rank") or group > parts[0].count:
         return [(parts[0].host, server.port)]
     return [(parts[rank * group // parts[0].count].host, server.port + rank) for rank in range(layout.dp)]
-
-
-def balancer_remark(servers: list[LaunchServer]) -> str | None:
-    """What to say of several servers that vLLM has no router for."""
-    if len(servers) < 2 or router(servers):
-        return None
-    ends = ", ".join(plain(joined(server.parts[0].host, f":{server.port}")) for server in servers)
-    return f"{len(servers)} independent servers: put a load balancer before {ends}"
