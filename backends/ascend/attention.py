@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from backends.ascend import caches, constraints
-from backends.ascend.caches import Halves, Kept, Packed, Scaled
+from backends.ascend.caches import Halves, KeptCache, Packed, Scaled
 from backends.ascend.check import type_name
 from backends.ascend.constraints import LATENT, ROPE
 from backends.ascend.dense import int8_rows
@@ -150,11 +150,11 @@ def expanded_attention(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     return _of_context(t, call)
 
 
-def _page_size(pages: Tensor | Kept) -> int:
+def _page_size(pages: Tensor | KeptCache) -> int:
     return pages.shape[1] if isinstance(pages, Tensor) else pages.page_size
 
 
-def _takes(t: NpuTarget, query: Tensor, pages: Tensor | Kept) -> None:
+def _takes(t: NpuTarget, query: Tensor, pages: Tensor | KeptCache) -> None:
     """Raises `NotTaken` for what the operator for sparse attention does not take."""
     name = "npu_kv_quant_sparse_flash_attention" if isinstance(pages, Packed) else "npu_sparse_flash_attention"
     require(t.options.takes(query), f"{name} takes no {type_name(query)}")

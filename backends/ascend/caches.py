@@ -1,10 +1,10 @@
 """What the caches of a graph are kept as, where that is not one tensor of the activations' type.
 
     Halves   latents [pages,s,576] as [pages,s,512] and [pages,s,64], which is how attention reads them
-    Packed   latents in int8: a token's row has the integers, then the rotary part as it is, then a float32 for each 128
-             integers (`model.formats.ROWS["int8_packed"]`: 656 bytes of 512 + 64 in 16 bits)
-    Scaled   index keys in int8 and a float16 for each (`ROWS["int8_scaled"]`), multiplied by a Hadamard matrix first, as
-             queries then are too: that spreads outliers and leaves products as they are
+    Packed   latents in int8: a token's row has the integers, then the rotary part as it is, then a float32 for each
+             128 integers (`model.formats.ROWS["int8_packed"]`: 656 bytes of 512 + 64 in 16 bits)
+    Scaled   index keys in int8 and a float16 for each (`ROWS["int8_scaled"]`), multiplied by a Hadamard matrix first,
+             as queries then are too: that spreads outliers and leaves products as they are
 
 A graph's op that no operator computes is given `whole`.
 """
@@ -104,18 +104,19 @@ class Scaled:
         return (self.values.to(torch.float32) * self.scale.to(torch.float32)).to(self.wide)
 
     def taken(self, index: Tensor) -> Scaled:
-        return Scaled(*(torch.index_select(part, 0, index) for part in self.parts), self.wide)
+        values, scale = (torch.index_select(part, 0, index) for part in self.parts)
+        return Scaled(values, scale, self.wide)
 
 
-Kept = Halves | Packed | Scaled
+KeptCache = Halves | Packed | Scaled
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheForm:
-    """How a cache is kept: (what its tensors' names end in, elements of a row, type) of each, and the value they make."""
+    """How a cache is kept: (what its name ends in, elements of a row, type) of each tensor, and the value they make."""
 
     tensors: tuple[tuple[str, int, str], ...]
-    of: Callable[..., Kept]
+    of: Callable[..., KeptCache]
 
     def ports(self, port: Port) -> tuple[Port, ...]:
         """Of "cache.latent": "cache.latent_nope" and the like (".out" stays last)."""
@@ -139,7 +140,7 @@ def packed(width: int, rope: int, dtype: str) -> CacheForm:
 def scaled(width: int, dtype: str) -> CacheForm:
     """Of index keys of `width` elements."""
     wide = getattr(torch, dtype)
-    return CacheForm((("", width, "int8"), ("_scale", 1, "float16")), lambda *parts: Scaled(*parts, wide))
+    return CacheForm((("", width, "int8"), ("_scale", 1, "float16")), lambda values, scale: Scaled(values, scale, wide))
 
 
 def tiles(latent: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from jax.extend import core as jex
 
-from backends.ascend.check import argument_names
 from backends.ascend.caches import Halves, Packed, Scaled
+from backends.ascend.check import argument_names
 from backends.ascend.lowerings import LOWERINGS
 from backends.ascend.sums import bias_name
 from backends.ascend.target import KernelMatrix, NpuOptions, NpuTarget

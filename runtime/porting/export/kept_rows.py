@@ -1,8 +1,8 @@
 """Rows of caches as a package keeps them in int8, in NumPy: to compare them with the graph's own.
 
-`model.formats.ROWS` says what a row holds: int8_packed the latent's integers, its rotary part as it is and a float32 for
-each 128 integers; int8_scaled an index key's integers, beside which a cache of its own has a float16. (Index keys are
-rotated before: see `backends.emulation.rounding`.)
+`model.formats.ROWS` says what a row holds: int8_packed the latent's integers, its rotary part as it is and a float32
+for each 128 integers; int8_scaled an index key's integers, beside which a cache of its own has a float16. (Index keys
+are rotated before: see `backends.emulation.rounding`.)
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def rows_of(manifest: Manifest) -> dict[str, str]:
 
 
 def emulated(checkpoint: Checkpoint, manifest: Manifest) -> NumberFormats | None:
-    """The number formats that a package computes in and keeps caches in as an emulated chip does; None where the graph's
+    """The number formats that a package computes and keeps caches in as an emulated chip does; None where the graph's
     own meaning, wide matrices or widened FP8 blocks, is all there is."""
     found = scheme(manifest.formats)
     formats = {ref.format for refs in manifest.weights.values() for ref in refs} - {"", "fp8-block"}
