@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backends.ascend import constraints
+from backends.ascend import caches, constraints
+from backends.ascend.caches import Halves, KeptCache, Packed, Scaled
 from backends.ascend.check import type_name
 from backends.ascend.constraints import LATENT, ROPE
-from backends.ascend.target import Halves, NotTaken, NpuTarget, Unscored, accept, require
+from backends.ascend.dense import int8_rows
+from backends.ascend.target import NotTaken, NpuTarget, Unscored, accept, require
+from backends.emulation.rounding import hadamard
 from backends.toolchains.walker import OpCall
 
 _SELECTED = 2048  # GLM's selection, and as much of a context as is read as one
 _CAUSAL, _ABSORBED = 3, 2  # sparse_mode: a query sees keys up to its own; attention_mode: MLA, the only one
+_BY_TILE, _IN_THE_ROW, _BY_TOKEN_AND_HEAD = 2, 1, 0  # where scales are, of latents and of index keys
 
 
 def cache_write(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
@@ -23,6 +28,14 @@ def cache_write(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     if isinstance(pages, Halves):
         nope, rope = rows[..., :LATENT], rows[..., LATENT:]
         return [Halves(_write(t, pages.nope, nope, slots), _write(t, pages.rope, rope, slots))]
+    if isinstance(pages, Packed):
+        flat = rows.reshape(-1, pages.lora + pages.rope)
+        values, scale = int8_rows(t, caches.tiles(flat[:, : pages.lora]))
+        made = caches.packed_rows(values, scale, flat[:, pages.lora :], pages.lora)
+        return [Packed(_write(t, pages.rows, made, slots), pages.lora, pages.rope, pages.wide)]
+    if isinstance(pages, Scaled):
+        values, scale = _index_rows(t, rows)
+        return [Scaled(_write(t, pages.values, values, slots), _write(t, pages.scale, scale, slots), pages.wide)]
     return [_write(t, pages, rows, slots)]
 
 
@@ -30,35 +43,67 @@ def _write(t: NpuTarget, pages: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     width = pages.shape[2:]
     flat = pages.reshape(pages.shape[0] * pages.shape[1], *width)
     updates = rows.reshape(-1, *width).to(pages.dtype)
-    return t.npu("npu_scatter_nd_update_", flat, slots.reshape(-1, 1), updates).reshape(pages.shape)
+    if t.options.fused:
+        return t.npu("npu_scatter_nd_update_", flat, slots.reshape(-1, 1), updates).reshape(pages.shape)
+    return flat.index_put((slots.reshape(-1).to(torch.int64),), updates).reshape(pages.shape)
+
+
+def _index_rows(t: NpuTarget, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Index queries or keys [.., i] as int8, and a float16 scale [..] for each. They are multiplied by a Hadamard
+    matrix first, where there is one of their width."""
+    width = x.shape[-1]
+    if width & (width - 1) == 0:
+        x = torch.matmul(x, t.constant(hadamard(width)).to(x.dtype))
+    values, scale = int8_rows(t, x.reshape(-1, width))
+    return values.reshape(x.shape), scale.reshape(x.shape[:-1]).to(torch.float16)
 
 
 def index_scores(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     """Nothing yet: the indexer scores and selects at once, and `select_topk` has the operands from here."""
     query, _, pages, *_ = call.operands
-    require(t.options.takes(query), f"npu_lightning_indexer takes no {type_name(query)}")
-    accept(constraints.lightning_indexer(tuple(query.shape), tuple(pages.shape), None))
-    return [Unscored(call)]
+    scores = functools.partial(_scores, t, call)
+    try:
+        require(t.options.takes(query), f"npu_lightning_indexer takes no {type_name(query)}")
+        accept(constraints.lightning_indexer(tuple(query.shape), _page_size(pages), None))
+    except NotTaken as reason:
+        if t.options.fused:
+            t.declined[call.name, str(reason)] += 1
+        return [scores()]
+    return [Unscored(call, scores)]
+
+
+def _scores(t: NpuTarget, call: OpCall[Any]) -> Tensor:
+    query, head_weights, pages, *rest = call.operands
+    if isinstance(pages, Scaled):
+        values, scale = _index_rows(t, query)
+        query = Scaled(values, scale.unsqueeze(-1), pages.wide).whole
+    return t.decomposed(call, [query, head_weights, pages, *rest])[0]
 
 
 def select_topk(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
-    """Scales are left out: the order of the scores does not depend on them."""
+    """Scales of the model are left out: the order of the scores does not depend on them."""
     scored, count = call.operands[0], call.attributes["k"]
     require(isinstance(scored, Unscored), "its scores are not npu_lightning_indexer's")
     query, head_weights, pages, page_table, positions = scored.call.operands
-    accept(constraints.lightning_indexer(tuple(query.shape), tuple(pages.shape), count))
-    chosen = t.npu(
-        "npu_lightning_indexer",
-        query.contiguous(),
-        pages.to(query.dtype).unsqueeze(2),
-        head_weights.to(query.dtype).contiguous(),
-        actual_seq_lengths_key=_context_lengths(positions),
-        block_table=page_table,
-        layout_query="BSND",
-        layout_key="PA_BSND",
-        sparse_count=count,
-        sparse_mode=_CAUSAL,
-    )[0].squeeze(2)
+    accept(constraints.lightning_indexer(tuple(query.shape), _page_size(pages), count, isinstance(pages, Scaled)))
+    common: dict[str, Any] = {
+        "actual_seq_lengths_key": _context_lengths(positions),
+        "block_table": page_table,
+        "layout_query": "BSND",
+        "layout_key": "PA_BSND",
+        "sparse_count": count,
+        "sparse_mode": _CAUSAL,
+    }
+    if isinstance(pages, Scaled):
+        values, scale = _index_rows(t, query)
+        keys, modes = pages.values.unsqueeze(2), (_BY_TOKEN_AND_HEAD, _BY_TOKEN_AND_HEAD)
+        narrow = torch.float32 if query.dtype == torch.float32 else torch.float16  # what the kernel takes of weights
+        weights = head_weights.to(narrow).contiguous()
+        chosen = t.npu("npu_quant_lightning_indexer", values, keys, weights, scale, pages.scale, *modes, **common)
+    else:
+        keys, weights = pages.to(query.dtype).unsqueeze(2), head_weights.to(query.dtype).contiguous()
+        chosen = t.npu("npu_lightning_indexer", query.contiguous(), keys, weights, **common)[0]
+    chosen = chosen.squeeze(2)
     t.selections.append(chosen)
     return [chosen]
 
@@ -93,7 +138,8 @@ def latent_attention(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
             f"a dense context of {context} tokens is more than npu_sparse_flash_attention selects",
         )
     except NotTaken as reason:
-        t.declined[call.name, str(reason)] += 1
+        if t.options.fused:
+            t.declined[call.name, str(reason)] += 1
         return _of_context(t, call)
     every = torch.arange(context, dtype=torch.int32).expand(*positions.shape, context)
     return [_attend(t, call, query, pages, page_table, _seen(every, positions), positions)]
@@ -104,41 +150,74 @@ def expanded_attention(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     return _of_context(t, call)
 
 
-def _page_size(pages: Tensor | Halves) -> int:
-    return (pages.nope if isinstance(pages, Halves) else pages).shape[1]
+def _page_size(pages: Tensor | KeptCache) -> int:
+    return pages.shape[1] if isinstance(pages, Tensor) else pages.page_size
 
 
-def _takes(t: NpuTarget, query: Tensor, pages: Tensor | Halves) -> None:
-    """Raises `NotTaken` for what npu_sparse_flash_attention does not take."""
-    require(t.options.takes(query), f"npu_sparse_flash_attention takes no {type_name(query)}")
+def _takes(t: NpuTarget, query: Tensor, pages: Tensor | KeptCache) -> None:
+    """Raises `NotTaken` for what the operator for sparse attention does not take."""
+    name = "npu_kv_quant_sparse_flash_attention" if isinstance(pages, Packed) else "npu_sparse_flash_attention"
+    require(t.options.takes(query), f"{name} takes no {type_name(query)}")
+    heads, page = query.shape[2], _page_size(pages)
+    if isinstance(pages, Packed):
+        accept(constraints.sparse_flash_attention(heads, pages.lora, pages.rope, page, "KvQuantSparseFlashAttention"))
+        require(pages.wide == query.dtype, f"the cache is made of {pages.wide}")
+        return
     if not isinstance(pages, Halves):
-        width, page = pages.shape[2], pages.shape[1]
-        accept(constraints.sparse_flash_attention(query.shape[2], LATENT, width - LATENT, page))
+        assert isinstance(pages, Tensor)
+        accept(constraints.sparse_flash_attention(heads, LATENT, pages.shape[2] - LATENT, page))
         raise NotTaken(f"the cache is kept in {type_name(pages)}")
-    accept(constraints.sparse_flash_attention(query.shape[2], LATENT, ROPE, _page_size(pages)))
+    accept(constraints.sparse_flash_attention(heads, LATENT, ROPE, page))
     require(pages.nope.dtype == query.dtype, f"the cache is kept in {type_name(pages.nope)}")
 
 
 def _attend(
-    t: NpuTarget, call: OpCall[Any], query: Tensor, pages: Halves, table: Tensor, selected: Tensor, positions: Tensor
+    t: NpuTarget,
+    call: OpCall[Any],
+    query: Tensor,
+    pages: Halves | Packed,
+    table: Tensor,
+    selected: Tensor,
+    positions: Tensor,
 ) -> Tensor:
+    scale = float(call.attributes["scale"])
+    common: dict[str, Any] = {
+        "block_table": table,
+        "actual_seq_lengths_kv": _context_lengths(positions),
+        "sparse_block_size": 1,
+        "layout_query": "BSND",
+        "layout_kv": "PA_BSND",
+        "sparse_mode": _CAUSAL,
+        "attention_mode": _ABSORBED,
+    }
+    chosen = selected.unsqueeze(2)
+    if isinstance(pages, Packed):
+        rows = pages.rows.unsqueeze(2)
+        return t.npu(
+            "npu_kv_quant_sparse_flash_attention",
+            query.contiguous(),
+            rows,
+            rows,
+            chosen,
+            scale,
+            _BY_TILE,
+            _BY_TILE,
+            quant_scale_repo_mode=_IN_THE_ROW,
+            tile_size=caches.TILE,
+            rope_head_dim=pages.rope,
+            **common,
+        )
     latents = pages.nope.unsqueeze(2)
     return t.npu(
         "npu_sparse_flash_attention",
         query[..., :LATENT].contiguous(),
         latents,
         latents,
-        selected.unsqueeze(2),
-        float(call.attributes["scale"]),
-        block_table=table,
-        actual_seq_lengths_kv=_context_lengths(positions),
+        chosen,
+        scale,
         query_rope=query[..., LATENT:].contiguous(),
         key_rope=pages.rope.unsqueeze(2),
-        sparse_block_size=1,
-        layout_query="BSND",
-        layout_kv="PA_BSND",
-        sparse_mode=_CAUSAL,
-        attention_mode=_ABSORBED,
+        **common,
     )[0]
 
 
@@ -148,12 +227,11 @@ def _seen(selected: Tensor, positions: Tensor) -> Tensor:
 
 
 def _of_context(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
-    """The decomposition over the context's own pages, put together from the two caches and numbered anew."""
+    """The decomposition over the context's own pages, as the graph has them and numbered anew."""
     query, pages, page_table, *rest = call.operands
-    if not isinstance(pages, Halves):
+    if isinstance(pages, Tensor):
         return t.decomposed(call, call.operands)
     b, count = page_table.shape
-    index = page_table.reshape(-1)
-    own = torch.cat([torch.index_select(half, 0, index) for half in (pages.nope, pages.rope)], dim=-1)
+    own = pages.taken(page_table.reshape(-1))
     numbers = torch.arange(b * count, dtype=page_table.dtype).reshape(b, count)
     return t.decomposed(call, [query, own, numbers, *rest])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends.ascend.constraints import ACTIVATIONS
 from backends.ascend.declare import SCALAR_TYPES
 from backends.ascend.operators import npu_release
 
@@ -20,13 +21,13 @@ from backends.ascend.operators import npu_release
 def refusal(
     name: str, args: Sequence[Any], attributes: Mapping[str, Any], also: frozenset[str] = frozenset()
 ) -> str | None:
-    """Why a call of a recorded operator is not as documented; None where it is. also: types that pass for one of 16
+    """Why a call of a recorded operator is not as documented; None where it is. also: types that pass for those of 16
     bits."""
-    operator = npu_release().operators[name]
+    operator, also = npu_release().operators[name], also - ACTIVATIONS
     given = named(name, args, attributes)
     for argument, allowed in operator.types.items():
         for x in _tensors(given.get(argument)):
-            if (found := type_name(x)) not in allowed and not (found in also and "bfloat16" in allowed):
+            if (found := type_name(x)) not in allowed and not (found in also and ACTIVATIONS & set(allowed)):
                 return f"{name} takes {argument} in {', '.join(allowed)}, not {found}"
     for argument, ranks in operator.ranks.items():
         for x in _tensors(given.get(argument)):

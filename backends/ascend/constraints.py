@@ -3,7 +3,8 @@
 Sources, all of 2026-08-22: the READMEs of CANN's ops-transformer: attention/lightning_indexer,
 attention/sparse_flash_attention, moe/moe_gating_top_k, moe/moe_init_routing_v3, gmm/grouped_matmul. And op-plugin's
 documents of torch_npu's operators (docs/zh/custom_APIs/torch_npu, 2026-08-21), for Atlas A3:
-npu_moe_distribute_dispatch_v2 and combine_v2, npu_interleave_rope.
+npu_moe_distribute_dispatch_v2 and combine_v2, npu_interleave_rope, npu_quant_lightning_indexer and
+npu_kv_quant_sparse_flash_attention.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ ACTIVATIONS = frozenset({"float16", "bfloat16"})
 """Types of activations that attention, quantisation and exchanges take."""
 LATENT, ROPE = 512, 64
 _SPARSE_COUNTS = frozenset((*range(1, 2049), *range(3072, 8193, 1024)))
+_INT8_COUNTS = range(1, 2049)
 _INDEX_DIM, _INDEX_HEADS = 128, 64
 _HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
 _PAGE, _LARGEST_PAGE = 16, 1024
@@ -31,25 +33,30 @@ def page_fits(size: int) -> bool:
     return size % _PAGE == 0 and size <= _LARGEST_PAGE
 
 
-def lightning_indexer(query: Shape, key: Shape, count: int | None) -> str | None:
-    """Why LightningIndexer refuses query [b,t,h,i], key [P,s,1,i] or selecting `count`; None where it takes them."""
+def lightning_indexer(query: Shape, page: int, count: int | None, int8: bool = False) -> str | None:
+    """Why LightningIndexer, or QuantLightningIndexer, refuses query [b,t,h,i], pages of `page` keys or selecting
+    `count`; None where it takes them."""
+    name, counts = ("QuantLightningIndexer", _INT8_COUNTS) if int8 else ("LightningIndexer", _SPARSE_COUNTS)
     heads, width = query[2:]
     if heads > _INDEX_HEADS or width != _INDEX_DIM:
-        return f"LightningIndexer takes no {heads} heads of {width}"
-    if not page_fits(key[1]):
-        return f"LightningIndexer takes no pages of {key[1]} tokens"
-    if count is not None and count not in _SPARSE_COUNTS:
-        return f"LightningIndexer does not select {count}"
+        return f"{name} takes no {heads} heads of {width}"
+    if not page_fits(page):
+        return f"{name} takes no pages of {page} tokens"
+    if count is not None and count not in counts:
+        return f"{name} does not select {count}"
     return None
 
 
-def sparse_flash_attention(heads: int, latent: int, rope: int, page: int) -> str | None:
+def sparse_flash_attention(
+    heads: int, latent: int, rope: int, page: int, name: str = "SparseFlashAttention"
+) -> str | None:
+    """The same of KvQuantSparseFlashAttention, on Atlas A3."""
     if (latent, rope) != (LATENT, ROPE):
-        return f"SparseFlashAttention takes latents of {LATENT} + {ROPE}, not {latent} + {rope}"
+        return f"{name} takes latents of {LATENT} + {ROPE}, not {latent} + {rope}"
     if not page_fits(page):
-        return f"SparseFlashAttention takes no pages of {page} tokens"
+        return f"{name} takes no pages of {page} tokens"
     if heads not in _HEADS:
-        return f"SparseFlashAttention takes no {heads} heads"
+        return f"{name} takes no {heads} heads"
     return None
 
 

@@ -60,6 +60,14 @@ def _sparse_flash_attention(query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, 
     return query.new_empty(query.shape), none, torch.empty_like(none)
 
 
+def _quant_lightning_indexer(query: Tensor, key: Tensor, *_: Any, sparse_count: int = 2048, **__: Any) -> Tensor:
+    return query.new_empty((*query.shape[:2], key.shape[2], sparse_count), dtype=torch.int32)
+
+
+def _kv_quant_sparse_flash_attention(query: Tensor, *_: Any, rope_head_dim: int = 64, **__: Any) -> Tensor:
+    return query.new_empty((*query.shape[:-1], query.shape[-1] - rope_head_dim))
+
+
 def _moe_gating_top_k(x: Tensor, k: int, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     chosen = (x.shape[0], k)
     return x.new_empty(chosen), x.new_empty(chosen, dtype=torch.int32), x.new_empty(x.shape, dtype=torch.float32)
@@ -139,6 +147,8 @@ SHAPES: Mapping[str, Callable[..., Any]] = {
     "npu_scatter_nd_update_": lambda into, indices, updates: into,
     "npu_lightning_indexer": _lightning_indexer,
     "npu_sparse_flash_attention": _sparse_flash_attention,
+    "npu_quant_lightning_indexer": _quant_lightning_indexer,
+    "npu_kv_quant_sparse_flash_attention": _kv_quant_sparse_flash_attention,
     "npu_moe_gating_top_k": _moe_gating_top_k,
     "npu_moe_init_routing_v2": _moe_init_routing_v2,
     "npu_grouped_matmul": _grouped_matmul,

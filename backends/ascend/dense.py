@@ -12,9 +12,11 @@ from backends.ascend import constraints
 from backends.ascend.check import type_name
 from backends.ascend.declare import SCALAR_TYPES
 from backends.ascend.target import KernelMatrix, NpuTarget, accept, require
+from backends.emulation.rounding import LARGEST, LEAST
 from backends.toolchains.narrow import rounds_activations
 from backends.toolchains.walker import OpCall
 from model.formats import INT4, matrix_format
+from model.formats import INT8 as INT8_VALUES
 from model.ops import FORMAT
 
 INT8 = "w8a8-int8"
@@ -91,6 +93,16 @@ def _widened(t: NpuTarget, x: Tensor, values: Any, matrix: Tensor, scale: Tensor
 def as_matrix(weight: Tensor | KernelMatrix, lead: int) -> Tensor:
     """A weight with all dims after the first `lead` as one."""
     return weight.tensor if isinstance(weight, KernelMatrix) else weight.reshape(*weight.shape[:lead], -1)
+
+
+def int8_rows(t: NpuTarget, x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `quantised_rows`, in ATen where x is of a type that the operator does not take."""
+    if t.options.takes(x):
+        return quantised_rows(t, x)
+    wide = x.to(torch.float32)
+    scale = torch.amax(torch.abs(wide), dim=-1).clamp(min=LEAST) / LARGEST[INT8_VALUES]
+    nearest = torch.round(wide / scale.unsqueeze(-1))
+    return nearest.clamp(-128, 127).to(torch.int8), scale
 
 
 def quantised_rows(t: NpuTarget, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,9 @@
 A lowering returns its results, or declines: the op is then decomposed, as the torch target has it. What kernels take is
 `constraints.py`; each refusal is counted with its reason.
 
-Latents. The attention operators read the latent and its rope part from two caches (512 and 64 wide), where the graph
-has one of 576. A graph whose cache they can read is given two, and the one is `Halves`; an op without a kernel is given
-the context's rows put together again.
+Caches. The attention operators read the latent and its rope part from two caches (512 and 64 wide), where the graph has
+one of 576. A graph whose cache they can read is given two; or one of int8, and index keys as int8 with their scales
+(`caches.py`). An op without a kernel is given the context's rows as the graph has them.
 
 Matrices. A quantised weight, and the experts', are inputs of the two or three dims that their operators take; 4-bit
 integers, which torch lacks, eight to an int32.
@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.ascend import constraints
+from backends.ascend import caches, constraints
+from backends.ascend.caches import CacheForm, Halves, Packed, Scaled
 from backends.ascend.check import refusal, type_name
 from backends.ascend.declare import declare
 from backends.errors import Unsupported
@@ -37,31 +38,27 @@ from backends.toolchains.walker import OpCall, Port, walk
 @dataclasses.dataclass(frozen=True)
 class NpuOptions:
     """fused: torch_npu's operators where they take a call, or ATen alone. dtypes: of activations and caches that
-    attention and quantisation take; a check of what graphs mean may add float32, which no kernel has."""
+    attention and quantisation take; a check of what graphs mean may add float32, which no kernel has. int8_rope: keep
+    latents and index keys in int8, where a latent's rotary part has so many elements; None: as wide as activations."""
 
     fused: bool = True
     dtypes: frozenset[str] = constraints.ACTIVATIONS
+    int8_rope: int | None = None
 
-    def splits(self, port: Port) -> bool:
-        """Whether a cache is kept as two: the same for all graphs of a package."""
-        return (
-            self.fused
-            and port.name in ("cache.latent", "cache.latent.out")
-            and port.shape[2:] == (constraints.LATENT + constraints.ROPE,)
-            and constraints.page_fits(port.shape[1])
-            and port.dtype in self.dtypes
-        )
+    def form(self, port: Port) -> CacheForm | None:
+        """What a cache is kept as, the same for all graphs of a package; None: as the graph has it."""
+        cache, width = port.name.removesuffix(".out"), port.shape[-1] if port.shape else 0
+        if cache == "cache.latent" and self.int8_rope is not None:
+            return caches.packed(width, self.int8_rope, port.dtype)
+        if cache == "cache.index" and self.int8_rope is not None:
+            return caches.scaled(width, port.dtype)
+        two = cache == "cache.latent" and port.shape[2:] == (constraints.LATENT + constraints.ROPE,)
+        if self.fused and two and constraints.page_fits(port.shape[1]) and port.dtype in self.dtypes:
+            return caches.halves(port.dtype)
+        return None
 
     def takes(self, x: Tensor) -> bool:
-        return type_name(x) in self.dtypes
-
-
-@dataclasses.dataclass(frozen=True)
-class Halves:
-    """A latent cache [pages,s,576] kept as two, [pages,s,512] and [pages,s,64]."""
-
-    nope: Tensor
-    rope: Tensor
+        return self.fused and type_name(x) in self.dtypes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +84,10 @@ class KernelMatrix:
 
 @dataclasses.dataclass(frozen=True)
 class Unscored:
-    """An indexer's scores that nobody has to make, as long as only a selection reads them."""
+    """An indexer's scores that nobody has to make, as long as only a selection reads them. make: makes them."""
 
     call: OpCall[Any]
+    make: Callable[[], Tensor]
 
 
 class NotTaken(Exception):
@@ -97,6 +95,8 @@ class NotTaken(Exception):
 
 
 NpuLowering = Callable[["NpuTarget", OpCall[Any]], Sequence[Any]]
+_OF_CACHES = ("glm.cache_write", "glm.index_scores", "glm.latent_attention", "glm.expanded_attention")
+"""Ops that are more than their bodies where caches are in int8, with torch_npu's operators or without."""
 
 
 class NpuTarget(TorchTarget):
@@ -108,7 +108,8 @@ class NpuTarget(TorchTarget):
         super().__init__()
         declare()
         self.options = options
-        self.lowerings = lowerings if options.fused else {}
+        unfused = _OF_CACHES if options.int8_rope is not None else ()
+        self.lowerings = lowerings if options.fused else {name: lowerings[name] for name in unfused}
         self.rules = {name: self._of_tensors(rule) for name, rule in RULES.items()}
         self.declined: Counter[tuple[str, str]] = Counter()
         self.used: Counter[tuple[str, tuple[str, ...]]] = Counter()
@@ -140,13 +141,9 @@ class NpuTarget(TorchTarget):
 
     def whole(self, value: Any) -> Any:
         """A value as the tensor that it stands for."""
-        if isinstance(value, Halves):
-            return torch.cat([value.nope, value.rope], dim=-1)
-        if isinstance(value, KernelMatrix):
-            return value.whole
         if isinstance(value, Unscored):
-            return self.decomposed(value.call, value.call.operands)[0]
-        return value
+            return value.make()
+        return value.whole if isinstance(value, Halves | Packed | Scaled | KernelMatrix) else value
 
     def _of_tensors(self, rule: Callable[..., Any]) -> Callable[..., Any]:
         return lambda target, eqn, *values: rule(target, eqn, *(self.whole(value) for value in values))

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from jax.extend import core as jex
 
+from backends.ascend.caches import Halves, Packed, Scaled
 from backends.ascend.check import argument_names
-from backends.ascend.constraints import LATENT, ROPE
 from backends.ascend.lowerings import LOWERINGS
 from backends.ascend.sums import bias_name
-from backends.ascend.target import Halves, KernelMatrix, NpuOptions, NpuTarget
+from backends.ascend.target import KernelMatrix, NpuOptions, NpuTarget
 from backends.errors import Unsupported
 from backends.toolchains.narrow import rounds_activations
 from backends.toolchains.torch import exported, saved
@@ -31,7 +31,7 @@ _WEIGHT = {"npu_grouped_matmul": "weight", "npu_quant_matmul": "x2"}
 
 @dataclasses.dataclass(frozen=True)
 class NpuGraph:
-    """A `.pt2` file's bytes, and its inputs and outputs in order: a latent cache may be two, a matrix may have fewer
+    """A `.pt2` file's bytes, and its inputs and outputs in order: a cache may be two, a matrix may have fewer
     dims than the graph's. `aliases`: output -> the input that it is. `nz`: the inputs that only operators read which
     take FRACTAL_NZ. `used` counts (op, operators, none where decomposed), `declined` (op, reason)."""
 
@@ -50,7 +50,8 @@ def write(graph: Graph, options: NpuOptions = NpuOptions()) -> NpuGraph:
     variables = graph.jaxpr.jaxpr.invars
 
     def parts(port: Port) -> Sequence[Port]:
-        return halves(port) if options.splits(port) else (port,)
+        form = options.form(port)
+        return form.ports(port) if form else (port,)
 
     def given_as(port: Port, var: jex.Var) -> Sequence[Port]:
         return matrices[var].ports(port) if var in matrices else parts(port)
@@ -63,14 +64,15 @@ def write(graph: Graph, options: NpuOptions = NpuOptions()) -> NpuGraph:
         left = iter(given)
         values: list[Any] = []
         for port, var in zip(graph.inputs, variables, strict=True):
-            first = next(left)
             if (form := matrices.get(var)) is not None:
-                values.append(KernelMatrix(first, port.shape, form.packed, next(left) if form.summed else None))
+                values.append(KernelMatrix(next(left), port.shape, form.packed, next(left) if form.summed else None))
+            elif (cache := options.form(port)) is not None:
+                values.append(cache.of(*(next(left) for _ in cache.tensors)))
             else:
-                values.append(Halves(first, next(left)) if options.splits(port) else first)
+                values.append(next(left))
         results: list[torch.Tensor] = []
         for value in walk(target, graph.jaxpr.jaxpr, graph.jaxpr.consts, values):
-            results += [value.nope, value.rope] if isinstance(value, Halves) else [target.whole(value)]
+            results += value.parts if isinstance(value, Halves | Packed | Scaled) else [target.whole(value)]
         return tuple(result.contiguous() for result in results)
 
     program = exported(run, inputs)
@@ -80,13 +82,6 @@ def write(graph: Graph, options: NpuOptions = NpuOptions()) -> NpuGraph:
         names = [part.name for part in parts(of[given])]
         aliases |= {f"{name}.out": name for name in names} if len(names) > 1 else {out: given}
     return NpuGraph(saved(program), inputs, outputs, aliases, _nz(program, inputs), target.used, target.declined)
-
-
-def halves(port: Port) -> Sequence[Port]:
-    """The two ports of a latent cache: "cache.latent_nope" and "cache.latent_rope" (".out" stays last)."""
-    stem, dot, out = port.name.partition(".out")
-    widths = {"nope": LATENT, "rope": ROPE}
-    return tuple(Port(f"{stem}_{part}{dot}{out}", (*port.shape[:2], w), port.dtype) for part, w in widths.items())
 
 
 @dataclasses.dataclass(frozen=True)

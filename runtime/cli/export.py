@@ -73,6 +73,9 @@ def export(
             "devices; or none (ATen alone)."
         ),
     ] = "all",
+    kv: Annotated[
+        str, typer.Option(help="For ascend: int8 keeps latents and index keys in it [default: as wide as activations].")
+    ] = "",
     dtype: Annotated[
         str,
         typer.Option(
@@ -101,8 +104,8 @@ def export(
         raise UsageError(f"--dtype {dtype}: float32 or bfloat16")
     if model and checkpoint:
         raise UsageError("give one of --model (graphs only) and --checkpoint (with weights)")
-    if format != "ascend" and not said.keys().isdisjoint(("profile", "npu_ops")):
-        raise UsageError("--profile and --npu-ops are for --format ascend")
+    if format != "ascend" and not said.keys().isdisjoint(("profile", "npu_ops", "kv")):
+        raise UsageError("--profile, --npu-ops and --kv are for --format ascend")
     if plan and not said.keys().isdisjoint(("tp", "dp", "ep", "pp")):
         raise UsageError("--plan decides the layout: leave out --tp, --dp, --ep and --pp")
     if phase == "decode" and "chunk" in said:
@@ -138,7 +141,7 @@ def export(
         device=device,
         plan_hash=placed.plan_hash,
         wide_dtype=dtype,
-        options={"profile": load(profile) if profile else None, "npu_ops": npu_ops},
+        options={"profile": load(profile) if profile else None, "npu_ops": npu_ops, "kv": kv},
     )
     cutting.check(request)
     reports: list[Any] = []

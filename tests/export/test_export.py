@@ -269,6 +269,8 @@ def test_stablehlo_names_no_path_of_this_machine(small: Path, tmp_path: Path, lo
         (("--format", "ascend", "--formats", "fp8", "--weights", "none", "--out", "OUT"), "have no 8-bit floats"),
         (("--format", "ascend", "--profile", "h200-sxm", "--out", "OUT"), "is no Ascend chip"),
         (("--format", "ascend", "--verify", "--out", "OUT"), "add --npu-ops none"),
+        (("--format", "onnx", "--kv", "int8", "--out", "OUT"), "are for --format ascend"),
+        (("--format", "ascend", "--kv", "fp8", "--out", "OUT"), "--kv fp8: int8, or leave it out"),
         (("--format", "onnx", "--chunk", "128", "--out", "OUT"), "add --phase prefill or both"),
         (("check", "OUT"), "--checkpoint stands before `check`, which does not read it"),
     ],

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from backends.ascend.target import NpuOptions
 from backends.ascend.writer import NpuGraph, write
 from backends.toolchains import narrow
 from model import ops
@@ -21,6 +22,11 @@ _INT8 = narrow.lowerings(scheme("w8a8"), "torch")
 
 def _sparse() -> NpuGraph:
     return write(g.graph(g.sparse(8), g.attention_inputs(_BF16), g.SPARSE_OUTPUTS))
+
+
+def _int8_caches() -> NpuGraph:
+    graph = g.graph(g.sparse(8, keys=True), g.attention_inputs(_BF16), [*g.SPARSE_OUTPUTS, "cache.index.out"])
+    return write(graph, NpuOptions(int8_rope=64))
 
 
 def _route() -> NpuGraph:
@@ -74,7 +80,7 @@ def _exchange(name: str = "") -> NpuGraph:
 
 
 GRAPHS: dict[str, Callable[[], NpuGraph]] = {
-    "sparse": _sparse, "route": _route, "experts": _experts, "norm": _norm, "int8": _int8,
+    "sparse": _sparse, "int8-caches": _int8_caches, "route": _route, "experts": _experts, "norm": _norm, "int8": _int8,
     "w4a8": lambda: _int4("w4a8"), "w4a16": lambda: _int4("w4a16"),
     "rope": lambda: write(g.graph(g.rope(), g.rope_inputs(_BF16), ["out"])),
     "exchange-int8": lambda: _exchange("w8a8"), "exchange": _exchange,

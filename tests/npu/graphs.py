@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ from runtime.porting.export.ascend_run import addressed
 
 F32 = NpuOptions(dtypes=frozenset({"float16", "bfloat16", "float32"}))
 """Operators in float32 too, to compare what graphs mean and not how they round."""
+C8 = dataclasses.replace(F32, int8_rope=64)
+"""The same, with caches in int8."""
 B, T, HEADS, PAGE, PAGES = 2, 3, 4, 16, 4
 Inputs = dict[str, np.ndarray]
 Layer = Callable[..., tuple[Any, ...]]
@@ -50,7 +53,8 @@ def operators(made: NpuGraph) -> set[str]:
 
 
 def run(made: NpuGraph, inputs: Mapping[str, np.ndarray]) -> Inputs:
-    """On the CPU, with `references.py`. A latent cache is given as one and its halves are made of it."""
+    """On the CPU, with `references.py`. A latent cache is given as one and its halves are made of it; caches in int8
+    are given as they are."""
     from tests.npu.references import register
 
     register()
@@ -115,6 +119,7 @@ def attention_inputs(dtype: Any = np.float32, heads: int = HEADS) -> Inputs:
         "index_query": normal(B, T, 8, 128, dtype=dtype),
         "index_weights": normal(B, T, 8, dtype=dtype),
         "rows": normal(B, T, 576, dtype=dtype),
+        "keys": normal(B, T, 128, dtype=dtype),
         "slots": np.array([[17, 18, 19], [33, 34, 35]], np.int32),
         "cache.latent": normal(pool, PAGE, 576, dtype=dtype),
         "cache.index": normal(pool, PAGE, 128, dtype=dtype),
@@ -123,22 +128,51 @@ def attention_inputs(dtype: Any = np.float32, heads: int = HEADS) -> Inputs:
     }
 
 
-def sparse(k: int) -> Layer:
+def sparse(k: int, keys: bool = False) -> Layer:
+    """keys: of the new tokens too."""
+
     def layer(**x: Any) -> tuple[Any, ...]:
-        cache = ops.cache_write(x["cache.latent"], x["rows"], x["slots"])
-        scores = ops.index_scores(
-            x["index_query"], x["index_weights"], x["cache.index"], x["page_table"], x["positions"]
-        )
+        cache = ops.cache_write(x["cache.latent"], x["rows"], x["slots"], cache="latent")
+        index = ops.cache_write(x["cache.index"], x["keys"], x["slots"], cache="index") if keys else x["cache.index"]
+        scores = ops.index_scores(x["index_query"], x["index_weights"], index, x["page_table"], x["positions"])
         selected = ops.select_topk(scores, k=k)
         out = ops.sparse_attention(
             x["query"], cache, x["page_table"], selected, x["positions"], scale=0.06, value_dim=512
         )
-        return out, cache, selected
+        return (out, cache, selected, index) if keys else (out, cache, selected)
 
     return layer
 
 
 SPARSE_OUTPUTS = ["out", "cache.latent.out", "selected.out"]
+
+
+def int8_caches(inputs: Mapping[str, np.ndarray], dtype: Any = np.float32) -> Inputs:
+    """Inputs with their caches as rows in int8: random integers, each row's largest 127, and scales of their own."""
+    rng, made = np.random.default_rng(11), dict(inputs)
+    pages, size = inputs["cache.latent"].shape[:2]
+
+    def integers(*shape: int) -> np.ndarray:
+        found = rng.integers(-127, 128, shape).astype(np.int8)
+        found[..., 0] = 127
+        return found
+
+    latent = integers(pages, size, 4, 128).reshape(pages, size, 512)
+    scale = (rng.random((pages, size, 4)) / 60 + 1e-3).astype(np.float32)
+    rope = inputs["cache.latent"][..., 512:].astype(dtype)
+    made["cache.latent"] = np.concatenate([latent, rope.view(np.int8), scale.view(np.int8)], axis=-1)
+    made["cache.index"], made["cache.index_scale"] = integers(pages, size, 128), scale[..., :1].astype(np.float16)
+    return made
+
+
+def widened(made: Mapping[str, np.ndarray], suffix: str = "", dtype: Any = np.float32) -> Inputs:
+    """What such caches mean, as the emulation of them has it: rotated index keys, latents in activations' type."""
+    rows = made[f"cache.latent{suffix}"]
+    rope, scale = (np.ascontiguousarray(x) for x in (rows[..., 512:-16], rows[..., -16:]))
+    latent = rows[..., :512].astype(np.float32) * np.repeat(scale.view(np.float32), 128, axis=-1)
+    index = made[f"cache.index{suffix}"] * made[f"cache.index_scale{suffix}"].astype(np.float32)
+    whole = np.concatenate([latent.astype(dtype), rope.view(dtype)], axis=-1)
+    return {"cache.latent": whole, "cache.index": index.astype(dtype)}
 
 
 def dense_inputs(expanded: bool) -> Inputs:

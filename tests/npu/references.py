@@ -115,6 +115,81 @@ def _sparse_flash_attention(
     return _as(out, query.dtype), none, none.clone()
 
 
+def _quant_lightning_indexer(
+    query: Tensor,
+    key: Tensor,
+    weights: Tensor,
+    query_dequant_scale: Tensor,
+    key_dequant_scale: Tensor,
+    query_quant_mode: int,
+    key_quant_mode: int,
+    *,
+    actual_seq_lengths_key: Tensor,
+    block_table: Tensor,
+    layout_query: str = "BSND",
+    layout_key: str = "BSND",
+    sparse_count: int = 2048,
+    sparse_mode: int = 3,
+) -> Tensor:
+    """Top-k of the sum over heads of W * ReLU((scale_q scale_k) * (q k)): the document's formula."""
+    assert (query_quant_mode, key_quant_mode, layout_query, layout_key, sparse_mode) == (0, 0, "BSND", "PA_BSND", 3)
+    assert query.dtype == key.dtype == torch.int8 and all(x.is_contiguous() for x in (query, weights))
+    assert query_dequant_scale.dtype == key_dequant_scale.dtype == torch.float16
+    assert query_dequant_scale.shape == weights.shape == query.shape[:3] and key_dequant_scale.shape == key.shape[:3]
+    assert query.shape[3] == key.shape[3] == 128 and key.shape[2] == 1 and key.shape[1] % 16 == 0
+    wide = _np(weights) * _np(query_dequant_scale)
+    assert (np.abs(wide) <= 65504).all(), "W * scale_q has to be in float16's range"
+    b, s, heads, _ = query.shape
+    out = np.full((b, s, 1, sparse_count), -1, np.int32)
+    for i, length in enumerate(actual_seq_lengths_key.tolist()):
+        rows = [(key[page, :, 0], key_dequant_scale[page, :, 0]) for page in block_table[i].tolist()]
+        keys, scales = (np.concatenate([_np(each[part]) for each in rows])[:length] for part in (0, 1))
+        for j in range(s):
+            seen = length - s + j + 1
+            dots = _np(query[i, j]).astype(np.int64) @ keys[:seen].astype(np.int64).T
+            scale = _np(query_dequant_scale[i, j])[:, None] * scales[None, :seen]
+            best = np.argsort(-(_np(weights[i, j])[:, None] * np.maximum(scale * dots, 0)).sum(0), kind="stable")
+            out[i, j, 0, : min(seen, sparse_count)] = best[:sparse_count]
+    return torch.from_numpy(out)
+
+
+def _kv_quant_sparse_flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sparse_indices: Tensor,
+    scale_value: float,
+    key_quant_mode: int,
+    value_quant_mode: int,
+    *,
+    block_table: Tensor,
+    actual_seq_lengths_kv: Tensor,
+    quant_scale_repo_mode: int = 1,
+    tile_size: int = 128,
+    rope_head_dim: int = 64,
+    **given: Any,
+) -> Tensor:
+    """A row is 512 integers, 64 numbers of the query's type and four float32, each the scale of 128 integers."""
+    assert (key_quant_mode, value_quant_mode, quant_scale_repo_mode, tile_size, rope_head_dim) == (2, 2, 1, 128, 64)
+    assert all(x.dtype == torch.int8 and x.is_contiguous() for x in (key, value)) and query.is_contiguous()
+    assert query.shape[3] == 576 and key.shape[3] == 512 + 64 * query.dtype.itemsize + 4 * 4
+
+    def parts(rows: Tensor) -> tuple[Tensor, Tensor]:
+        scale = rows[..., -16:].contiguous().view(torch.float32).to(torch.float64)
+        nope = rows[..., :512].reshape(*rows.shape[:-1], 4, 128).to(torch.float64) * scale[..., None]
+        return nope.reshape(*rows.shape[:-1], 512), rows[..., 512:-16].contiguous().view(query.dtype)
+
+    (k, k_rope), (v, _) = parts(key), parts(value)
+    out, _, _ = cann.sparse_flash_attention(
+        *map(_np, (query[..., :512], k, v, sparse_indices, block_table)),
+        None,
+        *map(_np, (actual_seq_lengths_kv, query[..., 512:], k_rope)),
+        scale_value=scale_value,
+        **given,
+    )
+    return _as(out, query.dtype)
+
+
 def _moe_gating_top_k(x: Tensor, k: int, *, bias: Tensor, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
     assert bias.dtype == x.dtype
     weights, experts, normed = cann.moe_gating_top_k(_np(x), _np(bias), k=k, **given)
@@ -342,6 +417,8 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "npu_scatter_nd_update_": _scatter_nd_update_,
     "npu_lightning_indexer": _lightning_indexer,
     "npu_sparse_flash_attention": _sparse_flash_attention,
+    "npu_quant_lightning_indexer": _quant_lightning_indexer,
+    "npu_kv_quant_sparse_flash_attention": _kv_quant_sparse_flash_attention,
     "npu_moe_gating_top_k": _moe_gating_top_k,
     "npu_moe_init_routing_v2": _moe_init_routing_v2,
     "npu_grouped_matmul": _grouped_matmul,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,10 +13,12 @@ import pytest
 pytest.importorskip("torch")
 from backends.ascend.target import NpuOptions
 from backends.ascend.writer import write
+from backends.emulation.number_formats import NumberFormats
 from backends.errors import Unsupported
 from backends.toolchains import narrow
 from model import ops
-from model.formats import scheme
+from model.formats import CacheFormats, Formats, scheme
+from model.hf_config import load_config
 from tests.marks import slow_but
 from tests.npu import graphs as g
 
@@ -34,6 +38,43 @@ def test_a_sparse_layer_selects_and_attends_as_the_graph_does(k: int):
     np.testing.assert_allclose(got["out"], out, atol=1e-5)
     np.testing.assert_array_equal(got["cache.latent_nope.out"], cache[..., :512])
     np.testing.assert_array_equal(got["cache.latent_rope.out"], cache[..., 512:])
+
+
+@pytest.mark.parametrize(("k", "fused"), slow_but([(8, True)], [(8, True), (56, True), (8, False)]))
+def test_caches_in_int8_mean_what_their_emulation_does(k: int, fused: bool):
+    """A sparse layer that writes latents and index keys, against the ops as an emulated chip has them: what is written,
+    what is selected, what comes out."""
+    plain, fn = {**g.attention_inputs()}, g.sparse(k, keys=True)
+    inputs = g.int8_caches(plain)
+    made = write(g.graph(fn, plain, [*g.SPARSE_OUTPUTS, "cache.index.out"]), dataclasses.replace(g.C8, fused=fused))
+    assert g.operators(made) == (
+        {"npu_dynamic_quant", "npu_scatter_nd_update_", "npu_quant_lightning_indexer",
+         "npu_kv_quant_sparse_flash_attention"} if fused else set()
+    )  # fmt: skip
+    names = ("cache.latent", "cache.index", "cache.index_scale")
+    assert made.aliases == {f"{name}.out": name for name in names}
+    kept_in = Formats("f32", "f32", cache=CacheFormats("int8_packed", "int8_scaled"))
+    lowerings = NumberFormats(load_config("glm-5"), kept_in).lowerings()
+    emulated = jax.jit(ops.substitute(lambda *args: fn(**dict(zip(plain, args, strict=True))), lowerings))
+    out, latent, selected, index = (np.asarray(x) for x in emulated(*{**plain, **g.widened(inputs)}.values()))
+    got = g.run(made, inputs)
+    kept = g.widened(got, ".out")
+    np.testing.assert_allclose(kept["cache.latent"], latent, atol=1e-6)
+    np.testing.assert_allclose(kept["cache.index"], index, atol=2e-3)  # a value on the edge may round the other way
+    for mine, theirs, last in zip(got["selected.out"].reshape(-1, k), selected.reshape(-1, k),
+                                  inputs["positions"].reshape(-1), strict=True):  # fmt: skip
+        assert set(mine[mine <= last]) - {-1} == set(theirs[theirs <= last])
+    np.testing.assert_allclose(got["out"], out, atol=1e-5)
+
+
+@pytest.mark.parametrize("expanded", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_dense_attention_reads_latents_in_int8(expanded: bool):
+    inputs, layer = g.dense_inputs(expanded), g.dense(expanded)
+    narrow = g.int8_caches({**g.attention_inputs(), **inputs})
+    made = write(g.graph(layer, inputs, ["out"]), g.C8)
+    assert g.operators(made) == (set() if expanded else {"npu_kv_quant_sparse_flash_attention"})
+    want = layer(**{**inputs, "cache.latent": g.widened(narrow)["cache.latent"]})[0]
+    np.testing.assert_allclose(g.run(made, narrow)["out"], np.asarray(want), atol=1e-5)
 
 
 def test_a_selection_from_another_graph_that_sees_less_than_it_holds():

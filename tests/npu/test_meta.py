@@ -46,31 +46,33 @@ def test_every_recorded_operator_is_called_by_one_of_these_graphs():
 
 @pytest.mark.npu
 @pytest.mark.parametrize(
-    ("formats", "layout"),
+    ("formats", "layout", "kv"),
     [
-        ("bf16", Layout(tp=16)),
-        ("w8a8", Layout(tp=4, dp=4, ep=16)),
-        ("w8a8", Layout(tp=16)),
-        ("w4a8", Layout(tp=4, dp=4, ep=16)),
-        ("w4a16", Layout(tp=16)),
+        ("bf16", Layout(tp=16), ""),
+        ("w8a8", Layout(tp=4, dp=4, ep=16), ""),
+        ("w8a8", Layout(tp=16), "int8"),
+        ("w4a8", Layout(tp=4, dp=4, ep=16), "int8"),
+        ("w4a16", Layout(tp=16), ""),
     ],
-    ids=lambda each: each if isinstance(each, str) else each.name,
+    ids=lambda each: each.name if isinstance(each, Layout) else each,
 )
-def test_glm_5_is_accepted_whole(formats: str, layout: Layout):
+def test_glm_5_is_accepted_whole(formats: str, layout: Layout, kv: str):
     """Chunks and tokens, every layer type: nothing that has an operator is decomposed, and no call is refused."""
     gears = {"prefill": [Gear(1, 2048, 64)], "decode": [Gear(16, 1, 64)]}
     job, used = request("glm-5", formats, gears, layout, page_size=128), Counter[str]()  # type: ignore[arg-type]
     for phase, (gear,) in job.gears.items():
         for chain in units(job.cut, phase, gear).values():
             for graph in (link for link in chain if isinstance(link, Graph)):
-                made = write(graph)
+                made = write(graph, NpuOptions(int8_rope=64 if kv else None))
                 assert not made.declined
                 used.update(operator for _, operators in made.used for operator in operators)
     int8 = {"npu_dynamic_quant", "npu_quant_matmul"}
     across = {name for name, operator in npu_release().operators.items() if operator.exchange}
     assert (across <= set(used)) == (layout.dp > 1)
-    dense = {"npu_weight_quant_batchmatmul"} | (int8 if formats in ("bf16", "w4a16") else set())
-    assert set(used) | across == set(npu_release().operators) - dense
+    absent = {"npu_weight_quant_batchmatmul"} | (int8 if formats in ("bf16", "w4a16") else set())
+    quantised = {"npu_quant_lightning_indexer", "npu_kv_quant_sparse_flash_attention"}
+    absent |= {name.replace("_quant_", "_").replace("_kv_", "_") for name in quantised} if kv else quantised
+    assert set(used) | across == set(npu_release().operators) - absent
 
 
 def test_without_operators_a_graph_is_aten_alone():

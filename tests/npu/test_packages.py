@@ -64,6 +64,23 @@ def test_the_embedded_model_in_narrow_formats(formats: str, layout: Layout, tmp_
     assert found.relative == (formats != "w4a16") and found.worst <= found.tolerance
 
 
+def test_caches_in_int8_past_the_selection(tmp_path: Path):
+    """Chunks and tokens against the emulated chip's step, whose caches are the package's once they are read."""
+    checkpoint = Checkpoint(glm_like(tmp_path / "checkpoint"))
+    gears = {"prefill": [Gear(2, 32, 6)], "decode": [Gear(2, 1, 6)]}
+    job = request(checkpoint.path, "f32", gears, Layout(tp=2))  # type: ignore[arg-type]
+    manifest = export(dataclasses.replace(job, options={"kv": "int8"}), tmp_path / "package")
+    assert {"npu_quant_lightning_indexer", "npu_kv_quant_sparse_flash_attention"} <= operators(manifest)
+    kept = {value.name: value for held in manifest.caches.values() for value in held}
+    assert kept["cache.latent"].shape[2] == 512 + 64 * 4 + 16 and kept["cache.index_scale"].dtype == "float16"
+    runner = _runner(tmp_path / "package")
+    reference = verify.Reference(checkpoint, manifest)
+    for program in manifest.programs:
+        found = verify.compare(manifest, program, runner, reference, np.random.default_rng(1))
+        assert found.relative and found.worst <= found.tolerance
+        assert found.context > (manifest.model.index_topk or 0)
+
+
 def test_six_layers_of_the_widths_that_attention_takes(tmp_path: Path):
     """From a prompt to tokens: chunks past the selection, then single tokens, on the caches that the graphs write in
     place. Layers that select, and layers that are handed a selection with -1 in it."""

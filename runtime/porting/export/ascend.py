@@ -11,14 +11,16 @@ from collections import Counter
 from importlib import resources
 from pathlib import Path
 
+from backends.ascend.caches import PACKED, SCALED
 from backends.ascend.operators import npu_release
 from backends.ascend.sums import bias_name
 from backends.ascend.target import NpuOptions
-from backends.ascend.writer import halves, write
+from backends.ascend.writer import write
 from backends.errors import ArtifactError, Unsupported
 from backends.toolchains.walker import Graph, Port
 from foundation.errors import UsageError
 from hw_profiles import Profile
+from model.config import Mla
 from model.formats import scheme
 from runtime.deployment.manifest import Gear, Manifest, Phase, Step, Value, WeightRef
 from runtime.porting.export.ascend_readme import readme
@@ -30,8 +32,8 @@ OPERATORS = ("all", "local", "none")
 
 class AscendWriter:
     """Options of the request: `npu_ops` ("all" of torch_npu's operators where they take a call, "local": but those that
-    talk to other devices, or "none": ATen alone) and `profile` (a Profile or None: whose number formats a package is
-    held to)."""
+    talk to other devices, or "none": ATen alone), `profile` (a Profile or None: whose number formats a package is held
+    to) and `kv` ("int8", or "" for caches as wide as activations)."""
 
     packages: tuple[str, ...] = ("torch",)
 
@@ -41,6 +43,8 @@ class AscendWriter:
             raise UsageError(f"--npu-ops {chosen}: {', '.join(OPERATORS[:-1])} or {OPERATORS[-1]}")
         _refuse(request, request.options.get("profile"))
         self.options = request.options.get("npu_options") or NpuOptions(fused=chosen != "none")
+        if request.options.get("kv"):
+            self.options = dataclasses.replace(self.options, int8_rope=_rope_dim(request))
         self.chosen = chosen if self.options.fused else "none"
         gears: list[tuple[Phase, Gear]] = [(phase, gear) for phase, each in request.gears.items() for gear in each]
         self.not_sent = Counter(why for each in gears if (why := request.cut.not_sent(*each)))
@@ -90,6 +94,8 @@ class AscendWriter:
             "declined": [f"{op}: {why} ({n} times)" for (op, why), n in sorted(self.declined.items())]
             + [f"experts on other devices: {why} ({n} gears)" for why, n in sorted(self.not_sent.items())],
         }
+        if self.options.int8_rope is not None:
+            manifest.extra["ascend"]["rows"] = {"latent": PACKED.name, "index": SCALED.name}
         if self.buffer_mb:  # of the group in which the operators that exchange tokens are alone
             manifest.extra["ascend"]["exchange"] = {"hccl_buffer_mb": self.buffer_mb}
         caches = {unit: tuple(p for each in held for p in self._parts(each)) for unit, held in manifest.caches.items()}
@@ -114,7 +120,17 @@ class AscendWriter:
 
     def _parts(self, cache: Value) -> tuple[Value, ...]:
         port = Port(cache.name, cache.shape, cache.dtype)
-        return values(halves(port)) if self.options.splits(port) else (cache,)
+        form = self.options.form(port)
+        return values(form.ports(port)) if form else (cache,)
+
+
+def _rope_dim(request: ExportJob) -> int:
+    """Of the latents that are to be kept in int8. Raises `UsageError` where there are none."""
+    if request.options["kv"] != "int8":
+        raise UsageError(f"--kv {request.options['kv']}: int8, or leave it out for caches as wide as activations")
+    if not isinstance(request.cfg.attention, Mla):
+        raise UsageError(f"--kv int8: {request.cfg.name} keeps no latents, whose scales are found as rows are written")
+    return request.cfg.attention.rope_dim
 
 
 def _refuse(request: ExportJob, profile: Profile | None) -> None:
@@ -128,6 +144,8 @@ def _refuse(request: ExportJob, profile: Profile | None) -> None:
             f"--formats {request.scheme}: {profile.name} has no units for {', '.join(sorted(lacking))}; it has "
             f"{', '.join(profile.formats.weights)}"
         )
+    if (kv := request.options.get("kv")) and kv not in profile.formats.kv:
+        raise UsageError(f"--kv {kv}: {profile.name} keeps caches in {' or '.join(profile.formats.kv)}")
 
 
 __all__ = ["AscendWriter"]

@@ -32,11 +32,12 @@ def readme(manifest: Manifest) -> str:
         if said["operators"]
         else f"torch {manifest.toolchain.get('torch', '').partition('+')[0]} (and, on Ascend, torch_npu)"
     )
+    rows = "; caches in int8" if "rows" in said else ""
     parts = [
         f"# {manifest.model.name} for Ascend",
-        f"Graphs in {manifest.dtype} ({manifest.formats}), {manifest.layout or 'one device'}. They have not been run "
-        "on an Ascend device: torch_npu's Meta kernels and references on a CPU stand in for one where they are made "
-        "(docs/ascend.md of the GLM-5 runtime says what that covers).",
+        f"Graphs in {manifest.dtype} ({manifest.formats}{rows}), {manifest.layout or 'one device'}. They have not been "
+        "run on an Ascend device: torch_npu's Meta kernels and references on a CPU stand in for one where they are "
+        "made (docs/ascend.md of the GLM-5 runtime says what that covers).",
         f"## What to type\nOn a host with CANN (`source set_env.sh`), {wants}; nothing else is needed.\n\n```sh\n"
         f"{start} --prompt-ids 1,2,3 --max-tokens 16 --graph-mode eager      # does it run, and what does it say\n"
         f"{start} --prompt-ids 1,2,3 --max-tokens 16                         # compiled: npugraph_ex\n"

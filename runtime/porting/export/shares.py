@@ -14,7 +14,7 @@ from backends.emulation.number_formats import NumberFormats
 from backends.spmd.shard import divisible, is_split
 from model.checkpoint import Checkpoint, groups
 from model.config import ModelConfig
-from model.formats import Formats, scheme
+from model.formats import CacheFormats, Formats, scheme
 from model.split import Grid
 from model.weights import Quantized, Weight
 from runtime.deployment.manifest import DeviceShare, Manifest
@@ -98,14 +98,21 @@ def each_share(
 _NOTHING = np.zeros(0, np.uint8)
 
 
+def rows_of(manifest: Manifest) -> dict[str, str]:
+    """The formats of caches that a package keeps in int8, by cache."""
+    return manifest.extra.get("ascend", {}).get("rows", {})
+
+
 def emulated(checkpoint: Checkpoint, manifest: Manifest) -> NumberFormats | None:
-    """The number formats that a package computes in as an emulated chip does; None where the graph's own meaning, wide
-    matrices or widened FP8 blocks, is all there is."""
+    """The number formats that a package computes and keeps caches in as an emulated chip does; None where the graph's
+    own meaning, wide matrices or widened FP8 blocks, is all there is."""
     found = scheme(manifest.formats)
     formats = {ref.format for refs in manifest.weights.values() for ref in refs} - {"", "fp8-block"}
-    if not formats:
+    rows = rows_of(manifest)
+    if not formats and not rows:
         return None
-    return NumberFormats(checkpoint.config, Formats(found.dense, found.experts), manifest.dtype == "float32")
+    kept = Formats(found.dense, found.experts, cache=CacheFormats(**rows))
+    return NumberFormats(checkpoint.config, kept, manifest.dtype == "float32")
 
 
 def _exact(value: Any, numbers: NumberFormats, weight: Weight, owner: str) -> np.ndarray | Quantized:

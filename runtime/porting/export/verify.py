@@ -29,14 +29,15 @@ from model.weights import layer_weights
 from runtime.deployment.manifest import GearUnits, Manifest
 from runtime.execution.package.executor import executor, executor_of
 from runtime.execution.package.runner import Runner, StepBatch, stored_weights
-from runtime.porting.export import shares
+from runtime.porting.export import kept_rows, shares
 from runtime.porting.export.job import ExportJob
+from runtime.porting.export.shares import rows_of
 
 TOLERANCE = 1e-4
 """Of float32 graphs without rounded activations: the largest absolute difference."""
 ROUNDED = 0.02
-"""Of graphs that round activations: the root mean square of differences, in that of what is right. A value half way
-between two steps of int8 may go either way, as sums in another order have it."""
+"""Of graphs that round activations, or rows of caches: the root mean square of differences, in that of what is right.
+A value half way between two steps of int8 may go either way, as sums in another order have it."""
 _STEPS = 4
 
 
@@ -143,7 +144,7 @@ class Reference:
     def measure(self) -> tuple[bool, float]:
         """Whether differences are relative, and how large they may be."""
         formats = self.numbers.scheme.formats if self.numbers else ()
-        relative = any(rounds_activations(matrix_format(name)) for name in formats)
+        relative = any(rounds_activations(matrix_format(name)) for name in formats) or bool(rows_of(self.manifest))
         return relative, ROUNDED if relative else TOLERANCE
 
     def empty(self) -> Caches:
@@ -177,7 +178,7 @@ class Reference:
 def compare(
     manifest: Manifest, program: GearUnits, runner: Runner, reference: Reference, rng: np.random.Generator
 ) -> Verified:
-    gear, size = program.gear, manifest.page_size
+    gear, size, rows = program.gear, manifest.page_size, rows_of(manifest)
     context = gear.context_pages * size
     dp = manifest.axes.get("dp", 1)
     topk = manifest.model.index_topk or 0
@@ -195,8 +196,9 @@ def compare(
             tokens = rng.integers(0, manifest.model.vocab_size, (gear.sequences, before), dtype=np.int32)
             first = StepBatch(tokens, np.zeros_like(starts[rank]), starts[rank], tables[rank])
             caches[rank] = reference.step(caches[rank], first, True)[1]
-        for place, name, _, value in _pairs(runner, reference.cfg, caches):
-            runner.caches[place][name] = runner.executor.put(np.array(value))
+        for place, name, value in _caches(runner, reference.cfg, caches):
+            for each, buffer in kept_rows.stored(np.array(value), name, rows, reference.cfg).items():
+                runner.caches[place][each] = runner.executor.put(buffer)
     relative, tolerance = reference.measure
     far = _rms if relative else _far
     worst, worst_cache = 0.0, 0.0
@@ -216,22 +218,26 @@ def compare(
             for found, expected in zip(results, logits, strict=True):
                 worst = max(worst, far(runner.executor.get(found[rank]["logits"]), expected))
             starts[rank] = starts[rank] + batches[rank].length
-    for _, _, value, expected in _pairs(runner, reference.cfg, caches):
-        worst_cache = max(worst_cache, far(runner.executor.get(value)[1:], expected[1:]))
+    for place, name, expected in _caches(runner, reference.cfg, caches):
+        found = kept_rows.read(
+            lambda each, place=place: runner.executor.get(runner.caches[place][each]),
+            name, rows, reference.cfg, expected.dtype,
+        )  # fmt: skip
+        worst_cache = max(worst_cache, far(found[1:], expected[1:]))
     shape = f"{gear.sequences} x {gear.tokens} tokens, context {context}"
     reached = int(max(s.max() for s in starts))
     return Verified(program.phase, shape, runner.executor.name, steps, reached, worst, worst_cache, tolerance, relative)
 
 
-def _pairs(runner: Runner, cfg: ModelConfig, caches: list[Caches]) -> list[tuple[Any, str, Any, np.ndarray]]:
-    """Every cache of the runner: its place, name and buffer, and the reference's value of it."""
+def _caches(runner: Runner, cfg: ModelConfig, caches: list[Caches]) -> list[tuple[Any, str, np.ndarray]]:
+    """Every cache of the graph on every device of the runner: its place, its name, and the reference's value of it."""
     out = []
-    for (place, owner), held in runner.caches.items():
+    for place, owner in runner.caches:
         layer = cfg.num_layers if owner == "mtp" else int(str(owner).partition(".")[2])
-        for name, buffer in held.items():
-            value = np.asarray(caches[place[1]][layer][name.removeprefix("cache.")])
+        for name, whole in caches[place[1]][layer].items():
+            value = np.asarray(whole)
             part = value if not isinstance(cfg.attention, Gqa) else np.split(value, runner.tp, axis=2)[place[2]]
-            out.append(((place, owner), name, buffer, part))
+            out.append(((place, owner), name, part))
     return out
 
 
