@@ -100,6 +100,7 @@ def _fields() -> dict[str, Field]:
         "overhead.serving_request_s": Field(*latency, "the host's work on a request, where engine glm5 serves"),
         "overhead.serving_step_s": Field(*latency, "the host's work on a step there, beside the device's"),
         "overhead.serving_row_s": Field(*latency, "what each sequence of the step adds to that"),
+        "overhead.serving_idle_s": Field(*latency, "what a step takes longer that finds the host at rest"),
         "overhead.collective_buffer_bytes": Field("bytes", 1, 1e12, "memory the collective library takes"),
         "overhead.runtime_reserved_bytes": Field("bytes", 1, 1e12, "memory driver context and runtime take"),
     }

@@ -1,9 +1,11 @@
-"""What serving takes on this machine, beside what the programs take alone: seconds a request, a step and a row.
+"""What serving takes on this machine, beside what the programs take alone: seconds a request, a step and a row, and
+what a step takes longer that nothing ran before.
 
 The whole server is measured, with the embedded checkpoint, by a client in a process of its own on the same machine:
 sockets, forms, threads that wake one another, scheduler, sampling, streams, and that programs between them find colder
-caches and fewer cores. What the client sees is timed, and programs alone beside it, round by round. Times are the
-wall's, and medians of single steps: what else runs on the machine does not count as long as it leaves most steps alone.
+caches and fewer cores. What the client sees is timed, and programs alone beside it, round by round, and each round's
+differences are taken by themselves: a machine that others slow down for a while slows both. Times are the wall's, and
+medians of single steps: what else runs on the machine does not count as long as it leaves most steps alone.
 """
 
 from __future__ import annotations
@@ -32,10 +34,13 @@ from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.load import embedded_checkpoint, load_engine
 from runtime.execution.services import engine_service
 from runtime.porting.calibrate import ServingCost
-from runtime.serving.executor import FedRow
+from runtime.serving.executor import ByRank, FedRow
+from runtime.serving.pricing import IDLE_S
 
 _PROMPT, _ANSWER, _STREAMS = 16, 48, 8  # tokens, and requests at once
-_ALONE = 4  # requests one behind the other
+_ALONE = 6  # requests one behind the other
+_RESTED = 3  # requests behind a pause each
+_PAUSE_S = 8 * IDLE_S
 _LEAST_S = 1e-6  # less is not told apart from nothing, which a profile does not hold
 
 Seen = list[list[float]]
@@ -44,23 +49,30 @@ Burst = Callable[[int], Seen]
 """So many requests at once."""
 
 
-def serving_cost(backend: Backend, rounds: int = 7) -> ServingCost:
+def serving_cost(backend: Backend, rounds: int = 12) -> ServingCost:
     """Medians over rounds of a second. Raises `ModuleNotFoundError` without the packages of the server."""
-    engine = load_engine(Checkpoint(embedded_checkpoint()), backend, EngineConfig(least_batch=_STREAMS))
+    engine = load_engine(Checkpoint(embedded_checkpoint()), backend, EngineConfig())
     found = []
     with _asked(engine) as ask:
-        ask(_STREAMS)  # compiles, and the first of everything takes longer
+        ask(_STREAMS)  # the first of everything takes longer
         for _ in range(rounds):
             alone = [ask(1)[0] for _ in range(_ALONE)]
             first = statistics.median(came[0] for came in alone)
             one = statistics.median(_gap_s(came) for came in alone)
             # of the answer that began last, beside which all others are at work
             together = _gap_s(max(ask(_STREAMS)))
-            found.append((first, one, together, *_programs_s(engine)))
-    first, one, together, prompt, token, tokens = (statistics.median(each) for each in zip(*found, strict=True))
-    row_s = max(_LEAST_S, ((together - tokens) - (one - token)) / (_STREAMS - 1))
-    step_s = max(_LEAST_S, one - token - row_s)
-    return ServingCost(max(_LEAST_S, first - prompt - step_s - row_s), step_s, row_s)
+            prompt, token, tokens = _programs_s(engine)
+            rested = statistics.median(_rested_s(ask) for _ in range(_RESTED))
+            row = ((together - tokens) - (one - token)) / (_STREAMS - 1)
+            found.append((first - prompt - (one - token), one - token - row, row, rested - first))
+    request_s, step_s, row_s, idle_s = (max(_LEAST_S, statistics.median(each)) for each in zip(*found, strict=True))
+    return ServingCost(request_s, step_s, row_s, idle_s)
+
+
+def _rested_s(ask: Burst) -> float:
+    """To the first token of a request that finds the server at rest."""
+    time.sleep(_PAUSE_S)
+    return ask(1)[0][0]
 
 
 def _gap_s(came: list[float]) -> float:
@@ -71,14 +83,9 @@ def _gap_s(came: list[float]) -> float:
 def _programs_s(engine: LocalEngine) -> tuple[float, float, float]:
     """Of a step with a prompt, of one with an answer's next token, and of one with those of all streams; one behind the
     other alike."""
-    pages = -(-(_PROMPT + _ANSWER) // engine.config.described.page_tokens)
-    held = [range(1 + pages * at, 1 + pages * (at + 1)) for at in range(_STREAMS)]
-    prompt = [[FedRow(range(300, 300 + _PROMPT), 0, held[0])]]
-    tokens = [FedRow([300 + at], _PROMPT + _ANSWER // 2, each) for at, each in enumerate(held)]
-
+    prompt, token = _rows(engine, 1)
     found = []
-    for rows in ((prompt, [[]]), ([[]], [tokens[:1]]), ([[]], [tokens])):
-        engine.executor.step(*rows, False)
+    for rows in (prompt, token, _rows(engine, _STREAMS)[1]):
         times = []
         for _ in range(_ANSWER):
             before = time.perf_counter()
@@ -88,9 +95,21 @@ def _programs_s(engine: LocalEngine) -> tuple[float, float, float]:
     return found[0], found[1], found[2]
 
 
+def _rows(engine: LocalEngine, count: int) -> tuple[tuple[ByRank, ByRank], tuple[ByRank, ByRank]]:
+    """A step with so many prompts, and one with as many answers' next tokens."""
+    pages = -(-(_PROMPT + _ANSWER) // engine.config.described.page_tokens)
+    held = [range(1 + pages * at, 1 + pages * (at + 1)) for at in range(count)]
+    prompts = [FedRow(range(300, 300 + _PROMPT), 0, each) for each in held]
+    tokens = [FedRow([300 + at], _PROMPT + _ANSWER // 2, each) for at, each in enumerate(held)]
+    return ([prompts], [[]]), ([[]], [tokens])
+
+
 @contextmanager
 def _asked(engine: LocalEngine) -> Iterator[Burst]:
     """Asks a server of an engine, from another process."""
+    for count in (1, 2, 4, _STREAMS):  # the requests of a burst may come together, or some of them
+        for rows in _rows(engine, count):
+            engine.executor.step(*rows, False)  # compiles
     rng = np.random.default_rng(time.time_ns())
     command = [sys.executable, "-I", str(Path(pace_client.__file__))]
     with _served(engine) as port, subprocess.Popen(

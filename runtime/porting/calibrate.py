@@ -84,11 +84,13 @@ class Stream:
 @dataclasses.dataclass(frozen=True)
 class ServingCost:
     """What the host works beside the device, where this project's server serves: seconds that a client on the same host
-    waits longer for a request, a step, and a row of a step (a sequence's next token, or a piece of a prompt)."""
+    waits longer for a request, a step, and a row of a step (a sequence's next token, or a piece of a prompt), and for a
+    step that nothing ran before for a while."""
 
     request_s: float
     step_s: float
     row_s: float
+    idle_s: float
 
 
 @dataclasses.dataclass(frozen=True)

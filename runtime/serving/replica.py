@@ -21,7 +21,7 @@ import numpy as np
 from runtime.serving import scheduler
 from runtime.serving.clock import Clock, Virtual
 from runtime.serving.meter import Meter
-from runtime.serving.pricing import BatchShape, StepPricer, step_seconds
+from runtime.serving.pricing import IDLE_S, BatchShape, StepPricer, step_seconds
 from runtime.serving.rank import Rank, StepPlan
 from runtime.serving.request import Request
 from runtime.serving.worker import Worker
@@ -90,7 +90,7 @@ class Replica:
         if self.worker:
             return self._carry_out(self.worker, plans, now)
         if any(plan.chunks for plan in plans):
-            durations = np.array([max(self._seconds(r, p, 0) for r, p in self._busy(plans))])
+            durations = np.array([self._waking(now) + max(self._seconds(r, p, 0) for r, p in self._busy(plans))])
             steps = 1
         else:
             durations = self._decode_run(plans, now, next_event)
@@ -189,7 +189,7 @@ class Replica:
         if self._clock.measures:
             end = max(now, self._clock.now())
         else:
-            end = now + max(self._seconds(rank, plan, 0) for rank, plan in self._busy(plans))
+            end = now + self._waking(now) + max(self._seconds(rank, plan, 0) for rank, plan in self._busy(plans))
         self.run = Run(plans, np.array([end]), made)
         self._last_start, self._last_end = now, end
         self._record(plans, np.array([end - now]), now, used_before)
@@ -213,6 +213,10 @@ class Replica:
         shape = rank.shape(plan, step)
         return step_seconds(self.engine, self.pricer.seconds(shape), shape)
 
+    def _waking(self, now: float) -> float:
+        """What the step that begins now takes longer because nothing ran before it."""
+        return self.engine.idle_host_seconds if now - self._last_end >= IDLE_S else 0.0
+
     def _decode_run(self, plans: list[StepPlan], now: float, next_event: float) -> np.ndarray:
         """[steps] seconds of the decode steps up to the next scheduling event."""
         busy = self._busy(plans)
@@ -226,6 +230,7 @@ class Replica:
             steps = int(min(steps, most + extra + 1))
         curves = [curve(partial(self._seconds, rank, plan), steps, self.tolerance) for rank, plan in busy]
         durations = curves[0] if len(curves) == 1 else np.max(curves, axis=0)
+        durations[0] += self._waking(now)
         until = int(np.searchsorted(now + np.cumsum(durations), next_event)) + 1 + extra
         return durations[:until]
 

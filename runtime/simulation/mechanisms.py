@@ -56,6 +56,7 @@ MECHANISMS = (
             "eager_step_host_seconds": 0.0,
             "row_host_seconds": 0.0,
             "request_host_seconds": 0.0,
+            "idle_host_seconds": 0.0,
         },
     ),
     Mechanism("pieces", "steps with few prompt tokens replay pieces; without: eager", {"piecewise_step_tokens": 0}),

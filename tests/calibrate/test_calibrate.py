@@ -27,7 +27,7 @@ from runtime.porting import calibrate_ops
 from runtime.porting.calibrate import Calibration, Gemm, ServingCost, Stream, measure, prices, profile
 from runtime.porting.calibrate_sizes import QUICK, Effort
 from runtime.pricing import Chip, open_book
-from runtime.serving.pricing import BatchShape
+from runtime.serving.pricing import IDLE_S, BatchShape
 from runtime.simulation.build import PriceTables, pricer_of, spec_for
 
 SMALL = Effort(widths=(128,), rows=(1, 32), tokens=(1, 8), rounds=1, cold_bytes=1e6, program_flops=1e8)
@@ -43,7 +43,7 @@ def found() -> Calibration:
 
 
 SERVING_COST = pace.serving_cost  # itself, which tests stand in for
-SERVING = ServingCost(request_s=4e-3, step_s=1e-3, row_s=5e-4)
+SERVING = ServingCost(request_s=4e-3, step_s=1e-3, row_s=5e-4, idle_s=2e-3)
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,7 @@ def test_what_serving_takes_becomes_the_engines_own_host_times(written: hw_profi
     cfg = load_config("glm-5")
     engine = engine_for("glm5", cfg, written, Layout())
     assert engine.request_host_seconds == SERVING.request_s and engine.row_host_seconds == SERVING.row_s
+    assert engine.idle_host_seconds == SERVING.idle_s
     assert engine.graph_step_host_seconds == engine.eager_step_host_seconds == SERVING.step_s
     assert engine_for("glm5", cfg, written, Layout(), {"row_host_seconds": 0.0}).row_host_seconds == 0
     other = engine_for("vllm", cfg, written, Layout())
@@ -90,17 +91,19 @@ def test_what_serving_takes_becomes_the_engines_own_host_times(written: hw_profi
 
 
 @given(
-    request=st.floats(1e-4, 1e-2), step=st.floats(1e-5, 1e-2), row=st.floats(1e-5, 1e-2), programs=st.floats(0, 1e-2)
-)
+    request=st.floats(1e-4, 1e-2), step=st.floats(1e-5, 1e-2), row=st.floats(1e-5, 1e-2), idle=st.floats(1e-5, 1e-2),
+    programs=st.floats(0, 1e-2),
+)  # fmt: skip
 def test_what_serving_takes_is_found_beside_the_programs(
-    request: float, step: float, row: float, programs: float
+    request: float, step: float, row: float, idle: float, programs: float
 ) -> None:
     """Of a server that takes just so much: what its programs take, in steps that requests share, is none of it."""
 
     rows_s = 2 * programs  # what a step's program takes longer with all rows than with one
+    slept: list[float] = []
 
     def ask(streams: int) -> pace.Seen:
-        first = streams * (request + row) + step + 3 * programs
+        first = streams * (request + row) + step + 3 * programs + (idle if slept and slept.pop() > IDLE_S else 0)
         token = programs + step + streams * row + (rows_s if streams > 1 else 0)
         return [[first + at * token for at in range(48)]] * streams
 
@@ -108,8 +111,9 @@ def test_what_serving_takes_is_found_beside_the_programs(
         patch.setattr(pace, "load_engine", lambda *_: None)
         patch.setattr(pace, "_asked", lambda engine: contextlib.nullcontext(ask))
         patch.setattr(pace, "_programs_s", lambda engine: (3 * programs, programs, programs + rows_s))
+        patch.setattr("time.sleep", slept.append)
         found = SERVING_COST(registry.get("cpu"), rounds=1)
-    assert dataclasses.astuple(found) == pytest.approx((request, step, row), rel=1e-6, abs=1e-9)
+    assert dataclasses.astuple(found) == pytest.approx((request, step, row, idle), rel=1e-6, abs=1e-9)
 
 
 def test_what_cannot_be_told_from_nothing_is_a_figure_still(written: hw_profiles.Profile, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from runtime.execution.batches import gear
 from runtime.execution.local.engine import EngineConfig
 from runtime.serving import Deployment
 from runtime.serving.loop import Loop
-from runtime.serving.pricing import BatchShape, StepPrice
+from runtime.serving.pricing import IDLE_S, BatchShape, StepPrice
 from runtime.serving.request import Request
 from tests.serving.helpers import plain_engine
 
@@ -61,6 +61,20 @@ def test_a_steps_time_is_its_device_its_host_and_its_rows(together: int) -> None
     step = rows + 0.5 + together * 0.125
     for request in requests:
         assert math.isclose(request.first_token_at, first) and math.isclose(request.finished_at, first + 2 * step)
+
+
+def test_a_step_that_finds_the_machine_at_rest_takes_longer() -> None:
+    """The first of all does, and one behind a pause; not one that follows another soon."""
+    loop = Loop(Deployment(plain_engine(idle_host_seconds=0.5), PerToken(), 10_000))
+    found, at = [], 0.0
+    for pause, taken in ((0.0, 16.5), (IDLE_S / 2, 16.0), (IDLE_S * 2, 16.5), (60.0, 16.5), (0.0, 16.0)):
+        at += pause
+        found.append((Request(len(found), 16, 1), at + taken))  # an answer of one token, over as its step is
+        loop.at(at, 0, loop.send, found[-1][0])
+        at += taken
+    while loop.next_at is not None:
+        loop.advance()
+    assert [request.finished_at for request, _ in found] == pytest.approx([ended for _, ended in found])
 
 
 def test_padding_is_priced_with_the_tokens() -> None:

@@ -218,6 +218,8 @@ class Engine:
     row_host_seconds: host work that each sequence of a step adds: its sampling, books, and the sending of its token.
     request_host_seconds: host work that a request adds to the step it begins in: its front end's, where that runs on
         the thread that steps wait for (Python's), and delays them.
+    idle_host_seconds: what a step takes longer that finds the machine at rest (cores that sleep, caches that others
+        have used), as on a host whose own cores are the device.
     eager_layer_host_seconds: host work to launch one layer eagerly; launches run beside the device's work.
     eager_sparse_layer_host_seconds: what a layer with sparse attention adds to that.
     eager_launch_seconds: host work to launch a whole step eagerly; from the two above where nothing is given.
@@ -275,6 +277,7 @@ class Engine:
     cache: CacheRules = CacheRules()
     row_host_seconds: float = 0.0
     request_host_seconds: float = 0.0
+    idle_host_seconds: float = 0.0
     eager_layer_host_seconds: float = 0.0
     eager_sparse_layer_host_seconds: float = 0.0
     eager_launch_seconds: float = 0.0
