@@ -32,7 +32,7 @@ from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.load import embedded_checkpoint, load_engine
 from runtime.execution.services import engine_service
 from runtime.porting.calibrate import ServingCost
-from runtime.serving.executor import FedRow
+from runtime.serving.executor import FedRow, TokenChoice
 
 _PROMPT, _ANSWER, _STREAMS = 16, 48, 8  # tokens, and requests at once
 _ALONE = 4  # requests one behind the other
@@ -73,8 +73,9 @@ def _programs_s(engine: LocalEngine) -> tuple[float, float, float]:
     other alike."""
     pages = -(-(_PROMPT + _ANSWER) // engine.config.described.page_tokens)
     held = [range(1 + pages * at, 1 + pages * (at + 1)) for at in range(_STREAMS)]
-    prompt = [[FedRow(range(300, 300 + _PROMPT), 0, held[0])]]
-    tokens = [FedRow([300 + at], _PROMPT + _ANSWER // 2, each) for at, each in enumerate(held)]
+    choice = TokenChoice(temperature=1.0, uniform=0.5) if engine.executor.can.chooses == "drawn" else None
+    prompt = [[FedRow(range(300, 300 + _PROMPT), 0, held[0], choice)]]
+    tokens = [FedRow([300 + at], _PROMPT + _ANSWER // 2, each, choice) for at, each in enumerate(held)]
 
     found = []
     for rows in ((prompt, [[]]), ([[]], [tokens[:1]]), ([[]], [tokens])):
