@@ -99,6 +99,7 @@ class CudaBackend(XlaBackend):
             fp8_weights=fp8,
             donation=True,
             dlpack=True,
+            apart=True,
         )
 
 

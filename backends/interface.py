@@ -40,7 +40,8 @@ class Capabilities:
     platform: what its artifacts are compiled for. devices: empty on an export-only host. dtypes: types it
     computes in. preferred_dtype: the one to take when the user names none. fp8_weights: matrices may stay
     in FP8. donation: a program may reuse its input buffers for outputs. dlpack: buffers are exchanged
-    without a copy. programs: kept loaded at once by what serves, for each holds memory of the host, or of the device.
+    without a copy. apart: a program runs while the host does other work, and its results have to be fetched. programs:
+    kept loaded at once by what serves, for each holds memory of the host, or of the device.
     """
 
     platform: str
@@ -50,6 +51,7 @@ class Capabilities:
     fp8_weights: bool
     donation: bool
     dlpack: bool
+    apart: bool = False
     programs: int = 64
 
 

@@ -1,11 +1,21 @@
-"""Programs that are kept loaded, as many as may be."""
+"""Programs that are kept loaded, as many as may be, and what a launch of a model's step makes."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 from backends.interface import Executable
+
+
+class StepMade(NamedTuple):
+    """What a step will have made, on the device: float32 logits [rows, (t,) vocab], the ids chosen from them, and the
+    hidden states that drafts are made from (None where there are none to make)."""
+
+    logits: Any
+    ids: Any
+    hidden: Any
 
 
 class LoadedPrograms:

@@ -22,6 +22,7 @@ import numpy as np
 
 import hw_profiles
 from backends import registry
+from backends.loaded import StepMade
 from bench.decode import DECODE_STEPS, PROMPT, Ours, make_checkpoint
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
@@ -70,8 +71,8 @@ def host_seconds(folder: Path, batch: int) -> float:
     """What the engine itself takes a step, its programs replaced by one that returns at once."""
     steps = 200
     engine = load_engine(Checkpoint(folder), registry.usable("cpu"), EngineConfig(pool_tokens=batch * 512))
-    logits = np.zeros((batch, engine.cfg.vocab_size), np.float32)
-    engine.programs.step = lambda *_: (logits, None)  # type: ignore[method-assign]
+    logits, ids = np.zeros((batch, engine.cfg.vocab_size), np.float32), np.zeros(batch, np.int32)
+    engine.programs.launch = lambda *_: StepMade(logits, ids, None)  # type: ignore[method-assign]
     begin = time.perf_counter()
     engine.generate([Prompt((1,) * 16, max_tokens=steps) for _ in range(batch)])
     return (time.perf_counter() - begin) / engine.steps

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 
 from backends.interface import Backend, Executable, Program
-from backends.loaded import LoadedPrograms
+from backends.loaded import LoadedPrograms, StepMade
 from backends.spmd.shard import divisible
 from backends.spmd.stages import Stage
-from model import graph
+from model import choosing, graph
 from model.cache import CacheRow, cache_rows
 from model.config import LayerType, ModelConfig
 from model.graph import Batch, Mode
@@ -142,14 +142,15 @@ class Cluster:
     # --- programs
 
     def body(self, number: int, mode: Mode) -> Callable[..., Any]:
-        """One device's program of a stage: (weights, caches, batch[, carried]) -> ((carried, logits, hidden), caches).
-        hidden: what drafts are made from, where there are any."""
+        """One device's program of a stage: (weights, caches, batch[, carried]) -> ((carried, logits, ids, hidden),
+        caches). ids: the best of the logits. hidden: what drafts are made from, where there are any."""
 
         def body(weights: Any, caches: Any, batch: Batch, carried: Any = None) -> Any:
             out = graph.stage(
                 self.cfg, self.grid.stages[number], weights, caches, batch, carried, mode, Parallel.of(self.grid.layout)
             )
-            return (out.carried, out.logits, out.hidden if self.drafts else None), out.caches
+            ids = None if out.logits is None else choosing.greedy(out.logits)
+            return (out.carried, out.logits, ids, out.hidden if self.drafts else None), out.caches
 
         return body
 
@@ -241,18 +242,27 @@ class Server:
     def _by_head(self, shape: tuple[int, ...]) -> bool:
         return bool(self.cluster.grid.layout.row_split(CacheRow("", shape))[1])
 
-    def step(self, batch: Batch, mode: Mode = Mode()) -> tuple[np.ndarray, Any]:
-        """Feeds a batch (numpy, [dp x rows, ..]) through all stages: logits float32 [dp x rows, (t,) vocab], and what
-        `draft` makes drafts from, where it can."""
+    def launch(self, batch: Batch, mode: Mode = Mode()) -> StepMade:
+        """Feeds a batch (numpy, [dp x rows, ..]) through all stages; what it makes is the last one's."""
         carried: tuple[Any, ...] = ()
-        passed = logits = hidden = None
+        passed = logits = ids = hidden = None
         for number, stage in enumerate(self.cluster.stages):
             if number:
                 carried = (self._stage(number - 1).hand_on(passed),)
             args = (self.cluster.weights[number], self.caches[number], stage.batch(batch), *map(stage.batch, carried))
             made, self.caches[number] = self.cluster.program(number, mode, *args)(*args)
-            passed, logits, hidden = made or (None, None, None)  # nothing, where the stage is another process's
-        return self._stage(-1).fetch(logits), hidden
+            # nothing, where the stage is another process's
+            passed, logits, ids, hidden = made or (None, None, None, None)
+        return StepMade(logits, ids, hidden)
+
+    def fetch(self, made: Any) -> np.ndarray:
+        """Logits or ids of a launch, on the host: of every process, which all have to ask."""
+        return self._stage(-1).fetch(made)
+
+    def step(self, batch: Batch, mode: Mode = Mode()) -> tuple[np.ndarray, Any]:
+        """Feeds a batch through all stages: its logits on the host, and what `draft` makes drafts from."""
+        made = self.launch(batch, mode)
+        return self.fetch(made.logits), made.hidden
 
     def draft(self, batch: Batch, hidden: Any) -> np.ndarray:
         """Guesses what follows: ids [dp x rows, drafts]. hidden: of a `step`; the batch is that step's, with the tokens

@@ -34,7 +34,7 @@ from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.load import embedded_checkpoint, load_engine
 from runtime.execution.services import engine_service
 from runtime.porting.calibrate import ServingCost
-from runtime.serving.executor import ByRank, FedRow
+from runtime.serving.executor import ByRank, FedRow, TokenChoice
 from runtime.serving.pricing import IDLE_S
 
 _PROMPT, _ANSWER, _STREAMS = 16, 48, 8  # tokens, and requests at once
@@ -99,8 +99,9 @@ def _rows(engine: LocalEngine, count: int) -> tuple[tuple[ByRank, ByRank], tuple
     """A step with so many prompts, and one with as many answers' next tokens."""
     pages = -(-(_PROMPT + _ANSWER) // engine.config.described.page_tokens)
     held = [range(1 + pages * at, 1 + pages * (at + 1)) for at in range(count)]
-    prompts = [FedRow(range(300, 300 + _PROMPT), 0, each) for each in held]
-    tokens = [FedRow([300 + at], _PROMPT + _ANSWER // 2, each) for at, each in enumerate(held)]
+    choice = TokenChoice(temperature=1.0, uniform=0.5) if engine.executor.can.chooses == "drawn" else None
+    prompts = [FedRow(range(300, 300 + _PROMPT), 0, each, choice) for each in held]
+    tokens = [FedRow([300 + at], _PROMPT + _ANSWER // 2, each, choice) for at, each in enumerate(held)]
     return ([prompts], [[]]), ([[]], [tokens])
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
 
+from runtime.serving.executor import GREEDY, TokenChoice
 from runtime.serving.sampling import log_probabilities, settle
 from runtime.serving.service import ConstraintBroken, Finish, Job, JobFault, TokenLogprob, Update
+
+_COLDEST = 1e-6
+"""The least temperature that others draw at: float32 has to hold it."""
 
 
 class Answer:
@@ -27,7 +32,7 @@ class Answer:
         self.fault: JobFault = "server"
         self.kept: dict[int, np.ndarray] | None = {} if keep_logits else None
         self.verify_steps = self.verified_tokens = 0
-        self._rng = np.random.default_rng([job.sampling.seed, 0] if seed is None else seed)
+        self._rng = _Uniforms([job.sampling.seed, 0] if seed is None else seed)
         self._told = 0
         self._logprobs: list[TokenLogprob] = []
         self._grammar: np.ndarray | None = None
@@ -47,6 +52,32 @@ class Answer:
                 break
             token = settle(row, draft, self.job.sampling, self._rng, allowed)
             self.accept(token, row)
+            if self.finish or token != draft:
+                break
+        return self.generated - before
+
+    def choice(self, ahead: int = 0) -> TokenChoice | None:
+        """How the token after `ahead` more may be chosen by who computes its logits; None where they are needed here,
+        or the answer may not come so far."""
+        job, sampling = self.job, self.job.sampling
+        if self.kept is not None or job.logprobs is not None or job.constraint is not None or sampling.bias:
+            return None
+        if self.generated + ahead >= job.max_tokens or (job.stop_ids and self.generated + ahead < job.min_tokens):
+            return None
+        if sampling.greedy:
+            return GREEDY
+        if sampling.temperature < _COLDEST:
+            return None
+        uniform = self._rng.coming(ahead)
+        return TokenChoice(sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, uniform)
+
+    def take(self, ids: Sequence[int], drafts: Sequence[int] = ()) -> int:
+        """As `extend`, by ids that were chosen as `choice` says, one for each row of logits."""
+        before = self.generated
+        for token, draft in zip(ids, [*drafts, None], strict=True):
+            if not self.job.sampling.greedy:
+                self._rng.random()  # the one it was chosen by
+            self.accept(int(token))
             if self.finish or token != draft:
                 break
         return self.generated - before
@@ -119,6 +150,22 @@ class Answer:
         going_on = np.ones(vocab, bool) if self._grammar is None else self._grammar.copy()
         going_on[[each for each in self.job.stop_ids if each < vocab]] = False
         return going_on if going_on.any() else self._grammar
+
+
+class _Uniforms:
+    """Numbers from [0,1), one behind the other, of which some may be looked at before it is their turn."""
+
+    def __init__(self, seed: Sequence[int]):
+        self._rng, self._coming = np.random.default_rng(seed), deque[float]()
+
+    def random(self) -> float:
+        return self._coming.popleft() if self._coming else self._rng.random()
+
+    def coming(self, ahead: int) -> float:
+        """The one after `ahead` others."""
+        while len(self._coming) <= ahead:
+            self._coming.append(self._rng.random())
+        return self._coming[ahead]
 
 
 def _whose(error: Exception) -> JobFault:

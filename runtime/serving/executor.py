@@ -1,4 +1,4 @@
-"""What carries steps out, as the scheduler sees it: rows of tokens in, logits out.
+"""What carries steps out, as the scheduler sees it: rows of tokens in, logits out, or the tokens chosen from them.
 
 The scheduler decides which tokens of which requests a step computes and in which pages they lie; how many launches that
 takes, of what shapes and on how many devices, is the executor's business.
@@ -7,8 +7,8 @@ takes, of what shapes and on how many devices, is the executor's business.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -19,19 +19,60 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class TokenChoice:
+    """How an executor may choose the token behind another, so that logits need not leave the device: as `Sampling` has
+    these, greedy by default. uniform: in [0,1), drawn by the request's own generator."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    uniform: float = 0.0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+GREEDY = TokenChoice()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class FedRow:
     """Tokens of one request that a step computes. start: the position of the first. pages: the request's page table,
-    which reaches at least as far as the tokens do."""
+    which reaches at least as far as the tokens do.
+
+    choice: of what follows each of the tokens that logits are asked of; None where the logits are wanted. following:
+    of the token behind that, where the next step surely wants it, and the same way.
+    """
 
     tokens: Sequence[int]
     start: int
     pages: Sequence[int]
+    choice: TokenChoice | None = None
+    following: TokenChoice | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ChosenIds:
+    """What a step says of a row whose tokens the executor chose. ids: one for each row of logits, -1 where it could not
+    tell what a draw comes to; `logits` then fetches those."""
+
+    ids: np.ndarray
+    logits: Callable[[], np.ndarray] | None = None
+
+    @property
+    def last(self) -> ChosenIds:
+        """Of the last row of logits alone."""
+        logits = self.logits
+        return ChosenIds(self.ids[-1:], logits and (lambda: logits()[-1:]))
 
 
 ByRank = list[list[FedRow]]
 """The rows of each rank."""
-Logits = list[list[np.ndarray]]
-"""float32, by rank and row: [tokens, vocab], or [1, vocab] of the last token where no others are asked for."""
+Logits = list[list[np.ndarray | ChosenIds]]
+"""float32, by rank and row: [tokens, vocab], or [1, vocab] of the last token where no others are asked for; or what was
+chosen from them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +81,10 @@ class Abilities:
 
     pages, page_tokens: of each rank's caches, from page 1 on; page 0 is nobody's, and there is a spare one behind them.
     ranks: that step together. rows, chunk_tokens: of a step at most; None: any number.
-    drafts: most that it guesses a step. beyond: tokens behind those of a step that guessing writes to.
+    drafts: most that it guesses a step. beyond: tokens behind those of a step that it may write to.
     reuse: pages of one request may be read by another. mixed: a step may hold prompts and answers.
-    moves: caches can be read and written (`read`, `write`).
+    moves: caches can be read and written (`read`, `write`). chooses: what tokens it can choose: none, the best, or all
+    that a `TokenChoice` says.
     """
 
     pages: int
@@ -55,6 +97,7 @@ class Abilities:
     reuse: bool = True
     mixed: bool = True
     moves: bool = False
+    chooses: Literal["none", "greedy", "drawn"] = "none"
 
 
 class StepExecutor(Protocol):
@@ -68,7 +111,8 @@ class StepExecutor(Protocol):
 
     def step(self, prompts: ByRank, answers: ByRank, every: bool) -> tuple[Logits, Logits]:
         """Computes pieces of prompts and the next tokens of answers, with their drafts. every: the logits of all tokens
-        of prompts are asked for, not only of each last; of answers they always are."""
+        of prompts are asked for, not only of each last; of answers they always are. Rows with a choice may come back
+        as `ChosenIds`."""
         ...
 
     def draft(self, prompts: list[list[list[int]]], answers: list[list[list[int]]]) -> tuple[Any, Any]:

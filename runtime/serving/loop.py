@@ -277,7 +277,7 @@ def _ranks(
             ),
             role.speculation,
             np.random.default_rng([seed, number, rank]),
-            worker.drafted_beyond if worker else 0,
+            worker.beyond if worker else 0,
         )
         for rank in range(role.ranks)
     ]

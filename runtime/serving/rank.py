@@ -44,7 +44,7 @@ class Rank:
         released, for nothing else can change the answer.
     new_token_ratio: SGLang's estimate of how much of the rest of each answer will be generated.
     committed: pages of everything in service at its full length.
-    writes: tokens that a sequence writes to in a decode step, those that drafting writes to behind them included.
+    writes: tokens that a sequence writes to in a decode step, and those behind them that its executor may.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class Rank:
         pool: KvPool,
         speculation: Speculation | None,
         rng: np.random.Generator,
-        drafted_beyond: int = 0,
+        beyond: int = 0,
     ):
         self.engine = engine
         self.pool = pool
         self.speculation = speculation
         self.query_tokens = speculation.query_tokens if speculation else 1
-        self.writes = self.query_tokens + drafted_beyond
+        self.writes = self.query_tokens + beyond
         self.waiting: deque[Request] = deque()
         self.prefilling: list[Request] = []
         self.running: list[Request] = []

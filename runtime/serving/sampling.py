@@ -9,10 +9,17 @@ in the batch.
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 import numpy as np
 
 from foundation.errors import UsageError
+
+
+class Uniforms(Protocol):
+    """A source of numbers from [0,1), as numpy's generators are."""
+
+    def random(self) -> float: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +104,7 @@ def _only(weights: np.ndarray, places: np.ndarray) -> np.ndarray:
     return kept
 
 
-def choose(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator, allowed: np.ndarray | None = None) -> int:
+def choose(logits: np.ndarray, sampling: Sampling, rng: Uniforms, allowed: np.ndarray | None = None) -> int:
     """The next token id from logits `[vocab]`, among those `allowed` (bool `[vocab]`, one at least)."""
     logits = adjusted(logits, sampling, allowed)
     if sampling.greedy:
@@ -105,7 +112,7 @@ def choose(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator, all
     return _draw(probabilities(logits, sampling), rng)
 
 
-def _draw(weights: np.ndarray, rng: np.random.Generator) -> int:
+def _draw(weights: np.ndarray, rng: Uniforms) -> int:
     reached = np.cumsum(weights)
     index = int(np.searchsorted(reached, rng.random() * reached[-1], side="right"))
     return index if index < len(weights) else int(np.flatnonzero(weights)[-1])  # rounded up to all of it
@@ -115,7 +122,7 @@ def settle(
     logits: np.ndarray,
     draft: int | None,
     sampling: Sampling,
-    rng: np.random.Generator,
+    rng: Uniforms,
     allowed: np.ndarray | None = None,
 ) -> int:
     """The token that follows, where `draft` was guessed for it: the guess was right where that is what comes.

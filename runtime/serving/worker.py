@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from runtime.serving.answer import Answer, page_hashes
-from runtime.serving.executor import ByRank, FedRow, StepExecutor
+from runtime.serving.executor import GREEDY, ByRank, ChosenIds, FedRow, StepExecutor, TokenChoice
 from runtime.serving.rank import Rank, StepPlan
 from runtime.serving.request import Request
 from runtime.serving.service import Update
@@ -26,13 +26,13 @@ class Worker(ABC):
     """Carries out a replica's steps.
 
     drafted, accepted: tokens guessed so far, and those that were right.
-    numbered: pages have numbers. drafted_beyond: tokens behind those of a step that drafting writes to.
+    numbered: pages have numbers. beyond: tokens behind those of a step that may be written to.
     answers: those at work, by request. moving: what requests between two servers take along, shared by all workers of a
     deployment. arrivals: news of those whose cache has come in the step that is running.
     """
 
     numbered = True
-    drafted_beyond = 0
+    beyond = 0
 
     def __init__(
         self,
@@ -107,15 +107,18 @@ class ModelWorker(Worker):
     ):
         super().__init__(answers, moving, on_token)
         self.executor, self._drafts = executor, drafts
-        self.drafted_beyond = executor.can.beyond if drafts else 0
+        can = executor.can
+        self.beyond = can.beyond if drafts or not can.drafts else 0
+        self._chooses = can.chooses
 
     def _run(self, plans: list[StepPlan], ranks: list[Rank]) -> list[np.ndarray]:
+        calm = not any(rank.waiting or rank.prefilling for rank in ranks)
         prompts = [
             [self._chunk(rank, *chunk) for chunk in plan.chunks] for plan, rank in zip(plans, ranks, strict=True)
         ]
         decoding = [rank.running if plan.decode else [] for plan, rank in zip(plans, ranks, strict=True)]
         answers = [
-            [self._next(rank, slot, request) for slot, request in enumerate(running)]
+            [self._next(rank, slot, request, calm) for slot, request in enumerate(running)]
             for rank, running in zip(ranks, decoding, strict=True)
         ]
         every = any(self.answers[request].kept is not None for plan in plans for request, *_ in plan.chunks)
@@ -144,34 +147,52 @@ class ModelWorker(Worker):
     # --- rows
 
     def _chunk(self, rank: Rank, request: Request, new: int, before: int) -> FedRow:
-        return FedRow(self.answers[request].tokens[before : before + new], before, _table(rank, request))
+        answer, end = self.answers[request], before + new
+        choice = self._choice(answer) if end == len(answer.tokens) else self._anything(answer)
+        return FedRow(answer.tokens[before:end], before, _table(rank, request), choice)
 
-    def _next(self, rank: Rank, slot: int, request: Request) -> FedRow:
+    def _next(self, rank: Rank, slot: int, request: Request, calm: bool) -> FedRow:
+        """calm: the next step will likely be of the same answers."""
         answer = self.answers[request]
         drafts = answer.drafts[: min(self._drafts, int(rank.left[slot]) - 1)]
-        return FedRow([answer.tokens[-1], *drafts], len(answer.tokens) - 1, _table(rank, request))
+        choice = self._choice(answer, drafts=len(drafts))
+        goes_on = calm and choice is not None and not self._drafts and int(rank.left[slot]) > 1
+        following = self._choice(answer, 1) if goes_on else None
+        return FedRow([answer.tokens[-1], *drafts], len(answer.tokens) - 1, _table(rank, request), choice, following)
+
+    def _choice(self, answer: Answer, ahead: int = 0, drafts: int = 0) -> TokenChoice | None:
+        """How the executor may choose, as far as it can. A refused draft takes more draws than one."""
+        if self._chooses == "none":
+            return None
+        greedy = answer.job.sampling.greedy
+        return answer.choice(ahead) if greedy or (self._chooses == "drawn" and not drafts) else None
+
+    def _anything(self, answer: Answer) -> TokenChoice | None:
+        """Behind a piece of a prompt that is not its last nothing is chosen; logits are wanted where they are kept."""
+        return None if self._chooses == "none" or answer.kept is not None else GREEDY
 
     # --- outcomes
 
-    def _end_chunk(self, rank: Rank, chunk: tuple[Request, int, int], logits: np.ndarray) -> list[int]:
+    def _end_chunk(self, rank: Rank, chunk: tuple[Request, int, int], said: np.ndarray | ChosenIds) -> list[int]:
         """The tokens that follow the chunk's own: the last of them is new where the chunk is a prompt's last."""
         request, new, before = chunk
         answer = self.answers[request]
-        _keep(answer, before, logits)
+        _keep(answer, before, said)
         if before + new == len(answer.tokens):
-            self._made(rank, request, answer, _extended(answer, logits[-1:], ()))
+            last = said.last if isinstance(said, ChosenIds) else said[-1:]
+            self._made(rank, request, answer, _extended(answer, last, ()))
         return answer.tokens[before + 1 : before + new + 1]
 
-    def _end_next(self, rank: Rank, request: Request, row: FedRow, logits: np.ndarray) -> list[int]:
+    def _end_next(self, rank: Rank, request: Request, row: FedRow, said: np.ndarray | ChosenIds) -> list[int]:
         """The tokens made."""
         answer = self.answers[request]
-        made = _extended(answer, logits, row.tokens[1:])
+        made = _extended(answer, said, row.tokens[1:])
         if self._drafts:
             answer.verify_steps += 1
             answer.verified_tokens += made
             self.drafted += len(row.tokens) - 1
             self.accepted += max(0, made - 1)
-        _keep(answer, row.start, logits[:made])
+        _keep(answer, row.start, said, made)
         self._made(rank, request, answer, made)
         return answer.tokens[len(answer.tokens) - made :]
 
@@ -260,11 +281,16 @@ class SyntheticWorker(Worker):
         pass
 
 
-def _extended(answer: Answer, logits: np.ndarray, drafts: Sequence[int]) -> int:
+def _extended(answer: Answer, said: np.ndarray | ChosenIds, drafts: Sequence[int]) -> int:
     """How many tokens an answer got. Logits that nothing can be chosen from end it, and no other."""
     before = answer.generated
     try:
-        answer.extend(logits, drafts)
+        if not isinstance(said, ChosenIds):
+            answer.extend(said, drafts)
+        elif said.logits and (said.ids < 0).any():
+            answer.extend(said.logits(), drafts)
+        else:
+            answer.take(said.ids.tolist(), drafts)
     except Exception as error:
         answer.fail(f"no token could be chosen ({error})")
     return answer.generated - before
@@ -275,7 +301,8 @@ def _table(rank: Rank, request: Request) -> list[int]:
     return rank.pool.numbers.table(request)
 
 
-def _keep(answer: Answer, start: int, logits: np.ndarray) -> None:
+def _keep(answer: Answer, start: int, said: np.ndarray | ChosenIds, count: int | None = None) -> None:
     if answer.kept is not None:
-        for offset, row in enumerate(logits):
+        assert not isinstance(said, ChosenIds)  # whose logits are kept has no choice
+        for offset, row in enumerate(said[:count]):
             answer.kept.setdefault(start + offset, np.array(row))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from foundation.errors import CapacityError
 from runtime.execution.cluster.led import Leader, LedExecutor, follow
-from runtime.serving.executor import Abilities, ByRank, FedRow, Logits
+from runtime.serving.executor import GREEDY, Abilities, ByRank, FedRow, Logits
 
 
 class Recorder:
@@ -74,7 +74,9 @@ class Pair:
 
 
 ids = st.integers(0, 2**31 - 1)
-rows = st.builds(FedRow, st.lists(ids, min_size=1, max_size=4), ids, st.lists(ids, max_size=4))
+rows = st.builds(
+    FedRow, st.lists(ids, min_size=1, max_size=4), ids, st.lists(ids, max_size=4), st.sampled_from([None, GREEDY])
+)
 by_rank = st.lists(st.lists(rows, max_size=3), min_size=2, max_size=2)
 
 

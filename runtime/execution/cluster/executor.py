@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from backends.loaded import StepMade
 from backends.spmd.cluster import Pages
 from model.graph import Batch, Mode
 from runtime.execution.batches import (
@@ -21,7 +22,7 @@ from runtime.execution.batches import (
     unpadded,
     widest,
 )
-from runtime.serving.executor import Abilities, ByRank, Logits
+from runtime.serving.executor import Abilities, ByRank, ChosenIds, Logits
 
 _LAUNCH_TOKENS = 2048  # tokens of a rank in one launch; a step with more is run in several, with the same result
 _LEAST_CONTEXT = 128  # tokens; shorter contexts share one program
@@ -34,7 +35,9 @@ class StepServer(Protocol):
     pages: int
     page_size: int
 
-    def step(self, batch: Batch, mode: Mode) -> tuple[np.ndarray, Any]: ...
+    def launch(self, batch: Batch, mode: Mode) -> StepMade: ...
+
+    def fetch(self, made: Any) -> np.ndarray: ...
 
     def draft(self, batch: Batch, hidden: Any) -> np.ndarray: ...
 
@@ -65,6 +68,7 @@ class ClusterExecutor:
             drafts=self._drafts,
             beyond=max(0, self._drafts - 1),
             moves=True,
+            chooses="greedy",
         )
 
     def step(self, prompts: ByRank, answers: ByRank, every: bool) -> tuple[Logits, Logits]:
@@ -97,12 +101,20 @@ class ClusterExecutor:
                 gear(-(-(context(part) + self._drafts) // page), max(1, _LEAST_CONTEXT // page)),
             )
             batch = padded(part, *shape)
-            logits, hidden = self.server.step(batch, mode)
-            for rank, each in zip(found, unpadded(part, logits), strict=True):
+            made = self.server.launch(batch, mode)
+            for rank, each in zip(found, self._said(part, made), strict=True):
                 rank += each
             if self._drafts:
-                self._launched.append(Launched(kind, part, batch, hidden))
+                self._launched.append(Launched(kind, part, batch, made.hidden))
         return found
+
+    def _said(self, part: ByRank, made: StepMade) -> Logits:
+        """Ids where all rows' are to be chosen, else logits: one or the other, for the processes of a server fetch
+        together."""
+        if any(row.choice is None for rank in part for row in rank):
+            return [list(rank) for rank in unpadded(part, self.server.fetch(made.logits))]
+        ids = self.server.fetch(made.ids)
+        return [[ChosenIds(row[:, 0]) for row in rank] for rank in unpadded(part, ids[..., None])]
 
     def _width(self, kind: Kind, width: int) -> int:
         """Tokens a row to run."""

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from foundation.errors import Failure
-from runtime.serving.executor import Abilities, ByRank, FedRow, Logits, StepExecutor
+from runtime.serving.executor import GREEDY, Abilities, ByRank, FedRow, Logits, StepExecutor
 
 _SILENCE_S = 60.0
 
@@ -90,7 +90,8 @@ class _Held:
 
 
 class LedExecutor:
-    """An executor of process 0 whose calls the others make, too. number: of their executors, which is alike."""
+    """An executor of process 0 whose calls the others make, too. number: of their executors, which is alike. What it
+    may choose is the best token: no draw is told of."""
 
     def __init__(self, leader: Leader, number: int, executor: StepExecutor):
         self._leader, self._number, self._executor = leader, number, executor
@@ -173,12 +174,15 @@ def _call(
 
 
 def _rows(rows: ByRank) -> list[Any]:
-    return [[[row.tokens, [row.start], row.pages] for row in rank] for rank in rows]
+    return [[[row.tokens, [row.start, row.choice is not None], row.pages] for row in rank] for rank in rows]
 
 
 def _fed(numbers: Iterator[int]) -> ByRank:
     found = _lists(numbers, 4)
-    return [[FedRow(tokens, start[0], pages) for tokens, start, pages in rank] for rank in found]
+    return [
+        [FedRow(tokens, start, pages, GREEDY if chosen else None) for tokens, (start, chosen), pages in rank]
+        for rank in found
+    ]
 
 
 def _flatten(value: Any, out: list[int]) -> None:

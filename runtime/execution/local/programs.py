@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,13 +20,15 @@ import numpy as np
 
 from backends import compiled
 from backends.interface import Backend, Executable, Program
-from backends.loaded import LoadedPrograms
+from backends.loaded import LoadedPrograms, StepMade
 from foundation.errors import CapacityError, first_line
-from model import graph
+from model import choosing, graph
 from model.cache import cache_rows
 from model.config import LayerType, ModelConfig
 from model.graph import Batch, Mode
 from model.weights import Quantized
+from runtime.execution.local import feed
+from runtime.serving.executor import TokenChoice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +39,15 @@ class ProgramShape:
     tokens: int
     pages: int
     mode: Mode
+    drawn: bool = False
 
 
 class Programs:
     """Runs the graph's steps on a backend, keeping weights and caches there.
 
     `weights` are the backend's buffers in the graph's layout; caches have `pages` pages a layer, and two more: page 0,
-    which is nobody's, and a spare one.
+    which is nobody's, and a spare one. apart: the device works while the host does, so that it pays to launch ahead and
+    to leave logits there.
     """
 
     def __init__(
@@ -60,8 +64,11 @@ class Programs:
         self.page_size, self.dtype, self.drafts = page_size, dtype, drafts
         self.pages = pages
         self.clear()
-        self._loaded = LoadedPrograms(backend.capabilities().programs)
+        offered = backend.capabilities()
+        self._loaded = LoadedPrograms(offered.programs)
+        self.apart = offered.apart
         self.compile_s = 0.0  # spent on exporting and loading programs so far
+        self._nothing: dict[int, Any] = {}
 
     @property
     def compiled(self) -> int:
@@ -84,16 +91,37 @@ class Programs:
             for row in cache_rows(self.cfg, kind)
         }
 
-    def step(self, batch: Batch, mode: Mode) -> tuple[np.ndarray, Any]:
-        """Runs the main stack: (logits on the host, hidden states on the device). Raises `CapacityError` where the
-        device has no memory for it."""
+    def launch(
+        self, batch: Batch, mode: Mode, choices: Sequence[TokenChoice | None] | None = None, previous: Any = None
+    ) -> StepMade:
+        """Has the main stack run, and does not wait: the programs of a device run in their order. choices: of the rows,
+        where not all are greedy. previous: ids of the launch before, where the batch has `feed.LAST`. Raises
+        `CapacityError` where the device has no memory for it."""
+        rows = len(batch.start)
+        if previous is None:
+            if rows not in self._nothing:
+                self._nothing[rows] = self.backend.zeros((rows,), "int32")
+            previous = self._nothing[rows]
         with self._room():
-            out = self._run("step", self._step, batch, mode, self.weights, self.caches, batch)
+            fed = feed.packed(batch, choices)
+            out, ids = self._run(
+                "step", self._step, batch, mode, self.weights, self.caches, fed, previous, drawn=choices is not None
+            )
             self.caches = out.caches
-            return self.backend.get(out.logits), out.hidden
+            return StepMade(out.logits, ids, out.hidden)
+
+    def fetch(self, buffer: Any) -> np.ndarray:
+        """What a launch made, on the host. Raises as `launch`."""
+        with self._room():
+            return self.backend.get(buffer)
+
+    def step(self, batch: Batch, mode: Mode) -> tuple[np.ndarray, Any]:
+        """Runs the main stack: (logits on the host, hidden states on the device). Raises as `launch`."""
+        made = self.launch(batch, mode)
+        return self.fetch(made.logits), made.hidden
 
     def draft(self, batch: Batch, hidden: Any) -> np.ndarray:
-        """Runs the MTP layer over confirmed tokens and then on its own drafts: ids [b, drafts]. Raises as `step`."""
+        """Runs the MTP layer over confirmed tokens and then on its own drafts: ids [b, drafts]. Raises as `launch`."""
         with self._room():
             out = self._run("draft", self._draft, batch, Mode(), self.weights, self.mtp_cache, batch, hidden)
             drafts, self.mtp_cache = out
@@ -108,21 +136,22 @@ class Programs:
                 raise
             raise CapacityError(f"{self.backend.name} has no memory left for a step ({first_line(error)})") from error
 
-    def _run(self, name: str, fn: Any, batch: Batch, mode: Mode, *args: Any) -> Any:
+    def _run(self, name: str, fn: Any, batch: Batch, mode: Mode, *args: Any, drawn: bool = False) -> Any:
         sequences, tokens = batch.tokens.shape
-        shape = ProgramShape(sequences, tokens, batch.page_table.shape[1], mode)
+        shape = ProgramShape(sequences, tokens, batch.page_table.shape[1], mode, drawn)
 
         def loaded() -> Executable:
             begin = time.perf_counter()
             quantised = any(isinstance(w, Quantized) for w in self._all_weights())
             program = Program(
                 name=f"{name}[{shape.batch}x{shape.tokens}, {shape.pages} pages, {mode.attention}]",
-                fn=partial(fn, mode),
+                fn=partial(fn, shape),
                 args=jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args),
                 donate=(1,),  # the caches
                 needs=frozenset({self.dtype} | ({"fp8_weights"} if quantised else set())),
             )
-            decides = f"{self.cfg!r} {mode!r} {self.drafts} {inspect.getsource(Programs)}"
+            source = inspect.getsource(Programs) + inspect.getsource(feed)
+            decides = f"{self.cfg!r} {shape!r} {self.drafts} {source}"
             executable = self.backend.load(compiled.exported(self.backend, program, decides))
             self.compile_s += time.perf_counter() - begin
             return executable
@@ -133,8 +162,12 @@ class Programs:
         layers = self.weights["layers"] + self.weights["mtp"]
         return [w for layer in layers for w in layer.values()]
 
-    def _step(self, mode: Mode, weights: Any, caches: Any, batch: Batch) -> graph.StepOutput:
-        return graph.step(self.cfg, weights, caches, batch, mode)
+    def _step(
+        self, shape: ProgramShape, weights: Any, caches: Any, fed: Any, previous: Any
+    ) -> tuple[graph.StepOutput, Any]:
+        batch, draws = feed.unpacked(fed, previous, shape.tokens, shape.pages)
+        out = graph.step(self.cfg, weights, caches, batch, shape.mode)
+        return out, choosing.greedy(out.logits) if draws is None else choosing.drawn(out.logits, draws)
 
-    def _draft(self, mode: Mode, weights: Any, cache: Any, batch: Batch, hidden: Any) -> tuple[Any, Any]:
-        return graph.draft(self.cfg, weights, cache, batch, hidden, self.drafts, mode)
+    def _draft(self, shape: ProgramShape, weights: Any, cache: Any, batch: Batch, hidden: Any) -> tuple[Any, Any]:
+        return graph.draft(self.cfg, weights, cache, batch, hidden, self.drafts, shape.mode)

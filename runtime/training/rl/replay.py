@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from model import graph, ops
+from backends.loaded import StepMade
+from model import choosing, graph, ops
 from model.config import ModelConfig
 from model.graph import Batch, Mode
-from runtime.execution.local.programs import Programs
+from runtime.execution.local.programs import Programs, ProgramShape
 from runtime.serving.rank import Rank, StepPlan
 from runtime.serving.worker import ModelWorker
 from runtime.training.rl.config import Replay
@@ -50,12 +51,13 @@ class RecordingPrograms(Programs):
     def __init__(self, replay: Replay, *given: Any):
         super().__init__(*given)
         self.replay: Replay = replay
+        self.apart = False  # what was chosen is looked at behind every launch
         self.launches: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
 
-    def step(self, batch: Batch, mode: Mode) -> tuple[np.ndarray, Any]:
+    def launch(self, batch: Batch, mode: Mode, choices: Any = None, previous: Any = None) -> StepMade:
         with self._room():
             name = f"step, {self.replay} recorded"
-            out, chosen = self._run(name, self._recorded, batch, mode, self.weights, self.caches, batch)
+            (out, ids), chosen = self._run(name, self._recorded, batch, mode, self.weights, self.caches, batch)
             self.caches = out.caches
             got = {
                 name: np.stack([self.backend.get(ids).reshape(*batch.tokens.shape, -1) for ids in each])
@@ -63,11 +65,11 @@ class RecordingPrograms(Programs):
                 if each
             }
             self.launches.append((batch.length, got))
-            return self.backend.get(out.logits), out.hidden
+            return StepMade(out.logits, ids, out.hidden)
 
     def _recorded(
-        self, mode: Mode, weights: Any, caches: Any, batch: Batch
-    ) -> tuple[graph.StepOutput, dict[str, list[Any]]]:
+        self, shape: ProgramShape, weights: Any, caches: Any, batch: Batch
+    ) -> tuple[tuple[graph.StepOutput, Any], dict[str, list[Any]]]:
         chosen: dict[str, list[Any]] = {name: [] for name in RECORDED[self.replay]}
 
         def keep(name: str, op: Any, *operands: Any, **attributes: Any) -> Any:
@@ -78,10 +80,10 @@ class RecordingPrograms(Programs):
         bound = {"experts": ops.route, "selections": ops.select_topk}
         lowerings = {_OPS[name]: partial(keep, name, bound[name]) for name in chosen}
         run = ops.substitute(
-            lambda weights, caches, batch: graph.step(self.cfg, weights, caches, batch, mode), lowerings
+            lambda weights, caches, batch: graph.step(self.cfg, weights, caches, batch, shape.mode), lowerings
         )
         out = run(weights, caches, batch)
-        return out, chosen
+        return (out, choosing.greedy(out.logits)), chosen
 
 
 class RecordingWorker(ModelWorker):
