@@ -78,6 +78,11 @@ class Layout:
         return self.tp * self.dp * self.pp
 
     @property
+    def groups(self) -> int:
+        """Groups of devices in which a device talks to others: of heads, of sequences, of stages, of experts."""
+        return sum(size > 1 for size in (self.tp, self.dp, self.pp, self.ep))
+
+    @property
     def stage_devices(self) -> int:
         """Devices that hold one pipeline stage."""
         return self.tp * self.dp

@@ -3,8 +3,9 @@
 Sources, all of 2026-08-22: the READMEs of CANN's ops-transformer: attention/lightning_indexer,
 attention/sparse_flash_attention, moe/moe_gating_top_k, moe/moe_init_routing_v3, gmm/grouped_matmul. And op-plugin's
 documents of torch_npu's operators (docs/zh/custom_APIs/torch_npu, 2026-08-21), for Atlas A3:
-npu_moe_distribute_dispatch_v2 and combine_v2, npu_interleave_rope, npu_quant_lightning_indexer and
-npu_kv_quant_sparse_flash_attention.
+npu_moe_distribute_dispatch_v2 and combine_v2, npu_interleave_rope, npu_quant_lightning_indexer,
+npu_kv_quant_sparse_flash_attention, npu_mla_prolog_v3 (torch_npu 2.13.0's own document of it is older and has fewer
+sizes).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ _SPARSE_COUNTS = frozenset((*range(1, 2049), *range(3072, 8193, 1024)))
 _INT8_COUNTS = range(1, 2049)
 _INDEX_DIM, _INDEX_HEADS = 128, 64
 _HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
+_PROLOG_HIDDEN = (1024, 2048, 3072, 4096, 5120, 6144, 7168, 7680, 8192)
+_PROLOG_QUERY_LATENTS, _PROLOG_HEADS = (1536, 2048), (128, 192)
 _PAGE, _LARGEST_PAGE = 16, 1024
 _MOST_EXPERTS, _ALIGNED = 2048, 32
 _WIDEST = 65535
@@ -58,6 +61,19 @@ def sparse_flash_attention(
     if heads not in _HEADS:
         return f"{name} takes no {heads} heads"
     return None
+
+
+def mla_prolog(hidden: int, q_lora: int, heads: int, head: Shape, page: int) -> str | None:
+    """Why MlaProlog refuses a layer; head: its part without position, its rotary part, and the latent."""
+    if hidden not in _PROLOG_HIDDEN:
+        return f"MlaProlog takes no hidden size of {hidden}"
+    if q_lora not in _PROLOG_QUERY_LATENTS:
+        return f"MlaProlog takes no query latents of {q_lora}"
+    if head[0] not in _PROLOG_HEADS or head[1:] != (ROPE, LATENT):
+        return f"MlaProlog takes no heads of {head[0]} + {head[1]} with latents of {head[2]}"
+    if heads not in _HEADS:
+        return f"MlaProlog takes no {heads} heads"
+    return None if page_fits(page) else f"MlaProlog takes no pages of {page} tokens"
 
 
 def moe_gating_top_k(experts: int, groups: int) -> str | None:

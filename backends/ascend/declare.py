@@ -60,6 +60,16 @@ def _sparse_flash_attention(query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, 
     return query.new_empty(query.shape), none, torch.empty_like(none)
 
 
+def _mla_prolog_v3(
+    x: Tensor, dq: Tensor, uq: Tensor, uk: Tensor, *rest: Tensor, weight_quant_mode: int = 0, **_: Any
+) -> tuple[Tensor, ...]:
+    tokens, heads, latent, rope = x.shape[0], uk.shape[0], uk.shape[2], rest[3].shape[-1]
+    none = uk.new_empty((1,), dtype=torch.float32)
+    scale = uk.new_empty((tokens, 1), dtype=torch.float32) if weight_quant_mode else torch.empty_like(none)
+    norm = uq.new_empty((tokens, dq.shape[1]))
+    return uk.new_empty((tokens, heads, latent)), uk.new_empty((tokens, heads, rope)), none, norm, scale
+
+
 def _quant_lightning_indexer(query: Tensor, key: Tensor, *_: Any, sparse_count: int = 2048, **__: Any) -> Tensor:
     return query.new_empty((*query.shape[:2], key.shape[2], sparse_count), dtype=torch.int32)
 
@@ -147,6 +157,7 @@ SHAPES: Mapping[str, Callable[..., Any]] = {
     "npu_scatter_nd_update_": lambda into, indices, updates: into,
     "npu_lightning_indexer": _lightning_indexer,
     "npu_sparse_flash_attention": _sparse_flash_attention,
+    "npu_mla_prolog_v3": _mla_prolog_v3,
     "npu_quant_lightning_indexer": _quant_lightning_indexer,
     "npu_kv_quant_sparse_flash_attention": _kv_quant_sparse_flash_attention,
     "npu_moe_gating_top_k": _moe_gating_top_k,

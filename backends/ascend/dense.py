@@ -11,7 +11,7 @@ from torch import Tensor
 from backends.ascend import constraints
 from backends.ascend.check import type_name
 from backends.ascend.declare import SCALAR_TYPES
-from backends.ascend.target import KernelMatrix, NpuTarget, accept, require
+from backends.ascend.target import KernelMatrix, NpuTarget, RoundedRows, accept, require
 from backends.emulation.rounding import LARGEST, LEAST
 from backends.toolchains.narrow import rounds_activations
 from backends.toolchains.walker import OpCall
@@ -41,12 +41,18 @@ def rope(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     require(t.options.takes(x), f"npu_interleave_rope takes no {type_name(x)}")
     accept(constraints.interleave_rope(width))
     tokens, heads = x.shape[0] * x.shape[1], x.shape[2]
-    angle = positions.reshape(tokens, 1).to(torch.float32) * inv_freq.to(torch.float32)[None]
-    parts = [(part * float(call.attributes["factor"])).to(x.dtype) for part in (torch.cos(angle), torch.sin(angle))]
-    cos, sin = (torch.cat([part, part], dim=-1).reshape(tokens, 1, 1, width) for part in parts)
+    found = rotations(positions, inv_freq, float(call.attributes["factor"]), x.dtype)
+    cos, sin = (part.reshape(tokens, 1, 1, width) for part in found)
     rotated = x[..., :width].reshape(tokens, heads, 1, width).contiguous()
     out = t.npu("npu_interleave_rope", rotated, cos, sin).reshape(*x.shape[:-1], width)
     return [out if width == x.shape[-1] else torch.cat([out, x[..., width:]], dim=-1)]
+
+
+def rotations(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> list[Tensor]:
+    """Cosines and sines times `factor`, [n, 2 * len(inv_freq)] each: of both halves of a head."""
+    angle = positions.reshape(-1, 1).to(torch.float32) * inv_freq.to(torch.float32)[None]
+    parts = [(part * factor).to(dtype) for part in (torch.cos(angle), torch.sin(angle))]
+    return [torch.cat([part, part], dim=-1) for part in parts]
 
 
 def linear(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
@@ -55,22 +61,29 @@ def linear(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
         return t.decomposed(call, call.operands)
     x, values, scale = call.operands
     fmt = matrix_format(call.attributes[FORMAT])
-    require(t.options.takes(x), f"npu_dynamic_quant takes no {type_name(x)}")
+    if isinstance(x, RoundedRows) and fmt.name != INT8:
+        x = x.whole
     matrix = as_matrix(values, 1)
+    if isinstance(x, RoundedRows):
+        return [_rounded_product(t, x, matrix, scale).reshape(*x.values.shape[:-1], *values.shape[1:])]
+    require(t.options.takes(x), f"npu_dynamic_quant takes no {type_name(x)}")
     if fmt.values == INT4 and not rounds_activations(fmt):
         return [_widened(t, x, values, matrix, scale)]
     require(fmt.name == INT8, f"npu_quant_matmul is not mapped for {fmt.name}")
-    width, columns = matrix.shape
-    rows, row_scale = quantised_rows(t, x.reshape(-1, width))
-    out = t.npu(
+    rows = RoundedRows(*quantised_rows(t, x.reshape(-1, matrix.shape[0])), x.dtype)
+    return [_rounded_product(t, rows, matrix, scale).reshape(*x.shape[:-1], *values.shape[1:])]
+
+
+def _rounded_product(t: NpuTarget, x: RoundedRows, matrix: Tensor, scale: Tensor) -> Tensor:
+    """[n, columns] in the type that rows were in."""
+    return t.npu(
         "npu_quant_matmul",
-        rows,
+        x.values.reshape(-1, matrix.shape[0]),
         matrix,
-        scale.reshape(columns).to(torch.float32),
-        pertoken_scale=row_scale,
-        output_dtype=SCALAR_TYPES[x.dtype],
+        scale.reshape(-1).to(torch.float32),
+        pertoken_scale=x.scale.reshape(-1),
+        output_dtype=SCALAR_TYPES[x.wide],
     )
-    return [out.reshape(*x.shape[:-1], *values.shape[1:])]
 
 
 def _widened(t: NpuTarget, x: Tensor, values: Any, matrix: Tensor, scale: Tensor) -> Tensor:
@@ -91,8 +104,10 @@ def _widened(t: NpuTarget, x: Tensor, values: Any, matrix: Tensor, scale: Tensor
 
 
 def as_matrix(weight: Tensor | KernelMatrix, lead: int) -> Tensor:
-    """A weight with all dims after the first `lead` as one."""
-    return weight.tensor if isinstance(weight, KernelMatrix) else weight.reshape(*weight.shape[:lead], -1)
+    """A weight with all dims after the first `lead` as one; itself where it has no more."""
+    if isinstance(weight, KernelMatrix):
+        return weight.tensor
+    return weight if weight.dim() == lead + 1 else weight.reshape(*weight.shape[:lead], -1)
 
 
 def int8_rows(t: NpuTarget, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,11 +39,13 @@ from backends.toolchains.walker import OpCall, Port, walk
 class NpuOptions:
     """fused: torch_npu's operators where they take a call, or ATen alone. dtypes: of activations and caches that
     attention and quantisation take; a check of what graphs mean may add float32, which no kernel has. int8_rope: keep
-    latents and index keys in int8, where a latent's rotary part has so many elements; None: as wide as activations."""
+    latents and index keys in int8, where a latent's rotary part has so many elements; None: as wide as activations.
+    prolog: the projections before attention are one operator, where it takes them."""
 
     fused: bool = True
     dtypes: frozenset[str] = constraints.ACTIVATIONS
     int8_rope: int | None = None
+    prolog: bool = True
 
     def form(self, port: Port) -> CacheForm | None:
         """What a cache is kept as, the same for all graphs of a package; None: as the graph has it."""
@@ -80,6 +82,20 @@ class KernelMatrix:
         shifts = torch.arange(0, 32, 4, dtype=torch.int32)
         low = torch.bitwise_and(torch.bitwise_right_shift(self.tensor.unsqueeze(-1), shifts), 15)
         return torch.where(low > 7, low - 16, low).to(torch.int8).reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundedRows:
+    """Rows [.., i] in int8 that an operator gave back, `scale` float32 [n, 1] or [n]; wide: what they were in."""
+
+    values: Tensor
+    scale: Tensor
+    wide: torch.dtype
+
+    @property
+    def whole(self) -> Tensor:
+        scale = self.scale.reshape(*self.values.shape[:-1], 1)
+        return (self.values.to(torch.float32) * scale).to(self.wide)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +159,8 @@ class NpuTarget(TorchTarget):
         """A value as the tensor that it stands for."""
         if isinstance(value, Unscored):
             return value.make()
-        return value.whole if isinstance(value, Halves | Packed | Scaled | KernelMatrix) else value
+        kinds = Halves | Packed | Scaled | KernelMatrix | RoundedRows
+        return value.whole if isinstance(value, kinds) else value
 
     def _of_tensors(self, rule: Callable[..., Any]) -> Callable[..., Any]:
         return lambda target, eqn, *values: rule(target, eqn, *(self.whole(value) for value in values))

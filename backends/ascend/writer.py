@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jax.extend import core as jex
 
+from backends.ascend import prolog
 from backends.ascend.caches import Halves, Packed, Scaled
 from backends.ascend.check import argument_names
 from backends.ascend.lowerings import LOWERINGS
@@ -24,9 +25,12 @@ from model.formats import matrix_format
 from model.ops import FORMAT, attributes_of
 
 _IN_INT32 = 8
-_NZ = {"npu_grouped_matmul": ("int8", "bfloat16", "int32"), "npu_quant_matmul": ("int8",)}
-"""Operators whose weight may be in FRACTAL_NZ, and in which types: their documentation, torch_npu 2.13.0."""
-_WEIGHT = {"npu_grouped_matmul": "weight", "npu_quant_matmul": "x2"}
+_NZ = {
+    "npu_grouped_matmul": (("weight",), ("int8", "bfloat16", "int32")),
+    "npu_quant_matmul": (("x2",), ("int8",)),
+    "npu_mla_prolog_v3": (("weight_dq", "weight_uq_qr", "weight_dkv_kr"), ("int8", "bfloat16")),
+}
+"""Operators that take FRACTAL_NZ: for which arguments, and of which types: their documentation, torch_npu 2.13.0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,7 @@ def write(graph: Graph, options: NpuOptions = NpuOptions()) -> NpuGraph:
     inputs = tuple(p for port, var in zip(graph.inputs, variables, strict=True) for p in given_as(port, var))
     outputs = tuple(part for port in graph.outputs for part in parts(port))
     target = NpuTarget(options, LOWERINGS)
+    layer = prolog.find(graph) if options.fused else None
 
     def run(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
         left = iter(given)
@@ -71,7 +76,8 @@ def write(graph: Graph, options: NpuOptions = NpuOptions()) -> NpuGraph:
             else:
                 values.append(next(left))
         results: list[torch.Tensor] = []
-        for value in walk(target, graph.jaxpr.jaxpr, graph.jaxpr.consts, values):
+        known = prolog.lower(target, layer, graph, values) if layer else {}
+        for value in walk(target, graph.jaxpr.jaxpr, graph.jaxpr.consts, values, known):
             results += value.parts if isinstance(value, Halves | Packed | Scaled) else [target.whole(value)]
         return tuple(result.contiguous() for result in results)
 
@@ -137,8 +143,9 @@ def _nz(program: torch.export.ExportedProgram, inputs: Sequence[Port]) -> tuple[
 
 def _takes_nz(reader: torch.fx.Node, weight: torch.fx.Node, dtype: str) -> bool:
     name = str(reader.target).removeprefix("npu.").removesuffix(".default")
-    if dtype not in _NZ.get(name, ()):
+    places, types = _NZ.get(name, ((), ()))
+    if dtype not in types:
         return False
     given = dict(zip(argument_names(name), reader.args, strict=False)) | reader.kwargs
-    held = given[_WEIGHT[name]]
-    return held is weight or (isinstance(held, (list, tuple)) and list(held) == [weight])
+    held = [given[place] for place in places]
+    return any(each is weight or (isinstance(each, (list, tuple)) and list(each) == [weight]) for each in held)

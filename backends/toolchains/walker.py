@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
@@ -83,17 +83,24 @@ def port(name: str, aval: Any) -> Port:
     return Port(name, tuple(aval.shape), jnp.dtype(aval.dtype).name)
 
 
-def walk(target: Target[T], jaxpr: jex.Jaxpr, consts: Sequence[Any], values: Sequence[T]) -> list[T]:
-    """The results of a jaxpr in the target's values.
+def walk(
+    target: Target[T],
+    jaxpr: jex.Jaxpr,
+    consts: Sequence[Any],
+    values: Sequence[T],
+    known: Mapping[Any, T] = MappingProxyType({}),
+) -> list[T]:
+    """The results of a jaxpr in the target's values. known: values of variables that need not be made.
 
     Raises `Unsupported` for a primitive that the target's table lacks.
     """
     env: dict[Any, T] = {}
-    used = live(jaxpr)
+    used = live(jaxpr, known.keys())
     for var, const in zip(jaxpr.constvars, consts, strict=True):
         if var in used:
             env[var] = target.constant(np.asarray(const))
     env.update(zip(jaxpr.invars, values, strict=True))
+    env.update(known)
 
     def read(atom: Any) -> T:
         if isinstance(atom, jex.Literal):
@@ -101,7 +108,7 @@ def walk(target: Target[T], jaxpr: jex.Jaxpr, consts: Sequence[Any], values: Seq
         return env[atom]
 
     for eqn in jaxpr.eqns:
-        if not any(var in used for var in eqn.outvars):
+        if not any(var in used and var not in known for var in eqn.outvars):
             continue
         given, name = [read(v) for v in eqn.invars], eqn.primitive.name
         if name == "composite" and eqn.params["name"].startswith("glm."):
@@ -128,14 +135,14 @@ def walk(target: Target[T], jaxpr: jex.Jaxpr, consts: Sequence[Any], values: Seq
                 f"{target.name} has no rule for the primitive `{name}`; "
                 f"add one to the rules in backends/toolchains/ or export stablehlo"
             )
-        env.update(zip(eqn.outvars, out, strict=True))
+        env.update((var, value) for var, value in zip(eqn.outvars, out, strict=True) if var not in known)
     return [read(v) for v in jaxpr.outvars]
 
 
-def live(jaxpr: jex.Jaxpr) -> set[Any]:
-    """The variables that the results of a jaxpr depend on."""
+def live(jaxpr: jex.Jaxpr, known: Set[Any] = frozenset()) -> set[Any]:
+    """The variables that the results of a jaxpr depend on, where those that are known need nothing."""
     used = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
     for eqn in reversed(jaxpr.eqns):
-        if any(var in used for var in eqn.outvars):
+        if any(var in used and var not in known for var in eqn.outvars):
             used.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
     return used

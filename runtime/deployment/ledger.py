@@ -46,10 +46,11 @@ class DeviceMemory:
     communication_bytes: float
 
     @classmethod
-    def of(cls, profile: ChipFigures, devices: int) -> DeviceMemory:
-        """devices: those that talk to each other; one has no buffers for it."""
+    def of(cls, profile: ChipFigures, devices: int, groups: int = 1) -> DeviceMemory:
+        """devices: those that talk to each other; one has no buffers for it. groups: of such devices that one is in."""
         capacity = profile.value("chip.memory.capacity_bytes")
-        buffers = profile.number("overhead.collective_buffer_bytes") or COMMUNICATION_BYTES
+        of_groups = groups * (profile.number("overhead.communicator_buffer_bytes") or 0.0)
+        buffers = profile.number("overhead.collective_buffer_bytes") or of_groups or COMMUNICATION_BYTES
         return cls(
             capacity,
             profile.number("chip.memory.usable_bytes") or capacity,

@@ -191,7 +191,7 @@ def memories(spec: Spec) -> list[Ledger]:
         spec.layout,
         spec.formats,
         spec.engine,
-        **vars(DeviceMemory.of(spec.profile, spec.layout.devices)),
+        **vars(DeviceMemory.of(spec.profile, spec.layout.devices, spec.layout.groups)),
         mtp=spec.drafts > 0,
         redundant_slots=spec.redundant_slots,
         sized=sized_cache(spec.engine, spec.cfg, spec.profile, spec.formats),
@@ -272,7 +272,7 @@ def assumed(spec: Spec, memory: bool = True, drafting: bool = True) -> frozenset
     if memory:
         taken["chip.memory.usable_bytes"] = "all of the capacity"
         taken["overhead.runtime_reserved_bytes"] = f"{RUNTIME_BYTES / 1e9:g} GB"
-        if spec.layout.devices > 1:
+        if spec.layout.devices > 1 and profile.number("overhead.communicator_buffer_bytes") is None:
             taken["overhead.collective_buffer_bytes"] = f"{COMMUNICATION_BYTES / 1e9:g} GB"
     found = {f"{path} {text}" for path, text in taken.items() if profile.number(path) is None}
     times = ("graph_step_host_seconds", "eager_step_host_seconds")

@@ -29,6 +29,12 @@ def _int8_caches() -> NpuGraph:
     return write(graph, NpuOptions(int8_rope=64))
 
 
+def _projections(int8: bool, kv: bool = False) -> NpuGraph:
+    call = _INT8["glm.linear"] if int8 else ops.linear
+    graph = g.graph(g.projections(call), g.projection_inputs(_BF16, int8=int8), g.PROJECTED)
+    return write(graph, NpuOptions(int8_rope=64 if kv else None))
+
+
 def _route() -> NpuGraph:
     return write(g.graph(g.route(4, 2), g.route_inputs(), ["experts", "weights"]))
 
@@ -81,6 +87,8 @@ def _exchange(name: str = "") -> NpuGraph:
 
 GRAPHS: dict[str, Callable[[], NpuGraph]] = {
     "sparse": _sparse, "int8-caches": _int8_caches, "route": _route, "experts": _experts, "norm": _norm, "int8": _int8,
+    "projections-int8-cache": lambda: _projections(True, True), "projections-int8": lambda: _projections(True),
+    "projections": lambda: _projections(False),
     "w4a8": lambda: _int4("w4a8"), "w4a16": lambda: _int4("w4a16"),
     "rope": lambda: write(g.graph(g.rope(), g.rope_inputs(_BF16), ["out"])),
     "exchange-int8": lambda: _exchange("w8a8"), "exchange": _exchange,

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import torch
@@ -173,6 +174,47 @@ def widened(made: Mapping[str, np.ndarray], suffix: str = "", dtype: Any = np.fl
     index = made[f"cache.index{suffix}"] * made[f"cache.index_scale{suffix}"].astype(np.float32)
     whole = np.concatenate([latent.astype(dtype), rope.view(dtype)], axis=-1)
     return {"cache.latent": whole, "cache.index": index.astype(dtype)}
+
+
+def projection_inputs(dtype: Any = np.float32, hidden: int = 1024, int8: bool = False) -> Inputs:
+    """Of the projections before attention, of the least sizes that their operator takes: two heads of 128 + 64."""
+    drawn = {"w.q_a": (hidden, 1536), "w.q_b": (1536, 2 * 192), "w.kv_a": (hidden, 576)}
+    made = {k: v for k, v in attention_inputs(dtype).items() if k in ("slots", "positions", "cache.latent")}
+    made |= {"x": normal(B, T, hidden, dtype=dtype), "w.k_up": normal(2, 128, 512, dtype=dtype, scale=0.1)}
+    made |= {f"w.{name}_norm": normal(w, dtype=dtype) for name, w in (("q_a", 1536), ("kv_a", 512))}
+    for name, (rows, columns) in drawn.items():
+        if int8:
+            made[f"{name}.values"] = np.random.default_rng(rows).integers(-127, 128, (rows, columns)).astype(np.int8)
+            made[f"{name}.scale"] = np.abs(normal(1, columns)) / np.float32(127 * rows**0.5)
+        else:
+            made[name] = normal(rows, columns, dtype=dtype, scale=rows**-0.5)
+    return made
+
+
+def projections(linear: Layer = ops.linear) -> Layer:
+    """As `model.graph` has them. linear: of the number format."""
+
+    def layer(**x: Any) -> tuple[Any, ...]:
+        def product(rows: Any, name: str) -> Any:
+            return linear(rows, *(x[f"w.{name}{part}"] for part in ("", ".values", ".scale") if f"w.{name}{part}" in x))
+
+        def rotated(rows: Any) -> Any:
+            frequencies = jnp.asarray(rope_inputs()["inv_freq"])
+            return ops.rope(rows, x["positions"], frequencies, interleaved=True, factor=1.0)
+
+        q_latent = ops.rms_norm(product(x["x"], "q_a"), x["w.q_a_norm"], eps=1e-6)
+        query = product(q_latent, "q_b").reshape(*x["x"].shape[:2], 2, 192)
+        kv = product(x["x"], "kv_a")
+        latent = ops.rms_norm(kv[..., :512], x["w.kv_a_norm"], eps=1e-6)
+        row = jnp.concatenate([latent, rotated(kv[..., None, 512:])[..., 0, :]], axis=-1)
+        pages = ops.cache_write(x["cache.latent"], row, x["slots"], cache="latent")
+        absorbed = ops.head_linear(query[..., :128], x["w.k_up"])
+        return jnp.concatenate([absorbed, rotated(query[..., 128:])], axis=-1), q_latent, pages
+
+    return layer
+
+
+PROJECTED = ["query", "q_latent", "cache.latent.out"]
 
 
 def dense_inputs(expanded: bool) -> Inputs:

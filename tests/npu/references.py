@@ -29,8 +29,9 @@ def register() -> Any:
     library = torch.library.Library("npu", "IMPL")
     for name, reference in REFERENCES.items():
         library.impl(name, reference, "CPU")
-    if hasattr(torch.ops.npu, "npu_scatter_nd_update"):  # what torch_npu makes of the operator in place, to compile it
+    if hasattr(torch.ops.npu, "npu_scatter_nd_update"):  # what torch_npu makes of operators in place, to compile them
         library.impl("npu_scatter_nd_update", lambda into, *rest: _scatter_nd_update_(into.clone(), *rest), "CPU")
+        library.impl("npu_mla_prolog_v3_functional", _mla_prolog_v3_functional, "CPU")
     return library
 
 
@@ -113,6 +114,98 @@ def _sparse_flash_attention(
     )
     none = query.new_empty([0], dtype=torch.float32)
     return _as(out, query.dtype), none, none.clone()
+
+
+def _mla_prolog_v3(
+    x: Tensor,
+    dq: Tensor,
+    uq: Tensor,
+    uk: Tensor,
+    dkv: Tensor,
+    gamma_cq: Tensor,
+    gamma_ckv: Tensor,
+    sin: Tensor,
+    cos: Tensor,
+    kv_cache: Tensor,
+    kr_cache: Tensor,
+    *,
+    cache_index: Tensor,
+    query_norm_flag: bool,
+    rmsnorm_epsilon_cq: float = 1e-5,
+    rmsnorm_epsilon_ckv: float = 1e-5,
+    dequant_scale_x: Tensor | None = None,
+    dequant_scale_w_dq: Tensor | None = None,
+    dequant_scale_w_uq_qr: Tensor | None = None,
+    dequant_scale_w_dkv_kr: Tensor | None = None,
+    weight_quant_mode: int = 0,
+    **cached: Any,
+) -> tuple[Tensor, ...]:
+    """Its four paths. weight_quant_mode 2: rows and matrices in int8, the query's latent rounded a token."""
+    wide, heads, nope = uk.dtype, uk.shape[0], uk.shape[1]
+    assert query_norm_flag and cache_index.dtype == torch.int64 and cache_index.shape == x.shape[:1]
+    assert x.shape[1] == dq.shape[0] == dkv.shape[0] and gamma_cq.dtype == sin.dtype == cos.dtype == wide
+    assert nope in (128, 192) and dq.shape[1] in (1536, 2048) and uq.shape == (dq.shape[1], heads * (nope + 64))
+    assert (dequant_scale_x is not None) == (weight_quant_mode == 2)
+
+    def product(rows: Tensor, scale: Tensor | None, matrix: Tensor, columns: Tensor | None) -> np.ndarray:
+        if scale is None or columns is None:
+            assert rows.dtype == matrix.dtype == wide
+            return _np(rows) @ _np(matrix)
+        assert rows.dtype == matrix.dtype == torch.int8 and scale.shape == (len(rows), 1)
+        assert columns.shape == (1, matrix.shape[1])
+        return (_np(rows).astype(np.int64) @ _np(matrix).astype(np.int64)) * _np(scale) * _np(columns)
+
+    def norm(value: np.ndarray, gamma: Tensor, epsilon: float) -> np.ndarray:
+        return value / np.sqrt((value**2).mean(-1, keepdims=True) + epsilon) * _np(gamma)
+
+    def rope(value: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> np.ndarray:
+        first, second = value[..., ::2], value[..., 1::2]
+        return np.concatenate([first, second], -1) * cosines + np.concatenate([-second, first], -1) * sines
+
+    q_latent = _as(norm(product(x, dequant_scale_x, dq, dequant_scale_w_dq), gamma_cq, rmsnorm_epsilon_cq), wide)
+    q_scale = torch.zeros(1)
+    if weight_quant_mode == 2:
+        q_latent, scale = _dynamic_quant(q_latent)
+        q_scale = scale.unsqueeze(-1)
+    query = product(q_latent, q_scale if weight_quant_mode else None, uq, dequant_scale_w_uq_qr)
+    query = query.reshape(len(x), heads, nope + 64)
+    q_nope = np.einsum("thn,hnl->thl", query[..., :nope], _np(uk))
+    q_rope = rope(query[..., nope:], _np(cos)[:, None], _np(sin)[:, None])
+    kv = product(x, dequant_scale_x, dkv, dequant_scale_w_dkv_kr)
+    latent = norm(kv[:, :512], gamma_ckv, rmsnorm_epsilon_ckv)
+    _cached(latent, rope(kv[:, 512:], _np(cos), _np(sin)), wide, kv_cache, kr_cache, cache_index, **cached)
+    return _as(q_nope, wide), _as(q_rope, wide), torch.zeros(1), q_latent, q_scale
+
+
+def _cached(
+    latent: np.ndarray,
+    rope: np.ndarray,
+    wide: torch.dtype,
+    kv_cache: Tensor,
+    kr_cache: Tensor,
+    index: Tensor,
+    kv_cache_quant_mode: int = 0,
+    ckvkr_repo_mode: int = 0,
+    quant_scale_repo_mode: int = 0,
+    tile_size: int = 128,
+    k_nope_clip_alpha: Tensor | None = None,
+) -> None:
+    """Written in place: to two caches, or in int8 to one, with a scale for each 128 behind the rotary part."""
+    pages, offsets = index // kv_cache.shape[1], index % kv_cache.shape[1]
+    if kv_cache_quant_mode == 0:
+        kv_cache[pages, offsets, 0], kr_cache[pages, offsets, 0] = _as(latent, wide), _as(rope, wide)
+        return
+    assert (kv_cache_quant_mode, ckvkr_repo_mode, quant_scale_repo_mode, tile_size) == (3, 1, 1, 128)
+    assert k_nope_clip_alpha is not None and k_nope_clip_alpha.tolist() == [1.0] and kr_cache.numel() == 0
+    values, scale = _dynamic_quant(_as(latent, wide).reshape(-1, 128))
+    scales = scale.reshape(len(latent), 4).view(torch.int8)
+    rows = [values.reshape(len(latent), 512), _as(rope, wide).view(torch.int8), scales]
+    kv_cache[pages, offsets, 0] = torch.cat(rows, -1)
+
+
+def _mla_prolog_v3_functional(*given: Any, **attributes: Any) -> tuple[Tensor, ...]:
+    caches = [each.clone() for each in given[9:11]]
+    return (*_mla_prolog_v3(*given[:9], *caches, **attributes), *caches)
 
 
 def _quant_lightning_indexer(
@@ -417,6 +510,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "npu_scatter_nd_update_": _scatter_nd_update_,
     "npu_lightning_indexer": _lightning_indexer,
     "npu_sparse_flash_attention": _sparse_flash_attention,
+    "npu_mla_prolog_v3": _mla_prolog_v3,
     "npu_quant_lightning_indexer": _quant_lightning_indexer,
     "npu_kv_quant_sparse_flash_attention": _kv_quant_sparse_flash_attention,
     "npu_moe_gating_top_k": _moe_gating_top_k,

@@ -77,6 +77,43 @@ def test_dense_attention_reads_latents_in_int8(expanded: bool):
     np.testing.assert_allclose(g.run(made, narrow)["out"], np.asarray(want), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("formats", "kv"), slow_but([("", "")], [("", ""), ("w8a8", ""), ("w8a8", "int8"), ("", "int8")])
+)
+def test_projections_before_attention_are_one_operator(formats: str, kv: str):
+    """Queries, the latent that an indexer reads and the cache's rows; with a cache in int8 but matrices that are not,
+    operator by operator."""
+    linear = narrow.lowerings(scheme(formats), "ascend")["glm.linear"] if formats else ops.linear
+    inputs, fn = g.projection_inputs(int8=bool(formats)), g.projections(linear)
+    made = write(g.graph(fn, inputs, g.PROJECTED), g.C8 if kv else g.F32)
+    taken = bool(formats) or not kv
+    assert ("npu_mla_prolog_v3" in g.operators(made)) == taken == (not made.declined)
+    assert set(made.nz) == ({f"w.{name}.values" for name in ("q_a", "q_b", "kv_a")} if formats else set())
+    query, q_latent, pages = (np.asarray(x) for x in jax.jit(lambda x: fn(**x))(inputs))
+    held = g.int8_caches(g.attention_inputs())
+    got = g.run(made, {**inputs, "cache.latent": held["cache.latent"]} if kv else inputs)
+    off = 0.02 if formats else 1e-5
+    assert np.abs(got["query"] - query).max() <= off * np.abs(query).max()
+    assert np.abs(got["q_latent"] - q_latent).max() <= off * np.abs(q_latent).max()
+    at = inputs["slots"].reshape(-1)
+    if kv:
+        rows = g.widened({**g.int8_caches(g.attention_inputs()), "cache.latent": got["cache.latent.out"]})[
+            "cache.latent"
+        ]
+    else:
+        rows = np.concatenate([got["cache.latent_nope.out"], got["cache.latent_rope.out"]], axis=-1)
+        others = np.delete(rows.reshape(-1, 576), at, axis=0)
+        np.testing.assert_array_equal(others, np.delete(inputs["cache.latent"].reshape(-1, 576), at, axis=0))
+    written, want = rows.reshape(-1, 576)[at], pages.reshape(-1, 576)[at]
+    assert np.abs(written - want).max() <= (0.02 if formats or kv else 1e-5) * np.abs(want).max()
+
+
+def test_projections_of_other_sizes_are_operators_of_their_own():
+    made = write(g.graph(g.projections(), g.projection_inputs(hidden=96), g.PROJECTED), g.F32)
+    assert g.operators(made) == {"npu_rms_norm", "npu_interleave_rope", "npu_scatter_nd_update_"}
+    assert made.declined["projections before attention", "MlaProlog takes no hidden size of 96"] == 1
+
+
 def test_a_selection_from_another_graph_that_sees_less_than_it_holds():
     inputs = {k: v for k, v in g.attention_inputs().items() if k in ("query", "cache.latent", "page_table")}
     at = inputs["positions"] = g.attention_inputs()["positions"]

@@ -38,6 +38,11 @@ def test_the_vendors_kernels_accept_a_call_and_return_what_is_declared(name: str
         assert _kinds(declare.SHAPES[operator](*args, **attributes)) == _kinds(results), operator
 
 
+def reads_mtp(graph: Graph) -> bool:
+    """Whether it has the projections of the MTP layer."""
+    return "mtp" in graph.name and "w.q_a" in {port.name for port in graph.inputs}
+
+
 @pytest.mark.npu
 def test_every_recorded_operator_is_called_by_one_of_these_graphs():
     called = {operator for make in GRAPHS.values() for operator, *_ in calls_of(make())}
@@ -57,14 +62,15 @@ def test_every_recorded_operator_is_called_by_one_of_these_graphs():
     ids=lambda each: each.name if isinstance(each, Layout) else each,
 )
 def test_glm_5_is_accepted_whole(formats: str, layout: Layout, kv: str):
-    """Chunks and tokens, every layer type: nothing that has an operator is decomposed, and no call is refused."""
+    """Chunks and tokens, every layer type: nothing that has an operator is decomposed, and no call is refused. But the
+    MTP layer's matrices are in 16 bits whatever the scheme, and npu_mla_prolog_v3 has none of those for int8 rows."""
     gears = {"prefill": [Gear(1, 2048, 64)], "decode": [Gear(16, 1, 64)]}
     job, used = request("glm-5", formats, gears, layout, page_size=128), Counter[str]()  # type: ignore[arg-type]
     for phase, (gear,) in job.gears.items():
         for chain in units(job.cut, phase, gear).values():
             for graph in (link for link in chain if isinstance(link, Graph)):
                 made = write(graph, NpuOptions(int8_rope=64 if kv else None))
-                assert not made.declined
+                assert sum(made.declined.values()) == (1 if kv and reads_mtp(graph) else 0), made.declined
                 used.update(operator for _, operators in made.used for operator in operators)
     int8 = {"npu_dynamic_quant", "npu_quant_matmul"}
     across = {name for name, operator in npu_release().operators.items() if operator.exchange}

@@ -81,6 +81,22 @@ def test_caches_in_int8_past_the_selection(tmp_path: Path):
         assert found.context > (manifest.model.index_topk or 0)
 
 
+def test_projections_as_one_operator(tmp_path: Path):
+    """Layers of the sizes that it takes, in w8a8, and tokens past the selection on caches in int8 that it writes in
+    place. The MTP layer, whose matrices are in 16 bits, goes without."""
+    sizes = {"hidden_size": 1024, "q_lora_rank": 1536, "qk_nope_head_dim": 128}
+    checkpoint = Checkpoint(glm_like(tmp_path / "checkpoint", **sizes))
+    job = request(checkpoint.path, "w8a8", {"decode": [Gear(2, 1, 6)]})  # type: ignore[arg-type]
+    job = dataclasses.replace(job, wide_dtype="float32", options={"kv": "int8"})
+    manifest = export(job, tmp_path / "package")
+    assert "npu_mla_prolog_v3" in operators(manifest)
+    assert [why[-9:] for why in manifest.extra["ascend"]["declined"]] == ["(1 times)"]
+    runner = _runner(tmp_path / "package")
+    reference = verify.Reference(checkpoint, manifest)
+    found = verify.compare(manifest, manifest.programs[0], runner, reference, np.random.default_rng(1))
+    assert found.worst <= found.tolerance and found.context > (manifest.model.index_topk or 0)
+
+
 def test_six_layers_of_the_widths_that_attention_takes(tmp_path: Path):
     """From a prompt to tokens: chunks past the selection, then single tokens, on the caches that the graphs write in
     place. Layers that select, and layers that are handed a selection with -1 in it."""

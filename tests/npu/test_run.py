@@ -11,12 +11,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import pytest
 
 pytest.importorskip("torch")
 from backends import registry
+from backends.ascend.target import NpuOptions
+from backends.ascend.writer import write
 from backends.errors import BackendUnavailable
+from backends.toolchains import narrow
 from model.checkpoint import Checkpoint
+from model.formats import scheme
 from model.split import Layout
 from runtime.deployment.manifest import Gear
 from runtime.execution.local.engine import EngineConfig
@@ -25,7 +30,9 @@ from runtime.execution.local.request import Prompt
 from runtime.execution.package.torch import TorchExecutor
 from tests.cli.cli import glm5, refused
 from tests.export.wide_checkpoint import glm_like
+from tests.npu import graphs as g
 from tests.npu.packages import export, operators, request
+from tests.npu.references import register
 
 PROMPTS = ((32, 537, 72, 87, 83, 875, 542), (85, 258, 300, 4, 9, 11, 13, 400, 77, 31, 5, 600))
 COUNT = 30
@@ -134,6 +141,30 @@ def test_compiled_with_torch_npus_own_registrations(tmp_path: Path):
     folder = package(tmp_path / "package", Layout(tp=2))
     done = start(folder, *KERNELS, *prompts(), "--graph-mode", "aot_eager", processes=2)
     assert tokens(done) == expected()
+
+
+@pytest.mark.npu
+@pytest.mark.parametrize("kv", [None, 64])
+def test_projections_that_write_caches_in_place_are_compiled_as_they_run(kv: int | None):
+    import torch
+
+    register()
+    linear = narrow.lowerings(scheme("w8a8"), "ascend")["glm.linear"]
+    inputs = g.projection_inputs(ml_dtypes.bfloat16, int8=True)
+    made = write(g.graph(g.projections(linear), inputs, g.PROJECTED), NpuOptions(int8_rope=kv))
+    given = {**inputs, "cache.latent": g.int8_caches(g.attention_inputs())["cache.latent"][..., :656]} if kv else inputs
+    assert "npu_mla_prolog_v3" in g.operators(made)
+    run = g.program(made).module()
+    results = []
+    for call in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+        tensors = [g.tensor(g.given(given, each.name)).reshape(each.shape) for each in made.inputs]
+        results.append([*call(*tensors), *tensors])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+    at = {each.name: place for place, each in enumerate(made.inputs)}
+    for out, name in made.aliases.items():
+        place = [each.name for each in made.outputs].index(out)
+        assert torch.equal(results[1][place], results[1][len(made.outputs) + at[name]])
 
 
 @pytest.mark.slow

@@ -43,6 +43,11 @@ def pool(overrides: Mapping[str, Any]) -> float:
     return memory(spec(overrides)).pool_tokens
 
 
+def pool_of_groups(overrides: Mapping[str, Any]) -> float:
+    """Of a chip without a figure for all groups together."""
+    return memory(spec(overrides, formats="w8a8", chip="ascend-910c-die")).pool_tokens
+
+
 def servers(overrides: Mapping[str, Any]) -> float:
     return pool_of(spec(overrides), 4).devices[-1].node
 
@@ -108,6 +113,7 @@ MOVES = {
     "overhead.collective_launch_s": Moves(5e-6, 50e-6, step(DECODE), more=True),
     "overhead.p2p_latency_s": Moves(5e-6, 50e-6, step(DECODE, **APART), more=True),
     "overhead.collective_buffer_bytes": Moves(1e9, 4e9, pool),
+    "overhead.communicator_buffer_bytes": Moves(1e9, 4e9, pool_of_groups),
     "overhead.runtime_reserved_bytes": Moves(1e9, 4e9, pool),
     "overhead.serving_request_s": Moves(1e-3, 9e-3, in_front, more=True),
     "overhead.serving_step_s": Moves(1e-4, 2e-3, served(DECODE), more=True),

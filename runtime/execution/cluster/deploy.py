@@ -71,11 +71,13 @@ def scaled(name: str, factor: float) -> Profile:
     if factor == 1.0:
         return profile
     held = DeviceMemory.of(profile, devices=2)
+    total, each = "overhead.collective_buffer_bytes", "overhead.communicator_buffer_bytes"
+    buffers = each if profile.number(total) is None and profile.number(each) else total
     values = {
         "chip.memory.capacity_bytes": held.capacity_bytes,
         "chip.memory.usable_bytes": held.usable_bytes,
         "overhead.runtime_reserved_bytes": held.runtime_bytes,
-        "overhead.collective_buffer_bytes": held.communication_bytes,
+        buffers: held.communication_bytes,
     }
     return hw_profiles.load(name, {path: value * factor for path, value in values.items()})
 

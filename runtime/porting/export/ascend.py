@@ -21,7 +21,7 @@ from backends.toolchains.walker import Graph, Port
 from foundation.errors import UsageError
 from hw_profiles import Profile
 from model.config import Mla
-from model.formats import scheme
+from model.formats import INT8, matrix_format, scheme
 from runtime.deployment.manifest import Gear, Manifest, Phase, Step, Value, WeightRef
 from runtime.porting.export.ascend_readme import readme
 from runtime.porting.export.job import ExportJob, op_uses, values
@@ -46,6 +46,8 @@ class AscendWriter:
         if request.options.get("kv"):
             self.options = dataclasses.replace(self.options, int8_rope=_rope_dim(request))
         self.chosen = chosen if self.options.fused else "none"
+        if matrix_format(request.cut.scheme.dense).values != INT8 and _expands(request):
+            self.options = dataclasses.replace(self.options, prolog=False)
         gears: list[tuple[Phase, Gear]] = [(phase, gear) for phase, each in request.gears.items() for gear in each]
         self.not_sent = Counter(why for each in gears if (why := request.cut.not_sent(*each)))
         sent = [request.cut.sent(gear) for phase, gear in gears if request.cut.sends(phase, gear)]
@@ -122,6 +124,13 @@ class AscendWriter:
         port = Port(cache.name, cache.shape, cache.dtype)
         form = self.options.form(port)
         return values(form.ports(port)) if form else (cache,)
+
+
+def _expands(request: ExportJob) -> bool:
+    """Whether some graph of a package expands keys from latents: it then reads matrices in plain products."""
+    topk = request.cfg.indexer.topk if request.cfg.indexer else None
+    contexts = [gear.context_pages * request.page_size for gear in request.gears.get("prefill", ())]
+    return any(topk is None or context <= topk for context in contexts)
 
 
 def _rope_dim(request: ExportJob) -> int:
