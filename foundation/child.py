@@ -28,6 +28,7 @@ from typing import Any, Literal, NoReturn
 
 MEMORY_BYTES = 3 << 29  # 1.6 GB of addresses: the interpreter and its libraries take 0.2 GB of them
 MESSAGE_BYTES = 1 << 28  # of a request, and of an answer
+MOST_CPU_SECONDS = 15.0  # of a request, however long
 CLOCK = 12.0  # seconds by the clock for each CPU second, and one more: for what waits, on a machine that others use too
 _START_SECONDS = 60  # of our own code, on a machine that does other things too
 _REQUEST, _ANSWER = struct.Struct(">Id"), struct.Struct(">I")  # length of what follows; CPU seconds
@@ -87,7 +88,7 @@ class Child:
         does.
         """
         data = _DUMPS(request).encode()
-        cpu_seconds = self.cpu_seconds + seconds_a_byte * len(data)
+        cpu_seconds = min(self.cpu_seconds + seconds_a_byte * len(data), MOST_CPU_SECONDS)
         if len(data) > MESSAGE_BYTES:
             raise ChildFailure("memory", f"takes a text of more than {MESSAGE_BYTES >> 20} MiB")
         with self.lock:
