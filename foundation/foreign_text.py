@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from foundation.child import Child, ChildFailure
 
 MOST_BYTES = 1 << 26  # of a tokenizer.json; the largest vocabularies take half of it
-MOST_CHARACTERS = 1 << 23  # of a text to encode: a vocabulary of GLM's takes 3 s for each million on a slow processor
+MOST_CHARACTERS = 1 << 21
+"""Of a text to encode, twice what a model of 200,000 tokens reads at once. Of twenty kinds of text none took more than
+1.7 s for each million (Chinese and emoji, with a vocabulary of 100,000; long words no more than short ones), and the
+memory is 180 bytes a token, of which a Chinese character has three: 1.1 of 1.6 GB."""
 WORKER = Child("foundation.text_worker")
 _SECONDS_A_BYTE = 2e-6  # of a text, and of a chat: several times what the slowest that mean well take
 _SECONDS_A_BYTE_READ = 5e-8  # of a tokenizer.json
+_SOON_SECONDS = 10.0
 _MOST_GROWTH = 16  # of a text, by what a decoder puts in the place of characters
 _numbers = itertools.count()
 
@@ -49,13 +54,13 @@ class _Foreign:
         return WORKER.ask({"number": self._number, "what": what, "given": given}, seconds_a_byte)
 
     def _retried(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Once more in a new process, where what others have left in the old one may be why it failed."""
+        """Once more in a new process, where what others have left in the old one may be why it failed, and soon."""
         with WORKER.lock:
-            others = WORKER.asked > 0
+            others, until = WORKER.asked > 0, time.monotonic() + _SOON_SECONDS
             try:
                 return work()
             except ChildFailure as error:
-                if error.why in ("time", "refused") or not others:
+                if error.why in ("time", "refused") or not others or time.monotonic() > until:
                     raise
             return work()
 

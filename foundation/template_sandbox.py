@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
+from types import BuiltinMethodType
 from typing import Any
 
 import jinja2
@@ -15,6 +16,7 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
@@ -43,6 +45,11 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+_OF_DICTS = frozenset(dir(dict))
+_OF_JINJA = {"_loop_vars", "_block_vars"}  # what it adds to the arguments of a call
+_OF_STRINGS = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
+
+
 class Sandbox(ImmutableSandboxedEnvironment):
     """An unsafe attribute raises `SecurityError` here; Jinja's own sandbox makes it undefined, which prints as
     nothing."""
@@ -53,6 +60,22 @@ class Sandbox(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]  # text at random
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """As Jinja's sandbox has it, which for a key of a dict has an exception raised first, and asks of each method
+        of a string what it is: most of what templates look up."""
+        if type(obj) is dict and attribute not in _OF_DICTS:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if type(obj) is str and attribute in _OF_STRINGS:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Jinja's sandbox has it, which asks of a method of a string too whether it is safe, and what it wants of
+        the context."""
+        if type(__obj) is BuiltinMethodType and type(__obj.__self__) is str and kwargs.keys() <= _OF_JINJA:
+            return __obj(*args)
+        return super().call(__context, __obj, *args, **kwargs)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
         """Raises `SecurityError`."""

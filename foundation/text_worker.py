@@ -57,11 +57,24 @@ def _describe(inner: Any) -> dict[str, Any]:
     return {"text": inner.to_str()}
 
 
+class Template:
+    """A template. render: its text for a context, as `jinja2.Template.render` has it, which gathers what the sandbox
+    brings anew each time."""
+
+    def __init__(self, source: str):
+        self._inner = Sandbox().from_string(source)
+        self._brought = dict(self._inner.globals)
+
+    def render(self, given: dict[str, Any]) -> str:
+        context = self._inner.new_context({**self._brought, **given}, shared=True)
+        return "".join(self._inner.root_render_func(context))
+
+
 def _load_template(source: str) -> tuple[Any, dict[str, Any]]:
-    return _told(Sandbox().from_string, source), {}
+    return _told(Template, source), {}
 
 
-def _render(template: jinja2.Template, contexts: list[dict[str, Any]]) -> dict[str, Any]:
+def _render(template: Template, contexts: list[dict[str, Any]]) -> dict[str, Any]:
     texts, size = [], 0
     for context in contexts:
         texts.append(_told(template.render, context))

@@ -12,10 +12,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from typing import Any
 
-from foundation.errors import UsageError, printable
+from foundation.errors import UsageError, printable, shortened
+from foundation.patterns import PatternError, Patterns
 from model.formats import BITS, FORMATS, FP8_BLOCK, INT8, matrix_format, scheme_of
 
 PLAIN = "plain"
@@ -51,23 +52,24 @@ def scheme_name(quant: Mapping[str, Any], layers: int, moe_layers: Sequence[int]
     """
     if not quant:
         return PLAIN
-    method = quant.get("quant_method")
+    method, read = quant.get("quant_method"), Patterns()
     found: Sequence[tuple[Applies, str]]
     if method == "fp8" and quant.get("weight_block_size") == [FP8_BLOCK, FP8_BLOCK]:
         left = _names(quant, "modules_to_not_convert") + _names(quant, "ignored_layers")
-        wide, found = _matcher(left, plain=True), [(lambda _: True, "fp8-block")]
+        wide, found = _matcher(left, read, plain=True), [(lambda _: True, "fp8-block")]
     elif method == "compressed-tensors":
         groups = quant.get("config_groups")
         if not isinstance(groups, Mapping) or not groups or not all(isinstance(g, Mapping) for g in groups.values()):
             raise UnknownQuantization("of compressed-tensors without `config_groups`")
-        wide = _matcher([name for name in _names(quant, "ignore") if name != "Linear"])
+        wide = _matcher([name for name in _names(quant, "ignore") if name != "Linear"], read)
         said = [(_names(group, "targets"), _format(group)) for group in groups.values()]
-        named = [(_matcher([name for name in names if name != "Linear"]), fmt) for names, fmt in said]
-        found = named + [(_matcher(names), fmt) for names, fmt in said]  # names and patterns come before "Linear"
+        named = [(_matcher([name for name in names if name != "Linear"], read), fmt) for names, fmt in said]
+        others = [(_matcher(["Linear"], read), fmt) for names, fmt in said if "Linear" in names]
+        found = named + others  # names and patterns come before "Linear"
     elif method in ("modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed"):
-        wide, found = _modelopt(quant)
+        wide, found = _modelopt(quant, read)
     elif method in ("awq", "gptq"):
-        wide, found = _turned(quant, method)
+        wide, found = _turned(quant, method, read)
     else:
         raise UnknownQuantization(f"{method!r} with weight_block_size={quant.get('weight_block_size')}")
 
@@ -85,7 +87,7 @@ def scheme_name(quant: Mapping[str, Any], layers: int, moe_layers: Sequence[int]
     return odd or (dense if dense == routed == "fp8-block" else scheme_of(dense, routed).name)
 
 
-def _modelopt(quant: Mapping[str, Any]) -> tuple[Applies, Sequence[tuple[Applies, str]]]:
+def _modelopt(quant: Mapping[str, Any], read: Patterns) -> tuple[Applies, Sequence[tuple[Applies, str]]]:
     """What modelopt leaves wide, and the formats of what it does not; newer releases say it in config.json, older ones
     under "quantization" in a file of its own."""
     inner = quant.get("quantization", quant)
@@ -100,17 +102,17 @@ def _modelopt(quant: Mapping[str, Any]) -> tuple[Applies, Sequence[tuple[Applies
         return MODELOPT_ALGORITHMS[algorithm]
 
     if str(inner.get("quant_algo")).upper() != "MIXED_PRECISION":
-        return _wildcards(left), [(_wildcards(["*"]), named(inner.get("quant_algo")))]
+        return _wildcards(left, read), [(lambda _: True, named(inner.get("quant_algo")))]
     layers = inner.get("quantized_layers")
     if not isinstance(layers, Mapping) or not all(isinstance(held, Mapping) for held in layers.values()):
         raise UnknownQuantization("of modelopt with MIXED_PRECISION and no `quantized_layers`")
     by_format: dict[str, list[str]] = {}
     for module, held in layers.items():
         by_format.setdefault(named(held.get("quant_algo")), []).append(module)
-    return _wildcards(left), [(_below(modules), fmt) for fmt, modules in by_format.items()]
+    return _wildcards(left, read), [(_below(modules), fmt) for fmt, modules in by_format.items()]
 
 
-def _turned(quant: Mapping[str, Any], method: str) -> tuple[Applies, Sequence[tuple[Applies, str]]]:
+def _turned(quant: Mapping[str, Any], method: str, read: Patterns) -> tuple[Applies, Sequence[tuple[Applies, str]]]:
     """What AWQ and GPTQ leave wide, and their format: 4 bits, groups of a size or whole rows. GPTQ stores zero points
     that are all alike where it says `sym`, which engines then leave out."""
     bits, size = (quant.get(new, quant.get(old)) for new, old in (("bits", "w_bit"), ("group_size", "q_group_size")))
@@ -130,7 +132,7 @@ def _turned(quant: Mapping[str, Any], method: str) -> tuple[Applies, Sequence[tu
             "checkpoint_format": quant.get("checkpoint_format", "gptq") != "gptq",
             "dynamic": any(not key.startswith("-:") for key in dynamic),
         }
-        wide, zero = _matcher([f"re:{key[2:]}" for key in dynamic]), not quant.get("sym", True)
+        wide, zero = _matcher([f"re:{key[2:]}" for key in dynamic], read), not quant.get("sym", True)
         blocks = {"all": quant.get("modules_in_block_to_quantize") or [[""]]}
         if isinstance(blocks["all"], list) and all(isinstance(each, list) for each in blocks["all"]):
             blocks = {"all": [name for each in blocks["all"] for name in each]}
@@ -156,13 +158,21 @@ def _within(parts: list[str]) -> Applies:
     return applies
 
 
-def _wildcards(patterns: list[str]) -> Applies:
+def _wildcards(patterns: list[str], read: Patterns) -> Applies:
     """As vLLM matches modelopt's: a part of the name, or a pattern of `*` and `?` for the whole."""
+    shaped = [_compiled(translate(pattern), pattern, read) for pattern in patterns if any(c in pattern for c in "*?[")]
 
     def applies(module: str) -> bool:
-        return any(pattern in module or fnmatchcase(module, pattern) for pattern in patterns)
+        return any(pattern in module for pattern in patterns) or any(each.match(module) for each in shaped)
 
     return applies
+
+
+def _compiled(regular: str, pattern: str, read: Patterns) -> re.Pattern[str]:
+    try:
+        return read.compiled(regular)
+    except PatternError as error:
+        raise UnknownQuantization(f"with the pattern {shortened(repr(pattern))}, which {error},") from None
 
 
 def _below(modules: list[str]) -> Applies:
@@ -198,17 +208,14 @@ def _names(held: Mapping[str, Any], key: str) -> list[str]:
 _NAME = re.compile(r"[\w.]*")
 
 
-def _matcher(patterns: list[str], plain: bool = False) -> Applies:
+def _matcher(patterns: list[str], read: Patterns, plain: bool = False) -> Applies:
     """As compressed-tensors matches modules: "Linear", names, or "re:" patterns. plain: as transformers' fine-grained
     FP8 does, by a name's beginning or end, or a pattern that ends where a part of the name does."""
     names, compiled = set(patterns), []
     for pattern in patterns:
         regular = f"(?:{pattern})(?:(?<=\\.)|(?=\\.|$))" if plain else pattern[3:]
         if not _NAME.fullmatch(pattern) if plain else pattern.startswith("re:"):
-            try:
-                compiled.append(re.compile(regular))
-            except re.error:
-                raise UnknownQuantization(f"with the pattern {pattern!r}") from None
+            compiled.append(_compiled(regular, pattern, read))
 
     ends = tuple(name for name in names if name)  # of real checkpoints, hundreds
     begins = tuple(f"{name}." for name in ends)
@@ -245,7 +252,8 @@ def _stored(weights: Mapping[str, Any], activations: str | None) -> str:
     chooses between formats that are stored alike."""
     kind, bits, size = weights.get("type"), weights.get("num_bits"), weights.get("group_size")
     strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
-    said = f"of compressed-tensors with {bits}-bit {kind} weights, strategy {strategy!r}, groups of {size}"
+    shared = f"blocks of {weights.get('block_structure')}" if strategy == "block" else f"groups of {size}"
+    said = f"of compressed-tensors with {bits}-bit {kind} weights, strategy {strategy!r}, {shared}"
     if weights.get("actorder") not in (None, False, "weight", "static"):
         raise UnknownQuantization(f"{said}, columns in the order of their activations (actorder)")
     if weights.get("symmetric") is False and (kind, bits) != ("int", 4):

@@ -102,7 +102,9 @@ def _listed(path: Path) -> tuple[dict[str, SafetensorsFile], set[Path]]:
         }
     except Outside as error:
         raise CheckpointError(f"{index}: {error}; a checkpoint's files lie in its own folder") from None
-    except (Unreadable, ValueError, KeyError, TypeError, AttributeError):
+    except Unreadable as error:
+        raise CheckpointError(f"{index}: not a safetensors index ({error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{index}: not a safetensors index (no valid `weight_map`)") from None
     for tensor, name in weight_map.items():
         if tensor not in shards[name].names:

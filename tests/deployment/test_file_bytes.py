@@ -22,12 +22,15 @@ from model.formats import FORMATS, SCHEMES, CheckpointLayout, Formats, matrix_fo
 from model.hf_config import from_hf
 from model.quantised import Matrix, quantise
 from model.safetensors_file import write
+from model.spelling import tensor_name
 from model.split import Layout, share_bytes
 from model.weights import Arrangement, Quantized, Weight, layer_weights
 from runtime.deployment.ledger import stage_weight_bytes
 from runtime.porting.quantize import layout_of, quantize
 from tests.deployment.counted import BITS, DENSE_AND_EXPERTS, NEVER, PUBLISHED, SIZES, formats, published, raw
 from tests.engine.conftest import CONFIGS, random_weights
+from tests.model.test_foreign_checkpoints import SAID
+from tests.model.test_spelling import turned
 
 
 def test_every_format_is_here() -> None:
@@ -254,3 +257,36 @@ def test_zero_points_are_counted(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(ops.dequantise(*stored, np.float32), layers[place][weight.name])
                 with pytest.raises(UsageError, match="zero points are read"):
                     chip.weight(weight, layers[place][weight.name])
+
+
+@pytest.mark.parametrize("method", SAID)
+def test_zero_points_of_awq_and_gptq_are_counted(tmp_path: Path, method: str) -> None:
+    """What their tensors take on disk the ledger says a device holds; but for the order of GPTQ's columns."""
+    config = raw("dsa", **SIZES)
+    cfg = from_hf(config)
+    save(tmp_path / "plain", config, random_weights(cfg))
+    opened = Checkpoint(tmp_path / "plain")
+    tensors = {name: np.array(opened.array(name)) for name in opened.tensor_names}
+    narrow: list[str] = []
+    mtp = f"layers.{cfg.num_layers}."
+    for name in [name for name in tensors if ".mlp.experts." in name and mtp not in name]:
+        out, width = tensors.pop(name).shape
+        held, _ = turned(method, width, 16, out)
+        parts = {tensor_name(name, part.removeprefix("layer")): array for part, array in held.items()}
+        tensors, narrow = tensors | parts, narrow + list(parts)
+    left = {
+        "awq": {"modules_to_not_convert": ["self_attn", "shared_experts", mtp]},
+        "gptq": {"modules_in_block_to_quantize": [[".experts."]]},
+    }[method]
+    quant = {"quant_method": method, "bits": 4, "group_size": 16, **SAID[method], **left}
+    (tmp_path / "turned").mkdir()
+    (tmp_path / "turned" / "config.json").write_text(json.dumps({**config, "quantization_config": quant}))
+    write(tmp_path / "turned" / "model.safetensors", tensors)
+
+    found, written = Checkpoint(tmp_path / "turned"), tensors_in(tmp_path / "turned")
+    asked = found.config.stored_scheme
+    assert asked.name == "w4a16-g16-zp"
+    ledger = stage_weight_bytes(found.config, Layout(), Formats(asked.dense, asked.experts), 0, mtp=True)
+    on_disk = sum(written[name].bytes for name in narrow if not name.endswith("g_idx"))
+    assert ledger["experts"] == on_disk > 0
+    assert any(name.endswith("g_idx") for name in narrow) == (method == "gptq")

@@ -7,11 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from markupsafe import Markup
 
 from foundation import foreign_text
+from foundation.template_sandbox import Sandbox
 from model.errors import TokenizerError
 from model.tokenizer import ChatTemplate, Tokenizer
 from tests.marks import slow_but
@@ -268,6 +272,20 @@ def failure(source: str) -> str:
 def test_a_template_cannot_leave_the_sandbox(source: str) -> None:
     message = failure(source)
     assert "refused by the sandbox" in message and "unsafe" in message or source in CHANGES
+
+
+def test_what_is_looked_up_is_as_in_jinjas_sandbox() -> None:
+    """Keys and methods of dicts and strings have a way of their own here."""
+    ours, theirs = Sandbox(), ImmutableSandboxedEnvironment()
+    ours.unsafe_undefined = lambda obj, attribute: None  # type: ignore[method-assign]
+    theirs.unsafe_undefined = lambda obj, attribute: None  # type: ignore[method-assign]
+    names = {*dir(dict), *dir(str), *dir(list), "role", "items", "0", ""}
+    for held in ({"role": "a", "items": 1, "": 2, "__class__": 3}, {}, "text", Markup("text"), ["a"], 7, None):
+        for name in names:
+            found, expected = ours.getattr(held, name), theirs.getattr(held, name)
+            assert type(found) is type(expected), (held, name)
+            if not isinstance(found, jinja2.Undefined) and "format" not in name:
+                assert found == expected, (held, name)
 
 
 @pytest.mark.parametrize("source", slow_but([ENDLESS[1], ENDLESS[2], ENDLESS[-1]], ENDLESS))

@@ -200,3 +200,35 @@ def test_modelopt(quant: dict[str, Any], name: str) -> None:
 def test_what_modelopt_says_and_is_not_read(quant: dict[str, Any], mentions: str) -> None:
     with pytest.raises(ConfigError, match=mentions):
         from_hf({**raw_preset("glm-5"), "quantization_config": quant})
+
+
+WORDS = "(\\w+\\.?)+x$"
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [
+        quantization((INT4, None), ignore=[f"re:{WORDS}"]),
+        quantization((INT4, None), targets=[f"re:{WORDS}"]),
+        quantization((INT4, None), ignore=["re:" + 12 * ".*a" + "$"]),
+        quantization((INT4, None), ignore=["re:(?!(.*a|.*b|.*c){20}x)"]),
+        quantization((INT4, None), ignore=[f"re:.*{i}.*.*.*x" for i in range(99)]),
+        quantization((INT4, None), ignore=["re:a{1,9}" * 40_000]),
+        fine_grained("(\\w+\\.?)+x"),
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {f"-:{WORDS}": {}}},
+        {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": [f"*{i:099}*" for i in range(9_999)]},
+    ],
+)
+def test_patterns_that_would_take_long_are_refused(quant: Any) -> None:
+    """Python's matcher goes all ways through a name, and cannot be stopped."""
+    with pytest.raises(ConfigError, match="with the pattern .*(too many ways|beyond the)"):
+        from_hf({**raw_preset("glm-5"), "quantization_config": quant})
+
+
+def test_patterns_of_real_checkpoints_are_taken() -> None:
+    ignore = [
+        "re:.*lm_head", "re:.*self_attn.*", "re:.*mlp.gate$", "re:model\\.layers\\.(\\d|[1-5]\\d)\\.self_attn.*",
+        "re:.*layers\\.(3|4)\\..*experts\\.(\\d+)\\.(gate|up|gate_up|down)_proj.*", "re:^(?!.*experts).*$",
+    ]  # fmt: skip
+    quant = quantization((INT4, None), ignore=ignore)
+    assert from_hf({**raw_preset("glm-5"), "quantization_config": quant}).weight_format == "w4a16-g128"
