@@ -21,7 +21,17 @@ import numpy as np
 
 from foundation.child import Child, ChildFailure
 from runtime.api.refusal import ApiRefusal, wrong
-from runtime.api.schemas import Endless, Walk, branches, definitions, divisor, kinds, overlapping
+from runtime.api.schemas import (
+    Endless,
+    Walk,
+    beyond_counting,
+    branches,
+    definitions,
+    divisor,
+    kinds,
+    overlapping,
+    type_of,
+)
 from runtime.api.tools import MOST_TOOLS, Tool
 from runtime.api.vocabulary import Vocabulary
 
@@ -181,7 +191,7 @@ class Grammars:
                      "dependentSchemas", "minProperties", "maxProperties", "propertyNames"):  # fmt: skip
             if word in schema:
                 raise NoGrammar(f"{word} at the top of a tool's arguments")
-        _refuse_divisors(schema)
+        _refuse_numbers(schema)
         extra = schema.get("additionalProperties", not declared)
         named = {**declared, **{name: {} for name in needed if name not in declared}}
         rules, terms, walk, size = [], {}, Walk(_MOST_WORK), 0
@@ -233,15 +243,29 @@ def _choices(schema: Any, root: Mapping[str, Any], at: int, terms: dict[str, str
     return found
 
 
+_COMBINING = ("allOf", "anyOf", "oneOf", "not", "if", "$dynamicRef", "$recursiveRef")
+_OF_ONE_TYPE = (
+    "minLength", "maxLength", "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
+    "items", "prefixItems", "minItems", "maxItems", "uniqueItems", "contains", "properties", "patternProperties",
+    "additionalProperties", "propertyNames", "required", "minProperties", "maxProperties", "dependentRequired",
+    "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
+)  # fmt: skip
+
+
 def _text(schema: Mapping[str, Any], types: frozenset[str]) -> str:
     """The terminal of a string as it stands in a call. Formats are notes, as JSON Schema has them."""
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if isinstance(values, list):
-        written = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
-        return " | ".join(map(_literal, written))
-    if "allOf" in schema or "not" in schema:
-        raise NoGrammar("allOf or not of a string")
+    if word := next((word for word in _COMBINING if word in schema), None):
+        raise NoGrammar(f"{word} of a string")
+    if types != {"string"} and (word := next((word for word in _OF_ONE_TYPE if word in schema), None)):
+        raise NoGrammar(f"{word} of what has no type")
     parts = []
+    for values in (schema.get("enum"), [schema["const"]] if "const" in schema else None):
+        if isinstance(values, list):
+            fitting = [value for value in values if type_of(value) & types]
+            if not fitting:
+                raise NoGrammar("no value that is listed has the type that is asked for")
+            written = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in fitting]
+            parts.append(f"({' | '.join(map(_literal, written))})")
     low, high = schema.get("minLength", 0), schema.get("maxLength")
     if types == {"string"} and (low or high is not None):
         if not all(type(bound) is int and bound >= 0 for bound in (low, 0 if high is None else high)):
@@ -275,14 +299,16 @@ def _inlined(schema: Any, root: Mapping[str, Any]) -> str:
     return json.dumps({**definitions(root), **schema, "x-guidance": _COMPACT})
 
 
-def _refuse_divisors(schema: Any) -> None:
+def _refuse_numbers(schema: Any) -> None:
     """Raises `NoGrammar`."""
+    if said := beyond_counting(schema):
+        raise NoGrammar(said)
     if divisor(schema) > MOST_REMAINDERS:
         raise NoGrammar(f"multipleOf of numbers that leave more than {MOST_REMAINDERS:,} remainders")
 
 
 def _json(schema: Any) -> str:
-    _refuse_divisors(schema)
+    _refuse_numbers(schema)
     return _lark(f"start: %json {_inlined(schema, {})}")
 
 

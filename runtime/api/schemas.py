@@ -188,6 +188,24 @@ def _listed(schema: Any, root: Mapping[str, Any], walk: Walk) -> list[Any] | Non
     return schema["enum"] if isinstance(schema.get("enum"), list) else None
 
 
+def beyond_counting(schema: Any) -> str | None:
+    """A bound in a schema that a grammar is made for and does not keep, or None. Keys may come twice in an object, so
+    that it has fewer than were counted, and numbers are counted in 64 bits."""
+    left = [schema]
+    while left:
+        each = left.pop()
+        if isinstance(each, Mapping):
+            least, needed = each.get("minProperties"), each.get("required")
+            if type(least) is int and least > 1 + (len(needed) if isinstance(needed, list) else 0):
+                return "minProperties above the properties that are required"
+            for word, sign in (("minimum", 1), ("exclusiveMinimum", 1), ("maximum", -1), ("exclusiveMaximum", -1)):
+                bound = each.get(word)
+                if isinstance(bound, int | float) and sign * bound >= 1 << 63:
+                    return f"{word} beyond 64 bits"
+        left += each.values() if isinstance(each, Mapping) else each if isinstance(each, list) else ()
+    return None
+
+
 def divisor(schema: Any) -> int:
     """The least common multiple of all `multipleOf` in a schema, their powers of ten left out: how many remainders an
     automaton tells apart that holds numbers to them at once."""

@@ -16,6 +16,7 @@ from runtime.api.endpoint import Endpoint
 
 _PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 _COMMENT = b": ping\n\n"
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # to clients that cut text into lines
 
 
 class AnswerStream(Response):
@@ -93,5 +94,5 @@ async def _gone(receive: Receive) -> None:
 def _event(chunk: dict[str, Any] | str, named: bool) -> bytes:
     if isinstance(chunk, str):
         return f"data: {chunk}\n\n".encode()
-    text = json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
     return f"event: {chunk['type']}\ndata: {text}\n\n".encode() if named else f"data: {text}\n\n".encode()

@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,16 +47,17 @@ def measure_kernels(
     rounds: int,
     tokens: Sequence[int],
 ) -> dict[str, Any]:
-    """The body of a coefficients file (`hw_profiles/prices/`): kernels `moe`, `mla_decode`, `sparse_prefill` and
-    `index_scores`."""
+    """The body of a coefficients file (`hw_profiles/prices/`): kernels `moe`, `mla_decode`, `index_scores`, and
+    `sparse_prefill`, or `masked_prefill` where a backend's chunks attend to all that is cached, through a mask."""
     name, size = FORMAT_OF_DTYPE[dtype], 4.0 if dtype == "float32" else 2.0
     rates = peak_flops_per_s, bandwidth_bytes_per_s
     few = [count for count in tokens if count <= 16] or [min(tokens)]
     many = [count for count in tokens if count >= 16] or [max(tokens)]
+    chunk = "masked" if _masks(backend, dtype, size, rounds) else "sparse"
     kernels = {
         f"moe/{name}/any": _fitted("moe", _experts(backend, dtype, size, tokens, rounds), *rates),
         f"mla_decode/{name}/any": _fitted("attention", _decoding(backend, dtype, size, few, rounds), *rates),
-        f"sparse_prefill/{name}/any": _fitted("attention", _chunk(backend, dtype, size, many, rounds), *rates),
+        f"{chunk}_prefill/{name}/any": _fitted("attention", _chunk(backend, dtype, size, many, rounds, chunk), *rates),
         f"index_scores/{name}/any": _fitted("index_scores", _scores(backend, dtype, size, many, rounds), *rates),
     }
     return {"schema": 1, "kernels": kernels}
@@ -119,11 +120,26 @@ def _decoding(backend: Backend, dtype: str, size: float, sequences: Sequence[int
     return _attention(backend, dtype, size, cases, features, rounds)
 
 
-def _chunk(backend: Backend, dtype: str, size: float, tokens: Sequence[int], rounds: int) -> list[Measurement]:
-    """Attention of a prompt's chunk, each query over the chosen of what stands before it."""
-    cases = [(1, t, min(_SELECTED, t), t) for t in tokens]
-    features = [{"sequences": 1.0, "tokens": float(t), "context": min(t / 2, _SELECTED)} for _, t, _, _ in cases]
+def _chunk(
+    backend: Backend, dtype: str, size: float, tokens: Sequence[int], rounds: int, how: Literal["sparse", "masked"]
+) -> list[Measurement]:
+    """Attention of a prompt's chunk, each query over the chosen of what stands before it; masked: over all of that,
+    part of which may have been there before the chunk."""
+    lengths = [(t, t + before) for t in tokens for before in ((0, 2 * t) if how == "masked" else (0,))]
+    cases = [(1, t, min(_SELECTED, cached), cached) for t, cached in lengths]
+    features = [
+        {"sequences": 1.0, "tokens": float(t), "context": float(cached) if how == "masked" else min(t / 2, keys)}
+        for _, t, keys, cached in cases
+    ]
     return _attention(backend, dtype, size, cases, features, rounds)
+
+
+def _masks(backend: Backend, dtype: str, size: float, rounds: int) -> bool:
+    """Whether what a chunk's attention takes follows from what is cached, and not from how much of it is chosen."""
+    t, context, (few, most) = 64, 512, (_SELECTED // 4, _SELECTED)
+    cases = [(1, t, few, context), (1, t, most, context)]
+    fewer, more = _attention(backend, dtype, size, cases, [{}, {}], max(5, rounds))
+    return more.seconds < math.sqrt(most / few) * fewer.seconds
 
 
 def _scores(backend: Backend, dtype: str, size: float, tokens: Sequence[int], rounds: int) -> list[Measurement]:

@@ -316,15 +316,19 @@ def mla_prefill(
 
 
 def sparse_prefill(book: PriceBook, layer: MlaLayer, tokens: float, keys: float, sequences: int = 1) -> Price:
-    """Attention over each query's own `index_topk` chosen latents. GPU kernels pad to 64 heads."""
+    """Attention over each query's own `index_topk` chosen latents, or over all keys with a mask, where that is what
+    was measured. GPU kernels pad to 64 heads."""
     s = layer.shape
-    own = book.named(f"sparse_prefill/{book.wide}/any")
+    masked = book.named(f"masked_prefill/{book.wide}/any")
+    own = masked or book.named(f"sparse_prefill/{book.wide}/any")
     kernel = own or book.kernel("sparse_prefill", "fp8")[0]
     heads = float(layer.heads if own else max(layer.heads, 64))
     dims = {"heads": heads, "qk": float(s.kv_lora + s.rope), "v": float(s.kv_lora),
             "kv_bytes": (s.kv_lora + s.rope) * 2.0, "sequences": float(sequences)}  # fmt: skip
     table = book.surface(("sparse_prefill", layer.heads, s, sequences), kernel, "fp8-block", TOKEN_KNOTS,
                          lambda t, c: {"tokens": t, "context": c, **dims})  # fmt: skip
+    if masked:  # every query, over the last one's keys
+        return table.price(tokens, keys + tokens / max(sequences, 1) / 2)
     return table.price(tokens, min(keys, s.index_topk))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from runtime.api.grammar import Grammars
 from runtime.api.tools import MOST_TOOLS, Tool
-from tests.api.client import MODEL, Api, serving
+from tests.api.client import MODEL, Api, of_chunks, serving
 from tests.api.words import VOCABULARY
 
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "x"}]}
@@ -146,3 +146,11 @@ def test_a_sign_of_life_is_one_that_the_forms_clients_let_be(path: str, more: di
             assert [next(lines) for _ in sign] == sign
             api.service.gate.set()
             assert any("hi" in line for line in lines)
+
+
+def test_what_some_clients_take_for_the_end_of_a_line_is_written_out(api: Api) -> None:
+    """httpx, as others do, cuts a stream's text where Unicode ends lines, and not only where streams do."""
+    text = "one\u2028two\u2029three\x85four"
+    api.says(text)
+    body = {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"enable_thinking": False}}
+    assert of_chunks(api.chunks("/v1/chat/completions", body))[0].content == text

@@ -267,3 +267,51 @@ def test_what_is_required_is_a_list_of_names(needed: Any) -> None:
 )
 def test_values_that_are_listed_twice_are_equal_as_json(one: Any, other: Any, both: bool) -> None:
     assert overlapping({"oneOf": [{"const": one}, {"enum": ["x", other]}]}, {}, Walk()) == both
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"oneOf": []},
+        {"type": "string", "enum": [1, 2]},
+        {"if": {"type": "string"}, "then": {"maxLength": 2}},
+        {"minLength": 5},
+        {"minimum": 5},
+        {"properties": {"b": {"type": "integer"}}},
+        {"type": "integer", "minimum": 10**30},
+        {"type": "array", "items": {"type": "number", "exclusiveMaximum": -1e30}},
+        {"type": "object", "minProperties": 3, "additionalProperties": {"type": "integer"}},
+        {"type": "object", "minProperties": 2, "patternProperties": {"^x": {}}, "additionalProperties": False},
+    ],
+)
+def test_what_would_be_held_to_in_form_alone_is_refused(schema: Any) -> None:
+    parameters = {"type": "object", "properties": {"a": schema}, "additionalProperties": False}
+    with pytest.raises(ApiRefusal):
+        rules(tools={"f": Tool("f", parameters, strict=True)})
+    assert rules(tools={"f": Tool("f", parameters)}).calls.inexact == {"f"}  # type: ignore[union-attr]
+    if "type" in schema:  # others are any value, or one that jsonschema tells, as JSON
+        with pytest.raises(ApiRefusal):
+            rules(schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"type": "string", "enum": ["aaa", "b"], "maxLength": 1}, "b"),
+        ({"type": "string", "enum": ["xa", "yb"], "pattern": "^y"}, "yb"),
+        ({"enum": ["a", "b"], "const": "b"}, "b"),
+        ({"type": "string", "enum": [1, "one"]}, "one"),
+        ({"type": "integer", "maximum": 2**64 - 1, "minimum": 2**63 - 1}, str(2**63 - 1)),
+        ({"type": "object", "required": ["k"], "properties": {"k": {"const": 1}}, "additionalProperties": False,
+          "minProperties": 1}, '{"k":1}'),
+    ],
+)  # fmt: skip
+def test_of_listed_values_only_those_are_left_that_the_rest_allows(schema: Any, text: str) -> None:
+    parameters = {"type": "object", "properties": {"a": schema}, "required": ["a"], "additionalProperties": False}
+    held = rules(tools={"f": Tool("f", parameters, strict=True)}, required=True, parallel=False)
+    for seed in range(3):
+        tokens = drawn(Guide(held, False), seed)
+        reader = Reader(VOCABULARY, False, {"f": Tool("f", parameters)}, ends=ENDS)
+        events = [event for token in tokens for event in reader.put(token)]
+        arguments = json.loads("".join(event.json for event in events if isinstance(event, CallGrown)))
+        assert arguments == {"a": text if schema.get("type") not in ("integer", "object") else json.loads(text)}

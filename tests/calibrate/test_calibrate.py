@@ -27,6 +27,8 @@ from runtime.porting import calibrate_ops
 from runtime.porting.calibrate import Calibration, Gemm, ServingCost, Stream, measure, prices, profile
 from runtime.porting.calibrate_sizes import QUICK, Effort
 from runtime.pricing import Chip, open_book
+from runtime.pricing.attention import MlaLayer, sparse_prefill
+from runtime.pricing.work import MlaShape
 from runtime.serving.pricing import IDLE_S, BatchShape
 from runtime.simulation.build import PriceTables, pricer_of, spec_for
 
@@ -148,6 +150,37 @@ def test_its_own_rates_price_its_ops(written: hw_profiles.Profile) -> None:
     assert kernel.source == "glm5 calibrate" and not stand_in
     one, many = book.gemm(1, 2048, 2048, "f32"), book.gemm(256, 2048, 2048, "f32")
     assert one.bound == "memory" and many.seconds > one.seconds
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_chunk_is_priced_by_what_a_backend_attends_to(tmp_path: Path, masks: bool) -> None:
+    """All that is cached, through a mask, or what is chosen: a made-up backend's time says which, and comes back."""
+
+    def seconds(tokens: float, keys: float, cached: float) -> float:
+        return 1e-6 + tokens * (cached if masks else keys) * 8 * (160 + 128) * 2 / 1e10
+
+    def attention(backend: object, dtype: str, size: float, cases: list[tuple[int, int, int, int]],
+                  features: list[dict[str, float]], rounds: int) -> list[calibrate_ops.Measurement]:  # fmt: skip
+        fixed = {"heads": 8.0, "kv_bytes": 640.0, "qk": 160.0, "v": 128.0}
+        taken = [seconds(b * t, min(keys, cached - t / 2), cached) for b, t, keys, cached in cases]
+        return [calibrate_ops.Measurement({**each, **fixed}, s) for each, s in zip(features, taken, strict=True)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate_ops, "_attention", attention)
+        for other in ("_experts", "_scores"):
+            patch.setattr(calibrate_ops, other, lambda *_: None)
+        fitted = calibrate_ops._fitted
+        patch.setattr(
+            calibrate_ops, "_fitted", lambda family, points, *rates: points and fitted(family, points, *rates)
+        )
+        body = calibrate_ops.measure_kernels(registry.get("cpu"), "float32", 1e11, 1e10, 1, Effort().tokens)
+    body["kernels"] = {name: kernel for name, kernel in body["kernels"].items() if kernel}
+    (tmp_path / "made-up.json").write_text(json.dumps(body))
+    book = open_book(Chip("made-up", {"fp32": 1e11, "bf16": 1e11}, 1e10), "sglang", tmp_path / "made-up.json", "f32")
+    layer = MlaLayer(MlaShape(1024, 64, 128, 32, 32, 32, 16, 16, 32), 8, latent="f32", index="f32")
+    for tokens, before in ((64, 0), (128, 0), (64, 128), (128, 256)):
+        price = sparse_prefill(book, layer, tokens, before + tokens / 2)
+        assert price.seconds == pytest.approx(seconds(tokens, 32, before + tokens), rel=0.15)
 
 
 @pytest.mark.parametrize(

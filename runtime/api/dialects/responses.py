@@ -157,7 +157,7 @@ class ResponsesRequest:
             why = {"reason": "max_output_tokens"} if turn.end == "length" else None
         usage = None if turn is None else {
             "input_tokens": answering.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": answering.cached_tokens},
+            "input_tokens_details": {"cached_tokens": answering.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": answering.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": answering.reasoning_tokens},
             "total_tokens": answering.prompt_tokens + answering.completion_tokens,
