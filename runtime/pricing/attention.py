@@ -100,6 +100,8 @@ def decode_block(book: PriceBook, layer: MlaLayer) -> Tabulated | None:
     kernel = block_kernel(book, layer, "decode")
     if kernel is None:
         return None
+    if layer.mode == "dense" and layer.kv_format == "bf16" and (more := book.latent_decode_more_s):
+        kernel = replace(kernel, constants=replace(kernel.constants, launch_s=kernel.constants.launch_s + more))
 
     def features(batch: Any, context: Any) -> Mapping[str, Any]:
         return {**_block_features(layer), "sequences": batch, "tokens": batch, "context": context}

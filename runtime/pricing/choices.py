@@ -140,6 +140,23 @@ ABSORBED_PREFILLS = (
 
 
 @dataclass(frozen=True)
+class LatentDecode(KernelChoice):
+    """Dense attention of answers in a 16-bit latent by another kernel than the table's, in releases before `until`: it
+    takes so many seconds more a call (`more_s`), at any batch and context."""
+
+    until: str
+    more_s: float
+
+
+LATENT_DECODES = (
+    LatentDecode("vllm", "0.8", frozenset({"hopper"}), None,
+                 "vllm PR 27363 (2025-10-22, in 0.11.1): FlashMLA, the default of Hopper since PR 14451, against "
+                 "FlashAttention's, with 16 heads and 1,024 tokens: 43 and 31 us for 1 sequence, 84 and 71 us for 128",
+                 until="0.11.1", more_s=13e-6),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class DensePrefill(KernelChoice):
     """Sparse attention of prompts that its selection would take whole: with expanded heads and no indexer, as dense
     layers attend, instead of in the latent."""
@@ -220,6 +237,12 @@ def table_choices(engine: str, release: str, family: str) -> tuple[TableChoice, 
 def absorbed_prefill(engine: str, release: str, family: str) -> AbsorbedPrefill | None:
     """What a release chooses; None where prompts are always computed with expanded heads."""
     return _chosen(ABSORBED_PREFILLS, engine, release, family)
+
+
+def latent_decode(engine: str, release: str, family: str) -> LatentDecode | None:
+    """What a release runs; None where it is what its table was measured with."""
+    choice = _chosen(LATENT_DECODES, engine, release, family)
+    return choice if choice and (order(release) or ()) < (order(choice.until) or ()) else None
 
 
 def dense_prefill(engine: str, release: str, family: str) -> DensePrefill | None:

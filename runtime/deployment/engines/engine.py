@@ -235,7 +235,8 @@ class Engine:
     tokenize_seconds_per_token: the tokenizer's share of that work.
     request_delay_seconds: what a request waits on its way to the scheduler's queue beside that, whoever else is there.
     router: how the router before several replicas picks one.
-    front_end_gathers: requests that wait for a front end are handed on together, when it has been through all of them.
+    front_end_gathers: requests that wait for a front end are handed on together, when it has been through all of them,
+        to a tokenizer beside it, which takes up to 32 prompts at a time.
     front_end_per_rank: every rank of attention data parallelism brings a front end, not only every replica.
     response_seconds: from a step's end to the client seeing its tokens.
     stream_interval_tokens: tokens a client receives together. All engines described here send the first
