@@ -28,6 +28,7 @@ from runtime.pricing.choices import (
     fused_reduce,
     fused_shared,
     latent_decode,
+    ring_reduce,
     table_choices,
     unpacked_decode,
     untuned_experts,
@@ -206,6 +207,11 @@ class PriceBook:
         """Whether dense MLA prefill stays in the latent, for sequences with so many cached tokens together."""
         choice = absorbed_prefill(*self._chooses)
         return choice is not None and 0 < cached_tokens < choice.below
+
+    def reduced_by_rings(self, total_bytes: float, devices: int, nodes: int) -> float:
+        """What an all-reduce takes, over what its table says, where the engine keeps the switches from reducing."""
+        choice = ring_reduce(*self._chooses)
+        return choice.slower(total_bytes) if choice and devices >= choice.devices and nodes == 1 else 1.0
 
     @property
     def latent_decode_more_s(self) -> float:

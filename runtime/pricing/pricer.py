@@ -107,7 +107,7 @@ class GraphPricer:
     shared: tables of earlier pricers of the same book and load, which are used and added to: layouts that differ
     in pp, and formats that differ in the cache's, have most of theirs in common. coarse: fewer knots. replicas: how
     many of the layout sit one behind another (see `placement`). sparse_layer_seconds, layer_seconds: of small kernels,
-    a layer with sparse attention or any. time_factor: of what the rest takes.
+    a layer with sparse attention or any. time_factor: of what the rest takes. captured_tokens: as of `Context`.
     """
 
     def __init__(
@@ -124,14 +124,19 @@ class GraphPricer:
         replicas: int = 1,
         layer_seconds: float = 0.0,
         time_factor: float = 1.0,
+        captured_tokens: float = math.inf,
     ):
         self._shared = {} if shared is None else shared
         self._coarse = coarse
         self._grid = coarse_grid() if coarse else token_grid()
+        if 0 < captured_tokens < self._grid[-1]:  # collectives take longer from there on
+            self._grid = np.union1d(self._grid, [captured_tokens, captured_tokens + 1]).astype(int)
         self.cfg, self.layout, self.formats, self.book = cfg, layout, formats, book
         weights = {w.name: w for kind in cfg.layer_counts for w in layer_weights(cfg, kind)}
         weights |= {w.name: w for w in outer_weights(cfg)}
-        self._context = Context(cfg, layout, formats, book, load, weights, replicas=replicas)
+        self._context = Context(
+            cfg, layout, formats, book, load, weights, replicas=replicas, captured_tokens=captured_tokens
+        )
         main = [(programs.layers[kind], n) for kind, n in main_kinds(cfg)]
         self._layers = self._table("layers", [*main, (programs.embed, 1)])
         self._head = self._table("head", [(programs.head, 1)])
@@ -157,7 +162,8 @@ class GraphPricer:
 
     def _table(self, name: str, programs: Iterable[tuple[OpList, int]]) -> TokenTable:
         layout, load = self.layout, self._context.load
-        key = (name, layout.tp, layout.dp, layout.ep, self._context.placement.spans, id(load))
+        captured = self._context.captured_tokens
+        key = (name, layout.tp, layout.dp, layout.ep, self._context.placement.spans, captured, id(load))
         context = dataclasses.replace(self._context, mtp=name == "mtp")
         return self._once(key, lambda: (load, self._tabulate(programs, context)))[
             1

@@ -298,7 +298,7 @@ def test_a_front_end_that_gathers_works_as_long_and_lets_nobody_go_before(
 
 
 def test_prompts_that_were_gathered_are_tokenized_32_at_a_time_beside_the_front_end() -> None:
-    """80 at once and 8 that come while those are tokenized: 1 ms each in front, 0.1 ms a token behind it, one thread."""
+    """80 at once and 8 that come meanwhile: 1 ms each in front, 0.1 ms a token in a thread behind it."""
     engine = plain_engine(
         "vllm", request_seconds=0.001, tokenize_seconds_per_token=1e-4, front_end_gathers=True, front_end_per_rank=True
     )

@@ -357,6 +357,13 @@ class Engine:
             return tokens <= self.piecewise_step_tokens
         return self.graph_mode == "piecewise" and sequences <= (self.graph_batch_sizes or (0,))[-1]
 
+    def captured_tokens(self, query_tokens: int) -> int:
+        """Tokens of the largest step whose products and collectives are replayed from graphs, of the whole step or of
+        pieces; sequences have `query_tokens` each."""
+        if self.graph_mode == "eager":
+            return 0
+        return max(query_tokens * max(self.graph_batch_sizes, default=0), self.piecewise_step_tokens)
+
     def prompt_padding(self, pieces: Sequence[int]) -> int:
         """Tokens that are computed beside those of a step's pieces of prompts."""
         if not self.prompt_row_tokens or not pieces:
