@@ -211,7 +211,7 @@ def test_a_chip_with_less_of_everything_is_not_faster_than_the_measured_one(less
         assert {price.evidence for price in slow} <= {"transferred", "assumed"}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.floats(1.0, 3.0), st.floats(0.7, 1.0), st.integers(1, 40_000), st.sampled_from(LOADS))
 def test_faster_memory_helps_whatever_clock_products_keep(faster: float, clock: float, rows: int, spread) -> None:
     """Only the products of a kernel go by the clock: none becomes slower as memory ceases to be what bounds it, and
