@@ -211,6 +211,9 @@ class Engine:
         among them (DCP): "none", in models of dense "latent" attention alone, where attention is "dense", grouped
         queries included, or in "any" model, indexers included.
     deals_narrow_cache: whether a cache that is dealt out may be kept in 8 bits.
+    prefill_context_parallel: whether tp groups can compute a prompt's tokens together (PCP): "none", in models of
+        "sparse" attention alone, or of any "latent" attention.
+    cuts_prompts_beside_tp: whether attention's heads may be cut over tp ranks beside that.
 
     Overheads
     graph_step_host_seconds: host work of a step that replays graphs: scheduling, sampling, results.
@@ -305,6 +308,8 @@ class Engine:
     drafting_reserve_mib: float = 0.0
     expert_groups: bool = False
     decode_context_parallel: ContextParallel = "none"
+    prefill_context_parallel: Literal["none", "sparse", "latent"] = "none"
+    cuts_prompts_beside_tp: bool = True
     deals_narrow_cache: bool = True
     evidence: Mapping[str, Source] = field(default_factory=dict, repr=False, compare=False)
     fitted: FittedTo | None = None
