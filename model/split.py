@@ -90,7 +90,7 @@ class Layout:
 
     @property
     def by_groups(self) -> Layout:
-        """The same devices, each tp group a dp rank of its own: what holds and computes as much for tokens of its own."""
+        """The same devices, each tp group a dp rank: what holds and computes as much, for tokens of its own."""
         return dataclasses.replace(self, dp=self.groups, pcp=1)
 
     @property

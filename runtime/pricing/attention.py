@@ -163,9 +163,9 @@ def prefill(book: PriceBook, layer: MlaLayer, tokens: float, prefix: float = 0.0
             *, host_launched: bool = True, beside: float = 0.0) -> Price:  # fmt: skip
     """One prefill step of one block: `tokens` new tokens over `sequences`, each after `prefix` cached ones.
 
-    beside: tokens of the same chunks that other devices compute, in pairs of pieces from both ends, so that all have as
-    many keys. A sparse layer whose sequences stay within `index_topk` keys attends densely where the engine's release does and
-    that path was measured.
+    beside: tokens of the same chunks that other devices compute, in pieces from both ends, so that all have as many
+    keys. A sparse layer whose sequences stay within `index_topk` keys attends densely where the engine's release does
+    and that path was measured.
     """
     layer, keys = _prefill_path(book, layer, tokens + beside, prefix, sequences)
     absorbed = _absorbed(book, layer, prefix * sequences)
