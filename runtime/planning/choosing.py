@@ -49,8 +49,9 @@ _LARGEST = 4
 @dataclasses.dataclass(frozen=True)
 class ChipChoice:
     """What a chip comes to under an engine. plan: the fewest nodes that meet the targets, or the nearest where none of
-    those tried does; None where there is none, and `reason` says why. at_most: no further node was allowed. bands: of "ttft", "tpot" and "throughput". tried:
+    those tried does; None where there is none, and `reason` says why. bands: of "ttft", "tpot" and "throughput". tried:
     other numbers of devices, and what they missed. board_power: most that a device draws, W, where its profile says.
+    at_most: no further node was allowed.
     """
 
     profile: str
