@@ -11,6 +11,9 @@ its tp x dp / ep devices a share of their width. So ep = 1 is by tensor alone, e
 With more tp ranks than KV heads each head is on as many neighbours, and so are its keys and values.
 `dcp` neighbours of a tp group deal out the tokens of a cache that each would else hold whole (decode context
 parallelism); it adds no devices.
+`pcp` tp groups compute a prompt's tokens together, each its share of them (prefill context parallelism); each has the
+weights of attention and a whole cache, and all decode the same sequences. Weights and experts see them as they see dp
+ranks, which they go with nowhere.
 Whoever holds bytes or shapes asks here: the tracer, the ledger, emulated and real clusters, export units and weight
 files, KV tiers. `model.parallel` has the collectives that go with it.
 """
@@ -40,13 +43,15 @@ MOST_DEVICES = 100_000
 
 
 class Place(NamedTuple):
-    """A device of a replica: its number, its stage and its ranks there. ep: its expert group, 0 where there is one."""
+    """A device of a replica: its number, its stage and its ranks there. ep: its expert group, 0 where there is one.
+    pcp: the share of a prompt that it computes."""
 
     index: int
     stage: int
     dp: int
     tp: int
     ep: int
+    pcp: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +63,20 @@ class Layout:
     ep: int = 1
     pp: int = 1
     dcp: int = 1
+    pcp: int = 1
 
     def __post_init__(self) -> None:
         for name, degree in vars(self).items():
             if degree < 1:
                 raise UsageError(f"{name} must be at least 1, not {degree}")
+        if self.pcp > 1 and (self.dp > 1 or self.dcp > 1):
+            other, degree = ("dp", self.dp) if self.dp > 1 else ("dcp", self.dcp)
+            raise UsageError(f"prompts that are cut over pcp {self.pcp} ranks go with {other} 1, not {degree}")
         within("tp x dp x pp =", self.devices, MOST_DEVICES)
         if self.stage_devices % self.ep:
+            groups = f"pcp = {self.tp} x {self.pcp}" if self.pcp > 1 else f"dp = {self.tp} x {self.dp}"
             raise UsageError(
-                f"ep must divide tp x dp = {self.tp} x {self.dp} = {self.stage_devices} (1: experts split by tensor, "
+                f"ep must divide tp x {groups} = {self.stage_devices} (1: experts split by tensor, "
                 f"{self.stage_devices}: by expert, between: both), not {self.ep}"
             )
 
@@ -74,8 +84,18 @@ class Layout:
             raise UsageError(f"dcp must divide tp = {self.tp}, whose ranks share a cache, not {self.dcp}")
 
     @property
+    def groups(self) -> int:
+        """tp groups of a stage, each with all weights of attention: dp ranks, or those that cut prompts."""
+        return self.dp * self.pcp
+
+    @property
+    def by_groups(self) -> Layout:
+        """The same devices, each tp group a dp rank: what holds and computes as much, for tokens of its own."""
+        return dataclasses.replace(self, dp=self.groups, pcp=1)
+
+    @property
     def devices(self) -> int:
-        return self.tp * self.dp * self.pp
+        return self.tp * self.groups * self.pp
 
     @property
     def groups(self) -> int:
@@ -85,7 +105,7 @@ class Layout:
     @property
     def stage_devices(self) -> int:
         """Devices that hold one pipeline stage."""
-        return self.tp * self.dp
+        return self.tp * self.groups
 
     @property
     def by_expert(self) -> bool:
@@ -99,8 +119,8 @@ class Layout:
 
     @property
     def dispatches(self) -> bool:
-        """Whether tokens are sent to the dp ranks of their experts, and not gathered from all of them."""
-        return self.by_expert and not self.grouped and self.dp > 1
+        """Whether tokens are sent to the tp groups of their experts, and not gathered from all of them."""
+        return self.by_expert and not self.grouped and self.groups > 1
 
     @property
     def expert_tensor_parts(self) -> int:
@@ -109,12 +129,13 @@ class Layout:
 
     @property
     def name(self) -> str:
-        return f"tp{self.tp} dp{self.dp} ep{self.ep} pp{self.pp}" + (f" dcp{self.dcp}" if self.dcp > 1 else "")
+        more = (f" {name}{degree}" for name, degree in (("dcp", self.dcp), ("pcp", self.pcp)) if degree > 1)
+        return f"tp{self.tp} dp{self.dp} ep{self.ep} pp{self.pp}" + "".join(more)
 
     @property
     def axes(self) -> dict[str, int]:
         """Mesh axes of a stage with more than one device, outermost first."""
-        return {name: size for name, size in (("dp", self.dp), ("tp", self.tp)) if size > 1}
+        return {name: size for name, size in (("dp", self.groups), ("tp", self.tp)) if size > 1}
 
     def check(self, cfg: ModelConfig) -> None:
         """Raises `UsageError` with the equation where the model does not divide."""
@@ -150,7 +171,7 @@ class Layout:
 
     def parts(self, axes: Axes) -> int:
         """How many shares a dim that is cut over `axes` has."""
-        return math.prod(getattr(self, axis) for axis in axes)
+        return math.prod({"dp": self.groups, "tp": self.tp}[axis] for axis in axes)
 
     def cuts(self, weight: Weight) -> tuple[tuple[int, int], ...]:
         """The dims of a weight that are cut, outermost first, and into how many parts."""
@@ -198,7 +219,7 @@ class Layout:
     def require_mesh(self, cfg: ModelConfig | None = None) -> None:
         """Raises `UsageError` where a device's share is none of one array over the mesh: what holds arrays (emulated
         devices, processes, exports) cannot be laid out so. cfg: of the model, whose KV heads may be fewer than tp."""
-        if self.grouped or self.dcp > 1:
+        if self.grouped or self.dcp > 1 or self.pcp > 1:
             raise UsageError(self._no_mesh)
         if cfg is not None and isinstance(cfg.attention, Gqa) and self.tp > cfg.attention.kv_heads:
             raise UsageError(self._no_mesh_of_heads)
@@ -206,7 +227,9 @@ class Layout:
     @property
     def _no_mesh(self) -> str:
         what, instead = "ep between 1 and tp x dp is", f"ep 1 or {self.stage_devices}"
-        if not self.grouped:
+        if self.pcp > 1:
+            what, instead = "pcp above 1 is", "prompts that each tp group computes whole: pcp 1"
+        elif not self.grouped:
             what, instead = "dcp above 1 is", "caches that each tp rank holds whole: dcp 1"
         return (
             f"{self.name}: {what} planned and simulated alone; emulated devices, processes and exports take {instead}"
@@ -237,7 +260,7 @@ class Layout:
 
     def row_copies(self, row: CacheRow) -> int:
         """Devices of a stage that hold the same row of a sequence."""
-        return self.tp // self.dcp // self._row_parts(row)
+        return self.tp * self.pcp // self.dcp // self._row_parts(row)
 
     # --- devices and layers
 
@@ -245,8 +268,9 @@ class Layout:
         """The devices of a replica, in their order."""
         for index in range(self.devices):
             stage, rank = divmod(index, self.stage_devices)
-            dp, tp = divmod(rank, self.tp)
-            yield Place(index, stage, dp, tp, rank // self.expert_tensor_parts)
+            group, tp = divmod(rank, self.tp)
+            dp, pcp = divmod(group, self.pcp)
+            yield Place(index, stage, dp, tp, rank // self.expert_tensor_parts, pcp)
 
     def stage_layers(self, num_layers: int) -> list[range]:
         """The layers of each stage: contiguous, as even as whole layers allow, the longer stages first."""

@@ -128,13 +128,25 @@ def test_a_model_by_other_names() -> None:
         (dict.fromkeys(MEASURED, ""), "no figure"),
         ({"concurrency": "", "num_prompts": "", "rate": "inf"}, "neither concurrency"),
         ({"chip": "h300"}, "h300"),
-        ({"server_flags": "--tp 8 --attn-cp-size 8"}, "prefill context parallelism"),
+        ({"server_flags": "--tp 8 --attn-cp-size 3"}, "tp 8 is not cut over 3 ranks"),
     ],
 )
 def test_what_cannot_be_read(changed: dict[str, str], mentions: str) -> None:
     with pytest.raises(Failure, match=mentions) as error:
         read({**ROW, **changed})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "tp", "pcp"),
+    [("--attn-cp-size 8", 1, 8), ("--enable-nsa-prefill-context-parallel --attn-cp-size 4", 2, 4),
+     ("--enable-prefill-cp", 1, 8), ("-pcp 2", 8, 2), ("--prefill-context-parallel-size 1", 8, 1), ("", 8, 1)],
+)  # fmt: skip
+def test_prompts_that_are_cut_over_ranks(flags: str, tp: int, pcp: int) -> None:
+    """SGLang's ranks are some of its tp, vLLM's are beside it."""
+    row = {**ROW, "tp": "8", "dp": "1", "ep": "", "devices": str(tp * pcp), "server_flags": flags}
+    found = read(row).layout
+    assert (found.tp, found.pcp) == (tp, pcp)
 
 
 def test_a_server_that_was_tuned_has_graphs_for_its_clients() -> None:

@@ -52,7 +52,7 @@ def test_a_saturated_row_is_called_so() -> None:
     """TTFT rises from 0.7 s at 16 to 2.3 s at 64 in flight: prompts wait for KV pages."""
     (saturated,) = [row for row in scored(SILICON) if row.saturated]
     assert saturated.name == "deepseek-v3 h200-sxm sglang 8192/1024 c64"
-    assert saturated.error("ttft_ms") <= 0.50
+    assert saturated.error("ttft_ms") <= 0.55
 
 
 def test_ascend_steps() -> None:

@@ -115,6 +115,7 @@ def plan(
     ep: Annotated[int | None, typer.Option(min=1, help="Hold the expert groups to this.")] = None,
     pp: Annotated[int | None, typer.Option(min=1, help="Hold pipeline stages to this.")] = None,
     dcp: Annotated[int | None, typer.Option(min=1, help="Hold decode context parallelism to this.")] = None,
+    pcp: Annotated[int | None, typer.Option(min=1, help="Hold prefill context parallelism to this.")] = None,
     prefill_tp: HeldPrefillTp = None,
     prefill_dp: HeldPrefillDp = None,
     prefill_ep: HeldPrefillEp = None,
@@ -179,7 +180,7 @@ def plan(
         of_engine,
         {
             axis: degree
-            for axis, degree in (("tp", tp), ("dp", dp), ("ep", ep), ("pp", pp), ("dcp", dcp))
+            for axis, degree in (("tp", tp), ("dp", dp), ("ep", ep), ("pp", pp), ("dcp", dcp), ("pcp", pcp))
             if degree is not None
         },
         max_pp,

@@ -75,6 +75,7 @@ def simulate(
     ] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 1,
     dcp: Annotated[int, typer.Option(min=1, help="Ranks of a tp group that deal out a cache's tokens.")] = 1,
+    pcp: Annotated[int, typer.Option(min=1, help="tp groups that compute a prompt's tokens together.")] = 1,
     engine: Annotated[str, typer.Option(autocompletion=completion.engines, help=ENGINES_HELP)] = "sglang",
     formats: Annotated[
         str | None,
@@ -175,10 +176,11 @@ def simulate(
         cfg = model_override(cfg, path, value)
     found = chip_with(profile, chip)
     within("--devices", devices, MOST_DEVICES)
-    layout = Layout(tp or max(1, devices // (dp * pp)), dp, ep, pp, dcp)
+    layout = Layout(tp or max(1, devices // (dp * pcp * pp)), dp, ep, pp, dcp, pcp)
     if devices % layout.devices:
+        groups = f"dp {dp}" if pcp == 1 else f"pcp {pcp}"
         raise UsageError(
-            f"{devices} devices / (tp {layout.tp} x dp {dp} x pp {pp} = {layout.devices}) = "
+            f"{devices} devices / (tp {layout.tp} x {groups} x pp {pp} = {layout.devices}) = "
             f"{devices / layout.devices:.3f}: not a whole number of replicas"
         )
     if accept is not None and acceptance is not None:

@@ -151,7 +151,7 @@ def activation_bytes(cfg: ModelConfig, layout: Layout, step_tokens: int) -> floa
     ffn = 4 * d + 3 * cfg.dense_intermediate // layout.tp
     if cfg.moe:
         parts = layout.expert_tensor_parts
-        tokens = layout.dp if parts > 1 else 1  # tokens of all dp groups meet in experts whose width is split
+        tokens = layout.groups if parts > 1 else 1  # tokens of all groups meet in experts whose width is split
         inner = cfg.moe.intermediate / parts
         ffn = max(ffn, 2 * d + cfg.moe.top_k * tokens * (d + 3 * inner))
     index = 2 * cfg.indexer.heads * cfg.indexer.head_dim if cfg.indexer else 0

@@ -54,7 +54,7 @@ def pool_of(
     for index in range(replicas * layout.devices):
         replica, within = divmod(index, layout.devices)
         place = places[within]
-        ranks = {"tp": place.tp, "dp": place.dp, "ep": place.ep}
+        ranks = {"tp": place.tp, "dp": place.dp, "ep": place.ep, **({"pcp": place.pcp} if layout.pcp > 1 else {})}
         layers = (stages[place.stage].start, stages[place.stage].stop)
         node = first_node + index // per_node
         devices.append(

@@ -51,6 +51,7 @@ class ChipChoice:
     """What a chip comes to under an engine. plan: the fewest nodes that meet the targets, or the nearest where none of
     those tried does; None where there is none, and `reason` says why. bands: of "ttft", "tpot" and "throughput". tried:
     other numbers of devices, and what they missed. board_power: most that a device draws, W, where its profile says.
+    at_most: no further node was allowed.
     """
 
     profile: str
@@ -61,6 +62,7 @@ class ChipChoice:
     reason: str = ""
     board_power: Figure | None = None
     tried: tuple[tuple[int, str], ...] = ()
+    at_most: bool = False
 
     @property
     def figures(self) -> Predicted:
@@ -193,8 +195,10 @@ class _Choosing:
         models = self._models()
         least = min((self._least(model) for model in models), default=None)
         assert least is not None
-        start = least if least <= self.most else self._nearest(models)
-        self._search(models, start, climbing=least <= self.most)
+        if least <= self.most:
+            self._search(models, least)
+        else:
+            self._near(models, *self._nearest(models))
         done = {count: found for count, found in self.played.items() if found}
         name, engine = self.profile.name, models[0].option.spec.engine.name
         if not done:
@@ -210,16 +214,16 @@ class _Choosing:
         ]
         plan = dataclasses.replace(chosen.plan, predicted=chosen.figures)
         power = self.profile.get("chip.board_power_w")
-        return ChipChoice(name, engine, self.node, plan, chosen.bands, "", power, tuple(tried))
+        at_most = best == self.most
+        return ChipChoice(name, engine, self.node, plan, chosen.bands, "", power, tuple(tried), at_most)
 
-    def _search(self, models: list[OptionPrices], start: int, climbing: bool) -> None:
+    def _search(self, models: list[OptionPrices], start: int) -> None:
         """Simulates numbers of nodes: up until one meets the targets, then down to the fewest that is tried."""
         below, at = 0, start
         while self._goes_on and self._miss(models, at):
-            if not climbing or at == self.most:
+            if at == self.most:
                 return
-            below = at
-            at = min(self.most, at + max(1, math.ceil(at * min(self._miss(models, at), 1.0) / 2)))
+            below, at = at, self._more(models, at)
         while self._goes_on and at - below > 1:
             middle = at - 1 if not below else (at + below) // 2
             if not any(model.option.devices <= middle * self.node for model in models):
@@ -228,6 +232,16 @@ class _Choosing:
                 below = middle
             else:
                 at = middle
+
+    def _near(self, models: list[OptionPrices], start: int, miss: float) -> None:
+        """Simulates numbers of nodes up until one comes as near to the targets as `miss`, by which estimates do."""
+        at = start
+        while self._goes_on and self._miss(models, at) > 1.05 * miss + 0.01 and at < self.most:
+            at = self._more(models, at)
+
+    def _more(self, models: list[OptionPrices], nodes: int) -> int:
+        """Nodes to try next where so many miss the targets."""
+        return min(self.most, nodes + max(1, math.ceil(nodes * min(self._miss(models, nodes), 1.0) / 2)))
 
     @property
     def _goes_on(self) -> bool:
@@ -303,15 +317,16 @@ class _Choosing:
             low, high = (low, middle) if meets(middle) else (middle, high)
         return high
 
-    def _nearest(self, models: list[OptionPrices]) -> int:
-        """Of doubled numbers of nodes the first that comes about as near to the targets as any."""
+    def _nearest(self, models: list[OptionPrices]) -> tuple[int, float]:
+        """Of doubled numbers of nodes the first that comes about as near to the targets as any, and by how much that
+        one misses them."""
         counts = sorted({min(2**i, self.most) for i in range(self.most.bit_length() + 1)})
         missed = {}
         for count in counts:
             if found := [each for model in models if (each := self._at(model, count))]:
                 missed[count] = min(estimate.misses(self.question.demand) for _, estimate in found)
         least = min(missed.values())
-        return next(count for count, miss in missed.items() if miss <= 1.05 * least + 0.01)
+        return next((count, miss) for count, miss in missed.items() if miss <= 1.05 * least + 0.01)
 
     # --- simulation
 
@@ -375,11 +390,14 @@ def row_of(choice: ChipChoice, price: float | None) -> dict[str, Any]:
     made = choice.inside("throughput", tokens)
     stat = plan.demand.statistic
     cost = None if price is None else price * choice.devices / 3600 * 1e6
+    missed = got.missed(plan.demand)
+    if missed and choice.at_most:
+        missed = [*missed, f"{choice.devices} devices are all that --max-devices allows"]
     board = choice.board_power
     power = None if board is None else board.value * choice.devices
     return {
         **row,
-        "reason": "; ".join(got.missed(plan.demand)),
+        "reason": "; ".join(missed),
         "meets_targets_if_slow": choice.met_if_slow,
         "devices": choice.devices,
         "devices_if_slow": choice.devices_if_slow,

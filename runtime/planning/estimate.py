@@ -152,8 +152,10 @@ class OptionPrices:
             engine, NO_CONTEXTS, 1, [(chunk, int(self.cached) + (new - chunk) // 2)] * together, together
         )
         each = step_seconds(engine, self.pricer.seconds(shape), shape) * new / (together * chunk)
-        front = engine.front_seconds(self.prompt) * (1 if engine.front_end_per_rank else self.ranks)
-        behind = 2 * front + each if engine.front_end_gathers else max(front, each)  # twice: all wait for the last
+        sharing = 1 if engine.front_end_per_rank else self.ranks
+        front, tokens = sharing * engine.front_seconds(0), sharing * self.prompt * engine.tokenize_seconds_per_token
+        # twice: all wait for the last
+        behind = 2 * front + max(tokens, each) if engine.front_end_gathers else max(front + tokens, each)
         here = math.ceil(clients * self.ranks / places)
         share = min(1.0, here / closed_loop_requests(self.demand, here))
         return share * behind * (running - 1) / 2

@@ -148,7 +148,9 @@ def _shares(cfg: ModelConfig, pool: Pool) -> tuple[Share, ...]:
     return tuple(
         Share(
             name,
-            sum(held.get(name, 0.0) for held in stages.values()) * (pool.layout.tp / copies[name]) / pool.page_tokens,
+            sum(held.get(name, 0.0) for held in stages.values())
+            * (pool.layout.tp * pool.layout.pcp / copies[name])
+            / pool.page_tokens,
             copies[name],
         )
         for name in names

@@ -279,12 +279,14 @@ def layouts(
     held: int | None = None,
     groups: int | None = None,
     dealt: Callable[[int], Iterable[int]] = lambda tp: (1,),
+    cut: int = 1,
 ) -> Iterator[tuple[Layout, list[int]]]:
     """Every tp x dp, with experts by tensor and by expert, and the numbers of stages to try with it, fewest first: the
     one that is held to, or several.
 
     groups: of experts, beside those: so many where they divide tp x dp; 0: what lies between, up to `_GROUPED`.
-    dealt: of a tp, the ranks that a cache's tokens are dealt out to.
+    dealt: of a tp, the ranks that a cache's tokens are dealt out to. cut: tp groups that a prompt is cut over, in all
+    of them.
     Stages have a number of devices that divides `devices` or is a power of two.
     """
     sizes = {size for size in range(1, devices + 1) if devices % size == 0 or size & (size - 1) == 0}
@@ -295,7 +297,10 @@ def layouts(
         for tp in (tp for tp in range(1, size + 1) if size % tp == 0):
             for dcp in dealt(tp):
                 for ep in sorted({1, size, *_groups(size, groups)}):
-                    yield Layout(tp=tp, dp=size // tp, ep=ep, dcp=dcp), stages
+                    if cut == 1:
+                        yield Layout(tp=tp, dp=size // tp, ep=ep, dcp=dcp), stages
+                    elif tp * cut == size and dcp == 1:
+                        yield Layout(tp=tp, ep=ep, pcp=cut), stages
 
 
 def _dealt(question: Question, profile: Profile) -> Callable[[int], Iterable[int]]:
@@ -334,7 +339,8 @@ def options(question: Question, profile: Profile, devices: int) -> tuple[list[Op
     rejected = {each.name: each.reason for each in left_out}
     most = sum(question.demand.longest) + question.drafts
     groups = question.held.get("ep", 0 if load(question.engine).expert_groups and question.cfg.moe else None)
-    searched = layouts(devices, question.held.get("pp"), groups, _dealt(question, profile))
+    cut = question.held.get("pcp", 1)
+    searched = layouts(devices, question.held.get("pp"), groups, _dealt(question, profile), cut)
     held = [(base, stages) for base, stages in searched if question.admits(base)]
     if not held:
         asked = ", ".join(f"{axis} {degree}" for axis, degree in question.held.items())

@@ -100,6 +100,8 @@ def decode_block(book: PriceBook, layer: MlaLayer) -> Tabulated | None:
     kernel = block_kernel(book, layer, "decode")
     if kernel is None:
         return None
+    if layer.mode == "dense" and layer.kv_format == "bf16" and (more := book.latent_decode_more_s):
+        kernel = replace(kernel, constants=replace(kernel.constants, launch_s=kernel.constants.launch_s + more))
 
     def features(batch: Any, context: Any) -> Mapping[str, Any]:
         return {**_block_features(layer), "sequences": batch, "tokens": batch, "context": context}
@@ -158,13 +160,14 @@ def decode(book: PriceBook, layer: MlaLayer, sequences: float, context: float) -
 
 
 def prefill(book: PriceBook, layer: MlaLayer, tokens: float, prefix: float = 0.0, sequences: int = 1,
-            *, host_launched: bool = True) -> Price:  # fmt: skip
+            *, host_launched: bool = True, beside: float = 0.0) -> Price:  # fmt: skip
     """One prefill step of one block: `tokens` new tokens over `sequences`, each after `prefix` cached ones.
 
-    A sparse layer whose sequences stay within `index_topk` keys attends densely where the engine's release does and
-    that path was measured.
+    beside: tokens of the same chunks that other devices compute, in pieces from both ends, so that all have as many
+    keys. A sparse layer whose sequences stay within `index_topk` keys attends densely where the engine's release does
+    and that path was measured.
     """
-    layer, keys = _prefill_path(book, layer, tokens, prefix, sequences)
+    layer, keys = _prefill_path(book, layer, tokens + beside, prefix, sequences)
     absorbed = _absorbed(book, layer, prefix * sequences)
     block = prefill_block(book, layer, sequences, host_launched=host_launched)
     if block is None:
@@ -174,8 +177,8 @@ def prefill(book: PriceBook, layer: MlaLayer, tokens: float, prefix: float = 0.0
     if layer.mode == "dense" and absorbed and block:  # what was measured expands the heads
         more = _absorbing(book, layer, tokens, keys, sequences)
         return replace(price, seconds=price.seconds + more, evidence=weakest((price.evidence, "transferred")))
-    if layer.mode == "dense" and not absorbed and prefix > 0:
-        return total([price, _expanding_cached(book, layer, tokens, prefix * sequences)])
+    if layer.mode == "dense" and not absorbed and prefix * sequences + beside > 0:
+        return total([price, _expanding_cached(book, layer, tokens, prefix * sequences + beside)])
     return price
 
 

@@ -27,6 +27,8 @@ from runtime.pricing.choices import (
     dense_prefill,
     fused_reduce,
     fused_shared,
+    latent_decode,
+    ring_reduce,
     table_choices,
     unpacked_decode,
     untuned_experts,
@@ -206,6 +208,17 @@ class PriceBook:
         choice = absorbed_prefill(*self._chooses)
         return choice is not None and 0 < cached_tokens < choice.below
 
+    def reduced_by_rings(self, total_bytes: float, devices: int, nodes: int) -> float:
+        """What an all-reduce takes, over what its table says, where the engine keeps the switches from reducing."""
+        choice = ring_reduce(*self._chooses)
+        return choice.slower(total_bytes) if choice and devices >= choice.devices and nodes == 1 else 1.0
+
+    @property
+    def latent_decode_more_s(self) -> float:
+        """What dense attention of answers in a 16-bit latent takes more a call than its table says, in seconds."""
+        choice = latent_decode(*self._chooses)
+        return choice.more_s if choice else 0.0
+
     @property
     def prefills_densely(self) -> bool:
         """Whether sparse attention reads prompts that it would select whole as dense layers do."""
@@ -230,18 +243,15 @@ class PriceBook:
     def time(self, kernel: Kernel, features: Mapping[str, Any], weight_format: str = "bf16") -> Timing:
         if self.wide != "bf16":  # then everything is computed in it
             weight_format = self.wide
-        timing = kernel.time(features, self.chip.peak(weight_format), self.chip.memory_bandwidth_bytes_per_s)
+        # measured in short bursts, at a clock that long products do not keep; memory and launches keep theirs
+        clock = self.chip.sustained_clock_fraction
+        timing = kernel.time(features, self.chip.peak(weight_format), self.chip.memory_bandwidth_bytes_per_s, clock)
         if kernel.rates is None:  # a machine's own rates were measured through its caches
             seconds = timing.seconds
             if self.chip.cache_bytes:
                 seconds = seconds + self._cold_seconds(kernel, features)
             timing = replace(timing, seconds=np.maximum(seconds, self._least_seconds(kernel, features, weight_format)))
-        if self.chip.sustained_clock_fraction == 1:
-            return timing
-        # measured in short bursts, at a clock that long steps do not keep
-        computes = timing.bound == KERNEL_BOUNDS.index("compute")
-        seconds = np.where(computes, timing.seconds / self.chip.sustained_clock_fraction, timing.seconds)
-        return replace(timing, seconds=seconds)
+        return timing
 
     def _cold_seconds(self, kernel: Kernel, features: Mapping[str, Any]) -> Array:
         return kernel.cold_bytes(features, self.chip.cache_bytes) / self.chip.memory_bandwidth_bytes_per_s

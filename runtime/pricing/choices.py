@@ -5,8 +5,11 @@ A choice holds from its release on, until one of the same engine and kind that i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeVar
+
+import numpy as np
 
 from runtime.pricing.eras import order
 
@@ -55,6 +58,32 @@ class FusedShared(KernelChoice):
     not_formats: frozenset[str] = frozenset({"w4afp8"})
 
 
+@dataclass(frozen=True)
+class RingReduce(KernelChoice):
+    """All-reduces of NCCL on one server that go round its devices, where the tables have them in the switches (NVLS).
+
+    devices: from how many on that is slower. ratios: of the two, by bytes of the whole vector; from the first on, which
+    is larger than what engines reduce with kernels of their own.
+    """
+
+    devices: int = 8
+    ratios: tuple[tuple[float, float], ...] = ((2**24, 1.0), (2**25, 1.10), (2**26, 1.13), (2**27, 1.20), (2**28, 1.22),
+                                               (2**29, 1.25), (2**30, 1.28))  # fmt: skip
+
+    def slower(self, total_bytes: float) -> float:
+        """The ratio at a size, linear in its logarithm."""
+        sizes, ratios = zip(*self.ratios, strict=True)
+        return float(np.interp(math.log(total_bytes), np.log(sizes), ratios))
+
+
+RING_REDUCES = (
+    RingReduce("sglang", "0.4.3", frozenset({"hopper"}), None,
+               "sglang entrypoints/engine.py _set_envs_and_config, 0.5.3 to 0.5.14: NCCL_NVLS_ENABLE=0 unless "
+               "--enable-nccl-nvls; PR 3502: 1023 us against 844 with it on 8 H100. Ratios: aiconfigurator-core 0.12, "
+               "h100_sxm vllm 0.14.0 over 0.19.0 and sglang 0.5.14, eager and captured; at most 370 and 480 GB/s "
+               "(nccl-tests issue 212), alike up to 4 devices (nccl issue 1455)"),
+)  # fmt: skip
+"""On Blackwell nothing was measured; there rings would reach what NVLS does."""
 _TRITON = frozenset({"ampere", "hopper"})
 """Where SGLang runs FP8 and 16-bit experts in Triton; flashinfer_trtllm, its choice on Blackwell, turns fusing off."""
 FUSED_SHARED = (
@@ -140,6 +169,23 @@ ABSORBED_PREFILLS = (
 
 
 @dataclass(frozen=True)
+class LatentDecode(KernelChoice):
+    """Dense attention of answers in a 16-bit latent by another kernel than the table's, in releases before `until`: it
+    takes so many seconds more a call (`more_s`), at any batch and context."""
+
+    until: str
+    more_s: float
+
+
+LATENT_DECODES = (
+    LatentDecode("vllm", "0.8", frozenset({"hopper"}), None,
+                 "vllm PR 27363 (2025-10-22, in 0.11.1): FlashMLA, the default of Hopper since PR 14451, against "
+                 "FlashAttention's, with 16 heads and 1,024 tokens: 43 and 31 us for 1 sequence, 84 and 71 us for 128",
+                 until="0.11.1", more_s=13e-6),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class DensePrefill(KernelChoice):
     """Sparse attention of prompts that its selection would take whole: with expanded heads and no indexer, as dense
     layers attend, instead of in the latent."""
@@ -220,6 +266,17 @@ def table_choices(engine: str, release: str, family: str) -> tuple[TableChoice, 
 def absorbed_prefill(engine: str, release: str, family: str) -> AbsorbedPrefill | None:
     """What a release chooses; None where prompts are always computed with expanded heads."""
     return _chosen(ABSORBED_PREFILLS, engine, release, family)
+
+
+def ring_reduce(engine: str, release: str, family: str) -> RingReduce | None:
+    """How a release has NCCL reduce; None where it is left to choose."""
+    return _chosen(RING_REDUCES, engine, release, family)
+
+
+def latent_decode(engine: str, release: str, family: str) -> LatentDecode | None:
+    """What a release runs; None where it is what its table was measured with."""
+    choice = _chosen(LATENT_DECODES, engine, release, family)
+    return choice if choice and (order(release) or ()) < (order(choice.until) or ()) else None
 
 
 def dense_prefill(engine: str, release: str, family: str) -> DensePrefill | None:

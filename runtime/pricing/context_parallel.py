@@ -1,4 +1,5 @@
-"""Attention over a cache whose tokens are dealt out to `across` ranks of a tp group (decode context parallelism).
+"""Attention over a cache whose tokens are dealt out to `across` ranks of a tp group (decode context parallelism), and
+of prompts that are cut over tp groups (`cut_prefill`).
 
 As vLLM does it (v1/attention/backends/mla/common.py, ops/common.py `cp_lse_ag_out_rs`; docs,
 serving/context_parallel_deployment.md), a layer and decode step:
@@ -85,6 +86,23 @@ def _exchanged(book: PriceBook, heads: float, query: int, output: int, across: S
         book.network.collective("all_gather", _SINGLE * of_all * across.devices, across),
         book.network.collective("reduce_scatter", _HALF * of_all * output, across),
     ]
+
+
+def cut_prefill(
+    book: PriceBook, layer: MlaLayer, tokens: int, prefix: float, sequences: int, mine: int, across: Span
+) -> Price:
+    """One prefill step of one block whose `tokens` new tokens are cut over the tp groups of `across`, `mine` on each
+    (prefill context parallelism), in 2n pieces of which each group has one from either end. Each attends with all heads
+    of its tp rank to all keys, whose rows the groups gather before they write them: every one keeps a whole cache.
+
+    vllm PR 46570 (MLA and sparse MLA, 0.28); sglang 0.5.14 layers/cp/zigzag.py and interleave.py gather_kv_cache.
+    """
+    own = attention.prefill(
+        book, layer, mine, prefix, sequences, host_launched=False, beside=float(max(0, tokens - mine))
+    )
+    row = layer.kv_bytes + (layer.index_kv_bytes if layer.mode == "index" else 0)
+    rows = book.network.collective("all_gather", float(row) * tokens, across)
+    return total([replace(own, evidence=weakest((own.evidence, "transferred"))), rows])
 
 
 def gathered(book: PriceBook, layer: MlaLayer, cached_tokens: float, across: Span) -> Price:

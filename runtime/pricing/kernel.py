@@ -83,11 +83,12 @@ def formula(
     peak_flops_per_s: float,
     bandwidth_bytes_per_s: float,
     rates: Rates | None = None,
+    clock: float = 1.0,
 ) -> tuple[Array, NDArray[np.intp]]:
     """Seconds by the formula in the module's docstring, without the grid, and the index of the bound.
 
     With `rates`, efficiencies are read from them at the size of one piece of the work, and every launch of
-    the work counts.
+    the work counts. clock: what products run at, as a share of the clock that the efficiencies were taken at.
     """
     work = FAMILIES[family](features)
     compute_share: Any = constants.compute_efficiency
@@ -97,7 +98,7 @@ def formula(
         compute_share = _share(rates.compute, work.flops / work.pieces)
         memory_share = _share(rates.memory, work.bytes / work.pieces)
         launch = constants.launch_s * work.launches
-    compute = np.asarray(work.flops / (peak_flops_per_s * compute_share), float)
+    compute = np.asarray(work.flops / (peak_flops_per_s * compute_share * clock), float)
     memory = np.asarray(work.bytes / (bandwidth_bytes_per_s * memory_share), float)
     chain = np.asarray(work.steps * constants.step_s, float)
     compute, memory, chain = np.broadcast_arrays(compute, memory, chain)
@@ -131,10 +132,12 @@ class Kernel:
         """Where its prices come from, in words."""
         return frozenset({f"{self.key}: {self.source}"})
 
-    def time(self, features: Features, peak_flops_per_s: float, bandwidth_bytes_per_s: float) -> Timing:
-        """Seconds at each point of the broadcast features."""
+    def time(
+        self, features: Features, peak_flops_per_s: float, bandwidth_bytes_per_s: float, clock: float = 1.0
+    ) -> Timing:
+        """Seconds at each point of the broadcast features. clock: see `formula`."""
         seconds, bound = formula(
-            features, self.family, self.constants, peak_flops_per_s, bandwidth_bytes_per_s, self.rates
+            features, self.family, self.constants, peak_flops_per_s, bandwidth_bytes_per_s, self.rates, clock
         )
         if self.grid is not None:
             seconds = seconds * np.exp(self.grid(features))

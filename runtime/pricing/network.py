@@ -99,11 +99,16 @@ class Network:
             wanted = tables or self._engine
             own = f"{op}/{span.devices}/{wanted}"
             engine = wanted if f"{own}-graph" in self._curves else "sglang"
-            modes = ("graph",) if captured else ("eager", "graph")
-            names = [*(f"{op}/{span.devices}/{engine}-{mode}" for mode in modes), *names]
+            names = [f"{op}/{span.devices}/{engine}-graph", *names]
         for name in names:
             if name in self._curves and self._lies_as_measured(span, span.devices):
-                return self._measured(name, op, span, span.devices).price(total_bytes)
+                found = self._measured(name, op, span, span.devices).price(total_bytes)
+                launched = f"{name.removesuffix('-graph')}-eager"
+                if captured or launched not in self._curves:
+                    return found
+                # buffers are registered in graphs alone; where eager is no slower, that is noise
+                apart = self._measured(launched, op, span, span.devices).price(total_bytes)
+                return max(found, apart, key=lambda price: price.seconds)
         return self._formula(op, total_bytes, span)
 
     def deepep(self, phase: Literal["dispatch", "combine"], mode: Literal["ll", "normal"],

@@ -77,7 +77,7 @@ class Placement:
 def place(layout: Layout, domain: int, node: int, replicas: int = 1) -> Placement:
     """Where `replicas` of a layout sit, one behind another, on servers of `node` devices in domains of `domain`."""
     starts = list(_starts(layout.devices, math.lcm(domain, node), replicas))
-    tp, dp, stage = layout.tp, layout.dp, layout.stage_devices
+    tp, dp, stage = layout.tp, layout.groups, layout.stage_devices
     stages = [start + number * stage for start in starts for number in range(layout.pp)]
 
     def worst(groups: Iterable[Iterable[int]]) -> Span:

@@ -107,7 +107,7 @@ class GraphPricer:
     shared: tables of earlier pricers of the same book and load, which are used and added to: layouts that differ
     in pp, and formats that differ in the cache's, have most of theirs in common. coarse: fewer knots. replicas: how
     many of the layout sit one behind another (see `placement`). sparse_layer_seconds, layer_seconds: of small kernels,
-    a layer with sparse attention or any. time_factor: of what the rest takes.
+    a layer with sparse attention or any. time_factor: of what the rest takes. captured_tokens: as of `Context`.
     """
 
     def __init__(
@@ -124,16 +124,23 @@ class GraphPricer:
         replicas: int = 1,
         layer_seconds: float = 0.0,
         time_factor: float = 1.0,
+        captured_tokens: float = math.inf,
     ):
         self._shared = {} if shared is None else shared
         self._coarse = coarse
         self._grid = coarse_grid() if coarse else token_grid()
+        if 0 < captured_tokens < self._grid[-1]:  # collectives take longer from there on
+            self._grid = np.union1d(self._grid, [captured_tokens, captured_tokens + 1]).astype(int)
         self.cfg, self.layout, self.formats, self.book = cfg, layout, formats, book
         weights = {w.name: w for kind in cfg.layer_counts for w in layer_weights(cfg, kind)}
         weights |= {w.name: w for w in outer_weights(cfg)}
-        self._context = Context(cfg, layout, formats, book, load, weights, replicas=replicas)
+        self._context = Context(
+            cfg, layout.by_groups, formats, book, load, weights, replicas=replicas, captured_tokens=captured_tokens
+        )
         main = [(programs.layers[kind], n) for kind, n in main_kinds(cfg)]
         self._layers = self._table("layers", [*main, (programs.embed, 1)])
+        # where prompts are cut, groups decode the same tokens: a table of its own, as they meet in experts once
+        self._alike = self._table("alike", [*main, (programs.embed, 1)]) if layout.pcp > 1 else self._layers
         self._head = self._table("head", [(programs.head, 1)])
         self._mtp = self._table("mtp", [(_without_head(programs.mtp), 1)]) if programs.mtp else None
         # an engine's small kernels around sparse attention, once a step for each layer that has it
@@ -156,14 +163,17 @@ class GraphPricer:
         return self._shared[key]
 
     def _table(self, name: str, programs: Iterable[tuple[OpList, int]]) -> TokenTable:
-        layout, load = self.layout, self._context.load
-        key = (name, layout.tp, layout.dp, layout.ep, self._context.placement.spans, id(load))
+        layout, load = self._context.layout, self._context.load
+        captured = self._context.captured_tokens
+        key = (name, layout.tp, layout.dp, layout.ep, self._context.placement.spans, captured, id(load))
         context = dataclasses.replace(self._context, mtp=name == "mtp")
-        return self._once(key, lambda: (load, self._tabulate(programs, context)))[
+        groups = self.layout.pcp if name == "alike" else 1
+        return self._once((*key, groups), lambda: (load, self._tabulate(programs, context, groups)))[
             1
         ]  # held, so that its id stays its own
 
-    def _tabulate(self, programs: Iterable[tuple[OpList, int]], context: Context) -> TokenTable:
+    def _tabulate(self, programs: Iterable[tuple[OpList, int]], context: Context, groups: int = 1) -> TokenTable:
+        """groups: of devices that have the same tokens, a share of which each brings where they meet."""
         chosen: list[tuple[TracedOp, int]] = [
             (op, n) for program, n in programs for op in program.ops if outside_attention(op, self.cfg)
         ]
@@ -176,7 +186,9 @@ class GraphPricer:
             priced: dict[int, Price | None] = {}
             for (op, n), first, name in zip(chosen, alike, labels, strict=True):
                 if first not in priced:
-                    priced[first] = price(op, Sizes(int(tokens), 1, 1), context)
+                    meet = op.name == "glm.expert_ffn" or "dp" in op.axes
+                    mine = math.ceil(tokens / groups) if meet else int(tokens)
+                    priced[first] = price(op, Sizes(mine, 1, 1), context)
                 if (found := priced[first]) is not None:
                     parts.setdefault(name, []).append(found.times(n))
             columns.append({name: total(prices) for name, prices in parts.items()})
@@ -252,12 +264,23 @@ class GraphPricer:
             keys = prefix + tokens / sequences / 2
             return attention.gqa(self.book, "prefill", self._gqa_layer, tokens, keys, sequences)
         layer = self._mla_layer(kind)
+        if self.layout.pcp > 1:
+            mine, groups = self._own(tokens), self._context.placement.dp
+            return context_parallel.cut_prefill(self.book, layer, tokens, prefix, sequences, mine, groups)
         found = attention.prefill(self.book, layer, tokens, prefix, sequences, host_launched=False)
         if across:
             return total([found, context_parallel.gathered(self.book, layer, prefix * sequences, across)])
         return found
 
     # --- steps
+
+    def _own(self, prompt_tokens: int) -> int:
+        """Those of a step's prompt tokens that one tp group computes."""
+        return math.ceil(prompt_tokens / self.layout.pcp)
+
+    def _outside(self, rows: int, own: int) -> tuple[TokenTable, int]:
+        """What all but attention is read from, and at how many tokens: rows that decode, and own tokens of prompts."""
+        return (self._layers if own else self._alike), rows + own
 
     def _sizes(self, shape: BatchShape) -> tuple[int, float, int, float, int]:
         """(decode rows, mean context, prefill tokens, mean prefix, prefill chunks) that meet in a kernel.
@@ -281,8 +304,9 @@ class GraphPricer:
     def seconds(self, shape: BatchShape) -> float:
         """Device seconds of a step."""
         rows, context, tokens, prefix, chunks = self._sizes(shape)
-        q = shape.query_tokens
-        out = self._layers.seconds(rows * q + tokens) + self._head.seconds(rows * q + chunks) + self._around_sparse
+        q, own = shape.query_tokens, self._own(tokens)
+        outside, here = self._outside(rows * q, own)
+        out = outside.seconds(here) + self._head.seconds(rows * q + chunks) + self._around_sparse
         for kind, count in self._kinds:
             if rows and tokens and self.book.unpacked_tile:
                 out += count * self._decode_beside(kind, rows, q, context, tokens).seconds
@@ -292,7 +316,7 @@ class GraphPricer:
                 out += count * self._prefill(kind, tokens, round(prefix), chunks).seconds
         if q > 1 and self._mtp:
             kind = self.cfg.mtp_type
-            out += self._mtp.seconds(rows * q + tokens) + (q - 2) * self._mtp.seconds(rows)
+            out += self._mtp.seconds(rows * q + own) + (q - 2) * self._mtp.seconds(rows)
             out += self._head.seconds(rows + chunks) + (q - 2) * self._head.seconds(rows)
             if rows:
                 out += self._decode_beside(kind, rows, q, context, tokens).seconds
@@ -300,15 +324,16 @@ class GraphPricer:
             if tokens:
                 out += self._prefill(kind, tokens, round(prefix), chunks).seconds
         if self.layout.pp > 1:
-            out += self._hops(rows * q + tokens).seconds
+            out += self._hops(rows * q + own).seconds
         return self._time_factor * out + self._small
 
     def price(self, shape: BatchShape) -> StepPrice:
         """The full price: by op, by what bounds it, and how it is known."""
         rows, context, tokens, prefix, chunks = self._sizes(shape)
-        q = shape.query_tokens
+        q, own = shape.query_tokens, self._own(tokens)
+        outside, here = self._outside(rows * q, own)
         parts: list[tuple[str, Price]] = [
-            *self._layers.prices(rows * q + tokens).items(),
+            *outside.prices(here).items(),
             *self._head.prices(rows * q + chunks).items(),
         ]
         if self._around_sparse:
@@ -324,7 +349,7 @@ class GraphPricer:
                 parts.append(("attention", found.times(count)))
         if q > 1 and self._mtp:
             kind = self.cfg.mtp_type
-            drafting = [*self._mtp.prices(rows * q + tokens).values(), *self._head.prices(rows + chunks).values()]
+            drafting = [*self._mtp.prices(rows * q + own).values(), *self._head.prices(rows + chunks).values()]
             again = [*self._mtp.prices(rows).values(), *self._head.prices(rows).values()]
             if rows:
                 drafting.append(self._decode_beside(kind, rows, q, context, tokens))
@@ -334,7 +359,7 @@ class GraphPricer:
             drafting += [p.times(q - 2) for p in again]
             parts.append(("mtp", total(drafting)))
         if self.layout.pp > 1:
-            parts.append(("pipeline", self._hops(rows * q + tokens)))
+            parts.append(("pipeline", self._hops(rows * q + own)))
         if self._time_factor != 1:
             named = frozenset({f"engine.kernel_time_factor {self._time_factor:g}"})
             slower = (part.times(self._time_factor) for _, part in parts)

@@ -36,7 +36,8 @@ FUSED = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What prices depend on besides shapes."""
+    """What prices depend on besides shapes. captured_tokens: of the largest step whose kernels are replayed from a
+    graph; those of larger ones are launched from the host."""
 
     cfg: ModelConfig
     layout: Layout
@@ -46,6 +47,7 @@ class Context:
     weights: Mapping[str, Weight]
     mtp: bool = False
     replicas: int = 1
+    captured_tokens: float = math.inf
 
     @property
     def placement(self) -> Placement:
@@ -199,9 +201,12 @@ def collective(op: TracedOp, sizes: Sizes, context: Context) -> Price:
         mode = "ll" if tokens <= 256 else "normal"
         share = max(1, tokens // layout.tp)  # each tp rank sends its part of the group's tokens
         return network.deepep(phase, mode, share, context.cfg.hidden_size, moe.top_k, placement.stage)
-    span = placement.span(op.axes)
-    plain = network.collective(kind, float(size), span)  # type: ignore[arg-type]
-    fused = context.book.fused_reduce(context.cfg.model_type)
+    span, model = placement.span(op.axes), context.cfg.model_type
+    captured = sizes.b * sizes.t <= context.captured_tokens
+    plain = network.collective(kind, float(size), span, captured=captured)  # type: ignore[arg-type]
+    if kind == "all_reduce":
+        plain = plain.lasting(plain.seconds * context.book.reduced_by_rings(float(size), span.devices, span.nodes))
+    fused = context.book.fused_reduce(model)
     if fused is None or kind != "all_reduce" or layout.dp > 1 or span.nodes > 1:
         return plain
     if op.inputs[0].elements(sizes) // context.cfg.hidden_size > fused.most_tokens:

@@ -232,9 +232,15 @@ class Loop:
         self._arrive(request, 1)
 
 
+_TOKENIZED_TOGETHER = 32
+"""vllm 0.11.0 utils AsyncMicrobatchTokenizer: max_batch_size, in an executor of one thread; asked for by each request
+after its chat template, and handed on batch by batch."""
+
+
 class FrontEnd:
     """What requests pass before the scheduler, one process: it works on them in the order that they came. Where it
-    `gathers`, all that wait as it turns to them go on together, when it is through with the last of them.
+    `gathers`, all that wait as it turns to them go on together, when it is through with the last of them, to a
+    tokenizer beside it.
 
     free_at: when it could begin another request. waiting: what it has not begun, and when each would be done. busy: it
     gathers, and has begun.
@@ -242,6 +248,7 @@ class FrontEnd:
 
     def __init__(self, engine: Engine):
         self.free_at = -math.inf
+        self._tokenized_at = -math.inf
         self.waiting: list[tuple[Request, float]] = []
         self.busy = False
         self._engine = engine
@@ -250,13 +257,25 @@ class FrontEnd:
         return self.free_at < other.free_at
 
     def take(self, request: Request) -> None:
-        self.free_at = max(request.sent_at, self.free_at) + self._engine.front_seconds(request.prompt_tokens)
+        tokens = 0 if self._engine.front_end_gathers else request.prompt_tokens
+        self.free_at = max(request.sent_at, self.free_at) + self._engine.front_seconds(tokens)
         self.waiting.append((request, self.free_at))
 
     def serve(self) -> list[tuple[Request, float]]:
         """Begins all that waits: (request, when it leaves)."""
         leaving, self.waiting, self.busy = self.waiting, [], self._engine.front_end_gathers
-        return [(request, self.free_at) for request, _ in leaving] if self.busy else leaving
+        return self._tokenized([request for request, _ in leaving]) if self.busy else leaving
+
+    def _tokenized(self, requests: list[Request]) -> list[tuple[Request, float]]:
+        """What the front end is through with at `free_at`: (request, when its batch has tokens)."""
+        found: list[tuple[Request, float]] = []
+        for first in range(0, len(requests), _TOKENIZED_TOGETHER):
+            batch = requests[first : first + _TOKENIZED_TOGETHER]
+            tokens = sum(request.prompt_tokens for request in batch)
+            took = tokens * self._engine.tokenize_seconds_per_token
+            self._tokenized_at = max(self._tokenized_at, self.free_at) + took
+            found += [(request, self._tokenized_at) for request in batch]
+        return found
 
 
 def _ranks(

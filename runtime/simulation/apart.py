@@ -23,6 +23,8 @@ def role_refused(spec: Spec, role: PoolRole, placement: bool = False) -> str | N
     """Why the engine does not give a deployment this role, by its layout. placement: with experts that are placed."""
     if role != "serve" and spec.layout.dcp > 1:
         return "no connector described here hands on a cache that is dealt out to tp ranks: dcp 1"
+    if role != "serve" and spec.layout.pcp > 1:
+        return "no connector described here joins a pool whose prompts are cut over tp groups: pcp 1"
     facts = layout_facts(spec.layout, spec.drafts, role, placement)
     return unsupported(spec.engine.kind, spec.engine.release, facts)
 

@@ -252,7 +252,7 @@ def pricer_of(spec: Spec, tables: PriceTables) -> GraphPricer:
         spec.cfg,
         spec.layout,
         spec.formats,
-        _programs(spec.cfg, dataclasses.replace(spec.layout, pp=1, dcp=1), spec.drafts > 0),
+        _programs(spec.cfg, dataclasses.replace(spec.layout.by_groups, pp=1, dcp=1), spec.drafts > 0),
         book,
         experts,
         spec.engine.sparse_layer_seconds,
@@ -261,6 +261,7 @@ def pricer_of(spec: Spec, tables: PriceTables) -> GraphPricer:
         spec.replicas,
         spec.engine.layer_seconds,
         spec.engine.kernel_time_factor,
+        spec.engine.captured_tokens(1 + spec.drafts),
     )
 
 

@@ -147,8 +147,10 @@ class PublishedRow:
 
 _DEALT = r"(?:--decode-context-parallel-size|-dcp)[ =]+(\d{1,6})\b"
 """Decode context parallelism is no column: servers say it in their flags."""
-_CUT_PROMPTS = r"(?:--prefill-context-parallel-size|-pcp|--attn-cp-size)[ =]+(\d{1,6})\b|nsa-prefill-context-parallel"
-"""Prefill context parallelism, of vLLM (from 0.28, PR 46570) and SGLang (from 0.5.14, sparse models): not predicted."""
+_CUT_PROMPTS = r"(?:--prefill-context-parallel-size|-pcp)[ =]+(\d{1,6})\b"
+_CUT_IN_TP = r"(?:--attn-cp-size|--attention-context-parallel-size)[ =]+(\d{1,6})\b"
+_ALL_CUT = r"--enable-(?:(?:nsa-|dsa-)?prefill-context-parallel|prefill-cp)\b"
+"""Prefill context parallelism: of vLLM beside its tp, of SGLang a part of it, all where no number says which."""
 
 
 def read(row: Mapping[str, str], without: Mechanism | None = None) -> PublishedRow:
@@ -158,9 +160,8 @@ def read(row: Mapping[str, str], without: Mechanism | None = None) -> PublishedR
     cfg, profile = model_of(cell["model"]), hw_profiles.load(cell["chip"])
     degrees = {axis: _whole(cell, axis, 1) for axis in ("tp", "dp", "ep", "pp")}
     dealt = re.search(_DEALT, cell["server_flags"])
-    layout = Layout(**degrees, dcp=int(dealt[1]) if dealt else 1)
-    if (cut := re.search(_CUT_PROMPTS, cell["server_flags"])) and cut[1] != "1":
-        raise UsageError(f"server_flags {cut[0]!r}: prefill context parallelism has no price")
+    cut = _cut(cell["server_flags"], degrees)
+    layout = Layout(**degrees, dcp=int(dealt[1]) if dealt else 1, **cut)
     devices = _whole(cell, "devices", layout.devices)
     if devices != layout.devices:
         raise UsageError(f"devices {devices}: tp x dp x pp is {layout.devices}")
@@ -197,6 +198,21 @@ def read(row: Mapping[str, str], without: Mechanism | None = None) -> PublishedR
         older=older,
         without=without,
     )
+
+
+def _cut(flags: str, degrees: dict[str, int]) -> dict[str, int]:
+    """tp groups that a prompt is cut over, by a server's flags. degrees: of the row; what SGLang cuts goes off its tp.
+    Raises `UsageError` where its tp does not divide."""
+    if found := re.search(_CUT_PROMPTS, flags):
+        return {"pcp": int(found[1])}
+    named = re.search(_CUT_IN_TP, flags)
+    if not (named or re.search(_ALL_CUT, flags)):
+        return {}
+    cut = int(named[1]) if named else degrees["tp"]
+    if cut < 1 or degrees["tp"] % cut:
+        raise UsageError(f"server_flags: tp {degrees['tp']} is not cut over {cut} ranks")
+    degrees["tp"] //= cut
+    return {"pcp": cut}
 
 
 def group_of(cell: Mapping[str, str]) -> str:

@@ -8,10 +8,10 @@ import pytest
 import hw_profiles
 from model.hf_config import load_config
 from model.split import Layout
-from runtime.pricing import Chip, open_book
+from runtime.pricing import DEEPSEEK_V3, Chip, attention, open_book
 from runtime.pricing.load import uniform, with_shared
 from runtime.serving.pricing import BatchShape, StepPrice
-from runtime.simulation.build import build, spec_for
+from runtime.simulation.build import PriceTables, build, pricer_of, spec_for
 from tests.cost.chips import CHIPS
 
 
@@ -168,3 +168,62 @@ def test_fp8_experts_of_vllm_are_priced_by_a_table_of_the_kernel_that_a_release_
     kernel = book.named(key)
     assert kernel is not None and f"/{table}/" in kernel.source
     assert bool(kernel.assumed) == (table > f"{release}.0")
+
+
+MIB = 2**20
+
+
+def test_sglang_has_nccl_reduce_in_rings() -> None:
+    """Its servers start with NCCL_NVLS_ENABLE=0; PR 3502 took 1023 us for 844 with it on 8 H100. What its own kernel
+    reduces, up to 8 MiB, fewer devices, and other engines do not change."""
+    rings, free, older, blackwell = (
+        open_book(CHIPS[chip], engine, release=release, family=family)
+        for chip, engine, release, family in (
+            ("h200-sxm", "sglang", "0.5.3", "hopper"), ("h200-sxm", "vllm", "0.13", "hopper"),
+            ("h200-sxm", "sglang", "0.4.1", "hopper"), ("b200-sxm", "sglang", "0.5.3", "blackwell"),
+        )
+    )  # fmt: skip
+    assert 1.1 < rings.reduced_by_rings(200 * MIB, 8, 1) < 1023 / 844 + 0.02
+    assert rings.reduced_by_rings(8 * MIB, 8, 1) == 1
+    assert rings.reduced_by_rings(200 * MIB, 4, 1) == rings.reduced_by_rings(200 * MIB, 8, 2) == 1
+    assert {book.reduced_by_rings(200 * MIB, 8, 1) for book in (free, older, blackwell)} == {1.0}
+    spec = spec_for(load_config("deepseek-v3"), hw_profiles.load("h200-sxm"), Layout(tp=8), "fp8", None, "sglang@0.5.3")
+    took = pricer_of(spec, PriceTables(coarse=True)).price(BatchShape(prefill_chunks=[(8192, 0)])).by_op["psum"]
+    each = rings.network.collective("all_reduce", 8192 * 7168 * 2, 8, captured=False).seconds
+    assert took == pytest.approx(122 * each * rings.reduced_by_rings(8192 * 7168 * 2, 8, 1), rel=0.02)
+
+
+def test_collectives_of_steps_beyond_the_graphs_are_launched_from_the_host() -> None:
+    """aiconfigurator's eager all-reduces of 117 MB take a tenth longer on H200 than those that a graph replays."""
+
+    def psum(tokens: int, **settings: object) -> float:
+        spec = spec_for(
+            load_config("deepseek-v3"), hw_profiles.load("h200-sxm"), Layout(tp=8), "fp8", "bf16", "vllm@0.13",
+            settings, pool_tokens=10**6,
+        )  # fmt: skip
+        return pricer_of(spec, PriceTables(coarse=True)).price(BatchShape(prefill_chunks=[(tokens, 0)])).by_op["psum"]
+
+    network = open_book(CHIPS["h200-sxm"], "vllm", release="0.13", family="hopper").network
+    for tokens, captured in ((400, True), (8192, False)):
+        each = network.collective("all_reduce", tokens * 7168 * 2, 8, captured=captured).seconds
+        assert psum(tokens) == pytest.approx(122 * each, rel=0.02)
+    assert psum(8192) > 1.07 * 122 * network.collective("all_reduce", 8192 * 7168 * 2, 8).seconds
+    assert psum(400, graph_mode="eager") > psum(400)
+
+
+@pytest.mark.parametrize(("engine", "chip", "slower"), [
+    ("vllm@0.11", "h200-sxm", True), ("vllm@0.13", "h200-sxm", False), ("vllm@0.11", "b200-sxm", False),
+    ("sglang@0.5.3", "h200-sxm", False),
+])  # fmt: skip
+def test_vllm_attended_in_the_latent_with_flashmla_before_0_11_1(engine: str, chip: str, slower: bool) -> None:
+    """PR 27363: 13 us a call more than FlashAttention's kernel, which the tables are of, on Hopper."""
+    kind, release = engine.split("@")
+    family = hw_profiles.load(chip).family
+    book, plain = (open_book(CHIPS[chip], kind, release=r, family=family) for r in (release, "0.13"))
+    layer = attention.MlaLayer(DEEPSEEK_V3, 16, "dense")
+    more = [attention.decode(book, layer, b, 1024).seconds - attention.decode(plain, layer, b, 1024).seconds
+            for b in (1, 128)]  # fmt: skip
+    if slower:
+        assert more == pytest.approx([13e-6] * 2, rel=0.25)
+    else:
+        assert book.latent_decode_more_s == 0

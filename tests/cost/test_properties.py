@@ -209,3 +209,20 @@ def test_a_chip_with_less_of_everything_is_not_faster_than_the_measured_one(less
         )
         assert all(a.seconds >= b.seconds * 0.93 for a, b in zip(slow, fast, strict=True)), tokens
         assert {price.evidence for price in slow} <= {"transferred", "assumed"}
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.floats(1.0, 3.0), st.floats(0.7, 1.0), st.integers(1, 40_000), st.sampled_from(LOADS))
+def test_faster_memory_helps_whatever_clock_products_keep(faster: float, clock: float, rows: int, spread) -> None:
+    """Only the products of a kernel go by the clock: none becomes slower as memory ceases to be what bounds it, and
+    one that computes takes as much longer as its clock is lower, one that reads no longer."""
+    plain = CHIPS["h200-sxm"]
+    slow, kept = (replace(plain, sustained_clock_fraction=share) for share in (clock, 1.0))
+    wide = replace(slow, memory_bandwidth_bytes_per_s=faster * plain.memory_bandwidth_bytes_per_s)
+    ran = [open_book(chip).moe(rows, 7168, 2048, 8, spread, 8, 1).seconds for chip in (wide, slow, kept)]
+    assert ran[0] <= ran[1] * (1 + 1e-9)
+    assert ran[2] * (1 - 1e-9) <= ran[1] <= ran[2] / clock * (1 + 1e-9)
+    many, few = (
+        [open_book(chip).gemm(m, 7168, 16384, "fp8-block").seconds for chip in (slow, kept)] for m in (16384, 1)
+    )
+    assert many[0] == pytest.approx(many[1] / clock, rel=0.05) and few[0] == pytest.approx(few[1], rel=0.02)

@@ -77,6 +77,7 @@ def test_targets_out_of_reach_give_the_nearest_plan() -> None:
     assert near.plan is not None and not near.met
     row = row_of(near, None)
     assert "p90 TPOT" in row["reason"] and "0.1 asked" in row["reason"] and row["devices"] == 8
+    assert row["reason"].endswith("; 8 devices are all that --max-devices allows")
     page = choices_page({"model": "m", "load": "l", "targets": [], "currency": "", "choices": [row]})
     assert "missed: p90 TPOT" in page and "h200-sxm" in page and page.count("<table") == 1
 

@@ -106,7 +106,7 @@ def test_every_rule_of_a_table_can_be_reached_and_has_a_source() -> None:
         "vendor": ["NVIDIA", "Huawei"], "role": ["serve", "prefill", "decode"], "model": ["glm-5", "x"],
         "model_type": ["glm_moe_dsa", "deepseek_v32"], "scheme": ["bf16", "fp8", "w8a8", "w4a8", "w4a16"],
         "kv": ["bf16", "fp8", "int8", "f32"], "graph_mode": ["full", "piecewise", "eager"], **{k: [True, False] for k in
-        ("sparse", "fp4", "by_expert", "groups", "drafts", "nodes", "pp", "placement", "same_cache", "tp_fits")},
+        ("sparse", "fp4", "by_expert", "groups", "cut", "drafts", "nodes", "pp", "placement", "same_cache", "tp_fits")},
     }  # fmt: skip
     for engine, release in RELEASES:
         read = table(engine, release)

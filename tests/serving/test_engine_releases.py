@@ -297,6 +297,20 @@ def test_a_front_end_that_gathers_works_as_long_and_lets_nobody_go_before(
     assert left == pytest.approx(wanted)
 
 
+def test_prompts_that_were_gathered_are_tokenized_32_at_a_time_beside_the_front_end() -> None:
+    """80 at once and 8 that come meanwhile: 1 ms each in front, 0.1 ms a token in a thread behind it."""
+    engine = plain_engine(
+        "vllm", request_seconds=0.001, tokenize_seconds_per_token=1e-4, front_end_gathers=True, front_end_per_rank=True
+    )
+    late = [Request(80 + i, 10, 1, sent_at=0.1) for i in range(8)]
+    load = Workload([*(Request(i, 10, 1) for i in range(80)), *late])
+    done = simulate(load, Deployment(engine, LinearPricer(), 50000)).requests
+    first = 0.001 + 0.001  # nobody else is there yet; the other 79 wait for one another
+    wanted = [first, *(0.08 + 0.032,) * 32, *(0.08 + 0.064,) * 32, *(0.08 + 0.079,) * 15]
+    assert [r.queued_at for r in done[:80]] == pytest.approx(wanted)
+    assert [r.queued_at for r in done[80:]] == pytest.approx([0.08 + 0.079 + 0.001, *(0.08 + 0.08 + 0.007,) * 7])
+
+
 def test_bursts_to_vllm_reach_the_scheduler_together() -> None:
     """1,000 chats at once: 0.11 parses the template for each (PR 20065: 6 to 8 s before the first is started), 0.13
     has it cached; SGLang hands on one after another."""

@@ -43,6 +43,8 @@ def engine_for(
         raise UsageError(
             f"{engine.name} {engine.release} has no decode context parallelism{of}: --dcp 1, not {layout.dcp}"
         )
+    if layout.pcp > 1 and (why := _cuts_no_prompts(engine, cfg, layout)):
+        raise UsageError(f"{engine.name} {engine.release} {why}")
     layers = cfg.num_layers / layout.pp
     sparse = layers if cfg.sparse else 0
     derived: Derived = {
@@ -54,6 +56,20 @@ def engine_for(
     if engine.kind in _FORMULAS:
         derived |= _FORMULAS[engine.kind](engine, EngineSite(cfg, profile, layout, drafts, at), given)
     return dataclasses.replace(engine, **{key: value for key, value in derived.items() if key not in given})
+
+
+def _cuts_no_prompts(engine: Engine, cfg: ModelConfig, layout: Layout) -> str | None:
+    """What an engine says of prompts that are cut over tp groups, where it has nothing of the kind."""
+    held = engine.prefill_context_parallel
+    if held == "none" or not isinstance(cfg.attention, Mla) or (held == "sparse" and not cfg.sparse):
+        kind = (
+            "sparse attention" if cfg.sparse else "latent attention" if isinstance(cfg.attention, Mla) else "KV heads"
+        )
+        of = "" if held == "none" else f" for {kind}"
+        return f"has no prefill context parallelism{of}: --pcp 1, not {layout.pcp}"
+    if layout.tp > 1 and not engine.cuts_prompts_beside_tp:
+        return f"cuts prompts over devices that have all heads: --tp 1 with --pcp {layout.pcp}, not {layout.tp}"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +94,14 @@ def _sglang(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived
     recipes often pass 0.85."""
     layout, gib = on.layout, (on.at.built_bytes or on.at.memory_bytes or 1e18) / 2**30
     most = engine.graph_max_batch
-    if layout.tp * layout.dp < 4 and "graph_max_batch" not in given and gib < 160:  # their tp counts both
+    if layout.stage_devices < 4 and "graph_max_batch" not in given and gib < 160:  # their tp counts both
         few = ((1e9, 64),) if on.at.family == "ascend" else ((20, 8), (35, 24), (60, 32), (1e9, 256))
         most = min(most, next(low for limit, low in few if gib < limit))
     sizes = engine.graph_batch_sizes
     if on.drafts:
         sizes = (*range(1, 9), *range(10, 33, 2), *range(40, 65, 4), *range(72, 257, 8), *range(272, most + 1, 16))
     sizes = _captured(sizes, most)
-    whole = engine.graph_mode != "eager" and layout.dp == layout.pp == 1 and on.profile.vendor == "NVIDIA"
+    whole = engine.graph_mode != "eager" and layout.groups == layout.pp == 1 and on.profile.vendor == "NVIDIA"
     pieces = engine.piecewise_step_tokens if whole else 0
     mla = isinstance(on.cfg.attention, Mla)
     if pieces and not mla:

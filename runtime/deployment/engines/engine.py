@@ -211,6 +211,9 @@ class Engine:
         among them (DCP): "none", in models of dense "latent" attention alone, where attention is "dense", grouped
         queries included, or in "any" model, indexers included.
     deals_narrow_cache: whether a cache that is dealt out may be kept in 8 bits.
+    prefill_context_parallel: whether tp groups can compute a prompt's tokens together (PCP): "none", in models of
+        "sparse" attention alone, or of any "latent" attention.
+    cuts_prompts_beside_tp: whether attention's heads may be cut over tp ranks beside that.
 
     Overheads
     graph_step_host_seconds: host work of a step that replays graphs: scheduling, sampling, results.
@@ -235,7 +238,8 @@ class Engine:
     tokenize_seconds_per_token: the tokenizer's share of that work.
     request_delay_seconds: what a request waits on its way to the scheduler's queue beside that, whoever else is there.
     router: how the router before several replicas picks one.
-    front_end_gathers: requests that wait for a front end are handed on together, when it has been through all of them.
+    front_end_gathers: requests that wait for a front end are handed on together, when it has been through all of them,
+        to a tokenizer beside it, which takes up to 32 prompts at a time.
     front_end_per_rank: every rank of attention data parallelism brings a front end, not only every replica.
     response_seconds: from a step's end to the client seeing its tokens.
     stream_interval_tokens: tokens a client receives together. All engines described here send the first
@@ -304,6 +308,8 @@ class Engine:
     drafting_reserve_mib: float = 0.0
     expert_groups: bool = False
     decode_context_parallel: ContextParallel = "none"
+    prefill_context_parallel: Literal["none", "sparse", "latent"] = "none"
+    cuts_prompts_beside_tp: bool = True
     deals_narrow_cache: bool = True
     evidence: Mapping[str, Source] = field(default_factory=dict, repr=False, compare=False)
     fitted: FittedTo | None = None
@@ -355,6 +361,13 @@ class Engine:
         if prompts:
             return tokens <= self.piecewise_step_tokens
         return self.graph_mode == "piecewise" and sequences <= (self.graph_batch_sizes or (0,))[-1]
+
+    def captured_tokens(self, query_tokens: int) -> int:
+        """Tokens of the largest step whose products and collectives are replayed from graphs, of the whole step or of
+        pieces; sequences have `query_tokens` each."""
+        if self.graph_mode == "eager":
+            return 0
+        return max(query_tokens * max(self.graph_batch_sizes, default=0), self.piecewise_step_tokens)
 
     def prompt_padding(self, pieces: Sequence[int]) -> int:
         """Tokens that are computed beside those of a step's pieces of prompts."""

@@ -92,6 +92,7 @@ def layout_facts(layout: Layout, drafts: int, role: str, placement: bool = False
         "role": role,
         "by_expert": layout.by_expert,
         "groups": layout.dp > 1,
+        "cut": layout.pcp > 1,
         "drafts": drafts > 0,
         "pp": layout.pp > 1,
         "placement": placement,

@@ -35,6 +35,10 @@ def _command(server: LaunchServer, rank: int) -> Command:
                 f"the plan splits dense layers over the {layout.tp} ranks of a tp group; SGLang spreads them over all "
                 f"{layout.stage_devices} or keeps them whole"
             )
+    if layout.pcp > 1:
+        line.flag("cut_prompts")
+        line.whole("prompt_groups", layout.pcp)
+        line.flag("prompt_pieces", "zigzag" if layout.dispatches else "interleave")
     if layout.by_expert:
         line.whole("expert", layout.ep)
         if layout.dispatches:

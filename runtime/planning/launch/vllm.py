@@ -126,6 +126,8 @@ def _parallel(server: LaunchServer, line: Line) -> None:
         line.flag("expert")
     if layout.dcp > 1:
         line.whole("cache_ranks", layout.dcp)
+    if layout.pcp > 1:
+        line.whole("prompt_groups", layout.pcp)
 
 
 def _visible(server: LaunchServer, line: Line, first: int, count: int) -> None:
