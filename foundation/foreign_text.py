@@ -16,10 +16,10 @@ from typing import Any
 from foundation.child import Child, ChildFailure
 
 MOST_BYTES = 1 << 26  # of a tokenizer.json; the largest vocabularies take half of it
-MOST_CHARACTERS = 1 << 21
-"""Of a text to encode, twice what a model of 200,000 tokens reads at once. Of twenty kinds of text none took more than
-1.7 s for each million (Chinese and emoji, with a vocabulary of 100,000; long words no more than short ones), and the
-memory is 180 bytes a token, of which a Chinese character has three: 1.1 of 1.6 GB."""
+MOST_TEXT_BYTES = 6 << 20
+"""Of a text to encode, in UTF-8: what a model of 1,000,000 tokens reads at once, of most languages. A byte is a token
+at most, and a token takes 180 bytes of memory: 1.1 of 1.6 GB. Of twenty kinds of text none took more than 1.7 s for
+each million characters (Chinese and emoji, with a vocabulary of 100,000; long words no more than short ones)."""
 WORKER = Child("foundation.text_worker")
 _SECONDS_A_BYTE = 2e-6  # of a text, and of a chat: several times what the slowest that mean well take
 _SECONDS_A_BYTE_READ = 5e-8  # of a tokenizer.json
@@ -80,9 +80,9 @@ class ForeignTokenizer(_Foreign):
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text; asks once for as many as may be long together."""
         for text in texts:
-            if len(text) > MOST_CHARACTERS:
-                taken = f"the {MOST_CHARACTERS:,} that are taken"
-                raise ChildFailure("refused", f"a text of {len(text):,} characters is longer than {taken}")
+            if (size := _utf8_bytes(text)) > MOST_TEXT_BYTES:
+                taken = f"the {MOST_TEXT_BYTES:,} that are taken"
+                raise ChildFailure("refused", f"a text of {size:,} bytes in UTF-8 is longer than {taken}")
         found: list[list[int]] = []
         for some in _together(texts):
             found += self._use("encode", texts=some, add_special_tokens=add_special_tokens)["ids"]
@@ -112,16 +112,21 @@ class ForeignTemplate(_Foreign):
 
 
 def _together(texts: Sequence[str]) -> Iterator[list[str]]:
-    """The texts in order, in groups of at most `MOST_CHARACTERS`."""
+    """The texts in order, in groups of at most `MOST_TEXT_BYTES`."""
     some, size = [], 0
     for text in texts:
-        if some and size + len(text) > MOST_CHARACTERS:
+        more = _utf8_bytes(text)
+        if some and size + more > MOST_TEXT_BYTES:
             yield some
             some, size = [], 0
         some.append(text)
-        size += len(text)
+        size += more
     if some:
         yield some
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def is_tame(decoder: Any) -> bool:

@@ -46,10 +46,11 @@ class DeviceMemory:
     communication_bytes: float
 
     @classmethod
-    def of(cls, profile: ChipFigures, devices: int, groups: int = 1) -> DeviceMemory:
-        """devices: those that talk to each other; one has no buffers for it. groups: of such devices that one is in."""
+    def of(cls, profile: ChipFigures, devices: int, communicators: int = 1) -> DeviceMemory:
+        """devices: those that talk to each other; one has no buffers for it. communicators: groups of them that a
+        device is in."""
         capacity = profile.value("chip.memory.capacity_bytes")
-        of_groups = groups * (profile.number("overhead.communicator_buffer_bytes") or 0.0)
+        of_groups = communicators * (profile.number("overhead.communicator_buffer_bytes") or 0.0)
         buffers = profile.number("overhead.collective_buffer_bytes") or of_groups or COMMUNICATION_BYTES
         return cls(
             capacity,

@@ -163,7 +163,7 @@ def test_a_text_of_any_length_is_encoded_or_refused_at_once(monkeypatch: pytest.
     """And many texts are, in as many requests as it takes."""
     texts = ["a b c", "", "def", "g" * 10]
     expected = TOKENIZER.encode_each(texts)
-    monkeypatch.setattr(foreign_text, "MOST_CHARACTERS", 10)
+    monkeypatch.setattr(foreign_text, "MOST_TEXT_BYTES", 10)
     assert TOKENIZER.encode_each(texts) == expected
-    with pytest.raises(TokenizerError, match=r"tokenizer.json.*11 characters is longer than the 10"):
-        TOKENIZER.encode_each(["a", "g" * 11])
+    with pytest.raises(TokenizerError, match=r"tokenizer.json.*12 bytes in UTF-8 is longer than the 10"):
+        TOKENIZER.encode_each(["a", "語" * 4])
