@@ -138,7 +138,7 @@ def _emulated(backing: Backing, options: SimOptions, found: Opened) -> Opened:
     from runtime.execution.services import pages_here
 
     assert found.config is not None
-    plan = prepare(found.config, options)
+    plan = prepare(found.config, options, computed=backing.tokens == "model")
     if backing.tokens == "model":  # before pricing, which traces: JAX is told its devices before it starts
         adapter = registry.get(backing.backend)
         assert isinstance(adapter, SimBackend)

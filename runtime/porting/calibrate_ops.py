@@ -28,6 +28,7 @@ _EXPERTS, _TOP_K, _HEADS, _LATENT, _VALUE, _PAGE, _SELECTED = 32, 4, 8, 160, 128
 _INDEX_HEADS, _INDEX_DIM = 16, 32
 _WIDTHS = (64, 256, 512)  # of the experts, and of the model around them: the smallest says what a launch takes
 _LAYERS = 4
+_ROUND_S = 1e-3
 FORMAT_OF_DTYPE = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -66,7 +67,8 @@ def measure_kernels(
 def _timed(
     backend: Backend, name: str, fns: Sequence[Callable[..., Any]], cases: Sequence[tuple[Any, ...]], rounds: int
 ) -> list[float]:
-    """Median seconds of each function on its arguments; rounds alternate over them."""
+    """Median seconds of each function on its arguments; rounds alternate over them. In a round a short one is called
+    again and again: what disturbs a machine now and then is long beside it."""
     runs = []
     for number, (fn, args) in enumerate(zip(fns, cases, strict=True)):
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
@@ -76,9 +78,12 @@ def _timed(
     times: list[list[float]] = [[] for _ in cases]
     for _ in range(rounds):
         for run, args, kept in zip(runs, cases, times, strict=True):
-            begin = time.perf_counter()
-            backend.get(run(*args))
-            kept.append(time.perf_counter() - begin)
+            spent = 0.0
+            while spent < _ROUND_S:
+                begin = time.perf_counter()
+                backend.get(run(*args))
+                kept.append(time.perf_counter() - begin)
+                spent += kept[-1]
     return [statistics.median(kept) for kept in times]
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from backends.emulation.backend import SimBackend
+from backends.emulation.memory import OutOfMemory
 from foundation.errors import CapacityError, UsageError
 from model.cache import cache_rows
 from model.checkpoint import Checkpoint
 from model.split import Layout
+from runtime.execution.cluster.options import SimOptions
+from runtime.execution.cluster.session import prepare
 from runtime.execution.services import emulated_service
 from runtime.serving.clock import Virtual
 from runtime.serving.sampling import Sampling
@@ -70,3 +75,23 @@ def test_tokens_are_the_checkpoints_and_times_those_of_made_up_ones(checkpoints:
         emulated_service(cfg, plan)
     with pytest.raises(UsageError, match="--time-scale must be above 0"):
         emulated_service(cfg, plan, next_token=lambda job, place: 1, time_scale=0.0)
+
+
+def test_a_plan_that_devices_are_not_emulated_for_has_its_pace(
+    checkpoints: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    """Experts in groups: nobody computes made-up tokens, so that they only take their time."""
+    cfg = checkpoints["gqa"].config
+    plan, path = plan_of(cfg, Layout(tp=4, ep=2)), tmp_path / "plan.json"
+    plan.write(path)
+    with pytest.raises(UsageError, match="ep between 1 and tp x dp is planned and simulated alone"):
+        prepare(cfg, SimOptions(plan=path))
+    assert prepare(cfg, SimOptions(plan=path), computed=False) == plan
+    with pytest.raises(OutOfMemory, match=r"--scale-memory 0\.0001"):
+        prepare(cfg, SimOptions(plan=path, scale_memory=1e-4), computed=False)
+    priced = ticking(cfg, plan)
+    served = emulated_service(cfg, plan, next_token=lambda job, place: place, clock=Virtual(), priced=priced)
+    client = Client()
+    served.submit([Job((1, 2, 3), 4, Sampling())], [client])
+    assert client.wait().tokens == [0, 1, 2, 3]
+    assert_nothing_is_held(served)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import hw_profiles
-from backends.emulation.memory import Limits, Memory, account
+from backends.emulation.memory import Limits, Memory, OutOfMemory, account
 from foundation.errors import CapacityError, UsageError, first_line
 from foundation.limits import within
 from hw_profiles import Profile
@@ -135,6 +135,18 @@ def check_memory(cfg: ModelConfig, plan: Plan, factor: float = 1.0) -> list[list
         limits = Limits(pool.profile, usable, reserved, pool.formats, pool.kv_pages, pool.page_tokens)
         found.append(account(cfg, grid_of(cfg, pool), limits, pool.devices[0].index, pool.drafts > 0))
     return found
+
+
+def check_ledgers(plan: Plan, factor: float = 1.0) -> None:
+    """The same by what the plan says of its devices, where nothing is put on them. Raises `OutOfMemory`."""
+    for held in (device.ledger for pool in plan.pools for device in pool.devices):
+        there = (held.usable_bytes - held.communication_bytes - held.runtime_bytes) * factor
+        wanted = held.weights_total_bytes + held.kv_bytes + held.activation_bytes + held.workspace_bytes
+        if wanted > there:
+            raise OutOfMemory(
+                f"the plan puts {wanted / 1e9:.2f} GB on a device that has {max(0.0, there) / 1e9:.2f} GB for it "
+                f"(--scale-memory {factor:g})"
+            )
 
 
 def clock_of(cfg: ModelConfig, plan: Plan) -> Deployed:

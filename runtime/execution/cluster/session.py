@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from runtime.serving.executor import StepExecutor
 
 
-def prepare(cfg: ModelConfig, options: SimOptions) -> Plan:
-    """The plan to run, with room on every device for what it puts there. Nothing has been loaded yet.
+def prepare(cfg: ModelConfig, options: SimOptions, computed: bool = True) -> Plan:
+    """The plan to run, with room on every device for what it puts there. Nothing has been loaded yet. computed: as of
+    `runnable`.
 
     Raises `UsageError`, `PlanFileError`, `Unsupported` or `OutOfMemory`.
     """
@@ -48,23 +49,30 @@ def prepare(cfg: ModelConfig, options: SimOptions) -> Plan:
         plan, factor = _on_the_spot(cfg, options), 1.0
     else:
         plan, factor = _planned(cfg, options), options.scale_memory
-    runnable(cfg, plan)
-    deploy.check_memory(cfg, plan, factor)
+    runnable(cfg, plan, computed)
+    if computed:
+        deploy.check_memory(cfg, plan, factor)
+    else:
+        deploy.check_ledgers(plan, factor)
     return plan
 
 
-def runnable(cfg: ModelConfig, plan: Plan) -> None:
-    """Raises `UsageError` for a plan whose steps cannot be emulated."""
+def runnable(cfg: ModelConfig, plan: Plan, computed: bool = True) -> None:
+    """Raises `UsageError` for a plan whose steps cannot be emulated. computed: on devices; otherwise nobody computes
+    them, and they only take their time."""
     for pool in plan.pools:
         if pool.offload.asked:
             raise UsageError(
                 "the plan keeps prompts in memory below the devices', which is not emulated: plan it without "
                 "--kv-host-gb and --kv-disk-gb"
             )
-        deploy.grid_of(cfg, pool).check(cfg)
+        if computed:
+            deploy.grid_of(cfg, pool).check(cfg)
     drafts = sorted({pool.drafts for pool in plan.pools})
     if drafts[-1] and not cfg.mtp_layers:
         raise UsageError(f"{cfg.name} has no MTP layer to draft with: leave out --mtp")
+    if not computed:
+        return
     if len(drafts) > 1:
         raise UsageError(
             f"the plan's pools draft {drafts[0]} and {drafts[-1]} tokens a step, and the MTP layer's rows move with a "
