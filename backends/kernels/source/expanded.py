@@ -49,6 +49,9 @@ def step(
     if MASKED:
         share = tl.where(visible, share, 0.0)
     total = tl.dot(share.to(content.dtype), content, total * shrink[:, None])
+    # It always is. Triton waits for a sum that is looked at, and leaves one that is not to the next block, whose first
+    # product then begins while this one is at work: ptxas makes every product of such a loop wait for itself (C7515).
+    total = tl.where(at < context, total, 0.0)
     return total, most, denominator * shrink + tl.sum(share, 1)
 
 
