@@ -3,7 +3,8 @@
 Device checks: a driver and a GPU must be there (`unavailable` says which is missing), and matrices may
 stay in FP8 only where the chip has e4m3 (compute capability 8.9 and up). On a host without a GPU the
 adapter still exports for `cuda`: kernels are then those of `EXPORTED_FOR`. An artifact with kernels runs on the
-compute capability that it was exported for.
+compute capability that it was exported for. A driver that does not take the kernels' PTX is found out by the smallest
+of them, before any is used: all ops then run as decompositions, and `op_notes` has what the driver said.
 """
 
 from __future__ import annotations
@@ -11,15 +12,22 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
+
+import jax
+import numpy as np
+from jax import export
 
 from backends.errors import ArtifactError
 from backends.interface import Artifact, Capabilities, Executable, Program
-from backends.kernels import library, table
+from backends.kernels import library, table, variants
+from backends.kernels.attention import join
 from backends.kernels.launch import CUSTOM_CALL
 from backends.xla import XlaBackend
-from foundation.errors import UsageError
+from foundation.errors import UsageError, first_line, printable
 from model.ops import OPS
 
 EXPORTED_FOR: library.Capability = (9, 0)
@@ -27,6 +35,8 @@ EXPORTED_FOR: library.Capability = (9, 0)
 _CAPABILITY = "compute_capability"
 SWITCH = "GLM5_KERNELS"
 """An environment variable: "off" runs every op's decomposition, to find out whether a kernel is at fault."""
+
+_OF_PTX = re.compile(r"ptx|cubin|triton|NO_BINARY_FOR_GPU|INVALID_IMAGE|INVALID_SOURCE", re.IGNORECASE)
 
 _FP8_COMPUTE_CAPABILITY = (8, 9)
 _BF16_COMPUTE_CAPABILITY = (8, 0)
@@ -57,19 +67,41 @@ class CudaBackend(XlaBackend):
         return self._compute_capability if self._found[0] else EXPORTED_FOR
 
     def lowerings(self) -> Mapping[str, Callable[..., Any]]:
-        if self.target < library.LEAST or _switched_off():
-            return {}
-        return table.lowerings(self.target)
+        return {} if self._without_kernels() else table.lowerings(self.target)
 
     def op_notes(self) -> Mapping[str, str]:
+        why = self._without_kernels()
+        return dict.fromkeys(OPS, f"decomposition: {why}") if why else table.notes()
+
+    def _without_kernels(self) -> str | None:
+        """Why no op runs as a kernel here, or None."""
         if self.target < library.LEAST:
-            why = f"decomposition: kernels need compute capability {_spelt(library.LEAST)}, not {_spelt(self.target)}"
-            return dict.fromkeys(OPS, why)
-        return dict.fromkeys(OPS, f"decomposition: {SWITCH}=off") if _switched_off() else table.notes()
+            return f"kernels need compute capability {_spelt(library.LEAST)}, not {_spelt(self.target)}"
+        if _switched_off():
+            return f"{SWITCH}=off"
+        return f"the driver does not take kernels ({self._refusal}); a newer one may" if self._refusal else None
+
+    @cached_property
+    def _refusal(self) -> str | None:
+        """What a driver says to the smallest kernel, where it does not take it."""
+        if not self._found[0]:
+            return None
+        try:
+            self._try_a_kernel()
+        except jax.errors.JaxRuntimeError as error:
+            return printable(first_line(error))[:200]
+        return None
+
+    def _try_a_kernel(self) -> None:
+        """Has the smallest kernel run on the device. Raises what JAX does where that fails."""
+        parts, stats = np.ones((1, 2, variants.VALUE), np.float32), np.ones((1, 2, 2), np.float32)
+        run = jax.jit(lambda *given: join(self.target, *given))
+        jax.block_until_ready(run(self.put(parts), self.put(stats)))
 
     def export(self, program: Program) -> Artifact:
         artifact = super().export(program)
-        if CUSTOM_CALL.encode() not in artifact.payload:
+        module = export.deserialize(bytearray(artifact.payload)).mlir_module_serialized
+        if CUSTOM_CALL.encode() not in module:  # the payload around it names the call even where there is none
             return artifact
         return dataclasses.replace(artifact, versions={**artifact.versions, _CAPABILITY: _spelt(self.target)})
 
@@ -81,6 +113,15 @@ class CudaBackend(XlaBackend):
                 "again on a host with such a GPU"
             )
         return super().load(artifact, devices)
+
+    def explain(self, error: Exception) -> ArtifactError | None:
+        """What an executable or `get` raised as a line, where it says that the driver does not take a kernel."""
+        if not isinstance(error, jax.errors.JaxRuntimeError) or not _OF_PTX.search(str(error)):
+            return None
+        return ArtifactError(
+            f"the driver does not take a kernel ({printable(first_line(error))[:200]}): update it, or run without "
+            f"kernels of our own, {SWITCH}=off"
+        )
 
     @property
     def _compute_capability(self) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-from backends.errors import ArtifactError, Unsupported
+from backends.errors import ArtifactError, BackendError, Unsupported
 from foundation.reading import Unreadable, parse_json
 
 _MAGIC, _ARTIFACT_VERSION = b"GLM5ART\n", 2
@@ -204,6 +204,10 @@ class Backend(ABC):
     def exhausted(self, error: Exception) -> bool:
         """Whether what an executable or `get` raised says that memory ran out."""
         return isinstance(error, MemoryError)
+
+    def explain(self, error: Exception) -> BackendError | None:
+        """What an executable or `get` raised as a line that says what to do, where that can be told."""
+        return None
 
     @abstractmethod
     def put(self, array: Any) -> Any:

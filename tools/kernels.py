@@ -40,9 +40,8 @@ def source_hash(variant: Variant) -> str:
 
 def constants_for(variant: Variant, target: int) -> dict[str, Any]:
     """A variant's constants on an architecture."""
-    if "NATIVE" not in variant.constants:
-        return dict(variant.constants)
-    return {**variant.constants, "NATIVE": native_fp8(target)}
+    own = {"NATIVE": native_fp8(target), "LOOK": target == 90}
+    return {name: own.get(name, value) for name, value in variant.constants.items()}
 
 
 def compiled(variant: Variant, target: int) -> Any:

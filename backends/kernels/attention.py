@@ -99,8 +99,15 @@ def _finish(
     lead, parts = query.shape[:3], grid[2]
     sums = [out((*lead, parts, width), jnp.float32), out((*lead, parts, 2), jnp.float32)]
     done = launch(name, capability, sums, grid, operands, numbers)
-    rows = lead[0] * lead[1] * lead[2]
-    (joined,) = launch(f"join_{width}", capability, [out((*lead, width), query.dtype)], (rows,), done, [parts])
+    return join(capability, *(each.reshape(-1, *each.shape[3:]) for each in done)).reshape(*lead, width)
+
+
+def join(capability: Capability, parts: Array, stats: Array) -> Array:
+    """What the splits of a row found, [rows, splits, width] and [rows, splits, 2], as one: bfloat16 [rows, width]."""
+    rows, count, width = parts.shape
+    (joined,) = launch(
+        f"join_{width}", capability, [out((rows, width), jnp.bfloat16)], (rows,), [parts, stats], [count]
+    )
     return joined
 
 

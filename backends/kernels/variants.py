@@ -23,8 +23,9 @@ class Variant:
     """A compiled form.
 
     kernel: "module.function" of `source/`. parameters: name to type, in the source's order, inputs before outputs
-    before numbers. constants: the rest of the source's parameters; None stands for an array that is not there. "NATIVE"
-    among them is left to the target: whether it converts e4m3 itself. warps, stages: of Triton's compiler.
+    before numbers. constants: the rest of the source's parameters; None stands for an array that is not there. Two
+    among them are left to the target: "NATIVE", whether it converts e4m3 itself, and "LOOK", whether it is Hopper.
+    warps, stages: of Triton's compiler.
     """
 
     name: str
@@ -132,7 +133,7 @@ def _expanded() -> list[Variant]:
         Variant(f"expanded_attention_{rows}_{nope + more}", "expanded.expanded_attention",
                 _typed(arrays, "tokens heads context", "", "scale"),
                 {"ROWS": rows, "NOPE": nope, "MORE": more, "REST": REST, "LATENT": VALUE, "VALUE": value,
-                 "BLOCK": 64 if rows == TALL else 32}, 8 if rows == TALL else 4, 2)
+                 "BLOCK": 64 if rows == TALL else 32, "LOOK": None}, 8 if rows == TALL else 4, 2)
         for nope, more, value in EXPANDED for rows in (MANY, TALL)
     ]  # fmt: skip
 

@@ -1,7 +1,7 @@
-"""Compiles a layer of each type for an H200 that is not here, and prints what came of it as JSON. A process of its own:
-JAX's CUDA plugin is asked for, which the other checks must not have.
+"""Compiles for an H200 that is not here a layer of each type, and whole steps as the engine has them, and prints what
+came of it as JSON. A process of its own: JAX's CUDA plugin is asked for, which the other checks must not have.
 
-    python -m tests.kernels.deviceless [decompositions]
+    python -m tests.kernels.deviceless layers|decompositions|steps
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from backends.cuda import CudaBackend
 from backends.kernels import table
 from bench.rank import RANK
 from model import abstract, graph, ops
-from model.graph import Mode
+from model.graph import Batch, Mode
 from model.hf_config import from_hf
+from model.weights import outer_weights
+from runtime.execution.local.programs import Programs
+from runtime.serving.executor import TokenChoice
 
 H200 = """
 gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -63,6 +68,10 @@ def figures(kind: Any, step: tuple[int, int, int], kernels: bool, sharding: Any)
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     run = ops.substitute(layer, table.lowerings((9, 0)) if kernels else {})
     compiled = jax.jit(run, donate_argnums=(1,)).lower(*args).compile()
+    return counted(compiled)
+
+
+def counted(compiled: Any) -> dict[str, Any]:
     text = compiled.as_text()
     entry = text[text.index("ENTRY") :]
     found = Counter(
@@ -70,24 +79,72 @@ def figures(kind: Any, step: tuple[int, int, int], kernels: bool, sharding: Any)
         for line in entry.splitlines()
         if (match := re.search(rf"= \S+.* ({OPERATIONS})\(", line))
     )
-    analysis = compiled.memory_analysis()
-    widest = max(w.size for w in jax.tree.leaves(args[0]))
+    aliases = re.search(r"input_output_alias=\{(.*?) \}, ", text)
     return {
-        "temporary_bytes": analysis.temp_size_in_bytes, "kernels": dict(found), "launches": sum(found.values()),
-        "widest_weight_bytes": widest,
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes, "kernels": dict(found),
+        "launches": sum(found.values()), "aliased": len(re.findall("-alias", aliases[1])) if aliases else 0,
+        "host": len(re.findall(r"\b(infeed|outfeed|send|recv|custom-call\S*callback)\b", entry)),
     }  # fmt: skip
 
 
+class Compiled(Exception):
+    """What came of a program that cannot be run here."""
+
+    def __init__(self, compiled: Any):
+        super().__init__()
+        self.compiled = compiled
+
+
+class Deviceless(CudaBackend):
+    """The adapter as far as a program can be taken without a device."""
+
+    def __init__(self, sharding: Any):
+        self._sharding = sharding
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def _shardings(self, artifact: Any, exported: Any, devices: Any) -> Any:
+        return [self._sharding] * len(exported.in_avals)
+
+    def load(self, artifact: Any, devices: Any = ()) -> Any:
+        raise Compiled(super().load(artifact, devices))
+
+
+def step_figures(rows: int, drawn: bool, sharding: Any) -> dict[str, Any]:
+    """A decode step of two layers with embedding and head, by the engine's own road from graph to executable."""
+    cfg = from_hf({**RANK, "num_hidden_layers": 2, "first_k_dense_replace": 1})
+    weights = {
+        "outer": {w.name: jax.ShapeDtypeStruct(w.shape, "float32" if w.float32 else "bfloat16")
+                  for w in outer_weights(cfg)},
+        "layers": [abstract.abstract_weights(cfg, kind, keep_fp8=True) for kind in cfg.layers], "mtp": [],
+    }  # fmt: skip
+    programs = Programs(Deviceless(sharding), cfg, weights, rows * 130, 64, "bfloat16")
+    ones = np.ones(rows, np.int32)
+    batch = Batch(ones[:, None], ones, ones, np.ones((rows, 130), np.int32))
+    try:
+        programs.launch(batch, Mode(), [TokenChoice(1.0)] * rows if drawn else None)
+    except Compiled as found:
+        return {**counted(found.compiled), "caches": len(jax.tree.leaves(programs.caches))}
+    raise AssertionError("nothing was compiled")
+
+
 def main() -> None:
-    kernels = "decompositions" not in sys.argv[1:]
     described = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     sharding = NamedSharding(topologies.make_mesh(described, (1,), ("x",)), PartitionSpec())
-    report = {
-        f"{kind.name} {name}": figures(kind, step, kernels, sharding)
-        for kind in from_hf(RANK).layer_counts
-        if not kind.mtp
-        for name, step in STEPS.items()
-    }
+    if sys.argv[1] == "steps":
+        report = {
+            f"{'drawn' if drawn else 'greedy'} b{rows}": step_figures(rows, drawn, sharding)
+            for drawn in (False, True)
+            for rows in (1, 64)
+        }
+    else:
+        report = {
+            f"{kind.name} {name}": figures(kind, step, sys.argv[1] == "layers", sharding)
+            for kind in from_hf(RANK).layer_counts
+            if not kind.mtp
+            for name, step in STEPS.items()
+        }
     print(json.dumps(report, indent=1))
 
 

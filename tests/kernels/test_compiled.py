@@ -40,6 +40,7 @@ def test_ptxas_assembles_every_kernel_and_hot_ones_do_not_spill(target: int) -> 
         (arch,) = re.findall(r"(?m)^\.target (\w+)", path.read_text())
         done = subprocess.run([ptxas, f"-arch={arch}", "-v", "-o", os.devnull, path], capture_output=True, text=True)
         assert done.returncode == 0, f"{path.name}: {done.stderr}"
+        assert "serialized" not in done.stderr, f"{path.name}: its products wait for one another (C7515)"
         if spilled := sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr))):
             spilling[name] = spilled
     assert spilling.keys() <= WIDE.keys() and all(spilled <= WIDE[name] for name, spilled in spilling.items())
@@ -73,12 +74,16 @@ def test_the_launchers_own_writer_writes_the_same_message() -> None:
     assert ours == call.to_proto("sparse_attention_16", b"")
 
 
+def deviceless(what: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-m", "tests.kernels.deviceless", what], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
 @pytest.mark.skipif(PLUGIN is None, reason="JAX's CUDA plugin is not installed")
 def test_a_layer_of_each_type_compiled_for_an_h200() -> None:
     """GLM-5 as a TP8 rank at 8K, FP8 weights: few launches, no expert matrix widened or transposed, no cache copied."""
-    done = subprocess.run([sys.executable, "-m", "tests.kernels.deviceless"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads(done.stdout)
+    report = deviceless("layers")
     assert len(report) == 8
     for name, figures in report.items():
         launches, temporary_bytes = BOUNDS[name.split()[-1]]
@@ -86,3 +91,16 @@ def test_a_layer_of_each_type_compiled_for_an_h200() -> None:
         assert figures["temporary_bytes"] <= temporary_bytes, (name, figures)
         assert not {"copy", "transpose"} & set(figures["kernels"]), (name, figures)
         assert figures["kernels"]["triton_kernel_call_ffi"] >= (1 if name.endswith("first2048") else 4)
+
+
+@pytest.mark.skipif(PLUGIN is None, reason="JAX's CUDA plugin is not installed")
+def test_a_step_of_the_engine_compiled_for_an_h200() -> None:
+    """One program from inputs to ids, by the engine's own road: every cache is the buffer that came in, and nothing is
+    copied, sorted or asked of the host. Drawing costs launches once a step, not a layer."""
+    report = deviceless("steps")
+    for name, figures in report.items():
+        assert figures["aliased"] == figures["caches"] == 4, (name, figures)
+        assert not {"copy", "transpose", "sort", "while"} & set(figures["kernels"]), (name, figures)
+        assert figures["host"] == 0 and figures["temporary_bytes"] <= BOUNDS[name.split()[-1]][1], (name, figures)
+        assert figures["launches"] <= (180 if name.startswith("drawn") else 90), (name, figures)
+    assert len(report) == 4

@@ -12,9 +12,11 @@ import pytest
 from jax import export
 
 from backends import registry
+from backends.cpu import CpuBackend
 from backends.cuda import CudaBackend
 from backends.errors import ArtifactError
 from backends.interface import Program
+from backends.kernels import attention
 from backends.kernels.launch import CUSTOM_CALL
 from backends.kernels.products import tiles_of
 from backends.kernels.table import KERNELS, WITHOUT
@@ -23,10 +25,11 @@ from backends.toolchains.walker import Graph, Port
 from foundation.errors import UsageError
 from model import abstract, ops
 from model.config import LayerType, ModelConfig
-from model.graph import Mode
+from model.graph import Batch, Mode, StepOutput
 from model.hf_config import load_config
 from model.parallel import Parallel
 from model.split import Layout
+from runtime.execution.local.programs import Programs
 from tests.cli.cli import glm5
 from tests.marks import slow_but
 
@@ -131,11 +134,80 @@ def test_an_artifact_holds_the_kernels_where_they_reach() -> None:
 
 
 class OfCard(CudaBackend):
-    """The adapter beside a card of a compute capability, as far as that is asked before compiling."""
+    """The adapter beside a card of a compute capability, as far as that is asked before compiling. says: what its
+    driver says to a kernel that is tried."""
 
-    def __init__(self, capability: str):
+    def __init__(self, capability: str, says: str = ""):
+        self._says = says
         self._found = [type("Card", (), {"compute_capability": capability, "device_kind": "a card", "id": 0,
                                          "memory_stats": lambda self: None})()], None  # fmt: skip
+
+    def _try_a_kernel(self) -> None:
+        if self._says:
+            raise jax.errors.JaxRuntimeError(self._says)
+
+
+REFUSED = "INTERNAL: ptxas fatal : Unsupported .version 8.6; current version is '8.4'\n  in a second line"
+
+
+def test_a_driver_that_refuses_kernels_gets_the_decompositions_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = OfCard("9.0", REFUSED)
+    assert old.lowerings() == {} and OfCard("9.0").lowerings().keys() == KERNELS.keys()
+    (note,) = set(old.op_notes().values())
+    assert note == f"decomposition: the driver does not take kernels ({REFUSED.splitlines()[0]}); a newer one may"
+    artifact = old.export(example())
+    assert "compute_capability" not in artifact.versions  # so any card may run it
+    monkeypatch.setenv("GLM5_KERNELS", "off")  # nothing is tried then
+    assert set(old.op_notes().values()) == {"decomposition: GLM5_KERNELS=off"}
+
+
+def test_the_kernel_that_is_tried_is_one_launch() -> None:
+    s = jax.ShapeDtypeStruct
+    exported = export.export(
+        jax.jit(lambda *given: attention.join((9, 0), *given)), platforms=["cuda"],
+        disabled_checks=[export.DisabledSafetyCheck.custom_call(CUSTOM_CALL)],
+    )(s((1, 2, 512), "float32"), s((1, 2, 2), "float32"))  # fmt: skip
+    assert exported.mlir_module().count(f"@{CUSTOM_CALL}") == 1
+
+
+class Refusing(CpuBackend):
+    """A driver that refuses a kernel as a program is loaded, as it is called, or as its result is fetched."""
+
+    explain = CudaBackend.explain
+
+    def __init__(self, where: str):
+        self._where = where
+
+    def _at(self, where: str) -> Any:
+        if where == self._where:
+            raise jax.errors.JaxRuntimeError(REFUSED.replace("version 8.6", "target sm_100a"))
+
+    def export(self, program: Program) -> Any:
+        return None
+
+    def load(self, artifact: Any, devices: Any = ()) -> Any:
+        self._at("load")
+
+        def run(weights: Any, caches: Any, *_: Any) -> Any:
+            self._at("call")
+            logits: Any = np.ones((1, 1), np.float32)
+            return StepOutput(logits, logits, caches), logits
+
+        return run
+
+    def get(self, buffer: Any) -> Any:
+        self._at("get")
+
+
+@pytest.mark.parametrize("where", ["load", "call", "get"])
+def test_a_kernel_that_is_refused_later_is_a_line(where: str) -> None:
+    weights = {"outer": {}, "layers": [], "mtp": []}
+    programs = Programs(Refusing(where), load_config("glm-4.7-flash"), weights, 1, 1, "float32")
+    ones = np.ones(1, np.int32)
+    with pytest.raises(ArtifactError) as said:
+        programs.step(Batch(ones[:, None], ones - 1, ones, ones[:, None]), Mode())
+    text = str(said.value)
+    assert "\n" not in text and "Unsupported .target sm_100a" in text and "GLM5_KERNELS=off" in text
 
 
 def test_a_card_below_8_0_gets_the_decompositions_and_a_line() -> None:
@@ -156,11 +228,11 @@ def test_a_package_for_cuda_holds_the_kernels() -> None:
     """`glm5 export --format stablehlo`: the file for JAX on cuda has them; the neutral one, and the CPU's, do not."""
     program = example()
     traced = jax.make_jaxpr(program.fn)(*program.args)
-    ports = [
+    inputs, outputs = (
         tuple(Port(f"{side}{i}", each.shape, str(each.dtype)) for i, each in enumerate(avals))
         for side, avals in (("in", traced.in_avals), ("out", traced.out_avals))
-    ]
-    graph = Graph("linears", traced, *ports)
+    )
+    graph = Graph("linears", traced, inputs, outputs)
     assert CUSTOM_CALL in stablehlo.text(graph, "cuda") and CUSTOM_CALL not in stablehlo.text(graph, "cpu")
     assert "glm.linear" in stablehlo.neutral(graph) and CUSTOM_CALL not in stablehlo.neutral(graph)
 

@@ -15,7 +15,7 @@ def step(
     at, query, query_more, query_rest, keys, values, rotated, position, heads, context, scale,
     total, greatest, denominator,
     NOPE: tl.constexpr, MORE: tl.constexpr, REST: tl.constexpr, LATENT: tl.constexpr, VALUE: tl.constexpr,
-    BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, LOOK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Takes the keys from position `at` on into the running softmax. MASKED: some may be behind a query, or behind the
     context's end."""
@@ -49,6 +49,11 @@ def step(
     if MASKED:
         share = tl.where(visible, share, 0.0)
     total = tl.dot(share.to(content.dtype), content, total * shrink[:, None])
+    # For Hopper; `at` always is inside. Triton waits for a sum that is looked at, and leaves one that is not to the
+    # next block, whose first product then begins while this one is at work: ptxas makes all products of such a loop
+    # wait, each for itself (C7515).
+    if LOOK:
+        total = tl.where(at < context, total, 0.0)
     return total, most, denominator * shrink + tl.sum(share, 1)
 
 
@@ -57,7 +62,7 @@ def expanded_attention(
     query, latents, keys, values, positions, out,
     tokens, heads, context, scale,
     ROWS: tl.constexpr, NOPE: tl.constexpr, MORE: tl.constexpr, REST: tl.constexpr, LATENT: tl.constexpr,
-    VALUE: tl.constexpr, BLOCK: tl.constexpr,
+    VALUE: tl.constexpr, BLOCK: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
     """query [b, t, heads, NOPE + MORE + REST], latents [b, context, LATENT + REST], of which the last are rotated keys,
     keys [b, context, heads, NOPE + MORE], values [b, context, heads, VALUE], positions [b, t] -> [b, t, heads, VALUE].
@@ -90,12 +95,12 @@ def expanded_attention(
     for at in range(0, by_all, BLOCK):
         total, greatest, denominator = step(
             at, wide, more, rest, of_keys, of_values, rotated, position, heads, context, scale,
-            total, greatest, denominator, NOPE, MORE, REST, LATENT, VALUE, BLOCK, False,
+            total, greatest, denominator, NOPE, MORE, REST, LATENT, VALUE, BLOCK, LOOK, False,
         )  # fmt: skip
     for at in range(by_all, seen, BLOCK):
         total, greatest, denominator = step(
             at, wide, more, rest, of_keys, of_values, rotated, position, heads, context, scale,
-            total, greatest, denominator, NOPE, MORE, REST, LATENT, VALUE, BLOCK, True,
+            total, greatest, denominator, NOPE, MORE, REST, LATENT, VALUE, BLOCK, LOOK, True,
         )  # fmt: skip
     made = total / tl.where(denominator > 0, denominator, 1.0)[:, None]
     place = out + (line * heads + head)[:, None] * VALUE + tl.arange(0, VALUE)[None, :]

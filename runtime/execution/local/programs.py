@@ -132,6 +132,8 @@ class Programs:
         try:
             yield
         except Exception as error:
+            if explained := self.backend.explain(error):
+                raise explained from error
             if not self.backend.exhausted(error):
                 raise
             raise CapacityError(f"{self.backend.name} has no memory left for a step ({first_line(error)})") from error
