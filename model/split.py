@@ -98,9 +98,10 @@ class Layout:
         return self.tp * self.groups * self.pp
 
     @property
-    def groups(self) -> int:
-        """Groups of devices in which a device talks to others: of heads, of sequences, of stages, of experts."""
-        return sum(size > 1 for size in (self.tp, self.dp, self.pp, self.ep))
+    def communicators(self) -> int:
+        """Groups of devices in which a device talks to others: of heads, of sequences, of parts of prompts, of stages,
+        of experts."""
+        return sum(size > 1 for size in (self.tp, self.dp, self.pcp, self.pp, self.ep))
 
     @property
     def stage_devices(self) -> int:

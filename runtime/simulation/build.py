@@ -191,7 +191,7 @@ def memories(spec: Spec) -> list[Ledger]:
         spec.layout,
         spec.formats,
         spec.engine,
-        **vars(DeviceMemory.of(spec.profile, spec.layout.devices, spec.layout.groups)),
+        **vars(DeviceMemory.of(spec.profile, spec.layout.devices, spec.layout.communicators)),
         mtp=spec.drafts > 0,
         redundant_slots=spec.redundant_slots,
         sized=sized_cache(spec.engine, spec.cfg, spec.profile, spec.formats),
