@@ -99,8 +99,9 @@ class Layout:
 
     @property
     def communicators(self) -> int:
-        """Groups of devices in which a device talks to others: of heads, of sequences, of stages, of experts."""
-        return sum(size > 1 for size in (self.tp, self.groups, self.pp, self.ep))
+        """Groups of devices in which a device talks to others: of heads, of sequences, of parts of prompts, of stages,
+        of experts."""
+        return sum(size > 1 for size in (self.tp, self.dp, self.pcp, self.pp, self.ep))
 
     @property
     def stage_devices(self) -> int:

@@ -151,7 +151,7 @@ def choose(
     if as_json:
         print(json.dumps(result, indent=2))
     else:
-        _show(result)
+        show(result)
     if not any(row["meets_targets"] for row in rows):
         raise typer.Exit(1)
 
@@ -189,9 +189,11 @@ def read_device_prices(path: Path) -> tuple[str, dict[str, float]]:
     return currency, {chip: float(price) for chip, price in hourly.items()}
 
 
-def _show(result: Mapping[str, Any]) -> None:
+def show(result: Mapping[str, Any]) -> None:
+    """A choice of chips for a terminal."""
     from rich.table import Table
 
+    from runtime.cli.simulated import show_assumed
     from runtime.cli.terminal import Terminal
 
     console = Terminal(highlight=False)
@@ -219,6 +221,9 @@ def _show(result: Mapping[str, Any]) -> None:
     for basis in dict.fromkeys(row["band_basis"]["tpot"] for row in shown):
         chips = ", ".join(row["profile"] for row in shown if row["band_basis"]["tpot"] == basis)
         console.print(f"bands of {chips}: {basis}", markup=False)
+    for assumed in dict.fromkeys(tuple(row["assumed"]) for row in shown):
+        rows = [row for row in shown if tuple(row["assumed"]) == assumed]
+        show_assumed(console, assumed, ", ".join(f"{row['profile']}, {row['engine']}" for row in rows))
 
 
 def _cost_heading(result: Mapping[str, Any]) -> Sequence[str]:

@@ -169,10 +169,10 @@ class progress_bar:
             self._bar.stop()
 
 
-def show_assumed(console: Console, assumed: Sequence[str]) -> None:
-    """What nobody gave, a line each."""
+def show_assumed(console: Console, assumed: Sequence[str], of: str = "") -> None:
+    """What nobody gave, a line each. of: which answer, where there are several."""
     if assumed:
-        console.print("assumed for you, since nothing says it:")
+        console.print(f"{of}: assumed for you, since nothing says it:".removeprefix(": "), markup=False)
     for line in assumed:
         console.print(f"  {line}", markup=False)
 

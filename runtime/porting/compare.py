@@ -39,6 +39,8 @@ from model.tokenizer import ChatTemplate, Tokenizer
 from runtime.deployment.choice import chip_formats
 from runtime.execution.prompts import read_prompts
 from runtime.reports.compare import BASELINE
+from runtime.training.config import DEFAULT as OWN_TRAINING
+from runtime.training.config import read as read_config
 from runtime.training.data import HARDER, MOST_QUESTIONS, TASKS, Generator
 
 if TYPE_CHECKING:
@@ -88,13 +90,15 @@ def read_texts(
 ) -> Texts:
     """The text cut into windows of `window` tokens, or one shorter one; raises `UsageError` for what cannot be used.
 
-    By default a page of prose; for the embedded checkpoint, which knows no prose, text of the kind it was trained on.
+    By default a page of prose; for the embedded checkpoint, which knows no prose, text of the kind it was trained on,
+    in windows as long as it was trained on at most: further on it guesses.
     """
     cfg, own = checkpoint.config, _own_kind(checkpoint, tokenizer)
     if own and text is None:
-        window = min(window, cfg.max_positions)
-        cut = [np.asarray(own.row(np.random.default_rng(i), task, window)[0], np.int32) for i, task in enumerate(TASKS)]
-        source = "text of the kind that this model was trained on"
+        asked, window = window, min(window, cfg.max_positions, max(s.length for s in read_config(OWN_TRAINING).stages))
+        drawn = [(part, task) for part in range(-(-asked // window)) for task in TASKS]  # as much text in all
+        cut = [np.asarray(own.row(np.random.default_rng(i), t, window)[0], np.int32) for i, (_, t) in enumerate(drawn)]
+        source = "text of the kind and length that this model was trained on"
     else:
         try:
             read = read_text(text or _TEXT)

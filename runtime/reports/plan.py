@@ -243,13 +243,13 @@ def _alternative(row: Alternative) -> str:
     return f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _folded(rows: Sequence[str], head: str, what: str, cls: str = "figures") -> str:
-    """A table whose rows past the first few open on a click."""
+def _folded(rows: Sequence[str], head: str, what: str, cls: str = "figures", printed: bool = True) -> str:
+    """A table whose rows past the first few open on a click; on paper they are open, or counted if not `printed`."""
     table = f'<table class="{cls}"><thead><tr>{head}</tr></thead><tbody>{"".join(rows[:_ROWS])}</tbody></table>'
     rest = rows[_ROWS:]
     if rest:
         table += (
-            f"<details><summary>{len(rest)} more {what}</summary>"
+            f"<details{'' if printed else ' class=screen'}><summary>{len(rest)} more {what}</summary>"
             f'<table class="{cls}"><tbody>{"".join(rest)}</tbody></table></details>'
         )
     return table
@@ -262,7 +262,7 @@ def _rejected(plan: Plan) -> str:
         f"<tr><th>{escape(each.name)}</th><td>{escape(each.reason.partition(chr(10))[0])}</td></tr>"
         for each in plan.rejected
     ]
-    return _folded(rows, "<th>layout</th><th>reason</th>", "candidates", "figures reasons")
+    return _folded(rows, "<th>layout</th><th>reason</th>", "candidates", "figures reasons", printed=False)
 
 
 def _launch(plan: Plan, cfg: ModelConfig) -> str:

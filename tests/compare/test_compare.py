@@ -19,6 +19,9 @@ from model.tokenizer import Tokenizer
 from runtime.execution.local.load import embedded_checkpoint
 from runtime.porting import compare
 from runtime.reports.compare import page, worst_layer
+from runtime.training.config import DEFAULT as OWN_TRAINING
+from runtime.training.config import read as read_config
+from runtime.training.data import TASKS
 from tests.cli.cli import glm5, make_checkpoint, refused
 from tests.reports.browser import check, needs_browser
 from tests.reports.hostile import hostile, shown
@@ -194,7 +197,9 @@ def test_the_embedded_checkpoint_reads_what_it_knows(checkpoint: Path, tmp_path:
     tokenizer = Tokenizer.load(own.path)
     texts = compare.read_texts(own, tokenizer, None, None, 512, 32)
     said = [tokenizer.decode(window.tolist()) for window in texts.windows]
-    assert {len(window) for window in texts.windows} == {512} and "trained on" in texts.source
+    longest = max(stage.length for stage in read_config(OWN_TRAINING).stages)
+    assert {len(window) for window in texts.windows} == {longest} and "trained on" in texts.source
+    assert sum(len(window) for window in texts.windows) >= 512 * len(TASKS)
     assert any("Remember:" in text for text in said) and any("Repeat:" in text for text in said)
     assert any("=" in prompt for prompt, _ in texts.prompts)
     given = tmp_path / "text.txt"

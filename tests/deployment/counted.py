@@ -179,12 +179,23 @@ def leaves_of(cluster: Cluster, number: int, part: Any = own) -> Iterator[Leaf]:
     described = {w.name: w for kind in cluster.cfg.layers for w in layer_weights(cluster.cfg, kind)}
     described |= {w.name: w for w in outer_weights(cluster.cfg)}
     for held in (placed["outer"], *placed["layers"]):
-        assert set(held) - set(described) <= {"expert_slots"}
-        for key, value in held.items():
-            if isinstance(value, Quantized):
-                yield described[key], part(value.values), part(value.scale)
-            elif key != "expert_slots":
-                yield described[key], part(value), None
+        yield from _leaves(held, described, part)
+
+
+def mtp_leaves_of(cluster: Cluster) -> Iterator[Leaf]:
+    """What each device of the last stage holds of the MTP layer, which drafts."""
+    described = {w.name: w for w in layer_weights(cluster.cfg, cluster.cfg.mtp_type)}
+    (held,) = cluster.mtp_weights["mtp"]
+    return _leaves(held, described, own)
+
+
+def _leaves(held: dict[str, Any], described: dict[str, Weight], part: Any) -> Iterator[Leaf]:
+    assert set(held) - set(described) <= {"expert_slots"}
+    for key, value in held.items():
+        if isinstance(value, Quantized):
+            yield described[key], part(value.values), part(value.scale)
+        elif key != "expert_slots":
+            yield described[key], part(value), None
 
 
 def merged(ledger: dict[str, float]) -> Counter[str]:
@@ -237,15 +248,22 @@ class InMemory(EmulatedDevices):
 
 
 def cluster_of(
-    cfg: ModelConfig, weights: dict[str, Any], name: str, grid: Grid, mapped: bool = True, rows: Any = CacheFormats()
+    cfg: ModelConfig,
+    weights: dict[str, Any],
+    name: str,
+    grid: Grid,
+    mapped: bool = True,
+    rows: Any = CacheFormats(),
+    drafts: int = 0,
 ) -> Cluster:
     """mapped: arrays are cut as the emulation's axes are and stay in host memory, so that nothing is compiled."""
-    whole = {"outer": dict(weights["outer"]), "layers": [dict(layer) for layer in weights["layers"]]}
+    whole = {"outer": dict(weights["outer"])}
+    whole |= {part: [dict(layer) for layer in weights[part]] for part in ("layers", "mtp")}
     if not mapped:
         return SimBackend(mapped=False).cluster(cfg, grid, whole, once(cfg, formats(name, rows)))
     devices = InMemory(None)
     held = [stages.Mapped(grid, devices) for _ in grid.stages]
-    return Cluster(cfg, grid, whole, devices, held, once(cfg, formats(name, rows)))
+    return Cluster(cfg, grid, whole, devices, held, once(cfg, formats(name, rows)), drafts)
 
 
 def server_of(cluster: Cluster) -> Server:

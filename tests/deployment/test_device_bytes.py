@@ -30,6 +30,7 @@ from tests.deployment.counted import (
     formats,
     leaves_of,
     merged,
+    mtp_leaves_of,
     placed,
     raw,
     server_of,
@@ -94,6 +95,16 @@ def test_held_bytes_are_the_ledgers(name: str, layout: Layout, redundant: int) -
     turn = list(DENSE_AND_EXPERTS).index(name) + LAYOUTS.index((layout, redundant))
     family = families[turn % len(families)]  # all of them in the slow suite
     check_weights(*weights_of(family), name, layout, redundant)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "layout"), [("dsa", "w4a8", Layout(tp=2, dp=2, ep=4)), ("mla", "fp8", Layout(tp=2, pp=2))]
+)
+def test_an_mtp_layers_held_bytes_are_the_ledgers(family: str, name: str, layout: Layout) -> None:
+    cfg, weights = weights_of(family)
+    cluster = cluster_of(cfg, weights, name, placed(cfg, layout, 0), drafts=1)
+    ledger = merged(stage_weight_bytes(cfg, layout, formats(name), layout.pp - 1, True))
+    assert sum(count_leaves(name, mtp_leaves_of(cluster)).values()) == ledger["mtp"]
 
 
 MORE = [

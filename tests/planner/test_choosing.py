@@ -11,11 +11,13 @@ import pytest
 
 import hw_profiles
 from model.hf_config import load_config
+from runtime.cli.choose import show
 from runtime.deployment.demand import Demand
 from runtime.planning.choosing import ChipChoice, choose, engine_beside, row_of
 from runtime.planning.options import Question
 from runtime.reports.choose import choices_page
 from tests.cli.cli import glm5, refused
+from tests.reports.test_choose_page import row
 
 CFG = load_config("glm-4.7-flash")
 LOAD = Demand(512, 16, 1.0, 8, None, 2000.0, 60.0, "min-devices", 90)
@@ -93,6 +95,14 @@ def test_what_does_not_fit_says_so() -> None:
 def test_the_engine_beside_a_chip() -> None:
     named = {chip: engine_beside(hw_profiles.load(chip)) for chip in ("h200-sxm", "ascend-910c-die", "mtt-s4000")}
     assert named == {"h200-sxm": "sglang", "ascend-910c-die": "vllm-ascend", "mtt-s4000": "sglang"}
+
+
+def test_what_was_assumed_of_a_chip_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row("own", assumed=["overhead.kernel_launch_s 3.2 us"]), row("h200-sxm")]
+    show({"model": "m", "load": "l", "targets": [], "currency": "", "choices": rows})
+    said = capsys.readouterr().out
+    assert "own, sglang: assumed for you, since nothing says it:\n  overhead.kernel_launch_s 3.2 us\n" in said
+    assert "h200-sxm, sglang: assumed" not in said
 
 
 PRICES = 'currency = "EUR"\n[per_device_hour]\nh200-sxm = 2.5\n'

@@ -48,9 +48,10 @@ frame.onload = () => {
   const found = {
     width: inside.documentElement.clientWidth,
     page: inside.documentElement.scrollWidth,
+    height: inside.body.scrollHeight,
     run_off: all.filter(e => !e.closest("svg") && beyond(e) && !scrolls(e.parentElement)).map(name),
     cut: all.filter(wide).concat(all.filter(high)).map(name),
-    folded: [...inside.querySelectorAll("details > :not(summary)")].filter(closed).map(name),
+    folded: [...inside.querySelectorAll("details:not(.screen) > :not(summary)")].filter(closed).map(name),
     split: [...inside.querySelectorAll("td, thead th")].flatMap(split),
     folds: inside.querySelectorAll("details").length,
   };

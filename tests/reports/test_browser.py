@@ -26,6 +26,14 @@ def test_a_plan_of_long_names(full: Plan, tmp_path: Path) -> None:  # noqa: F811
     check(plan_page.page(dataclasses.replace(full, rejected=rejected), CFG), tmp_path)
 
 
+def test_paper_has_the_first_rejected_candidates_and_a_count(full: Plan, tmp_path: Path) -> None:  # noqa: F811
+    few, many = (
+        laid_out(plan_page.page(dataclasses.replace(full, rejected=full.rejected[:1] * n), CFG), PAPER, tmp_path, True)
+        for n in (20, 400)
+    )
+    assert full.rejected and few["height"] == many["height"]
+
+
 def test_a_simulation(tmp_path: Path) -> None:
     report = run(closed_loop(4, 40, Uniform(500), Uniform(50)))
     check(serving.page(result_of(report), report), tmp_path)
