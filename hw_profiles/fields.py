@@ -116,6 +116,7 @@ CURVES = {"efficiency.compute": "FLOP", "efficiency.memory": "bytes", "efficienc
 
 # Text fields: path -> allowed values, or None for free text.
 LABELS: dict[str, tuple[str, ...] | None] = {
+    "chip.series": None,
     "chip.memory.kind": None,
     "link.scale_up.topology": TOPOLOGIES,
     "link.scale_out.topology": TOPOLOGIES,

@@ -7,7 +7,8 @@
 
 Names are those of torch_npu and ATen; msmodeling's kernels are read under the names of the operators that start them.
 What is read are products, which say how near a size comes to the chip's peak or to its bandwidth; the base profile's
-other figures stay.
+other figures stay. `npu_mla_prolog_v3` counts as the four products that it makes, at less than they reach: norms and
+rotations are in its time.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ KERNELS: Mapping[str, str] = {
     "GroupedMatmul": "npu.npu_grouped_matmul",
 }
 """The operators that msmodeling's kernels are started by."""
+_PROLOG = "npu.npu_mla_prolog_v3"
 _BYTES = {
     "int8": 1, "uint8": 1, "bool": 1, "float16": 2, "bfloat16": 2, "int16": 2, "float32": 4, "int32": 4, "int64": 8,
     "uint64": 8,
@@ -145,6 +147,9 @@ def products(times: Sequence[OperatorTime]) -> list[MeasuredProduct]:
     belong to groups: where experts are on several devices, most of what it is given may belong to none."""
     found = []
     for each in times:
+        if each.name == _PROLOG:
+            found += _prolog(each)
+            continue
         flops = _flops(each)
         if flops and each.seconds > 0 and (rate := _RATES.get(each.inputs[0][1])):
             sizes = [math.prod(shape) * _BYTES.get(kind, 4) for shape, kind in (*each.inputs, *each.outputs)]
@@ -157,6 +162,17 @@ def products(times: Sequence[OperatorTime]) -> list[MeasuredProduct]:
             if flops:
                 found.append(MeasuredProduct(flops, moved, rate, each.seconds))
     return found
+
+
+def _prolog(each: OperatorTime) -> list[MeasuredProduct]:
+    """token_x [t,d], weight_dq [d,q], weight_uq_qr [q,..], weight_uk [h,n,l], weight_dkv_kr [d,..]; of its caches only
+    t rows are written, which is left out."""
+    if len(each.inputs) < 5 or each.seconds <= 0 or (rate := _RATES.get(each.inputs[0][1])) is None:
+        return []
+    tokens, weights = each.inputs[0][0][0], each.inputs[1:5]
+    flops = 2.0 * tokens * sum(math.prod(shape) for shape, _ in weights)
+    moved = sum(math.prod(shape) * _BYTES.get(kind, 4) for shape, kind in (each.inputs[0], *weights, *each.outputs))
+    return [MeasuredProduct(flops, float(moved), rate, each.seconds)]
 
 
 def _flops(each: OperatorTime) -> float:

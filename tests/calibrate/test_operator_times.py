@@ -84,6 +84,19 @@ def test_a_grouped_product_does_the_work_of_the_rows_that_are_in_groups(tmp_path
     assert found.bytes == 2 * (32 * k + 8 * k * n + 32 * n)
 
 
+def test_the_operator_of_the_projections_is_their_products(tmp_path: Path):
+    """A sixteenth of GLM-5: every weight once for each of 32 tokens; the cache that it writes to is no operand."""
+    shapes = [[32, 6144], [6144, 2048], [2048, 1024], [4, 192, 512], [6144, 576], [129, 128, 1, 512]]
+    call = {**_product("npu.npu_mla_prolog_v3", 1, 1, 1, 1e-3),
+            "inputs": [{"shape": shape, "dtype": "bfloat16"} for shape in shapes],
+            "outputs": [{"shape": [32, 4, 512], "dtype": "bfloat16"}]}  # fmt: skip
+    measured = tmp_path / "m.json"
+    measured.write_text(json.dumps({**run_json(0.6, 0.5), "operators": [call], "empty_s": 0.0}))
+    (found,) = operator_times.products(operator_times.read(measured, 0.0))
+    weights = 6144 * 2048 + 2048 * 1024 + 4 * 192 * 512 + 6144 * 576
+    assert found.flops == 2 * 32 * weights and found.bytes == 2 * (weights + 32 * 6144 + 32 * 4 * 512)
+
+
 def test_msmodelings_table_of_a_kernel_is_read_in_its_form(tmp_path: Path):
     """Quotes inside the cell, an int8 weight in FRACTAL_NZ's four dims, absent inputs, a row that was not measured."""
     lines = ["Input Shapes,Input Data Types,Input Formats,Output Shapes,Output Data Types,Average Duration(us)"]

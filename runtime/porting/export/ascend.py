@@ -11,6 +11,7 @@ from collections import Counter
 from importlib import resources
 from pathlib import Path
 
+from backends.ascend import constraints
 from backends.ascend.caches import PACKED, SCALED
 from backends.ascend.operators import npu_release
 from backends.ascend.sums import bias_name
@@ -49,7 +50,11 @@ class AscendWriter:
         if matrix_format(request.cut.scheme.dense).values != INT8 and _expands(request):
             self.options = dataclasses.replace(self.options, prolog=False)
         gears: list[tuple[Phase, Gear]] = [(phase, gear) for phase, each in request.gears.items() for gear in each]
+        profile = request.options.get("profile")
+        self.other_chip = "" if request.documented or profile is None else profile.description
         self.not_sent = Counter(why for each in gears if (why := request.cut.not_sent(*each)))
+        if request.cut.exchanges and chosen == "all" and not request.documented:
+            self.not_sent[f"their operators' limits are known for {constraints.DOCUMENTED}"] = len(gears)
         sent = [request.cut.sent(gear) for phase, gear in gears if request.cut.sends(phase, gear)]
         self.buffer_mb = max((each.buffer_mb for each in sent), default=0)
         self.nz: dict[str, set[str]] = {}
@@ -96,6 +101,8 @@ class AscendWriter:
             "declined": [f"{op}: {why} ({n} times)" for (op, why), n in sorted(self.declined.items())]
             + [f"experts on other devices: {why} ({n} gears)" for why, n in sorted(self.not_sent.items())],
         }
+        if self.other_chip:
+            manifest.extra["ascend"]["chip"] = self.other_chip
         if self.options.int8_rope is not None:
             manifest.extra["ascend"]["rows"] = {"latent": PACKED.name, "index": SCALED.name}
         if self.buffer_mb:  # of the group in which the operators that exchange tokens are alone

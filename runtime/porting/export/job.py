@@ -51,10 +51,22 @@ class ExportJob:
 
     @property
     def _operators_exchange(self) -> bool:
-        """Whether Ascend's operators that talk to other devices are wanted, and take the activations."""
+        """Whether Ascend's operators that talk to other devices are wanted, and take the activations; what they take of
+        a step is known of one series of chips."""
         given = self.options.get("npu_options")
         taken = constraints.ACTIVATIONS if given is None else given.dtypes if given.fused else ()
-        return self.format == "ascend" and self.options.get("npu_ops", "all") == "all" and self.dtype in taken
+        return (
+            self.format == "ascend"
+            and self.options.get("npu_ops", "all") == "all"
+            and self.dtype in taken
+            and self.documented
+        )
+
+    @property
+    def documented(self) -> bool:
+        """Whether the chip is of the series whose documents of operators are held to; so it is where none is named."""
+        profile = self.options.get("profile")
+        return profile is None or profile.labels.get("chip.series") == constraints.DOCUMENTED
 
     @property
     def dtype(self) -> str:
