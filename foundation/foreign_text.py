@@ -113,7 +113,7 @@ class ForeignTemplate(_Foreign):
     def to_ids(self, context: dict[str, Any], tokenizer: ForeignTokenizer) -> list[int] | str:
         """The token ids of a context's text, which takes one request in place of two; the text itself where the
         tokenizer has to be asked on its own."""
-        answer = self._use("to ids", context=context, tokenizer=tokenizer.number, most=MOST_CHARACTERS)
+        answer = self._use("to ids", context=context, tokenizer=tokenizer.number, most_bytes=MOST_TEXT_BYTES)
         return answer["ids"] if "ids" in answer else answer["text"]
 
 

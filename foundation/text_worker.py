@@ -84,13 +84,15 @@ def _render(template: Template, contexts: list[dict[str, Any]]) -> dict[str, Any
     return {"texts": texts}
 
 
-def _to_ids(template: Template, context: dict[str, Any], tokenizer: int, most: int) -> dict[str, Any]:
-    """The token ids of a chat; its text where it has more than `most` characters, or the tokenizer is not held or does
+def _to_ids(template: Template, context: dict[str, Any], tokenizer: int, most_bytes: int) -> dict[str, Any]:
+    """The token ids of a chat; its text where it has more than `most_bytes`, or the tokenizer is not held or does
     not do it: asked on its own, that says what is wrong."""
     text = _render(template, [context])["texts"][0]
-    if tokenizer in _held and len(text) <= most:
+    if tokenizer in _held:
         _held.move_to_end(tokenizer)
         try:
+            if len(text.encode()) > most_bytes:
+                return {"text": text}
             return {"ids": _held[tokenizer].encode(text, add_special_tokens=False).ids}
         except BaseException:  # a panic is no `Exception`
             pass

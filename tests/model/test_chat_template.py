@@ -338,8 +338,8 @@ def test_ids_at_once_are_those_of_the_text(variables: dict[str, Any], monkeypatc
     own = Tokenizer.load(TINY)
     own.foreign = None
     assert GLM.encode(own, chat, **variables) == expected
-    monkeypatch.setattr(foreign_text, "MOST_CHARACTERS", 20)
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json: cannot encode the text \(a text of \d+ characters"):
+    monkeypatch.setattr(foreign_text, "MOST_TEXT_BYTES", 20)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: cannot encode the text \(a text of \d+ bytes"):
         GLM.encode(TOKENIZER, chat, **variables)
 
 
