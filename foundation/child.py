@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -33,7 +32,6 @@ CLOCK = 12.0  # seconds by the clock for each CPU second, and one more: for what
 _START_SECONDS = 60  # of our own code, on a machine that does other things too
 _REQUEST, _ANSWER = struct.Struct(">Id"), struct.Struct(">I")  # length of what follows; CPU seconds
 _PART_BYTES = 1 << 16
-_NEAR_BYTES = 1 << 15  # a request of fewer is worked on where the thread runs that waits for it
 _ROOT = Path(__file__).parents[1]
 # -I: neither the directory nor PYTHON.. variables decide what is imported.
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); import {0}; {0}.main(int(sys.argv[2]))"
@@ -77,8 +75,6 @@ class Child:
         self._to = self._from = self._lifeline = -1  # pipes
         self._answers = select.poll()
         self._owner = 0
-        self._anywhere: set[int] = set()  # processors that it may use; none where that cannot be said
-        self._near: int | None = None  # the one that it is kept to
         atexit.register(self.end)
 
     def ask(self, request: dict[str, Any], seconds_a_byte: float = 0.0) -> dict[str, Any]:
@@ -96,8 +92,6 @@ class Child:
                 self._start()
             self.asked += 1
             until = time.monotonic() + CLOCK * cpu_seconds + 1
-            if self._anywhere:
-                self._place(len(data) <= _NEAR_BYTES)
             try:
                 self._write(_REQUEST.pack(len(data), cpu_seconds) + data, until)
                 answer = self._read(until)
@@ -160,7 +154,6 @@ class Child:
         os.set_blocking(self._to, False)
         self._answers = select.poll()  # one for all answers: what a short request costs is calls to the kernel
         self._answers.register(self._from, select.POLLIN)
-        self._anywhere, self._near = _processors(self._process.pid), None
         try:
             self._read(time.monotonic() + _START_SECONDS)
         except BaseException as error:
@@ -168,19 +161,6 @@ class Child:
             if isinstance(error, _Late | _Gone | OSError):
                 raise ChildFailure("ended", "the process that it needs does not start") from None
             raise
-
-    def _place(self, near: bool) -> None:
-        """Keeps the process to the processor of this thread, which is free while it waits: to wake one that sleeps, and
-        to be woken from there, takes several times what a short request does. A long one goes where there is room."""
-        at = _processor() if near else None
-        if at == self._near:
-            return
-        assert self._process is not None
-        try:
-            os.sched_setaffinity(self._process.pid, self._anywhere if at is None else {at})
-            self._near = at
-        except OSError:  # it has ended, or may not be moved
-            self._anywhere = set()
 
     def _write(self, data: bytes, until: float) -> None:
         written = self._written(data)
@@ -213,24 +193,6 @@ class Child:
         if not isinstance(answer, dict):
             raise _Gone
         return answer
-
-
-try:
-    _processor: Callable[[], int] = ctypes.CDLL(None).sched_getcpu
-except (AttributeError, OSError, TypeError):  # not Linux
-
-    def _processor() -> int:
-        return -1
-
-
-def _processors(process: int) -> set[int]:
-    """Those that it may use, where a process can be kept to some of them; else none."""
-    if _processor() < 0:
-        return set()
-    try:
-        return os.sched_getaffinity(process)
-    except (AttributeError, OSError):
-        return set()
 
 
 def _too_long(cpu_seconds: float) -> ChildFailure:

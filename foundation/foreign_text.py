@@ -34,7 +34,7 @@ class _Foreign:
     _kind: str
 
     def __init__(self, given: dict[str, Any]):
-        self._given, self._number = given, next(_numbers)
+        self._given, self.number = given, next(_numbers)
         self.loaded = self._retried(self._load)
 
     def _use(self, what: str, **given: Any) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class _Foreign:
         return self._ask(self._kind, self._given, _SECONDS_A_BYTE_READ)
 
     def _ask(self, what: str, given: dict[str, Any], seconds_a_byte: float) -> dict[str, Any]:
-        return WORKER.ask({"number": self._number, "what": what, "given": given}, seconds_a_byte)
+        return WORKER.ask({"number": self.number, "what": what, "given": given}, seconds_a_byte)
 
     def _retried(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Once more in a new process, where what others have left in the old one may be why it failed, and soon."""
@@ -109,6 +109,12 @@ class ForeignTemplate(_Foreign):
     def render(self, contexts: Sequence[dict[str, Any]]) -> list[str]:
         """The text of each context. What is no JSON data raises as `json` does."""
         return self._use("render", contexts=list(contexts))["texts"]
+
+    def to_ids(self, context: dict[str, Any], tokenizer: ForeignTokenizer) -> list[int] | str:
+        """The token ids of a context's text, which takes one request in place of two; the text itself where the
+        tokenizer has to be asked on its own."""
+        answer = self._use("to ids", context=context, tokenizer=tokenizer.number, most_bytes=MOST_TEXT_BYTES)
+        return answer["ids"] if "ids" in answer else answer["text"]
 
 
 def _together(texts: Sequence[str]) -> Iterator[list[str]]:

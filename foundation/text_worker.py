@@ -84,6 +84,21 @@ def _render(template: Template, contexts: list[dict[str, Any]]) -> dict[str, Any
     return {"texts": texts}
 
 
+def _to_ids(template: Template, context: dict[str, Any], tokenizer: int, most_bytes: int) -> dict[str, Any]:
+    """The token ids of a chat; its text where it has more than `most_bytes`, or the tokenizer is not held or does
+    not do it: asked on its own, that says what is wrong."""
+    text = _render(template, [context])["texts"][0]
+    if tokenizer in _held:
+        _held.move_to_end(tokenizer)
+        try:
+            if len(text.encode()) > most_bytes:
+                return {"text": text}
+            return {"ids": _held[tokenizer].encode(text, add_special_tokens=False).ids}
+        except BaseException:  # a panic is no `Exception`
+            pass
+    return {"text": text}
+
+
 def _told(work: Callable[[Any], Any], given: Any) -> Any:
     try:
         return work(given)
@@ -95,7 +110,7 @@ def _told(work: Callable[[Any], Any], given: Any) -> Any:
 
 _LOAD: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {"tokenizer": _load_tokenizer, "template": _load_template}
 _USE: dict[str, Callable[..., dict[str, Any]]] = {
-    "encode": _encode, "decode": _decode, "describe": _describe, "render": _render
+    "encode": _encode, "decode": _decode, "describe": _describe, "render": _render, "to ids": _to_ids
 }  # fmt: skip
 
 

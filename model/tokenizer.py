@@ -96,7 +96,7 @@ class Tokenizer:
 
     def __init__(self, inner: tokenizers.Tokenizer, stop_token_ids: tuple[int, ...] = (), where: str = "tokenizer"):
         self._inner, self.stop_token_ids, self.where = inner, stop_token_ids, where
-        self._foreign: ForeignTokenizer | None = None
+        self.foreign: ForeignTokenizer | None = None
         self._decodes_here = True
 
     @classmethod
@@ -118,15 +118,15 @@ class Tokenizer:
         # to tokenizer.json's post-processor: `add_bos_token` of the other files is not read.)
         inner.add_special_tokens(foreign.special)
         made = cls(inner, _stop_token_ids(Path(path), inner), str(file))
-        made._foreign, made._decodes_here = foreign, is_tame(inner.decoder)
+        made.foreign, made._decodes_here = foreign, is_tame(inner.decoder)
         return made
 
     def to_json(self) -> str:
         """A tokenizer.json that says all that the directory's files say of the tokenizer."""
-        if self._foreign is None:
+        if self.foreign is None:
             return self._inner.to_str()
         with _named(self.where, "cannot be written ({})"):
-            return self._foreign.to_json()
+            return self.foreign.to_json()
 
     @property
     def vocab_size(self) -> int:
@@ -148,10 +148,10 @@ class Tokenizer:
                 text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text is not valid Unicode ({one_line(error)})") from None
-        if self._foreign is None:
+        if self.foreign is None:
             return [self._inner.encode(text, add_special_tokens=add_special_tokens).ids for text in texts]
         with _named(self.where, "cannot encode the text ({})"):
-            return self._foreign.encode(texts, add_special_tokens)
+            return self.foreign.encode(texts, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of token ids. Bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing.
@@ -161,10 +161,10 @@ class Tokenizer:
         for token in ids:
             if not 0 <= token < 2**32:
                 raise TokenizerError(f"no token has the id {token}")
-        if self._foreign is None or self._decodes_here:
+        if self.foreign is None or self._decodes_here:
             return self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
         with _named(self.where, "cannot decode ({})"):
-            return self._foreign.decode(ids, skip_special_tokens)
+            return self.foreign.decode(ids, skip_special_tokens)
 
     def stream(self, skip_special_tokens: bool = False) -> TextStream:
         """An incremental `decode`."""
@@ -309,6 +309,42 @@ class ChatTemplate:
         **variables: Any,
     ) -> list[str]:
         """`render` of several chats, which asks the other process once."""
+        template, contexts = self._contexts(chats, tools, add_generation_prompt, chat_template, variables)
+        with self._of_data(), _named(self.where):
+            return template.render(contexts)
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Iterable[Mapping[str, Any]],
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """The token ids of `render`, as `tokenizer.encode` has them. Where both work in the other process, as a
+        checkpoint's do, that is asked once."""
+        foreign = tokenizer.foreign
+        if foreign is None:
+            return tokenizer.encode(self.render(messages, tools, add_generation_prompt, chat_template, **variables))
+        template, (context,) = self._contexts([messages], tools, add_generation_prompt, chat_template, variables)
+        with self._of_data():
+            try:
+                found = template.to_ids(context, foreign)
+            except ChildFailure as error:
+                either = "" if error.why == "refused" else f"it or {Path(tokenizer.where).name} "
+                raise TokenizerError(f"{self.where}: {either}{error}") from None
+        return tokenizer.encode(found) if isinstance(found, str) else found
+
+    def _contexts(
+        self,
+        chats: Iterable[Iterable[Mapping[str, Any]]],
+        tools: Iterable[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        chat_template: str | None,
+        variables: Mapping[str, Any],
+    ) -> tuple[ForeignTemplate, list[dict[str, Any]]]:
+        """Which template, and what it is given for each chat."""
         template = self._chosen(chat_template, tools)
         shared = {
             **self.variables,
@@ -323,9 +359,13 @@ class ChatTemplate:
             if not chat:
                 raise TokenizerError("the chat has no messages; give at least one")
             contexts.append({**shared, "messages": chat})
+        return template, contexts
+
+    @staticmethod
+    @contextmanager
+    def _of_data() -> Iterator[None]:
         try:
-            with _named(self.where):
-                return template.render(contexts)
+            yield
         except (TypeError, ValueError, RecursionError) as error:
             raise TokenizerError(f"the chat must be JSON data ({one_line(error)})") from None
 

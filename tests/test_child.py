@@ -194,16 +194,6 @@ def test_a_long_request_is_not_given_more_than_the_most(monkeypatch: pytest.Monk
         ForeignTemplate(ENDLESS).render([{"a": 100_000 * "a"}])
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processes are not kept to processors here")
-def test_a_short_request_stays_where_it_is_waited_for(small: ForeignTemplate) -> None:
-    """And a long one may go anywhere again."""
-    everywhere = os.sched_getaffinity(0)
-    small.render([{"a": 1}])
-    assert len(os.sched_getaffinity(process())) == 1
-    small.render([{"a": 50_000 * "a"}])
-    assert os.sched_getaffinity(process()) == everywhere
-
-
 def test_a_text_too_large_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("foundation.child.MESSAGE_BYTES", 1000)
     with pytest.raises(ChildFailure, match="text of more than"):

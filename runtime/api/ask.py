@@ -91,7 +91,7 @@ def rendered(endpoint: Endpoint, ask: Ask) -> list[list[int]]:
         of_texts = iter(encoded(endpoint, texts, True, ask.param))
         found = [next(of_texts) if isinstance(each, str) else each for each in prompts]
     else:
-        found = encoded(endpoint, [_chat(endpoint, ask)], False, ask.param)
+        found = [_chat(endpoint, ask)]
     for prompt in found:
         if not prompt:
             raise wrong("the prompt has no tokens: give at least one", ask.param)
@@ -114,8 +114,8 @@ def unnamed(error: TokenizerError, where: str, param: str, what: str = "") -> Ap
     return wrong(what + str(error).removeprefix(f"{where}: "), param)
 
 
-def _chat(endpoint: Endpoint, ask: Ask) -> str:
-    template = endpoint.vocabulary.template
+def _chat(endpoint: Endpoint, ask: Ask) -> list[int]:
+    template, tokenizer = endpoint.vocabulary.template, endpoint.vocabulary.tokenizer
     if template is None:
         raise ApiRefusal(400, "this checkpoint has no chat template: use /v1/completions", code="no_chat_template")
     if reserved := _RESERVED & set(ask.variables):
@@ -131,8 +131,10 @@ def _chat(endpoint: Endpoint, ask: Ask) -> str:
         message = f"{len(messages):,} messages are more than the model's {endpoint.max_positions:,} positions"
         raise wrong(message, ask.param, "context_length_exceeded")
     try:
-        return template.render(messages, tools, **variables)
+        return template.encode(tokenizer, messages, tools, **variables)
     except TokenizerError as error:
+        if str(error).startswith(f"{tokenizer.where}: "):
+            raise unnamed(error, tokenizer.where, ask.param) from None
         raise unnamed(error, template.where, ask.param, "the chat template refuses this: ") from None
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from backends.interface import Backend
+from foundation.errors import UsageError
 from foundation.reading import parse_json
 from model.checkpoint import Checkpoint
 from runtime.api import pace_client
@@ -50,21 +51,26 @@ Burst = Callable[[int], Seen]
 
 
 def serving_cost(backend: Backend, rounds: int = 12) -> ServingCost:
-    """Medians over rounds of a second. Raises `ModuleNotFoundError` without the packages of the server."""
+    """Medians over rounds of a second. Raises `ModuleNotFoundError` without the packages of the server, and
+    `UsageError` where answers never come token by token."""
     engine = load_engine(Checkpoint(embedded_checkpoint()), backend, EngineConfig())
     found = []
     with _asked(engine) as ask:
         ask(_STREAMS)  # the first of everything takes longer
         for _ in range(rounds):
             alone = [ask(1)[0] for _ in range(_ALONE)]
+            last = max(ask(_STREAMS))  # of the answer that began last, beside which all others are at work
+            if any(len(came) < 2 for came in (*alone, last)):
+                continue  # the client had to wait until all was there
             first = statistics.median(came[0] for came in alone)
             one = statistics.median(_gap_s(came) for came in alone)
-            # of the answer that began last, beside which all others are at work
-            together = _gap_s(max(ask(_STREAMS)))
+            together = _gap_s(last)
             prompt, token, tokens = _programs_s(engine)
             rested = statistics.median(_rested_s(ask) for _ in range(_RESTED))
             row = ((together - tokens) - (one - token)) / (_STREAMS - 1)
             found.append((first - prompt - (one - token), one - token - row, row, rested - first))
+    if not found:
+        raise UsageError("this machine is too busy to measure what serving takes: end what else runs on it")
     request_s, step_s, row_s, idle_s = (max(_LEAST_S, statistics.median(each)) for each in zip(*found, strict=True))
     return ServingCost(request_s, step_s, row_s, idle_s)
 

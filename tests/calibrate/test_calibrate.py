@@ -361,3 +361,24 @@ def test_float32_needs_its_own_peak() -> None:
 
     with pytest.raises(PriceError, match=r"--set chip.peak.fp32_flops_per_s"):
         Chip("half", {"bf16": 1e14}, 1e12).peak("f32")
+
+
+def test_answers_that_come_in_one_piece_are_no_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a client sees them that has to wait for a processor: such a round counts for nothing."""
+    whole, apart = [[0.2]], [[0.1 + 0.01 * token for token in range(48)]]
+    answers = iter([])
+
+    @contextlib.contextmanager
+    def asked(engine: object) -> Iterator[pace.Burst]:
+        yield lambda streams: next(answers)
+
+    monkeypatch.setattr(pace, "load_engine", lambda *given: None)
+    monkeypatch.setattr(pace, "_asked", asked)
+    monkeypatch.setattr(pace, "_rested_s", lambda ask: 0.2)
+    monkeypatch.setattr(pace, "_programs_s", lambda engine: (0.05, 0.004, 0.004))
+    busy, calm = [*6 * [apart], whole], 7 * [apart]
+    answers = iter([apart, *busy, *calm])
+    assert SERVING_COST(registry.usable("cpu"), rounds=2).step_s == pytest.approx(0.006)
+    answers = iter([apart, *busy])
+    with pytest.raises(UsageError, match="too busy"):
+        SERVING_COST(registry.usable("cpu"), rounds=1)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import json
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,6 +285,26 @@ def test_an_entry_that_is_there_twice(honest: Entries, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "a") as archive:
         archive.writestr(f"archive/{PROGRAM}", b"{}")
     with pytest.raises(ArtifactError, match="an entry twice"):
+        run(path)
+
+
+def test_entries_that_share_their_bytes(tmp_path: Path) -> None:
+    """A megabyte that is two hundred when it is read: each entry holds all that come after it."""
+    data, central = bytes(1 << 20), b""
+    names = [b"archive/%03d" % number for number in range(200)]
+    heads = len(names) * (30 + len(names[0]))
+    for number, name in enumerate(reversed(names)):
+        at = heads - (number + 1) * (30 + len(name))
+        sizes = struct.pack("<3I2H", zlib.crc32(data), len(data), len(data), len(name), 0)
+        data = b"PK\3\4" + struct.pack("<5H", 10, 0, 0, 0, 33) + sizes + name + data
+        head = struct.pack("<6H", 10, 10, 0, 0, 0, 33) + sizes + struct.pack("<3H2I", 0, 0, 0, 0, at)
+        central = b"PK\1\2" + head + name + central
+    end = struct.pack("<4H2IH", 0, 0, len(names), len(names), len(central), len(data), 0)
+    path = tmp_path / "bomb.pt2"
+    path.write_bytes(data + central + b"PK\5\6" + end)
+    with zipfile.ZipFile(path) as archive:
+        assert sum(each.file_size for each in archive.infolist()) > 200 << 20 and archive.read("archive/199")
+    with pytest.raises(ArtifactError, match="larger than the file"):
         run(path)
 
 

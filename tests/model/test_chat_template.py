@@ -327,6 +327,34 @@ def test_a_chat_must_be_json() -> None:
         GLM.render([{"role": "user", "content": object()}])
 
 
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}, {"tools": [WEATHER]}])
+def test_ids_at_once_are_those_of_the_text(variables: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the other process does both, or has to be asked for the second on its own."""
+    chat = [USER, THOUGHT | {"tool_calls": [CALL]}, {"role": "tool", "content": "12 \u00b0C <|user|>"}]
+    expected = TOKENIZER.encode(GLM.render(chat, **variables))
+    assert GLM.encode(TOKENIZER, chat, **variables) == expected
+    foreign_text.WORKER.end()  # what was held is gone
+    assert GLM.encode(TOKENIZER, chat, **variables) == expected
+    own = Tokenizer.load(TINY)
+    own.foreign = None
+    assert GLM.encode(own, chat, **variables) == expected
+    monkeypatch.setattr(foreign_text, "MOST_TEXT_BYTES", 20)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: cannot encode the text \(a text of \d+ bytes"):
+        GLM.encode(TOKENIZER, chat, **variables)
+
+
+@pytest.mark.parametrize("source", ["{{ raise_exception('no') }}", "{{ messages[7].role.x }}"])
+def test_ids_of_what_a_template_refuses(source: str) -> None:
+    template = ChatTemplate(source)
+    with pytest.raises(TokenizerError) as alone:
+        template.render([USER])
+    with pytest.raises(TokenizerError) as both:
+        template.encode(TOKENIZER, [USER])
+    assert str(both.value) == str(alone.value)
+    with pytest.raises(TokenizerError, match="the chat must be JSON data"):
+        GLM.encode(TOKENIZER, [{**USER, "x": object()}])
+
+
 def test_a_template_does_not_change_the_chat() -> None:
     chat = [{"role": "user", "content": ["a"]}]
     with pytest.raises(TokenizerError):

@@ -94,18 +94,21 @@ def _rewritten(path: Path) -> io.BytesIO:
 
 def _entries(path: Path) -> dict[str, bytes]:
     """What the zip file holds, by name without the folder that all names begin with."""
-    if path.stat().st_size > MOST_BYTES:
+    size = path.stat().st_size
+    if size > MOST_BYTES:
         raise ArtifactError(f"{path}: larger than {MOST_BYTES:,} bytes, which no graph needs")
     try:
         with zipfile.ZipFile(path) as archive:
             found = archive.infolist()
             if any(each.compress_type != zipfile.ZIP_STORED or each.flag_bits & 1 for each in found):
                 raise ArtifactError(f"{path}: holds compressed entries, and exports are stored as they are")
+            if sum(max(each.file_size, each.compress_size) for each in found) > size:  # entries that share their bytes
+                raise ArtifactError(f"{path}: no .pt2 archive (its entries are larger than the file)")
             held = [(each.filename.partition("/")[2], archive.read(each)) for each in found]
     except ArtifactError:
         raise
     except Exception as error:  # zipfile raises whatever it comes upon
-        raise ArtifactError(f"{path}: no .pt2 archive ({' '.join(str(error).split())[:80]})") from None
+        raise ArtifactError(f"{path}: no .pt2 archive ({first_line(error)})") from None
     entries = dict(held)
     if len(entries) != len(held) or len({each.filename.partition("/")[0] for each in found}) != 1:
         raise ArtifactError(f"{path}: holds an entry twice, or more than one folder")
