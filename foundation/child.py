@@ -30,6 +30,7 @@ MESSAGE_BYTES = 1 << 28  # of a request, and of an answer
 MOST_CPU_SECONDS = 15.0  # of a request, however long
 CLOCK = 12.0  # seconds by the clock for each CPU second, and one more: for what waits, on a machine that others use too
 _START_SECONDS = 60  # of our own code, on a machine that does other things too
+_WATCH_SECONDS = 1.0  # between two looks at the clock
 _REQUEST, _ANSWER = struct.Struct(">Id"), struct.Struct(">I")  # length of what follows; CPU seconds
 _PART_BYTES = 1 << 16
 _ROOT = Path(__file__).parents[1]
@@ -74,6 +75,7 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._to = self._from = self._lifeline = -1  # pipes
         self._answers = select.poll()
+        self._until = 0.0  # by the clock, for what is waited for
         self._owner = 0
         atexit.register(self.end)
 
@@ -91,10 +93,10 @@ class Child:
             if self._process is None or self._owner != os.getpid():
                 self._start()
             self.asked += 1
-            until = time.monotonic() + CLOCK * cpu_seconds + 1
+            self._until = time.monotonic() + CLOCK * cpu_seconds + 1
             try:
-                self._write(_REQUEST.pack(len(data), cpu_seconds) + data, until)
-                answer = self._read(until)
+                self._write(_REQUEST.pack(len(data), cpu_seconds) + data)
+                answer = self._read()
             except _Late:
                 self.end()
                 raise _too_long(cpu_seconds) from None
@@ -155,21 +157,22 @@ class Child:
         self._answers = select.poll()  # one for all answers: what a short request costs is calls to the kernel
         self._answers.register(self._from, select.POLLIN)
         try:
-            self._read(time.monotonic() + _START_SECONDS)
+            self._until = time.monotonic() + _START_SECONDS
+            self._read()
         except BaseException as error:
             self.end()
             if isinstance(error, _Late | _Gone | OSError):
                 raise ChildFailure("ended", "the process that it needs does not start") from None
             raise
 
-    def _write(self, data: bytes, until: float) -> None:
+    def _write(self, data: bytes) -> None:
         written = self._written(data)
         if written == len(data):
             return
         left, room = memoryview(data)[written:], select.poll()
         room.register(self._to, select.POLLOUT)
         while left:
-            _await(room, until)
+            self._await(room)
             left = left[self._written(left) :]
 
     def _written(self, data: bytes | memoryview) -> int:
@@ -178,9 +181,9 @@ class Child:
         except BlockingIOError:
             return 0
 
-    def _read(self, until: float) -> dict[str, Any]:
+    def _read(self) -> dict[str, Any]:
         def some() -> bytes:
-            _await(self._answers, until)
+            self._await(self._answers)
             if not (part := os.read(self._from, _PART_BYTES)):
                 raise _Gone
             return part
@@ -194,15 +197,23 @@ class Child:
             raise _Gone
         return answer
 
+    def _await(self, poll: select.poll) -> None:
+        """Until a pipe is ready. Raises `_Late` where it is not in time; what passes while this process itself is
+        stopped (Ctrl-Z), and the other with it, does not count."""
+        while True:
+            asked = max(0.0, min(self._until - time.monotonic(), _WATCH_SECONDS))
+            before = time.monotonic()
+            if poll.poll(asked * 1000):
+                return
+            stopped = time.monotonic() - before - asked
+            if stopped > _WATCH_SECONDS:
+                self._until += stopped
+            if time.monotonic() >= self._until:
+                raise _Late
+
 
 def _too_long(cpu_seconds: float) -> ChildFailure:
     return ChildFailure("time", f"takes more than the {round(cpu_seconds, 1):g} s that it is given")
-
-
-def _await(poll: select.poll, until: float) -> None:
-    """Raises `_Late` where a pipe is not ready until then."""
-    if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
-        raise _Late
 
 
 # --- in the child --------------------------------------------------------------------------------

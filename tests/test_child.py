@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from foundation import child
 from foundation.child import Child, ChildFailure, one_line
 from foundation.foreign_text import WORKER, ForeignTemplate, ForeignTokenizer
 from tests.cli.cli import glm5
@@ -221,3 +223,34 @@ def test_the_ids_are_those_of_the_library_here() -> None:
 )
 def test_a_line_is_what_a_terminal_can_show(said: str, shown: str) -> None:
     assert one_line(ValueError(said)) == shown
+
+
+@pytest.mark.parametrize(
+    ("passes", "late"),
+    [
+        ([1.0, 1.0, 0.5], False),  # there before its time is over
+        ([1.0] * 10, True),
+        ([300.0, 1.0, 0.5], False),  # stopped once for five minutes, and there soon after
+        ([300.0] + [1.0] * 10, True),  # stopped, and late all the same
+    ],
+)
+def test_time_does_not_pass_for_who_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, passes: list[float], late: bool
+) -> None:
+    """passes: seconds by the clock of one look after the other; at the end of the last there is an answer."""
+    clock, left = [0.0], list(passes)
+
+    class Poll:
+        def poll(self, milliseconds: float) -> list[int]:
+            if milliseconds:
+                clock[0] += left.pop(0)
+            return [] if left else [1]
+
+    monkeypatch.setattr(child, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    waits = Child("none")
+    waits._until = 5.0
+    if late:
+        with pytest.raises(child._Late):
+            waits._await(Poll())  # type: ignore[arg-type]
+    else:
+        waits._await(Poll())  # type: ignore[arg-type]
