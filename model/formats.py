@@ -269,6 +269,11 @@ class Scheme:
         """Of a routed expert's weights, of which nearly all of a model consists."""
         return matrix_format(self.experts).bits
 
+    def narrower_than(self, other: Scheme) -> bool:
+        """Whether dense matrices or experts are in fewer bits: a checkpoint in the other would be quantised for it."""
+        pairs = ((self.dense, other.dense), (self.experts, other.experts))
+        return any(matrix_format(mine).bits < matrix_format(theirs).bits for mine, theirs in pairs)
+
     def stored(self, weight: Described, mtp: bool = False) -> MatrixFormat:
         """The format that a checkpoint of this scheme stores a weight in. mtp: it belongs to the MTP layer."""
         kind = weight.role

@@ -181,9 +181,9 @@ def _tight_fraction(spec: Spec) -> float:
 def schemes(question: Question, profile: Profile) -> tuple[list[Scheme], list[Rejected]]:
     """Formats to search on a chip, best first, and those left out: the one asked for, or those it computes in.
 
-    To quantise is the user's decision, not a planner's: none is narrower than the checkpoint's own, nor as narrow and
-    stored in another way where the chip computes with what is stored. And none that has no fewer bits and no higher
-    rate than one before it. Raises `UsageError` where none is left.
+    To quantise is the user's decision, not a planner's: none is narrower than the checkpoint's own, in experts or in
+    dense matrices, nor as narrow and stored in another way where the chip computes with what is stored. And none that
+    has no fewer bits and no higher rate than one before it. Raises `UsageError` where none is left.
     """
     asked_only = question.scheme is not None and not is_scheme(question.cfg.weight_format)
     own = None if asked_only else question.cfg.stored_scheme
@@ -198,8 +198,9 @@ def schemes(question: Question, profile: Profile) -> tuple[list[Scheme], list[Re
             raise UsageError(f"{profile.name} does not compute in {question.scheme}; it runs {known}")
         return [asked], []
     assert own is not None
-    anew = [s for s in runs if as_stored and s != as_stored and s.bits == own.bits]
-    order = sorted((s for s in runs if s.bits >= own.bits and s not in anew), key=lambda s: (s != as_stored, s.bits))
+    anew = [s for s in runs if as_stored and s != as_stored and s.bits == own.bits and not s.narrower_than(own)]
+    wide = [s for s in runs if s not in anew and not s.narrower_than(own)]
+    order = sorted(wide, key=lambda s: (s != as_stored, s.bits))
     kept: list[Scheme] = []
     left_out = [
         Rejected(
@@ -207,7 +208,7 @@ def schemes(question: Question, profile: Profile) -> tuple[list[Scheme], list[Re
             f"narrower than the checkpoint's {own.name}: ask for it with --formats {s.name}",
         )
         for s in runs
-        if s.bits < own.bits
+        if s.narrower_than(own)
     ]
     left_out += [
         Rejected(

@@ -61,6 +61,13 @@ def test_a_search_is_told_of_the_formats_that_launch_refuses(engine: str, profil
     assert unsupported("trtllm", "1.0", facts) is None
 
 
+def test_groups_of_experts_that_an_engine_does_not_have_are_refused() -> None:
+    given_ = pool("glm-4.7-flash", "h200-sxm", Layout(4, 2, 4), "bf16", engine="sglang")
+    assert made("glm-4.7-flash", given_).commands
+    with pytest.raises(LaunchError, match="--ep 8 or --ep 1, not 4"):
+        made("glm-4.7-flash", given_, engine="vllm")
+
+
 def test_uneven_nodes_are_refused() -> None:
     given_ = pool("glm-4.7-flash", "h200-sxm", Layout(1, 12), "bf16", engine="sglang")
     with pytest.raises(LaunchError, match=r"8 \+ 4 devices over nodes of 8: sglang wants as many on each node"):

@@ -132,6 +132,16 @@ def test_what_is_stored_is_run_and_not_quantised_anew(stored: str, chip: str, fi
         assert runs.stored_as(wanted)
 
 
+def test_wider_experts_do_not_pay_for_narrower_attention() -> None:
+    """What is stored with dense matrices in 16 bits is not planned with them in 8, however many bits experts get."""
+    for stored in ("w4a16", "nvfp4"):
+        asked = Question(dataclasses.replace(load_config("kimi-k2"), weight_format=stored), LIGHT)
+        for chip in ("h200-sxm", "b200-sxm", "ascend-910c-die"):
+            kept, left_out = schemes(asked, hw_profiles.load(chip))
+            assert {matrix_format(scheme.dense).bits for scheme in kept} == {16}
+            assert any("narrower than the checkpoint's" in each.reason for each in left_out)
+
+
 def test_a_format_the_chip_does_not_compute_in_is_refused() -> None:
     with pytest.raises(UsageError, match=r"ascend-910c-die does not compute in fp8; it runs bf16, w8a8, w4a8"):
         schemes(question(scheme="fp8"), hw_profiles.load("ascend-910c-die"))

@@ -187,9 +187,11 @@ def _servers(
         raise LaunchError(f"no launch commands for {engine}: use --engine {', '.join(LAUNCHED_ENGINES)}")
     flags = table(kind, release or named.release)
     profile = profile_of(pool)
-    described = engine_for(
-        engine, cfg, profile, pool.layout, pool.settings if engine == pool.engine else None, pool.drafts
-    )
+    settings = pool.settings if engine == pool.engine else None
+    try:
+        described = engine_for(engine, cfg, profile, pool.layout, settings, pool.drafts)
+    except UsageError as error:  # a layout that another engine was planned with
+        raise LaunchError(str(error)) from None
     if pool.layout.dcp > 1:
         own = pool.settings if engine == pool.engine and same_release(planned.release, flags.release) else None
         _require_dealt(nearest_release(kind, flags.release), cfg, pool, own)
