@@ -142,7 +142,7 @@ def _check(t: NpuTarget, found: Prolog, given: Mapping[Any, Any]) -> None:
     rope = _aval(found.kv_a.outvars[0]).shape[-1] - lora
     accept(constraints.mla_prolog(hidden, q_lora, heads, (nope, rope, lora), cache.page_size))
     if isinstance(cache, Packed):
-        require(found.format == INT8, f"{NAME} writes a cache in int8 for matrices in int8")
+        require(found.format == INT8, f"{NAME} writes caches in int8 only beside matrices in int8")
 
 
 def _aval(var: Any) -> Any:

@@ -200,6 +200,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--max-tokens", "999"), "sequences of 1000 tokens are more than a gear holds"),
         (("--max-tokens", "0"), "--max-tokens: 1 or more"),
         (("--operators",), "--operators goes with --measure N"),
+        (("--measure", "-1"), "--measure: 0 or more"),
+        (("--json", "there/is/none.json"), "its folder is not there"),
+        (("--graph-mode", "nosuch"), "--graph-mode nosuch: eager, npugraph_ex"),
+        (("--graph-mode", "torchair"), "compiles for an NPU"),
+        (("--kernels", "nosuch"), "--kernels nosuch: No module named"),
+        (("--kernels", "json"), "--kernels json: module 'json' has no attribute 'register'"),
         (("--device", "npu"), "--device npu: torch_npu"),
     ],
 )

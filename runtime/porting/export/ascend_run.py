@@ -35,6 +35,7 @@ MEASUREMENTS = "glm5-npu-measurements"  # `glm5 calibrate --from` and `glm5 vali
 MEASUREMENTS_VERSION = 1
 FRACTAL_NZ = 29  # of CANN's aclFormat
 EXCHANGES = ("npu::npu_moe_distribute_dispatch_v2", "npu::npu_moe_distribute_combine_v2")
+ON_NPU = ("npugraph_ex", "torchair", "npugraph_ex-compile")  # graph modes
 OUT = ".out"
 DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8,
@@ -748,20 +749,43 @@ def prompts_of(given, folder, manifest):
     return found
 
 
+def graph_mode(asked, device):
+    """The mode to run in."""
+    mode = asked or ("npugraph_ex" if device == "npu" else "eager")
+    if mode in ON_NPU and device != "npu":
+        raise Stop(f"--graph-mode {mode} compiles for an NPU; on {device} leave it out, or give aot_eager")
+    if mode not in ("eager", *ON_NPU, *torch._dynamo.list_backends(exclude_tags=None)):
+        raise Stop(f"--graph-mode {mode}: eager, {', '.join(ON_NPU)} or a backend of torch.compile, as aot_eager")
+    return mode
+
+
+def register_kernels(name):
+    sys.path.insert(0, os.getcwd())
+    try:
+        register = importlib.import_module(name).register
+    except (ImportError, AttributeError) as error:
+        raise Stop(f"--kernels {name}: {error}") from None
+    register()
+
+
 def run(given):
     folder = given.package
     manifest = read_manifest(folder)
+    if given.measure < 0:
+        raise Stop("--measure: 0 or more")
     if given.operators and not given.measure:
         raise Stop("--operators goes with --measure N")
+    if given.json and not given.json.absolute().parent.is_dir():
+        raise Stop(f"--json {given.json}: its folder is not there")
     device = given.device
     if device != "cpu":
         reason = torch_npu_reason()
         if reason and device == "npu":
             raise Stop(f"--device npu: {reason}")
         device = "cpu" if reason else "npu"
+    mode = graph_mode(given.graph_mode, device)
     if given.kernels:
-        sys.path.insert(0, os.getcwd())
-        importlib.import_module(given.kernels).register()
+        register_kernels(given.kernels)
     lacking = [name for name in manifest["extra"]["ascend"]["operators"] if not _runs(name, device)]
     if lacking:
         raise Stop(
@@ -770,7 +794,6 @@ def run(given):
         )
     prompts = prompts_of(given, folder, manifest)
     place = RunPlace(manifest, device)
-    mode = given.graph_mode or ("npugraph_ex" if device == "npu" else "eager")
     with torch.inference_mode():
         model = RunModel(folder, manifest, place, mode, given.verify_weights)
         times = {}
