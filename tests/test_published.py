@@ -182,3 +182,24 @@ def test_causes_are_switched_off_by_what_is_said_of_the_deployment() -> None:
     assert read(eager, mechanism("graphs")).spec().engine.graph_mode == "eager"
     with pytest.raises(UsageError, match=r"--without magic: no such cause; there are releases, .*expert-load"):
         mechanism("magic")
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "expected"),
+    [
+        ("mtp", "1 tokens a step .", "mtp is '', not a number"),
+        ("mtp", "1 tokens a step 1.2.3", "mtp is '1.2.3', not a number"),
+        ("mtp", "9" * 1_000, "are taken"),
+        ("mtp", "1 " + 330 * "accept", None),
+        ("server_flags", "x" * 3_000, r"server_flags: characters: 3,000 is more than the 2,000"),
+        ("length_ratio", "0.5.5", "length_ratio is '0.5.5'"),
+        ("concurrency", "9" * 1_500, "are taken"),
+    ],
+)
+def test_cells_that_mean_harm(column: str, text: str, expected: str | None) -> None:
+    """A line, and soon: patterns that look for words take no more than the square of a cell."""
+    if expected is None:
+        assert read({**ROW, column: text}).accept_length is None
+        return
+    with pytest.raises(UsageError, match=expected):
+        read({**ROW, column: text})
