@@ -10,7 +10,9 @@ import pytest
 import hw_profiles
 from foundation.errors import Failure, UsageError
 from model.hf_config import load_config
-from runtime.deployment.engines import Circumstances
+from runtime.deployment.engines import Circumstances, load
+from runtime.deployment.engines.releases import latest_not_newer, older_than_all, same_release
+from runtime.pricing.eras import order
 from runtime.serving.lengths import Fixed, Uniform
 from runtime.simulation import published
 from runtime.simulation.mechanisms import MECHANISMS, mechanism
@@ -203,3 +205,15 @@ def test_cells_that_mean_harm(column: str, text: str, expected: str | None) -> N
         return
     with pytest.raises(UsageError, match=expected):
         read({**ROW, column: text})
+
+
+@pytest.mark.parametrize("text", ["0" * 50_000, "1." + "9" * 50_000, ".0" * 30_000 + "x", "1." * 30_000])
+def test_releases_that_mean_harm(text: str) -> None:
+    """Named by a plan, an engine's file or a cell: patterns that look for numbers do not go on for ever."""
+    known = {"0.9.0": "2025-01-01", "0.2": "2024-01-01"}
+    assert latest_not_newer(text, known) in known and older_than_all(text, known) in (True, False)
+    assert not same_release(text, "0.9.0") and same_release(text, text)
+    assert order(text) is None or order(text)
+    with pytest.raises(Failure, match=r"is not described") as caught:
+        load(f"vllm@{text}")
+    assert len(str(caught.value)) < 500
