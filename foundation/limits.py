@@ -12,5 +12,8 @@ def within(what: str, count: float, most: float, error: type[Failure] = UsageErr
 
 
 def _said(count: float) -> str:
-    text = f"{count:,}" if isinstance(count, int) else f"{count:g}"
-    return text if len(text) <= 40 else f"{float(count):.3g}"
+    if not isinstance(count, int):
+        return f"{count:g}"
+    if abs(count) < 10**30:
+        return f"{count:,}"
+    return f"{float(count):.3g}" if abs(count) < 10**300 else f"about 10^{int(count.bit_length() * 0.30103)}"

@@ -10,7 +10,9 @@ import pytest
 import hw_profiles
 from foundation.errors import Failure, UsageError
 from model.hf_config import load_config
-from runtime.deployment.engines import Circumstances
+from runtime.deployment.engines import Circumstances, load
+from runtime.deployment.engines.releases import latest_not_newer, older_than_all, same_release
+from runtime.pricing.eras import order
 from runtime.serving.lengths import Fixed, Uniform
 from runtime.simulation import published
 from runtime.simulation.mechanisms import MECHANISMS, mechanism
@@ -182,3 +184,36 @@ def test_causes_are_switched_off_by_what_is_said_of_the_deployment() -> None:
     assert read(eager, mechanism("graphs")).spec().engine.graph_mode == "eager"
     with pytest.raises(UsageError, match=r"--without magic: no such cause; there are releases, .*expert-load"):
         mechanism("magic")
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "expected"),
+    [
+        ("mtp", "1 tokens a step .", "mtp is '', not a number"),
+        ("mtp", "1 tokens a step 1.2.3", "mtp is '1.2.3', not a number"),
+        ("mtp", "9" * 1_000, "are taken"),
+        ("mtp", "1 " + 330 * "accept", None),
+        ("server_flags", "x" * 3_000, r"server_flags: characters: 3,000 is more than the 2,000"),
+        ("length_ratio", "0.5.5", "length_ratio is '0.5.5'"),
+        ("concurrency", "9" * 1_500, "are taken"),
+    ],
+)
+def test_cells_that_mean_harm(column: str, text: str, expected: str | None) -> None:
+    """A line, and soon: patterns that look for words take no more than the square of a cell."""
+    if expected is None:
+        assert read({**ROW, column: text}).accept_length is None
+        return
+    with pytest.raises(UsageError, match=expected):
+        read({**ROW, column: text})
+
+
+@pytest.mark.parametrize("text", ["0" * 50_000, "1." + "9" * 50_000, ".0" * 30_000 + "x", "1." * 30_000])
+def test_releases_that_mean_harm(text: str) -> None:
+    """Named by a plan, an engine's file or a cell: patterns that look for numbers do not go on for ever."""
+    known = {"0.9.0": "2025-01-01", "0.2": "2024-01-01"}
+    assert latest_not_newer(text, known) in known and older_than_all(text, known) in (True, False)
+    assert not same_release(text, "0.9.0") and same_release(text, text)
+    assert order(text) is None or order(text)
+    with pytest.raises(Failure, match=r"is not described") as caught:
+        load(f"vllm@{text}")
+    assert len(str(caught.value)) < 500

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
+from runtime.deployment.engines.releases import MOST_CHARACTERS
+
 ENGINES = ("sglang", "trtllm", "vllm")
 """Engines with operator tables, in the order they stand in for one another."""
 OLDER_ERROR = 0.35
@@ -31,7 +33,7 @@ class Chosen(NamedTuple):
 @cache
 def order(release: str) -> tuple[Any, ...] | None:
     """What releases sort by ("0.5.6.post2", "1.3.0rc20"); None for a text that is no release, such as a nightly's."""
-    found = _RELEASE.match(release.strip())
+    found = _RELEASE.match(release.strip()[:MOST_CHARACTERS])
     if found is None:
         return None
     numbers = [int(part) for part in found[1].split(".")]

@@ -16,6 +16,7 @@ from typing import Any
 
 import hw_profiles
 from foundation.errors import UsageError
+from foundation.limits import within
 from hw_profiles import Profile
 from model.config import ModelConfig
 from model.formats import SCHEMES
@@ -145,6 +146,7 @@ class PublishedRow:
         return found
 
 
+MOST_CHARACTERS, MOST_COUNT = 2_000, 10**9  # of a cell, and what one may count
 _DEALT = r"(?:--decode-context-parallel-size|-dcp)[ =]+(\d{1,6})\b"
 """Decode context parallelism is no column: servers say it in their flags."""
 _CUT_PROMPTS = r"(?:--prefill-context-parallel-size|-pcp)[ =]+(\d{1,6})\b"
@@ -157,6 +159,8 @@ def read(row: Mapping[str, str], without: Mechanism | None = None) -> PublishedR
     """A row of a CSV with `COLUMNS`. without: a cause to switch off. Raises `UsageError` naming the column that cannot
     be read."""
     cell = {key: (value or "").strip() for key, value in row.items() if key is not None}
+    for column, text in cell.items():
+        within(f"{column}: characters:", len(text), MOST_CHARACTERS)
     cfg, profile = model_of(cell["model"]), hw_profiles.load(cell["chip"])
     degrees = {axis: _whole(cell, axis, 1) for axis in ("tp", "dp", "ep", "pp")}
     dealt = re.search(_DEALT, cell["server_flags"])
@@ -165,7 +169,7 @@ def read(row: Mapping[str, str], without: Mechanism | None = None) -> PublishedR
     devices = _whole(cell, "devices", layout.devices)
     if devices != layout.devices:
         raise UsageError(f"devices {devices}: tp x dp x pp is {layout.devices}")
-    drafts, accept_length, apart = _drafts(cell["mtp"])
+    drafts, accept_length, apart = _drafts(cell)
     version = f"{cell['engine_version']} {cell.get('date', '')}"
     engine = nearest_release(cell["engine"], version)
     off = without or Mechanism("", "")
@@ -268,8 +272,7 @@ def settings_of(flags: str, engine: str, at: Circumstances, clients: int = 0) ->
 
 def _clients(cell: Mapping[str, str]) -> int:
     """Clients of a closed loop; 0 where their number is not said ("all at once")."""
-    found = re.match(r"\d+", cell["concurrency"])
-    return int(found[0]) if found else 0
+    return _count(cell, "concurrency")
 
 
 def _kv(words: str) -> str | None:
@@ -278,15 +281,14 @@ def _kv(words: str) -> str | None:
     return None if found is None else "bf16" if found[0] == "fp16" else found[0]
 
 
-def _drafts(words: str) -> tuple[int, float | None, str]:
+def _drafts(cell: Mapping[str, str]) -> tuple[int, float | None, str]:
     """Drafts a step, tokens that a step makes, and what is not known of them."""
-    found = re.match(r"\d+", words)
-    drafts = int(found[0]) if found else 0
+    drafts, words = _count(cell, "mtp"), cell["mtp"]
     if not drafts:
         return 0, None, ""
     if length := re.search(r"(?:accept\w* length|tokens a step|scored at)\D*([\d.]+)", words):
-        return drafts, float(length[1]), ""
-    if rate := re.search(r"accept\w*\D*(0?\.\d+|\d+(?:\.\d+)? ?%)", words):
+        return drafts, _number("mtp", length[1].rstrip(".")), ""
+    if rate := re.search(r"accept\D*(0?\.\d+|\d+(?:\.\d+)? ?%)", words):
         share = float(rate[1].rstrip(" %")) / (100 if "%" in rate[1] else 1)
         return drafts, (1 - share ** (drafts + 1)) / (1 - share) if share < 1 else drafts + 1.0, ""
     return drafts, None, "acceptance of drafts not recorded"
@@ -295,14 +297,13 @@ def _drafts(words: str) -> tuple[int, float | None, str]:
 def _load(cell: Mapping[str, str]) -> Workload:
     """The load, as the client made it: `concurrency` clients, or all prompts at once, or at a rate."""
     said = re.match(r"[\d.]+", cell["length_ratio"])
-    ratio = min(1.0, float(said[0])) if said else 1.0
+    ratio = min(1.0, _number("length_ratio", said[0])) if said else 1.0
     prompt, output = (_lengths(_whole(cell, axis), ratio) for axis in ("isl", "osl"))
-    count = re.match(r"\d+", cell["num_prompts"])
     clients = _clients(cell)
-    requests = int(count[0]) if count else 10 * clients
+    requests = _count(cell, "num_prompts") or 10 * clients
     rate = re.match(r"[\d.]+", cell["rate"])
     if rate and not clients:
-        return open_loop(float(rate[0]), requests or 1000, prompt, output)
+        return open_loop(_number("rate", rate[0]), requests or 1000, prompt, output)
     if not requests:
         raise UsageError("neither concurrency, rate nor num_prompts is a number")
     return closed_loop(min(clients, requests) if clients else requests, requests, prompt, output)
@@ -325,6 +326,14 @@ def _measured(cell: Mapping[str, str]) -> dict[str, float]:
     if not found:
         raise UsageError(f"no figure: one of {', '.join(MEASURED)}")
     return found
+
+
+def _count(cell: Mapping[str, str], column: str) -> int:
+    """The whole number that a cell begins with; 0 where it begins otherwise."""
+    found = re.match(r"\d+", cell[column])
+    count = int(found[0]) if found else 0
+    within(f"{column}:", count, MOST_COUNT)
+    return count
 
 
 def _number(column: str, text: str) -> float:

@@ -158,7 +158,7 @@ class _Description:
         known = [part.about.get("release", "") for part in self.parts]
         last = next((i for i, each in enumerate(known) if same_release(each, release)), None) if release else 0
         if last is None:
-            asked = f"release {release!r}" if release != "@" else "no release behind the @"
+            asked = f"release {shortened(repr(release))}" if release != "@" else "no release behind the @"
             raise EngineError(
                 f"{file.removesuffix('.toml')}: {asked} is not described; described are {', '.join(known[::-1])}: "
                 f"name one of them, as {file.removesuffix('.toml')}@{known[0]}"
