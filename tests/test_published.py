@@ -65,6 +65,7 @@ def test_formats(words: str, scheme: str) -> None:
          {"max_running_requests": 12, "max_step_tokens": 8192, "chunked_prefill_tokens": 8192, "memory_fraction": 0.9,
           "prefix_cache": False}),
         ("vllm", "--enforce-eager", {"graph_mode": "eager"}),
+        ("sglang", "--tp 8 --enable-nccl-nvls", {"reduces_in_switches": True}),
         ("vllm", "--max_num_batched_tokens 16k --no-enable-prefix-caching",
          {"max_step_tokens": 16384, "chunked_prefill_tokens": 16384, "prefix_cache": False}),
         ("sglang", "--tp 8 --mem-fraction-static 0.82 --chunked-prefill-size 32768 --disable-radix-cache",

@@ -72,15 +72,32 @@ class Changes:
         self._vector = _ratio(chip.vector_launch_s, reference.vector_launch_s)
         self._compute = _ratio(chip.compute_efficiency, reference.compute_efficiency)
         self._memory = _ratio(chip.memory_efficiency, reference.memory_efficiency)
-        products = _ratio(chip.peak_flops_per_s.get("bf16"), reference.peak_flops_per_s.get("bf16"))
         known = kin_vectors and chip.vector_flops_per_s
-        self._rest = products / (chip.vector_flops_per_s / kin_vectors) if known else 1.0
+        self._vectors = chip.vector_flops_per_s / kin_vectors if known else 0.0
+        self._chips = chip, reference
 
     def __call__(self, kernel: Kernel) -> Kernel:
         launch = self._vector if kernel.family == "memory" else self._launch
         kept = kernel.constants
-        beside = 1.0 / (kept.compute_efficiency + (1.0 - kept.compute_efficiency) * self._rest)
+        beside = 1.0 / (kept.compute_efficiency + (1.0 - kept.compute_efficiency) * self._rest(kernel))
         return kernel.adjusted(kept.launch_s * launch, self._compute * beside, self._memory)
+
+    def _rest(self, kernel: Kernel) -> float:
+        """How much less the rest of the cores do beside the products of a kernel, at the rate that those run at."""
+        if not self._vectors or kernel.family == "memory":
+            return 1.0
+        mine, theirs = (chip.peak(_multiplied_in(kernel.key)) for chip in self._chips)
+        return mine / theirs / self._vectors
+
+
+def _multiplied_in(key: str) -> str:
+    """The format that a kernel of a price file multiplies in, by its key; a cache's is not it."""
+    family, *parts = key.partition("@")[0].split("/")
+    if family.startswith("block_"):
+        return parts[3]
+    if family in ("gemm", "bmm", "moe"):
+        return parts[0]
+    return "bf16" if family.startswith(("gqa_", "mla_")) else "fp8-block"
 
 
 class OtherChip:

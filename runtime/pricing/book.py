@@ -21,6 +21,7 @@ from model.formats import matrix_format
 from runtime.pricing.adjust import Changes, OtherChip, own_rates, reference_chip
 from runtime.pricing.chip import Chip, rate_of
 from runtime.pricing.choices import (
+    RING_REDUCE,
     FusedReduce,
     FusedShared,
     absorbed_prefill,
@@ -28,7 +29,6 @@ from runtime.pricing.choices import (
     fused_reduce,
     fused_shared,
     latent_decode,
-    ring_reduce,
     table_choices,
     unpacked_decode,
     untuned_experts,
@@ -210,8 +210,10 @@ class PriceBook:
 
     def reduced_by_rings(self, total_bytes: float, devices: int, nodes: int) -> float:
         """What an all-reduce takes, over what its table says, where the engine keeps the switches from reducing."""
-        choice = ring_reduce(*self._chooses)
-        return choice.slower(total_bytes) if choice and devices >= choice.devices and nodes == 1 else 1.0
+        rings, family = RING_REDUCE, self._chooses[2]
+        return (
+            rings.slower(total_bytes) if family in rings.families and devices >= rings.devices and nodes == 1 else 1.0
+        )
 
     @property
     def latent_decode_more_s(self) -> float:

@@ -59,16 +59,17 @@ class FusedShared(KernelChoice):
 
 
 @dataclass(frozen=True)
-class RingReduce(KernelChoice):
+class RingReduce:
     """All-reduces of NCCL on one server that go round its devices, where the tables have them in the switches (NVLS).
 
-    devices: from how many on that is slower. ratios: of the two, by bytes of the whole vector; from the first on, which
-    is larger than what engines reduce with kernels of their own.
+    families: of chips where that was measured. devices: from how many on it is slower. ratios: of the two, by bytes of
+    the whole vector; from the first on, which is larger than what engines reduce with kernels of their own.
     """
 
+    families: frozenset[str]
+    ratios: tuple[tuple[float, float], ...]
+    source: str
     devices: int = 8
-    ratios: tuple[tuple[float, float], ...] = ((2**24, 1.0), (2**25, 1.10), (2**26, 1.13), (2**27, 1.20), (2**28, 1.22),
-                                               (2**29, 1.25), (2**30, 1.28))  # fmt: skip
 
     def slower(self, total_bytes: float) -> float:
         """The ratio at a size, linear in its logarithm."""
@@ -76,13 +77,13 @@ class RingReduce(KernelChoice):
         return float(np.interp(math.log(total_bytes), np.log(sizes), ratios))
 
 
-RING_REDUCES = (
-    RingReduce("sglang", "0.4.3", frozenset({"hopper"}), None,
-               "sglang entrypoints/engine.py _set_envs_and_config, 0.5.3 to 0.5.14: NCCL_NVLS_ENABLE=0 unless "
-               "--enable-nccl-nvls; PR 3502: 1023 us against 844 with it on 8 H100. Ratios: aiconfigurator-core 0.12, "
-               "h100_sxm vllm 0.14.0 over 0.19.0 and sglang 0.5.14, eager and captured; at most 370 and 480 GB/s "
-               "(nccl-tests issue 212), alike up to 4 devices (nccl issue 1455)"),
-)  # fmt: skip
+RING_REDUCE = RingReduce(
+    frozenset({"hopper"}),
+    ((2**24, 1.0), (2**25, 1.10), (2**26, 1.13), (2**27, 1.20), (2**28, 1.22), (2**29, 1.25), (2**30, 1.28)),
+    "aiconfigurator-core 0.12, h100_sxm vllm 0.14.0 over 0.19.0 and sglang 0.5.14, eager and captured; sglang PR 3502: "
+    "1023 us against 844 on 8 H100; at most 370 and 480 GB/s (nccl-tests issue 212), alike up to 4 devices (nccl issue "
+    "1455)",
+)
 """On Blackwell nothing was measured; there rings would reach what NVLS does."""
 _TRITON = frozenset({"ampere", "hopper"})
 """Where SGLang runs FP8 and 16-bit experts in Triton; flashinfer_trtllm, its choice on Blackwell, turns fusing off."""
@@ -266,11 +267,6 @@ def table_choices(engine: str, release: str, family: str) -> tuple[TableChoice, 
 def absorbed_prefill(engine: str, release: str, family: str) -> AbsorbedPrefill | None:
     """What a release chooses; None where prompts are always computed with expanded heads."""
     return _chosen(ABSORBED_PREFILLS, engine, release, family)
-
-
-def ring_reduce(engine: str, release: str, family: str) -> RingReduce | None:
-    """How a release has NCCL reduce; None where it is left to choose."""
-    return _chosen(RING_REDUCES, engine, release, family)
 
 
 def latent_decode(engine: str, release: str, family: str) -> LatentDecode | None:

@@ -107,7 +107,7 @@ class GraphPricer:
     shared: tables of earlier pricers of the same book and load, which are used and added to: layouts that differ
     in pp, and formats that differ in the cache's, have most of theirs in common. coarse: fewer knots. replicas: how
     many of the layout sit one behind another (see `placement`). sparse_layer_seconds, layer_seconds: of small kernels,
-    a layer with sparse attention or any. time_factor: of what the rest takes. captured_tokens: as of `Context`.
+    a layer with sparse attention or any. time_factor: of what the rest takes. captured_tokens, rings: as of `Context`.
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class GraphPricer:
         layer_seconds: float = 0.0,
         time_factor: float = 1.0,
         captured_tokens: float = math.inf,
+        rings: bool = False,
     ):
         self._shared = {} if shared is None else shared
         self._coarse = coarse
@@ -135,7 +136,15 @@ class GraphPricer:
         weights = {w.name: w for kind in cfg.layer_counts for w in layer_weights(cfg, kind)}
         weights |= {w.name: w for w in outer_weights(cfg)}
         self._context = Context(
-            cfg, layout.by_groups, formats, book, load, weights, replicas=replicas, captured_tokens=captured_tokens
+            cfg,
+            layout.by_groups,
+            formats,
+            book,
+            load,
+            weights,
+            replicas=replicas,
+            captured_tokens=captured_tokens,
+            rings=rings,
         )
         main = [(programs.layers[kind], n) for kind, n in main_kinds(cfg)]
         self._layers = self._table("layers", [*main, (programs.embed, 1)])
@@ -164,7 +173,7 @@ class GraphPricer:
 
     def _table(self, name: str, programs: Iterable[tuple[OpList, int]]) -> TokenTable:
         layout, load = self._context.layout, self._context.load
-        captured = self._context.captured_tokens
+        captured = self._context.captured_tokens, self._context.rings
         key = (name, layout.tp, layout.dp, layout.ep, self._context.placement.spans, captured, id(load))
         context = dataclasses.replace(self._context, mtp=name == "mtp")
         groups = self.layout.pcp if name == "alike" else 1

@@ -37,7 +37,7 @@ FUSED = frozenset(
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What prices depend on besides shapes. captured_tokens: of the largest step whose kernels are replayed from a
-    graph; those of larger ones are launched from the host."""
+    graph; those of larger ones are launched from the host. rings: NCCL's all-reduces go round a server's devices."""
 
     cfg: ModelConfig
     layout: Layout
@@ -48,6 +48,7 @@ class Context:
     mtp: bool = False
     replicas: int = 1
     captured_tokens: float = math.inf
+    rings: bool = False
 
     @property
     def placement(self) -> Placement:
@@ -204,7 +205,7 @@ def collective(op: TracedOp, sizes: Sizes, context: Context) -> Price:
     span, model = placement.span(op.axes), context.cfg.model_type
     captured = sizes.b * sizes.t <= context.captured_tokens
     plain = network.collective(kind, float(size), span, captured=captured)  # type: ignore[arg-type]
-    if kind == "all_reduce":
+    if kind == "all_reduce" and context.rings:
         plain = plain.lasting(plain.seconds * context.book.reduced_by_rings(float(size), span.devices, span.nodes))
     fused = context.book.fused_reduce(model)
     if fused is None or kind != "all_reduce" or layout.dp > 1 or span.nodes > 1:

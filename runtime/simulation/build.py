@@ -262,6 +262,7 @@ def pricer_of(spec: Spec, tables: PriceTables) -> GraphPricer:
         spec.engine.layer_seconds,
         spec.engine.kernel_time_factor,
         spec.engine.captured_tokens(1 + spec.drafts),
+        not spec.engine.reduces_in_switches,
     )
 
 

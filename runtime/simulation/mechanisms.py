@@ -82,6 +82,11 @@ MECHANISMS = (
         "the smallest all-reduce between servers takes 44 us; without: a hop's latency",
         chip={"link.scale_out.collective_latency_s": 5e-6},
     ),
+    Mechanism(
+        "rings",
+        "SGLang has NCCL reduce round a server's devices; without: in NVLink's switches",
+        {"reduces_in_switches": True},
+    ),
     Mechanism("clocks", "long matrix products lose clock; without: none", chip={"chip.sustained_clock_fraction": 1.0}),
     Mechanism(
         "cold-weights",

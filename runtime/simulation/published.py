@@ -94,6 +94,7 @@ _SWITCHES: tuple[tuple[str, str, Any], ...] = (
     (r"enforce[- ]eager|disable[- ]cuda[- ]graph\b|\beager mode", "graph_mode", "eager"),
     (r"full[-_]decode[-_]only", "graph_mode", "full"),
     (r"enable-mixed-chunk", "policy", "mixed"),
+    (r"enable-nccl-nvls|enable-symm-mem", "reduces_in_switches", True),
     (r"disable-overlap-schedule|no-async-scheduling", "overlap_scheduling", False),
 )
 """Words that stand for a setting's value."""

@@ -42,8 +42,8 @@ REFUSED: list[tuple[str, str, int, str]] = [
     *[("run sim", axis, size, "1,000" if axis == "--devices" else "fits") for axis in AXES for size in (LARGE,)],
     *[("serve sim", axis, LARGE, "") for axis in AXES],
     ("serve", "--pool-tokens", HUGE, "of memory; ask for fewer"),
-    *[("simulate", axis, LARGE, "") for axis in (*AXES, "--dcp")],
-    *[("plan", axis, LARGE, "") for axis in (*AXES, "--dcp")],
+    *[("simulate", axis, LARGE, "") for axis in (*AXES, "--dcp", "--pcp")],
+    *[("plan", axis, LARGE, "") for axis in (*AXES, "--dcp", "--pcp")],
     *[("export", axis, HUGE, "") for axis in AXES[1:]],
     *[
         (verb, option, size, "")

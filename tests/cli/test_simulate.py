@@ -137,7 +137,7 @@ def test_replicas_and_layouts() -> None:
     one, two = run(*SMALL), run(*SMALL, "--devices", 16, "--tp", 8)
     assert two["devices"] == 16 and two["kv"]["pool_tokens"] == 2 * one["kv"]["pool_tokens"]
     spread = run(*SMALL, "--tp", 1, "--dp", 8, "--ep", 8, "--set", "engine.memory_fraction=0.85")
-    assert spread["layout"] == {"tp": 1, "dp": 8, "ep": 8, "pp": 1, "dcp": 1}
+    assert spread["layout"] == {"tp": 1, "dp": 8, "ep": 8, "pp": 1, "dcp": 1, "pcp": 1}
     staged = run(*SMALL, "--devices", 16, "--pp", 2)
     assert staged["layout"]["tp"] == 8 and "pipeline" in staged["share_by_op"]
 

@@ -27,6 +27,7 @@ FASTER = {
     f"{OUT}.latency_s": 0.2,
     f"{OUT}.collective_latency_s": 0.3,
     "overhead.collective_launch_s": 0.3,
+    "chip.peak.bf16_flops_per_s": 1.9,
 }
 """By how much each figure changes for the better; links without a figure of their own get a poor one to begin with."""
 POOR = {f"{UP}.latency_s": 5e-6, f"{OUT}.latency_s": 2e-5, f"{OUT}.collective_latency_s": 1.5e-4}

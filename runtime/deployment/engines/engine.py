@@ -232,6 +232,7 @@ class Engine:
     sparse_layer_seconds: device time of the small kernels around sparse attention (index-key quantisation,
         page-table transforms) that whole-block measurements of later releases no longer have, a layer and step.
     layer_seconds: device time of small kernels that have no price (quantisation, reordering), a layer and step.
+    reduces_in_switches: NCCL's all-reduces on one server are done by NVLink's switches, where they can (NVLS).
     kernel_time_factor: what kernels take of the time that their tables say, all alike.
     request_seconds: what the front end (HTTP, chat template, hand-over to the engine) works on a request; it serves one
         at a time, so a burst arrives spread out.
@@ -291,6 +292,7 @@ class Engine:
     sparse_layer_seconds: float = 0.0
     layer_seconds: float = 0.0
     kernel_time_factor: float = 1.0
+    reduces_in_switches: bool = True
     request_delay_seconds: float = 0.0
     front_end_gathers: bool = False
     front_end_per_rank: bool = False
