@@ -167,7 +167,7 @@ class Calibration:
 def measure(
     backend: Backend, effort: Effort = Effort(), progress: Callable[[int, int], Any] | None = None
 ) -> Calibration:
-    """Measures with a backend that is usable here: some 15 seconds on a small host, less with `QUICK`."""
+    """Measures with a backend that is usable here: a minute or two of CPU on a small host, less with `QUICK`."""
     offered = backend.capabilities()
     dtype = offered.preferred_dtype
     others = sorted(offered.dtypes & _PEAK.keys() - {dtype})
