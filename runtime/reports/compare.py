@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from runtime.reports import svg
-from runtime.reports.page import document
+from runtime.reports.page import SCREEN, document
 from runtime.reports.page import section as _section
 from runtime.reports.svg import Series
 
@@ -27,6 +27,9 @@ _COLUMNS = (
 )
 
 FOREIGN = 512  # perplexity of a text from which on a model is said not to know it
+
+
+_JSON = SCREEN.format("glm5 compare --json prints it")
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -48,7 +51,7 @@ def page(result: Mapping[str, Any]) -> str:
         _section("Right answers", _tasks(result)),
         _section("What runs in which format", _formats(result)),
         _section("What this does not show", _limits()),
-        _section("JSON", f"<details><summary>Everything measured</summary><pre>{_json(result)}</pre></details>"),
+        _section("JSON", f"{_JSON}Everything measured</summary><pre>{_json(result)}</pre></details>"),
     ]
     return document("Number formats", title, subtitle, [f"<style>{_STYLE}</style>", *sections])
 

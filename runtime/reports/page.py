@@ -76,8 +76,11 @@ def gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
+SCREEN = '<details class="screen"><summary data-where="{}">'
+"""Begins what opens on a screen, and of which paper has the summary and where else it is."""
+
 # A phone, and paper: tables scroll in their place or wrap, what is folded is open on paper (of `details.screen` it has
-# the count), and long lines are whole.
+# the summary, and where the rest is), and long lines are whole.
 SMALL = """
 @media(max-width:700px){main{padding:20px 14px 40px}h1{font-size:24px}
 .card strong{font-size:22px;overflow-wrap:anywhere}
@@ -89,7 +92,7 @@ table{display:block;max-width:100%;overflow-x:auto}.figures th,.figures td{paddi
 @media print{:root{color-scheme:light}body{background:none;font-size:11pt}main{max-width:none;padding:0}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 details::details-content{display:block;content-visibility:visible;height:auto}summary{list-style:none;font-weight:600}
-details.screen::details-content{display:none}.screen>summary::after{content:": the plan file has them"}
+details.screen::details-content{display:none}.screen>summary::after{content:": "attr(data-where)}
 pre{max-height:none;overflow:visible;white-space:pre-wrap;overflow-wrap:anywhere;font-size:8pt}
 table{max-width:100%;font-size:9pt}section{overflow:visible}
 .figures th,.figures td,.bars th,.bars td{white-space:normal;padding:3px 5px;overflow-wrap:break-word}

@@ -19,7 +19,7 @@ from runtime.deployment.plan import Alternative, Plan, Predicted
 from runtime.deployment.pool import Pool
 from runtime.planning.launch import LAUNCHED_ENGINES, launch
 from runtime.reports import svg
-from runtime.reports.page import EVIDENCE, SATURATED, assumed_list, cards, count, document, ms, section
+from runtime.reports.page import EVIDENCE, SATURATED, SCREEN, assumed_list, cards, count, document, ms, section
 from runtime.reports.plan_devices import devices_section, layout_section
 from runtime.reports.plan_experts import experts_section
 from runtime.reports.plan_kv import kv_section
@@ -248,8 +248,9 @@ def _folded(rows: Sequence[str], head: str, what: str, cls: str = "figures", pri
     table = f'<table class="{cls}"><thead><tr>{head}</tr></thead><tbody>{"".join(rows[:_ROWS])}</tbody></table>'
     rest = rows[_ROWS:]
     if rest:
+        begin = "<details><summary>" if printed else SCREEN.format("the plan file has them")
         table += (
-            f"<details{'' if printed else ' class=screen'}><summary>{len(rest)} more {what}</summary>"
+            f"{begin}{len(rest)} more {what}</summary>"
             f'<table class="{cls}"><tbody>{"".join(rest)}</tbody></table></details>'
         )
     return table
