@@ -32,7 +32,7 @@ from runtime.deployment.kv import PoolKv
 from runtime.deployment.pool import Device, Experts, Pool
 from runtime.deployment.sound import number_faults, plan_faults
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 _HASH = re.compile(r'^"hash": "([0-9a-f]{64})",$', re.MULTILINE)
 
 

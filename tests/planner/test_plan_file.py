@@ -45,7 +45,7 @@ def test_figures_set_by_hand_are_kept() -> None:
 
 def test_a_plan_is_plain_json_with_what_is_promised() -> None:
     document = json.loads(plan().text)
-    assert document["schema_version"] == 5 and document["model"]["name"] == "glm-5-fp8"
+    assert document["schema_version"] == 6 and document["model"]["name"] == "glm-5-fp8"
     cache = {"latent": "fp8_ds_mla", "index": "fp8_scaled", "heads": "fp8"}
     assert document["formats"] == {"weights": "fp8-block", "experts": "fp8-block", "kv": "fp8", "cache": cache}
     device = document["pools"][0]["devices"][9]
@@ -124,8 +124,8 @@ def test_a_plan_that_does_not_hold_what_it_names_is_refused(field: str, new: str
 
 
 def test_another_schema_version_is_refused() -> None:
-    with pytest.raises(PlanFileError, match="schema version 4, this program reads 5"):
-        Plan.parse(plan().text.replace('"schema_version": 5', '"schema_version": 4'))
+    with pytest.raises(PlanFileError, match="schema version 5, this program reads 6"):
+        Plan.parse(plan().text.replace('"schema_version": 6', '"schema_version": 5'))
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
