@@ -110,7 +110,7 @@ def op_calls(
     n, pages, bf16, f8, i32 = sequences * tokens, context // PAGE, jnp.bfloat16, jnp.float8_e4m3fn, jnp.int32
     s, lead, cache = jax.ShapeDtypeStruct, (sequences, tokens), (1 + sequences * pages, PAGE)
     table, at = s((sequences, pages), i32), s(lead, i32)
-    query, latents = s((*lead, cfg.num_heads, mla.latent_dim), bf16), s((*cache, mla.latent_dim), bf16)
+    query, latents = s((*lead, cfg.heads, mla.latent_dim), bf16), s((*cache, mla.latent_dim), bf16)
     latent = {"scale": 0.06, "value_dim": mla.kv_lora_rank}
     up, down = (moe.experts, d, 2, moe.intermediate), (moe.experts, moe.intermediate, d)
 
@@ -141,9 +141,9 @@ def op_calls(
     if tokens == 1:
         calls["glm.latent_attention"] = ((query, latents, table, at), latent)
     else:
-        expand = (s((cfg.num_heads, mla.nope_dim, mla.kv_lora_rank), bf16),
-                  s((cfg.num_heads, mla.kv_lora_rank, mla.v_dim), bf16))  # fmt: skip
-        attended = (s((*lead, cfg.num_heads, mla.qk_dim), bf16), latents, table, *expand, at)
+        expand = (s((cfg.heads, mla.nope_dim, mla.kv_lora_rank), bf16),
+                  s((cfg.heads, mla.kv_lora_rank, mla.v_dim), bf16))  # fmt: skip
+        attended = (s((*lead, cfg.heads, mla.qk_dim), bf16), latents, table, *expand, at)
         calls["glm.expanded_attention"] = (attended, {"scale": 0.06})
     return calls
 
