@@ -17,18 +17,18 @@ import numpy as np
 
 from backends.cuda import CudaBackend
 from backends.interface import Backend, Program
-from bench.rank import RANK
-from model.config import ModelConfig
+from bench.cuda_sizes import Sizes, Steps
+from model.config import Mla, ModelConfig
 from model.graph import Batch, Mode
-from model.hf_config import from_hf, load_config
+from model.hf_config import from_hf
 from model.ops import OPS
 from model.weights import Quantized, Weight, layer_weights, outer_weights
+from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.programs import Programs
+from runtime.execution.local.request import Prompt
 
 ENGINES_LAYER_MS = {"b1": 0.14, "b16": 0.32, "b64": 0.57, "t2048": 1.75}
 """A GLM-5 MoE layer as a TP8 rank on an H200 at 8K: attention, experts and the rest of aiconfigurator 0.12's tables."""
-STEPS = {"b1": (1, 1, 8100), "b16": (16, 1, 8100), "b64": (64, 1, 8100), "t2048": (1, 2048, 6144)}
-"""Sequences, new tokens of each, and where they begin."""
 PAGE = 64
 
 
@@ -39,7 +39,7 @@ class Decompositions(CudaBackend):
         return {}
 
 
-def median_s(run: Callable[[], Any], repeats: int = 30) -> float:
+def median_s(run: Callable[[], Any], repeats: int) -> float:
     """Of a call that waits for its result."""
     times = []
     for index in range(repeats + 3):
@@ -76,8 +76,10 @@ def random_weights(cfg: ModelConfig, fp8: bool) -> dict[str, Any]:
     }
 
 
-def step_ms(backend: Backend, cfg: ModelConfig, weights: dict[str, Any], steps: Mapping[str, Any]) -> dict[str, float]:
-    """Milliseconds of a step of the whole stack, by name."""
+def step_ms(
+    backend: Backend, cfg: ModelConfig, weights: dict[str, Any], steps: Steps, sizes: Sizes
+) -> dict[str, float]:
+    """Milliseconds of a step of the whole stack, by name: from inputs on the host to ids on it."""
     found = {}
     for name, (sequences, tokens, start) in steps.items():
         pages = -(-(start + tokens) // PAGE)
@@ -86,64 +88,77 @@ def step_ms(backend: Backend, cfg: ModelConfig, weights: dict[str, Any], steps: 
         ones = np.ones(sequences, np.int32)
         ids = np.random.default_rng(0).integers(1, cfg.vocab_size, (sequences, tokens)).astype(np.int32)
         batch, mode = Batch(ids, ones * start, ones * tokens, table), Mode("expanded" if tokens > 1 else "absorbed")
-        found[name] = 1e3 * median_s(lambda p=programs, b=batch, m=mode: p.step(b, m)[1])
+        found[name] = 1e3 * median_s(lambda p=programs, b=batch, m=mode: p.fetch(p.launch(b, m).ids), sizes.repeats)
     return found
 
 
-def layers(backend: Backend, fp8: bool, raw: Mapping[str, Any] = RANK, steps: Mapping[str, Any] = STEPS) -> Any:
-    """Milliseconds of one MoE layer, from stacks of 2 and of 6 of them."""
-    stacks = {}
-    for depth in (2, 6):
-        cfg = from_hf({**raw, "num_hidden_layers": depth, "first_k_dense_replace": 0})
-        stacks[depth] = step_ms(backend, cfg, random_weights(cfg, fp8), steps)
-    return {name: (stacks[6][name] - stacks[2][name]) / 4 for name in steps}
+def layers(backend: Backend, fp8: bool, sizes: Sizes) -> dict[str, float]:
+    """Milliseconds of one MoE layer, from two stacks of them."""
+    stacks, (few, many) = {}, sizes.depths
+    for depth in sizes.depths:
+        cfg = from_hf({**sizes.rank, "num_hidden_layers": depth, "first_k_dense_replace": 0})
+        stacks[depth] = step_ms(backend, cfg, random_weights(cfg, fp8), sizes.steps, sizes)
+    return {name: (stacks[many][name] - stacks[few][name]) / (many - few) for name in sizes.steps}
 
 
-def op_calls(sequences: int, tokens: int, context: int) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Operands and attributes of the ops with kernels, as a TP8 rank of GLM-5 has them."""
+def op_calls(
+    cfg: ModelConfig, sequences: int, tokens: int, context: int
+) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Operands and attributes of the ops with kernels, as a layer of the model has them."""
+    mla, index, moe, d = cfg.attention, cfg.indexer, cfg.moe, cfg.hidden_size
+    assert isinstance(mla, Mla) and index and moe and mla.q_lora_rank
     n, pages, bf16, f8, i32 = sequences * tokens, context // PAGE, jnp.bfloat16, jnp.float8_e4m3fn, jnp.int32
-    s = jax.ShapeDtypeStruct
-    lead, cache = (sequences, tokens), (1 + sequences * pages, PAGE)
+    s, lead, cache = jax.ShapeDtypeStruct, (sequences, tokens), (1 + sequences * pages, PAGE)
     table, at = s((sequences, pages), i32), s(lead, i32)
-    latent = {"scale": 0.06, "value_dim": 512}
+    query, latents = s((*lead, cfg.heads, mla.latent_dim), bf16), s((*cache, mla.latent_dim), bf16)
+    latent = {"scale": 0.06, "value_dim": mla.kv_lora_rank}
+    up, down = (moe.experts, d, 2, moe.intermediate), (moe.experts, moe.intermediate, d)
+
+    def scales(*shape: int, keep: int = -1) -> Any:
+        return s(tuple(n if i == keep else -(-n // 128) for i, n in enumerate(shape)), jnp.float32)
+
+    up_scales = s((moe.experts, -(-d // 128), 2, -(-moe.intermediate // 128)), jnp.float32)
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
-        "glm.linear": ((s((*lead, 6144), bf16), s((6144, 2048), f8), s((48, 16), jnp.float32)), {}),
+        "glm.linear": (
+            (s((*lead, d), bf16), s((d, mla.q_lora_rank), f8), scales(d, mla.q_lora_rank)), {},
+        ),
         "glm.index_scores": (
-            (s((*lead, 32, 128), bf16), s((*lead, 32), bf16), s((*cache, 128), bf16), table, at),
-            {},
+            (s((*lead, index.heads, index.head_dim), bf16), s((*lead, index.heads), bf16),
+             s((*cache, index.head_dim), bf16), table, at), {},
         ),
-        "glm.select_topk": ((s((*lead, context), jnp.float32),), {"k": 2048}),
-        "glm.sparse_attention": (
-            (s((*lead, 8, 576), bf16), s((*cache, 576), bf16), table, s((*lead, 2048), i32), at),
-            latent,
-        ),
+        "glm.select_topk": ((s((*lead, context), jnp.float32),), {"k": index.topk}),
+        "glm.sparse_attention": ((query, latents, table, s((*lead, index.topk), i32), at), latent),
         "glm.route": (
-            (s((n, 6144), bf16), s((6144, 256), jnp.float32), s((256,), jnp.float32)),
-            {"top_k": 8, "n_group": 1, "topk_group": 1, "normalise": True, "scale": 2.5},
+            (s((n, d), bf16), s((d, moe.experts), jnp.float32), s((moe.experts,), jnp.float32)),
+            {"top_k": moe.top_k, "n_group": moe.n_group, "topk_group": moe.topk_group, "normalise": moe.normalise,
+             "scale": moe.scale},
         ),
         "glm.expert_ffn": (
-            (s((n, 6144), bf16), s((n, 8), i32), s((n, 8), jnp.float32), s((256, 6144, 2, 256), f8),
-             s((256, 48, 2, 2), jnp.float32), s((256, 256, 6144), f8), s((256, 2, 48), jnp.float32)),
-            {},
+            (s((n, d), bf16), s((n, moe.top_k), i32), s((n, moe.top_k), jnp.float32), s(up, f8), up_scales,
+             s(down, f8), scales(*down, keep=0)), {},
         ),
     }  # fmt: skip
     if tokens == 1:
-        calls["glm.latent_attention"] = ((s((*lead, 8, 576), bf16), s((*cache, 576), bf16), table, at), latent)
+        calls["glm.latent_attention"] = ((query, latents, table, at), latent)
     else:
-        up = (s((8, 192, 512), bf16), s((8, 512, 256), bf16))
-        attended = (s((*lead, 8, 256), bf16), s((*cache, 576), bf16), table, *up, at)
+        expand = (s((cfg.heads, mla.nope_dim, mla.kv_lora_rank), bf16),
+                  s((cfg.heads, mla.kv_lora_rank, mla.v_dim), bf16))  # fmt: skip
+        attended = (s((*lead, cfg.heads, mla.qk_dim), bf16), latents, table, *expand, at)
         calls["glm.expanded_attention"] = (attended, {"scale": 0.06})
     return calls
 
 
-def op_ms(backend: Backend, name: str, operands: tuple[Any, ...], attributes: dict[str, Any], context: int) -> float:
+def op_ms(
+    backend: Backend, name: str, call: tuple[tuple[Any, ...], dict[str, Any]], context: int, experts: int, repeats: int
+) -> float:
     """Milliseconds of one op, dispatch included; indices are random ones in range."""
+    operands, attributes = call
 
     def fn(*args: Any) -> Any:
         return OPS[name].call(*args, **attributes)
 
     run = backend.load(backend.export(Program(name, fn, operands)))
-    below = {"glm.expert_ffn": 256}.get(name, context // PAGE)
+    below = experts if name == "glm.expert_ffn" else context // PAGE
     arrays = []
     for index, spec in enumerate(operands):
         if spec.dtype == jnp.int32:
@@ -151,39 +166,64 @@ def op_ms(backend: Backend, name: str, operands: tuple[Any, ...], attributes: di
             arrays.append(jnp.full_like(values, context - 1) if index == len(operands) - 1 else values)
         else:
             arrays.append(random_array(spec.shape, spec.dtype, index))
-    return 1e3 * median_s(lambda: run(*arrays))
+    return 1e3 * median_s(lambda: run(*arrays), repeats)
 
 
-def report(cuda: Backend, copy_bandwidth_bytes_per_s: float) -> dict[str, Any]:
-    """All figures, JSON-ready."""
-    plain = Decompositions()
+def engine_ms(
+    backend: Backend, cfg: ModelConfig, weights: dict[str, Any], batch: int, sizes: Sizes
+) -> dict[str, float]:
+    """Milliseconds of a decode step of the engine, scheduler and all: launched ahead of the host, or waiting for it."""
+    found = {}
+    for way in ("ahead", "waiting"):
+        pool = batch * (sizes.prompt + sizes.answer + 2 * PAGE)
+        config = EngineConfig(page_size=PAGE, pool_tokens=pool, max_running=batch, prefix_cache=False)
+        programs = Programs(backend, cfg, weights, config.pages, PAGE, "bfloat16")
+        programs.apart = way == "ahead"
+        engine = LocalEngine(cfg, programs, config)
+        prompts = [Prompt((1 + at,) * sizes.prompt, sizes.answer) for at in range(batch)]
+        engine.generate(prompts)  # compiles
+        done = engine.generate(prompts)[-1]  # whose decoding began last, so that nobody's prompt is among its steps
+        found[way] = 1e3 * done.decode_s / (sizes.answer - 1)
+    return found
+
+
+def report(cuda: Backend, plain: Backend, copy_bandwidth_bytes_per_s: float, sizes: Sizes) -> dict[str, Any]:
+    """All figures, JSON-ready. plain: the backend without kernels of its own."""
     ops: dict[str, Any] = {}
     found: dict[str, Any] = {"op_ms": ops, "layer_ms": {"engines": ENGINES_LAYER_MS}}
-    for step, (sequences, tokens, start) in STEPS.items():
+    cfg = from_hf(dict(sizes.rank))
+    assert cfg.moe
+    for step, (sequences, tokens, start) in sizes.steps.items():
         context = -(-(start + tokens) // PAGE) * PAGE
-        for name, (operands, attributes) in op_calls(sequences, tokens, context).items():
+        for name, call in op_calls(cfg, sequences, tokens, context).items():
             ops[f"{name} {step}"] = {
-                kind: op_ms(backend, name, operands, attributes, context)
+                kind: op_ms(backend, name, call, context, cfg.moe.experts, sizes.repeats)
                 for kind, backend in (("kernel", cuda), ("decomposition", plain))
             }
     for fp8 in (True, False):
         name = "fp8" if fp8 else "bf16"
-        found["layer_ms"][name] = layers(cuda, fp8)
-        found["layer_ms"][f"{name} decompositions"] = layers(plain, fp8)
-        found[f"glm-4.7-flash {name}"] = whole(cuda, fp8, copy_bandwidth_bytes_per_s)
+        found["layer_ms"][name] = layers(cuda, fp8, sizes)
+        found["layer_ms"][f"{name} decompositions"] = layers(plain, fp8, sizes)
+        found[f"glm-4.7-flash {name}"] = whole(cuda, fp8, copy_bandwidth_bytes_per_s, sizes)
     return found
 
 
-def whole(cuda: Backend, fp8: bool, copy_bandwidth_bytes_per_s: float) -> dict[str, Any]:
-    """GLM-4.7-Flash's full shape, without its MTP layer: tokens/s, and of batch 1 the share of a copy's bandwidth."""
-    cfg = load_config("glm-4.7-flash")
-    weights = random_weights(cfg, fp8)
-    steps = {"b1": (1, 1, 4000), "b16": (16, 1, 4000), "b64": (64, 1, 4000), "t2048": (1, 2048, 0)}
-    times = step_ms(cuda, cfg, weights, steps)
+def whole(cuda: Backend, fp8: bool, copy_bandwidth_bytes_per_s: float, sizes: Sizes) -> dict[str, Any]:
+    """GLM-4.7-Flash's full shape, without its MTP layer: tokens/s, and of batch 1 the share of a copy's bandwidth; what
+    the engine around the programs takes a step."""
+    cfg = from_hf(dict(sizes.flash))
+    weights, steps = random_weights(cfg, fp8), sizes.flash_steps
+    times = step_ms(cuda, cfg, weights, steps, sizes)
     rates = {name: 1e3 * sequences * tokens / times[name] for name, (sequences, tokens, _) in steps.items()}
     read = read_bytes(cfg, weights)
     return {
         "tokens_per_s": rates,
+        "step_ms": times,
+        "engine_step_ms": {
+            name: engine_ms(cuda, cfg, weights, batch, sizes)
+            for name, (batch, tokens, _) in steps.items()
+            if tokens == 1
+        },
         "batch1_read_bytes": read,
         "batch1_share_of_copy_bandwidth": read / (times["b1"] * 1e-3) / copy_bandwidth_bytes_per_s,
     }

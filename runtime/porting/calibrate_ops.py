@@ -27,9 +27,24 @@ from runtime.pricing.kernel import Constants, formula
 _EXPERTS, _TOP_K, _HEADS, _LATENT, _VALUE, _PAGE, _SELECTED = 32, 4, 8, 160, 128, 16, 128
 _INDEX_HEADS, _INDEX_DIM = 16, 32
 _WIDTHS = (64, 256, 512)  # of the experts, and of the model around them: the smallest says what a launch takes
-_LAYERS = 4
+_LAYERS, _MOST_LAYERS = 4, 32
+_LEAST_SHARE = 0.1  # of a call's time that is its program's at the least: rounds differ, and no op takes no time
 _ROUND_S = 1e-3
 FORMAT_OF_DTYPE = {"float32": "f32", "bfloat16": "bf16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How ops are timed: rounds of each program; dispatch_s and launch_s as of `Calibration`. layers: of an op in one
+    program, so many that what they take is clear of what the call does, where each takes a few launches' time."""
+
+    rounds: int
+    dispatch_s: float = 0.0
+    launch_s: float = 1.0
+
+    @property
+    def layers(self) -> int:
+        return max(_LAYERS, min(_MOST_LAYERS, round(self.dispatch_s / self.launch_s / 4)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +60,7 @@ def measure_kernels(
     dtype: str,
     peak_flops_per_s: float,
     bandwidth_bytes_per_s: float,
-    rounds: int,
+    clock: Timing,
     tokens: Sequence[int],
 ) -> dict[str, Any]:
     """The body of a coefficients file (`hw_profiles/prices/`): kernels `moe`, `mla_decode`, `index_scores`, and
@@ -54,40 +69,47 @@ def measure_kernels(
     rates = peak_flops_per_s, bandwidth_bytes_per_s
     few = [count for count in tokens if count <= 16] or [min(tokens)]
     many = [count for count in tokens if count >= 16] or [max(tokens)]
-    chunk = "masked" if _masks(backend, dtype, size, rounds) else "sparse"
+    chunk = "masked" if _masks(backend, dtype, size, clock) else "sparse"
     kernels = {
-        f"moe/{name}/any": _fitted("moe", _experts(backend, dtype, size, tokens, rounds), *rates),
-        f"mla_decode/{name}/any": _fitted("attention", _decoding(backend, dtype, size, few, rounds), *rates),
-        f"{chunk}_prefill/{name}/any": _fitted("attention", _chunk(backend, dtype, size, many, rounds, chunk), *rates),
-        f"index_scores/{name}/any": _fitted("index_scores", _scores(backend, dtype, size, many, rounds), *rates),
+        f"moe/{name}/any": _fitted("moe", _experts(backend, dtype, size, tokens, clock), *rates),
+        f"mla_decode/{name}/any": _fitted("attention", _decoding(backend, dtype, size, few, clock), *rates),
+        f"{chunk}_prefill/{name}/any": _fitted("attention", _chunk(backend, dtype, size, many, clock, chunk), *rates),
+        f"index_scores/{name}/any": _fitted("index_scores", _scores(backend, dtype, size, many, clock), *rates),
     }
     return {"schema": 1, "kernels": kernels}
 
 
 def _timed(
-    backend: Backend, name: str, fns: Sequence[Callable[..., Any]], cases: Sequence[tuple[Any, ...]], rounds: int
+    backend: Backend, name: str, fns: Sequence[Callable[..., Any]], cases: Sequence[tuple[Any, ...]], clock: Timing
 ) -> list[float]:
-    """Median seconds of each function on its arguments; rounds alternate over them. In a round a short one is called
-    again and again: what disturbs a machine now and then is long beside it."""
+    """Median seconds of each function on its arguments, without what a call takes; rounds alternate over them. In a
+    round a short one is called again and again: what disturbs a machine now and then is long beside it."""
     runs = []
     for number, (fn, args) in enumerate(zip(fns, cases, strict=True)):
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
-        run = backend.load(backend.export(Program(f"calibrate {name} {number}", fn, shapes)))
-        backend.get(run(*args))
+        run = backend.load(backend.export(Program(f"calibrate {name} {number}", partial(_one, fn), shapes)))
+        backend.get(run(*args)[1])
         runs.append(run)
     times: list[list[float]] = [[] for _ in cases]
-    for _ in range(rounds):
+    for _ in range(clock.rounds):
         for run, args, kept in zip(runs, cases, times, strict=True):
             spent = 0.0
             while spent < _ROUND_S:
                 begin = time.perf_counter()
-                backend.get(run(*args))
+                backend.get(run(*args)[1])
                 kept.append(time.perf_counter() - begin)
                 spent += kept[-1]
-    return [statistics.median(kept) for kept in times]
+    medians = [statistics.median(kept) for kept in times]
+    return [max(seconds - clock.dispatch_s, _LEAST_SHARE * seconds) for seconds in medians]
 
 
-def _experts(backend: Backend, dtype: str, size: float, tokens: Sequence[int], rounds: int) -> list[Measurement]:
+def _one(fn: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+    """All of a result is made, and one number of it fetched."""
+    made = fn(*args)
+    return made, made.reshape(-1)[0]
+
+
+def _experts(backend: Backend, dtype: str, size: float, tokens: Sequence[int], clock: Timing) -> list[Measurement]:
     """Routed experts of each width over each number of tokens, every expert as likely as another."""
     points = []
     for width in _WIDTHS:
@@ -97,7 +119,7 @@ def _experts(backend: Backend, dtype: str, size: float, tokens: Sequence[int], r
             values = rng.standard_normal(shape, dtype=np.float32) / np.float32(width**0.5)
             return backend.put(values.astype(jnp.dtype(dtype)))
 
-        layers = tuple((put(_EXPERTS, width, 2, width), put(_EXPERTS, width, width)) for _ in range(_LAYERS))
+        layers = tuple((put(_EXPERTS, width, 2, width), put(_EXPERTS, width, width)) for _ in range(clock.layers))
         cases, features = [], []
         for count in tokens:
             chosen = np.stack([rng.choice(_EXPERTS, _TOP_K, replace=False) for _ in range(count)]).astype(np.int32)
@@ -107,8 +129,8 @@ def _experts(backend: Backend, dtype: str, size: float, tokens: Sequence[int], r
             features.append({"rows": rows, "active": active, "touched": rows, "rows_per_expert": rows / active,
                              "spread": 1.0, "hidden": float(width), "inter": float(width),
                              "weight_bytes": size, "act_bytes": size})  # fmt: skip
-        times = _timed(backend, f"experts {width}", [_expert_layers] * len(cases), cases, rounds)
-        points += [Measurement(each, seconds / _LAYERS) for each, seconds in zip(features, times, strict=True)]
+        times = _timed(backend, f"experts {width}", [_expert_layers] * len(cases), cases, clock)
+        points += [Measurement(each, seconds / clock.layers) for each, seconds in zip(features, times, strict=True)]
     return points
 
 
@@ -118,15 +140,15 @@ def _expert_layers(x: Any, experts: Any, weights: Any, layers: Any) -> Any:
     return x
 
 
-def _decoding(backend: Backend, dtype: str, size: float, sequences: Sequence[int], rounds: int) -> list[Measurement]:
+def _decoding(backend: Backend, dtype: str, size: float, sequences: Sequence[int], clock: Timing) -> list[Measurement]:
     """Attention of one query a sequence over the chosen of 512 tokens, or of few."""
     cases = [(b, 1, keys, cached) for b in sequences for keys, cached in ((32, 128), (128, 512), (512, 512))]
     features = [{"sequences": float(b), "tokens": float(b), "context": float(keys)} for b, _, keys, _ in cases]
-    return _attention(backend, dtype, size, cases, features, rounds)
+    return _attention(backend, dtype, size, cases, features, clock)
 
 
 def _chunk(
-    backend: Backend, dtype: str, size: float, tokens: Sequence[int], rounds: int, how: Literal["sparse", "masked"]
+    backend: Backend, dtype: str, size: float, tokens: Sequence[int], clock: Timing, how: Literal["sparse", "masked"]
 ) -> list[Measurement]:
     """Attention of a prompt's chunk, each query over the chosen of what stands before it; masked: over all of that,
     part of which may have been there before the chunk."""
@@ -136,25 +158,27 @@ def _chunk(
         {"sequences": 1.0, "tokens": float(t), "context": float(cached) if how == "masked" else min(t / 2, keys)}
         for _, t, keys, cached in cases
     ]
-    return _attention(backend, dtype, size, cases, features, rounds)
+    return _attention(backend, dtype, size, cases, features, clock)
 
 
-def _masks(backend: Backend, dtype: str, size: float, rounds: int) -> bool:
+def _masks(backend: Backend, dtype: str, size: float, clock: Timing) -> bool:
     """Whether what a chunk's attention takes follows from what is cached, and not from how much of it is chosen."""
     t, context, (few, most) = 64, 512, (_SELECTED // 4, _SELECTED)
     cases = [(1, t, few, context), (1, t, most, context)]
-    fewer, more = _attention(backend, dtype, size, cases, [{}, {}], max(5, rounds))
+    fewer, more = _attention(
+        backend, dtype, size, cases, [{}, {}], dataclasses.replace(clock, rounds=max(5, clock.rounds))
+    )
     return more.seconds < math.sqrt(most / few) * fewer.seconds
 
 
-def _scores(backend: Backend, dtype: str, size: float, tokens: Sequence[int], rounds: int) -> list[Measurement]:
+def _scores(backend: Backend, dtype: str, size: float, tokens: Sequence[int], clock: Timing) -> list[Measurement]:
     """Index scores of a prompt's chunk: its queries see half of it on average, and all of what stands before it."""
     rng = np.random.default_rng(3)
     cases, features = [], []
     for t in tokens:
         for before in (0, 2 * t):
             pages = -(-(before + t) // _PAGE)
-            caches = tuple(backend.put(_normal(rng, (pages, _PAGE, _INDEX_DIM), dtype)) for _ in range(_LAYERS))
+            caches = tuple(backend.put(_normal(rng, (pages, _PAGE, _INDEX_DIM), dtype)) for _ in range(clock.layers))
             cases.append(
                 (
                     backend.put(_normal(rng, (1, t, _INDEX_HEADS, _INDEX_DIM), dtype)),
@@ -167,8 +191,8 @@ def _scores(backend: Backend, dtype: str, size: float, tokens: Sequence[int], ro
             features.append({"sequences": 1.0, "tokens": float(t), "context": before + t / 2,
                              "index_heads": float(_INDEX_HEADS), "index_dim": float(_INDEX_DIM),
                              "index_kv_bytes": _INDEX_DIM * size})  # fmt: skip
-    times = _timed(backend, "index scores", [_score_layers] * len(cases), cases, rounds)
-    return [Measurement(each, seconds / _LAYERS) for each, seconds in zip(features, times, strict=True)]
+    times = _timed(backend, "index scores", [_score_layers] * len(cases), cases, clock)
+    return [Measurement(each, seconds / clock.layers) for each, seconds in zip(features, times, strict=True)]
 
 
 def _score_layers(query: Any, weights: Any, caches: Any, table: Any, positions: Any) -> Any:
@@ -185,7 +209,7 @@ def _attention(
     size: float,
     cases: Sequence[tuple[int, int, int, int]],
     features: Sequence[Mapping[str, float]],
-    rounds: int,
+    clock: Timing,
 ) -> list[Measurement]:
     """Selection and `glm.sparse_attention` at (sequences, queries of each, keys chosen, tokens cached of each).
 
@@ -209,7 +233,7 @@ def _attention(
     runs, arguments = [], []
     for b, t, keys, context in cases:
         pages = -(-context // _PAGE)
-        caches = tuple(backend.put(_normal(rng, (b * pages, _PAGE, _LATENT), dtype)) for _ in range(_LAYERS))
+        caches = tuple(backend.put(_normal(rng, (b * pages, _PAGE, _LATENT), dtype)) for _ in range(clock.layers))
         places = np.arange(context - t, context, dtype=np.int32)
         scores = _normal(rng, (b, t, pages * _PAGE), "float32")
         scores[np.broadcast_to(np.arange(pages * _PAGE) > places[:, None], scores.shape)] = -np.inf
@@ -223,9 +247,11 @@ def _attention(
                 backend.put(np.tile(places, (b, 1))),
             )
         )
-    times = _timed(backend, "attention", runs, arguments, rounds)
+    times = _timed(backend, "attention", runs, arguments, clock)
     fixed = {"heads": float(_HEADS), "kv_bytes": _LATENT * size, "qk": float(_LATENT), "v": float(_VALUE)}
-    return [Measurement({**each, **fixed}, seconds / _LAYERS) for each, seconds in zip(features, times, strict=True)]
+    return [
+        Measurement({**each, **fixed}, seconds / clock.layers) for each, seconds in zip(features, times, strict=True)
+    ]
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -173,7 +173,9 @@ def test_a_chunk_is_priced_by_what_a_backend_attends_to(tmp_path: Path, masks: b
         patch.setattr(
             calibrate_ops, "_fitted", lambda family, points, *rates: points and fitted(family, points, *rates)
         )
-        body = calibrate_ops.measure_kernels(registry.get("cpu"), "float32", 1e11, 1e10, 1, Effort().tokens)
+        body = calibrate_ops.measure_kernels(
+            registry.get("cpu"), "float32", 1e11, 1e10, calibrate_ops.Timing(1), Effort().tokens
+        )
     body["kernels"] = {name: kernel for name, kernel in body["kernels"].items() if kernel}
     (tmp_path / "made-up.json").write_text(json.dumps(body))
     book = open_book(Chip("made-up", {"fp32": 1e11, "bf16": 1e11}, 1e10), "sglang", tmp_path / "made-up.json", "f32")

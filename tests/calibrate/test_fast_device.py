@@ -134,3 +134,20 @@ def test_a_slow_device_keeps_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(s.bytes for s in found.streams) == pytest.approx(Effort().cold_bytes, rel=0.01)
     assert found.bandwidth_bytes_per_s == pytest.approx(chip.bytes_per_s, rel=0.1)
     assert found.peak_flops_per_s("bfloat16") == pytest.approx(chip.flops_per_s, rel=0.1)
+
+
+def test_an_op_is_timed_without_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose result would take as long to fetch: products of a known time, as many in a program as the chip asks for."""
+    chip = Chip()
+    backend, clock = MadeUp(chip), calibrate_ops.Timing(9, chip.dispatch_s, chip.launch_s)
+    monkeypatch.setattr(calibrate_ops, "time", types.SimpleNamespace(perf_counter=lambda: backend.now))
+    assert clock.layers == 20 and calibrate_ops.Timing(9, 3e-5, 3e-6).layers == 4
+
+    def chain(x: Any, weights: Any) -> Any:
+        for w in weights:
+            x = x @ w
+        return x
+
+    given = backend.zeros((4096, 2048), "bfloat16"), tuple(backend.zeros((2048, 2048), "bfloat16") for _ in range(20))
+    (seconds,) = calibrate_ops._timed(backend, "products", [chain], [given], clock)
+    assert seconds / 20 == pytest.approx(chip.launch_s + 2.0 * 4096 * 2048**2 / chip.flops_per_s, rel=0.02)
