@@ -69,7 +69,7 @@ def find(graph: Graph) -> Prolog | None:
     names = {port.name.removesuffix(".values"): var for port, var in zip(graph.inputs, jaxpr.invars, strict=True)}
     made = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
 
-    def reader(op: str, name: str, place: int = 1) -> jex.JaxprEqn | None:
+    def read_by(op: str, name: str, place: int = 1) -> jex.JaxprEqn | None:
         found = [
             eqn
             for eqn in jaxpr.eqns
@@ -90,9 +90,9 @@ def find(graph: Graph) -> Prolog | None:
         found = [eqn for eqn in jaxpr.eqns if eqn.params.get("name") == "glm.rope" and origin(eqn.invars[0]) is of]
         return found[0] if len(found) == 1 else None
 
-    q_a, q_b, kv_a = (reader("glm.linear", f"w.{name}") for name in ("q_a", "q_b", "kv_a"))
-    q_norm, kv_norm = (reader("glm.rms_norm", f"w.{name}_norm") for name in ("q_a", "kv_a"))
-    absorb, write = reader("glm.head_linear", "w.k_up"), reader("glm.cache_write", "cache.latent", 0)
+    q_a, q_b, kv_a = (read_by("glm.linear", f"w.{name}") for name in ("q_a", "q_b", "kv_a"))
+    q_norm, kv_norm = (read_by("glm.rms_norm", f"w.{name}_norm") for name in ("q_a", "kv_a"))
+    absorb, write = read_by("glm.head_linear", "w.k_up"), read_by("glm.cache_write", "cache.latent", 0)
     if not (q_a and q_b and kv_a and q_norm and kv_norm and absorb and write):
         return None
     q_rope, kv_rope = rotated(q_b.outvars[0]), rotated(kv_a.outvars[0])
