@@ -28,7 +28,7 @@ import numpy as np
 import hw_profiles
 from backends.interface import Backend
 from hw_profiles import ChipFormats, Curve, Figure, Profile
-from runtime.porting.calibrate_ops import Timing, measure_kernels
+from runtime.porting.calibrate_ops import OpClock, measure_kernels
 from runtime.porting.calibrate_sizes import (
     DTYPES,
     Effort,
@@ -199,7 +199,7 @@ def measure(
         report(4 + len(effort.widths) + done, total)
     found = Calibration(dtype, dispatch_s, donated_s, kernel_s, vector_s, tuple(gemms), streams)
     rates = found.peak_flops_per_s(dtype), found.bandwidth_bytes_per_s
-    clock = Timing(effort.rounds, dispatch_s, kernel_s)
+    clock = OpClock(effort.rounds, dispatch_s, kernel_s)
     kernels = measure_kernels(backend, dtype, *rates, clock, effort.tokens)
     report(total, total)
     return dataclasses.replace(found, kernels=kernels)

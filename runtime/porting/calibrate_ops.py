@@ -34,7 +34,7 @@ FORMAT_OF_DTYPE = {"float32": "f32", "bfloat16": "bf16"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Timing:
+class OpClock:
     """How ops are timed: rounds of each program; dispatch_s and launch_s as of `Calibration`. layers: of an op in one
     program, so many that what they take is clear of what the call does, where each takes a few launches' time."""
 
@@ -60,7 +60,7 @@ def measure_kernels(
     dtype: str,
     peak_flops_per_s: float,
     bandwidth_bytes_per_s: float,
-    clock: Timing,
+    clock: OpClock,
     tokens: Sequence[int],
 ) -> dict[str, Any]:
     """The body of a coefficients file (`hw_profiles/prices/`): kernels `moe`, `mla_decode`, `index_scores`, and
@@ -80,7 +80,7 @@ def measure_kernels(
 
 
 def _timed(
-    backend: Backend, name: str, fns: Sequence[Callable[..., Any]], cases: Sequence[tuple[Any, ...]], clock: Timing
+    backend: Backend, name: str, fns: Sequence[Callable[..., Any]], cases: Sequence[tuple[Any, ...]], clock: OpClock
 ) -> list[float]:
     """Median seconds of each function on its arguments, without what a call takes; rounds alternate over them. In a
     round a short one is called again and again: what disturbs a machine now and then is long beside it."""
@@ -109,7 +109,7 @@ def _one(fn: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     return made, made.reshape(-1)[0]
 
 
-def _experts(backend: Backend, dtype: str, size: float, tokens: Sequence[int], clock: Timing) -> list[Measurement]:
+def _experts(backend: Backend, dtype: str, size: float, tokens: Sequence[int], clock: OpClock) -> list[Measurement]:
     """Routed experts of each width over each number of tokens, every expert as likely as another."""
     points = []
     for width in _WIDTHS:
@@ -140,7 +140,7 @@ def _expert_layers(x: Any, experts: Any, weights: Any, layers: Any) -> Any:
     return x
 
 
-def _decoding(backend: Backend, dtype: str, size: float, sequences: Sequence[int], clock: Timing) -> list[Measurement]:
+def _decoding(backend: Backend, dtype: str, size: float, sequences: Sequence[int], clock: OpClock) -> list[Measurement]:
     """Attention of one query a sequence over the chosen of 512 tokens, or of few."""
     cases = [(b, 1, keys, cached) for b in sequences for keys, cached in ((32, 128), (128, 512), (512, 512))]
     features = [{"sequences": float(b), "tokens": float(b), "context": float(keys)} for b, _, keys, _ in cases]
@@ -148,7 +148,7 @@ def _decoding(backend: Backend, dtype: str, size: float, sequences: Sequence[int
 
 
 def _chunk(
-    backend: Backend, dtype: str, size: float, tokens: Sequence[int], clock: Timing, how: Literal["sparse", "masked"]
+    backend: Backend, dtype: str, size: float, tokens: Sequence[int], clock: OpClock, how: Literal["sparse", "masked"]
 ) -> list[Measurement]:
     """Attention of a prompt's chunk, each query over the chosen of what stands before it; masked: over all of that,
     part of which may have been there before the chunk."""
@@ -161,7 +161,7 @@ def _chunk(
     return _attention(backend, dtype, size, cases, features, clock)
 
 
-def _masks(backend: Backend, dtype: str, size: float, clock: Timing) -> bool:
+def _masks(backend: Backend, dtype: str, size: float, clock: OpClock) -> bool:
     """Whether what a chunk's attention takes follows from what is cached, and not from how much of it is chosen."""
     t, context, (few, most) = 64, 512, (_SELECTED // 4, _SELECTED)
     cases = [(1, t, few, context), (1, t, most, context)]
@@ -171,7 +171,7 @@ def _masks(backend: Backend, dtype: str, size: float, clock: Timing) -> bool:
     return more.seconds < math.sqrt(most / few) * fewer.seconds
 
 
-def _scores(backend: Backend, dtype: str, size: float, tokens: Sequence[int], clock: Timing) -> list[Measurement]:
+def _scores(backend: Backend, dtype: str, size: float, tokens: Sequence[int], clock: OpClock) -> list[Measurement]:
     """Index scores of a prompt's chunk: its queries see half of it on average, and all of what stands before it."""
     rng = np.random.default_rng(3)
     cases, features = [], []
@@ -209,7 +209,7 @@ def _attention(
     size: float,
     cases: Sequence[tuple[int, int, int, int]],
     features: Sequence[Mapping[str, float]],
-    clock: Timing,
+    clock: OpClock,
 ) -> list[Measurement]:
     """Selection and `glm.sparse_attention` at (sequences, queries of each, keys chosen, tokens cached of each).
 

@@ -174,7 +174,7 @@ def test_a_chunk_is_priced_by_what_a_backend_attends_to(tmp_path: Path, masks: b
             calibrate_ops, "_fitted", lambda family, points, *rates: points and fitted(family, points, *rates)
         )
         body = calibrate_ops.measure_kernels(
-            registry.get("cpu"), "float32", 1e11, 1e10, calibrate_ops.Timing(1), Effort().tokens
+            registry.get("cpu"), "float32", 1e11, 1e10, calibrate_ops.OpClock(1), Effort().tokens
         )
     body["kernels"] = {name: kernel for name, kernel in body["kernels"].items() if kernel}
     (tmp_path / "made-up.json").write_text(json.dumps(body))

@@ -139,9 +139,9 @@ def test_a_slow_device_keeps_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_op_is_timed_without_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose result would take as long to fetch: products of a known time, as many in a program as the chip asks for."""
     chip = Chip()
-    backend, clock = MadeUp(chip), calibrate_ops.Timing(9, chip.dispatch_s, chip.launch_s)
+    backend, clock = MadeUp(chip), calibrate_ops.OpClock(9, chip.dispatch_s, chip.launch_s)
     monkeypatch.setattr(calibrate_ops, "time", types.SimpleNamespace(perf_counter=lambda: backend.now))
-    assert clock.layers == 20 and calibrate_ops.Timing(9, 3e-5, 3e-6).layers == 4
+    assert clock.layers == 20 and calibrate_ops.OpClock(9, 3e-5, 3e-6).layers == 4
 
     def chain(x: Any, weights: Any) -> Any:
         for w in weights:
