@@ -79,12 +79,8 @@ class ForeignTokenizer(_Foreign):
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text; asks once for as many as may be long together."""
-        for text in texts:
-            if (size := _utf8_bytes(text)) > MOST_TEXT_BYTES:
-                taken = f"the {MOST_TEXT_BYTES:,} that are taken"
-                raise ChildFailure("refused", f"a text of {size:,} bytes in UTF-8 is longer than {taken}")
         found: list[list[int]] = []
-        for some in _together(texts):
+        for some in list(_together(texts)):  # what is too long is refused before any is encoded
             found += self._use("encode", texts=some, add_special_tokens=add_special_tokens)["ids"]
         return found
 
@@ -118,10 +114,12 @@ class ForeignTemplate(_Foreign):
 
 
 def _together(texts: Sequence[str]) -> Iterator[list[str]]:
-    """The texts in order, in groups of at most `MOST_TEXT_BYTES`."""
+    """The texts in order, in groups of at most `MOST_TEXT_BYTES`. Raises `ChildFailure` for one that has more."""
     some, size = [], 0
     for text in texts:
-        more = _utf8_bytes(text)
+        if (more := _utf8_bytes(text)) > MOST_TEXT_BYTES:
+            taken = f"the {MOST_TEXT_BYTES:,} that are taken"
+            raise ChildFailure("refused", f"a text of {more:,} bytes in UTF-8 is longer than {taken}")
         if some and size + more > MOST_TEXT_BYTES:
             yield some
             some, size = [], 0

@@ -172,7 +172,8 @@ class Layout:
 
     def parts(self, axes: Axes) -> int:
         """How many shares a dim that is cut over `axes` has."""
-        return math.prod({"dp": self.groups, "tp": self.tp}[axis] for axis in axes)
+        degrees = {"dp": self.groups, "tp": self.tp}
+        return math.prod(degrees[axis] for axis in axes)
 
     def cuts(self, weight: Weight) -> tuple[tuple[int, int], ...]:
         """The dims of a weight that are cut, outermost first, and into how many parts."""

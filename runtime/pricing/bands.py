@@ -153,8 +153,7 @@ def band(
     low, high = interval(list(rows.values()))
     words = f"{len(rows)} deployment groups measured: {name}"
     if place:
-        middle = (low + high) / 2
-        low, high = (middle + WIDENED * (end - middle) for end in (low, high))
+        low, high = widened(low, high)
         few = f"{own} group{'s' * (own != 1)} of this kind" if own else "no measurement of this kind"
         words = f"{few}, so the band of {words}, a quarter wider"
     more = math.hypot(max(0.0, price_error - USUAL_PRICE_ERROR), EXTRAPOLATED * extrapolated)
@@ -208,6 +207,12 @@ def interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
     half = _T95[count - 2] if count - 2 < len(_T95) else 1.65
     half *= math.sqrt(between * (1 + 1 / count) + within)
     return bias - half, bias + half
+
+
+def widened(low: float, high: float) -> tuple[float, float]:
+    """An interval that was made of other kinds of prediction than the one that it is for."""
+    middle = (low + high) / 2
+    return middle + WIDENED * (low - middle), middle + WIDENED * (high - middle)
 
 
 def coverage(figure: str, groups: Sequence[GroupResiduals] | None = None) -> tuple[float, float, int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from runtime.pricing.bands import FEW, WIDENED, Band, interval
+from runtime.pricing.bands import FEW, Band, interval, widened
 
 _FILE = Path(__file__).with_name("residuals.json")
 
@@ -50,8 +50,7 @@ def training_band(sparse: bool, price_error: float, groups: Sequence[PublishedSt
     kind = f"published training steps of models {'with' if sparse else 'without'} an indexer"
     words = f"{len(own)} groups of {kind}"
     if asked is held:
-        middle = (low + high) / 2
-        low, high = (middle + WIDENED * (end - middle) for end in (low, high))
+        low, high = widened(low, high)
         words = f"{words}, so the band of all {len(held)} groups, a quarter wider"
     found = Band(low, high, words)
     usual = max(each.price_error for each in asked)
