@@ -3,14 +3,18 @@
     python -m bench.templates [--checkpoint DIR] [--rounds N] [--json]
 
 Microseconds by the clock, because one process waits for the other: the median of the rounds, which take turns. In both
-a chat is looked at and copied as JSON. "start" is what the first of a process's life costs, once; "messages" are turns
-of a chat. On a machine that does other things the figures are of those too.
+a chat is looked at and copied as JSON. "apart" is what a stranger's template and tokenizer cost, "loaded" those of the
+checkpoint as it is: those that ship work in this process (`foundation/known_text.py`). "start" is what the first of a
+process's life costs, once; "messages" are turns of a chat. On a machine that does other things the figures are of those
+too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,36 +56,56 @@ def middle(rounds: int, *works: Callable[[], object], calls: int = 20) -> list[f
     return [median(times) for times in found]
 
 
+def stranger(folder: Path, copy: Path) -> Path:
+    """A copy of a checkpoint's texts with one byte more, which says nothing: no known ones."""
+    copy.mkdir()
+    for file in [*folder.glob("*.json"), *folder.glob("*.jinja")]:
+        shutil.copy(file, copy)
+    for name in ("chat_template.jinja", "tokenizer.json"):
+        with (copy / name).open("a", encoding="utf-8") as file:
+            file.write("\n")
+    return copy
+
+
 def measure(folder: Path, rounds: int) -> list[dict[str, float | str]]:
-    begin = time.perf_counter()
-    template = ChatTemplate.load(folder)
-    rows: list[dict[str, float | str]] = [{"what": "start", "apart_us": (time.perf_counter() - begin) * 1e6}]
-    tokenizer, inner = Tokenizer.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    rows: list[dict[str, float | str]] = []
+    loaded, tokenizer = ChatTemplate.load(folder), Tokenizer.load(folder)
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     plain = ChatTemplate.load(folder)
     plain._foreign["default"] = Here((folder / "chat_template.jinja").read_text(encoding="utf-8"))  # type: ignore[assignment]
+    with tempfile.TemporaryDirectory() as place:
+        copy = stranger(folder, Path(place) / "copy")
+        WORKER.end()
+        begin = time.perf_counter()
+        template = ChatTemplate.load(copy)
+        rows.append({"what": "start", "apart_us": (time.perf_counter() - begin) * 1e6})
+        theirs = Tokenizer.load(copy)
+
+    def row(what: str, here: Callable[[], object], apart: Callable[[], object], as_is: Callable[[], object]) -> float:
+        found = middle(rounds, here, apart, as_is)
+        names = ("here_us", "apart_us", "loaded_us")
+        rows.append({"what": what, **dict(zip(names, found, strict=True)), "ratio": found[1] / found[0]})
+        return found[0]
+
     for turns in (1, 4, 16, 64):
         chat = turns * TURN
         text = template.render(chat)
-        here, apart, many = middle(
-            rounds, lambda chat=chat: plain.render(chat), lambda chat=chat: template.render(chat),
-            lambda chat=chat: template.render_each(20 * [chat]),
+        here = row(
+            f"render, {len(chat)} messages", lambda chat=chat: plain.render(chat),
+            lambda chat=chat: template.render(chat), lambda chat=chat: loaded.render(chat),
         )  # fmt: skip
-        rows.append(
-            {"what": f"render, {len(chat)} messages", "here_us": here, "apart_us": apart, "ratio": apart / here}
-        )
+        (many,) = middle(rounds, lambda chat=chat: template.render_each(20 * [chat]))
         rows.append({"what": "  and of 20 at once, each", "here_us": here, "apart_us": many / 20,
                      "ratio": many / 20 / here})  # fmt: skip
-        here, apart = middle(
-            rounds, lambda text=text: inner.encode(text, add_special_tokens=False).ids,
-            lambda text=text: tokenizer.encode(text),
+        row(
+            f"encode, {len(text)} characters", lambda text=text: inner.encode(text, add_special_tokens=False).ids,
+            lambda text=text: theirs.encode(text), lambda text=text: tokenizer.encode(text),
         )  # fmt: skip
-        rows.append({"what": f"encode, {len(text)} characters", "here_us": here, "apart_us": apart,
-                     "ratio": apart / here})  # fmt: skip
-        here, apart = middle(
-            rounds, lambda chat=chat: inner.encode(plain.render(chat), add_special_tokens=False).ids,
-            lambda chat=chat: template.encode(tokenizer, chat),
+        row(
+            "  a chat to ids, as served",
+            lambda chat=chat: inner.encode(plain.render(chat), add_special_tokens=False).ids,
+            lambda chat=chat: template.encode(theirs, chat), lambda chat=chat: loaded.encode(tokenizer, chat),
         )  # fmt: skip
-        rows.append({"what": "  a chat to ids, as served", "here_us": here, "apart_us": apart, "ratio": apart / here})
     WORKER.end()
     return rows
 

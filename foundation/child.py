@@ -39,7 +39,7 @@ _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); import {0}; {0}.main(int(s
 _KEPT = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "TZ")  # of the environment: a child needs none of its secrets
 _ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 # As `json.dumps` and `json.loads` do, less what they ask themselves at each call. A circle ends in `RecursionError`.
-_DUMPS, _LOADS = json.JSONEncoder(check_circular=False).encode, json.JSONDecoder().decode
+dumps, loads = json.JSONEncoder(check_circular=False).encode, json.JSONDecoder().decode
 
 _TOO_MUCH = f"takes more than the {MEMORY_BYTES / 1e9:.1f} GB of memory that it is given"
 
@@ -85,7 +85,7 @@ class Child:
         Raises `ChildFailure`; the process has then ended, unless it refused. A request that is no JSON raises as `json`
         does.
         """
-        data = _DUMPS(request).encode()
+        data = dumps(request).encode()
         cpu_seconds = min(self.cpu_seconds + seconds_a_byte * len(data), MOST_CPU_SECONDS)
         if len(data) > MESSAGE_BYTES:
             raise ChildFailure("memory", f"takes a text of more than {MESSAGE_BYTES >> 20} MiB")
@@ -190,7 +190,7 @@ class Child:
 
         data, _ = _message(_ANSWER, some)
         try:
-            answer = _LOADS(data.decode())
+            answer = loads(data.decode())
         except (ValueError, RecursionError):
             raise _Gone from None
         if not isinstance(answer, dict):
@@ -240,7 +240,7 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, Any]], lifeline: int) -> 
         # SIGPROF, which ends this process, when it has used them. It is not taken back: waiting uses none
         data = None
         try:
-            data = _DUMPS(answer(_LOADS(request.decode()))).encode()
+            data = dumps(answer(loads(request.decode()))).encode()
         except MemoryError:
             pass  # what took it is let go of behind this block
         except BaseException as error:  # a panic of a library in Rust is not an `Exception`

@@ -10,9 +10,11 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+from foundation import known_text
 from foundation.child import Child, ChildFailure
 
 MOST_BYTES = 1 << 26  # of a tokenizer.json; the largest vocabularies take half of it
@@ -26,6 +28,7 @@ _SECONDS_A_BYTE_READ = 5e-8  # of a tokenizer.json
 _SOON_SECONDS = 10.0
 _MOST_GROWTH = 16  # of a text, by what a decoder puts in the place of characters
 _numbers = itertools.count()
+_Answer = TypeVar("_Answer", dict[str, Any], dict[str, Any] | None)
 
 
 class _Foreign:
@@ -33,25 +36,39 @@ class _Foreign:
 
     _kind: str
 
-    def __init__(self, given: dict[str, Any]):
+    def __init__(self, text: str, given: dict[str, Any]):
         self._given, self.number = given, next(_numbers)
-        self.loaded = self._retried(self._load)
+        self.known = known_text.is_known(text)
+        self.loaded = self._load_here() if self.known else {}
+        if self.loaded.get("special"):  # of other files, which are not known
+            self.known = False
+        if not self.known:
+            self.loaded = self._retried(self._load)
 
     def _use(self, what: str, **given: Any) -> dict[str, Any]:
-        def use() -> dict[str, Any]:
-            answer = self._ask(what, given, _SECONDS_A_BYTE)
-            if answer.get("absent"):
-                self._load()
-                answer = self._ask(what, given, _SECONDS_A_BYTE)
+        request = self._request(what, given)
+        if self.known and (answer := self._held_by(known_text.ask, self._load_here, request)) is not None:
             return answer
+        return self._retried(lambda: self._held_by(self._ask, self._load, request))
 
-        return self._retried(use)
+    def _held_by(self, ask: Callable[[Any], _Answer], load: Callable[[], Any], request: dict[str, Any]) -> _Answer:
+        answer = ask(request)
+        if answer is not None and answer.get("absent"):
+            load()
+            answer = ask(request)
+        return answer
+
+    def _load_here(self) -> dict[str, Any]:
+        return known_text.load(self._request(self._kind, self._given))
 
     def _load(self) -> dict[str, Any]:
-        return self._ask(self._kind, self._given, _SECONDS_A_BYTE_READ)
+        return WORKER.ask(self._request(self._kind, self._given), _SECONDS_A_BYTE_READ)
 
-    def _ask(self, what: str, given: dict[str, Any], seconds_a_byte: float) -> dict[str, Any]:
-        return WORKER.ask({"number": self.number, "what": what, "given": given}, seconds_a_byte)
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        return WORKER.ask(request, _SECONDS_A_BYTE)
+
+    def _request(self, what: str, given: dict[str, Any]) -> dict[str, Any]:
+        return {"number": self.number, "what": what, "given": given}
 
     def _retried(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Once more in a new process, where what others have left in the old one may be why it failed, and soon."""
@@ -74,14 +91,14 @@ class ForeignTokenizer(_Foreign):
     _kind = "tokenizer"
 
     def __init__(self, text: str, special: Sequence[str] = ()):
-        super().__init__({"text": text, "special": list(special)})
+        super().__init__(text, {"text": text, "special": list(special)})
         self.special = [str(token) for token in self.loaded["special"]]
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text; asks once for as many as may be long together."""
         found: list[list[int]] = []
         for some in list(_together(texts)):  # what is too long is refused before any is encoded
-            found += self._use("encode", texts=some, add_special_tokens=add_special_tokens)["ids"]
+            found += map(_numbers_in, self._use("encode", texts=some, add_special_tokens=add_special_tokens)["ids"])
         return found
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
@@ -100,7 +117,7 @@ class ForeignTemplate(_Foreign):
     _kind = "template"
 
     def __init__(self, source: str):
-        super().__init__({"source": source})
+        super().__init__(source, {"source": source})
 
     def render(self, contexts: Sequence[dict[str, Any]]) -> list[str]:
         """The text of each context. What is no JSON data raises as `json` does."""
@@ -110,7 +127,11 @@ class ForeignTemplate(_Foreign):
         """The token ids of a context's text, which takes one request in place of two; the text itself where the
         tokenizer has to be asked on its own."""
         answer = self._use("to ids", context=context, tokenizer=tokenizer.number, most_bytes=MOST_TEXT_BYTES)
-        return answer["ids"] if "ids" in answer else answer["text"]
+        return _numbers_in(answer["ids"]) if "ids" in answer else answer["text"]
+
+
+def _numbers_in(ids: str) -> list[int]:
+    return array("I", bytes.fromhex(ids)).tolist()
 
 
 def _together(texts: Sequence[str]) -> Iterator[list[str]]:

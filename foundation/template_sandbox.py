@@ -16,7 +16,7 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
@@ -47,7 +47,12 @@ class _Generation(Extension):
 
 _OF_DICTS = frozenset(dir(dict))
 _OF_JINJA = {"_loop_vars", "_block_vars"}  # what it adds to the arguments of a call
-_OF_STRINGS = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
+# What changes and calls nothing, by the type that has it: where most of what templates look up need not be asked about.
+_HARMLESS = {
+    str: frozenset(name for name in dir(str) if not name.startswith(("_", "format"))),
+    dict: frozenset(("get", "items", "keys", "values")),
+    LoopContext: frozenset(name for name in dir(LoopContext) if not name.startswith("_")),
+}
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -63,18 +68,29 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """As Jinja's sandbox has it, which for a key of a dict has an exception raised first, and asks of each method
-        of a string what it is: most of what templates look up."""
-        if type(obj) is dict and attribute not in _OF_DICTS:
+        what it is."""
+        kind = type(obj)
+        if kind is dict and attribute not in _OF_DICTS:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
-        if type(obj) is str and attribute in _OF_STRINGS:
+        if kind in _HARMLESS and attribute in _HARMLESS[kind]:
             return getattr(obj, attribute)
         return super().getattr(obj, attribute)
 
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """As Jinja's sandbox has it, which for a key that a dict lacks raises and catches two exceptions."""
+        if type(obj) is dict and type(argument) is str and argument not in obj and argument not in _OF_DICTS:
+            return self.undefined(obj=obj, name=argument)
+        return super().getitem(obj, argument)
+
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Jinja's sandbox has it, which asks of a method of a string too whether it is safe, and what it wants of
+        """As Jinja's sandbox has it, which asks of a macro and of a method too whether it is safe, and what it wants of
         the context."""
-        if type(__obj) is BuiltinMethodType and type(__obj.__self__) is str and kwargs.keys() <= _OF_JINJA:
-            return __obj(*args)
+        if kwargs.keys() <= _OF_JINJA:
+            kind = type(__obj)
+            if kind is Macro:
+                return __obj(__context.eval_ctx, *args)
+            if kind is BuiltinMethodType and __obj.__name__ in _HARMLESS.get(type(__obj.__self__), ()):
+                return __obj(*args)
         return super().call(__context, __obj, *args, **kwargs)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Any:

@@ -1,7 +1,8 @@
 """Text to token ids and back, and chats to text: what a checkpoint directory says about both.
 
 `Tokenizer` reads `tokenizer.json`; `ChatTemplate` renders the checkpoint's own Jinja template as transformers does.
-Both are foreign programs, and work in a process of their own (`foundation/foreign_text.py`). Free of JAX.
+Both are foreign programs, and work in a process of their own (`foundation/foreign_text.py`), but for those that ship.
+Free of JAX.
 """
 
 from __future__ import annotations
@@ -375,5 +376,7 @@ class ChatTemplate:
         if not isinstance(message, Mapping):
             raise TokenizerError(f"message {number} of the chat is a {type(message).__name__}, not an object")
         held = {key: value for key, value in message.items() if value is not None}
-        thoughts = next((held[key] for key in _THOUGHTS if key in held), None)
-        return held if thoughts is None else {"thinking": thoughts, **held, _THOUGHTS[0]: thoughts}
+        for key in _THOUGHTS:
+            if key in held:
+                return {"thinking": held[key], **held, _THOUGHTS[0]: held[key]}
+        return held

@@ -10,6 +10,7 @@ from typing import Literal
 
 Points = Sequence[tuple[float, float]]
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 14.0, 12.0, 40.0
+_ROW, _CHARACTER = 15.0, 7.0  # of the words of marks: a row's height, and a character's width or less
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """A dashed vertical line with a word at its foot, at `x`."""
+    """A dashed vertical line at `x`, with a word above the curves."""
 
     x: float
     text: str
@@ -75,11 +76,18 @@ def plot(
     most = most + 0.02 * (most - least) or 1.0
     xs = [x for x in ticks(least, most) if least <= x <= most]
     ys = ticks(0.0, y_max or max(y for _, y in flat) or 1.0, about=4)
-    right, bottom = width - _RIGHT, height - _BOTTOM
+    right = width - _RIGHT
+    spread = (right - _LEFT) / (most - least)
+    words = _words([(_LEFT + (m.x - least) * spread, m.text) for m in marks if math.isfinite(m.x)], (_LEFT + right) / 2)
+    top = _TOP + _ROW * max(
+        (row for _, _, row in words), default=0
+    )  # the words are above the curves: nothing lies over one
+    height = round(height + top - _TOP)
+    bottom = height - _BOTTOM
+    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = _LEFT + (x - least) / (most - least) * (right - _LEFT)
-        return round(across, 1), round(bottom - (y / ys[-1]) * (bottom - _TOP), 1)
+        return round(_LEFT + (x - least) * spread, 1), round(bottom - (y / ys[-1]) * (bottom - top), 1)
 
     out = [head]
     for y in ys:
@@ -94,15 +102,31 @@ def plot(
     out.append(f'<text class="label mid" x="{(_LEFT + right) / 2}" y="{height - 4}">{escape(x_label)}</text>')
     for i, each in enumerate(kept):
         out += _curve(each, i, at, bottom)
-    for i, mark in enumerate(mark for mark in marks if math.isfinite(mark.x)):
-        u, _ = at(mark.x, 0)
-        side = "end" if u > (_LEFT + right) / 2 else "start"
-        v = bottom - 8 - 16 * i
-        out.append(f'<line class="mark" x1="{u}" x2="{u}" y1="{_TOP}" y2="{bottom}"/>')
-        out.append(
-            f'<text class="tick {side}" x="{u + (-5 if side == "end" else 5)}" y="{v}">{escape(mark.text)}</text>'
-        )
+    for u, text, row in words:
+        v = top - _ROW * row
+        out.append(f'<line class="mark" x1="{u:.1f}" x2="{u:.1f}" y1="{v:.1f}" y2="{bottom}"/>')
+        if text:
+            side, near = ("end", u - 5) if u > (_LEFT + right) / 2 else ("start", u + 5)
+            out.append(f'<text class="tick {side}" x="{near:.1f}" y="{v + 10:.1f}">{escape(text)}</text>')
     return "".join([*out, "</svg>"])
+
+
+def _words(marks: Sequence[tuple[float, str]], middle: float) -> list[tuple[float, str, int]]:
+    """Marks as (place, word, row), rows counted from 1 at the curves upwards: the lowest in which a word, left of its
+    line beyond the middle and right of it before, meets no other; those that others reach over come first, so that
+    their lines end below the others' words. 0 without a word."""
+    taken: list[list[tuple[float, float]]] = []
+    found = [(place, text, 0) for place, text in marks if not text]
+    named = sorted((place, text) for place, text in marks if text)
+    for place, text in [m for m in named if m[0] > middle] + [m for m in reversed(named) if m[0] <= middle]:
+        wide = 10 + _CHARACTER * len(text)
+        begin, end = (place - wide, place) if place > middle else (place, place + wide)
+        row = next((i for i, spans in enumerate(taken) if all(end <= b or e <= begin for b, e in spans)), len(taken))
+        if row == len(taken):
+            taken.append([])
+        taken[row].append((begin, end))
+        found.append((place, text, row + 1))
+    return found
 
 
 def _curve(series: Series, index: int, at, bottom: float) -> list[str]:  # type: ignore[no-untyped-def]

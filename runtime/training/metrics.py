@@ -18,7 +18,8 @@ FILE, PAGE = "metrics.jsonl", "metrics.html"
 _COLOURS = ("#1668a8", "#c2571a", "#2a7f3f", "#8a3fa0", "#a58a00", "#555")
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem;color:#222}"
-    "main{display:flex;flex-wrap:wrap;gap:1.5rem}section{flex:1 1 min(540px,100%);min-width:0;break-inside:avoid}"
+    "main{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(540px,100%),1fr));gap:1.5rem}"
+    "section{min-width:0;break-inside:avoid}"
     "h2{font-size:1rem;margin:0}"
     "*{box-sizing:border-box}svg{width:100%;height:auto}.line{fill:none;stroke-width:1.6}.grid{stroke:#ddd}.axis{stroke:#888}.mark{stroke:#999;"
     "stroke-dasharray:4 4}text{font-size:11px;fill:#555}.end{text-anchor:end}.mid{text-anchor:middle}"
@@ -76,7 +77,7 @@ def learning_page(folder: Path, title: str) -> None:
     """Writes the plots of a run of `glm5 rl`."""
     records = load(folder)
     begins = {r["stage"]: r["step"] for r in reversed(records)}
-    marks = [Mark(step - 1, f"stage {stage}") for stage, step in sorted(begins.items())]
+    marks = [Mark(max(0, step - 1), f"stage {stage}") for stage, step in sorted(begins.items())]
 
     def by_task(key: str) -> dict[str, PlotCurve]:
         tasks = sorted({task for r in records for task in r.get(key, ())})

@@ -11,6 +11,7 @@ import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
@@ -275,17 +276,41 @@ def test_a_template_cannot_leave_the_sandbox(source: str) -> None:
 
 
 def test_what_is_looked_up_is_as_in_jinjas_sandbox() -> None:
-    """Keys and methods of dicts and strings have a way of their own here."""
+    """Keys and methods of dicts, strings and loops have a way of their own here."""
     ours, theirs = Sandbox(), ImmutableSandboxedEnvironment()
     ours.unsafe_undefined = lambda obj, attribute: None  # type: ignore[method-assign]
     theirs.unsafe_undefined = lambda obj, attribute: None  # type: ignore[method-assign]
-    names = {*dir(dict), *dir(str), *dir(list), "role", "items", "0", ""}
-    for held in ({"role": "a", "items": 1, "": 2, "__class__": 3}, {}, "text", Markup("text"), ["a"], 7, None):
+    loop = LoopContext(["a", "b"], jinja2.Undefined)
+    next(loop)
+    names = {*dir(dict), *dir(str), *dir(list), *dir(loop), "role", "items", "0", ""}
+    for held in ({"role": "a", "items": 1, "": 2, "__class__": 3}, {}, "text", Markup("text"), ["a"], 7, None, loop):
         for name in names:
-            found, expected = ours.getattr(held, name), theirs.getattr(held, name)
-            assert type(found) is type(expected), (held, name)
-            if not isinstance(found, jinja2.Undefined) and "format" not in name:
-                assert found == expected, (held, name)
+            looked = [(ours.getattr(held, name), theirs.getattr(held, name))]
+            looked.append((ours.getitem(held, name), theirs.getitem(held, name)))
+            for found, expected in looked:
+                assert type(found) is type(expected), (held, name)
+                if not isinstance(found, jinja2.Undefined) and "format" not in name:
+                    assert found == expected, (held, name)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% macro m(a, b=2) %}{{ a }}{{ b }}{{ varargs }}{{ kwargs }}{% endmacro %}{{ m(x, 3, 4, c=5) }}{{ m(b=x) }}",
+        "{% macro m(a) %}{{ a }}{{ caller(a) }}{% endmacro %}{% call(b) m(x) %}<{{ b }}>{% endcall %}",
+        "{% macro m(a) %}[{{ a|default('none') }}{{ y }}]{% endmacro %}{% for y in z %}{{ m() }}{{ m(y) }}{% endfor %}",
+        "{% autoescape true %}{% macro m(a) %}<{{ a }}{% endmacro %}{{ m('<') }}{{ m(x) }}{% endautoescape %}",
+        "{% for k, v in d.items() %}{{ loop.index, loop.last }}{{ loop.cycle(1, 2) }}{{ loop.changed(v) }}{% endfor %}",
+        "{{ d.get('k') }}{{ d.get('none', x) }}{{ d.keys()|list }}{{ d['none'] is defined }}{{ d['items']() | list }}",
+        "{% for y in z recursive %}{{ loop.depth }}{% if y is not string %}{{ loop(y) }}{% endif %}{% endfor %}",
+        "{{ x.split('e')|map('upper')|join }}{{ '{0.real}'.format(7) }}{{ x.encode() }}{{ namespace(a=x).a }}",
+    ],
+)
+def test_what_is_called_is_as_in_jinjas_sandbox(source: str) -> None:
+    given = {"x": "text<", "z": [["a"], ["b", "c"]], "d": {"k": 1, "l": 1}}
+    assert Sandbox().from_string(source).render(given) == ImmutableSandboxedEnvironment().from_string(source).render(
+        given
+    )
 
 
 @pytest.mark.parametrize("source", slow_but([ENDLESS[1], ENDLESS[2], ENDLESS[-1]], ENDLESS))
