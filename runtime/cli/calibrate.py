@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -89,27 +90,55 @@ def calibrate(
 
 def _from_file(measured: Path, chip: str, out: Path, as_json: bool) -> None:
     import hw_profiles
-    from foundation.writing import replacing
-    from runtime.porting import operator_times
+    from foundation.writing import replacing, replacing_together
+    from runtime.porting import operator_kernels, operator_times
 
     base = hw_profiles.load(chip)
     times = operator_times.read(measured, base.number("overhead.kernel_launch_s") or 0.0)
-    products = operator_times.products(times)
-    found = operator_times.calibrated(base, products, measured.name, out.stem)
-    with replacing(out) as temporary:
-        temporary.write_text(hw_profiles.dumps(found), encoding="utf-8")
-    curves = {path: curve for path, curve in found.curves.items() if curve is not base.curves.get(path)}
+    found = operator_kernels.sorted_rows(times, base)
+    described = operator_times.calibrated(base, found.products, measured.name, out.stem)
+    curves = {path: curve for path, curve in described.curves.items() if curve is not base.curves.get(path)}
+    tables = operator_kernels.prices(found, described, measured.name)
+    if not curves and tables is None:
+        raise UsageError(
+            f"{measured}: {len(times)} operators, none of which prices have a kernel of, and too few products to tell "
+            "how fast the chip computes or reads; measure more sizes: --batch and --chunk of glm5 export"
+        )
+    beside = out.with_suffix(".prices.json")
+    if tables is None:
+        with replacing(out) as temporary:
+            temporary.write_text(hw_profiles.dumps(described), encoding="utf-8")
+    else:
+        text = json.dumps(tables, indent=1) + "\n"
+        described = dataclasses.replace(described, prices=beside.name, prices_sha256=hw_profiles.prices_sha256(text))
+        with replacing_together(beside, out) as (prices, temporary):  # the profile last: it says which are its own
+            prices.write_text(text, encoding="utf-8")
+            temporary.write_text(hw_profiles.dumps(described), encoding="utf-8")
+    fates = Counter((use.row.name, use.used_for, use.left_out) for use in found.uses)
+    kernels = {**tables["kernels"], **tables["collectives"]} if tables else {}
     if as_json:
         knots = {path: [list(knot) for knot in curve.knots] for path, curve in curves.items()}
-        print(json.dumps({"profile": str(out), "operators": len(times), "products": len(products), **knots}, indent=2))
+        rows = [
+            {"operator": use.row.name, "phase": use.row.phase, "inputs": [list(shape) for shape, _ in use.row.inputs],
+             "used_for": use.used_for or None, "left_out": use.left_out or None}
+            for use in found.uses
+        ]  # fmt: skip
+        counts = {"operators": len(times), "products": len(found.products), "kernels": sorted(kernels)}
+        print(json.dumps({"profile": str(out), **counts, **knots, "rows": rows}, indent=2))
         return
-    print(f"{measured}: {len(times)} operators, {len(products)} matrix products")
+    print(f"{measured}: {len(times)} operators, {len(found.products)} matrix products, {len(kernels)} kernels")
+    for (name, used_for, left_out), count in sorted(fates.items()):
+        print(f"{count:4} x {name:40} {used_for or f'left out: {left_out}'}")
     for path, curve in curves.items():
         for size, share in curve.knots:
             print(f"{path:24}{size:12.4g} {curve.size_unit:6}{share:8.1%}")
-    for problem in hw_profiles.check(found):
+    for key, body in kernels.items():
+        print(f"{key:32} error of sizes left out: {next(iter(body['error'].values()))[1]:.0%}")
+    for problem in hw_profiles.check(described):
         print(f"implausible: {problem}")
-    print(f"Wrote {out}, {base.name} but for that; use it with --profile {out}")
+    print(
+        f"Wrote {out}{f' and {beside.name}' if tables else ''}, {base.name} but for that; use it with --profile {out}"
+    )
 
 
 def _serving_cost(adapter: Backend) -> ServingCost | None:

@@ -1,9 +1,7 @@
 """Measures ops of the graph whose time no matrix product tells: routed experts, attention over a selection, and the
 scores that it is made by.
 
-Each is run as the backend lowers it, inside a compiled program, at a few sizes; the three constants of the
-cost model's formula (launch, share of the peak, share of the bandwidth) are fitted to the relative errors,
-and the error kept beside them is that of points left out of the fit.
+Each is run as the backend lowers it, inside a compiled program, at a few sizes; `kernel_fit.py` makes kernels of them.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import numpy as np
 
 from backends.interface import Backend, Program
 from model.ops import OPS
-from runtime.pricing.kernel import Constants, formula
+from runtime.porting.kernel_fit import FitBasis, Measurement, fitted
 
 _EXPERTS, _TOP_K, _HEADS, _LATENT, _VALUE, _PAGE, _SELECTED = 32, 4, 8, 160, 128, 16, 128
 _INDEX_HEADS, _INDEX_DIM = 16, 32
@@ -30,6 +28,7 @@ _WIDTHS = (64, 256, 512)  # of the experts, and of the model around them: the sm
 _LAYERS, _MOST_LAYERS = 4, 32
 _LEAST_SHARE = 0.1  # of a call's time that is its program's at the least: rounds differ, and no op takes no time
 _ROUND_S = 1e-3
+_SOURCE = "glm5 calibrate"
 FORMAT_OF_DTYPE = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -47,14 +46,6 @@ class OpClock:
         return max(_LAYERS, min(_MOST_LAYERS, round(self.dispatch_s / self.launch_s / 4)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-    """Seconds of one op at one size, with the features its formula reads."""
-
-    features: Mapping[str, float]
-    seconds: float
-
-
 def measure_kernels(
     backend: Backend,
     dtype: str,
@@ -66,15 +57,17 @@ def measure_kernels(
     """The body of a coefficients file (`hw_profiles/prices/`): kernels `moe`, `mla_decode`, `index_scores`, and
     `sparse_prefill`, or `masked_prefill` where a backend's chunks attend to all that is cached, through a mask."""
     name, size = FORMAT_OF_DTYPE[dtype], 4.0 if dtype == "float32" else 2.0
-    rates = peak_flops_per_s, bandwidth_bytes_per_s
+    basis = FitBasis(peak_flops_per_s, bandwidth_bytes_per_s)
     few = [count for count in tokens if count <= 16] or [min(tokens)]
     many = [count for count in tokens if count >= 16] or [max(tokens)]
     chunk = "masked" if _masks(backend, dtype, size, clock) else "sparse"
     kernels = {
-        f"moe/{name}/any": _fitted("moe", _experts(backend, dtype, size, tokens, clock), *rates),
-        f"mla_decode/{name}/any": _fitted("attention", _decoding(backend, dtype, size, few, clock), *rates),
-        f"{chunk}_prefill/{name}/any": _fitted("attention", _chunk(backend, dtype, size, many, clock, chunk), *rates),
-        f"index_scores/{name}/any": _fitted("index_scores", _scores(backend, dtype, size, many, clock), *rates),
+        f"moe/{name}/any": fitted("moe", _experts(backend, dtype, size, tokens, clock), basis, _SOURCE),
+        f"mla_decode/{name}/any": fitted("attention", _decoding(backend, dtype, size, few, clock), basis, _SOURCE),
+        f"{chunk}_prefill/{name}/any": fitted(
+            "attention", _chunk(backend, dtype, size, many, clock, chunk), basis, _SOURCE
+        ),
+        f"index_scores/{name}/any": fitted("index_scores", _scores(backend, dtype, size, many, clock), basis, _SOURCE),
     }
     return {"schema": 1, "kernels": kernels}
 
@@ -256,72 +249,3 @@ def _attention(
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return rng.standard_normal(shape, dtype=np.float32).astype(jnp.dtype(dtype))
-
-
-def _fitted(family: str, points: Sequence[Measurement], peak: float, bandwidth: float) -> dict[str, Any]:
-    """One entry of the `kernels` table."""
-    names = [n for n in points[0].features if len({p.features[n] for p in points}) > 1]
-    errors = []
-    for i, point in enumerate(points):
-        others = [*points[:i], *points[i + 1 :]] or list(points)
-        fit = _fit(family, others, peak, bandwidth)
-        error = _errors(family, [point], fit, peak, bandwidth)[0]
-        if family == "moe":  # the ratios at its neighbours carry over to it
-            near = [p for p in others if p.features["inter"] == point.features["inter"]]
-            at = [math.log(p.features["rows"]) for p in near]
-            if at and at[0] < math.log(point.features["rows"]) < at[-1]:
-                error -= np.interp(math.log(point.features["rows"]), at, _errors(family, near, fit, peak, bandwidth))
-        errors.append(abs(error))
-    errors = np.expm1(errors)
-    constants = dataclasses.asdict(_fit(family, points, peak, bandwidth))
-    return {
-        "family": family,
-        "constants": {name: float(f"{value:.4g}") for name, value in constants.items()},
-        **_ratio(family, points, peak, bandwidth),
-        "range": {n: [min(p.features[n] for p in points), max(p.features[n] for p in points)] for n in names},
-        "error": {"held_out_shapes": [round(float(np.median(errors)), 4), round(float(np.quantile(errors, 0.9)), 4)]},
-        "evidence": "fitted",
-        "source": "glm5 calibrate",
-    }
-
-
-_AXES = {"moe": ("inter", "rows"), "attention": ("sequences", "context"), "index_scores": ("tokens", "context")}
-_UNIT = 0.001
-
-
-def _ratio(family: str, points: Sequence[Measurement], peak: float, bandwidth: float) -> dict[str, Any]:
-    """ln(measured / formula) on the grid of the measured sizes, which what is left of the fit goes into."""
-    left = -_errors(family, points, _fit(family, points, peak, bandwidth), peak, bandwidth)
-    axes = {name: sorted({p.features[name] for p in points}) for name in _AXES[family]}
-    if math.prod(map(len, axes.values())) != len(points):  # no grid: a line over the tokens
-        axes = {"tokens": sorted({p.features["tokens"] for p in points})}
-    grid = np.zeros([len(knots) for knots in axes.values()])
-    counts = np.zeros_like(grid)
-    for point, value in zip(points, left, strict=True):
-        place = tuple(knots.index(point.features[name]) for name, knots in axes.items())
-        grid[place] += value
-        counts[place] += 1
-    grid /= counts
-    return {"axes": axes, "ratio": np.round(grid / _UNIT).astype(int).ravel().tolist(), "ratio_unit": _UNIT}
-
-
-def _errors(
-    family: str, points: Sequence[Measurement], constants: Constants, peak: float, bandwidth: float
-) -> np.ndarray:
-    """ln(formula / measured) of each point."""
-    columns = {n: np.array([p.features[n] for p in points]) for n in points[0].features}
-    seconds, _ = formula(columns, family, constants, peak, bandwidth)
-    return np.log(seconds / np.array([p.seconds for p in points]))
-
-
-def _fit(family: str, points: Sequence[Measurement], peak: float, bandwidth: float) -> Constants:
-    """Coordinate descent over log-spaced constants: least absolute error of the logarithm."""
-    found = Constants(1e-5, 0.3, 0.5)
-    scales = {"launch_s": np.geomspace(1e-7, 1e-2, 101), "compute_efficiency": np.geomspace(1e-3, 1.0, 61),
-              "memory_efficiency": np.geomspace(1e-2, 1.0, 61)}  # fmt: skip
-    for _ in range(4):
-        for name, values in scales.items():
-            trials = [dataclasses.replace(found, **{name: float(value)}) for value in values]
-            costs = [float(np.abs(_errors(family, points, trial, peak, bandwidth)).sum()) for trial in trials]
-            found = trials[int(np.argmin(costs))]
-    return found

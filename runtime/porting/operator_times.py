@@ -6,9 +6,8 @@
                                 performance_model/profiling_database, read 2026-11)
 
 Names are those of torch_npu and ATen; msmodeling's kernels are read under the names of the operators that start them.
-What is read are products, which say how near a size comes to the chip's peak or to its bandwidth; the base profile's
-other figures stay. `npu_mla_prolog_v3` counts as the four products that it makes, at less than they reach: norms and
-rotations are in its time.
+Products say how near a size comes to the chip's peak or to its bandwidth; `operator_kernels.py` has what the others
+say. The base profile's other figures stay.
 """
 
 from __future__ import annotations
@@ -37,10 +36,23 @@ KERNELS: Mapping[str, str] = {
     "QuantBatchMatmulV3": "npu.npu_quant_matmul",
     "WeightQuantBatchMatmulV2": "npu.npu_weight_quant_batchmatmul",
     "GroupedMatmul": "npu.npu_grouped_matmul",
+    "MlaPrologV3": "npu.npu_mla_prolog_v3",
+    "SparseFlashAttention": "npu.npu_sparse_flash_attention",
+    "KvQuantSparseFlashAttention": "npu.npu_kv_quant_sparse_flash_attention",
+    "LightningIndexer": "npu.npu_lightning_indexer",
+    "QuantLightningIndexer": "npu.npu_quant_lightning_indexer",
+    "RmsNorm": "npu.npu_rms_norm",
+    "DynamicQuant": "npu.npu_dynamic_quant",
+    "SwiGlu": "npu.npu_swiglu",
+    "InterleaveRope": "npu.npu_interleave_rope",
+    "MoeGatingTopK": "npu.npu_moe_gating_top_k",
+    "ScatterNdUpdate": "npu.npu_scatter_nd_update_",
+    "Add": "aten.add",
 }
-"""The operators that msmodeling's kernels are started by."""
-_PROLOG = "npu.npu_mla_prolog_v3"
-_BYTES = {
+"""The operators that kernels are started by, whose names msmodeling's files have."""
+_PRODUCTS = ("aten.mm", "aten.bmm", "aten.matmul", "npu.npu_quant_matmul", "npu.npu_weight_quant_batchmatmul",
+             "npu.npu_grouped_matmul")  # fmt: skip
+BYTES = {
     "int8": 1, "uint8": 1, "bool": 1, "float16": 2, "bfloat16": 2, "int16": 2, "float32": 4, "int32": 4, "int64": 8,
     "uint64": 8,
 }  # fmt: skip
@@ -55,7 +67,8 @@ ShapeAndType = tuple[tuple[int, ...], str]  # shape, type
 @dataclasses.dataclass(frozen=True)
 class OperatorTime:
     """An operator's call: what it was given and made, and how long it took beyond what an empty one takes. rows,
-    groups: of a grouped product, the rows that belong to a group, and the groups that have any; None where not said."""
+    groups: of a grouped product, the rows that belong to a group, and the groups that have any; None where not said.
+    phase: "decode" or "prefill", "" where not said."""
 
     name: str
     inputs: tuple[ShapeAndType, ...]
@@ -64,6 +77,7 @@ class OperatorTime:
     equation: str = ""
     rows: float | None = None
     groups: float | None = None
+    phase: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +116,8 @@ def _of_run(path: Path) -> Iterator[OperatorTime]:
             )
             seconds = float(entry["median_s"]) - empty
             rows, groups = (None if entry.get(key) is None else float(entry[key]) for key in ("rows", "groups"))
-            yield OperatorTime(str(entry["operator"]), inputs, outputs, seconds, str(entry["equation"]), rows, groups)
+            equation, phase = str(entry["equation"]), str(entry["phase"])
+            yield OperatorTime(str(entry["operator"]), inputs, outputs, seconds, equation, rows, groups, phase)
     except (KeyError, TypeError, ValueError) as error:
         why = f"operators: {type(error).__name__}: {error}"
         raise UsageError(f"{path}: {why}; measure again with this package's run.py") from None
@@ -110,7 +125,7 @@ def _of_run(path: Path) -> Iterator[OperatorTime]:
 
 def _of_csv(path: Path, launch_s: float) -> Iterator[OperatorTime]:
     if path.stem not in KERNELS:
-        raise UsageError(f"{path}: a kernel that no product is; known file names: {', '.join(KERNELS)}")
+        raise UsageError(f"{path}: a kernel that prices have none of; known file names: {', '.join(KERNELS)}")
     try:
         columns, rows = read_csv(path)
     except Unreadable as error:
@@ -142,37 +157,20 @@ def _tensors(shapes: str, types: str) -> tuple[ShapeAndType, ...]:
 # --- products -----------------------------------------------------------------------------------------
 
 
-def products(times: Sequence[OperatorTime]) -> list[MeasuredProduct]:
-    """Those of the operators that are matrix products, and took some time. A grouped one does the work of the rows that
-    belong to groups: where experts are on several devices, most of what it is given may belong to none."""
-    found = []
-    for each in times:
-        if each.name == _PROLOG:
-            found += _prolog(each)
-            continue
-        flops = _flops(each)
-        if flops and each.seconds > 0 and (rate := _RATES.get(each.inputs[0][1])):
-            sizes = [math.prod(shape) * _BYTES.get(kind, 4) for shape, kind in (*each.inputs, *each.outputs)]
-            moved = float(sum(sizes))
-            if each.rows is not None and each.groups is not None:
-                share, held = each.rows / max(1, each.inputs[0][0][0]), each.groups / max(1, each.inputs[1][0][0])
-                given, weights, made = sizes[0], sizes[1], sizes[len(each.inputs)]
-                moved -= (1 - share) * (given + made) + (1 - held) * weights
-                flops *= share
-            if flops:
-                found.append(MeasuredProduct(flops, moved, rate, each.seconds))
-    return found
-
-
-def _prolog(each: OperatorTime) -> list[MeasuredProduct]:
-    """token_x [t,d], weight_dq [d,q], weight_uq_qr [q,..], weight_uk [h,n,l], weight_dkv_kr [d,..]; of its caches only
-    t rows are written, which is left out."""
-    if len(each.inputs) < 5 or each.seconds <= 0 or (rate := _RATES.get(each.inputs[0][1])) is None:
-        return []
-    tokens, weights = each.inputs[0][0][0], each.inputs[1:5]
-    flops = 2.0 * tokens * sum(math.prod(shape) for shape, _ in weights)
-    moved = sum(math.prod(shape) * _BYTES.get(kind, 4) for shape, kind in (each.inputs[0], *weights, *each.outputs))
-    return [MeasuredProduct(flops, float(moved), rate, each.seconds)]
+def product(each: OperatorTime) -> MeasuredProduct | None:
+    """Of an operator that is a matrix product, and took some time. A grouped one does the work of the rows that belong
+    to groups: where experts are on several devices, most of what it is given may belong to none."""
+    flops = _flops(each)
+    if not flops or each.seconds <= 0 or (rate := _RATES.get(each.inputs[0][1])) is None:
+        return None
+    sizes = [math.prod(shape) * BYTES.get(kind, 4) for shape, kind in (*each.inputs, *each.outputs)]
+    moved = float(sum(sizes))
+    if each.rows is not None and each.groups is not None:
+        share, held = each.rows / max(1, each.inputs[0][0][0]), each.groups / max(1, each.inputs[1][0][0])
+        given, weights, made = sizes[0], sizes[1], sizes[len(each.inputs)]
+        moved -= (1 - share) * (given + made) + (1 - held) * weights
+        flops *= share
+    return MeasuredProduct(flops, moved, rate, each.seconds) if flops else None
 
 
 def _flops(each: OperatorTime) -> float:
@@ -186,28 +184,29 @@ def _flops(each: OperatorTime) -> float:
         for term, (shape, _) in zip(terms.groups() if terms else (), each.inputs, strict=False):
             sizes.update(zip(term, shape, strict=False))
         return 2.0 * math.prod(sizes.values()) if sizes else 0.0
-    if each.name in ("aten.mm", "aten.bmm", "aten.matmul", *(name for name in KERNELS.values() if "npu" in name)):
+    if each.name in _PRODUCTS:
         return 2.0 * math.prod(out) * left[-1]
     return 0.0
 
 
 def calibrated(base: Profile, found: Sequence[MeasuredProduct], source: str, name: str) -> Profile:
     """The base with efficiency curves of measured products: by FLOP those that computing bounds, by bytes those that
-    memory does. Raises `UsageError` where too few say either, or the base lacks a figure."""
+    memory does; a curve that too few say anything of stays the base's. Raises `UsageError` where the base lacks a
+    figure."""
     bandwidth = base.number("chip.memory.bandwidth_bytes_per_s")
     if bandwidth is None:
         raise UsageError(f"--profile {base.name}: has no chip.memory.bandwidth_bytes_per_s")
     compute: list[tuple[float, float]] = []
     memory: list[tuple[float, float]] = []
-    for product in found:
-        peak = base.number(f"chip.peak.{product.rate}_flops_per_s")
+    for each in found:
+        peak = base.number(f"chip.peak.{each.rate}_flops_per_s")
         if peak is None:
             continue
-        computing, moving = product.flops / peak, product.bytes / bandwidth
+        computing, moving = each.flops / peak, each.bytes / bandwidth
         if computing > 2 * moving:
-            compute.append((product.flops, computing / product.seconds))
+            compute.append((each.flops, computing / each.seconds))
         elif moving > 2 * computing:
-            memory.append((product.bytes, moving / product.seconds))
+            memory.append((each.bytes, moving / each.seconds))
     curves = dict(base.curves)
     today = time.strftime("%Y-%m-%d")
     for path, unit, points in (("efficiency.compute", "FLOP", compute), ("efficiency.memory", "bytes", memory)):
@@ -217,11 +216,6 @@ def calibrated(base: Profile, found: Sequence[MeasuredProduct], source: str, nam
             if most > 1:
                 note += f" The fastest is at {most:.2f} of the profile's figure, which is too low, and counted as 1."
             curves[path] = Curve(knots, unit, source, today, "measured", note)
-    if curves == dict(base.curves):
-        raise UsageError(
-            f"{source}: {len(found)} products, and fewer than {_FEW} of them tell how fast the chip computes or reads; "
-            "measure more sizes: --batch and --chunk of glm5 export"
-        )
     return dataclasses.replace(base, name=name, curves=curves, prices=None, prices_sha256=None, path=None)
 
 

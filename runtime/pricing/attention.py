@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from model.formats import ROWS
+from runtime.pricing import fused
 from runtime.pricing.book import BATCH_KNOTS, TOKEN_KNOTS, PriceBook, Tabulated, element_bytes
 from runtime.pricing.kernel import Kernel
 from runtime.pricing.price import Price, PriceError, total, weakest
@@ -246,20 +247,27 @@ def _scaled(parts: dict[str, Price], whole: Price) -> dict[str, Price]:
 
 def _projections(book: PriceBook, layer: MlaLayer, tokens: float, absorbed: bool) -> dict[str, Price]:
     s, h, fmt = layer.shape, layer.heads, layer.weight_format
-    parts = {
-        "down_projection": book.gemm(tokens, s.q_lora + s.kv_lora + s.rope, s.hidden, fmt),
-        "query_projection": book.gemm(tokens, h * (s.nope + s.rope), s.q_lora, fmt),
-        "output_projection": book.gemm(tokens, s.hidden, h * s.v, fmt),
-    }
+    parts = {"output_projection": book.gemm(tokens, s.hidden, h * s.v, fmt)}
+    prolog = fused.prolog(book, s, h, fmt, tokens) if absorbed else None
+    if prolog:
+        parts["prolog"] = prolog
+    else:
+        parts["down_projection"] = book.gemm(tokens, s.q_lora + s.kv_lora + s.rope, s.hidden, fmt)
+        parts["query_projection"] = book.gemm(tokens, h * (s.nope + s.rope), s.q_lora, fmt)
     if absorbed:
-        parts["absorb_key"] = book.bmm(tokens, h, s.kv_lora, s.nope)
+        if not prolog:
+            parts["absorb_key"] = book.bmm(tokens, h, s.kv_lora, s.nope)
         parts["absorb_value"] = book.bmm(tokens, h, s.v, s.kv_lora)
     else:
         parts["expand_kv"] = book.gemm(tokens, h * (s.nope + s.v), s.kv_lora, fmt)
     if layer.mode == "index":
         width = s.index_heads * s.index_dim
         small = book.gemm(tokens, s.index_dim + s.index_heads, s.hidden, book.wide)
-        parts["index_projection"] = total([book.gemm(tokens, width, s.q_lora, fmt), small])
+        # the one kernel before it gives rounded rows
+        queries = (
+            book.gemm_curve(width, s.q_lora, fmt).price(tokens) if prolog else book.gemm(tokens, width, s.q_lora, fmt)
+        )
+        parts["index_projection"] = total([queries, small])
     return parts
 
 
@@ -268,9 +276,21 @@ def _decode_parts(book: PriceBook, layer: MlaLayer, sequences: float, context: f
     keys = min(context, layer.shape.index_topk) if layer.mode != "dense" else context
     parts["attention"] = mla_decode(book, layer, sequences, keys)
     if layer.mode == "index":
-        parts["index_scores"] = index_scores(book, layer, sequences, context, sequences, decode=True)
-        parts["select_topk"] = select_topk(book, layer.shape, sequences, context)
+        parts |= _indexing(book, layer, sequences, context, sequences, decode=True)
     return parts
+
+
+def _indexing(
+    book: PriceBook, layer: MlaLayer, tokens: float, keys: float, sequences: float, *, decode: bool = False
+) -> dict[str, Price]:
+    """Scores of `tokens` queries over `keys` keys each, and the choice: one kernel where that was measured."""
+    phase = "decode" if decode else "prefill"
+    if own := fused.indexer(book, layer.shape, layer.index, phase, tokens, keys, sequences):
+        return {"indexer": own}
+    return {
+        "index_scores": index_scores(book, layer, tokens, keys, sequences, decode=decode),
+        "select_topk": select_topk(book, layer.shape, tokens, keys),
+    }
 
 
 def _prefill_parts(
@@ -282,16 +302,14 @@ def _prefill_parts(
     else:
         parts["attention"] = mla_prefill(book, layer, tokens, keys, sequences, absorbed)
     if layer.mode == "index":
-        parts["index_scores"] = index_scores(book, layer, tokens, keys, sequences)
-        parts["select_topk"] = select_topk(book, layer.shape, tokens, keys)
+        parts |= _indexing(book, layer, tokens, keys, sequences)
     return parts
 
 
 def mla_decode(book: PriceBook, layer: MlaLayer, sequences: float, context: float) -> Price:
     """The absorbed attention kernel alone, in the latent, over `context` keys a sequence."""
     s = layer.shape
-    kv = "fp8" if layer.kv_format == "int8" else layer.kv_format
-    kernel, _ = book.kernel("mla_decode", kv)
+    kernel, _ = book.kernel("mla_decode", layer.kv_format)
     fixed = {"heads": float(layer.heads), "kv_bytes": float(layer.kv_bytes),
              "qk": float(s.kv_lora + s.rope), "v": float(s.kv_lora)}  # fmt: skip
     return book.surface(("mla_decode", layer.heads, s, layer.latent), kernel, "bf16", BATCH_KNOTS,

@@ -38,7 +38,7 @@ from runtime.pricing.grid import Array, Polyline, Surface, log_knots
 from runtime.pricing.kernel import KERNEL_BOUNDS, Kernel, Timing, kernel_from_json
 from runtime.pricing.load import ExpertLoad
 from runtime.pricing.network import Network
-from runtime.pricing.price import Price, PriceError, PriceEvidence
+from runtime.pricing.price import Price, PriceError, PriceEvidence, total
 from runtime.pricing.work import least
 
 PRICES_FOLDER = Path(__file__).resolve().parents[2] / "hw_profiles" / "prices"
@@ -61,6 +61,7 @@ FALLBACK_FORMAT: Mapping[str, tuple[str, ...]] = {
     "fp16": ("bf16",),
     "f32": ("bf16",),
     "fp8": ("bf16",),
+    "int8": ("fp8", "bf16"),
 }
 """Whose kernel stands in for a format without a table, at the format's own bytes and peak rate. Not an error
 where the kernel holds a machine's own rates, which were measured in the format computed in."""
@@ -144,7 +145,9 @@ class PriceBook:
         reference = (reference_chip(measured) or chip) if measured else None
         own = Changes(chip, reference, KIN[family][kin] if kin else 0.0) if reference else None
         joint = transfer["kernels"][REFERENCE]["constants"]
-        carried = own if own and own_rates(chip) is None and not kin else OtherChip(chip, joint)
+        # a table without products says nothing of how kernels that it lacks run on its chip
+        products = measured is not None and any(key.startswith("gemm/") for key in measured["kernels"])
+        carried = own if own and products and own_rates(chip) is None and not kin else OtherChip(chip, joint)
         for key, body in transfer["kernels"].items():
             self._kernels[f"transfer:{key}"] = carried(kernel_from_json(key, body, "transferred"))
         if measured and own:
@@ -314,7 +317,17 @@ class PriceBook:
 
     def gemm(self, m: float, n: int, k: int, weight_format: str) -> Price:
         """One dense GEMM. `m` tokens, output width `n`, reduction `k`, all local to the device."""
-        return self.gemm_curve(n, k, weight_format).price(m)
+        product = self.gemm_curve(n, k, weight_format).price(m)
+        return total([product, self.rounding(m, k)]) if self.rounds(weight_format) else product
+
+    def rounds(self, weight_format: str) -> bool:
+        """Whether what rounds a product's rows has a price of its own; without one the tables of products have it."""
+        narrow = matrix_format(weight_format).activations.bytes_per_element < 2
+        return narrow and self.named("memory/dynamic_quant/any") is not None
+
+    def rounding(self, rows: float, width: int) -> Price:
+        """Rows [rows, width] rounded to 8 bits, each with a scale."""
+        return self.memory(rows * (width * (self.wide_bytes + 1.0) + 4.0), "dynamic_quant")
 
     def bmm_curve(self, heads: int, n: int, k: int) -> Tabulated:
         """Tokens -> seconds of `heads` independent 16-bit [m, k] x [k, n] products (absorbed W_UK, W_UV)."""
@@ -359,14 +372,17 @@ class PriceBook:
         curve = self.moe_curve(hidden, inter, top_k, load, moe_tp, moe_ep, weight_format, dispatched, tables)
         return curve.price(tokens)
 
-    def memory_curve(self) -> Tabulated:
-        """Bytes moved -> seconds of an elementwise kernel."""
-        kernel, stand_in = self.kernel("memory", "any")
-        return self.curve(("memory",), kernel, stand_in, "bf16", lambda x: {"bytes": x}, BYTE_KNOTS)
+    def memory_curve(self, op: str = "any") -> Tabulated:
+        """Bytes moved -> seconds of an elementwise kernel: of an op ("rms_norm"), where that was measured, or any."""
+        own = self.named(f"memory/{op}/any")
+        kernel, stand_in = (own, False) if own else self.kernel("memory", "any")
+        return self.curve(
+            ("memory", op if own else "any"), kernel, stand_in, "bf16", lambda x: {"bytes": x}, BYTE_KNOTS
+        )
 
-    def memory(self, moved_bytes: float) -> Price:
-        """An elementwise kernel: bytes read plus bytes written."""
-        return self.memory_curve().price(moved_bytes)
+    def memory(self, moved_bytes: float, op: str = "any") -> Price:
+        """An elementwise kernel: bytes read plus bytes written. op: as of `memory_curve`."""
+        return self.memory_curve(op).price(moved_bytes)
 
 
 @cache

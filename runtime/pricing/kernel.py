@@ -105,7 +105,7 @@ def formula(
     busy = launch + np.cbrt(compute**3 + memory**3 + chain**3)
     seconds = (constants.floor_s**6 + busy**6) ** (1 / 6)
     idle = np.maximum(seconds - np.maximum(compute, memory), np.maximum(chain, 0.0))
-    return seconds, np.argmax(np.stack([compute, memory, idle]), axis=0)
+    return seconds, np.argmax(np.stack(np.broadcast_arrays(compute, memory, idle)), axis=0)
 
 
 @dataclass(frozen=True)

@@ -76,15 +76,19 @@ Pricer = Callable[[TracedOp, Sizes, Context], Price | None]
 
 
 def _elementwise(op: TracedOp, sizes: Sizes, context: Context) -> Price:
-    return context.book.memory(op.moved_bytes(sizes) * context.book.wide_bytes / 2.0)  # traced in 16 bits
+    moved = op.moved_bytes(sizes) * context.book.wide_bytes / 2.0  # traced in 16 bits
+    return context.book.memory(moved, op.name.removeprefix("glm."))
 
 
 def _sum(op: TracedOp, sizes: Sizes, context: Context) -> Price | None:
-    """What adding the residual moves beyond the norm that it is fused with: one more read, one more write."""
+    """What adding the residual moves beyond the norm that it is fused with: one more read, one more write. Where adding
+    was measured, it is a kernel of its own."""
     rows = op.outputs[0].elements(sizes)
     if op.outputs[0].at(sizes)[-1:] != (context.cfg.hidden_size,) or any(i.elements(sizes) != rows for i in op.inputs):
         return None
     passes = 2.0 * rows * context.book.wide_bytes
+    if context.book.named("memory/add/any"):
+        return context.book.memory(1.5 * passes, "add")
     alone, fused = context.book.memory(passes), context.book.memory(2 * passes)
     return fused.lasting(fused.seconds - alone.seconds)
 
@@ -107,7 +111,7 @@ def _embed(op: TracedOp, sizes: Sizes, context: Context) -> Price:
 
 def _route(op: TracedOp, sizes: Sizes, context: Context) -> Price:
     (tokens, width), (_, experts) = op.inputs[0].at(sizes), op.inputs[1].at(sizes)
-    scores = context.book.memory(4.0 * tokens * (experts + 2 * op.attributes["top_k"]))
+    scores = context.book.memory(4.0 * tokens * (experts + 2 * op.attributes["top_k"]), "route")
     return total([context.book.gemm(tokens, experts, width, context.book.wide), scores])
 
 
@@ -154,7 +158,7 @@ PRICERS: dict[str, Pricer] = {
     "glm.swiglu": _elementwise,
     "add": _sum,
     "glm.rope": _elementwise,
-    "glm.cache_write": lambda op, sizes, c: c.book.memory(2.0 * op.inputs[1].elements(sizes) * 2),
+    "glm.cache_write": lambda op, sizes, c: c.book.memory(4.0 * op.inputs[1].elements(sizes), "cache_write"),
     "glm.paged_attention": _gqa,
     "glm.route": _route,
     "glm.expert_ffn": _experts,

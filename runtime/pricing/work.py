@@ -96,6 +96,13 @@ def index_scores(f: Features) -> Work:
     return Work(flops, moved)
 
 
+def indexer(f: Features) -> Work:
+    """Scores and the best `index_topk` of them in one kernel, which keeps scores to itself."""
+    flops = 2.0 * f["tokens"] * f["context"] * f["index_heads"] * f["index_dim"]
+    queries = 2.0 * f["index_heads"] * f["index_dim"] + 4.0 * f["index_topk"]
+    return Work(flops, f["sequences"] * f["context"] * f["index_kv_bytes"] + f["tokens"] * queries)
+
+
 def select_topk(f: Features) -> Work:
     """Selecting the best `index_topk` of `context` scores: about three passes over 4-byte scores."""
     return Work(0.0, f["tokens"] * (12.0 * f["context"] + 8.0 * f["index_topk"]))
@@ -113,6 +120,16 @@ def projections(f: Features) -> Work:
     up = f["q_lora"] * h * (f["nope"] + f["rope"]) + h * f["v"] * f["hidden"]
     absorbed = h * f["kv_lora"] * (f["nope"] + f["v"])
     return Work(2.0 * t * (down + up + absorbed), (down + up) * f["weight_bytes"] + 2.0 * absorbed, 0.0)
+
+
+def mla_prolog(f: Features) -> Work:
+    """The projections before absorbed attention in one kernel: of queries and latents, and W_UK; norms, rotations and
+    the cache's row on the way are its own."""
+    h, t = f["heads"], f["tokens"]
+    quantised = f["hidden"] * (f["q_lora"] + f["kv_lora"] + f["rope"]) + f["q_lora"] * h * (f["nope"] + f["rope"])
+    absorbed = h * f["nope"] * f["kv_lora"]
+    moved = t * (f["hidden"] * f["act_bytes"] + 2.0 * h * (f["kv_lora"] + f["rope"]))
+    return Work(2.0 * t * (quantised + absorbed), quantised * f["weight_bytes"] + 2.0 * absorbed + moved)
 
 
 def index_projections(f: Features) -> Work:
@@ -142,7 +159,8 @@ def mla_block(f: Features) -> Work:
 
 
 FAMILIES: Mapping[str, Callable[[Features], Work]] = {
-    f.__name__: f for f in (gemm, bmm, moe, attention, index_scores, select_topk, memory, mla_block)
+    f.__name__: f
+    for f in (gemm, bmm, moe, attention, index_scores, indexer, select_topk, memory, mla_prolog, mla_block)
 }
 
 
@@ -154,6 +172,8 @@ def weight_bytes(family: str, f: Features) -> Any:
         return 2.0 * f["heads"] * f["n"] * f["k"]
     if family == "moe":
         return f["active"] * 3.0 * f["hidden"] * f["inter"] * f["weight_bytes"]
+    if family == "mla_prolog":
+        return mla_prolog({**f, "tokens": 0.0}).bytes
     if family == "mla_block":
         return projections(f).bytes + f["indexer"] * index_projections(f).bytes
     return 0.0

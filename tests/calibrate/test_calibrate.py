@@ -169,10 +169,8 @@ def test_a_chunk_is_priced_by_what_a_backend_attends_to(tmp_path: Path, masks: b
         patch.setattr(calibrate_ops, "_attention", attention)
         for other in ("_experts", "_scores"):
             patch.setattr(calibrate_ops, other, lambda *_: None)
-        fitted = calibrate_ops._fitted
-        patch.setattr(
-            calibrate_ops, "_fitted", lambda family, points, *rates: points and fitted(family, points, *rates)
-        )
+        fitted = calibrate_ops.fitted
+        patch.setattr(calibrate_ops, "fitted", lambda family, points, *given: points and fitted(family, points, *given))
         body = calibrate_ops.measure_kernels(
             registry.get("cpu"), "float32", 1e11, 1e10, calibrate_ops.OpClock(1), Effort().tokens
         )

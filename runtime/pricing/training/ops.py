@@ -103,7 +103,7 @@ class OpPrices:
     def _gemm(self, tokens: float, n: int, k: int, fmt: str) -> list[Price]:
         book = self.context.book
         found = [book.gemm(tokens, n, k, fmt)]
-        if matrix_format(fmt).activations.bytes_per_element < 2:
+        if matrix_format(fmt).activations.bytes_per_element < 2 and not book.rounds(fmt):
             found.append(book.memory(_ROUNDED_BYTES * tokens * k))
         return found
 

@@ -1,0 +1,118 @@
+"""Kernels of a price file from measurements of them. Free of JAX.
+
+The constants of the cost model's formula (launch, share of the peak, share of the bandwidth) are fitted to the relative
+errors; ratios have what is left at the measured sizes, and the error beside them is that of points left out of the fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from runtime.pricing.kernel import Constants, formula
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Seconds of one op at one size, with the features its formula reads."""
+
+    features: Mapping[str, float]
+    seconds: float
+
+
+_AXES = {
+    "moe": ("inter", "rows"),
+    "attention": ("sequences", "context"),
+    "index_scores": ("tokens", "context"),
+    "indexer": ("tokens", "context"),
+}
+_LINE = {"moe": "rows", "memory": "bytes"}
+"""What a family's ratios go by where its sizes make no grid: tokens, but for these."""
+_UNIT = 0.001
+_TRIALS = {
+    "launch_s": np.geomspace(1e-7, 1e-2, 101),
+    "compute_efficiency": np.geomspace(1e-3, 1.0, 61),
+    "memory_efficiency": np.geomspace(1e-2, 1.0, 61),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FitBasis:
+    """What a kernel's shares are of: FLOP/s and bytes/s. start: where its constants are looked for from. hold: what
+    leaving them costs, as an error of the logarithm for each factor of e: few points then move what they say something
+    of, and no more."""
+
+    flops_per_s: float
+    bytes_per_s: float
+    start: Constants = Constants(1e-5, 0.3, 0.5)
+    hold: float = 0.0
+
+
+def fitted(family: str, points: Sequence[Measurement], basis: FitBasis, source: str) -> dict[str, Any]:
+    """One entry of the `kernels` table."""
+    names = [n for n in points[0].features if len({p.features[n] for p in points}) > 1]
+    errors = []
+    for i, point in enumerate(points):
+        others = [*points[:i], *points[i + 1 :]] or list(points)
+        fit = _fit(family, others, basis)
+        error = _errors(family, [point], fit, basis)[0]
+        if family == "moe":  # the ratios at its neighbours carry over to it
+            near = [p for p in others if p.features["inter"] == point.features["inter"]]
+            at = [math.log(p.features["rows"]) for p in near]
+            if at and at[0] < math.log(point.features["rows"]) < at[-1]:
+                error -= np.interp(math.log(point.features["rows"]), at, _errors(family, near, fit, basis))
+        errors.append(abs(error))
+    errors = np.expm1(errors)
+    found = _fit(family, points, basis)
+    constants = {name: float(f"{value:.4g}") for name, value in dataclasses.asdict(found).items()}
+    return {
+        "family": family,
+        "constants": constants,
+        **_ratio(family, points, found, basis),
+        "range": {n: [min(p.features[n] for p in points), max(p.features[n] for p in points)] for n in names},
+        "error": {"held_out_shapes": [round(float(np.median(errors)), 4), round(float(np.quantile(errors, 0.9)), 4)]},
+        "evidence": "fitted",
+        "source": source,
+    }
+
+
+def _ratio(family: str, points: Sequence[Measurement], fit: Constants, basis: FitBasis) -> dict[str, Any]:
+    """ln(measured / formula) on the grid of the measured sizes, which what is left of the fit goes into."""
+    left = -_errors(family, points, fit, basis)
+    axes = {name: sorted({p.features[name] for p in points}) for name in _AXES.get(family, ())}
+    if not axes or math.prod(map(len, axes.values())) != len(points):  # no grid: a line
+        line = _LINE.get(family, "tokens")
+        axes = {line: sorted({p.features[line] for p in points})}
+    grid = np.zeros([len(knots) for knots in axes.values()])
+    counts = np.zeros_like(grid)
+    for point, value in zip(points, left, strict=True):
+        place = tuple(knots.index(point.features[name]) for name, knots in axes.items())
+        grid[place] += value
+        counts[place] += 1
+    grid /= counts
+    return {"axes": axes, "ratio": np.round(grid / _UNIT).astype(int).ravel().tolist(), "ratio_unit": _UNIT}
+
+
+def _errors(family: str, points: Sequence[Measurement], constants: Constants, basis: FitBasis) -> np.ndarray:
+    """ln(formula / measured) of each point: [points], or [.., points] where a constant is an array [.., 1]."""
+    columns = {n: np.array([p.features[n] for p in points]) for n in points[0].features}
+    seconds, _ = formula(columns, family, constants, basis.flops_per_s, basis.bytes_per_s)
+    return np.log(seconds / np.array([p.seconds for p in points]))
+
+
+def _fit(family: str, points: Sequence[Measurement], basis: FitBasis) -> Constants:
+    """Coordinate descent over log-spaced constants: least absolute error of the logarithm."""
+    found = basis.start
+    for _ in range(4):
+        for name, trials in _TRIALS.items():
+            begun = getattr(basis.start, name)
+            values = np.append(trials, begun)
+            tried: Any = values[:, None]
+            costs = np.abs(_errors(family, points, dataclasses.replace(found, **{name: tried}), basis)).sum(axis=-1)
+            costs = costs + basis.hold * np.abs(np.log(values / begun))
+            found = dataclasses.replace(found, **{name: float(values[int(np.argmin(costs))])})
+    return found
