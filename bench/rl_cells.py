@@ -100,8 +100,9 @@ def formats(seed: int) -> Iterator[Cell]:
     stage = STAGE | {"steps": 6, "length": 48, "tasks": {"long-copy": 1.0}, "group_size": 8}
     cells = [("ppo-clip", "float32", "none")]
     cells += [("ppo-clip", fmt, replay) for fmt in FORMATS[1:] for replay in ("none", "all")]
+    cells += [(how, "fp8", replay) for how in ("none", "icepop") for replay in ("none", "all")]
+    cells += [(how, "w4a16", replay) for how in ("none", "icepop") for replay in ("none", "all")]
     cells += [("ppo-clip", fmt, "experts") for fmt in FORMATS[1:]]
-    cells += [(how, fmt, replay) for how in ("none", "icepop") for fmt in FORMATS[2:] for replay in ("none", "all")]
     for correction, fmt, replay in cells:
         generation = {"formats": fmt, "replay": replay, "max_tokens": 24}
         chosen = stage | {"objective": {"correction": correction}}
@@ -139,7 +140,7 @@ def roundings(seed: int) -> Iterator[Cell]:
 
 
 TABLES = (gaps, lags, modes, roundings, admissions, stages, formats)
-FIRST = {"gaps": 12, "lags": 3, "formats": 0, "modes": 3, "roundings": 4, "admissions": 2, "stages": 0}
+FIRST = {"gaps": 12, "lags": 3, "formats": 11, "modes": 3, "roundings": 4, "admissions": 2, "stages": 0}
 """Cells of each table that are run, for all seeds, before any other."""
 
 
