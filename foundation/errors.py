@@ -9,7 +9,13 @@ Failure
 
 
 class Failure(Exception):
-    """Base of every expected failure. The command line prints its text and exits with 2."""
+    """Base of every expected failure. The command line prints its text and exits with 2.
+
+    keeps_lines: a ledger or a list of reasons follows its line. Other line ends are of names that are quoted, and are
+    spelt out.
+    """
+
+    keeps_lines = False
 
 
 class UsageError(Failure):
@@ -18,6 +24,8 @@ class UsageError(Failure):
 
 class CapacityError(Failure):
     """A pool's pages or a device's memory are too few."""
+
+    keeps_lines = True
 
 
 def first_line(said: object) -> str:

@@ -285,6 +285,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Iterable[Mapping[str, Any]],
+        /,
         tools: Iterable[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
@@ -304,6 +305,7 @@ class ChatTemplate:
     def render_each(
         self,
         chats: Iterable[Iterable[Mapping[str, Any]]],
+        /,
         tools: Iterable[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
@@ -318,6 +320,7 @@ class ChatTemplate:
         self,
         tokenizer: Tokenizer,
         messages: Iterable[Mapping[str, Any]],
+        /,
         tools: Iterable[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         chat_template: str | None = None,

@@ -13,6 +13,7 @@ from runtime.cli.choose import choose
 from runtime.cli.compare import compare
 from runtime.cli.eval import evaluate
 from runtime.cli.fit import fit
+from runtime.cli.outputs import kept_apart
 from runtime.cli.quantize import quantize
 from runtime.cli.rl import rl
 from runtime.cli.train import train
@@ -64,4 +65,5 @@ def command() -> typer.core.TyperGroup:
     """The whole command, put together once a process: it takes longer than what many a mistake is refused in."""
     made = typer.main.get_command(app)
     assert isinstance(made, typer.core.TyperGroup)
+    kept_apart(made)
     return made

@@ -43,7 +43,7 @@ def _run(arguments: Sequence[str] | None) -> NoReturn:
             code = command()(arguments, prog_name="glm5", standalone_mode=False)
         sys.exit(code)
     except Failure as error:
-        _fail(str(error))
+        _fail(str(error), error.keeps_lines)
     except typer.Abort:
         _interrupted()
     except Exception as error:
@@ -63,9 +63,10 @@ def _run(arguments: Sequence[str] | None) -> NoReturn:
         _fail(f"{' '.join(message().split()).rstrip('.')} (see `{context.command_path if context else 'glm5'} --help`)")
 
 
-def _fail(message: str) -> NoReturn:
-    """A message of several lines, a ledger's, keeps them; what else a file put into it does not reach the terminal."""
-    print("\n".join(printable(line) for line in f"glm5: {message}".split("\n")), file=sys.stderr)
+def _fail(message: str, keeps_lines: bool = False) -> NoReturn:
+    """What a file or a name put into a message does not command the terminal."""
+    lines = message.split("\n") if keeps_lines else [message]
+    print("\n".join(map(printable, [f"glm5: {lines[0]}", *lines[1:]])), file=sys.stderr)
     sys.exit(2)
 
 

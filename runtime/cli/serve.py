@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -136,7 +137,7 @@ def serve(
     backing = Backing(sim=sim, warm=warm_up, **{name: values[name] for name in names})
     settings = Settings(
         keys=keys, open_health=not guard_health,
-        origins=tuple(allowed_origin or ("*",) * bool(keys)),
+        origins=_origins(allowed_origin or ["*"] * bool(keys)),
         max_queue=max_queue, max_body_bytes=int(max_body_mb * 1e6), ping_s=ping_seconds, drain_s=drain_seconds,
     )  # fmt: skip
     front = Front(host, port, tuple(served_model_name or ()), settings, compile_cache)
@@ -168,6 +169,14 @@ def _keys(given: list[str] | None, path: Path | None) -> tuple[str, ...]:
         if not key or not key.isascii() or not key.isprintable() or " " in key:
             raise UsageError("a key has printable ASCII characters and no spaces")
     return tuple(dict.fromkeys(keys))
+
+
+def _origins(given: list[str]) -> tuple[str, ...]:
+    """As browsers spell them, which are compared as text. Raises `UsageError`."""
+    for origin in given:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+", origin, re.ASCII):
+            raise UsageError(f"--allowed-origin {origin!r}: give * or scheme://host[:port], in small letters, no path")
+    return tuple(given)
 
 
 def _positive(**given: float) -> None:

@@ -40,6 +40,8 @@ class PlanFileError(PlanError):
 class NoPlanError(PlanError):
     """No layout of these devices holds the model and its load."""
 
+    keeps_lines = True
+
 
 class LaunchError(PlanError):
     """An engine cannot express the plan."""

@@ -242,7 +242,7 @@ _ROUTES = {
 }  # fmt: skip
 _VARIABLES = (
     "chat_template", "tools", "messages", "self", "context", "caller", "loop", "range", "documents", "template", "0",
-    "", "add_generation_prompt", "contexts", "enable_thinking", "raise_exception",
+    "", "add_generation_prompt", "contexts", "enable_thinking", "raise_exception", "tokenizer", "chats", "variables",
 )  # fmt: skip
 
 

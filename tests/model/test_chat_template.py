@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from foundation import foreign_text
 from foundation.template_sandbox import Sandbox
 from model.errors import TokenizerError
 from model.tokenizer import ChatTemplate, Tokenizer
+from runtime.api.ask import _RESERVED
 from tests.marks import slow_but
 from tests.model.test_tokenizer import TINY, TOKENIZER, hugging_face
 
@@ -317,6 +320,21 @@ def test_what_is_called_is_as_in_jinjas_sandbox(source: str) -> None:
 def test_a_template_that_does_not_end_is_stopped(source: str) -> None:
     assert soon_failure(source) == "its/chat_template.jinja: takes more than the 0.2 s that it is given"
     assert rendered(USER).endswith("Hi<|assistant|><think>")  # what the others have is there again
+
+
+@pytest.mark.parametrize("work", [ChatTemplate.render, ChatTemplate.render_each, ChatTemplate.encode])
+def test_a_variable_may_have_any_name_but_those_of_a_request(work: Callable[..., Any]) -> None:
+    """What a server passes on is a stranger's: no parameter of ours may be in its way that the server lets through."""
+    here = {
+        name
+        for name, each in inspect.signature(work).parameters.items()
+        if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)
+    }
+    assert here == {"tools", "add_generation_prompt", "chat_template"} <= _RESERVED
+    ours = {"self", "tokenizer", "messages", "chats", "variables", "contexts", "context", "what", "number", "template"}
+    asked = dict.fromkeys(ours, 1)
+    assert GLM.render([USER], **asked) == GLM.render([USER])
+    assert GLM.encode(TOKENIZER, [USER], **asked) == GLM.encode(TOKENIZER, [USER])
 
 
 def test_several_chats_at_once_are_as_one_by_one() -> None:
