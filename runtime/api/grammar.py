@@ -41,7 +41,12 @@ MOST_GRAMMAR_BYTES = 1 << 24  # of what a schema becomes: each part has its defi
 MOST_REMAINDERS = 10_000  # of numbers held to `multipleOf`: llguidance goes through all of them, however many
 _MOST_WORK = 200_000  # of following a tool's references and choices
 _TRIALS = Child("runtime.api.grammar_trial")
-_COMPACT = {"whitespace_flexible": False}
+# One spelling of each text: else a declared property would be taken for another one by its name in escapes.
+_COMPACT = {
+    "whitespace_flexible": False,
+    "json_allowed_escapes": 'nrtbf\\"',
+    "json_allow_general_unicode_escapes": False,
+}
 # Of what a grammar leaves no choice in, any tokens that spell it: else only those are allowed that a tokenizer would
 # write, which would have to be asked for them here.
 _FREE = '%llguidance {"no_forcing": true}'

@@ -2,10 +2,11 @@
 what a step takes longer that nothing ran before.
 
 The whole server is measured, with the embedded checkpoint, by a client in a process of its own on the same machine:
-sockets, forms, threads that wake one another, scheduler, sampling, streams, and that programs between them find colder
-caches and fewer cores. What the client sees is timed, and programs alone beside it, round by round, and each round's
-differences are taken by themselves: a machine that others slow down for a while slows both. Times are the wall's, and
-medians of single steps: what else runs on the machine does not count as long as it leaves most steps alone.
+sockets, forms, threads that wake one another, scheduler, sampling, streams, what an executor does around its programs,
+and that programs between them find colder caches and fewer cores. What the client sees is timed, and programs alone
+beside it, round by round, and each round's differences are taken by themselves: a machine that others slow down for a
+while slows both. Times are the wall's, and medians of single steps: what else runs on the machine does not count as
+long as it leaves most steps alone.
 """
 
 from __future__ import annotations
@@ -20,25 +21,31 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from backends.interface import Backend
 from foundation.errors import UsageError
 from foundation.reading import parse_json
 from model.checkpoint import Checkpoint
+from model.graph import StepOutput
 from runtime.api import pace_client
 from runtime.api.endpoint import Endpoint
 from runtime.api.server import HttpServer, bound
 from runtime.api.vocabulary import Vocabulary
+from runtime.execution.local import feed
 from runtime.execution.local.engine import EngineConfig, LocalEngine
+from runtime.execution.local.executor import LocalExecutor
 from runtime.execution.local.load import embedded_checkpoint, load_engine
+from runtime.execution.local.programs import Programs, ProgramShape
 from runtime.execution.services import engine_service
 from runtime.porting.calibrate import ServingCost
 from runtime.serving.executor import ByRank, FedRow, TokenChoice
 from runtime.serving.pricing import IDLE_S
 
-_PROMPT, _ANSWER, _STREAMS = 16, 48, 8  # tokens, and requests at once
+_PROMPT, _ANSWER, _STREAMS = 128, 48, 8  # tokens, and requests at once
 _ALONE = 6  # requests one behind the other
 _RESTED = 3  # requests behind a pause each
 _PAUSE_S = 8 * IDLE_S
@@ -54,7 +61,7 @@ def serving_cost(backend: Backend, rounds: int = 12) -> ServingCost:
     """Medians over rounds of a second. Raises `ModuleNotFoundError` without the packages of the server, and
     `UsageError` where answers never come token by token."""
     engine = load_engine(Checkpoint(embedded_checkpoint()), backend, EngineConfig())
-    found = []
+    found, empty = [], _empty(engine)
     with _asked(engine) as ask:
         ask(_STREAMS)  # the first of everything takes longer
         for _ in range(rounds):
@@ -65,7 +72,7 @@ def serving_cost(backend: Backend, rounds: int = 12) -> ServingCost:
             first = statistics.median(came[0] for came in alone)
             one = statistics.median(_gap_s(came) for came in alone)
             together = _gap_s(last)
-            prompt, token, tokens = _programs_s(engine)
+            prompt, token, tokens = _programs_s(engine, empty)
             rested = statistics.median(_rested_s(ask) for _ in range(_RESTED))
             row = ((together - tokens) - (one - token)) / (_STREAMS - 1)
             found.append((first - prompt - (one - token), one - token - row, row, rested - first))
@@ -86,19 +93,38 @@ def _gap_s(came: list[float]) -> float:
     return statistics.median(after - before for before, after in itertools.pairwise(came))
 
 
-def _programs_s(engine: LocalEngine) -> tuple[float, float, float]:
+def _programs_s(engine: LocalEngine, empty: LocalExecutor) -> tuple[float, float, float]:
     """Of a step with a prompt, of one with an answer's next token, and of one with those of all streams; one behind the
-    other alike."""
+    other alike. What the executor itself takes is no program's: it takes that with empty ones, too."""
     prompt, token = _rows(engine, 1)
     found = []
     for rows in (prompt, token, _rows(engine, _STREAMS)[1]):
-        times = []
+        times: tuple[list[float], list[float]] = ([], [])
         for _ in range(_ANSWER):
-            before = time.perf_counter()
-            engine.executor.step(*rows, False)
-            times.append(time.perf_counter() - before)
-        found.append(statistics.median(times))
+            for executor, kept in zip((engine.executor, empty), times, strict=True):
+                before = time.perf_counter()
+                executor.step(*rows, False)
+                kept.append(time.perf_counter() - before)
+        whole, own = map(statistics.median, times)
+        found.append(whole - own)
     return found[0], found[1], found[2]
+
+
+class _EmptyPrograms(Programs):
+    """Take what a model's programs take, and compute nothing of it."""
+
+    def _step(self, shape: ProgramShape, weights: Any, caches: Any, fed: Any, previous: Any) -> tuple[StepOutput, Any]:
+        batch, _ = feed.unpacked(fed, previous, shape.tokens, shape.pages)
+        last = batch.tokens[:, -1]
+        logits = jnp.zeros((shape.batch, self.cfg.vocab_size), jnp.float32) + last[:, None].astype(jnp.float32)
+        return StepOutput(logits, logits[:, :1], caches), last
+
+
+def _empty(engine: LocalEngine) -> LocalExecutor:
+    """An engine's executor, with empty programs."""
+    own, config = engine.programs, engine.config
+    programs = _EmptyPrograms(own.backend, own.cfg, own.weights, own.pages, own.page_size, own.dtype)
+    return LocalExecutor(programs, config.least_batch, config.least_chunk, config.least_context)
 
 
 def _rows(engine: LocalEngine, count: int) -> tuple[tuple[ByRank, ByRank], tuple[ByRank, ByRank]]:

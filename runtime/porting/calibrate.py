@@ -47,6 +47,7 @@ from runtime.pricing.adjust import stated
 SOURCE = "glm5 calibrate"
 _PEAK = {"float32": "chip.peak.fp32_flops_per_s", "bfloat16": "chip.peak.bf16_flops_per_s"}
 _MOST_MATRICES = 512
+_OP_ROUNDS = 3  # of ops for each of products: of a size each, whose neighbours do not make up for a bad minute
 _CACHE_ROWS = 1 << 14  # of the donated cache: 64 MB of float32 rows, 1024 wide
 
 
@@ -199,8 +200,8 @@ def measure(
         report(4 + len(effort.widths) + done, total)
     found = Calibration(dtype, dispatch_s, donated_s, kernel_s, vector_s, tuple(gemms), streams)
     rates = found.peak_flops_per_s(dtype), found.bandwidth_bytes_per_s
-    clock = OpClock(effort.rounds, dispatch_s, kernel_s)
-    kernels = measure_kernels(backend, dtype, *rates, clock, effort.tokens)
+    clock = OpClock(_OP_ROUNDS * effort.rounds, dispatch_s, kernel_s)
+    kernels = measure_kernels(backend, dtype, *rates, clock, effort.tokens, effort.chunks)
     report(total, total)
     return dataclasses.replace(found, kernels=kernels)
 

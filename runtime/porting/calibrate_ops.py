@@ -22,8 +22,11 @@ from backends.interface import Backend, Program
 from model.ops import OPS
 from runtime.porting.kernel_fit import FitBasis, Measurement, fitted
 
-_EXPERTS, _TOP_K, _HEADS, _LATENT, _VALUE, _PAGE, _SELECTED = 32, 4, 8, 160, 128, 16, 128
+_EXPERTS, _TOP_K, _PAGE, _SELECTED = 32, 4, 16, 128
 _INDEX_HEADS, _INDEX_DIM = 16, 32
+_HEADS = ((4, 64, 48), (8, 160, 128))
+"""Heads of attention, and how wide their keys and values are. What a score takes beside its products, as its mask and
+exponential, is as much whatever it is made of, so that narrow heads take longer than by their FLOP."""
 _WIDTHS = (64, 256, 512)  # of the experts, and of the model around them: the smallest says what a launch takes
 _LAYERS, _MOST_LAYERS = 4, 32
 _LEAST_SHARE = 0.1  # of a call's time that is its program's at the least: rounds differ, and no op takes no time
@@ -53,21 +56,27 @@ def measure_kernels(
     bandwidth_bytes_per_s: float,
     clock: OpClock,
     tokens: Sequence[int],
+    chunks: Sequence[int],
 ) -> dict[str, Any]:
-    """The body of a coefficients file (`hw_profiles/prices/`): kernels `moe`, `mla_decode`, `index_scores`, and
-    `sparse_prefill`, or `masked_prefill` where a backend's chunks attend to all that is cached, through a mask."""
+    """The body of a coefficients file (`hw_profiles/prices/`): kernels `moe`, `mla_decode`, `index_scores`,
+    `index_decode`, and `sparse_prefill`, or `masked_prefill` where a backend's chunks attend to all that is cached,
+    through a mask. tokens, chunks: as of `Effort`."""
     name, size = FORMAT_OF_DTYPE[dtype], 4.0 if dtype == "float32" else 2.0
     basis = FitBasis(peak_flops_per_s, bandwidth_bytes_per_s)
     few = [count for count in tokens if count <= 16] or [min(tokens)]
-    many = [count for count in tokens if count >= 16] or [max(tokens)]
     chunk = "masked" if _masks(backend, dtype, size, clock) else "sparse"
     kernels = {
         f"moe/{name}/any": fitted("moe", _experts(backend, dtype, size, tokens, clock), basis, _SOURCE),
         f"mla_decode/{name}/any": fitted("attention", _decoding(backend, dtype, size, few, clock), basis, _SOURCE),
         f"{chunk}_prefill/{name}/any": fitted(
-            "attention", _chunk(backend, dtype, size, many, clock, chunk), basis, _SOURCE
+            "attention", _chunk(backend, dtype, size, chunks, clock, chunk), basis, _SOURCE
         ),
-        f"index_scores/{name}/any": fitted("index_scores", _scores(backend, dtype, size, many, clock), basis, _SOURCE),
+        f"index_scores/{name}/any": fitted(
+            "index_scores", _scores(backend, dtype, size, chunks, clock), basis, _SOURCE
+        ),
+        f"index_decode/{name}/any": fitted(
+            "index_scores", _next_scores(backend, dtype, size, few, clock), basis, _SOURCE
+        ),
     }
     return {"schema": 1, "kernels": kernels}
 
@@ -137,7 +146,7 @@ def _decoding(backend: Backend, dtype: str, size: float, sequences: Sequence[int
     """Attention of one query a sequence over the chosen of 512 tokens, or of few."""
     cases = [(b, 1, keys, cached) for b in sequences for keys, cached in ((32, 128), (128, 512), (512, 512))]
     features = [{"sequences": float(b), "tokens": float(b), "context": float(keys)} for b, _, keys, _ in cases]
-    return _attention(backend, dtype, size, cases, features, clock)
+    return _attention(backend, dtype, size, cases, features, clock, _HEADS[-1])
 
 
 def _chunk(
@@ -151,7 +160,7 @@ def _chunk(
         {"sequences": 1.0, "tokens": float(t), "context": float(cached) if how == "masked" else min(t / 2, keys)}
         for _, t, keys, cached in cases
     ]
-    return _attention(backend, dtype, size, cases, features, clock)
+    return [point for heads in _HEADS for point in _attention(backend, dtype, size, cases, features, clock, heads)]
 
 
 def _masks(backend: Backend, dtype: str, size: float, clock: OpClock) -> bool:
@@ -159,32 +168,51 @@ def _masks(backend: Backend, dtype: str, size: float, clock: OpClock) -> bool:
     t, context, (few, most) = 64, 512, (_SELECTED // 4, _SELECTED)
     cases = [(1, t, few, context), (1, t, most, context)]
     fewer, more = _attention(
-        backend, dtype, size, cases, [{}, {}], dataclasses.replace(clock, rounds=max(5, clock.rounds))
+        backend, dtype, size, cases, [{}, {}], dataclasses.replace(clock, rounds=max(5, clock.rounds)), _HEADS[-1]
     )
     return more.seconds < math.sqrt(most / few) * fewer.seconds
 
 
 def _scores(backend: Backend, dtype: str, size: float, tokens: Sequence[int], clock: OpClock) -> list[Measurement]:
     """Index scores of a prompt's chunk: its queries see half of it on average, and all of what stands before it."""
+    cases = [(1, t, before + t) for t in tokens for before in (0, 2 * t)]
+    return _index(backend, dtype, size, cases, [cached - t / 2 for _, t, cached in cases], clock)
+
+
+def _next_scores(
+    backend: Backend, dtype: str, size: float, sequences: Sequence[int], clock: OpClock
+) -> list[Measurement]:
+    """Index scores of one query a sequence, over all that is cached of it."""
+    cases = [(b, 1, cached) for b in sequences for cached in (128, 512)]
+    return _index(backend, dtype, size, cases, [float(cached) for *_, cached in cases], clock)
+
+
+def _index(
+    backend: Backend,
+    dtype: str,
+    size: float,
+    cases: Sequence[tuple[int, int, int]],
+    contexts: Sequence[float],
+    clock: OpClock,
+) -> list[Measurement]:
+    """Index scores at (sequences, queries of each, tokens cached of each); contexts: what a query sees on average."""
     rng = np.random.default_rng(3)
-    cases, features = [], []
-    for t in tokens:
-        for before in (0, 2 * t):
-            pages = -(-(before + t) // _PAGE)
-            caches = tuple(backend.put(_normal(rng, (pages, _PAGE, _INDEX_DIM), dtype)) for _ in range(clock.layers))
-            cases.append(
-                (
-                    backend.put(_normal(rng, (1, t, _INDEX_HEADS, _INDEX_DIM), dtype)),
-                    backend.put(_normal(rng, (1, t, _INDEX_HEADS), dtype)),
-                    caches,
-                    backend.put(np.arange(pages, dtype=np.int32)[None]),
-                    backend.put(np.arange(before, before + t, dtype=np.int32)[None]),
-                )
+    given, features = [], []
+    for (b, t, cached), context in zip(cases, contexts, strict=True):
+        pages = -(-cached // _PAGE)
+        given.append(
+            (
+                backend.put(_normal(rng, (b, t, _INDEX_HEADS, _INDEX_DIM), dtype)),
+                backend.put(_normal(rng, (b, t, _INDEX_HEADS), dtype)),
+                tuple(backend.put(_normal(rng, (b * pages, _PAGE, _INDEX_DIM), dtype)) for _ in range(clock.layers)),
+                backend.put(np.arange(b * pages, dtype=np.int32).reshape(b, pages)),
+                backend.put(np.tile(np.arange(cached - t, cached, dtype=np.int32), (b, 1))),
             )
-            features.append({"sequences": 1.0, "tokens": float(t), "context": before + t / 2,
-                             "index_heads": float(_INDEX_HEADS), "index_dim": float(_INDEX_DIM),
-                             "index_kv_bytes": _INDEX_DIM * size})  # fmt: skip
-    times = _timed(backend, "index scores", [_score_layers] * len(cases), cases, clock)
+        )
+        features.append({"sequences": float(b), "tokens": float(b * t), "context": context,
+                         "index_heads": float(_INDEX_HEADS), "index_dim": float(_INDEX_DIM),
+                         "index_kv_bytes": _INDEX_DIM * size})  # fmt: skip
+    times = _timed(backend, "index scores", [_score_layers] * len(given), given, clock)
     return [Measurement(each, seconds / clock.layers) for each, seconds in zip(features, times, strict=True)]
 
 
@@ -203,14 +231,16 @@ def _attention(
     cases: Sequence[tuple[int, int, int, int]],
     features: Sequence[Mapping[str, float]],
     clock: OpClock,
+    dims: tuple[int, int, int],
 ) -> list[Measurement]:
-    """Selection and `glm.sparse_attention` at (sequences, queries of each, keys chosen, tokens cached of each).
+    """Selection and `glm.sparse_attention` at (sequences, queries of each, keys chosen, tokens cached of each). dims:
+    one of `_HEADS`.
 
     The two are measured together, since a backend may pass the selection from one to the other in a form of its
     own; the index scores they start from are random.
     """
-    rng = np.random.default_rng(2)
-    attributes = {"scale": _LATENT**-0.5, "value_dim": _VALUE}
+    rng, (heads, latent, value) = np.random.default_rng(2), dims
+    attributes = {"scale": latent**-0.5, "value_dim": value}
 
     def fn(keys: int, query: Any, caches: Any, table: Any, scores: Any, positions: Any) -> Any:
         for cache in caches:
@@ -219,29 +249,29 @@ def _attention(
             else:  # the graph selects nothing then
                 selected = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
             out = OPS["glm.sparse_attention"].call(query, cache, table, selected, positions, **attributes)
-            query = jnp.concatenate([out, query[..., _VALUE:]], axis=-1)
+            query = jnp.concatenate([out, query[..., value:]], axis=-1)
             scores = scores + query[:, :, :1, 0].astype(scores.dtype)  # no layer's selection is another's
         return query
 
     runs, arguments = [], []
     for b, t, keys, context in cases:
         pages = -(-context // _PAGE)
-        caches = tuple(backend.put(_normal(rng, (b * pages, _PAGE, _LATENT), dtype)) for _ in range(clock.layers))
+        caches = tuple(backend.put(_normal(rng, (b * pages, _PAGE, latent), dtype)) for _ in range(clock.layers))
         places = np.arange(context - t, context, dtype=np.int32)
         scores = _normal(rng, (b, t, pages * _PAGE), "float32")
         scores[np.broadcast_to(np.arange(pages * _PAGE) > places[:, None], scores.shape)] = -np.inf
         runs.append(partial(fn, keys))
         arguments.append(
             (
-                backend.put(_normal(rng, (b, t, _HEADS, _LATENT), dtype)),
+                backend.put(_normal(rng, (b, t, heads, latent), dtype)),
                 caches,
                 backend.put(np.arange(b * pages, dtype=np.int32).reshape(b, pages)),
                 backend.put(scores),
                 backend.put(np.tile(places, (b, 1))),
             )
         )
-    times = _timed(backend, "attention", runs, arguments, clock)
-    fixed = {"heads": float(_HEADS), "kv_bytes": _LATENT * size, "qk": float(_LATENT), "v": float(_VALUE)}
+    times = _timed(backend, f"attention {heads}", runs, arguments, clock)
+    fixed = {"heads": float(heads), "kv_bytes": latent * size, "qk": float(latent), "v": float(value)}
     return [
         Measurement({**each, **fixed}, seconds / clock.layers) for each, seconds in zip(features, times, strict=True)
     ]

@@ -34,22 +34,22 @@ _SHARE = 16  # of a device's memory that a size may take: one of so many parts
 class Effort:
     """What is measured, and how long.
 
-    widths: k = n of the products [m, k] x [k, n]. rows: m, from one decoding sequence to a prompt's chunk.
-    tokens: of a step, for the ops that
-    are measured whole. rounds: of each program. cold_bytes: what the matrices of one width take together, more
-    than any cache.
-    program_flops: at most so much in one program, where a call's time does not ask for more.
+    widths: k = n of the products [m, k] x [k, n]. rows: m, from one decoding sequence to a prompt's chunk. tokens: of a
+    step, and chunks: of a prompt's piece, for the ops that are measured whole. rounds: of each program. cold_bytes:
+    what the matrices of one width take together, more than any cache. program_flops: at most so much in one program,
+    where a call's time does not ask for more.
     """
 
     widths: tuple[int, ...] = (256, 512, 1024, 2048)
     rows: tuple[int, ...] = (1, 8, 32, 128, 256, 1024)
     tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    chunks: tuple[int, ...] = (16, 32, 64, 128, 256)
     rounds: int = 9
     cold_bytes: float = 128e6
     program_flops: float = 2e9
 
     def __post_init__(self) -> None:
-        for name in ("widths", "rows", "tokens"):
+        for name in ("widths", "rows", "tokens", "chunks"):
             if not getattr(self, name) or any(size < 1 for size in getattr(self, name)):
                 raise UsageError(f"{name} of a calibration must be whole numbers of one or more")
         if 1 not in self.rows or max(self.rows) < 32:
@@ -59,8 +59,9 @@ class Effort:
 
 
 QUICK = Effort(
-    widths=(256, 512, 1024), rows=(1, 32, 256), tokens=(1, 8, 64), rounds=5, cold_bytes=64e6, program_flops=5e8
-)
+    widths=(256, 512, 1024), rows=(1, 32, 256), tokens=(1, 8, 64), chunks=(16, 64, 256), rounds=5, cold_bytes=64e6,
+    program_flops=5e8,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

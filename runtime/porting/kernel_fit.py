@@ -26,7 +26,7 @@ class Measurement:
 
 _AXES = {
     "moe": ("inter", "rows"),
-    "attention": ("sequences", "context"),
+    "attention": ("qk", "sequences", "context"),
     "index_scores": ("tokens", "context"),
     "indexer": ("tokens", "context"),
 }

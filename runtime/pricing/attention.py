@@ -357,20 +357,22 @@ def index_scores(book: PriceBook, layer: MlaLayer, tokens: float, context: float
                  *, decode: bool = False) -> Price:  # fmt: skip
     """Index scores of `tokens` queries over `context` keys each.
 
-    Only the prefill kernel was measured alone. Decode takes its formula at the streaming rate of decode
-    attention and is graded 'transferred'.
+    Of the tables of engines only the prefill kernel was measured alone. Decode takes its formula at the streaming rate
+    of decode attention and is graded 'transferred', but on a machine that measured it.
     """
-    own = book.named(f"index_scores/{book.wide}/any")
+    alone = book.named(f"index_decode/{book.wide}/any") if decode else None
+    own = alone or book.named(f"index_scores/{book.wide}/any")
     kernel = own or book.kernel("index_scores", "fp8")[0]
     shape = layer.shape
     fixed = {**shape.features(), "index_kv_bytes": float(layer.index_kv_bytes)}
-    if decode:
+    if decode and not alone:
         stream, _ = book.kernel("gqa_decode", "bf16")
         launch = book.kernel("memory", "any")[0].constants.launch_s
         rate = stream.constants.memory_efficiency
         constants = replace(kernel.constants, launch_s=launch, memory_efficiency=rate)
         kernel = replace(kernel, constants=constants, grid=None, low={}, high={}, evidence="transferred")
         kernel = kernel.resting_on(kernel.assumed | stream.assumed)
+    if decode:
         table = book.surface(("index_decode", shape, layer.index), kernel, "fp8-block", BATCH_KNOTS,
                              lambda b, c: {"tokens": b, "context": c, "sequences": b, **fixed})  # fmt: skip
     else:

@@ -6,6 +6,7 @@ The oracle is jsonschema. Answers are made up (`synthetic`), and drawn from what
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import jsonschema
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.api.events import CallGrown
+from runtime.api.grammar import Grammars
 from runtime.api.guide import Guide
 from runtime.api.reader import Reader
 from runtime.api.refusal import ApiRefusal
@@ -142,6 +144,38 @@ def test_arguments_are_valid_or_cut_or_refused(properties: dict[str, Any], stric
 @given(some_properties, st.booleans(), st.integers(0, 1000))
 def test_arguments_of_many_schemas(properties: dict[str, Any], strict: bool, seed: int) -> None:
     check_arguments(properties, strict, seed)
+
+
+spelt = st.sampled_from(["a", "/", "\n", "\b", "\x7f", "\x01", '"', "\\", "ü", "\u2028", "😀", "name"])
+
+
+@settings(max_examples=30)
+@given(spelt, st.sampled_from(["properties", "patternProperties"]))
+def test_a_property_is_the_same_in_any_spelling(name: str, declared: str) -> None:
+    """What JSON may write in several ways is not a property of the schema's in one, and anything in another."""
+    key = name if declared == "properties" else f"^{re.escape(name)}$"
+    schema = {"type": "object", declared: {key: {"type": "integer"}}, "additionalProperties": {"type": "string"}}
+    try:
+        matcher = Grammars(VOCABULARY).answer(schema, "schema")
+    except ApiRefusal as refusal:
+        assert refusal.status == 400
+        return
+    units = [int.from_bytes(name.encode("utf-16-be")[at : at + 2], "big") for at in range(0, 2 * _units(name), 2)]
+    spellings = {json.dumps(name), json.dumps(name, ensure_ascii=False), name.replace("/", "\\/").join('""')}
+    spellings |= {"".join(f"\\u{unit:{form}}" for unit in units).join('""') for form in ("04x", "04X")}
+    for text in spellings:
+        for value in ("1", '"x"'):
+            answer = f"{{{text}:{value}}}"
+            tokens = VOCABULARY.tokenizer.encode(answer)
+            follower = matcher.deep_copy()
+            if follower.try_consume_tokens(tokens) == len(tokens) and follower.is_accepting():
+                jsonschema.validate(json.loads(answer), schema)
+    plain = VOCABULARY.tokenizer.encode('{"other":"x"}')
+    assert matcher.deep_copy().try_consume_tokens(plain) == len(plain)
+
+
+def _units(text: str) -> int:
+    return len(text.encode("utf-16-be")) // 2
 
 
 def check_answers(schema: Any, seed: int) -> None:

@@ -32,7 +32,7 @@ from runtime.pricing.work import MlaShape
 from runtime.serving.pricing import IDLE_S, BatchShape
 from runtime.simulation.build import PriceTables, pricer_of, spec_for
 
-SMALL = Effort(widths=(128,), rows=(1, 32), tokens=(1, 8), rounds=1, cold_bytes=1e6, program_flops=1e8)
+SMALL = Effort(widths=(128,), rows=(1, 32), tokens=(1, 8), chunks=(16,), rounds=1, cold_bytes=1e6, program_flops=1e8)
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +111,9 @@ def test_what_serving_takes_is_found_beside_the_programs(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pace, "load_engine", lambda *_: None)
+        patch.setattr(pace, "_empty", lambda engine: None)
         patch.setattr(pace, "_asked", lambda engine: contextlib.nullcontext(ask))
-        patch.setattr(pace, "_programs_s", lambda engine: (3 * programs, programs, programs + rows_s))
+        patch.setattr(pace, "_programs_s", lambda *_: (3 * programs, programs, programs + rows_s))
         patch.setattr("time.sleep", slept.append)
         found = SERVING_COST(registry.get("cpu"), rounds=1)
     assert dataclasses.astuple(found) == pytest.approx((request, step, row, idle), rel=1e-6, abs=1e-9)
@@ -122,8 +123,9 @@ def test_what_cannot_be_told_from_nothing_is_a_figure_still(written: hw_profiles
     """On a host that something else slows down as programs are timed alone, and not as the server is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pace, "load_engine", lambda *_: None)
+        patch.setattr(pace, "_empty", lambda engine: None)
         patch.setattr(pace, "_asked", lambda engine: contextlib.nullcontext(lambda streams: [[0.001, 0.048]] * streams))
-        patch.setattr(pace, "_programs_s", lambda engine: (0.1, 0.1, 0.2))
+        patch.setattr(pace, "_programs_s", lambda *_: (0.1, 0.1, 0.2))
         found = SERVING_COST(registry.get("cpu"), rounds=1)
     figures = dict(written.figures)
     for name, value in dataclasses.asdict(found).items():
@@ -156,31 +158,36 @@ def test_its_own_rates_price_its_ops(written: hw_profiles.Profile) -> None:
 def test_a_chunk_is_priced_by_what_a_backend_attends_to(tmp_path: Path, masks: bool) -> None:
     """All that is cached, through a mask, or what is chosen: a made-up backend's time says which, and comes back."""
 
-    def seconds(tokens: float, keys: float, cached: float) -> float:
-        return 1e-6 + tokens * (cached if masks else keys) * 8 * (160 + 128) * 2 / 1e10
+    def seconds(tokens: float, keys: float, cached: float, heads: int, widths: int) -> float:
+        pairs = tokens * (cached if masks else keys) * heads
+        return 1e-6 + pairs * (2 * widths / 1e10 + 2e-8)  # what a score takes, whatever it is made of
 
     def attention(backend: object, dtype: str, size: float, cases: list[tuple[int, int, int, int]],
-                  features: list[dict[str, float]], rounds: int) -> list[calibrate_ops.Measurement]:  # fmt: skip
-        fixed = {"heads": 8.0, "kv_bytes": 640.0, "qk": 160.0, "v": 128.0}
-        taken = [seconds(b * t, min(keys, cached - t / 2), cached) for b, t, keys, cached in cases]
+                  features: list[dict[str, float]], clock: object, dims: tuple[int, int, int],
+                  ) -> list[calibrate_ops.Measurement]:  # fmt: skip
+        heads, qk, v = dims
+        fixed = {"heads": float(heads), "kv_bytes": 4.0 * qk, "qk": float(qk), "v": float(v)}
+        taken = [seconds(b * t, min(keys, cached - t / 2), cached, heads, qk + v) for b, t, keys, cached in cases]
         return [calibrate_ops.Measurement({**each, **fixed}, s) for each, s in zip(features, taken, strict=True)]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate_ops, "_attention", attention)
-        for other in ("_experts", "_scores"):
+        for other in ("_experts", "_index"):
             patch.setattr(calibrate_ops, other, lambda *_: None)
         fitted = calibrate_ops.fitted
         patch.setattr(calibrate_ops, "fitted", lambda family, points, *given: points and fitted(family, points, *given))
         body = calibrate_ops.measure_kernels(
-            registry.get("cpu"), "float32", 1e11, 1e10, calibrate_ops.OpClock(1), Effort().tokens
+            registry.get("cpu"), "float32", 1e11, 1e10, calibrate_ops.OpClock(1), QUICK.tokens, QUICK.chunks
         )
     body["kernels"] = {name: kernel for name, kernel in body["kernels"].items() if kernel}
     (tmp_path / "made-up.json").write_text(json.dumps(body))
     book = open_book(Chip("made-up", {"fp32": 1e11, "bf16": 1e11}, 1e10), "sglang", tmp_path / "made-up.json", "f32")
-    layer = MlaLayer(MlaShape(1024, 64, 128, 32, 32, 32, 16, 16, 32), 8, latent="f32", index="f32")
-    for tokens, before in ((64, 0), (128, 0), (64, 128), (128, 256)):
-        price = sparse_prefill(book, layer, tokens, before + tokens / 2)
-        assert price.seconds == pytest.approx(seconds(tokens, 32, before + tokens), rel=0.15)
+    for rank, heads in ((128, 8), (48, 4), (64, 16)):
+        layer = MlaLayer(MlaShape(1024, 64, rank, 16, 32, 32, 16, 16, 32), heads, latent="f32", index="f32")
+        for tokens, before in ((64, 0), (128, 0), (64, 128), (128, 256)):
+            price = sparse_prefill(book, layer, tokens, before + tokens / 2)
+            asked = seconds(tokens, 32, before + tokens, heads, rank + 16 + rank)
+            assert price.seconds == pytest.approx(asked, rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -373,9 +380,10 @@ def test_answers_that_come_in_one_piece_are_no_measure(monkeypatch: pytest.Monke
         yield lambda streams: next(answers)
 
     monkeypatch.setattr(pace, "load_engine", lambda *given: None)
+    monkeypatch.setattr(pace, "_empty", lambda engine: None)
     monkeypatch.setattr(pace, "_asked", asked)
     monkeypatch.setattr(pace, "_rested_s", lambda ask: 0.2)
-    monkeypatch.setattr(pace, "_programs_s", lambda engine: (0.05, 0.004, 0.004))
+    monkeypatch.setattr(pace, "_programs_s", lambda *_: (0.05, 0.004, 0.004))
     busy, calm = [*6 * [apart], whole], 7 * [apart]
     answers = iter([apart, *busy, *calm])
     assert SERVING_COST(registry.usable("cpu"), rounds=2).step_s == pytest.approx(0.006)

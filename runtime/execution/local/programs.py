@@ -152,7 +152,7 @@ class Programs:
                 donate=(1,),  # the caches
                 needs=frozenset({self.dtype} | ({"fp8_weights"} if quantised else set())),
             )
-            source = inspect.getsource(Programs) + inspect.getsource(feed)
+            source = "".join(inspect.getsource(of) for of in (*type(self).__mro__[:-1], feed))
             decides = f"{self.cfg!r} {shape!r} {self.drafts} {source}"
             executable = self.backend.load(compiled.exported(self.backend, program, decides))
             self.compile_s += time.perf_counter() - begin
