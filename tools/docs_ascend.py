@@ -14,12 +14,14 @@ BEGIN, END = "<!-- made by `python -m tools.docs_ascend` -->", "<!-- end -->"
 
 
 def table() -> str:
-    """The operators: what they are used for, and the schema they were checked against."""
+    """The operators: what they are used for, the chips that they are documented for as graphs call them, and the schema
+    they were checked against."""
     release = npu_release()
-    rows = [f"| operator | used for | schema in torch_npu {release.version} |", "|---|---|---|"]
+    rows = [f"| operator | used for | documented for | schema in torch_npu {release.version} |", "|---|---|---|---|"]
     for name, operator in release.operators.items():
         ops = ", ".join(f"`{op}`" for op in operator.ops)
-        rows.append(f"| `{name}` | {ops} | `{operator.signature.removeprefix(name)}` |")
+        chips = "all" if operator.series == release.series else ", ".join(operator.series)
+        rows.append(f"| `{name}` | {ops} | {chips} | `{operator.signature.removeprefix(name)}` |")
     return "\n".join(rows)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,15 @@ _BY_TILE, _IN_THE_ROW, _BY_TOKEN_AND_HEAD = 2, 1, 0  # where scales are, of late
 
 
 def cache_write(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
+    accept(constraints.documented("npu_scatter_nd_update_", t.options.series))
+    return written(t, call)
+
+
+def written(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
+    """Rows of a cache as it is kept, by the operator where packages have it."""
     pages, rows, slots = call.operands
+    if isinstance(pages, Tensor) and not t.options.fused:
+        return t.decomposed(call, call.operands)
     if isinstance(pages, Halves):
         nope, rope = rows[..., :LATENT], rows[..., LATENT:]
         return [Halves(_write(t, pages.nope, nope, slots), _write(t, pages.rope, rope, slots))]
@@ -61,23 +68,17 @@ def _index_rows(t: NpuTarget, x: Tensor) -> tuple[Tensor, Tensor]:
 def index_scores(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     """Nothing yet: the indexer scores and selects at once, and `select_topk` has the operands from here."""
     query, _, pages, *_ = call.operands
-    scores = functools.partial(_scores, t, call)
-    try:
-        require(t.options.takes(query), f"npu_lightning_indexer takes no {type_name(query)}")
-        accept(constraints.lightning_indexer(tuple(query.shape), _page_size(pages), None))
-    except NotTaken as reason:
-        if t.options.fused:
-            t.declined[call.name, str(reason)] += 1
-        return [scores()]
-    return [Unscored(call, scores)]
+    require(t.options.takes(query), f"npu_lightning_indexer takes no {type_name(query)}")
+    accept(constraints.lightning_indexer(tuple(query.shape), _page_size(pages), None, series=t.options.series))
+    return [Unscored(call, lambda: scores(t, call)[0])]
 
 
-def _scores(t: NpuTarget, call: OpCall[Any]) -> Tensor:
+def scores(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     query, head_weights, pages, *rest = call.operands
     if isinstance(pages, Scaled):
         values, scale = _index_rows(t, query)
         query = Scaled(values, scale.unsqueeze(-1), pages.wide).whole
-    return t.decomposed(call, [query, head_weights, pages, *rest])[0]
+    return t.decomposed(call, [query, head_weights, pages, *rest])
 
 
 def select_topk(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
@@ -85,7 +86,8 @@ def select_topk(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     scored, count = call.operands[0], call.attributes["k"]
     require(isinstance(scored, Unscored), "its scores are not npu_lightning_indexer's")
     query, head_weights, pages, page_table, positions = scored.call.operands
-    accept(constraints.lightning_indexer(tuple(query.shape), _page_size(pages), count, isinstance(pages, Scaled)))
+    int8, series = isinstance(pages, Scaled), t.options.series
+    accept(constraints.lightning_indexer(tuple(query.shape), _page_size(pages), count, int8, series))
     common: dict[str, Any] = {
         "actual_seq_lengths_key": _context_lengths(positions),
         "block_table": page_table,
@@ -115,39 +117,34 @@ def _context_lengths(positions: Tensor) -> Tensor:
 
 def sparse_attention(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     query, pages, page_table, selected, positions = call.operands
-    try:
-        _takes(t, query, pages)
-    except NotTaken as reason:
-        t.declined[call.name, str(reason)] += 1
-        last = page_table.shape[1] * _page_size(pages) - 1  # a query that sees less than is selected does not see it
-        selected = torch.where(selected < 0, torch.full_like(selected, last), selected)
-        return t.decomposed(call, [query, pages, page_table, selected, positions])
-    if not any(selected is own for own in t.selections):
+    _takes(t, query, pages)
+    if not _from_the_indexer(t, selected):
         selected = _seen(selected, positions)
     return [_attend(t, call, query, pages, page_table, selected, positions)]
+
+
+def over_selection(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
+    query, pages, page_table, selected, positions = call.operands
+    if _from_the_indexer(t, selected):
+        last = page_table.shape[1] * _page_size(pages) - 1  # a query that sees less than is selected does not see it
+        selected = torch.where(selected < 0, torch.full_like(selected, last), selected)
+    return t.decomposed(call, [query, pages, page_table, selected, positions])
+
+
+def _from_the_indexer(t: NpuTarget, selected: Tensor) -> bool:
+    return any(selected is own for own in t.selections)
 
 
 def latent_attention(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     """The selection of the whole context, where that is no more than is selected."""
     query, pages, page_table, positions = call.operands
     context = page_table.shape[1] * _page_size(pages)
-    try:
-        _takes(t, query, pages)
-        require(
-            context <= _SELECTED,
-            f"a dense context of {context} tokens is more than npu_sparse_flash_attention selects",
-        )
-    except NotTaken as reason:
-        if t.options.fused:
-            t.declined[call.name, str(reason)] += 1
-        return _of_context(t, call)
+    _takes(t, query, pages)
+    require(
+        context <= _SELECTED, f"a dense context of {context} tokens is more than npu_sparse_flash_attention selects"
+    )
     every = torch.arange(context, dtype=torch.int32).expand(*positions.shape, context)
     return [_attend(t, call, query, pages, page_table, _seen(every, positions), positions)]
-
-
-def expanded_attention(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
-    """Batched products over the expanded keys, whatever the chip."""
-    return _of_context(t, call)
 
 
 def _page_size(pages: Tensor | KeptCache) -> int:
@@ -158,16 +155,16 @@ def _takes(t: NpuTarget, query: Tensor, pages: Tensor | KeptCache) -> None:
     """Raises `NotTaken` for what the operator for sparse attention does not take."""
     name = "npu_kv_quant_sparse_flash_attention" if isinstance(pages, Packed) else "npu_sparse_flash_attention"
     require(t.options.takes(query), f"{name} takes no {type_name(query)}")
-    heads, page = query.shape[2], _page_size(pages)
+    heads, page, series = query.shape[2], _page_size(pages), t.options.series
     if isinstance(pages, Packed):
-        accept(constraints.sparse_flash_attention(heads, pages.lora, pages.rope, page, "KvQuantSparseFlashAttention"))
+        accept(constraints.sparse_flash_attention(heads, pages.lora, pages.rope, page, True, series))
         require(pages.wide == query.dtype, f"the cache is made of {pages.wide}")
         return
     if not isinstance(pages, Halves):
         assert isinstance(pages, Tensor)
-        accept(constraints.sparse_flash_attention(heads, LATENT, pages.shape[2] - LATENT, page))
+        accept(constraints.sparse_flash_attention(heads, LATENT, pages.shape[2] - LATENT, page, series=series))
         raise NotTaken(f"the cache is kept in {type_name(pages)}")
-    accept(constraints.sparse_flash_attention(heads, LATENT, ROPE, page))
+    accept(constraints.sparse_flash_attention(heads, LATENT, ROPE, page, series=series))
     require(pages.nope.dtype == query.dtype, f"the cache is kept in {type_name(pages.nope)}")
 
 
@@ -226,7 +223,7 @@ def _seen(selected: Tensor, positions: Tensor) -> Tensor:
     return torch.where(selected > positions[:, :, None], torch.full_like(selected, -1), selected)
 
 
-def _of_context(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
+def over_context(t: NpuTarget, call: OpCall[Any]) -> Sequence[Any]:
     """The decomposition over the context's own pages, as the graph has them and numbered anew."""
     query, pages, page_table, *rest = call.operands
     if isinstance(pages, Tensor):

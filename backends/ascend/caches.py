@@ -2,7 +2,9 @@
 
     Halves   latents [pages,s,576] as [pages,s,512] and [pages,s,64], which is how attention reads them
     Packed   latents in int8: a token's row has the integers, then the rotary part as it is, then a float32 for each
-             128 integers (`model.formats.ROWS["int8_packed"]`: 656 bytes of 512 + 64 in 16 bits)
+             128 integers (`model.formats.ROWS["int8_packed"]`: 656 bytes of 512 + 64 in 16 bits), in the order of
+             CANN's own reference for npu_mla_prolog_v3 (ops-transformer, attention/mla_prolog_v3/tests/pytest/
+             mla_prolog_v3_cpu_ref.py, `cal_mlaprolog`: kv_quant_mode 3 with both repo modes 1; read 2026-11)
     Scaled   index keys in int8 and a float16 for each (`ROWS["int8_scaled"]`), multiplied by a Hadamard matrix first,
              as queries then are too: that spreads outliers and leaves products as they are
 

@@ -1,9 +1,10 @@
-"""What the kernels behind torch_npu's operators take, in numbers; each says why a call is refused, or None.
+"""What the kernels behind torch_npu's operators take, in numbers; each says why a call is refused, or None. What
+differs by series of chips is in `npu_operators.toml`.
 
 Sources, all of 2026-08-22: the READMEs of CANN's ops-transformer: attention/lightning_indexer,
 attention/sparse_flash_attention, moe/moe_gating_top_k, moe/moe_init_routing_v3, gmm/grouped_matmul. And op-plugin's
-documents of torch_npu's operators (docs/zh/custom_APIs/torch_npu, 2026-08-21), for Atlas A3:
-npu_moe_distribute_dispatch_v2 and combine_v2, npu_interleave_rope, npu_quant_lightning_indexer,
+documents of torch_npu's operators (docs/zh/custom_APIs/torch_npu, 2026-08-21): npu_moe_distribute_dispatch_v2 and
+combine_v2 (the limits of Atlas A3, which Ascend 950 shares), npu_interleave_rope, npu_quant_lightning_indexer,
 npu_kv_quant_sparse_flash_attention, npu_mla_prolog_v3 (torch_npu 2.13.0's own document of it is older and has fewer
 sizes).
 """
@@ -12,20 +13,22 @@ from __future__ import annotations
 
 import dataclasses
 
+from backends.ascend.operators import npu_release
+
+DISPATCH = "npu_moe_distribute_dispatch_v2"
 ACTIVATIONS = frozenset({"float16", "bfloat16"})
 """Types of activations that attention, quantisation and exchanges take."""
 LATENT, ROPE = 512, 64
 _SPARSE_COUNTS = frozenset((*range(1, 2049), *range(3072, 8193, 1024)))
 _INT8_COUNTS = range(1, 2049)
-_INDEX_DIM, _INDEX_HEADS = 128, 64
-_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
+_INDEX_DIM = 128
 _PROLOG_HIDDEN = (1024, 2048, 3072, 4096, 5120, 6144, 7168, 7680, 8192)
 _PROLOG_QUERY_LATENTS, _PROLOG_HEADS = (1536, 2048), (128, 192)
 _PAGE, _LARGEST_PAGE = 16, 1024
 _MOST_EXPERTS, _ALIGNED = 2048, 32
 _WIDEST = 65535
-DOCUMENTED = "Atlas A3"
-"""The series whose limits these are, where a document tells them apart."""
+DEFAULT_SERIES = "Atlas A3"
+"""Whose limits hold where no chip is named, or one of a series that the documents do not tell of."""
 _SENT_WIDTH, _SENT_TOKENS, _SENT_CHOICES = (1024, 8192), 512, 16
 _SENT_RANKS, _SENT_EXPERTS = (2, 768), 1024
 _MB, _LEAST_BUFFER_MB = 1 << 20, 200
@@ -38,13 +41,24 @@ def page_fits(size: int) -> bool:
     return size % _PAGE == 0 and size <= _LARGEST_PAGE
 
 
-def lightning_indexer(query: Shape, page: int, count: int | None, int8: bool = False) -> str | None:
+def documented(operator: str, series: str) -> str | None:
+    """Why an operator is not used on a series of chips."""
+    known = npu_release().operators[operator].series
+    return None if series in known else f"{operator} is not documented for {series} as graphs call it"
+
+
+def lightning_indexer(
+    query: Shape, page: int, count: int | None, int8: bool = False, series: str = DEFAULT_SERIES
+) -> str | None:
     """Why LightningIndexer, or QuantLightningIndexer, refuses query [b,t,h,i], pages of `page` keys or selecting
     `count`; None where it takes them."""
+    operator = "npu_quant_lightning_indexer" if int8 else "npu_lightning_indexer"
     name, counts = ("QuantLightningIndexer", _INT8_COUNTS) if int8 else ("LightningIndexer", _SPARSE_COUNTS)
     heads, width = query[2:]
-    if heads > _INDEX_HEADS or width != _INDEX_DIM:
+    if width != _INDEX_DIM:
         return f"{name} takes no {heads} heads of {width}"
+    if why := _heads(operator, name, heads, series):
+        return why
     if not page_fits(page):
         return f"{name} takes no pages of {page} tokens"
     if count is not None and count not in counts:
@@ -52,20 +66,27 @@ def lightning_indexer(query: Shape, page: int, count: int | None, int8: bool = F
     return None
 
 
+def _heads(operator: str, name: str, heads: int, series: str) -> str | None:
+    taken = npu_release().operators[operator].heads[series]
+    return None if heads in taken else f"{name} takes no {heads} heads on {series}"
+
+
 def sparse_flash_attention(
-    heads: int, latent: int, rope: int, page: int, name: str = "SparseFlashAttention"
+    heads: int, latent: int, rope: int, page: int, int8: bool = False, series: str = DEFAULT_SERIES
 ) -> str | None:
-    """The same of KvQuantSparseFlashAttention, on Atlas A3."""
+    """int8: of KvQuantSparseFlashAttention."""
+    operator = "npu_kv_quant_sparse_flash_attention" if int8 else "npu_sparse_flash_attention"
+    name = "KvQuantSparseFlashAttention" if int8 else "SparseFlashAttention"
     if (latent, rope) != (LATENT, ROPE):
         return f"{name} takes latents of {LATENT} + {ROPE}, not {latent} + {rope}"
     if not page_fits(page):
         return f"{name} takes no pages of {page} tokens"
-    if heads not in _HEADS:
-        return f"{name} takes no {heads} heads"
-    return None
+    return _heads(operator, name, heads, series)
 
 
-def mla_prolog(hidden: int, q_lora: int, heads: int, head: Shape, page: int) -> str | None:
+def mla_prolog(
+    hidden: int, q_lora: int, heads: int, head: Shape, page: int, series: str = DEFAULT_SERIES
+) -> str | None:
     """Why MlaProlog refuses a layer; head: its part without position, its rotary part, and the latent."""
     if hidden not in _PROLOG_HIDDEN:
         return f"MlaProlog takes no hidden size of {hidden}"
@@ -73,8 +94,8 @@ def mla_prolog(hidden: int, q_lora: int, heads: int, head: Shape, page: int) -> 
         return f"MlaProlog takes no query latents of {q_lora}"
     if head[0] not in _PROLOG_HEADS or head[1:] != (ROPE, LATENT):
         return f"MlaProlog takes no heads of {head[0]} + {head[1]} with latents of {head[2]}"
-    if heads not in _HEADS:
-        return f"MlaProlog takes no {heads} heads"
+    if why := _heads("npu_mla_prolog_v3", "MlaProlog", heads, series):
+        return why
     return None if page_fits(page) else f"MlaProlog takes no pages of {page} tokens"
 
 
@@ -91,9 +112,13 @@ def interleave_rope(width: int) -> str | None:
     return None if width == ROPE else f"InterleaveRope takes heads of {ROPE}, not {width}"
 
 
-def grouped_matmul(*last_dims: int) -> str | None:
+def grouped_matmul(*last_dims: int, needs: str = "", series: str = DEFAULT_SERIES) -> str | None:
+    """needs: what some series lack ("int4 in groups")."""
     widest = max(last_dims)
-    return f"GroupedMatmul takes no rows of {widest}" if widest > _WIDEST else None
+    if widest > _WIDEST:
+        return f"GroupedMatmul takes no rows of {widest}"
+    lacking = npu_release().operators["npu_grouped_matmul"].lacks.get(series, ())
+    return f"GroupedMatmul takes no {needs} on {series}" if needs in lacking else None
 
 
 @dataclasses.dataclass(frozen=True)

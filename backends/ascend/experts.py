@@ -122,7 +122,11 @@ def _weights(t: NpuTarget, call: OpCall[Any]) -> tuple[_Weight, _Weight]:
         bool(fmt) or gate_up.matrix.dtype == down.matrix.dtype == x.dtype,
         f"npu_grouped_matmul takes weights in {type_name(x)}",
     )
-    accept(constraints.grouped_matmul(columns, x.shape[1]))
+    four_bits = gate_up.matrix.dtype == torch.int32
+    needs = "int8 rows times int4" if four_bits and gate_up.rounds else ""
+    if four_bits and not gate_up.rounds and gate_up.scale is not None and gate_up.scale.shape[1] > 1:
+        needs = "int4 in groups"
+    accept(constraints.grouped_matmul(columns, x.shape[1], needs=needs, series=t.options.series))
     return gate_up, down
 
 

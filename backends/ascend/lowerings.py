@@ -17,8 +17,15 @@ LOWERINGS: Mapping[str, NpuLowering] = {
     "glm.select_topk": attention.select_topk,
     "glm.sparse_attention": attention.sparse_attention,
     "glm.latent_attention": attention.latent_attention,
-    "glm.expanded_attention": attention.expanded_attention,
     "glm.route": experts.route,
     "glm.expert_ffn": experts.expert_ffn,
 }
-"""Lowerings by op; one may decompose a call itself, without a reason to tell."""
+"""Lowerings by op."""
+BODIES: Mapping[str, NpuLowering] = {
+    "glm.cache_write": attention.written,
+    "glm.index_scores": attention.scores,
+    "glm.sparse_attention": attention.over_selection,
+    "glm.latent_attention": attention.over_context,
+    "glm.expanded_attention": attention.over_context,
+}
+"""Decompositions by op, of those that are not the graph's own."""

@@ -24,7 +24,9 @@ _ATEN = {
 class NpuOperator:
     """An operator `torch.ops.npu.<name>`: its schema, the ops of the contract it is used for, and what arguments are
     documented to be, by name: the `types` and `ranks` of tensors, the `values` of others; `same`: those of one type;
-    `pairs`: `arguments` whose types are one of `types` together. exchange: it talks to other devices."""
+    `pairs`: `arguments` whose types are one of `types` together. exchange: it talks to other devices. series: the chips
+    that it is documented for; heads: how many it takes, by series; lacks: what it takes elsewhere, by series; nd_only:
+    series whose kernel takes no FRACTAL_NZ."""
 
     name: str
     schema: str
@@ -35,6 +37,10 @@ class NpuOperator:
     same: tuple[tuple[str, ...], ...]
     pairs: Mapping[str, Any]
     exchange: bool
+    series: tuple[str, ...]
+    heads: Mapping[str, frozenset[int]]
+    lacks: Mapping[str, tuple[str, ...]]
+    nd_only: tuple[str, ...]
 
     @property
     def signature(self) -> str:
@@ -44,9 +50,11 @@ class NpuOperator:
 
 @dataclasses.dataclass(frozen=True)
 class NpuRelease:
-    """The release of torch_npu whose schemas these are."""
+    """The release of torch_npu whose schemas these are. series: of chips, as profiles name them (`chip.series`), that
+    operators' documents tell apart."""
 
     version: str
+    series: tuple[str, ...]
     operators: Mapping[str, NpuOperator]
 
 
@@ -54,16 +62,17 @@ class NpuRelease:
 def npu_release() -> NpuRelease:
     text = (resources.files("backends.ascend") / "npu_operators.toml").read_text(encoding="utf-8")
     raw = tomllib.loads(text)
-    operators = {name: _npu_operator(name, entry) for name, entry in raw["operators"].items()}
-    return NpuRelease(raw["version"], operators)
+    series = tuple(raw["series"])
+    operators = {name: _npu_operator(name, entry, series) for name, entry in raw["operators"].items()}
+    return NpuRelease(raw["version"], series, operators)
 
 
-def _npu_operator(name: str, entry: Mapping[str, Any]) -> NpuOperator:
+def _npu_operator(name: str, entry: Mapping[str, Any], series: tuple[str, ...]) -> NpuOperator:
     taken = {
         key: {argument: tuple(allowed) for argument, allowed in entry.get(key, {}).items()}
         for key in ("types", "ranks", "values")
     }
-    same = tuple(tuple(each) for each in entry.get("same", ()))
+    same, heads = tuple(tuple(each) for each in entry.get("same", ())), entry.get("heads", {})
     return NpuOperator(
         name,
         entry["schema"],
@@ -72,6 +81,10 @@ def _npu_operator(name: str, entry: Mapping[str, Any]) -> NpuOperator:
         same=same,
         pairs=entry.get("pairs", {}),
         exchange=entry.get("exchange", False),
+        series=tuple(entry.get("series", series)),
+        heads={chip: frozenset(each.get("any") or range(1, each["most"] + 1)) for chip, each in heads.items()},
+        lacks={chip: tuple(each) for chip, each in entry.get("lacks", {}).items()},
+        nd_only=tuple(entry.get("nd_only", ())),
     )
 
 

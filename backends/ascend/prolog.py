@@ -140,7 +140,7 @@ def _check(t: NpuTarget, found: Prolog, given: Mapping[Any, Any]) -> None:
     hidden, q_lora = x.shape[-1], _aval(found.q_norm.invars[1]).shape[0]
     require(isinstance(cache, Halves | Packed), f"{NAME} writes no such cache")
     rope = _aval(found.kv_a.outvars[0]).shape[-1] - lora
-    accept(constraints.mla_prolog(hidden, q_lora, heads, (nope, rope, lora), cache.page_size))
+    accept(constraints.mla_prolog(hidden, q_lora, heads, (nope, rope, lora), cache.page_size, t.options.series))
     if isinstance(cache, Packed):
         require(found.format == INT8, f"{NAME} writes caches in int8 only beside matrices in int8")
 

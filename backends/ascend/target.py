@@ -40,12 +40,14 @@ class NpuOptions:
     """fused: torch_npu's operators where they take a call, or ATen alone. dtypes: of activations and caches that
     attention and quantisation take; a check of what graphs mean may add float32, which no kernel has. int8_rope: keep
     latents and index keys in int8, where a latent's rotary part has so many elements; None: as wide as activations.
-    prolog: the projections before attention are one operator, where it takes them."""
+    prolog: the projections before attention are one operator, where it takes them. series: of the chip, one that
+    operators' documents tell apart."""
 
     fused: bool = True
     dtypes: frozenset[str] = constraints.ACTIVATIONS
     int8_rope: int | None = None
     prolog: bool = True
+    series: str = constraints.DEFAULT_SERIES
 
     def form(self, port: Port) -> CacheForm | None:
         """What a cache is kept as, the same for all graphs of a package; None: as the graph has it."""
@@ -111,21 +113,22 @@ class NotTaken(Exception):
 
 
 NpuLowering = Callable[["NpuTarget", OpCall[Any]], Sequence[Any]]
-_OF_CACHES = ("glm.cache_write", "glm.index_scores", "glm.latent_attention", "glm.expanded_attention")
-"""Ops that are more than their bodies where caches are in int8, with torch_npu's operators or without."""
 
 
 class NpuTarget(TorchTarget):
-    """`declined` counts (op, reason); `used` counts (op, operators)."""
+    """`declined` counts (op, reason); `used` counts (op, operators). bodies: of ops whose decompositions are not the
+    graph's own, for caches may be kept in other ways than the graph has them."""
 
     name = "torch_npu"
 
-    def __init__(self, options: NpuOptions, lowerings: Mapping[str, NpuLowering]):
+    def __init__(
+        self, options: NpuOptions, lowerings: Mapping[str, NpuLowering], bodies: Mapping[str, NpuLowering] = {}
+    ):
         super().__init__()
         declare()
         self.options = options
-        unfused = _OF_CACHES if options.int8_rope is not None else ()
-        self.lowerings = lowerings if options.fused else {name: lowerings[name] for name in unfused}
+        self.lowerings = lowerings if options.fused else {}
+        self.bodies = bodies
         self.rules = {name: self._of_tensors(rule) for name, rule in RULES.items()}
         self.declined: Counter[tuple[str, str]] = Counter()
         self.used: Counter[tuple[str, tuple[str, ...]]] = Counter()
@@ -133,7 +136,9 @@ class NpuTarget(TorchTarget):
         self.selections: list[Tensor] = []  # made by the indexer: -1, last, where a query sees less than is selected
 
     def npu(self, operator: str, *args: Any, **attributes: Any) -> Any:
-        """Calls an operator of torch_npu. Raises `Unsupported` for a call that its documentation does not have."""
+        """Calls an operator of torch_npu. Raises `NotTaken` where the chip's series has it not, and `Unsupported` for a
+        call that its documentation does not have."""
+        accept(constraints.documented(operator, self.options.series))
         if (why := refusal(operator, args, attributes, self.options.dtypes)) is not None:
             raise Unsupported(f"{why}; export without torch_npu's operators")
         self.called.append(operator)
@@ -150,7 +155,8 @@ class NpuTarget(TorchTarget):
                 self.used[call.name, tuple(self.called[start:])] += 1
                 return results
         self.used[call.name, ()] += 1
-        return self.decomposed(call, call.operands)
+        body = self.bodies.get(call.name)
+        return body(self, call) if body else self.decomposed(call, call.operands)
 
     def decomposed(self, call: OpCall[Any], operands: Sequence[Any]) -> Sequence[Any]:
         return walk(self, call.body.jaxpr, call.body.consts, [self.whole(value) for value in operands])

@@ -14,7 +14,8 @@ from jax.extend import core as jex
 from backends.ascend import prolog
 from backends.ascend.caches import Halves, Packed, Scaled
 from backends.ascend.check import argument_names
-from backends.ascend.lowerings import LOWERINGS
+from backends.ascend.lowerings import BODIES, LOWERINGS
+from backends.ascend.operators import npu_release
 from backends.ascend.sums import bias_name
 from backends.ascend.target import KernelMatrix, NpuOptions, NpuTarget
 from backends.errors import Unsupported
@@ -62,7 +63,7 @@ def write(graph: Graph, options: NpuOptions = NpuOptions()) -> NpuGraph:
 
     inputs = tuple(p for port, var in zip(graph.inputs, variables, strict=True) for p in given_as(port, var))
     outputs = tuple(part for port in graph.outputs for part in parts(port))
-    target = NpuTarget(options, LOWERINGS)
+    target = NpuTarget(options, LOWERINGS, BODIES)
     layer = prolog.find(graph) if options.fused else None
 
     def run(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -87,7 +88,9 @@ def write(graph: Graph, options: NpuOptions = NpuOptions()) -> NpuGraph:
     for out, given in graph.aliases.items():
         names = [part.name for part in parts(of[given])]
         aliases |= {f"{name}.out": name for name in names} if len(names) > 1 else {out: given}
-    return NpuGraph(saved(program), inputs, outputs, aliases, _nz(program, inputs), target.used, target.declined)
+    return NpuGraph(
+        saved(program), inputs, outputs, aliases, _nz(program, inputs, options.series), target.used, target.declined
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,20 +134,20 @@ def _matrices(graph: Graph, fused: bool) -> dict[Any, _Form]:
     return found
 
 
-def _nz(program: torch.export.ExportedProgram, inputs: Sequence[Port]) -> tuple[str, ...]:
+def _nz(program: torch.export.ExportedProgram, inputs: Sequence[Port], series: str) -> tuple[str, ...]:
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"][-len(inputs) or None :]
     found = []
     for node, port in zip(placeholders, inputs, strict=True):
         readers = list(node.users)
-        if readers and all(_takes_nz(reader, node, port.dtype) for reader in readers):
+        if readers and all(_takes_nz(reader, node, port.dtype, series) for reader in readers):
             found.append(port.name)
     return tuple(found)
 
 
-def _takes_nz(reader: torch.fx.Node, weight: torch.fx.Node, dtype: str) -> bool:
+def _takes_nz(reader: torch.fx.Node, weight: torch.fx.Node, dtype: str, series: str) -> bool:
     name = str(reader.target).removeprefix("npu.").removesuffix(".default")
     places, types = _NZ.get(name, ((), ()))
-    if dtype not in types:
+    if dtype not in types or series in npu_release().operators[name].nd_only:
         return False
     given = dict(zip(argument_names(name), reader.args, strict=False)) | reader.kwargs
     held = [given[place] for place in places]

@@ -11,7 +11,6 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
-import hw_profiles
 from runtime.deployment.manifest import FILE, Gear, Manifest, hash_file
 from tests.cli.cli import glm5
 from tests.npu import vendor
@@ -39,19 +38,6 @@ def _change(folder: Path, name: str, change: object) -> None:
     torch.export.save(program, path)
     files = {**manifest.files, name: hash_file(path)}
     (folder / FILE).write_text(dataclasses.replace(manifest, files=files).to_json())
-
-
-@pytest.mark.parametrize(("chip", "how"), [("ascend-910c-die", "operators"), ("ascend-910b2", "collectives")])
-def test_experts_are_reached_by_operators_on_the_series_whose_limits_are_known(chip: str, how: str):
-    from model.split import Layout
-    from runtime.porting.export.ascend import AscendWriter
-
-    job = request("glm-5", "w8a8", {"decode": [Gear(2, 1, 64)]}, Layout(tp=4, dp=4, ep=16), page_size=128)
-    job = dataclasses.replace(job, options={"profile": hw_profiles.load(chip)})
-    assert job.cut.exchange == how
-    assert list(AscendWriter(job).not_sent) == (
-        [] if how == "operators" else ["their operators' limits are known for Atlas A3"]
-    )
 
 
 @pytest.mark.slow

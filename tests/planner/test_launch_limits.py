@@ -6,10 +6,12 @@ import dataclasses
 
 import pytest
 
+import hw_profiles
 from model.hf_config import load_config
 from model.split import Layout
-from runtime.planning.launch import LAUNCHED_ENGINES
-from tests.planner.launching import PRODUCT, made, pairs, pool, says
+from runtime.planning.launch import LAUNCHED_ENGINES, launch
+from tests.planner.launching import PRODUCT, made, pairs, plan_of, pool, says
+from tests.plans import formats, pool_of
 
 
 def test_limits_are_the_engines_per_rank_or_in_all() -> None:
@@ -49,6 +51,23 @@ def test_host_tier() -> None:
     (vllm,) = made("glm-5-fp8", given_, engine="vllm", host_tier=True).commands
     says(vllm, f"--kv-offloading-size {int(8 * per_device / 2**30)} --kv-offloading-backend native")
     assert "--enable-hierarchical-cache" not in made("glm-5-fp8", given_).commands[0].argv
+
+
+def test_hccls_buffers_are_those_that_the_plan_counts() -> None:
+    """The profile counts twice 200 MB a group. vLLM's recipe says so too, SGLang's says 1,000; a figure set by hand is
+    said to the engine."""
+    vllm = pool("glm-5", "ascend-910c-die", Layout(16), "w8a8", engine="vllm-ascend")
+    (command,) = made("glm-5", vllm).commands
+    assert command.environment["HCCL_BUFFSIZE"] == "200" and not any("HCCL" in remark for remark in command.remarks)
+    (command,) = made("glm-5", pool("glm-5", "ascend-910c-die", Layout(16), "w4a8")).commands
+    (remark,) = (each for each in command.remarks if "HCCL" in each)
+    field, _, wanted = remark.rpartition("--set ")[2].partition("=")
+    assert command.environment["HCCL_BUFFSIZE"] == "1000" and int(wanted) == 2 * 1000 * 2**20
+    profile = hw_profiles.load("ascend-910c-die", {field: float(wanted)})
+    cfg = load_config("glm-5")
+    given_ = pool_of(cfg, Layout(16), profile, formats("w4a8", "bf16"))
+    (command,) = launch(plan_of("glm-5", given_), cfg).commands
+    assert command.environment["HCCL_BUFFSIZE"] == "1000" and not any("HCCL" in remark for remark in command.remarks)
 
 
 def test_replicas_on_one_node_do_not_meet() -> None:

@@ -28,6 +28,8 @@ EXPRESSED = (
     "prefix_cache", "graph_batch_sizes", "graph_max_batch", "graph_mode", "context_tokens",
 )  # fmt: skip
 """Engine settings that flags say; the others describe an engine and cannot be told to it."""
+_BUFFERS, _COMMUNICATOR = "HCCL_BUFFSIZE", "overhead.communicator_buffer_bytes"
+_WAYS, _MIB = 2, 1 << 20  # HCCL_BUFFSIZE is in MiB, once to send and once to receive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +166,23 @@ class Line:
         self.sources: dict[str, str] = {}
         self.environment: dict[str, Word] = dict(server.table.variables(server.facts))
         self.remarks: list[str] = list(server.remarks)
+        self._buffers(server.profile)
+
+    def _buffers(self, profile: Profile) -> None:
+        """HCCL's buffers as the plan counts them, where a person has set that; else a word where the engine's recipe
+        has others."""
+        figure = profile.figures.get(_COMMUNICATOR)
+        if _BUFFERS not in self.environment or figure is None:
+            return
+        counted, said = figure.value / _WAYS / _MIB, float(str(self.environment[_BUFFERS]))
+        if figure.grade == "user":
+            self.environment[_BUFFERS] = f"{counted:.0f}"
+        elif said != counted:
+            self.remarks.append(
+                f"{_BUFFERS}={said:.0f}, this engine's recipe, takes {_WAYS * said:.0f} MiB of a device for "
+                f"each group that it is in, and the plan counted {_WAYS * counted:.0f}: plan with "
+                f"--set {_COMMUNICATOR}={_WAYS * said * _MIB:.0f}"
+            )
 
     def flag(self, key: str, *values: Word | int | float) -> None:
         if not self._table.can(key):

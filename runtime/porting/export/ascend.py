@@ -44,6 +44,7 @@ class AscendWriter:
             raise UsageError(f"--npu-ops {chosen}: {', '.join(OPERATORS[:-1])} or {OPERATORS[-1]}")
         _refuse(request, request.options.get("profile"))
         self.options = request.options.get("npu_options") or NpuOptions(fused=chosen != "none")
+        self.options = dataclasses.replace(self.options, series=request.series)
         if request.options.get("kv"):
             self.options = dataclasses.replace(self.options, int8_rope=_rope_dim(request))
         self.chosen = chosen if self.options.fused else "none"
@@ -53,8 +54,9 @@ class AscendWriter:
         profile = request.options.get("profile")
         self.other_chip = "" if request.documented or profile is None else profile.description
         self.not_sent = Counter(why for each in gears if (why := request.cut.not_sent(*each)))
-        if request.cut.exchanges and chosen == "all" and not request.documented:
-            self.not_sent[f"their operators' limits are known for {constraints.DOCUMENTED}"] = len(gears)
+        undocumented = constraints.documented(constraints.DISPATCH, request.series)
+        if request.cut.exchanges and chosen == "all" and undocumented:
+            self.not_sent[undocumented] = len(gears)
         sent = [request.cut.sent(gear) for phase, gear in gears if request.cut.sends(phase, gear)]
         self.buffer_mb = max((each.buffer_mb for each in sent), default=0)
         self.nz: dict[str, set[str]] = {}
@@ -96,6 +98,7 @@ class AscendWriter:
         manifest.extra["ascend"] = {
             "npu_ops": self.chosen,
             "torch_npu": npu_release().version,
+            "series": self.options.series,
             "operators": sorted(self.operators),
             "nz": {unit: names for unit, names in sorted(nz.items()) if names},
             "declined": [f"{op}: {why} ({n} times)" for (op, why), n in sorted(self.declined.items())]

@@ -63,12 +63,13 @@ def readme(manifest: Manifest) -> str:
             else "."
         ),
         "## Operators\n| op | becomes | times, over one layer of each type |\n|---|---|---|\n"
-        + "\n".join(f"| {op} | {target} | {count} |" for (op, target), count in sorted(uses.items())),
+        + "\n".join(f"| {op} | {target} | {count} |" for (op, target), count in sorted(uses.items()))
+        + f"\n\nWhat operators take is of their documents for {said['series']}.",
     ]
     if "chip" in said:
         parts.append(
-            f"What operators take is of their documents for Atlas A3. This package is for another chip "
-            f"({said['chip']}), where they may take less: see what torch_npu's documentation says of it."
+            f"This package is for another chip ({said['chip']}), where operators may take less: see what torch_npu's "
+            "documentation says of it."
         )
     if said["declined"]:
         parts.append("Not taken by an operator, and decomposed:\n" + "\n".join(f"- {x}" for x in said["declined"]))

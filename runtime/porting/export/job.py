@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from backends.ascend import constraints
+from backends.ascend.operators import npu_release
 from backends.toolchains import narrow
 from backends.toolchains.walker import Graph, Port
 from model.checkpoint import Checkpoint
@@ -51,22 +52,32 @@ class ExportJob:
 
     @property
     def _operators_exchange(self) -> bool:
-        """Whether Ascend's operators that talk to other devices are wanted, and take the activations; what they take of
-        a step is known of one series of chips."""
+        """Whether Ascend's operators that talk to other devices are wanted, take the activations, and are documented
+        for the chip."""
         given = self.options.get("npu_options")
         taken = constraints.ACTIVATIONS if given is None else given.dtypes if given.fused else ()
         return (
             self.format == "ascend"
             and self.options.get("npu_ops", "all") == "all"
             and self.dtype in taken
-            and self.documented
+            and constraints.documented(constraints.DISPATCH, self.series) is None
         )
 
     @property
+    def series(self) -> str:
+        """Of the chip: whose limits of Ascend's operators hold."""
+        named = self._named_series
+        return named if named in npu_release().series else constraints.DEFAULT_SERIES
+
+    @property
     def documented(self) -> bool:
-        """Whether the chip is of the series whose documents of operators are held to; so it is where none is named."""
+        """Whether the operators' documents tell of the chip's series, or none is named."""
+        return self._named_series in (None, *npu_release().series)
+
+    @property
+    def _named_series(self) -> str | None:
         profile = self.options.get("profile")
-        return profile is None or profile.labels.get("chip.series") == constraints.DOCUMENTED
+        return profile.labels.get("chip.series", "") if profile else None
 
     @property
     def dtype(self) -> str:
