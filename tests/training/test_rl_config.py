@@ -61,6 +61,8 @@ def test_the_default_reads() -> None:
         ("group_size = 4", "group_size = 1", "a group is its own baseline"),
         ("groups = 2", "groups = 100000", "at most 65,536 answers"),
         ("steps = 3", "steps = 0", "`steps` must lie between 1"),
+        ("steps = 3", "steps = 3\nbeta2 = 1.0", "`beta2` must be 0 or more and below 1"),
+        ("steps = 3", "steps = 3\ndecay = 1.5", "`decay`, a share of the steps, must lie between 0 and 1"),
         ("thinking = 1.0", "swimming = 1.0", "`tasks` has no 'swimming'"),
         ("thinking = 1.0, copy = 2", "copy = 0", "one above 0"),
         ('"icepop"', '"magic"', "must be 'none' or 'ppo-clip'"),

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from runtime.training.rl.config import Correction, PolicyObjective
+from runtime.training.rl.config import Correction, PolicyObjective, RlStage
 from runtime.training.rl.episodes import Rollout, RolloutGroup
-from runtime.training.rl.objective import advantages, batch, log_probabilities, loss, token_losses
+from runtime.training.rl.learner import adam, rates
+from runtime.training.rl.objective import advantages, batch, log_probabilities, loss, row_length, token_losses
 
 RNG = np.random.default_rng(0)
 LEARNER, DRAWN = (RNG.normal(-1.5, 0.7, (6, 9)).astype(np.float32) for _ in range(2))
@@ -99,3 +100,25 @@ def test_distilling_pulls_to_the_teacher() -> None:
     how = PolicyObjective("none", distill=1.0)
     slopes = np.asarray(jax.grad(lambda x: loss(how, x, given, teacher)[0])(logits))
     assert slopes[0, 0, 6] < 0 < slopes[1, 0, 7]
+
+
+def test_rows_are_as_long_as_the_longest_episode_needs() -> None:
+    """Never shorter, never beyond what the stage allows, and in four lengths at most."""
+    for most in (2, 7, 24, 64, 100):
+        found = set()
+        for longest in range(1, most + 1):
+            pair = tuple(rollout(0, (1,) * length, (False,) * length) for length in (1, longest))
+            found.add(length := row_length([RolloutGroup(0, pair)], most))
+            assert longest <= length <= most
+        assert len(found) <= 4 and max(found) == most
+
+
+def test_a_rate_that_decays() -> None:
+    """Adam's steps along one gradient are as long as the rate: level, then down in a line, none of them 0."""
+    stage = RlStage(steps=10, tasks={"copy": 1.0}, rate=0.5, clip=1e9, decay=0.4)
+    by, params, lengths = adam(rates(stage), stage), {"w": jnp.ones(3)}, []
+    moments = by.init(params)
+    for _ in range(stage.steps):
+        updates, moments = by.update({"w": jnp.ones(3)}, moments, params)
+        lengths.append(-float(jax.tree.leaves(updates)[0][0]))
+    np.testing.assert_allclose(lengths, [0.5] * 7 + [0.375, 0.25, 0.125], rtol=1e-4)

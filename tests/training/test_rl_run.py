@@ -38,6 +38,7 @@ steps = 4
 groups = 2
 group_size = 4
 length = 32
+decay = 0.5
 tasks = { arithmetic = 1.0 }
 """
 SECOND = """

@@ -118,9 +118,10 @@ class PolicyObjective:
 @dataclasses.dataclass(frozen=True)
 class RlStage:
     """So many steps on `groups` questions of `group_size` answers, tasks by their shares in `tasks`. length: tokens of
-    an episode, its question among them. rate, clip: of Adam, and the largest norm of a gradient. imitate: so many steps
-    on right answers first (a cold start), at `imitate_rate`. rounding: integer formats that the learner's weights are
-    seen in, "" for none."""
+    an episode, its question among them. rate, beta2, clip: of Adam, how long it remembers squares of gradients, and the
+    largest norm of one. decay: the share of `steps`, the last, over which the rate falls to 0 in a line. imitate: so
+    many steps on right answers first (a cold start), at `imitate_rate`. rounding: integer formats that the learner's
+    weights are seen in, "" for none."""
 
     steps: int
     tasks: Mapping[str, float]
@@ -129,6 +130,8 @@ class RlStage:
     length: int = 64
     rate: float = 5e-4
     clip: float = 1.0
+    beta2: float = 0.999
+    decay: float = 0.0
     imitate: int = 0
     imitate_rate: float = 1e-3
     rounding: str = ""
@@ -157,6 +160,10 @@ class RlStage:
         for key in ("rate", "clip", "imitate_rate"):
             if not getattr(self, key) > 0:
                 return f"`{key}` must be above 0, not {getattr(self, key)}"
+        if not 0 <= self.beta2 < 1:
+            return f"`beta2` must be 0 or more and below 1, not {self.beta2}"
+        if not 0 <= self.decay <= 1:
+            return f"`decay`, a share of the steps, must lie between 0 and 1, not {self.decay}"
         return self.objective.problem()
 
 

@@ -37,8 +37,19 @@ class LearnerState(NamedTuple):
     past: tuple[Params, ...]
 
 
-def adam(rate: float, clip: float) -> optax.GradientTransformation:
-    made: Any = optax.chain(optax.clip_by_global_norm(clip), optax.adam(rate))
+def rates(stage: RlStage) -> optax.Schedule:
+    """Level, and over the last `decay` of a stage's steps down in a line; 0 would be the step behind the last."""
+    fall = round(stage.decay * stage.steps)
+    if not fall:
+        return optax.constant_schedule(stage.rate)
+    return optax.join_schedules(
+        [optax.constant_schedule(stage.rate), optax.linear_schedule(stage.rate, 0.0, fall)], [stage.steps - fall]
+    )
+
+
+def adam(rates: optax.Schedule, stage: RlStage) -> optax.GradientTransformation:
+    """Its moments count the steps, so that a run that is resumed goes on at the rate where it was."""
+    made: Any = optax.chain(optax.clip_by_global_norm(stage.clip), optax.adam(rates, b2=stage.beta2))
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
         # optax raises floats to counts, which strict JAX refuses
@@ -52,7 +63,7 @@ def begin(model: Model, stage: RlStage, lag: int) -> LearnerState:
     """The state before a stage's first step."""
     params = named(model, LEARNS)
     teacher = dict(params) if stage.objective.distill else {}
-    return LearnerState(model, adam(stage.rate, stage.clip).init(params), teacher, (params,) * lag)
+    return LearnerState(model, adam(rates(stage), stage).init(params), teacher, (params,) * lag)
 
 
 def behind(state: LearnerState) -> Params:

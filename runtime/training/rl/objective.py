@@ -51,6 +51,14 @@ def advantages(rewards: np.ndarray, scale: bool) -> np.ndarray:
     return above / deviation if scale and deviation > 0 else above
 
 
+def row_length(groups: list[RolloutGroup], most: int) -> int:
+    """Tokens of a batch's rows: its longest episode, rounded up to a quarter of `most` (and to a multiple of 8), so
+    that a stage compiles four programs at most and short episodes are not padded to the longest there might be."""
+    unit = -(-most // 32) * 8
+    longest = max(each.length for group in groups for each in group.rollouts)
+    return min(most, -(-longest // unit) * unit)
+
+
 def batch(
     groups: list[RolloutGroup], length: int, scale: bool, replayed: Mapping[str, tuple[int, int]] = MappingProxyType({})
 ) -> LearnerBatch:

@@ -42,7 +42,7 @@ from runtime.training.rl.config import Generation
 from runtime.training.rl.episodes import Choices, Episode, Rollout, RolloutGroup
 from runtime.training.rl.replay import RecordingPrograms, RecordingWorker
 
-_CHUNK = 32  # tokens that prompts are padded to
+_CHUNK = 16  # tokens that prompts are padded to
 PolicyWeights = Mapping[str, Any]
 """As `model.module.Model.weights` has them."""
 

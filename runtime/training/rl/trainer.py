@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import optax
 
 from backends.interface import Backend
 from foundation.errors import UsageError
@@ -29,7 +30,7 @@ from runtime.training.rl.config import FILE, Generation, PolicyObjective, RlConf
 from runtime.training.rl.episodes import Questions, RolloutGroup
 from runtime.training.rl.generators import Apart, GeneratorLost, Here, RolloutSource, nested
 from runtime.training.rl.learner import LearnerState
-from runtime.training.rl.objective import LearnerBatch, batch
+from runtime.training.rl.objective import LearnerBatch, batch, row_length
 from runtime.training.rl.rollouts import Asked, RolloutEngine
 from runtime.training.trainer import StepReport
 
@@ -197,9 +198,10 @@ class _Run:
             self._imitate(number, within)
             within = stage.imitate
         how, size, schedule = stage.objective, stage.groups, self.config.schedule
+        optimizer = learner.adam(learner.rates(stage), stage)
         pacer = Pacer(size, (stage.all_steps - within) * size, schedule.behind, schedule.admission)
         replayed = replay.widths(self._now.model.config, self.config.generation.replay, stage.length)
-        first, step = self._begun, None
+        first, steps = self._begun, dict[int, Any]()
         whole: dict[int, RolloutGroup] = {}
         self._publish(within - stage.imitate)
         while not pacer.done:
@@ -210,11 +212,12 @@ class _Run:
                 self._start(number, pacer, first)
             groups = [whole.pop(each) for each in taken.groups]
             waited, compiled = time.perf_counter() - began, 0.0
-            given = batch(groups, stage.length, how.scale, replayed)
-            if step is None:
-                step, compiled = self._compiled(number, how, learner.adam(stage.rate, stage.clip), given)
+            length = row_length(groups, stage.length)
+            given = batch(groups, length, how.scale, replayed)
+            if length not in steps:
+                steps[length], compiled = self._compiled(number, how, optimizer, given)
             at = time.perf_counter()
-            self._now, said = step(self._now, given)
+            self._now, said = steps[length](self._now, given)
             record = {
                 "stage": number + 1,
                 **{key: float(value) for key, value in said.items()},
@@ -257,13 +260,14 @@ class _Run:
 
     def _imitate(self, number: int, within: int) -> None:
         stage, step = self.config.stages[number], None
+        optimizer = learner.adam(optax.constant_schedule(stage.imitate_rate), stage)
         while within < stage.imitate:
             rows = range(within * stage.groups * stage.group_size, (within + 1) * stage.groups * stage.group_size)
             right = [self.questions.right(self.questions.of(number, row, stage.tasks, imitated=True)) for row in rows]
             groups = [RolloutGroup(row, (each,)) for row, each in zip(rows, right, strict=True)]
             given = batch(groups, stage.length, False)._replace(advantages=np.ones(len(groups), np.float32))
             if step is None:
-                step, _ = self._compiled(number, _IMITATES, learner.adam(stage.imitate_rate, stage.clip), given)
+                step, _ = self._compiled(number, _IMITATES, optimizer, given)
             self._now, said = step(self._now, given)
             within += 1
             self._done += 1
