@@ -26,7 +26,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """A dashed vertical line at `x`, with a word above the curves."""
+    """A dashed vertical line at `x`, with a word above the curves; beyond the points it is not drawn."""
 
     x: float
     text: str
@@ -78,7 +78,9 @@ def plot(
     ys = ticks(0.0, y_max or max(y for _, y in flat) or 1.0, about=4)
     right = width - _RIGHT
     spread = (right - _LEFT) / (most - least)
-    words = _words([(_LEFT + (m.x - least) * spread, m.text) for m in marks if math.isfinite(m.x)], (_LEFT + right) / 2)
+    words = _words(
+        [(_LEFT + (m.x - least) * spread, m.text) for m in marks if least <= m.x <= most], (_LEFT + right) / 2
+    )
     top = _TOP + _ROW * max(
         (row for _, _, row in words), default=0
     )  # the words are above the curves: nothing lies over one

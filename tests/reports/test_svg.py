@@ -40,6 +40,8 @@ def test_words_of_marks_lie_over_nothing(places: list[float]) -> None:
         assert a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2], (a, b)
 
 
-def test_marks_without_words_take_no_room() -> None:
-    bare = plot(CURVES, "step", "share", marks=[Mark(x, "") for x in range(60)])
+def test_marks_without_words_and_beyond_the_points_take_no_room() -> None:
+    beyond = [Mark(x, "stage") for x in (-1.0, 1e9, float("nan"), float("inf"))]
+    bare = plot(CURVES, "step", "share", marks=[*(Mark(x, "") for x in range(60)), *beyond])
+    assert "stage" not in bare
     assert ET.fromstring(bare).attrib["viewBox"] == "0 0 560 260"
