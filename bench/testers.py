@@ -4,12 +4,15 @@
 
 aiperf (chat, responses, messages) and guidellm (chat), offline, with the embedded tokenizer, from an environment of
 their own (`make build/testers/ready`). TTFT and the time between tokens, means over requests, beside /metrics of the
-same requests. Their JSON stays in --keep, for `glm5 fit` and `glm5 validate`.
+same requests. A tester that finds no counts in a stream counts the answer's text again, which other tokens may spell as
+well: the time between tokens is that of all of them over those that the server made, and both counts are printed. Their
+JSON stays in --keep, for `glm5 fit` and `glm5 validate`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -21,8 +24,18 @@ from typing import Any
 from bench.outside import ROOT, Server, served
 from runtime.execution.local.load import embedded_checkpoint
 
-Times = tuple[float, float]
-"""Milliseconds to the first token, and between tokens."""
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Means over requests: milliseconds to the first token and between tokens, and how many there were."""
+
+    first_ms: float
+    between_ms: float
+    tokens: float
+
+    def by_tokens_of(self, other: Times) -> Times:
+        """With the same time from the first token to the last, as many tokens as another counted."""
+        return Times(self.first_ms, self.between_ms * (self.tokens - 1) / (other.tokens - 1), self.tokens)
 
 
 def aiperf(bin_folder: Path, form: str, server: Server, options: argparse.Namespace, folder: Path) -> Times:
@@ -38,7 +51,9 @@ def aiperf(bin_folder: Path, form: str, server: Server, options: argparse.Namesp
     errors = (run.get("error_request_count") or {}).get("avg", 0)
     if errors or run["request_count"]["avg"] != options.requests:
         raise SystemExit(f"aiperf {form}: {run['request_count']['avg']:g} requests, {errors:g} errors")
-    return run["time_to_first_token"]["avg"], run["inter_token_latency"]["avg"]
+    return Times(
+        *(run[name]["avg"] for name in ("time_to_first_token", "inter_token_latency", "output_sequence_length"))
+    )
 
 
 def guidellm(bin_folder: Path, server: Server, options: argparse.Namespace, folder: Path) -> Times:
@@ -54,7 +69,8 @@ def guidellm(bin_folder: Path, server: Server, options: argparse.Namespace, fold
     counts = run["request_totals"]
     if counts["errored"] or counts["successful"] < options.requests:
         raise SystemExit(f"guidellm: {counts}")
-    return tuple(run[name]["successful"]["mean"] for name in ("time_to_first_token_ms", "inter_token_latency_ms"))
+    names = ("time_to_first_token_ms", "inter_token_latency_ms", "output_token_count")
+    return Times(*(run[name]["successful"]["mean"] for name in names))
 
 
 def _run(*words: object) -> None:
@@ -67,15 +83,20 @@ def _run(*words: object) -> None:
 
 
 def compared(server: Server, scale: float, run: Callable[[], Times]) -> tuple[Times, Times]:
-    """What a tester saw, and what the server says of the same requests."""
+    """What a tester saw, by the tokens that the server counted, and what the server says of the same requests."""
     names = ("time_to_first_token", "inter_token_latency")
-    before = [server.timed(name) for name in names]
+    before, made = [server.timed(name) for name in names], server.gauge(_MADE)
     seen = run()
-    own = []
-    for name, (total, count) in zip(names, before, strict=True):
-        after = server.timed(name)
-        own.append(1e3 * (after[0] - total) / (after[1] - count) / scale)
-    return (seen[0] / scale, seen[1] / scale), (own[0], own[1])
+    after = [server.timed(name) for name in names]
+    first_ms, between_ms = (
+        1e3 * (total - total_before) / (count - count_before) / scale
+        for (total, count), (total_before, count_before) in zip(after, before, strict=True)
+    )
+    own = Times(first_ms, between_ms, (server.gauge(_MADE) - made) / (after[0][1] - before[0][1]))
+    return Times(seen.first_ms / scale, seen.between_ms / scale, seen.tokens).by_tokens_of(own), own
+
+
+_MADE = "vllm:generation_tokens_total"
 
 
 def main() -> None:
@@ -87,6 +108,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--isl", type=int, default=256)
     parser.add_argument("--osl", type=int, default=64)
+    parser.add_argument("--only", default="", help="testers whose name contains this")
     parser.add_argument("--keep", type=Path, help="a folder for what the testers write")
     options = parser.parse_args()
     of: dict[str, list[Any]] = {
@@ -99,7 +121,8 @@ def main() -> None:
         for form in ("chat", "responses", "messages")
     ]
     testers.append(("guidellm", lambda server, folder: guidellm(options.testers, server, options, folder)))
-    print("| ms | TTFT, tester / server | between tokens |\n|---|---|---|")
+    testers = [(name, run) for name, run in testers if options.only in name]
+    print("| | TTFT ms, tester / server | between tokens ms | tokens |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
         for backend in options.backends.split(","):
             with served(*of[backend]) as server:
@@ -109,7 +132,8 @@ def main() -> None:
                         run(server, _made(Path(temporary), backend, f"{name} first"))
                     folder = _made(options.keep or Path(temporary), backend, name)
                     seen, own = compared(server, scale, lambda run=run, folder=folder: run(server, folder))
-                    cells = [f"{a:.1f} / {b:.1f} = {a / b:.2f}" for a, b in zip(seen, own, strict=True)]
+                    pairs = zip(dataclasses.astuple(seen), dataclasses.astuple(own), strict=True)
+                    cells = [f"{a:.1f} / {b:.1f} = {a / b:.2f}" for a, b in pairs]
                     print(f"| {backend}, {name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -7,8 +7,10 @@ import dataclasses
 import json
 import math
 import os
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from runtime.porting import calibrate_ops
 from runtime.porting.calibrate import Calibration, Gemm, ServingCost, Stream, measure, prices, profile
 from runtime.porting.calibrate_sizes import QUICK, Effort
 from runtime.pricing import Chip, open_book
-from runtime.pricing.attention import MlaLayer, sparse_prefill
+from runtime.pricing.attention import MlaLayer, index_scores, sparse_prefill
 from runtime.pricing.work import MlaShape
 from runtime.serving.pricing import IDLE_S, BatchShape
 from runtime.simulation.build import PriceTables, pricer_of, spec_for
@@ -135,6 +137,23 @@ def test_what_cannot_be_told_from_nothing_is_a_figure_still(written: hw_profiles
     assert hw_profiles.load(tmp_path / "slowed.toml").figures["overhead.serving_step_s"].value > 0
 
 
+def test_what_an_executor_takes_is_no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    class Executor:
+        def __init__(self, step_s: float):
+            self.step_s = step_s
+
+        def step(self, every: bool) -> None:
+            now[0] += self.step_s
+
+    monkeypatch.setattr(pace, "_rows", lambda *_: ((), ()))
+    monkeypatch.setattr(pace, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    engine: Any = types.SimpleNamespace(executor=Executor(0.005))
+    empty: Any = Executor(0.002)
+    assert pace._programs_s(engine, empty) == pytest.approx((0.003, 0.003, 0.003))
+
+
 @pytest.mark.slow
 def test_what_serving_takes_on_this_machine() -> None:
     found = SERVING_COST(registry.usable("cpu"), rounds=2)
@@ -150,6 +169,8 @@ def test_its_own_rates_price_its_ops(written: hw_profiles.Profile) -> None:
     assert book.memory(1e6).evidence == "measured"
     kernel, stand_in = book.kernel("moe", "f32")
     assert kernel.source == "glm5 calibrate" and not stand_in
+    layer = MlaLayer(MlaShape(1024, 64, 48, 16, 32, 32, 16, 16, 32), 4, latent="f32", index="f32")
+    assert index_scores(book, layer, 1, 64, 1, decode=True).evidence == kernel.evidence != "transferred"
     one, many = book.gemm(1, 2048, 2048, "f32"), book.gemm(256, 2048, 2048, "f32")
     assert one.bound == "memory" and many.seconds > one.seconds
 
