@@ -33,6 +33,7 @@ _AXES = {
 _LINE = {"moe": "rows", "memory": "bytes"}
 """What a family's ratios go by where its sizes make no grid: tokens, but for these."""
 _UNIT = 0.001
+_FOLDS, _MOST_POINTS, _MOST_KNOTS = 20, 400, 32
 _TRIALS = {
     "launch_s": np.geomspace(1e-7, 1e-2, 101),
     "compute_efficiency": np.geomspace(1e-3, 1.0, 61),
@@ -53,27 +54,31 @@ class FitBasis:
 
 
 def fitted(family: str, points: Sequence[Measurement], basis: FitBasis, source: str) -> dict[str, Any]:
-    """One entry of the `kernels` table."""
+    """One entry of the `kernels` table. Of very many points some are taken, spread over their times."""
     names = [n for n in points[0].features if len({p.features[n] for p in points}) > 1]
-    errors = []
-    for i, point in enumerate(points):
-        others = [*points[:i], *points[i + 1 :]] or list(points)
+    limits = {n: [min(p.features[n] for p in points), max(p.features[n] for p in points)] for n in names}
+    points = _spread(points)
+    folds = min(len(points), _FOLDS)
+    errors: list[float] = []
+    for i in range(folds):
+        others = [p for j, p in enumerate(points) if j % folds != i] or list(points)
         fit = _fit(family, others, basis)
-        error = _errors(family, [point], fit, basis)[0]
-        if family == "moe":  # the ratios at its neighbours carry over to it
-            near = [p for p in others if p.features["inter"] == point.features["inter"]]
-            at = [math.log(p.features["rows"]) for p in near]
-            if at and at[0] < math.log(point.features["rows"]) < at[-1]:
-                error -= np.interp(math.log(point.features["rows"]), at, _errors(family, near, fit, basis))
-        errors.append(abs(error))
-    errors = np.expm1(errors)
+        for point in points[i::folds]:
+            error = _errors(family, [point], fit, basis)[0]
+            if family == "moe":  # the ratios at its neighbours carry over to it
+                near = [p for p in others if p.features["inter"] == point.features["inter"]]
+                at = [math.log(p.features["rows"]) for p in near]
+                if at and at[0] < math.log(point.features["rows"]) < at[-1]:
+                    error -= np.interp(math.log(point.features["rows"]), at, _errors(family, near, fit, basis))
+            errors.append(abs(error))
+    errors = np.expm1(errors).tolist()
     found = _fit(family, points, basis)
     constants = {name: float(f"{value:.4g}") for name, value in dataclasses.asdict(found).items()}
     return {
         "family": family,
         "constants": constants,
         **_ratio(family, points, found, basis),
-        "range": {n: [min(p.features[n] for p in points), max(p.features[n] for p in points)] for n in names},
+        "range": limits,
         "error": {"held_out_shapes": [round(float(np.median(errors)), 4), round(float(np.quantile(errors, 0.9)), 4)]},
         "evidence": "fitted",
         "source": source,
@@ -86,15 +91,39 @@ def _ratio(family: str, points: Sequence[Measurement], fit: Constants, basis: Fi
     axes = {name: sorted({p.features[name] for p in points}) for name in _AXES.get(family, ())}
     if not axes or math.prod(map(len, axes.values())) != len(points):  # no grid: a line
         line = _LINE.get(family, "tokens")
-        axes = {line: sorted({p.features[line] for p in points})}
+        axes = {line: _line([p.features[line] for p in points])}
     grid = np.zeros([len(knots) for knots in axes.values()])
     counts = np.zeros_like(grid)
     for point, value in zip(points, left, strict=True):
-        place = tuple(knots.index(point.features[name]) for name, knots in axes.items())
+        place = tuple(
+            int(np.argmin(np.abs(np.log(knots) - math.log(point.features[name])))) for name, knots in axes.items()
+        )
         grid[place] += value
         counts[place] += 1
+    if len(axes) == 1:  # a knot that all its sizes are nearer to another's
+        ((name, knots),) = axes.items()
+        axes = {name: [knot for knot, count in zip(knots, counts, strict=True) if count]}
+        grid, counts = grid[counts > 0], counts[counts > 0]
     grid /= counts
     return {"axes": axes, "ratio": np.round(grid / _UNIT).astype(int).ravel().tolist(), "ratio_unit": _UNIT}
+
+
+def _spread(points: Sequence[Measurement]) -> Sequence[Measurement]:
+    if len(points) <= _MOST_POINTS:
+        return points
+    ordered = sorted(points, key=lambda point: point.seconds)
+    return [ordered[round(i)] for i in np.linspace(0, len(ordered) - 1, _MOST_POINTS)]
+
+
+def _line(sizes: Sequence[float]) -> list[float]:
+    """Knots: the sizes, or where they are many one to a quarter of an octave that has some."""
+    distinct = sorted(set(sizes))
+    if len(distinct) <= _MOST_KNOTS:
+        return distinct
+    near: dict[int, list[float]] = {}
+    for size in distinct:
+        near.setdefault(round(4 * math.log2(size)), []).append(math.log(size))
+    return [float(f"{math.exp(sum(each) / len(each)):.6g}") for _, each in sorted(near.items())]
 
 
 def _errors(family: str, points: Sequence[Measurement], constants: Constants, basis: FitBasis) -> np.ndarray:

@@ -207,3 +207,19 @@ def test_experts_without_the_sorting_of_their_tokens_are_products() -> None:
     ]  # fmt: skip
     found = operator_kernels.sorted_rows(times, BASE)
     assert not found.kernels and [each.flops for each in found.products] == [call.flops for call in rows]
+
+
+def test_a_table_of_many_thousand_rows_is_a_kernel_of_few_knots() -> None:
+    """As large as msmodeling's: read in seconds, and the law comes back where no row is."""
+    rng = np.random.default_rng(3)
+    sizes = np.exp(rng.uniform(np.log(1e3), np.log(1e9), 12_000)).astype(int)
+    times = _times(
+        *(("npu.npu_rms_norm", "", [((1, int(n)), "bfloat16"), ((1,), "bfloat16")], [((1, int(n)), "bfloat16")],
+           3e-6 + 4.0 * n / 0.6e12 * float(rng.uniform(0.97, 1.03))) for n in sizes)
+    )  # fmt: skip
+    tables = operator_kernels.prices(operator_kernels.sorted_rows(times, BASE), BASE, "rows")
+    assert tables
+    body = tables["kernels"]["memory/rms_norm/any"]
+    assert len(body["ratio"]) < 100 and body["error"]["held_out_shapes"][1] < 0.2
+    low, high = body["range"]["bytes"]
+    assert low < 1e4 and high > 3e9

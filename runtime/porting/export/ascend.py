@@ -29,6 +29,7 @@ from runtime.porting.export.job import ExportJob, op_uses, values
 
 RUN = "run.py"
 OPERATORS = ("all", "local", "none")
+_PROFILE = "ascend-910c-die"  # of `constraints.DEFAULT_SERIES`
 
 
 class AscendWriter:
@@ -52,6 +53,7 @@ class AscendWriter:
             self.options = dataclasses.replace(self.options, prolog=False)
         gears: list[tuple[Phase, Gear]] = [(phase, gear) for phase, each in request.gears.items() for gear in each]
         profile = request.options.get("profile")
+        self.profile = profile.name if profile else _PROFILE
         self.other_chip = "" if request.documented or profile is None else profile.description
         self.not_sent = Counter(why for each in gears if (why := request.cut.not_sent(*each)))
         undocumented = constraints.documented(constraints.DISPATCH, request.series)
@@ -99,6 +101,7 @@ class AscendWriter:
             "npu_ops": self.chosen,
             "torch_npu": npu_release().version,
             "series": self.options.series,
+            "profile": self.profile,
             "operators": sorted(self.operators),
             "nz": {unit: names for unit, names in sorted(nz.items()) if names},
             "declined": [f"{op}: {why} ({n} times)" for (op, why), n in sorted(self.declined.items())]

@@ -42,7 +42,7 @@ def readme(manifest: Manifest) -> str:
         f"{start} --prompt-ids 1,2,3 --max-tokens 16 --graph-mode eager      # does it run, and what does it say\n"
         f"{start} --prompt-ids 1,2,3 --max-tokens 16                         # compiled: npugraph_ex\n"
         f"{start} --measure 20 --operators --json measured.json              # how long does it take\n"
-        "glm5 calibrate --from measured.json --profile ascend-910c-die --out my-chip.toml\n"
+        f"glm5 calibrate --from measured.json --profile {said['profile']} --out my-chip.toml\n"
         "```" + several,
         "## What to expect\nThe model and the layout, a line `tokens N:` for each prompt (greedy; with the same "
         "weights in float32 they are those of `glm5 run`), then the median of a step for prefill and decode. With "
