@@ -132,10 +132,15 @@ def model_override(cfg: ModelConfig, path: str, value: str) -> ModelConfig:
 
 
 def default_expert_load(cfg: ModelConfig) -> str:
-    """How tokens fall on experts when nobody measured it: evenly at random for routers without groups, and a
-    power law where routing is limited to a few groups, which concentrates a batch on fewer experts (0.8
-    describes DeepSeek-V3's decode steps on H200 under both SGLang and TensorRT-LLM)."""
-    return "power_law:0.8" if cfg.moe and cfg.moe.n_group > 1 else "uniform"
+    """How tokens fall on experts when nobody measured it. Of DeepSeek-V3's architecture, Kimi-K2's models included, and
+    of routers that are limited to a few groups: a power law of 0.8, which a batch's tokens share fewer experts by. It
+    was set on DeepSeek-V3's decode steps on H200 (SGLang, TensorRT-LLM), and Kimi-K2.5's on H200, B200 and B300 under
+    vLLM are as it says. Of others: evenly at random, as GLM-5's steps on H200 are."""
+    skewed = cfg.moe and (cfg.moe.n_group > 1 or cfg.model_type in _SKEWED)
+    return "power_law:0.8" if skewed else "uniform"
+
+
+_SKEWED = frozenset({"deepseek_v3", "deepseek_v32"})
 
 
 def split_settings(settings: list[str]) -> tuple[dict[str, Any], list[tuple[str, str]], dict[str, Any]]:
