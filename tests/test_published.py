@@ -78,6 +78,20 @@ def test_flags(engine: str, flags: str, settings: dict[str, Any]) -> None:
     assert settings_of(flags, engine, HOPPER) == settings
 
 
+def test_sglang_shares_what_it_is_told_over_ranks_of_attention_data_parallelism() -> None:
+    flags = "--dp 8 --enable-dp-attention --chunked-prefill-size 32768 --max-running-requests 256"
+    told = {"chunked_prefill_tokens": 32768, "max_running_requests": 256}
+    assert settings_of(flags, "sglang", HOPPER, ranks=8) == {name: value // 8 for name, value in told.items()}
+    assert settings_of(flags.replace("--enable-dp-attention", ""), "sglang", HOPPER, ranks=8) == told
+    assert settings_of("-dp 8 --max-num-seqs 256", "vllm", HOPPER, ranks=8) == {"max_running_requests": 256}
+
+
+def test_a_rate_over_so_many_prompts_ends_with_them() -> None:
+    rated = {**ROW, "concurrency": "", "rate": "10"}
+    assert read(rated).load.goes_on is None and len(read(rated).load.requests) == 1000
+    assert read({**rated, "num_prompts": ""}).load.goes_on is not None
+
+
 @pytest.mark.parametrize(
     ("words", "drafts", "length"),
     [

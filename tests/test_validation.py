@@ -55,6 +55,12 @@ def test_a_saturated_row_is_called_so() -> None:
     assert saturated.error("ttft_ms") <= 0.55
 
 
+def test_a_saturated_row_may_have_measured_no_ttft() -> None:
+    figure = {"output_tok_s": 500.0}
+    row = ScoredRow("k15", figure, figure, {"output_tok_s": [400.0, 600.0]}, saturated=True, evidence="assumed")
+    assert summary([row])["saturated_rows"] == 1 and "saturated_ttft_mape" not in summary([row])
+
+
 def test_ascend_steps() -> None:
     assert summary(scored(ASCEND))["step_mape"] <= 0.12
 

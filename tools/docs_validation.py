@@ -144,8 +144,12 @@ def number(group: Mapping[str, Any], quantity: str) -> str:
     return f"{group[f'{quantity}_residual']:+.2f}" if f"{quantity}_residual" in group else ""
 
 
-def groups() -> str:
-    rows = scored("public_dev.csv")
+def check() -> str:
+    return groups("public_check.csv")
+
+
+def groups(file: str = "public_dev.csv") -> str:
+    rows = scored(file)
     found = by_group(rows)
     cells = [
         [name, str(group["rows"]), *(number(group, quantity) for quantity in ("tpot", "ttft", "output_tok_s")),
@@ -277,6 +281,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "steps": steps,
     "bands": coverages,
     "groups": groups,
+    "check": check,
     "front-end": front_end,
     "ablation": ablation,
     "causes": causes,

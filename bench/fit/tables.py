@@ -60,6 +60,7 @@ MODELS = {
     "zai-org/GLM-5-FP8": "glm5",
     "zai-org/GLM-5.2": "glm5",
     "zai-org/GLM-5.2-FP8": "glm5",
+    "nvidia/GLM-5.2-NVFP4": "glm5",  # its attention is in 16 bits
     "deepseek-ai/DeepSeek-V3.2": "dsv32",
     "deepseek-ai/DeepSeek-V3": "dsv3",
 }

@@ -79,7 +79,7 @@ def pool_of(
         page_tokens=page_tokens,
         devices=tuple(devices),
         experts=experts or in_order(cfg, layout),
-        expert_load=load.name if measured else load or default_expert_load(cfg),
+        expert_load=load.name if measured else load or default_expert_load(cfg, layout),
         acceptance=spec.acceptance,
         acceptance_ranges=spec.acceptance_ranges,
         slot_load=tuple(float(share) for share in load.shares) if measured else (),

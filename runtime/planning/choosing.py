@@ -119,7 +119,8 @@ def choose(
     processes: int | None = None,
 ) -> list[ChipChoice]:
     """What each chip comes to under its question's engine, in their order. most: devices of each. processes: side by
-    side, by default one a core.
+    side, by default one a core; they import the caller's script anew, which keeps its call under `if __name__ ==
+    "__main__":`, or gives 1.
 
     Raises `UsageError` for a load that nobody can serve, and for formats that there are not, `EngineError` for such an
     engine: what one chip alone cannot do is that chip's `reason`.

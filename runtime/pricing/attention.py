@@ -96,9 +96,25 @@ def block_kernel(book: PriceBook, layer: MlaLayer, phase: Literal["decode", "pre
     return None
 
 
+WIDE_PROJECTIONS = "attention with its projections in 16 bits, where their 8-bit block was not measured"
+
+
+def _as_measured(
+    book: PriceBook, layer: MlaLayer, phase: Literal["decode", "prefill"]
+) -> tuple[Kernel | None, MlaLayer]:
+    """The whole-block kernel of a layer, and the layer that it was measured of: one with 16-bit projections stands in
+    for FP8 ones, whose parts would miss what the block has between them."""
+    kernel = block_kernel(book, layer, phase)
+    if kernel or layer.weight_format != "fp8-block":
+        return kernel, layer
+    wide = replace(layer, weight_format="bf16")
+    kernel = block_kernel(book, wide, phase)
+    return (kernel.resting_on(kernel.assumed | {WIDE_PROJECTIONS}), wide) if kernel else (None, layer)
+
+
 def decode_block(book: PriceBook, layer: MlaLayer) -> Tabulated | None:
     """(sequences, mean context) -> seconds of one decode step's block, or None when not measured."""
-    kernel = block_kernel(book, layer, "decode")
+    kernel, layer = _as_measured(book, layer, "decode")
     if kernel is None:
         return None
     if layer.mode == "dense" and layer.kv_format == "bf16" and (more := book.latent_decode_more_s):
@@ -119,7 +135,7 @@ def prefill_block(
     host time is what the table holds. `host_launched=False` leaves it out and gives device time alone, for
     an engine whose host runs ahead; `host_seconds` is the time left out.
     """
-    kernel = block_kernel(book, layer, "prefill")
+    kernel, layer = _as_measured(book, layer, "prefill")
     if kernel is None:
         return None
     if not host_launched:
@@ -136,7 +152,7 @@ def prefill_block(
 
 def host_seconds(book: PriceBook, layer: MlaLayer) -> float:
     """Host time to launch one prefill block kernel by kernel; 0 when not measured."""
-    kernel = block_kernel(book, layer, "prefill")
+    kernel, _ = _as_measured(book, layer, "prefill")
     return kernel.constants.floor_s if kernel else 0.0
 
 

@@ -22,9 +22,11 @@ from runtime.pricing.adjust import Changes, OtherChip, own_rates, reference_chip
 from runtime.pricing.chip import Chip, rate_of
 from runtime.pricing.choices import (
     RING_REDUCE,
+    BesideRouted,
     FusedReduce,
     FusedShared,
     absorbed_prefill,
+    beside_routed,
     dense_prefill,
     fused_reduce,
     fused_shared,
@@ -136,6 +138,7 @@ class PriceBook:
         kin: str = "",
     ) -> None:
         self._chooses = engine, release, family
+        self.family = family
         self.chip = chip
         self.wide = wide
         self.engine = engine
@@ -201,6 +204,10 @@ class PriceBook:
         """How the engine runs a shared expert with the routed ones, for a model type; None where it does not."""
         return fused_shared(*self._chooses, model)
 
+    def beside_routed(self, model: str) -> BesideRouted | None:
+        """Which steps run a shared expert beside the routed ones, for a model type; None where none do."""
+        return beside_routed(*self._chooses, model)
+
     def expert_tables(self, model: str, weight_format: str, experts: int, width: int) -> str | None:
         """The engine whose experts' table holds for a model's; None for this one's own."""
         choice = untuned_experts(*self._chooses, model, weight_format, experts, width)
@@ -213,7 +220,7 @@ class PriceBook:
 
     def reduced_by_rings(self, total_bytes: float, devices: int, nodes: int) -> float:
         """What an all-reduce takes, over what its table says, where the engine keeps the switches from reducing."""
-        rings, family = RING_REDUCE, self._chooses[2]
+        rings, family = RING_REDUCE, self.family
         return (
             rings.slower(total_bytes) if family in rings.families and devices >= rings.devices and nodes == 1 else 1.0
         )

@@ -6,6 +6,7 @@ A choice holds from its release on, until one of the same engine and kind that i
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -29,12 +30,25 @@ class KernelChoice:
 @dataclass(frozen=True)
 class FusedReduce(KernelChoice):
     """All-reduces with the next norm fused in, on one server and without DP attention: FlashInfer's kernel, which is
-    TensorRT-LLM's (`tables`), for steps of up to `most_tokens`."""
+    TensorRT-LLM's (`tables`), for steps of up to `most_tokens`, or of up to `most_mib` by chip family and devices."""
 
     tables: str = "trtllm"
     most_tokens: int = 2048
+    most_mib: Mapping[tuple[str, int], float] | None = None
+
+    def takes(self, tokens: int, total_bytes: float, family: str, devices: int) -> bool:
+        """Whether an all-reduce of so many tokens and bytes over so many devices is fused."""
+        if self.most_mib is None:
+            return tokens <= self.most_tokens
+        return total_bytes <= self.most_mib.get((family, devices), 0.0) * 2**20
 
 
+_VLLM_FUSED_MIB = {
+    ("hopper", 2): 64, ("hopper", 4): 2, ("hopper", 8): 0.5,
+    ("blackwell", 2): 64, ("blackwell", 4): 32, ("blackwell", 8): 1,
+}  # fmt: skip
+"""vllm compilation/passes/fusion/allreduce_rms_fusion.py FI_ALLREDUCE_FUSION_MAX_SIZE_MB, of SM90 and SM100 (SM103
+takes up to twice as much, from 0.19 on)."""
 _BOTH = frozenset({"hopper", "blackwell"})
 FUSED_REDUCES = (
     FusedReduce("sglang", "0.5.6", frozenset({"blackwell"}), frozenset({"deepseek_v3", "deepseek_v32"}),
@@ -46,6 +60,9 @@ FUSED_REDUCES = (
     FusedReduce("sglang", "0.5.14", _BOTH,
                 frozenset({"deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe", "glm4_moe_lite"}),
                 "sglang 0.5.14 server_args.py _handle_model_specific_adjustments"),
+    FusedReduce("vllm", "0.17", _BOTH, None,
+                "vllm PR 34299 (2026-02-11): fuse_allreduce_rms by default at -O2, with FlashInfer and tp > 1",
+                most_mib=_VLLM_FUSED_MIB),
 )  # fmt: skip
 
 
@@ -56,6 +73,26 @@ class FusedShared(KernelChoice):
 
     most_experts: int = 256
     not_formats: frozenset[str] = frozenset({"w4afp8"})
+
+
+@dataclass(frozen=True)
+class BesideRouted(KernelChoice):
+    """The shared expert runs in a stream beside the routed ones, in steps of up to `most_tokens`; `captured`: only in
+    those that a graph replays. Not where tokens are dispatched to experts."""
+
+    most_tokens: int = 0
+    captured: bool = False
+
+
+_NVIDIA = frozenset({"ampere", "hopper", "blackwell"})
+BESIDE_ROUTED = (
+    BesideRouted("sglang", "0.4.7", _NVIDIA, frozenset({"deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe"}),
+                 "sglang models/deepseek_v2.py, glm4_moe.py forward_normal_dual_stream: get_is_capture_mode, "
+                 "DUAL_STREAM_TOKEN_THRESHOLD 1024", most_tokens=1024, captured=True),
+    BesideRouted("vllm", "0.11.1", _NVIDIA, None,
+                 "vllm PR 26440 (2025-10-21): DeepSeek-R1 on 8 B200, 32 in flight, from 23.35 to 22.09 ms; PR 28406: "
+                 "VLLM_SHARED_EXPERTS_STREAM_TOKEN_THRESHOLD 256", most_tokens=256),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,14 +181,22 @@ _ORACLE = (
 _PREFERS = (
     "vllm 0.17.0 to 0.19.0 fused_moe/oracle/fp8.py: on Hopper for Block Fp8, prefer Triton for TP and FI CUTLASS for EP"
 )
+_VLLM_INT4 = "moe/w4a16/vllm"
+_MARLIN = (
+    "vllm compressed_tensors_moe.py: CompressedTensorsWNA16MarlinMoEMethod wherever Marlin takes a layer; "
+    "aiconfigurator's tables up to 0.22 call fused_experts with int4_w4a16_moe_quant_config, which is Triton "
+    "(collect_moe_v2.py, whatever kernel they name), 0.24's the server's own method"
+)
 TABLE_CHOICES = (
+    TableChoice("vllm", "0.8", "0.24", "hopper", _VLLM_INT4, _VLLM_INT4, _MARLIN),
+    TableChoice("vllm", "0.8", "0.24", "blackwell", _VLLM_INT4, _VLLM_INT4, _MARLIN),
     TableChoice("vllm", "0.15", "0.24", "blackwell", _VLLM_FP8, _VLLM_FP8, _ORACLE),
     TableChoice("vllm", "0.15", "0.17", "hopper", _VLLM_FP8, _VLLM_FP8, _ORACLE),
     TableChoice("vllm", "0.15", "0.17", "hopper", f"{_VLLM_FP8}/tp", _VLLM_FP8, _ORACLE),
     TableChoice("vllm", "0.17", "0.24", "hopper", _VLLM_FP8, _VLLM_FP8, _PREFERS),
     TableChoice("vllm", "0.17", "0.24", "hopper", f"{_VLLM_FP8}/tp", f"{_VLLM_FP8}@0.19.0", _PREFERS),
 )
-"""Tables of experts up to vLLM 0.22 are of its Triton kernel, whatever its servers chose."""
+"""Tables of FP8 and int4 experts up to vLLM 0.22 are of its Triton kernel, whatever its servers chose."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +284,11 @@ def fused_reduce(engine: str, release: str, family: str, model: str) -> FusedRed
 def fused_shared(engine: str, release: str, family: str, model: str) -> FusedShared | None:
     """What a release chooses; None where the shared expert is computed by itself."""
     return _chosen(FUSED_SHARED, engine, release, family, model)
+
+
+def beside_routed(engine: str, release: str, family: str, model: str) -> BesideRouted | None:
+    """What a release chooses; None where the shared expert waits for the routed ones, or they for it."""
+    return _chosen(BESIDE_ROUTED, engine, release, family, model)
 
 
 def untuned_experts(

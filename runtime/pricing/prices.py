@@ -18,7 +18,7 @@ from model.config import Mla, ModelConfig
 from model.formats import Formats
 from model.split import Layout
 from model.weights import Weight
-from runtime.pricing.book import PriceBook
+from runtime.pricing.book import PriceBook, element_bytes
 from runtime.pricing.load import ExpertLoad, with_shared
 from runtime.pricing.oplist import Sizes, TracedOp
 from runtime.pricing.placement import Placement, place
@@ -67,6 +67,14 @@ class Context:
             return False
         return moe.experts <= choice.most_experts and self.held("experts_gate_up") not in choice.not_formats
 
+    def hides_shared(self, sizes: Sizes) -> bool:
+        """Whether the shared expert runs beside the routed ones in such a step: what it adds then is that its weights
+        pass through the same memory."""
+        choice, tokens = self.book.beside_routed(self.cfg.model_type), sizes.b * sizes.t
+        if choice is None or self.layout.dispatches or tokens > choice.most_tokens:
+            return False
+        return not choice.captured or tokens <= self.captured_tokens
+
     def format_of(self, op: TracedOp) -> str:
         """The format that an op's matrix is multiplied in."""
         return self.held(op.weights[0]) if op.weights else self.book.wide
@@ -97,7 +105,15 @@ def _linear(op: TracedOp, sizes: Sizes, context: Context) -> Price | None:
     if op.weights and context.weights[op.weights[0]].component == "shared_experts" and context.fuses_shared:
         return None  # one more row a token of the routed experts
     x, w = op.inputs[0].at(sizes), op.inputs[1].at(sizes)
-    return context.book.gemm(math.prod(x[:-1]), math.prod(w[1:]), w[0], context.format_of(op))
+    rows, fmt = math.prod(x[:-1]), context.format_of(op)
+    alone = context.book.gemm(rows, math.prod(w[1:]), w[0], fmt)
+    if op.weights and context.weights[op.weights[0]].component == "shared_experts" and context.hides_shared(sizes):
+        weight_bytes = math.prod(w) * element_bytes(fmt)["weight_bytes"]
+        return dataclasses.replace(
+            alone, seconds=min(alone.seconds, weight_bytes / context.book.chip.memory_bandwidth_bytes_per_s),
+            bound="memory",
+        )  # fmt: skip
+    return alone
 
 
 def _head_linear(op: TracedOp, sizes: Sizes, context: Context) -> Price:
@@ -214,7 +230,8 @@ def collective(op: TracedOp, sizes: Sizes, context: Context) -> Price:
     fused = context.book.fused_reduce(model)
     if fused is None or kind != "all_reduce" or layout.dp > 1 or span.nodes > 1:
         return plain
-    if op.inputs[0].elements(sizes) // context.cfg.hidden_size > fused.most_tokens:
+    tokens = op.inputs[0].elements(sizes) // context.cfg.hidden_size
+    if not fused.takes(tokens, float(size), context.book.family, span.devices):
         return plain
     # a release fuses where that is not slower; two fits from different tables can cross before its limit
     return min(plain, network.collective(kind, float(size), span, tables=fused.tables), key=lambda p: p.seconds)  # type: ignore[arg-type]

@@ -131,11 +131,21 @@ def model_override(cfg: ModelConfig, path: str, value: str) -> ModelConfig:
     return dataclasses.replace(cfg, name=f"{cfg.name} (dense)", indexer=None, layers=layers)
 
 
-def default_expert_load(cfg: ModelConfig) -> str:
-    """How tokens fall on experts when nobody measured it: evenly at random for routers without groups, and a
-    power law where routing is limited to a few groups, which concentrates a batch on fewer experts (0.8
-    describes DeepSeek-V3's decode steps on H200 under both SGLang and TensorRT-LLM)."""
-    return "power_law:0.8" if cfg.moe and cfg.moe.n_group > 1 else "uniform"
+def default_expert_load(cfg: ModelConfig, layout: Layout) -> str:
+    """How tokens fall on experts when nobody measured it: evenly at random, or by a power law of 0.8, whose tokens meet
+    fewer experts in a small batch.
+
+    The power law was set on DeepSeek-V3's decode steps on H200 (SGLang, TensorRT-LLM) and holds for routers that are
+    limited to a few groups. Kimi-K2.5's steps under vLLM on H200, B200 and B300 are as it says where experts are cut by
+    width; with whole experts on devices (EP4 there, a prompt's step on Ascend) they are as with even loads. GLM-5's are
+    even on H200.
+    """
+    limited = cfg.moe is not None and cfg.moe.n_group > 1
+    skewed = limited or (cfg.moe is not None and cfg.model_type in _SKEWED and not layout.by_expert)
+    return "power_law:0.8" if skewed else "uniform"
+
+
+_SKEWED = frozenset({"deepseek_v3", "deepseek_v32"})
 
 
 def split_settings(settings: list[str]) -> tuple[dict[str, Any], list[tuple[str, str]], dict[str, Any]]:
@@ -247,7 +257,9 @@ def pricer_of(spec: Spec, tables: PriceTables) -> GraphPricer:
     book, shared = tables.book(spec.profile, spec.engine, spec.formats.wide)
     experts = spec.expert_load
     if not isinstance(experts, load.ExpertLoad):
-        experts = tables.load(experts or default_expert_load(spec.cfg), spec.cfg.moe.experts if spec.cfg.moe else 1)
+        experts = tables.load(
+            experts or default_expert_load(spec.cfg, spec.layout), spec.cfg.moe.experts if spec.cfg.moe else 1
+        )
     return GraphPricer(
         spec.cfg,
         spec.layout,

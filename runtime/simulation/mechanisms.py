@@ -93,7 +93,11 @@ MECHANISMS = (
         "weights that tables were measured over in the chip's cache come from memory; without: from the cache",
         chip={"chip.memory.cache_bytes": 1.0},
     ),
-    Mechanism("expert-load", "grouped routers load experts by a power law; without: evenly", expert_load="uniform"),
+    Mechanism(
+        "expert-load",
+        "DeepSeek-V3's and Kimi-K2's experts are loaded by a power law; without: evenly",
+        expert_load="uniform",
+    ),  # fmt: skip
 )
 
 

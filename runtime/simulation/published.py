@@ -99,6 +99,9 @@ _SWITCHES: tuple[tuple[str, str, Any], ...] = (
 )
 """Words that stand for a setting's value."""
 _TUNED = r"tuned per point|best configuration"
+_DP_ATTENTION = r"enable[- ]dp[- ]attention|dp[- ]attention"
+_SHARED = ("chunked_prefill_tokens", "max_running_requests")
+"""What a SGLang server is told of all ranks of attention data parallelism together (server_args.py, tp_worker.py)."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ def read(row: Mapping[str, str], without: Mechanism | None = None) -> PublishedR
         engine=engine,
         settings={
             **off.settings,
-            **settings_of(cell["server_flags"], engine, Circumstances.of(cfg, profile), _clients(cell)),
+            **settings_of(cell["server_flags"], engine, Circumstances.of(cfg, profile), _clients(cell), layout.dp),
         },
         drafts=drafts,
         accept_length=accept_length,
@@ -248,9 +251,10 @@ def scheme_of_words(words: str) -> str:
     raise UsageError(f"formats {words!r}: none that is known")
 
 
-def settings_of(flags: str, engine: str, at: Circumstances, clients: int = 0) -> dict[str, Any]:
+def settings_of(flags: str, engine: str, at: Circumstances, clients: int = 0, ranks: int = 1) -> dict[str, Any]:
     """Settings of the engine from the server's command line, or from words about it. clients: in flight, which a server
-    that was tuned for them has graphs for."""
+    that was tuned for them has graphs for. ranks: of attention data parallelism, over which SGLang shares what
+    `_SHARED` says."""
     found: dict[str, Any] = {}
     words, defaults = flags.lower().replace("_", "-"), load_engine(engine, at=at)
     if clients and re.search(_TUNED, words):
@@ -263,6 +267,8 @@ def settings_of(flags: str, engine: str, at: Circumstances, clients: int = 0) ->
                 found[setting] = kind(scaled)
             except (ValueError, OverflowError):
                 raise UsageError(f"server_flags: {flag} {value!r} is not a number") from None
+    if defaults.kind == "sglang" and ranks > 1 and re.search(_DP_ATTENTION, words):
+        found |= {setting: max(1, found[setting] // ranks) for setting in _SHARED if found.get(setting, 0) > 0}
     for pattern, setting, value in _SWITCHES:
         if re.search(pattern, words):
             found[setting] = value
@@ -304,7 +310,8 @@ def _load(cell: Mapping[str, str]) -> Workload:
     requests = _count(cell, "num_prompts") or 10 * clients
     rate = re.match(r"[\d.]+", cell["rate"])
     if rate and not clients:
-        return open_loop(_number("rate", rate[0]), requests or 1000, prompt, output)
+        load = open_loop(_number("rate", rate[0]), requests or 1000, prompt, output)
+        return dataclasses.replace(load, goes_on=None) if requests else load  # clients of so many prompts stop there
     if not requests:
         raise UsageError("neither concurrency, rate nor num_prompts is a number")
     return closed_loop(min(clients, requests) if clients else requests, requests, prompt, output)

@@ -98,5 +98,6 @@ def summary(rows: Iterable[ScoredRow]) -> dict[str, Any]:
         result["inside_band"] = statistics.fmean(held)
     if saturated := [row for row in priced if row.saturated]:
         result["saturated_rows"] = len(saturated)
-        result["saturated_ttft_mape"] = statistics.fmean(row.error("ttft_ms") for row in saturated)
+        if late := [row.error("ttft_ms") for row in saturated if "ttft_ms" in row.predicted]:
+            result["saturated_ttft_mape"] = statistics.fmean(late)
     return result

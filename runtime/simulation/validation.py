@@ -159,6 +159,14 @@ FIGURES = {"tpot_ms": "tpot", "ttft_ms": "ttft", "output_tok_s": "throughput", "
 """Quantities of scored rows -> figures of bands."""
 
 
+def _as_a_client(asked: PublishedRow, report: Report) -> float:
+    """Output tokens a second as load clients print them: over the whole run, the filling and draining of the server
+    included. Of a load without end: of its steady window."""
+    if asked.load.goes_on is not None:
+        return report.output_tokens_per_s
+    return sum(request.output_tokens for request in report.requests) / report.duration_s
+
+
 def beside(asked: PublishedRow, report: Report) -> tuple[dict[str, float], dict[str, float]]:
     """What a row measured and what a report of it says, by quantity: means where there are, else medians."""
     measured: dict[str, float] = {}
@@ -169,7 +177,8 @@ def beside(asked: PublishedRow, report: Report) -> tuple[dict[str, float], dict[
             if column in asked.measured and quantity not in measured:
                 measured[quantity], predicted[quantity] = asked.measured[column], 1e3 * value
     if "output_tok_s" in asked.measured:
-        measured["output_tok_s"], predicted["output_tok_s"] = asked.measured["output_tok_s"], report.output_tokens_per_s
+        measured["output_tok_s"] = asked.measured["output_tok_s"]
+        predicted["output_tok_s"] = _as_a_client(asked, report)
     return measured, predicted
 
 

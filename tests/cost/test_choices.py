@@ -8,7 +8,7 @@ import pytest
 import hw_profiles
 from model.hf_config import load_config
 from model.split import Layout
-from runtime.pricing import DEEPSEEK_V3, Chip, attention, open_book
+from runtime.pricing import DEEPSEEK_V3, GLM5, Chip, attention, open_book
 from runtime.pricing.load import uniform, with_shared
 from runtime.serving.pricing import BatchShape, StepPrice
 from runtime.simulation.build import PriceTables, build, pricer_of, spec_for
@@ -168,6 +168,51 @@ def test_fp8_experts_of_vllm_are_priced_by_a_table_of_the_kernel_that_a_release_
     kernel = book.named(key)
     assert kernel is not None and f"/{table}/" in kernel.source
     assert bool(kernel.assumed) == (table > f"{release}.0")
+
+
+@pytest.mark.parametrize("chip", ["h200-sxm", "b200-sxm"])
+def test_int4_experts_of_vllm_are_marlins_in_every_release(chip: str) -> None:
+    """Tables up to 0.22 are of the Triton kernel, though named otherwise. SGLang runs Marlin too."""
+
+    def seconds(engine: str) -> float:
+        return step(DECODE, "kimi-k2.5", engine, chip, "w4a16").by_op["experts"]
+
+    assert seconds("vllm@0.13") == pytest.approx(seconds("vllm@0.28"), rel=0.01)
+    assert seconds("vllm@0.13") == pytest.approx(seconds("sglang@0.5.14"), rel=0.35)
+
+
+def shared_seconds(engine: str, tokens: int, layout: Layout = Layout(tp=8), chip: str = "b200-sxm") -> float:
+    shape = BatchShape(np.full(tokens, 2000), 1, decode_rows=tokens, graphed=True)
+    return step(shape, "deepseek-v3", engine, chip, layout=layout).by_op["shared_experts"]
+
+
+def test_a_shared_expert_beside_the_routed_ones_costs_what_its_weights_take_through_the_memory() -> None:
+    alone, beside = (shared_seconds(f"vllm@{release}", 32) for release in ("0.11", "0.13"))
+    weights = 58 * 3 * 7168 * 2048 / 8  # bytes of FP8 on a device
+    assert beside == pytest.approx(weights / 8e12, rel=0.1) and beside < 0.5 * alone
+    assert shared_seconds("vllm@0.13", 320) == pytest.approx(shared_seconds("vllm@0.11", 320), rel=0.01), "256 at most"
+    assert shared_seconds("sglang@0.5.14", 320) < 0.5 * shared_seconds("vllm@0.11", 320), "1,024 at most"
+
+
+def test_vllm_fuses_all_reduces_up_to_so_many_bytes_by_chip_and_devices() -> None:
+    book = open_book(CHIPS["h200-sxm"], "vllm", release="0.17", family="hopper")
+    fused = book.fused_reduce("deepseek_v3")
+    assert fused is not None and book.family == "hopper"
+    assert [fused.takes(0, size * MIB, "hopper", 8) for size in (0.5, 0.6)] == [True, False]
+    assert fused.takes(0, 30 * MIB, "blackwell", 4) and not fused.takes(0, 1, "ampere", 8)
+    assert open_book(CHIPS["h200-sxm"], "vllm", release="0.16", family="hopper").fused_reduce("deepseek_v3") is None
+
+
+@pytest.mark.parametrize("chip", ["b300-sxm", "gb300-nvl72"])
+def test_layers_without_an_indexer_are_shorter_than_those_with_one_where_each_was_measured(chip: str) -> None:
+    """The blocks of GLM-5.2's NVFP4 checkpoint; for FP8 weights they stand in, and the price says so."""
+    profile = hw_profiles.load(chip)
+    book = open_book(Chip.from_fields(chip, profile.number), "sglang", release="0.5.14", family=profile.family)
+    skip, index = (attention.MlaLayer(GLM5, 8, mode, "fp8", "fp8-block") for mode in ("skip", "index"))
+    for each in (attention.prefill_block(book, skip), attention.decode_block(book, skip)):
+        assert each is not None and each.price(8192, 4096).assumed == {attention.WIDE_PROJECTIONS}
+    whole, less = (attention.prefill_block(book, layer) for layer in (index, skip))
+    assert whole and less and less.price(8192, 4096).seconds < whole.price(8192, 4096).seconds
 
 
 MIB = 2**20
