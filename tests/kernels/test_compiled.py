@@ -105,5 +105,8 @@ def test_a_step_of_the_engine_compiled_for_an_h200() -> None:
         assert figures["aliased"] == figures["caches"] == 4, (name, figures)
         assert not {"copy", "transpose", "sort", "while"} & set(figures["kernels"]), (name, figures)
         assert figures["host"] == 0 and figures["temporary_bytes"] <= BOUNDS[name.split()[-1]][1], (name, figures)
-        assert figures["launches"] <= (180 if name.startswith("drawn") else 90), (name, figures)
-    assert len(report) == 4
+        most = (
+            180 if name.startswith("drawn") else 100 if "FP8" in name else 90
+        )  # a record's scale is found as it is made
+        assert figures["launches"] <= most, (name, figures)
+    assert len(report) == 5
