@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from backends.interface import Capabilities
-from backends.xla import XlaBackend
-from model.ops import OPS, context_rows, dequantise, masked_softmax, swiglu_body
+from backends.xla import NARROW_ROWS, XlaBackend
+from model.ops import OPS, context_rows, dequantise, masked_softmax, read_rows, stored_rows, swiglu_body
 
 
 class CpuBackend(XlaBackend):
@@ -47,6 +47,7 @@ class CpuBackend(XlaBackend):
             fp8_weights=True,
             donation=True,
             dlpack=True,
+            cache_rows=NARROW_ROWS,
         )
 
     def lowerings(self) -> Mapping[str, Callable[..., Any]]:
@@ -64,9 +65,9 @@ class CpuBackend(XlaBackend):
         return lax.top_k(value.astype(jnp.int32), meant.shape[-1])[1].astype(meant.dtype)
 
 
-def cache_write(pages: Array, rows: Array, slots: Array, *, cache: str = "") -> Array:
+def cache_write(pages: Array, rows: Array, slots: Array, *, cache: str = "", plain: int = 0) -> Array:
     """See `model.ops.cache_write`."""
-    rows = rows.astype(pages.dtype)
+    rows = stored_rows(pages, rows, plain)
     if slots.shape[1] < pages.shape[1]:
         return _write_rows(pages, rows, slots)
     return _write_pages(pages, rows, slots)
@@ -176,7 +177,7 @@ def sparse_attention(
             meaning = OPS["glm.sparse_attention"].meaning
             return meaning(query, pages, page_table, selected, positions, scale=scale, value_dim=value_dim)
         selected = _mask(selected, context)
-    rows = context_rows(pages, page_table).astype(query.dtype)
+    rows = read_rows(context_rows(pages, page_table), query, query.shape[3], query.shape[3] - value_dim)
     visible = lax.broadcasted_iota(jnp.int32, (1, 1, context), 2) <= positions[:, :, None]
     scores = jnp.einsum("bthl,bcl->bthc", query, rows, preferred_element_type=jnp.float32) * jnp.float32(scale)
     weights = masked_softmax(scores, (selected & visible)[:, :, None, :]).astype(query.dtype)

@@ -26,7 +26,7 @@ from backends.interface import Artifact, Capabilities, Executable, Program
 from backends.kernels import library, table, variants
 from backends.kernels.attention import join
 from backends.kernels.launch import CUSTOM_CALL
-from backends.xla import XlaBackend
+from backends.xla import NARROW_ROWS, XlaBackend
 from foundation.errors import UsageError, first_line, printable
 from model.ops import OPS
 
@@ -140,6 +140,7 @@ class CudaBackend(XlaBackend):
             fp8_weights=fp8,
             donation=True,
             dlpack=True,
+            cache_rows=NARROW_ROWS if fp8 else frozenset(),
             apart=True,
         )
 

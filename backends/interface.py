@@ -40,7 +40,8 @@ class Capabilities:
     platform: what its artifacts are compiled for. devices: empty on an export-only host. dtypes: types it
     computes in. preferred_dtype: the one to take when the user names none. fp8_weights: matrices may stay
     in FP8. donation: a program may reuse its input buffers for outputs. dlpack: buffers are exchanged
-    without a copy. apart: a program runs while the host does other work, and its results have to be fetched. programs:
+    without a copy. cache_rows: formats (names of `model.formats.ROWS`) that a program may keep cache rows in besides
+    `dtypes`. apart: a program runs while the host does other work, and its results have to be fetched. programs:
     kept loaded at once by what serves, for each holds memory of the host, or of the device.
     """
 
@@ -51,6 +52,7 @@ class Capabilities:
     fp8_weights: bool
     donation: bool
     dlpack: bool
+    cache_rows: frozenset[str] = frozenset()
     apart: bool = False
     programs: int = 64
 

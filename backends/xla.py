@@ -24,6 +24,8 @@ from foundation.errors import first_line
 from model import ops
 
 FORMAT = "stablehlo-jax-export"
+NARROW_ROWS = frozenset({"fp8", "fp8_ds_mla", "fp8_scaled"})
+"""Formats of cache rows that the graph packs and reads itself (`model.narrow_rows`)."""
 _NOT_OPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 

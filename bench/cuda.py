@@ -4,7 +4,8 @@ Parity: the embedded checkpoint in float32 (full-precision products on both side
 decoding past `index_topk`, logits and tokens compared; then bfloat16 and FP8 weights against float32.
 Timing: a ~1.2 B-parameter random model of this architecture in bfloat16 and with FP8 weights, medians of
 decode steps and of a prefill chunk, as bytes/s against a measured device copy in the same run. Then the rows of
-`bench/cuda_shapes.py`, and transformers' beside them (`bench/cuda_peers.py`).
+`bench/cuda_shapes.py`, and transformers' beside them (`bench/cuda_peers.py`). Each part stands alone: one that fails
+says why and leaves the others, and `--only` runs some of them, where a command may not take long.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +36,8 @@ from backends.cpu import CpuBackend
 from backends.interface import Backend, Capabilities
 from bench import cuda_shapes
 from bench.cuda_sizes import DRY, Sizes
+from foundation.errors import Failure, first_line
+from foundation.reading import read_json
 from model.checkpoint import Checkpoint
 from model.checkpoint_writer import save
 from model.hf_config import from_hf
@@ -38,6 +45,9 @@ from model.weights import parameter_counts
 from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.load import embedded_checkpoint, load_engine
 from runtime.execution.local.request import Prompt
+
+_PEERS = "transformers, glm-4.7-flash bf16"
+_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 
 
 def parity(cuda: Backend, cpu: Backend, sizes: Sizes) -> dict[str, Any]:
@@ -101,10 +111,12 @@ def timing(cuda: Backend, fp8: bool, sizes: Sizes) -> dict[str, Any]:
 
 def peers(dry: bool) -> dict[str, Any]:
     """What transformers takes on the same card, by a process that is over before JAX takes the card's memory."""
+    if not dry and importlib.util.find_spec("torch") is None:
+        return {"error": "torch is not installed"}
     command = [sys.executable, "-m", "bench.cuda_peers", *(["--dry"] if dry else [])]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        return {"error": next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it ended")}
+        raise Failure(next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it ended"))
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -115,52 +127,112 @@ class Dry(CpuBackend):
         return dataclasses.replace(super().capabilities(), apart=True)
 
 
-def report(cuda: Backend, plain: Backend, sizes: Sizes) -> dict[str, Any]:
-    """All figures, JSON-ready."""
-    device = cuda.capabilities().devices[0]
-    bandwidth = copy_bandwidth_bytes_per_s(cuda, sizes)
-    found: dict[str, Any] = {
-        "device": device.kind,
-        "memory_bytes": device.memory_bytes,
-        "jax": jax.__version__,
-        "jaxlib": metadata.version("jaxlib"),
-        "date": datetime.date.today().isoformat(),
-        "copy_bandwidth_bytes_per_s": bandwidth,
-        "parity": parity(cuda, registry.get("cpu"), sizes),
-        "timing_bfloat16": timing(cuda, False, sizes),
+def parts_of(cuda: Backend, plain: Backend, sizes: Sizes) -> dict[str, Callable[[], Any]]:
+    """What is measured, by name, in the order in which memory and time allow it."""
+    found: dict[str, Callable[[], Any]] = {
+        "parity": lambda: parity(cuda, registry.get("cpu"), sizes),
+        "timing_bfloat16": lambda: timing(cuda, False, sizes),
     }
-    if cuda.capabilities().fp8_weights:
-        found["timing_fp8_weights"] = timing(cuda, True, sizes)
-        found |= cuda_shapes.report(cuda, plain, bandwidth, sizes)
+    if not cuda.capabilities().fp8_weights:
+        return found
+    found["timing_fp8_weights"] = lambda: timing(cuda, True, sizes)
+    bandwidth = functools.cache(lambda: copy_bandwidth_bytes_per_s(cuda, sizes))
+    found["op_ms"] = lambda: cuda_shapes.ops(cuda, plain, sizes)
+    for name, fp8 in (("fp8", True), ("bf16", False)):
+        found[f"layer_ms {name}"] = lambda fp8=fp8: cuda_shapes.layers(cuda, fp8, sizes)
+        found[f"layer_ms {name} decompositions"] = lambda fp8=fp8: cuda_shapes.layers(plain, fp8, sizes)
+        found[f"glm-4.7-flash {name}"] = lambda fp8=fp8: cuda_shapes.whole(cuda, fp8, bandwidth(), sizes)
     return found
+
+
+def measure(parts: Mapping[str, Callable[[], Any]], found: dict[str, Any], keep: Callable[[], None]) -> list[str]:
+    """Runs each part into `found` and keeps what there is after each; the names of those that failed, whose entry says
+    why: what one part asks too much of, the others need not pay for."""
+    failed = []
+    for name, run in parts.items():
+        began = time.monotonic()
+        try:
+            found[name] = run()
+        except Exception as error:
+            failed.append(name)
+            found[name] = {"error": first_line(error)[:300]}
+        print(f"{name}: {'failed' if name in failed else 'done'}, {time.monotonic() - began:.0f} s", file=sys.stderr)
+        keep()
+    return failed
+
+
+def about(cuda: Backend, sizes: Sizes) -> dict[str, Any]:
+    """The device, and with which versions it is measured."""
+    devices = cuda.capabilities().devices
+    packages = [name for name in ("jax", "jaxlib", *_PLUGINS) if importlib.util.find_spec(name.replace("-", "_"))]
+    return {
+        "device": devices[0].kind,
+        "devices_here": len(devices),
+        "memory_bytes": devices[0].memory_bytes,
+        **{name: metadata.version(name) for name in packages},
+        "date": datetime.date.today().isoformat(),
+        "copy_bandwidth_bytes_per_s": copy_bandwidth_bytes_per_s(cuda, sizes),
+        "layer_ms to reach": cuda_shapes.to_reach(devices[0].kind),
+    }
+
+
+def results_file(where: Path, found: Mapping[str, Any]) -> Path:
+    """A file, or in a folder the name that results have there: device and date."""
+    if not where.is_dir():
+        return where
+    kind = re.sub(r"[^a-z0-9]+", "-", str(found["device"]).lower().removeprefix("nvidia")).strip("-")
+    return where / f"{kind}_{found['date']}.json"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path, help="write the figures here, after each part; a folder: DEVICE_DATE.json")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="parts whose names begin so; what the "
+                        "file of --json has of others on the same device stays")  # fmt: skip
     parser.add_argument("--dry", action="store_true", help="all parts at tiny shapes on the CPU, to see that they run")
     options = parser.parse_args()
     cuda: Backend = Dry() if options.dry else registry.get("cuda")
-    sizes, beside = DRY if options.dry else Sizes(), {}
+    sizes = DRY if options.dry else Sizes()
     if options.dry:  # before JAX has started: what is compiled is all that this takes
         quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
-    if not options.dry and importlib.util.find_spec("torch") is None:
-        beside = {"error": "torch is not installed"}
-    elif options.dry or shutil.which("nvidia-smi"):
-        beside = peers(options.dry)
+
+    def wanted(name: str) -> bool:
+        return not options.only or name.startswith(tuple(options.only))
+
+    beside: dict[str, Any] = {}
+    failed = []
+    if wanted(_PEERS) and (options.dry or shutil.which("nvidia-smi") or Path("/dev/nvidiactl").exists()):
+        failed = measure({_PEERS: lambda: peers(options.dry)}, beside, lambda: None)
     if reason := cuda.unavailable():
         print(f"cuda cannot be used here: {reason}", file=sys.stderr)
         sys.exit(2)
     with jax.default_device(jax.devices(cuda.capabilities().platform)[0]):
-        found = report(cuda, Dry() if options.dry else cuda_shapes.Decompositions(), sizes)
-    found["transformers, glm-4.7-flash bf16"] = beside
+        plain = Dry() if options.dry else cuda_shapes.Decompositions()
+        parts = {n: run for n, run in parts_of(cuda, plain, sizes).items() if wanted(n)}
+        if not parts and not beside:
+            known = ", ".join([*parts_of(cuda, plain, sizes), _PEERS])
+            print(f"--only {' '.join(options.only)}: no such part; known: {known}", file=sys.stderr)
+            sys.exit(2)
+        found = about(cuda, sizes)
+        file = None if options.json is None else results_file(options.json, found)
+        if options.only and file is not None and file.exists():
+            before = read_json(file)
+            found = {**before, **found} if before.get("device") == found["device"] else found
+        found |= beside
+
+        def keep() -> None:
+            if file is not None:
+                file.write_text(json.dumps(found, indent=2) + "\n")
+
+        keep()
+        failed += measure(parts, found, keep)
     print(json.dumps(found, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
-    exact = found["parity"]["float32"]
-    if exact["largest_logit_difference"] > 2e-3 or not exact["same_greedy_tokens"]:
-        print("PARITY FAILED in float32", file=sys.stderr)
+    exact = found["parity"].get("float32") if "parity" in parts else None
+    if exact and (exact["largest_logit_difference"] > 2e-3 or not exact["same_greedy_tokens"]):
+        failed.append("PARITY in float32")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
         sys.exit(1)
 
 

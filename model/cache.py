@@ -43,6 +43,15 @@ def row_bytes(cfg: ModelConfig, row: CacheRow, formats: CacheFormats) -> int:
     return formats.of(row.name).bytes(row.width, rope)
 
 
+def held_row(cfg: ModelConfig, row: CacheRow, formats: CacheFormats, dtype: str) -> tuple[tuple[int, ...], str]:
+    """Shape and type of what a program keeps of a token's row: a record of bytes where the format has scales
+    (`model.narrow_rows`), e4m3 where it is that throughout, else the row as it was computed, in `dtype`."""
+    fmt = formats.of(row.name)
+    if fmt.scale is not None:
+        return (row_bytes(cfg, row, formats),), "uint8"
+    return row.shape, fmt.values.name if fmt.narrow else dtype
+
+
 def layer_bytes_per_token(cfg: ModelConfig, kind: LayerType, formats: CacheFormats) -> dict[str, int]:
     """Bytes a token takes in each cache of a layer of this type."""
     return {row.name: row_bytes(cfg, row, formats) for row in cache_rows(cfg, kind)}

@@ -22,6 +22,7 @@ from jax import Array, export
 
 from model import ops
 from model.config import Gqa, LayerType, Mla, ModelConfig
+from model.narrow_rows import is_narrow
 from model.parallel import SINGLE, Parallel
 from model.weights import Quantized
 
@@ -146,7 +147,8 @@ def _mla(
         latent = ops.rms_norm(kv[..., : mla.kv_lora_rank], w["kv_a_norm"], eps=1e-6)
         k_rope = _rope(cfg, kv[..., None, mla.kv_lora_rank :], view)[..., 0, :]
         row = jnp.concatenate([latent, k_rope], axis=-1)
-        cache = {**cache, "latent": ops.cache_write(cache["latent"], row, view.slots, cache="latent")}
+        kept = {"plain": mla.rope_dim} if is_narrow(cache["latent"]) else {}
+        cache = {**cache, "latent": ops.cache_write(cache["latent"], row, view.slots, cache="latent", **kept)}
 
     context = view.page_table.shape[1] * cache["latent"].shape[1]
     sparse = cfg.indexer is not None and context > cfg.indexer.topk

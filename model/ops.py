@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend import core as jex_core
 
+from model.formats import E4M3
+from model.narrow_rows import is_narrow, narrowed, packed, unpacked
 from model.quantised import shared_size
 from model.weights import Quantized
 
@@ -182,18 +184,30 @@ def rope(x: Array, positions: Array, inv_freq: Array, *, interleaved: bool, fact
 
 
 @op("cache_write")
-def cache_write(pages: Array, rows: Array, slots: Array, *, cache: str = "") -> Array:
+def cache_write(pages: Array, rows: Array, slots: Array, *, cache: str = "", plain: int = 0) -> Array:
     """Writes rows [b,t,..] to pages [pages,s,..] at flat slots [b,t] (page * s + offset).
 
     `cache` names the cache ("latent", "index", "key", "value"): its number format may differ from the others'.
+    Pages in uint8 hold rows as `model.narrow_rows` packs them, of which the last `plain` elements are not rounded.
 
     Padding tokens carry slots of page 0, which belongs to no sequence.
     """
     flat = pages.reshape(-1, *pages.shape[2:])
-    flat = flat.at[slots.reshape(-1)].set(
-        rows.reshape(-1, *rows.shape[2:]).astype(pages.dtype), mode="promise_in_bounds"
-    )
+    rows = stored_rows(pages, rows, plain)
+    flat = flat.at[slots.reshape(-1)].set(rows.reshape(-1, *rows.shape[2:]), mode="promise_in_bounds")
     return flat.reshape(pages.shape)
+
+
+def stored_rows(pages: Array, rows: Array, plain: int) -> Array:
+    """Rows as pages hold them."""
+    if is_narrow(pages):
+        return packed(rows, plain)
+    return narrowed(rows) if pages.dtype == E4M3 else rows.astype(pages.dtype)
+
+
+def read_rows(held: Array, like: Array, width: int, plain: int = 0) -> Array:
+    """What pages hold of rows as rows [.., width], in the type of `like`."""
+    return unpacked(held, width, plain, like.dtype) if is_narrow(held) else held.astype(like.dtype)
 
 
 def context_rows(pages: Array, page_table: Array) -> Array:
@@ -224,8 +238,8 @@ def index_scores(query: Array, head_weights: Array, pages: Array, page_table: Ar
     query [b,t,h,i], head_weights [b,t,h], index pages [pages,s,i], positions [b,t] -> float32 [b,t,c]:
     sum over heads of weight * relu(query . key) with both scales applied; -inf where not visible.
     """
-    keys = context_rows(pages, page_table).astype(query.dtype)
     heads, width = query.shape[2], query.shape[3]
+    keys = read_rows(context_rows(pages, page_table), query, width)
     dots = jnp.einsum("bthi,bci->bthc", query, keys, preferred_element_type=jnp.float32)
     dots = jnp.maximum(dots * jnp.float32(width**-0.5), 0.0)
     scores = jnp.einsum("bth,bthc->btc", _f32(head_weights) * jnp.float32(heads**-0.5), dots)
@@ -253,7 +267,8 @@ def sparse_attention(
     page_size = pages.shape[1]
     page = jnp.take_along_axis(page_table[:, None, :], selected // page_size, axis=2, mode="promise_in_bounds")
     slots = page * page_size + selected % page_size
-    rows = pages.reshape(-1, pages.shape[2]).at[slots].get(mode="promise_in_bounds").astype(query.dtype)
+    held = pages.reshape(-1, pages.shape[2]).at[slots].get(mode="promise_in_bounds")
+    rows = read_rows(held, query, query.shape[3], query.shape[3] - value_dim)
     scores = jnp.einsum("bthl,btkl->bthk", query, rows, preferred_element_type=jnp.float32) * jnp.float32(scale)
     weights = masked_softmax(scores, (selected <= positions[:, :, None])[:, :, None, :]).astype(query.dtype)
     out = jnp.einsum("bthk,btkv->bthv", weights, rows[..., :value_dim], preferred_element_type=jnp.float32)
@@ -265,7 +280,7 @@ def latent_attention(
     query: Array, pages: Array, page_table: Array, positions: Array, *, scale: float, value_dim: int
 ) -> Array:
     """Absorbed attention over the whole context: query [b,t,h,l] -> [b,t,h,value_dim]."""
-    rows = context_rows(pages, page_table).astype(query.dtype)
+    rows = read_rows(context_rows(pages, page_table), query, query.shape[3], query.shape[3] - value_dim)
     scores = jnp.einsum("bthl,bcl->bthc", query, rows, preferred_element_type=jnp.float32) * jnp.float32(scale)
     weights = masked_softmax(scores, _visible(positions, rows.shape[1])[:, :, None, :]).astype(query.dtype)
     out = jnp.einsum("bthc,bcv->bthv", weights, rows[..., :value_dim], preferred_element_type=jnp.float32)
@@ -280,8 +295,9 @@ def expanded_attention(
 
     query [b,t,h,nope+rope], latent pages, k_up [h,nope,lora], v_up [h,lora,v] -> [b,t,h,v].
     """
-    rows = context_rows(pages, page_table).astype(query.dtype)
     nope, lora = k_up.shape[1], k_up.shape[2]
+    rest = query.shape[3] - nope
+    rows = read_rows(context_rows(pages, page_table), query, lora + rest, rest)
     latent, k_rope = rows[..., :lora], rows[..., lora:]
     keys = jnp.einsum("bcl,hnl->bhcn", latent, k_up.astype(query.dtype))
     values = jnp.einsum("bcl,hlv->bhcv", latent, v_up.astype(query.dtype))

@@ -33,9 +33,12 @@ PTX_VERSION = {80: 80, 90: 80, 100: 86}
 
 
 def source_hash(variant: Variant) -> str:
-    """SHA-256 over what a variant's PTX is made of: its source, and its constants and parameters."""
-    source = KERNELS / "source" / f"{variant.kernel.partition('.')[0]}.py"
-    return hashlib.sha256(source.read_bytes() + json.dumps(dataclasses.asdict(variant)).encode()).hexdigest()
+    """SHA-256 over what a variant's PTX is made of: its source, what that imports of the others, and its constants and
+    parameters."""
+    source = (KERNELS / "source" / f"{variant.kernel.partition('.')[0]}.py").read_bytes()
+    for name in re.findall(rb"(?m)^from backends\.kernels\.source\.(\w+) import", source):
+        source += (KERNELS / "source" / f"{name.decode()}.py").read_bytes()
+    return hashlib.sha256(source + json.dumps(dataclasses.asdict(variant)).encode()).hexdigest()
 
 
 def constants_for(variant: Variant, target: int) -> dict[str, Any]:

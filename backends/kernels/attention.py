@@ -6,24 +6,33 @@ import jax.numpy as jnp
 from jax import Array
 
 from backends.kernels.launch import launch
-from backends.kernels.library import Capability, fits
+from backends.kernels.library import Capability, fits, target_for
 from backends.kernels.lowering import KernelLowering, blocks, not_bfloat16, out, splits
-from backends.kernels.variants import EXPANDED, FEW, HEAD_WIDTH, MANY, REST, TALL, VALUE
-from model.ops import context_rows
+from backends.kernels.variants import EXPANDED, FEW, HEAD_WIDTH, MANY, REST, TALL, VALUE, native_fp8
+from model.narrow_rows import is_narrow
+from model.ops import context_rows, read_rows
 
 _EXPANDED = tuple((nope + more, value) for nope, more, value in EXPANDED)
 _LATENT_BLOCK, _HEAD_BLOCK = 32, 64  # positions a step
+_RECORDS = "_u8"
 
 
 def _latent_misfit(query: Array, pages: Array, value_dim: int) -> str | None:
     if (value_dim, query.shape[-1]) != (VALUE, VALUE + REST):
         return f"latents of {value_dim} + {query.shape[-1] - value_dim}: kernels are for {VALUE} + {REST}"
-    return not_bfloat16(query=query, pages=pages)
+    return not_bfloat16(query=query) or (None if is_narrow(pages) else not_bfloat16(pages=pages))
+
+
+def _of(pages: Array) -> str:
+    """Of the names of kernels that read records of FP8, what tells them."""
+    return _RECORDS if is_narrow(pages) else ""
 
 
 def _rows(kernel: str, needed: int, capability: Capability) -> int:
-    """Rows of a program: many where there are as many, and shared memory for them."""
-    return MANY if needed > FEW and fits(f"{kernel}_{MANY}", capability) else FEW
+    """Rows of a program: many where there are as many, and shared memory for them. Records widened by arithmetic leave
+    no registers for them."""
+    widens = kernel.endswith(_RECORDS) and not native_fp8(target_for(capability))
+    return MANY if needed > FEW and not widens and fits(f"{kernel}_{MANY}", capability) else FEW
 
 
 def sparse_attention_why_not(
@@ -38,12 +47,13 @@ def sparse_attention(
 ) -> Array:  # fmt: skip
     b, t, heads, _ = query.shape
     count = selected.shape[2]
-    rows = _rows("sparse_attention", heads, capability)
+    name = f"sparse_attention{_of(pages)}"
+    rows = _rows(name, heads, capability)
     grid = (b * t, blocks(heads, rows))
     parts = splits(grid[0] * grid[1], blocks(count, _LATENT_BLOCK))
     operands = [query, pages, page_table, selected, positions]
     numbers = [t, heads, count, pages.shape[1], page_table.shape[1], parts, float(scale)]
-    return _finish(capability, f"sparse_attention_{rows}", query, VALUE, (*grid, parts), operands, numbers)
+    return _finish(capability, f"{name}_{rows}", query, VALUE, (*grid, parts), operands, numbers)
 
 
 def latent_attention_why_not(
@@ -57,7 +67,7 @@ def latent_attention(
     value_dim: int,
 ) -> Array:  # fmt: skip
     operands = [query, pages, page_table, positions]
-    return _context(capability, "latent_attention", VALUE, query, operands, 1, _LATENT_BLOCK, scale)
+    return _context(capability, f"latent_attention{_of(pages)}", VALUE, query, operands, 1, _LATENT_BLOCK, scale)
 
 
 def paged_attention_why_not(
@@ -118,9 +128,9 @@ def expanded_attention_why_not(
     if (nope, value) not in _EXPANDED or query.shape[-1] != nope + REST:
         known = " and ".join(f"{nope} + {REST} and {value}" for nope, value in _EXPANDED)
         return f"heads of {nope} + {query.shape[-1] - nope} and {value}: kernels are for {known}"
-    if (k_up.shape[2], pages.shape[-1]) != (VALUE, VALUE + REST):
-        return f"latents of {k_up.shape[2]} + {pages.shape[-1] - k_up.shape[2]}: kernels are for {VALUE} + {REST}"
-    return not_bfloat16(query=query, pages=pages)
+    if k_up.shape[2] != VALUE:
+        return f"latents of {k_up.shape[2]} + {query.shape[-1] - nope}: kernels are for {VALUE} + {REST}"
+    return not_bfloat16(query=query) or (None if is_narrow(pages) else not_bfloat16(pages=pages))
 
 
 def expanded_attention(
@@ -130,7 +140,7 @@ def expanded_attention(
     """The expansion is XLA's: two products, whose rows are [context, heads, ..] as they come out of them."""
     b, t, heads, _ = query.shape
     nope, value = k_up.shape[1], v_up.shape[2]
-    rows = context_rows(pages, page_table)
+    rows = read_rows(context_rows(pages, page_table), query, VALUE + REST, REST)
     latents = rows[..., :VALUE]
     keys = jnp.einsum("bcl,hnl->bchn", latents, k_up.astype(query.dtype))
     values = jnp.einsum("bcl,hlv->bchv", latents, v_up.astype(query.dtype))
@@ -143,7 +153,7 @@ def expanded_attention(
     return made
 
 
-_LATENTS = f"bfloat16 queries and caches, latents of {VALUE} + {REST}"
+_LATENTS = f"bfloat16 queries, caches in bfloat16 or FP8 records, latents of {VALUE} + {REST}"
 LOWERINGS = (
     KernelLowering("glm.sparse_attention", _LATENTS, sparse_attention_why_not, sparse_attention),
     KernelLowering("glm.latent_attention", _LATENTS, latent_attention_why_not, latent_attention),

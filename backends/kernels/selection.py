@@ -9,6 +9,7 @@ from backends.kernels.launch import launch
 from backends.kernels.library import Capability
 from backends.kernels.lowering import KernelLowering, blocks, not_bfloat16, out
 from backends.kernels.variants import INDEX_HEADS, INDEX_QUERIES, INDEX_WIDTH, MOST_CHOSEN, MOST_GROUPS, ROUTED
+from model.narrow_rows import is_narrow
 
 _KEYS = 128  # a program of index_scores
 
@@ -19,7 +20,8 @@ def index_scores_why_not(
     heads, width = query.shape[2:]
     if width != INDEX_WIDTH or heads > INDEX_HEADS[-1]:
         return f"{heads} index heads of {width}: kernels are for up to {INDEX_HEADS[-1]} of {INDEX_WIDTH}"
-    return not_bfloat16(query=query, head_weights=head_weights, pages=pages)
+    asked = {"query": query, "head_weights": head_weights} | ({} if is_narrow(pages) else {"pages": pages})
+    return not_bfloat16(**asked)
 
 
 def index_scores(
@@ -31,7 +33,8 @@ def index_scores(
     numbers = [t, heads, pages.shape[1], page_table.shape[1], width**-0.5, heads**-0.5]
     grid = (blocks(context, _KEYS), blocks(t, INDEX_QUERIES), b)
     operands = [query, head_weights, pages, page_table, positions]
-    (scores,) = launch(f"index_scores_{held}", capability, [out((b, t, context), jnp.float32)], grid, operands, numbers)
+    name = f"index_scores_{'u8_' if is_narrow(pages) else ''}{held}"
+    (scores,) = launch(name, capability, [out((b, t, context), jnp.float32)], grid, operands, numbers)
     return scores
 
 
@@ -78,7 +81,8 @@ def route(
 LOWERINGS = (
     KernelLowering(
         "glm.index_scores",
-        f"bfloat16 queries, weights and caches; up to {INDEX_HEADS[-1]} heads of width {INDEX_WIDTH}",
+        f"bfloat16 queries and weights, caches in bfloat16 or FP8 records; up to {INDEX_HEADS[-1]} heads of width "
+        f"{INDEX_WIDTH}",
         index_scores_why_not,
         index_scores,
     ),

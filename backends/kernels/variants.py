@@ -165,6 +165,33 @@ def _indexer() -> list[Variant]:
     ]  # fmt: skip
 
 
+def _narrow() -> list[Variant]:
+    """Of caches in FP8 records."""
+    sizes = {"VALUE": VALUE, "REST": REST, "NATIVE": None}
+    found = []
+    for rows in (FEW, MANY):
+        for kind in ("sparse", "latent"):
+            selected = {"selected": I32} if kind == "sparse" else {}
+            arrays = {"query": BF16, "pages": FP8, "table": I32, **selected, "positions": I32}
+            arrays |= {"parts": F32, "stats": F32}
+            block = 32 if rows == FEW else 16  # widened in registers, of which more would spill
+            own = {**sizes, "BLOCK": block, "SELECTED": kind == "sparse"}
+            constants: dict[str, int | bool | None] = {"ROWS": rows, **own}
+            found.append(
+                Variant(f"{kind}_attention_u8_{rows}", "narrow.latent_attention",
+                        _typed(arrays, "tokens heads count page_size table_width splits", "", "scale"),
+                        constants if selected else {"selected": None, **constants},
+                        8, 2)
+            )  # fmt: skip
+    return found + [
+        Variant(f"index_scores_u8_{heads}", "narrow.index_scores",
+                _typed({"query": BF16, "head_weights": BF16, "pages": FP8, "table": I32, "positions": I32,
+                        "out": F32}, "tokens heads page_size table_width", "", "factor head_factor"),
+                {"QUERIES": INDEX_QUERIES, "HEADS": heads, "WIDTH": INDEX_WIDTH, "BLOCK": 128, "NATIVE": None}, 4, 2)
+        for heads in INDEX_HEADS
+    ]  # fmt: skip
+
+
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
-    {each.name: each for each in (*_linear(), *_experts(), *_attention(), *_expanded(), *_indexer())}
+    {each.name: each for each in (*_linear(), *_experts(), *_attention(), *_expanded(), *_indexer(), *_narrow())}
 )

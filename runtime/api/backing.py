@@ -36,7 +36,7 @@ class Backing:
     """What is to be served, as a command names it.
 
     checkpoint: a directory; by default the embedded one. model: whose pace is kept, with synthetic tokens and no plan.
-    sim: the devices, for a backend that emulates; None for another. mtp to prefill_chunk: of a local engine. artifact:
+    sim: the devices, for a backend that emulates; None for another. mtp to kv: of a local engine. artifact:
     an exported package in the place of a checkpoint. warm: how many requests at once the programs are compiled for
     ahead.
     """
@@ -50,6 +50,7 @@ class Backing:
     keep_fp8: bool = False
     pool_tokens: int | None = None
     prefill_chunk: int = 256
+    kv: str | None = None
     artifact: Path | None = None
     trust_package: bool = False
     tokens: Tokens = "model"
@@ -202,7 +203,7 @@ def make_service(backing: Backing, found: Opened, inventor: Inventor | None, pro
         from runtime.execution.local.engine import EngineConfig
 
         assert found.checkpoint is not None
-        config = EngineConfig(drafts=backing.mtp, prefill_chunk=backing.prefill_chunk)
+        config = EngineConfig(drafts=backing.mtp, prefill_chunk=backing.prefill_chunk, kv=backing.kv)
         service = local_service(
             found.checkpoint, adapter, config, backing.dtype, backing.keep_fp8, backing.pool_tokens, backing.max_queue
         )

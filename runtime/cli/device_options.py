@@ -40,8 +40,9 @@ SimFormats = Annotated[
     str | None,
     typer.Option(autocompletion=completion.schemes, help=f"With sim: {SCHEMES_HELP} [default: the chip's own]."),
 ]
-SimKv = Annotated[
-    str | None, typer.Option(autocompletion=completion.caches, help="With sim: KV cache in bf16, fp8 or int8.")
+Kv = Annotated[
+    str | None,
+    typer.Option(autocompletion=completion.caches, help="KV cache in bf16 or fp8; with sim in int8, too."),
 ]
 ScaleMemory = Annotated[float, typer.Option(help="With sim: share of the chip's memory that is there.")]
 TrustPackage = Annotated[

@@ -58,7 +58,7 @@ def run(
     ep: device_options.SimEp = None,
     pp: device_options.SimPp = None,
     formats: device_options.SimFormats = None,
-    kv: device_options.SimKv = None,
+    kv: device_options.Kv = None,
     engine: Annotated[
         str | None,
         typer.Option(

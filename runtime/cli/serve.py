@@ -17,11 +17,11 @@ from runtime.execution.cluster.options import DECIDED_BY_PLAN
 
 _LOCAL = frozenset({"dtype", "keep_fp8", "pool_tokens", "prefill_chunk"})
 _EMULATED = frozenset(
-    {"plan", "profile", "devices", "tp", "dp", "ep", "pp", "formats", "kv", "engine", "scale_memory", "model",
+    {"plan", "profile", "devices", "tp", "dp", "ep", "pp", "formats", "engine", "scale_memory", "model",
      "tokens", "time_scale"}
 )  # fmt: skip
 _OF_PROCESSES = frozenset({"coordinator", "process"})
-_OF_CHECKPOINTS = _LOCAL | _EMULATED | {"checkpoint", "mtp"}
+_OF_CHECKPOINTS = _LOCAL | _EMULATED | {"checkpoint", "mtp", "kv"}
 _OF_PACKAGES = frozenset({"artifact", "trust_package"})
 
 
@@ -79,7 +79,7 @@ def serve(
     ep: device_options.SimEp = None,
     pp: device_options.SimPp = None,
     formats: device_options.SimFormats = None,
-    kv: device_options.SimKv = None,
+    kv: device_options.Kv = None,
     engine: Annotated[
         str | None,
         typer.Option(
@@ -108,7 +108,7 @@ def serve(
     if artifact is not None:
         unread = _OF_CHECKPOINTS | _OF_PROCESSES
     elif spread:
-        unread = (_LOCAL | _EMULATED | _OF_PACKAGES | {"mtp"}) - {"plan", "dtype"}
+        unread = (_LOCAL | _EMULATED | _OF_PACKAGES | {"mtp", "kv"}) - {"plan", "dtype"}
         why_not = "does not go with --coordinator and --process, which serve a plan as it is; leave it out"
     else:
         from backends import registry

@@ -28,6 +28,7 @@ from backends.cuda import CudaBackend
 from backends.kernels import table
 from bench.rank import RANK
 from model import abstract, graph, ops
+from model.formats import CacheFormats
 from model.graph import Batch, Mode
 from model.hf_config import from_hf
 from model.weights import outer_weights
@@ -111,7 +112,10 @@ class Deviceless(CudaBackend):
         raise Compiled(super().load(artifact, devices))
 
 
-def step_figures(rows: int, drawn: bool, sharding: Any) -> dict[str, Any]:
+NARROW = CacheFormats("fp8_ds_mla", "fp8_scaled")
+
+
+def step_figures(rows: int, drawn: bool, sharding: Any, kept: CacheFormats | None = None) -> dict[str, Any]:
     """A decode step of two layers with embedding and head, by the engine's own road from graph to executable."""
     cfg = from_hf({**RANK, "num_hidden_layers": 2, "first_k_dense_replace": 1})
     weights = {
@@ -119,7 +123,7 @@ def step_figures(rows: int, drawn: bool, sharding: Any) -> dict[str, Any]:
                   for w in outer_weights(cfg)},
         "layers": [abstract.abstract_weights(cfg, kind, keep_fp8=True) for kind in cfg.layers], "mtp": [],
     }  # fmt: skip
-    programs = Programs(Deviceless(sharding), cfg, weights, rows * 130, 64, "bfloat16")
+    programs = Programs(Deviceless(sharding), cfg, weights, rows * 130, 64, "bfloat16", rows=kept)
     ones = np.ones(rows, np.int32)
     batch = Batch(ones[:, None], ones, ones, np.ones((rows, 130), np.int32))
     try:
@@ -138,6 +142,7 @@ def main() -> None:
             for drawn in (False, True)
             for rows in (1, 64)
         }
+        report["greedy, FP8 caches b64"] = step_figures(64, False, sharding, NARROW)
     else:
         report = {
             f"{kind.name} {name}": figures(kind, step, sys.argv[1] == "layers", sharding)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
 
 from bench import cuda_shapes
-from bench.cuda import Dry
+from bench.cuda import Dry, measure, results_file
 from bench.cuda_sizes import DRY, Sizes
 from model.hf_config import from_hf, load_config
 from model.ops import OPS
@@ -42,3 +45,41 @@ def test_a_model_is_measured_whole_in_a_dry_run() -> None:
     assert found["tokens_per_s"].keys() == DRY.flash_steps.keys()
     assert all(value > 0 for value in found["tokens_per_s"].values())
     assert found["engine_step_ms"].keys() == {"b1"} and found["engine_step_ms"]["b1"].keys() == {"ahead", "waiting"}
+
+
+def test_a_part_that_fails_leaves_the_others(tmp_path: Path) -> None:
+    """What there is is kept after each part, and results have the device's name."""
+
+    def fails() -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: no memory\nand more")
+
+    found: dict[str, Any] = {"device": "NVIDIA H100 80GB HBM3", "date": "2026-11-29"}
+    kept: list[list[str]] = []
+    failed = measure({"a": fails, "b": lambda: 2.0}, found, lambda: kept.append(list(found)))
+    assert failed == ["a"] and found["b"] == 2.0 and "no memory" in found["a"]["error"]
+    assert kept == [["device", "date", "a"], ["device", "date", "a", "b"]]
+    assert results_file(tmp_path, found) == tmp_path / "h100-80gb-hbm3_2026-11-29.json"
+    assert results_file(tmp_path / "own.json", found) == tmp_path / "own.json"
+
+
+def test_what_is_bound_by_memory_may_take_longer_on_an_h100() -> None:
+    here, there = cuda_shapes.to_reach("NVIDIA H200"), cuda_shapes.to_reach("NVIDIA H100 80GB HBM3")
+    for who, steps in here.items():
+        for step, ms in steps.items():
+            assert there[who][step] == pytest.approx(ms * (1.43 if step.startswith("b") else 1.0), abs=1e-3)
+
+
+def test_timed_ops_read_pages_of_their_own() -> None:
+    """Sequences that shared pages would find them in a card's cache."""
+    seen: list[np.ndarray] = []
+
+    class Recording(Dry):
+        def load(self, artifact: Any, devices: Any = ()) -> Any:
+            return lambda *arrays: seen.append(np.asarray(arrays[2]))
+
+        def export(self, program: Any) -> Any:
+            return None
+
+    call = cuda_shapes.op_calls(from_hf(dict(DRY.rank)), 3, 1, 128)["glm.sparse_attention"]
+    cuda_shapes.op_ms(Recording(), "glm.sparse_attention", call, 128, 4, 1)
+    assert len(np.unique(seen[0])) == seen[0].size and seen[0].min() == 1 and seen[0].max() < call[0][1].shape[0]

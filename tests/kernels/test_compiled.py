@@ -22,7 +22,8 @@ from tools.kernels import KERNELS
 pytestmark = pytest.mark.cuda
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PLUGIN = find_spec("jax_cuda13_plugin") or find_spec("jax_cuda12_plugin")
-WIDE = {"sparse_attention_64": 256, "latent_attention_64": 256, "expanded_attention_64_192": 512,
+WIDE = {"sparse_attention_64": 256, "latent_attention_64": 256,
+        "sparse_attention_u8_64": 128, "latent_attention_u8_64": 128, "expanded_attention_64_192": 512,
         "expanded_attention_128_192": 512, "expanded_attention_128_128": 512}  # fmt: skip
 """Bytes that these may spill: 64 rows of 512 sums (a rank of eight has 8 heads, which the others take), and chunks of
 prompts on sm_80 and sm_100."""
@@ -36,6 +37,8 @@ def test_ptxas_assembles_every_kernel_and_hot_ones_do_not_spill(target: int) -> 
     ptxas = TOOLS / ("ptxas-blackwell" if target >= 100 and (TOOLS / "ptxas-blackwell").exists() else "ptxas")
     spilling = {}
     for name in VARIANTS:
+        if target == 80 and name.endswith("_u8_64"):
+            continue  # not launched there: programs of 16 rows are
         path = KERNELS / "ptx" / f"{name}.sm{target}.ptx"
         (arch,) = re.findall(r"(?m)^\.target (\w+)", path.read_text())
         done = subprocess.run([ptxas, f"-arch={arch}", "-v", "-o", os.devnull, path], capture_output=True, text=True)
@@ -102,5 +105,8 @@ def test_a_step_of_the_engine_compiled_for_an_h200() -> None:
         assert figures["aliased"] == figures["caches"] == 4, (name, figures)
         assert not {"copy", "transpose", "sort", "while"} & set(figures["kernels"]), (name, figures)
         assert figures["host"] == 0 and figures["temporary_bytes"] <= BOUNDS[name.split()[-1]][1], (name, figures)
-        assert figures["launches"] <= (180 if name.startswith("drawn") else 90), (name, figures)
-    assert len(report) == 4
+        most = (
+            180 if name.startswith("drawn") else 100 if "FP8" in name else 90
+        )  # a record's scale is found as it is made
+        assert figures["launches"] <= most, (name, figures)
+    assert len(report) == 5

@@ -16,6 +16,7 @@ import pytest
 
 from backends.kernels import attention, products, selection
 from backends.kernels.table import KERNELS
+from model.narrow_rows import packed, unpacked
 from model.ops import OPS
 from tests.kernels import interpreter
 
@@ -189,6 +190,69 @@ def test_paged_attention(b: int, t: int, heads: int, groups: int, pages: int) ->
     narrow = (query, keys, values, table, positions)
     found = by_kernel("glm.paged_attention", HOPPER, *narrow, scale=0.09)
     no_further(found, "glm.paged_attention", narrow, tuple(map(wide, narrow)), scale=0.09)
+
+
+def records(rows: np.ndarray, plain: int) -> tuple[np.ndarray, np.ndarray]:
+    """A cache as FP8 records whose nobody's page stays poisoned, and what they hold in float32."""
+    made = np.array(packed(jnp.asarray(np.nan_to_num(rows)), plain))
+    exact = np.array(unpacked(jnp.asarray(made), rows.shape[-1], plain, jnp.dtype("float32")))
+    made[0], exact[0] = 0xFF, np.nan
+    return made, exact
+
+
+@pytest.mark.parametrize("capability", [HOPPER, AMPERE])
+@pytest.mark.parametrize("b, t, heads, count", [(2, 1, 6, 160), (1, 3, 20, 40)])
+def test_sparse_attention_over_records(b: int, t: int, heads: int, count: int, capability: Any) -> None:
+    rows, table = cached(heads, b, 20, 16, 576)
+    pages, exact = records(rows, 64)
+    query = normal(heads + 1, b, t, heads, 576)
+    rng = np.random.default_rng(count)
+    positions = rng.integers(count // 2, 320, (b, t)).astype(np.int32)
+    selected = np.stack([rng.permutation(320)[:count] for _ in range(b * t)]).reshape(b, t, count).astype(np.int32)
+    selected[0, 0, 0] = positions[0, 0]
+    attributes, rest = {"scale": 0.05, "value_dim": 512}, (table, selected, positions)
+    found = by_kernel("glm.sparse_attention", capability, query, pages, *rest, **attributes)
+    assert interpreter.launches[-2].startswith("sparse_attention_u8")
+    no_further(found, "glm.sparse_attention", (query, pages, *rest), (wide(query), exact, *rest), **attributes)
+
+
+@pytest.mark.parametrize("b, t, heads, pages", [(2, 1, 7, 18), (1, 5, 20, 3), (1, 2, 3, 1)])
+def test_latent_attention_over_records(b: int, t: int, heads: int, pages: int) -> None:
+    rows, table = cached(heads, b, pages, 16, 576)
+    cache, exact = records(rows, 64)
+    query = normal(heads + 1, b, t, heads, 576)
+    last = np.random.default_rng(pages).integers(t - 1, pages * 16, (b, 1))
+    positions = (last - np.arange(t)[::-1]).astype(np.int32)
+    attributes = {"scale": 0.05, "value_dim": 512}
+    found = by_kernel("glm.latent_attention", HOPPER, query, cache, table, positions, **attributes)
+    assert interpreter.launches[-2].startswith("latent_attention_u8")
+    exactly = (wide(query), exact, table, positions)
+    no_further(found, "glm.latent_attention", (query, cache, table, positions), exactly, **attributes)
+
+
+@pytest.mark.parametrize("b, t, heads, pages", [(2, 1, 32, 9), (1, 66, 5, 3), (1, 1, 33, 2)])
+def test_index_scores_over_records(b: int, t: int, heads: int, pages: int) -> None:
+    rows, table = cached(heads, b, pages, 16, 128)
+    cache, exact = records(rows, 0)
+    query, weights = normal(heads + 1, b, t, heads, 128), normal(heads + 2, b, t, heads)
+    positions = np.random.default_rng(t).integers(0, pages * 16, (b, t)).astype(np.int32)
+    found = np.asarray(by_kernel("glm.index_scores", HOPPER, query, weights, cache, table, positions))
+    visible = np.arange(pages * 16) <= positions[:, :, None]
+    np.testing.assert_array_equal(np.isneginf(found), ~visible)
+    given = map(jnp.asarray, (wide(query), wide(weights), exact, table, positions))
+    truth = np.asarray(OPS["glm.index_scores"].meaning(*given))
+    np.testing.assert_allclose(found[visible], truth[visible], rtol=2e-5, atol=2e-5)
+
+
+def test_expanded_attention_over_records() -> None:
+    rows, table = cached(3, 1, 5, 16, 576)
+    cache, exact = records(rows, 64)
+    query = normal(4, 1, 70, 2, 192)
+    ups = normal(2, 2, 128, 512, scale=0.05), normal(3, 2, 512, 128, scale=0.05)
+    positions = np.arange(8, 78, dtype=np.int32)[None]
+    narrow, exactly = (query, cache, table, *ups, positions), (wide(query), exact, table, *map(wide, ups), positions)
+    found = by_kernel("glm.expanded_attention", HOPPER, *narrow, scale=0.08)
+    no_further(found, "glm.expanded_attention", narrow, exactly, scale=0.08)
 
 
 @pytest.mark.parametrize("nope, value", [(192, 256), (128, 128)])

@@ -19,6 +19,7 @@ class LocalRun(CheckpointRun):
     pool_tokens: int | None
     prefill_chunk: int | None
     engine: str | None
+    kv: str | None
 
     @classmethod
     def why_not(cls, name: str, backend: str) -> str:
@@ -34,7 +35,7 @@ class LocalRun(CheckpointRun):
         adapter = registry.usable(self.backend)
         opened = self.opened()
         requests, answers = self.asked(opened, words)
-        config = EngineConfig(self.engine or "glm5", drafts=self.mtp, prefill_chunk=self.prefill_chunk)
+        config = EngineConfig(self.engine or "glm5", drafts=self.mtp, prefill_chunk=self.prefill_chunk, kv=self.kv)
         engine = load_engine(opened, adapter, config, self.dtype, self.keep_fp8, self.pool_tokens)
         load_s = time.perf_counter() - started
         completions = engine.generate(requests, answers.token)

@@ -23,7 +23,7 @@ class EngineConfig:
     """Whose scheduler serves, and what is otherwise than in its description. Sizes in tokens; None: as described.
 
     engine: a name or TOML file, as of `glm5 simulate`. prefill_chunk: prompt tokens of a step. drafts: speculative
-    tokens a step.
+    tokens a step. kv: what caches are kept in, "bf16" or "fp8" (`load.rows_for`); None: as they are computed.
 
     The `least_` sizes are the smallest gears: shapes are padded up to them, then to powers of two. Larger
     ones mean fewer programs to compile and more padding to compute.
@@ -39,6 +39,7 @@ class EngineConfig:
     least_chunk: int = 16
     least_context: int = 128
     prefix_cache: bool | None = None
+    kv: str | None = None
 
     @property
     def described(self) -> Engine:

@@ -23,8 +23,9 @@ from backends.interface import Backend, Executable, Program
 from backends.loaded import LoadedPrograms, StepMade
 from foundation.errors import CapacityError, first_line
 from model import choosing, graph
-from model.cache import cache_rows
+from model.cache import cache_rows, held_row
 from model.config import LayerType, ModelConfig
+from model.formats import CacheFormats
 from model.graph import Batch, Mode
 from model.weights import Quantized
 from runtime.execution.local import feed
@@ -47,7 +48,7 @@ class Programs:
 
     `weights` are the backend's buffers in the graph's layout; caches have `pages` pages a layer, and two more: page 0,
     which is nobody's, and a spare one. apart: the device works while the host does, so that it pays to launch ahead and
-    to leave logits there.
+    to leave logits there. rows: what caches are kept in, as they are computed by default.
     """
 
     def __init__(
@@ -59,10 +60,12 @@ class Programs:
         page_size: int,
         dtype: str,
         drafts: int = 0,
+        rows: CacheFormats | None = None,
     ):
         self.backend, self.cfg, self.weights = backend, cfg, weights
         self.page_size, self.dtype, self.drafts = page_size, dtype, drafts
         self.pages = pages
+        self.rows = rows or CacheFormats()
         self.clear()
         offered = backend.capabilities()
         self._loaded = LoadedPrograms(offered.programs)
@@ -86,9 +89,10 @@ class Programs:
         self.mtp_cache = self._cache(self.cfg.mtp_type) if self.drafts else None
 
     def _cache(self, kind: LayerType) -> graph.LayerCache:
+        held = {row.name: held_row(self.cfg, row, self.rows, self.dtype) for row in cache_rows(self.cfg, kind)}
         return {
-            row.name: self.backend.zeros((self.pages + 2, self.page_size, *row.shape), self.dtype)
-            for row in cache_rows(self.cfg, kind)
+            name: self.backend.zeros((self.pages + 2, self.page_size, *shape), dtype)
+            for name, (shape, dtype) in held.items()
         }
 
     def launch(
