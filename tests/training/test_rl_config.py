@@ -43,7 +43,7 @@ def test_what_it_says(tmp_path: Path) -> None:
 
 
 def test_the_default_reads() -> None:
-    assert config.read(config.DEFAULT).steps == 220
+    assert config.read(config.DEFAULT).steps == 300
 
 
 @pytest.mark.parametrize(
