@@ -108,7 +108,7 @@ class CountingBook:
     def bmm(self, m: float, heads: int, n: int, k: int) -> Price:
         return flop(2.0 * heads * m * n * k)
 
-    def memory(self, moved_bytes: float) -> Price:
+    def memory(self, moved_bytes: float, op: str = "any") -> Price:
         return flop(0.0)
 
 
