@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from backends.ascend.constraints import LATENT, ROPE
 from hw_profiles import Profile
 from model.formats import ROWS
 from runtime.porting import kernel_fit
@@ -35,7 +36,6 @@ from runtime.pricing.kernel import Constants
 _HOLD = 0.05  # of `kernel_fit.FitBasis`
 _FEW, _FEW_ERROR = 3, 0.5
 """Sizes, below which the error of sizes left out says nothing, and the error that is taken then."""
-_ROPE = 64
 _FAMILIES = {
     "mla_decode": "attention",
     "sparse_prefill": "attention",
@@ -219,12 +219,12 @@ def _attention(row: OperatorTime) -> KernelPoint:
     decode = _decodes(row, t)
     seen = context if decode else context - t / 2  # the gear's last chunk: its queries see half of it on average
     packed = kind == "int8"
-    row_bytes = pages[-1] if packed else 2 * (pages[-1] + _ROPE)
-    latent = 512 if packed else pages[-1]
+    row_bytes = pages[-1] if packed else 2 * (pages[-1] + ROPE)
+    latent = LATENT if packed else pages[-1]
     sizes = {"sequences": b, "tokens": b * t, "context": min(seen, selected[-1]), "heads": heads,
-             "kv_bytes": row_bytes, "qk": latent + _ROPE, "v": latent}  # fmt: skip
+             "kv_bytes": row_bytes, "qk": latent + ROPE, "v": latent}  # fmt: skip
     if not decode:
-        return "sparse_prefill/bf16/any", _floats({**sizes, "kv_bytes": 2 * (latent + _ROPE)})
+        return "sparse_prefill/bf16/any", _floats({**sizes, "kv_bytes": 2 * (latent + ROPE)})
     return f"mla_decode/{'int8' if packed else 'bf16'}/any", _floats(sizes)
 
 
