@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bench import cuda_shapes
-from bench.cuda import Dry, measure, results_file
+from bench.cuda import Dry, measure, results_file, without_time
 from bench.cuda_sizes import DRY, Sizes
 from model.hf_config import from_hf, load_config
 from model.ops import OPS
@@ -60,6 +60,14 @@ def test_a_part_that_fails_leaves_the_others(tmp_path: Path) -> None:
     assert kept == [["device", "date", "a"], ["device", "date", "a", "b"]]
     assert results_file(tmp_path, found) == tmp_path / "h100-80gb-hbm3_2026-11-29.json"
     assert results_file(tmp_path / "own.json", found) == tmp_path / "own.json"
+
+
+def test_an_op_that_did_not_run_is_a_failure_and_a_decomposition_without_memory_is_none() -> None:
+    ops = {
+        "a b1": {"kernel": 1.0, "decomposition": "RESOURCE_EXHAUSTED"},
+        "b b1": {"kernel": "INTERNAL", "decomposition": 2.0},
+    }
+    assert without_time(ops) == ["b b1"] and without_time({"error": "all of it"}) == []
 
 
 def test_what_is_bound_by_memory_may_take_longer_on_an_h100() -> None:
