@@ -74,7 +74,7 @@ def test_what_is_bound_by_memory_may_take_longer_on_an_h100() -> None:
     here, there = cuda_shapes.to_reach("NVIDIA H200"), cuda_shapes.to_reach("NVIDIA H100 80GB HBM3")
     for who, steps in here.items():
         for step, ms in steps.items():
-            assert there[who][step] == pytest.approx(ms * (1.43 if step.startswith("b") else 1.0), abs=1e-3)
+            assert there[who][step] == pytest.approx(ms * (4.8 / 3.35 if step.startswith("b") else 1.0), abs=1e-3)
 
 
 def test_timed_ops_read_pages_of_their_own() -> None:
