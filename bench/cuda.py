@@ -161,6 +161,11 @@ def measure(parts: Mapping[str, Callable[[], Any]], found: dict[str, Any], keep:
     return failed
 
 
+def without_time(ops: Mapping[str, Any]) -> list[str]:
+    """Of `op_ms`, the ops that the backend under test did not run: their entry says why in the place of a time."""
+    return [name for name, row in ops.items() if isinstance(row, dict) and isinstance(row.get("kernel"), str)]
+
+
 def about(cuda: Backend, sizes: Sizes) -> dict[str, Any]:
     """The device, and with which versions it is measured."""
     devices = cuda.capabilities().devices
@@ -231,6 +236,8 @@ def main() -> None:
     exact = found["parity"].get("float32") if "parity" in parts else None
     if exact and (exact["largest_logit_difference"] > 2e-3 or not exact["same_greedy_tokens"]):
         failed.append("PARITY in float32")
+    if "op_ms" in parts:
+        failed += without_time(found["op_ms"])
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
         sys.exit(1)

@@ -6,6 +6,7 @@ bench/cuda.sh.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import hw_profiles
 from backends.cuda import CudaBackend
 from backends.interface import Backend, Program
 from bench.cuda_sizes import Sizes, Steps
@@ -32,8 +34,6 @@ ENGINES_LAYER_MS = {"b1": 0.14, "b16": 0.32, "b64": 0.57, "t2048": 1.75}
 """A GLM-5 MoE layer as a TP8 rank on an H200 at 8K: attention, experts and the rest of aiconfigurator 0.12's tables."""
 OWN_LAYER_MS = {"b1": 0.20, "b16": 0.40, "b64": 0.70, "t2048": 3.5}
 """What ours is to take at the most there."""
-H100_TIMES = 1.43
-"""An H100's share of what is bound by memory: 4.8 over 3.35 TB/s. Chunks are bound by computing."""
 PAGE = 64
 
 
@@ -45,8 +45,13 @@ class Decompositions(CudaBackend):
 
 
 def to_reach(kind: str) -> dict[str, dict[str, float]]:
-    """The two tables above for a device of that kind."""
-    slower = H100_TIMES if "H100" in kind else 1.0
+    """The two tables above for a device of that kind: an H100's steps of tokens are bound by its memory, chunks by
+    computing, in which it is an H200's like."""
+    held, here = (
+        hw_profiles.load(name).number("chip.memory.bandwidth_bytes_per_s") or math.nan
+        for name in ("h200-sxm", "h100-sxm" if "H100" in kind else "h200-sxm")
+    )
+    slower = held / here
     tables = {"ours": OWN_LAYER_MS, "engines": ENGINES_LAYER_MS}
     return {
         who: {step: round(ms * (slower if step[0] == "b" else 1.0), 3) for step, ms in table.items()}

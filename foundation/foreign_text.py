@@ -38,12 +38,8 @@ class _Foreign:
 
     def __init__(self, text: str, given: dict[str, Any]):
         self._given, self.number = given, next(_numbers)
-        self.known = known_text.is_known(text)
-        self.loaded = self._load_here() if self.known else {}
-        if self.loaded.get("special"):  # of other files, which are not known
-            self.known = False
-        if not self.known:
-            self.loaded = self._retried(self._load)
+        self.known = known_text.is_known(text, given.get("special", ()))
+        self.loaded = self._load_here() if self.known else self._retried(self._load)
 
     def _use(self, what: str, **given: Any) -> dict[str, Any]:
         request = self._request(what, given)

@@ -75,7 +75,8 @@ def silicon() -> str:
         errors = [row.error("tpot_ms") for row in own]
         groups.append(
             [name, str(group["rows"]), f"{statistics.fmean(errors):.1%}", f"{statistics.median(errors):.1%}",
-             f"{group['ttft_mape']:.1%}", f"{group['saturated_ttft_mape']:.1%}" if group.get("saturated_rows") else "-"]
+             f"{group['ttft_mape']:.1%}",
+             f"{group['saturated_ttft_mape']:.1%}" if "saturated_ttft_mape" in group else "-"]
         )  # fmt: skip
     inside = [row.inside(quantity) for row in rows for quantity in row.predicted]
     return "\n\n".join(

@@ -41,7 +41,7 @@ def page_fits(size: int) -> bool:
     return size % _PAGE == 0 and size <= _LARGEST_PAGE
 
 
-def documented(operator: str, series: str) -> str | None:
+def undocumented(operator: str, series: str) -> str | None:
     """Why an operator is not used on a series of chips."""
     known = npu_release().operators[operator].series
     return None if series in known else f"{operator} is not documented for {series} as graphs call it"

@@ -14,6 +14,7 @@ import typer
 from foundation.errors import UsageError
 from runtime.cli import completion
 from runtime.cli.given import given
+from runtime.cli.outputs import require_apart
 
 if TYPE_CHECKING:
     from backends.interface import Backend
@@ -93,6 +94,9 @@ def _from_file(measured: Path, chip: str, out: Path, as_json: bool) -> None:
     from foundation.writing import replacing, replacing_together
     from runtime.porting import operator_kernels, operator_times
 
+    beside = out.with_suffix(".prices.json")
+    for place in (out, beside):
+        require_apart({"out": place, "from_file": measured}, {"out": "--out", "from_file": "--from"})
     base = hw_profiles.load(chip)
     times = operator_times.read(measured, base.number("overhead.kernel_launch_s") or 0.0)
     found = operator_kernels.sorted_rows(times, base)
@@ -104,7 +108,6 @@ def _from_file(measured: Path, chip: str, out: Path, as_json: bool) -> None:
             f"{measured}: {len(times)} operators, none of which prices have a kernel of, and too few products to tell "
             "how fast the chip computes or reads; measure more sizes: --batch and --chunk of glm5 export"
         )
-    beside = out.with_suffix(".prices.json")
     if tables is None:
         with replacing(out) as temporary:
             temporary.write_text(hw_profiles.dumps(described), encoding="utf-8")

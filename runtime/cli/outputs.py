@@ -12,8 +12,6 @@ import typer.core
 from foundation.errors import UsageError
 
 WRITTEN = ("out", "html", "trace", "dump_logits", "sglang")  # options that name what is written
-
-
 _BEGUN_FROM = {"calibrate"}  # a profile is added to, in its place
 
 

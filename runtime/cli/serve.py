@@ -174,8 +174,10 @@ def _keys(given: list[str] | None, path: Path | None) -> tuple[str, ...]:
 def _origins(given: list[str]) -> tuple[str, ...]:
     """As browsers spell them, which are compared as text. Raises `UsageError`."""
     for origin in given:
-        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+", origin, re.ASCII):
-            raise UsageError(f"--allowed-origin {origin!r}: give * or scheme://host[:port], in small letters, no path")
+        spelt = re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@*A-Z]+", origin, re.ASCII)
+        if origin != "*" and (not spelt or re.fullmatch("http:.*:80|https:.*:443", origin)):
+            how = "in small letters, without a path, another * or the port that the scheme has anyway"
+            raise UsageError(f"--allowed-origin {origin!r}: give * or scheme://host[:port], {how}")
     return tuple(given)
 
 

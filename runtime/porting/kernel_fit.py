@@ -67,6 +67,7 @@ def fitted(family: str, points: Sequence[Measurement], basis: FitBasis, source: 
             error = _errors(family, [point], fit, basis)[0]
             if family == "moe":  # the ratios at its neighbours carry over to it
                 near = [p for p in others if p.features["inter"] == point.features["inter"]]
+                near.sort(key=lambda p: p.features["rows"])
                 at = [math.log(p.features["rows"]) for p in near]
                 if at and at[0] < math.log(point.features["rows"]) < at[-1]:
                     error -= np.interp(math.log(point.features["rows"]), at, _errors(family, near, fit, basis))
@@ -89,7 +90,8 @@ def _ratio(family: str, points: Sequence[Measurement], fit: Constants, basis: Fi
     """ln(measured / formula) on the grid of the measured sizes, which what is left of the fit goes into."""
     left = -_errors(family, points, fit, basis)
     axes = {name: sorted({p.features[name] for p in points}) for name in _AXES.get(family, ())}
-    if not axes or math.prod(map(len, axes.values())) != len(points):  # no grid: a line
+    cells = {tuple(p.features[name] for name in axes) for p in points}
+    if not axes or not math.prod(map(len, axes.values())) == len(cells) == len(points):  # no grid: a line
         line = _LINE.get(family, "tokens")
         axes = {line: _line([p.features[line] for p in points])}
     grid = np.zeros([len(knots) for knots in axes.values()])

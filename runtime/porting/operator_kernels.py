@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from backends.ascend.constraints import LATENT, ROPE
 from hw_profiles import Profile
 from model.formats import ROWS
 from runtime.porting import kernel_fit
@@ -35,7 +36,6 @@ from runtime.pricing.kernel import Constants
 _HOLD = 0.05  # of `kernel_fit.FitBasis`
 _FEW, _FEW_ERROR = 3, 0.5
 """Sizes, below which the error of sizes left out says nothing, and the error that is taken then."""
-_ROPE = 64
 _FAMILIES = {
     "mla_decode": "attention",
     "sparse_prefill": "attention",
@@ -76,6 +76,12 @@ class _LeftOut(Exception):
     """Why a row says nothing that prices have."""
 
 
+def _some(amount: float) -> float:
+    if not amount > 0:
+        raise _LeftOut("nothing is done in it, or in no time")
+    return amount
+
+
 KernelPoint = tuple[str, dict[str, float]]  # a kernel's key, its features
 
 
@@ -91,7 +97,10 @@ def sorted_rows(rows: Sequence[OperatorTime], base: Profile) -> SortedRows:
         return max(row.seconds, 0.0) + (vector if row.name in _ELEMENTWISE else launch)
 
     for key, features, parts in _experts(rows):
-        kernels[key].append(Measurement(features, sum(seconds(row) for row in parts)))
+        taken = sum(map(seconds, parts))
+        if not min(taken, *features.values()) > 0:
+            continue
+        kernels[key].append(Measurement(features, taken))
         used |= {id(row): RowUse(row, key) for row in parts if row.name not in _SENDING}
     for row in rows:
         if id(row) in used:
@@ -99,10 +108,11 @@ def sorted_rows(rows: Sequence[OperatorTime], base: Profile) -> SortedRows:
         try:
             if row.name in _SENDING:
                 key, size = _SENDING[row.name](row)
-                sent[key].append((size, seconds(row)))
+                sent[key].append((_some(size), _some(seconds(row))))
             elif row.name in _OPERATORS:
                 key, features = _OPERATORS[row.name](row)
-                kernels[key].append(Measurement(features, seconds(row)))
+                point = Measurement({name: _some(size) for name, size in features.items()}, _some(seconds(row)))
+                kernels[key].append(point)
             elif found := product(row):
                 key = "products"
                 products.append(found)
@@ -111,7 +121,7 @@ def sorted_rows(rows: Sequence[OperatorTime], base: Profile) -> SortedRows:
             used[id(row)] = RowUse(row, key)
         except _LeftOut as reason:
             used[id(row)] = RowUse(row, left_out=str(reason))
-        except IndexError:
+        except (IndexError, ValueError, ZeroDivisionError):
             used[id(row)] = RowUse(row, left_out="its tensors are not those of the operator as packages call it")
     alone = {key for key, points in sent.items() if len({size for size, _ in points}) < 2}
     for number, use in used.items():
@@ -209,12 +219,12 @@ def _attention(row: OperatorTime) -> KernelPoint:
     decode = _decodes(row, t)
     seen = context if decode else context - t / 2  # the gear's last chunk: its queries see half of it on average
     packed = kind == "int8"
-    row_bytes = pages[-1] if packed else 2 * (pages[-1] + _ROPE)
-    latent = 512 if packed else pages[-1]
+    row_bytes = pages[-1] if packed else 2 * (pages[-1] + ROPE)
+    latent = LATENT if packed else pages[-1]
     sizes = {"sequences": b, "tokens": b * t, "context": min(seen, selected[-1]), "heads": heads,
-             "kv_bytes": row_bytes, "qk": latent + _ROPE, "v": latent}  # fmt: skip
+             "kv_bytes": row_bytes, "qk": latent + ROPE, "v": latent}  # fmt: skip
     if not decode:
-        return "sparse_prefill/bf16/any", _floats({**sizes, "kv_bytes": 2 * (latent + _ROPE)})
+        return "sparse_prefill/bf16/any", _floats({**sizes, "kv_bytes": 2 * (latent + ROPE)})
     return f"mla_decode/{'int8' if packed else 'bf16'}/any", _floats(sizes)
 
 
@@ -301,9 +311,11 @@ def _experts(rows: Sequence[OperatorTime]) -> list[tuple[str, dict[str, float], 
     taken: set[int] = set()
     found = []
     for first in rows:
-        if first.name != _GROUPED or not (first.rows and first.groups) or len(first.inputs) < 2 or id(first) in taken:
+        if first.name != _GROUPED or not (first.rows and first.groups) or id(first) in taken:
             continue
-        (given, kind), (matrix, held) = first.inputs[:2]
+        if len(first.inputs) < 2 or not first.outputs or not len(first.inputs[0][0]) == len(first.outputs[0][0]) == 2:
+            continue
+        (given, kind), (_, held) = first.inputs[:2]
         fmt, (count, hidden), inter = _GROUPED_FORMATS.get((kind, held)), given, first.outputs[0][0][-1] // 2
         left = [r for r in rows if r.phase == first.phase and id(r) not in taken and r is not first]
         down = _one(left, _GROUPED, (count, inter), given)

@@ -115,10 +115,14 @@ def _of_run(path: Path) -> Iterator[OperatorTime]:
                 for key in ("inputs", "outputs")
             )
             seconds = float(entry["median_s"]) - empty
+            if not math.isfinite(seconds) or any(size < 0 for shape, _ in (*inputs, *outputs) for size in shape):
+                raise ValueError("a time or a shape that is none")
             rows, groups = (None if entry.get(key) is None else float(entry[key]) for key in ("rows", "groups"))
+            if not all(each is None or 0 <= each < math.inf for each in (rows, groups)):
+                raise ValueError("rows or groups that are none")
             equation, phase = str(entry["equation"]), str(entry["phase"])
             yield OperatorTime(str(entry["operator"]), inputs, outputs, seconds, equation, rows, groups, phase)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         why = f"operators: {type(error).__name__}: {error}"
         raise UsageError(f"{path}: {why}; measure again with this package's run.py") from None
 

@@ -14,13 +14,14 @@ import hw_profiles
 from model.hf_config import load_config
 from model.split import Layout
 from runtime.porting import operator_kernels
+from runtime.porting.kernel_fit import FitBasis, Measurement, fitted
 from runtime.porting.operator_times import OperatorTime
 from runtime.pricing import GLM5, Chip, MlaLayer, PriceBook, attention, open_book
 from runtime.pricing.load import balanced
 from runtime.serving.pricing import BatchShape
 from runtime.simulation.build import PriceTables, pricer_of, spec_for
 from tests.calibrate.made_up_npu import BASE, CONTEXT, EMPTY_S, TP, Call, decode_step
-from tests.cli.cli import glm5
+from tests.cli.cli import glm5, refused
 
 LOAD = balanced(256)
 MEASURED = ((4, CONTEXT), (16, CONTEXT), (64, CONTEXT), (256, CONTEXT), (16, 4 * CONTEXT), (64, 4 * CONTEXT))
@@ -195,6 +196,46 @@ def test_the_operator_of_the_projections_has_the_work_of_its_products() -> None:
 def test_a_row_that_is_not_used_says_why(name: str, given: list[Any], says: str) -> None:
     (use,) = operator_kernels.sorted_rows(_times((name, "decode", given, [((4, 4), "bfloat16")], 1e-5)), BASE).uses
     assert says in use.left_out and not use.used_for
+
+
+def test_rows_of_other_tensors_are_used_or_say_why() -> None:
+    """Each operator of a step with fewer tensors, fewer dims, or dims of 0: no traceback, no point without sizes."""
+    odd = []
+    for call in decode_step(4, LOAD):
+        given, made = ([(tuple(shape), kind) for shape, kind in each] for each in (call.inputs, call.outputs))
+        for i, (shape, kind) in enumerate(given):
+            for tensors in (given[:i], *([*given[:i], (s, kind), *given[i + 1 :]] for s in ((), (0,) * len(shape)))):
+                row = OperatorTime(call.name, tuple(tensors), tuple(made), 1e-5, "", call.rows, call.groups, "decode")
+                odd += [row, dataclasses.replace(row, inputs=tuple(given), outputs=())]
+    found = operator_kernels.sorted_rows(odd, BASE)
+    assert len(found.uses) == len(odd) and all(bool(use.used_for) != bool(use.left_out) for use in found.uses)
+    points = [point for each in found.kernels.values() for point in each]
+    assert points and all(min(point.seconds, *point.features.values()) > 0 for point in points)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("median_s", "inf"), ("rows", -1), ("inputs", [{"shape": [-1], "dtype": "a"}])]
+)
+def test_measurements_that_are_none_are_refused(key: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text(_json(decode_step(4, LOAD)[:1]))
+    text = json.loads((tmp_path / "m.json").read_text())
+    text["operators"][0][key] = value
+    (tmp_path / "m.json").write_text(json.dumps(text))
+    words = ("--profile", BASE.name, "--out", tmp_path / "mine.toml")
+    assert "measure again" in refused("calibrate", "--from", tmp_path / "m.json", *words)
+    assert not (tmp_path / "mine.toml").exists()
+
+
+def test_as_many_points_as_a_grid_has_need_be_none() -> None:
+    """Four of two by two, two of them in one place: what is left of the fit goes by tokens."""
+    sizes = [(1.0, 100.0, 4.0), (1.0, 200.0, 4.0), (2.0, 100.0, 4.0), (2.0, 100.0, 8.0)]
+    points = [
+        Measurement({"sequences": b, "tokens": b, "context": c, "heads": h, "kv_bytes": 80.0, "qk": 40.0, "v": 32.0},
+                    1e-5 * b + 1e-8 * c * h)
+        for b, c, h in sizes
+    ]  # fmt: skip
+    body = fitted("attention", points, FitBasis(1e14, 1e12), "made up")
+    assert list(body["axes"]) == ["tokens"] and max(map(abs, body["ratio"])) < 5_000
 
 
 def test_experts_without_the_sorting_of_their_tokens_are_products() -> None:

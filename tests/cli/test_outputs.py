@@ -28,6 +28,10 @@ LOAD = ["--model", "glm-4.7-flash", "--profile", "h200-sxm", "--isl", "100", "--
             ["compare", "--formats", "fp8", "--profile", "h200-sxm", "--prompts", "a", "--html", "a"],
             "is the file of --prompts too",
         ),
+        (
+            ["calibrate", "--from", "a.prices.json", "--profile", "ascend-910c-die", "--out", "a.toml"],
+            "--out a.prices.json is the file of --from too",
+        ),
         (["run", "--prompts", "a", "--dump-logits", "a"], "is the file of --prompts too"),
         (
             ["choose", "--profiles", "h200-sxm", *LOAD[:2], *LOAD[4:], "--prices", "a", "--html", "a"],
@@ -43,6 +47,7 @@ def test_what_is_written_is_not_read(
     Path("a").write_text("kept")
     Path("here").mkdir()
     os.symlink("a", "link")
+    os.symlink("a", "a.prices.json")
     assert text in refused(*words)
     assert Path("a").read_text() == "kept" and not Path("new").exists()
 

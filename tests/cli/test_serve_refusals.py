@@ -31,6 +31,8 @@ from tests.cli.cli import refused
         (["--api-key", "a b"], "a key has printable"),
         (["--api-key-file", "/nowhere"], "--api-key-file /nowhere"),
         (["--allowed-origin", "http://a/"], "--allowed-origin 'http://a/': give"),
+        (["--allowed-origin", "https://*.a.example"], "--allowed-origin 'https://*.a.example': give"),
+        (["--allowed-origin", "https://a.example:443"], "the port that the scheme has anyway"),
         (["--allowed-origin", "a.example"], "--allowed-origin 'a.example': give"),
         (["--allowed-origin", "http://a\r\nX: y"], "--allowed-origin 'http://a\\r\\nX: y': give"),
         (["--port", "70000"], "port"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ from model import graph
 from model.cache import cache_rows
 from model.checkpoint import Checkpoint
 from runtime.execution.local.engine import EngineConfig, LocalEngine
-from runtime.execution.local.load import load_engine
+from runtime.execution.local.load import load_engine, rows_for, token_bytes
 from runtime.execution.local.request import Completion, Prompt
 from runtime.serving.sampling import Sampling
 from tests.engine.conftest import SMALL
@@ -228,3 +230,17 @@ def test_fp8_weights_stay_fp8_and_give_the_dequantised_tokens(checkpoints: dict,
     assert a.logits is not None and b.logits is not None
     np.testing.assert_allclose(a.logits, b.logits, atol=1e-4)
     assert a.token_ids == b.token_ids
+
+
+@pytest.mark.parametrize("kv", [None, "fp8"])
+@pytest.mark.parametrize("name", ["dsa", "gqa", "mla"])
+def test_a_pool_is_counted_by_what_its_pages_take(name: str, kv: str | None, checkpoints: dict[str, Path]) -> None:
+    """The drafts' layer too; FP8 rows are what is kept, whether a model has latents, index keys or heads."""
+    cpu = registry.usable("cpu")
+    engine = load_engine(Checkpoint(checkpoints[name]), cpu, dataclasses.replace(SMALL, drafts=1, kv=kv))
+    kept, cfg = engine.programs, engine.cfg
+    arrays = [page for layer in (*kept.caches, kept.mtp_cache or {}) for page in layer.values()]
+    a_token = token_bytes(cfg, "float32", True, rows_for(cfg, cpu, engine.config.described, "float32", kv))
+    assert sum(each.nbytes for each in arrays) == (kept.pages + 2) * kept.page_size * a_token
+    widths = {each.dtype.itemsize for each in arrays}
+    assert widths == ({1} if kv else {4})

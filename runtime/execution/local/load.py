@@ -9,6 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from backends.interface import Backend
 from foundation.errors import CapacityError, UsageError
 from model.cache import cache_rows, held_row
@@ -123,7 +125,6 @@ def _require_room(
 
 def token_bytes(cfg: ModelConfig, dtype: str, mtp: bool, rows: CacheFormats = CacheFormats()) -> int:
     """Bytes of cache that one token takes over all layers, computed in `dtype` and kept in `rows`."""
-    sizes = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1, "uint8": 1}
     kinds = list(cfg.layers) + [cfg.mtp_type] * (cfg.mtp_layers if mtp else 0)
     held = [held_row(cfg, row, rows, dtype) for kind in kinds for row in cache_rows(cfg, kind)]
-    return sum(sizes[kept] * math.prod(shape) for shape, kept in held)
+    return sum(jnp.dtype(kept).itemsize * math.prod(shape) for shape, kept in held)

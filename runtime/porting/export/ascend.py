@@ -56,9 +56,9 @@ class AscendWriter:
         self.profile = profile.name if profile else _PROFILE
         self.other_chip = "" if request.documented or profile is None else profile.description
         self.not_sent = Counter(why for each in gears if (why := request.cut.not_sent(*each)))
-        undocumented = constraints.documented(constraints.DISPATCH, request.series)
-        if request.cut.exchanges and chosen == "all" and undocumented:
-            self.not_sent[undocumented] = len(gears)
+        why_not = constraints.undocumented(constraints.DISPATCH, request.series)
+        if request.cut.exchanges and chosen == "all" and why_not:
+            self.not_sent[why_not] = len(gears)
         sent = [request.cut.sent(gear) for phase, gear in gears if request.cut.sends(phase, gear)]
         self.buffer_mb = max((each.buffer_mb for each in sent), default=0)
         self.nz: dict[str, set[str]] = {}

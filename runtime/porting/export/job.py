@@ -60,7 +60,7 @@ class ExportJob:
             self.format == "ascend"
             and self.options.get("npu_ops", "all") == "all"
             and self.dtype in taken
-            and constraints.documented(constraints.DISPATCH, self.series) is None
+            and constraints.undocumented(constraints.DISPATCH, self.series) is None
         )
 
     @property
