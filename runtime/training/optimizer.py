@@ -65,12 +65,12 @@ class LearningRates(NamedTuple):
     fall: int
 
 
-def schedule(peak: float, rates: LearningRates) -> optax.Schedule:
-    """Up in a line, level, and down in a line to a fiftieth."""
+def schedule(peak: float, rates: LearningRates, end: float = 1 / 50) -> optax.Schedule:
+    """Up in a line, level, and down in a line to `end` of the peak."""
     return optax.join_schedules(
         [
             optax.linear_schedule(peak / max(1, rates.rise), peak, rates.rise),
-            optax.linear_schedule(peak, peak / 50, max(1, rates.fall)),
+            optax.linear_schedule(peak, peak * end, max(1, rates.fall)),
         ],
         [max(rates.rise, rates.steps - rates.fall)],
     )

@@ -20,6 +20,7 @@ from jax import Array
 
 from model.module import IndexerParam, Model
 from runtime.training.forward import forward
+from runtime.training.optimizer import LearningRates, schedule
 from runtime.training.params import Params, named, put
 from runtime.training.rl.config import PolicyObjective, RlStage
 from runtime.training.rl.objective import LearnerBatch, log_probabilities, loss
@@ -40,11 +41,7 @@ class LearnerState(NamedTuple):
 def rates(stage: RlStage) -> optax.Schedule:
     """Level, and over the last `decay` of a stage's steps down in a line; 0 would be the step behind the last."""
     fall = round(stage.decay * stage.steps)
-    if not fall:
-        return optax.constant_schedule(stage.rate)
-    return optax.join_schedules(
-        [optax.constant_schedule(stage.rate), optax.linear_schedule(stage.rate, 0.0, fall)], [stage.steps - fall]
-    )
+    return schedule(stage.rate, LearningRates(stage.rate, stage.rate, stage.steps, rise=0, fall=fall), end=0.0)
 
 
 def adam(rates: optax.Schedule, stage: RlStage) -> optax.GradientTransformation:
