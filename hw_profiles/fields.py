@@ -71,6 +71,7 @@ def _fields() -> dict[str, Field]:
         "chip.memory.usable_bytes": Field("bytes", 1e6, 1e13, "device memory an application sees in all"),
         "chip.memory.bandwidth_bytes_per_s": Field(*bandwidth, "peak bandwidth, reads plus writes"),
         "chip.memory.cache_bytes": Field("bytes", 1, 1e12, "what the last cache before the memory holds"),
+        "chip.memory.cache_bandwidth_bytes_per_s": Field(*bandwidth, "reads of small matrices that this cache holds"),
         "chip.sustained_clock_fraction": Field(
             "share",
             0.3,

@@ -28,6 +28,7 @@ import numpy as np
 import hw_profiles
 from backends.interface import Backend
 from hw_profiles import ChipFormats, Curve, Figure, Profile
+from runtime.porting.calibrate_cache import Cache, measure_cache
 from runtime.porting.calibrate_ops import OpClock, measure_kernels
 from runtime.porting.calibrate_sizes import (
     DTYPES,
@@ -39,6 +40,7 @@ from runtime.porting.calibrate_sizes import (
     median,
     pass_rows,
     pass_s,
+    product_chain,
     sized,
     times,
 )
@@ -102,7 +104,8 @@ class Calibration:
 
     dispatch_s: a call of an empty program, until its result is on the host. donated_s: the same with a
     64 MB cache that is donated and one row of which is written. kernel_launch_s, vector_launch_s: the smallest
-    product and the smallest norm inside a program. serving: of this project's server, where that was measured.
+    product and the smallest norm inside a program. cache: where one is told apart from memory. serving: of this
+    project's server, where that was measured.
     """
 
     dtype: str
@@ -113,6 +116,7 @@ class Calibration:
     gemms: tuple[Gemm, ...]
     streams: tuple[Stream, ...]
     kernels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    cache: Cache | None = None
     serving: ServingCost | None = None
 
     @property
@@ -178,7 +182,7 @@ def measure(
     dispatch_s = median(times(_empty(backend), rounds))
     donated_s = median(_donated_times(backend, rounds))
     report(1, total)
-    kernel_s = _per_op(backend, partial(_product_chain, 1), (1, 64), [(64, 64)] * 64, dtype, dispatch_s, effort.rounds)
+    kernel_s = _per_op(backend, partial(product_chain, 1), (1, 64), [(64, 64)] * 64, dtype, dispatch_s, effort.rounds)
     vector_s = _per_op(backend, _norm_chain, (1, 512), [(1, 512)] * 64, dtype, dispatch_s, effort.rounds)
     report(2, total)
     effort, probe = sized(backend, effort, dtype, dispatch_s, kernel_s)
@@ -189,6 +193,7 @@ def measure(
         )
         for size in (1e6, effort.cold_bytes)
     )
+    cache = measure_cache(backend, dtype, probe, effort)
     report(3, total)
     gemms: list[Gemm] = []
     for done, k in enumerate(effort.widths):
@@ -203,7 +208,7 @@ def measure(
     clock = OpClock(_OP_ROUNDS * effort.rounds, dispatch_s, kernel_s)
     kernels = measure_kernels(backend, dtype, *rates, clock, effort.tokens, effort.chunks)
     report(total, total)
-    return dataclasses.replace(found, kernels=kernels)
+    return dataclasses.replace(found, kernels=kernels, cache=cache)
 
 
 def profile(found: Calibration, backend: Backend, name: str, prices: str | None = None) -> Profile:
@@ -220,6 +225,9 @@ def profile(found: Calibration, backend: Backend, name: str, prices: str | None 
     }
     values["chip.memory.capacity_bytes"] = (float(device.memory_bytes or host_bytes()), "As the system reports it.")
     values["chip.memory.bandwidth_bytes_per_s"] = (found.bandwidth_bytes_per_s, f"Best stream seen. {spread}")
+    if found.cache is not None:
+        values["chip.memory.cache_bytes"] = (found.cache.bytes, "What a round of matrices may hold to be read faster.")
+        values["chip.memory.cache_bandwidth_bytes_per_s"] = (found.cache.bytes_per_s, "Small matrices that stay there.")
     values["overhead.kernel_launch_s"] = (
         found.kernel_launch_s,
         f"Inside a compiled step. A step's own dispatch: {found.dispatch_s * 1e6:.0f} us, "
@@ -290,12 +298,6 @@ def _donated_times(backend: Backend, rounds: int) -> list[float]:
     return times(call, rounds)
 
 
-def _product_chain(repeats: int, x: Any, factors: tuple[Any, ...]) -> Any:
-    for w in factors * repeats:
-        x = jnp.dot(x, w)
-    return x, x[0, 0]  # all of it is made, and one number fetched
-
-
 def _norm_chain(x: Any, scales: tuple[Any, ...]) -> Any:
     for scale in scales:
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-5) * (1.0 + scale)
@@ -334,7 +336,7 @@ def _gemms(backend: Backend, k: int, rows: Sequence[int], dtype: str, probe: Pro
         if again > 1:  # rather more matrices than the same ones, which a cache may hold
             count = min(whole, count * again, 128)
             again = probe.repeats(count, m, k, size)
-        chain = partial(_product_chain, again)
+        chain = partial(product_chain, again)
         run = loaded(backend, f"calibrate product {m}x{k}x{k} x {again}", chain, (x, tuple(held[:count])))
         counts.append(count)
         repeats.append(again)

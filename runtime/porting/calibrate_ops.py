@@ -78,7 +78,7 @@ def measure_kernels(
             "index_scores", _next_scores(backend, dtype, size, few, clock), basis, _SOURCE
         ),
     }
-    return {"schema": 1, "kernels": kernels}
+    return {"schema": 1, "kernels": {key: {**body, "rotated": clock.layers} for key, body in kernels.items()}}
 
 
 def _timed(

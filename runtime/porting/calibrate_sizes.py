@@ -147,6 +147,13 @@ def matrices(backend: Backend, k: int, count: int, dtype: str) -> list[Any]:
     return [run(backend.put(np.int32(number))) for number in range(count)]
 
 
+def product_chain(repeats: int, x: Any, factors: tuple[Any, ...]) -> tuple[Any, Any]:
+    """One row or more through all factors, so many times."""
+    for w in factors * repeats:
+        x = jnp.dot(x, w)
+    return x, x[0, 0]  # all of it is made, and one number fetched
+
+
 # --- timing
 
 

@@ -266,7 +266,12 @@ class PriceBook:
         return timing
 
     def _cold_seconds(self, kernel: Kernel, features: Mapping[str, Any]) -> Array:
-        return kernel.cold_bytes(features, self.chip.cache_bytes) / self.chip.memory_bandwidth_bytes_per_s
+        """What reading weights takes longer in a model's step than where the kernel was measured."""
+        chip = self.chip
+        longer = 1.0 / chip.memory_bandwidth_bytes_per_s
+        if chip.cache_bandwidth_bytes_per_s:
+            longer = max(0.0, longer - 1.0 / chip.cache_bandwidth_bytes_per_s)
+        return kernel.cold_bytes(features, chip.cache_bytes) * longer * (1.0 - chip.kept)
 
     def _least_seconds(self, kernel: Kernel, features: Mapping[str, Any], weight_format: str) -> Array:
         """What the chip's peak rates allow. Ratios that were fitted to small sizes can ask for more beyond them:

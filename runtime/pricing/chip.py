@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from foundation.errors import UsageError
 from hw_profiles.fields import RATE_OF_SCHEME
@@ -68,6 +72,9 @@ class Chip:
 
     compute_curve, memory_curve: (size, share of the peak) knots by FLOP and by bytes, where the profile's own
     machine was measured; they then say more than the single factors.
+
+    cache_bytes, cache_bandwidth_bytes_per_s: what its last cache holds, and how fast weights are read that stay
+    there; 0 if unknown. kept: the share of a step's weights that do.
     """
 
     name: str
@@ -88,6 +95,21 @@ class Chip:
     cache_bytes: float = 0.0
     absent: frozenset[str] = frozenset()
     vector_flops_per_s: float = 0.0
+    cache_bandwidth_bytes_per_s: float = 0.0
+    kept: float = 0.0
+
+    def keeping(self, kept: float) -> Chip:
+        """This chip, with steps that find such a share of their weights in its cache: rates that were measured from
+        memory (`memory_curve`) are in that part the cache's."""
+        rate, curve = self.cache_bandwidth_bytes_per_s, self.memory_curve
+        if not (kept and rate and curve):
+            return self
+
+        def faster(share: float) -> float:
+            cold = self.memory_bandwidth_bytes_per_s * share
+            return share / (1.0 - kept + kept * min(1.0, cold / rate))
+
+        return replace(self, memory_curve=tuple((size, faster(share)) for size, share in curve), kept=kept)
 
     @property
     def domain(self) -> int:
@@ -191,4 +213,11 @@ class Chip:
             get("chip.memory.cache_bytes") or 0.0,
             frozenset(absent),
             get("chip.vector.fp32_flops_per_s") or 0.0,
+            get("chip.memory.cache_bandwidth_bytes_per_s") or 0.0,
         )
+
+
+def kept_share(cache_bytes: float, touched_bytes: ArrayLike) -> Any:
+    """Of what is touched in turn, the share that a cache still holds when its turn comes again: all of it up to the
+    cache's size, nothing from twice that size on."""
+    return np.clip(2.0 * cache_bytes / np.maximum(touched_bytes, 1.0) - 1.0, 0.0, 1.0)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.pricing.chip import Knots
+from runtime.pricing.chip import Knots, kept_share
 from runtime.pricing.eras import OLDER_ERROR
 from runtime.pricing.grid import Array, RatioGrid
 from runtime.pricing.price import Bound, PriceEvidence
@@ -126,6 +126,8 @@ class Kernel:
     rates: Rates | None = None
     assumed: frozenset[str] = frozenset()
     """Figures of the chip that nobody gave, and what was taken for them."""
+    rotated: int = 0
+    """Weights that its measurements took in turn; 0: as `ROTATED` says."""
 
     @property
     def cited(self) -> frozenset[str]:
@@ -151,13 +153,11 @@ class Kernel:
         """Bytes of weights that a layer of a model reads from memory, and measuring read from the chip's cache.
 
         A step goes through all weights before it comes back to a layer's, which no cache holds; whoever measures runs
-        one kernel over and over. What it touches stays while it fits: all of it up to the cache's size, nothing from
-        twice that size on, where the next run has lost what the last one read.
+        one kernel over and over, whose weights stay in the cache while they fit (`kept_share`).
         """
         work = FAMILIES[self.family](features)
-        touched = np.asarray(work.bytes, float) * ROTATED.get(self.family, 1)
-        kept = np.clip(2.0 * cache_bytes / np.maximum(touched, 1.0) - 1.0, 0.0, 1.0)
-        return np.asarray(weight_bytes(self.family, features), float) * kept
+        touched = np.asarray(work.bytes, float) * (self.rotated or ROTATED.get(self.family, 1))
+        return np.asarray(weight_bytes(self.family, features), float) * kept_share(cache_bytes, touched)
 
     def adjusted(self, launch_s: float, compute_scale: float, memory_scale: float) -> Kernel:
         """The same kernel with a launch time of a chip's own, and efficiencies scaled by what its profile says.
@@ -226,4 +226,5 @@ def kernel_from_json(key: str, body: Mapping[str, Any], evidence: PriceEvidence 
         max(body["error"][name][1] for name in ("held_out_shapes", "power_law_rows") if name in body["error"]),
         body.get("evidence", evidence),
         body["source"],
+        rotated=body.get("rotated", 0),
     )

@@ -28,8 +28,10 @@ from runtime.deployment.ledger import (
     fullest,
     stage_kv_bytes_per_token,
     stage_ledgers,
+    stage_weight_bytes,
 )
 from runtime.pricing import Chip, PriceBook, load, open_book
+from runtime.pricing.chip import kept_share
 from runtime.pricing.pricer import GraphPricer, OpLists
 from runtime.serving import CacheTier, Deployment, Speculation
 from runtime.simulation.offload import cache_tiers, tiers_assumed
@@ -231,14 +233,14 @@ class PriceTables:
         self._books: dict[Any, tuple[PriceBook, dict[Any, Any]]] = {}
         self._loads: dict[Any, load.ExpertLoad] = {}
 
-    def book(self, profile: Profile, engine: Engine, wide: str) -> tuple[PriceBook, dict[Any, Any]]:
-        """The price book of a chip under an engine, and the tables made from it so far."""
-        key = (id(profile), engine.prices, engine.release, wide)
+    def book(self, profile: Profile, engine: Engine, wide: str, kept: float = 0.0) -> tuple[PriceBook, dict[Any, Any]]:
+        """The price book of a chip under an engine, and the tables made from it so far. kept: as of `Chip`."""
+        key = (id(profile), engine.prices, engine.release, wide, kept)
         if key not in self._books:
             graded = {curve.grade for curve in profile.curves.values()}
             kept = {"measured", "user"} if "measured" in graded else {"measured"}  # a curve set by hand beside its own
             curves = {path: curve.knots for path, curve in profile.curves.items() if curve.grade in kept}
-            chip = Chip.from_fields(profile.name, profile.number, curves)
+            chip = Chip.from_fields(profile.name, profile.number, curves).keeping(kept)
             # the profile is kept, so that its id stays its own
             # a release of the engine whose tables they are: others only borrow them
             release = engine.release if engine.kind == engine.prices else ""
@@ -252,9 +254,19 @@ class PriceTables:
         return self._loads[name, experts]
 
 
+def _kept(spec: Spec) -> float:
+    """The share of a device's weights that its cache keeps from step to step: none, but for a model that is small."""
+    cache_bytes = spec.profile.number("chip.memory.cache_bytes")
+    if not cache_bytes or not spec.profile.number("chip.memory.cache_bandwidth_bytes_per_s"):
+        return 0.0
+    stages = range(spec.layout.pp)
+    held = (stage_weight_bytes(spec.cfg, spec.layout, spec.formats, stage, spec.drafts > 0) for stage in stages)
+    return float(kept_share(cache_bytes, max(sum(each.values()) for each in held)))
+
+
 def pricer_of(spec: Spec, tables: PriceTables) -> GraphPricer:
     """The prices of a deployment's steps. Raises `ProfileError` or `PriceError`."""
-    book, shared = tables.book(spec.profile, spec.engine, spec.formats.wide)
+    book, shared = tables.book(spec.profile, spec.engine, spec.formats.wide, _kept(spec))
     experts = spec.expert_load
     if not isinstance(experts, load.ExpertLoad):
         experts = tables.load(

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from backends.interface import Backend, Capabilities, DeviceInfo, Program
-from runtime.porting import calibrate, calibrate_ops, calibrate_sizes
+from runtime.porting import calibrate, calibrate_cache, calibrate_ops, calibrate_sizes
 from runtime.porting.calibrate import Calibration, measure
 from runtime.porting.calibrate_sizes import QUICK, Effort
 
@@ -113,7 +113,7 @@ class MadeUp(Backend):
 def calibrated(chip: Chip, effort: Effort, monkeypatch: pytest.MonkeyPatch) -> Calibration:
     backend = MadeUp(chip)
     clock = types.SimpleNamespace(perf_counter=lambda: backend.now)
-    for module in (calibrate, calibrate_sizes, calibrate_ops):
+    for module in (calibrate, calibrate_cache, calibrate_sizes, calibrate_ops):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(calibrate, "measure_kernels", lambda *_: {})
     return measure(backend, effort)
@@ -127,6 +127,12 @@ def test_the_rates_of_a_fast_device_are_found(effort: Effort, monkeypatch: pytes
     assert found.bandwidth_bytes_per_s == pytest.approx(chip.bytes_per_s, rel=0.1)
     assert found.peak_flops_per_s("bfloat16") == pytest.approx(chip.flops_per_s, rel=0.1)
     assert found.kernel_launch_s == pytest.approx(chip.launch_s, rel=0.3)
+    assert found.cache and found.cache.bytes <= chip.cache_bytes < 2 * found.cache.bytes
+    assert found.cache.bytes_per_s == pytest.approx(3 * chip.bytes_per_s, rel=0.1)
+
+
+def test_a_cache_no_faster_than_memory_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert calibrated(Chip(cache_bytes=0.0), QUICK, monkeypatch).cache is None
 
 
 def test_a_slow_device_keeps_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

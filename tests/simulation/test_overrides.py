@@ -99,6 +99,7 @@ MOVES = {
     "chip.memory.usable_bytes": Moves(100e9, 120e9, pool, more=True),
     "chip.memory.bandwidth_bytes_per_s": Moves(2e12, 4e12, step(DECODE)),
     "chip.memory.cache_bytes": Moves(1.0, 100e6, step(DECODE), more=True),
+    "chip.memory.cache_bandwidth_bytes_per_s": Moves(5e12, 5e13, step(DECODE), more=True),
     "node.devices": Moves(4, 8, servers),
     "link.scale_up.bandwidth_bytes_per_s": Moves(10e9, 450e9, step(PREFILL)),
     "link.scale_up.latency_s": Moves(1e-6, 20e-6, step(DECODE), more=True),
