@@ -201,6 +201,10 @@ def test_ends_that_are_ignored_are_not_shown(api: Api) -> None:
     api.says("one<|user|>two<|endoftext|>", end="")
     answer = api.chat(ignore_eos=True, **OFF)
     assert answer.content == "onetwo"
+    api.says("one<|user|>two<|endoftext|>", end="")
+    body = {"messages": USERS, "max_tokens": 9, "ignore_eos": True, "min_tokens": 4, "seed": 3}
+    assert api.post("/v1/messages", body).json()["content"] == [{"type": "text", "text": "onetwo"}]
+    assert (last(api).min_tokens, last(api).sampling.seed) == (4, 3)
 
 
 def test_thinking_is_switched_as_the_template_has_it(api: Api) -> None:

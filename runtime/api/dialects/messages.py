@@ -60,9 +60,12 @@ class CountBody(RequestBody):
 
 
 class MessagesBody(CountBody):
-    """As Anthropic has it."""
+    """As Anthropic has it, with what load tests need beside it: vLLM's `ignore_eos` and `min_tokens`, and a seed."""
 
     max_tokens: int = Field(ge=1)
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stream: bool | None = None
     stop_sequences: Items[str] | None = None
     temperature: float | None = Field(None, ge=0, le=1)
@@ -84,7 +87,8 @@ class MessagesRequest:
             self.streams = bool(body.stream)
             drawn = Drawn(
                 max_tokens=body.max_tokens, temperature=body.temperature, top_p=body.top_p, top_k=body.top_k,
-                stops=stops(body.stop_sequences, "stop_sequences"),
+                stops=stops(body.stop_sequences, "stop_sequences"), seed=body.seed,
+                min_tokens=body.min_tokens or 0, ignore_eos=bool(body.ignore_eos),
             )  # fmt: skip
             output = body.output_config or output
             if output.effort is not None and output.effort not in EFFORTS:
