@@ -63,12 +63,13 @@ def _spelt(value: Any) -> str:
 
 
 def modes(seed: int) -> Iterator[Cell]:
-    """Who waits for whom, with an environment that takes its time and without."""
-    stage = STAGE | {"steps": 12}
+    """Who waits for whom, with an environment that takes its time and without: then in more steps, for a second process
+    takes seconds to begin."""
     schedules = {"sync": {"mode": "sync"}, "ahead": {"mode": "ahead"}, "async": {"mode": "async", "staleness": 2}}
     for delayed in ("delays", "none"):
         for mode, schedule in schedules.items():
             delay = DELAY if delayed == "delays" else {}
+            stage = STAGE | {"steps": 12 if delay else 60}
             yield Cell("modes", (delayed, mode), seed, (stage,), schedule, delay=delay, questions=20)
 
 

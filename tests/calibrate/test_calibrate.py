@@ -25,6 +25,7 @@ from model.split import Layout
 from runtime.api import pace
 from runtime.deployment.engines import load
 from runtime.deployment.engines.defaults import engine_for
+from runtime.execution.local.load import embedded_checkpoint
 from runtime.porting import calibrate_ops
 from runtime.porting.calibrate import Calibration, Gemm, ServingCost, Stream, measure, prices, profile
 from runtime.porting.calibrate_sizes import QUICK, Effort
@@ -232,6 +233,20 @@ def test_a_figure_set_beside_its_own_counts(written: hw_profiles.Profile, field:
     assert all(a <= b for a, b in zip(good, bad, strict=True)) and good[1] < bad[1]
 
 
+def test_only_a_small_model_decodes_from_the_cache(written: hw_profiles.Profile) -> None:
+    cached = {"chip.memory.cache_bytes": 16e6, "chip.memory.cache_bandwidth_bytes_per_s": 1e13}
+    shape = BatchShape(np.full(1, 128), decode_rows=1)
+
+    def took(model: str, settings: dict[str, float]) -> float:
+        described = hw_profiles.load(str(written.path), {"chip.memory.cache_bytes": 1.0, **settings})
+        made = spec_for(load_config(model), described, Layout(), "f32", engine="glm5")
+        return pricer_of(made, PriceTables(coarse=True)).seconds(shape)
+
+    embedded = str(embedded_checkpoint())
+    assert took(embedded, cached) < 0.9 * took(embedded, {})
+    assert took("glm-4.7-flash", cached) >= took("glm-4.7-flash", {})
+
+
 def model_calibration(peak: float, bandwidth: float, launch: float) -> Calibration:
     """What a machine of exactly these rates would have measured."""
     gemms = []
@@ -265,7 +280,7 @@ def test_the_curves_return_what_went_in() -> None:
 
 def test_more_bandwidth_is_never_slower() -> None:
     made = model_calibration(3e11, 2e10, 2e-6)
-    knots = {"compute_curve": made.compute_knots(), "memory_curve": made.memory_knots()}
+    knots: dict[str, Any] = {"compute_curve": made.compute_knots(), "memory_curve": made.memory_knots()}
     slow, fast = (
         open_book(Chip("known", {"fp32": 3e11, "bf16": 1e11}, rate, kernel_launch_s=2e-6, **knots), wide="f32")
         for rate in (2e10, 4e10)
