@@ -84,6 +84,7 @@ def _digest(backend: Backend, program: Program, of: str) -> str:
     said = (
         _code(), backend.name, backend.capabilities().platform, program.name, of, str(tree),
         [(each.shape, str(each.dtype)) for each in shapes], program.donate, program.optimise,
+        program.orders,
     )  # fmt: skip
     return hashlib.sha256(repr(said).encode()).hexdigest()
 

@@ -20,8 +20,12 @@ from typing import Any, ClassVar, Protocol
 
 from backends.errors import ArtifactError, BackendError, Unsupported
 from foundation.reading import Unreadable, parse_json
+from model.weights import Weight
 
-_MAGIC, _ARTIFACT_VERSION = b"GLM5ART\n", 2
+_MAGIC, _ARTIFACT_VERSION = b"GLM5ART\n", 3
+
+Order = tuple[int, ...]
+"""How an array lies in memory: its dims from the major to the minor. None instead: as its shape has them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +46,8 @@ class Capabilities:
     in FP8. donation: a program may reuse its input buffers for outputs. dlpack: buffers are exchanged
     without a copy. cache_rows: formats (names of `model.formats.ROWS`) that a program may keep cache rows in besides
     `dtypes`. apart: a program runs while the host does other work, and its results have to be fetched. programs:
-    kept loaded at once by what serves, for each holds memory of the host, or of the device.
+    kept loaded at once by what serves, for each holds memory of the host, or of the device. out_in: ops whose matrices
+    are to lie in memory as checkpoints have them, [out, in], and not as the graph has them, [in, out]; shapes stay.
     """
 
     platform: str
@@ -55,6 +60,11 @@ class Capabilities:
     cache_rows: frozenset[str] = frozenset()
     apart: bool = False
     programs: int = 64
+    out_in: frozenset[str] = frozenset()
+
+    def order(self, weight: Weight) -> Order | None:
+        """How a weight is to lie, as `Backend.put` takes it. Scales lie as their matrix does."""
+        return weight.out_in if weight.op in self.out_in else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +79,9 @@ class Program:
     `spread(fn)` is the function of `args` that all of them run together. `mesh`: their axes with sizes, outermost
     first, where they are devices of the backend; `args` then carry shardings over it. Without a mesh one device
     stands for all.
+
+    `orders`: how the leaves of `args` lie, one behind the other (`Backend.order_of`); all as their shapes by default.
+    What is loaded takes buffers that lie so, and no others.
     """
 
     name: str
@@ -79,6 +92,7 @@ class Program:
     optimise: bool = True
     spread: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    orders: tuple[Order | None, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +107,7 @@ class Artifact:
     payload: bytes
     optimise: bool = True
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    orders: tuple[Order | None, ...] = ()
 
     @property
     def devices(self) -> int:
@@ -110,6 +125,7 @@ class Artifact:
             "versions": dict(self.versions),
             "optimise": self.optimise,
             "mesh": dict(self.mesh),
+            "orders": self.orders,
             "sha256": hashlib.sha256(self.payload).hexdigest(),
         }
         encoded = json.dumps(header).encode()
@@ -133,7 +149,7 @@ class Artifact:
             name, platform, fmt = header["name"], header["platform"], header["format"]
             found = cls(
                 name, platform, fmt, tuple(header["donate"]), header["versions"], payload, header["optimise"],
-                header["mesh"],
+                header["mesh"], tuple(None if order is None else tuple(order) for order in header["orders"]),
             )  # fmt: skip
         except (Unreadable, ValueError, KeyError, TypeError):
             raise ArtifactError("not an artifact, or its header is damaged; export it again") from None
@@ -212,8 +228,12 @@ class Backend(ABC):
         return None
 
     @abstractmethod
-    def put(self, array: Any) -> Any:
-        """A host array (numpy) as a device buffer."""
+    def put(self, array: Any, order: Order | None = None) -> Any:
+        """A host array (numpy) as a device buffer, of the same shape however it is to lie."""
+
+    def order_of(self, buffer: Any) -> Order | None:
+        """How a buffer lies, where not as its shape has it."""
+        return None
 
     @abstractmethod
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:

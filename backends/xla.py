@@ -19,7 +19,8 @@ from jax import export
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from backends.errors import ArtifactError, BackendUnavailable
-from backends.interface import Artifact, Backend, DeviceInfo, Executable, Program
+from backends.interface import Artifact, Backend, DeviceInfo, Executable, Order, Program
+from backends.orders import laid, order_of
 from foundation.errors import first_line
 from model import ops
 
@@ -71,6 +72,7 @@ class XlaBackend(Backend):
             payload=bytes(exported.serialize()),
             optimise=program.optimise,
             mesh=program.mesh,
+            orders=program.orders,
         )
 
     def settle(self, value: Any, meant: jax.ShapeDtypeStruct) -> Any:
@@ -86,9 +88,10 @@ class XlaBackend(Backend):
         exported = export.deserialize(bytearray(artifact.payload))
         placed = self._shardings(artifact, exported, devices)
         run = jax.jit(exported.call, donate_argnums=artifact.donate)
+        orders = artifact.orders or (None,) * len(placed)
         avals = [
-            jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-            for a, sharding in zip(exported.in_avals, placed, strict=True)
+            jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=laid(sharding, order))
+            for a, sharding, order in zip(exported.in_avals, placed, orders, strict=True)
         ]
         args = jax.tree.unflatten(exported.in_tree, avals)[0]
         return run.lower(*args).compile(None if artifact.optimise else _NOT_OPTIMISED)
@@ -111,8 +114,11 @@ class XlaBackend(Backend):
         said = isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED")
         return said or super().exhausted(error)
 
-    def put(self, array: Any) -> Any:
-        return jax.device_put(array, self.device)
+    def put(self, array: Any, order: Order | None = None) -> Any:
+        return jax.device_put(array, laid(SingleDeviceSharding(self.device), order))
+
+    def order_of(self, buffer: Any) -> Order | None:
+        return order_of(buffer)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
         return jnp.zeros(shape, dtype, device=self.device)

@@ -101,6 +101,22 @@ class Weight:
         return _MATRIX_DIMS.get(self.arrangement)
 
     @property
+    def op(self) -> str | None:
+        """The op of the contract whose matrices it is one of, or several. None for vectors, for the embedding, and for
+        the halves of `kv_b_proj`, which one op contracts along one dim and another along the other."""
+        if self.arrangement not in (Arrangement.MATRIX, Arrangement.GATE_UP):
+            return None
+        return {"experts": "glm.expert_ffn", "router": "glm.route"}.get(self.component, "glm.linear")
+
+    @property
+    def out_in(self) -> tuple[int, ...]:
+        """Of a matrix, its dims from the major to the minor where it lies as checkpoints have it, [.., out, in]: that
+        which is contracted is the minor one."""
+        assert self.matrix_dims
+        contracted = len(self.shape) + self.matrix_dims[0]
+        return (*(dim for dim in range(len(self.shape)) if dim != contracted), contracted)
+
+    @property
     def initial(self) -> tuple[float, float]:
         """Mean and deviation of random values to begin with: gains 1, biases 0, matrices that keep the size of what
         they are given, embeddings of size 1."""

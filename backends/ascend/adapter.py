@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from backends.ascend.device import why_not
-from backends.errors import ArtifactError, BackendUnavailable
-from backends.interface import Artifact, Backend, Capabilities, DeviceInfo, Executable, Program
+from backends.errors import ArtifactError, BackendUnavailable, Unsupported
+from backends.interface import Artifact, Backend, Capabilities, DeviceInfo, Executable, Order, Program
 from backends.toolchains.torch_device import TorchDevice
 from backends.toolchains.walker import Graph, port
 from foundation.errors import first_line
@@ -110,7 +110,9 @@ class AscendBackend(Backend):
             raise BackendUnavailable(f"backend {self.name} cannot be used here: {reason}")
         return self._given or TorchDevice("npu:0")
 
-    def put(self, array: Any) -> Any:
+    def put(self, array: Any, order: Order | None = None) -> Any:
+        if order is not None:
+            raise Unsupported(f"backend {self.name} holds arrays as their shapes have them")
         return self._device.put(np.asarray(array))
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:

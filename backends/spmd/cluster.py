@@ -130,10 +130,11 @@ class Cluster:
         dim, axes = self.grid.layout.split(weight)
         value = divisible(value, weight, dim, self.grid.layout.parts(axes))
         dtype = np.dtype("float32") if weight.float32 else jax.numpy.dtype(self.formats.dtype)
+        order = self.backend.capabilities().order(weight)
 
         def place(leaf: np.ndarray, dtype: Any) -> Any:
             leaf = np.asarray(leaf) if slots is None else np.asarray(leaf)[slots]
-            return stage.place(leaf.astype(dtype, copy=False), dim, axes)
+            return stage.place(leaf.astype(dtype, copy=False), dim, axes, order)
 
         if isinstance(value, Quantized):
             return Quantized(*(place(leaf, leaf.dtype) for leaf in value))
@@ -195,6 +196,7 @@ class Cluster:
             donate=(1,),  # the caches
             needs=frozenset({self.formats.dtype} | ({"fp8_weights"} if any(map(_is_quantised, weights)) else set())),
             optimise=sum(leaf.nbytes for leaf in jax.tree.leaves(args[0])) > _SMALL_BYTES,
+            orders=tuple(map(self.backend.order_of, jax.tree.leaves(args))),
         )
 
     def _same_as(self, number: int) -> Any:

@@ -20,7 +20,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from backends.errors import BackendUnavailable
-from backends.interface import Backend, Executable, Program
+from backends.interface import Backend, Executable, Order, Program
+from backends.orders import laid
 from backends.spmd.cluster import Cluster, Plain
 from backends.spmd.shard import is_split
 from backends.spmd.stages import Hosts
@@ -163,14 +164,15 @@ class Spread(Hosts):
         self.source: int = devices[0].process_index
         self.here = any(device.process_index == jax.process_index() for device in devices)
 
-    def _put(self, value: np.ndarray, *spec: Any) -> Any:
+    def _put(self, value: np.ndarray, *spec: Any, order: Order | None = None) -> Any:
         def share(index: Any) -> np.ndarray:
             return value[index].copy()  # not a view: that would keep the whole weight
 
-        return jax.make_array_from_callback(value.shape, self._sharding(*spec), share)
+        return jax.make_array_from_callback(value.shape, laid(self._sharding(*spec), order), share)
 
-    def place(self, value: np.ndarray, dim: int, axes: Axes) -> Any:
-        return self._put(value, *([None] * dim + [axes] if is_split(value, dim, self.grid.layout.parts(axes)) else []))
+    def place(self, value: np.ndarray, dim: int, axes: Axes, order: Order | None = None) -> Any:
+        spec = [None] * dim + [axes] if is_split(value, dim, self.grid.layout.parts(axes)) else []
+        return self._put(value, *spec, order=order)
 
     def cache(self, value: np.ndarray, split_heads: bool) -> Any:
         return self._put(value, *(("dp", None, "tp") if split_heads else ("dp",))) if self.here else None

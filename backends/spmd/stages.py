@@ -16,7 +16,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from backends.interface import Backend, Executable, Program
+from backends.interface import Backend, Executable, Order, Program
+from backends.orders import laid
 from backends.spmd.shard import is_split
 from model import ops
 from model.split import Axes, Grid
@@ -32,8 +33,8 @@ class Stage(Protocol):
     here: bool
     """Whether this process has any of the stage's devices."""
 
-    def place(self, value: np.ndarray, dim: int, axes: Axes) -> Any:
-        """A whole value, cut along `dim` over `axes`; held whole by every device without."""
+    def place(self, value: np.ndarray, dim: int, axes: Axes, order: Order | None = None) -> Any:
+        """A whole value, cut along `dim` over `axes`; held whole by every device without. order: how shares lie."""
         ...
 
     def cache(self, value: np.ndarray, split_heads: bool) -> Any:
@@ -84,9 +85,9 @@ class Hosts:
     def _sharding(self, *spec: Any) -> NamedSharding:
         return NamedSharding(self.mesh, _P(*spec))
 
-    def place(self, value: np.ndarray, dim: int, axes: Axes) -> Any:
+    def place(self, value: np.ndarray, dim: int, axes: Axes, order: Order | None = None) -> Any:
         spec = [None] * dim + [axes] if is_split(value, dim, self.grid.layout.parts(axes)) else []
-        return jax.device_put(value, self._sharding(*spec))
+        return jax.device_put(value, laid(self._sharding(*spec), order))
 
     def cache(self, value: np.ndarray, split_heads: bool) -> Any:
         return jax.device_put(value, self._sharding(*(("dp", None, "tp") if split_heads else ("dp",))))
@@ -127,13 +128,15 @@ class Mapped:
     def __init__(self, grid: Grid, backend: Backend):
         self.grid, self._put = grid, backend.put
 
-    def place(self, value: np.ndarray, dim: int, axes: Axes) -> Any:
+    def place(self, value: np.ndarray, dim: int, axes: Axes, order: Order | None = None) -> Any:
         shares = self.grid.layout.parts(axes)
         if not is_split(value, dim, shares):
-            return Held(self._put(value), ())
+            return Held(self._put(value, order), ())
         sizes = [getattr(self.grid, axis) for axis in axes]
         cut = value.reshape(*value.shape[:dim], *sizes, value.shape[dim] // shares, *value.shape[dim + 1 :])
-        return Held(self._put(np.moveaxis(cut, range(dim, dim + len(sizes)), range(len(sizes)))), axes)
+        if order is not None:
+            order = (*range(len(sizes)), *(each + len(sizes) for each in order))
+        return Held(self._put(np.moveaxis(cut, range(dim, dim + len(sizes)), range(len(sizes))), order), axes)
 
     def cache(self, value: np.ndarray, split_heads: bool) -> Any:
         dp, tp = self.grid.dp, self.grid.tp

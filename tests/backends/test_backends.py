@@ -102,8 +102,8 @@ def test_who_runs_one_device_only_says_so() -> None:
 
 def test_an_artifact_of_another_version_is_refused() -> None:
     whole = Artifact("p", "cpu", "f", (), {}, b"").to_bytes()
-    with pytest.raises(ArtifactError, match="artifact version 1, this release reads 2"):
-        Artifact.from_bytes(whole.replace(b'"version": 2', b'"version": 1'))
+    with pytest.raises(ArtifactError, match="artifact version 2, this release reads 3"):
+        Artifact.from_bytes(whole.replace(b'"version": 3', b'"version": 2'))
 
 
 def test_buffers_are_exchanged_with_torch_without_a_copy() -> None:

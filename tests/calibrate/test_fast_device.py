@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from backends.interface import Backend, Capabilities, DeviceInfo, Program
+from backends.interface import Backend, Capabilities, DeviceInfo, Order, Program
 from runtime.porting import calibrate, calibrate_cache, calibrate_ops, calibrate_sizes
 from runtime.porting.calibrate import Calibration, measure
 from runtime.porting.calibrate_sizes import QUICK, Effort
@@ -73,7 +73,7 @@ class MadeUp(Backend):
 
         return run
 
-    def put(self, array: Any) -> Buffer:
+    def put(self, array: Any, order: Order | None = None) -> Buffer:
         return Buffer(array.shape, array.dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Buffer:

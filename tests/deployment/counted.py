@@ -21,6 +21,7 @@ from hypothesis import HealthCheck
 from backends.emulation import rounding
 from backends.emulation.backend import EmulatedDevices, SimBackend
 from backends.emulation.number_formats import NumberFormats
+from backends.interface import Order
 from backends.spmd import stages
 from backends.spmd.cluster import Cluster, Server
 from backends.spmd.stages import Held
@@ -243,7 +244,7 @@ once = cache(Once)
 class InMemory(EmulatedDevices):
     """Keeps arrays as they are."""
 
-    def put(self, array: Any) -> Any:
+    def put(self, array: Any, order: Order | None = None) -> Any:
         return array
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
+from model.abstract import StepShape, trace_layer
 from model.checkpoint import groups
 from model.config import ModelConfig
 from model.formats import FP8_BLOCK
 from model.hf_config import load_config, preset_names
-from model.weights import Arrangement, layer_weights, outer_weights, parameter_counts
+from model.weights import Arrangement, as_matrix, layer_weights, outer_weights, parameter_counts
 from tests.model.oracle import CASES, FAMILIES, Oracle
 from tests.model.test_config import raw_preset
 
@@ -144,3 +147,38 @@ def test_full_size_names_are_those_of_the_release() -> None:
         if any("indexer" in name for weight in group.weights for name in group.tensors(weight))
     }
     assert len(indexed) == 21 and {0, 1, 2, 6, 74} < indexed
+
+
+@pytest.mark.parametrize("name", ["glm-5", "glm-4.5", "deepseek-v3"])
+def test_a_weight_names_the_op_that_takes_it(name: str) -> None:
+    """As the graph has it: every op of a trace that reads a matrix is the one that the matrix names."""
+    cfg, seen = load_config(name), set[str]()
+    for kind in cfg.layer_counts:
+        if kind.mtp:
+            continue
+        jaxpr = trace_layer(cfg, kind, StepShape(2, 1, 64)).jaxpr
+        for weight in layer_weights(cfg, kind):
+            (var,) = (
+                v for v, said in zip(jaxpr.invars, jaxpr.debug_info.arg_names, strict=True)
+                if said == f"w['{weight.name}']"
+            )  # fmt: skip
+            readers = {eqn.params["name"] for eqn in jaxpr.eqns if any(v is var for v in eqn.invars)}
+            if weight.op:
+                assert readers == {weight.op}, weight.name
+                seen.add(weight.op)
+            else:
+                assert not readers & {"glm.linear", "glm.route", "glm.expert_ffn"} or len(weight.shape) == 1
+    assert seen == {"glm.linear", "glm.route", "glm.expert_ffn"}
+
+
+@pytest.mark.parametrize("name", ["glm-5", "glm-4.5"])
+def test_out_in_is_how_checkpoints_have_matrices(name: str) -> None:
+    """An array of bytes that lies so is the checkpoint's matrix, in its order."""
+    cfg = load_config(name)
+    for weight in layer_weights(cfg, next(iter(cfg.layer_counts))):
+        if weight.matrix_dims:
+            small = dataclasses.replace(weight, shape=tuple(range(2, 2 + len(weight.shape))))
+            lying = np.arange(small.size).reshape([small.shape[dim] for dim in small.out_in])
+            in_graph = lying.transpose(np.argsort(small.out_in))
+            assert in_graph.shape == small.shape
+            np.testing.assert_array_equal(as_matrix(small, in_graph).ravel(), np.arange(small.size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -13,7 +14,7 @@ from jax import export
 from backends.cpu import CpuBackend
 from backends.emulation.backend import SimBackend
 from backends.emulation.number_formats import NumberFormats
-from backends.interface import Artifact, Program
+from backends.interface import Artifact, Capabilities, Program
 from backends.spmd.cluster import Cluster
 from backends.spmd.processes import Processes
 from backends.xla import XlaBackend
@@ -103,6 +104,21 @@ def test_kernels_of_the_backend_are_in_the_program(checkpoints: Checkpoints, exp
     assert kernels <= meanings and own == meanings - kernels
     assert all(artifact.mesh == {"dp": 1, "tp": 1} for artifact in exported)
     np.testing.assert_allclose(found, plain, atol=1e-4)
+
+
+def test_processes_hold_weights_as_their_backend_asks(checkpoints: Checkpoints, exported: list[Artifact]) -> None:
+    """And their program takes them so."""
+
+    class Turned(CpuBackend):
+        def capabilities(self) -> Capabilities:
+            return dataclasses.replace(super().capabilities(), out_in=frozenset({"glm.linear", "glm.expert_ffn"}))
+
+    plain, turned = (on_processes(checkpoints["gqa"], backend) for backend in (CpuBackend(), Turned()))
+    layer = turned.weights[0]["layers"][-1]
+    orders = {name: layer[name].format.layout.major_to_minor for name in ("o", "router", "experts_gate_up")}
+    assert orders == {"o": (1, 0), "router": (0, 1), "experts_gate_up": (0, 2, 3, 1)}
+    np.testing.assert_allclose(logits_of(turned), logits_of(plain), atol=1e-4)
+    assert [set(artifact.orders) > {None} for artifact in exported] == [True, False]
 
 
 def test_a_replaced_kernel_is_what_runs(checkpoints: Checkpoints) -> None:

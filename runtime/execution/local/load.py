@@ -17,6 +17,7 @@ from model.cache import cache_rows, held_row
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.formats import CacheFormats
+from model.weights import Weight
 from runtime.deployment.engines import Circumstances, Engine
 from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.programs import Programs
@@ -57,10 +58,10 @@ def load_engine(
         _require_room(checkpoint.config, pool_tokens, dtype, config.drafts > 0, memory, rows)
     weight_bytes = 0
 
-    def put(_: Any, array: Any) -> Any:
+    def put(weight: Weight, array: Any) -> Any:
         nonlocal weight_bytes
         weight_bytes += array.nbytes
-        return backend.put(array)
+        return backend.put(array, offered.order(weight))
 
     weights = checkpoint.load(dtype, keep_fp8, put, mtp=config.drafts > 0)
     if pool_tokens is None and offered.devices[0].memory_bytes:

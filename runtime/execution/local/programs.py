@@ -155,6 +155,7 @@ class Programs:
                 args=jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args),
                 donate=(1,),  # the caches
                 needs=frozenset({self.dtype} | ({"fp8_weights"} if quantised else set())),
+                orders=tuple(map(self.backend.order_of, jax.tree.leaves(args))),
             )
             source = "".join(inspect.getsource(of) for of in (*type(self).__mro__[:-1], feed))
             decides = f"{self.cfg!r} {shape!r} {self.drafts} {source}"

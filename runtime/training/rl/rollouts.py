@@ -13,6 +13,7 @@ import dataclasses
 import heapq
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -252,7 +253,7 @@ class RolloutEngine:
 
     def _held(self, weights: PolicyWeights) -> dict[str, Any]:
         """The main stack's weights as the engine computes with them."""
-        numbers = self._numbers
+        numbers, offered = self._numbers, self._backend.capabilities()
 
         def of(group: CheckpointGroup, arrays: Mapping[str, Any]) -> dict[str, Any]:
             made: dict[str, Any] = {}
@@ -262,7 +263,7 @@ class RolloutEngine:
                     array = numbers.weight(weight, np.asarray(array))
                 else:
                     array = array.astype(held_type(weight, self._dtype))
-                made[weight.name] = jax.tree.map(self._backend.put, array)
+                made[weight.name] = jax.tree.map(partial(self._backend.put, order=offered.order(weight)), array)
             return made
 
         found = groups(self._cfg, mtp=False)
