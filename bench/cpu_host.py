@@ -1,10 +1,11 @@
 """This host, calibrated, then predicted against measured on the real engine: the checkpoint of bench/decode.py.
 
-    python -m bench.cpu_host [--rounds N] [--json FILE]
+    python -m bench.cpu_host [--rounds N] [--own-shapes] [--json FILE]
 
-Each round measures three steps, calibrates (`glm5 calibrate`), predicts the steps from the profile as `glm5
-simulate` does, and measures them again; a shared host changes speed from minute to minute, so medians over the
-rounds are compared, and the spread of both sides is printed. Both sides run in float32.
+Each round measures three steps, calibrates (`glm5 calibrate`, for the checkpoint's own shapes with --own-shapes),
+predicts the steps from the profile as `glm5 simulate` does, and measures them again; a shared host changes speed from
+minute to minute, so medians over the rounds are compared, and the spread of both sides is printed. Both sides run in
+float32.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.load import load_engine
 from runtime.execution.local.request import Prompt
 from runtime.porting.calibrate import measure, profile
+from runtime.porting.calibrate_calls import ModelRank
 from runtime.porting.calibrate_sizes import Effort
 from runtime.serving.pricing import BatchShape
 from runtime.simulation.build import build, spec_for
@@ -55,10 +57,12 @@ def measured(one: Ours, eight: Ours, rng: np.random.Generator) -> dict[str, floa
     return {name: statistics.median(column) for name, column in zip(STEPS, zip(*rows, strict=True), strict=True)}
 
 
-def predicted(cfg: ModelConfig, folder: Path, effort: Effort) -> tuple[dict[str, float], dict[str, Any]]:
+def predicted(
+    cfg: ModelConfig, folder: Path, effort: Effort, rank: ModelRank | None = None
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Seconds of each step from a fresh calibration, and what the time is made of."""
     backend = registry.usable("cpu")
-    found = measure(backend, effort)
+    found = measure(backend, effort, rank=rank)
     (folder / "host.prices.json").write_text(json.dumps(found.kernels))
     (folder / "host.toml").write_text(hw_profiles.dumps(profile(found, backend, "host", "host.prices.json")))
     host, layout = hw_profiles.load(str(folder / "host.toml")), Layout()
@@ -85,6 +89,7 @@ def _attempt(call: Callable[[], float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--own-shapes", action="store_true", help="calibrate for the checkpoint")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -98,7 +103,7 @@ def main() -> None:
         told, seen = [], []
         for number in range(options.rounds):
             before = measured(one, eight, rng)
-            guess, parts = predicted(cfg, folder, Effort())
+            guess, parts = predicted(cfg, folder, Effort(), ModelRank(cfg) if options.own_shapes else None)
             after = measured(one, eight, rng)
             told.append(guess)
             seen.append({name: (before[name] + after[name]) / 2 for name in STEPS})

@@ -29,6 +29,16 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Where to write the profile; measured ops go beside it.")] = Path(
         "my-host.toml"
     ),
+    model: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=completion.models,
+            help="Measure the ops of this model at its own shapes, too: a preset, a checkpoint directory or a "
+            "config.json. It need not fit.",
+        ),
+    ] = None,
+    tp: Annotated[int, typer.Option(help="With --model: the shapes of one of so many ranks.")] = 1,
+    ep: Annotated[int, typer.Option(help="With --model: groups that share its experts out.")] = 1,
     from_file: Annotated[
         Path | None,
         typer.Option(
@@ -51,8 +61,11 @@ def calibrate(
     import hw_profiles
     from backends import registry
     from foundation.writing import replacing_together
+    from model.hf_config import load_config
+    from model.split import Layout
     from runtime.porting.calibrate import measure, prices
     from runtime.porting.calibrate import profile as described_by
+    from runtime.porting.calibrate_calls import ModelRank
     from runtime.porting.calibrate_sizes import QUICK, Effort
 
     if out.suffix != ".toml":
@@ -61,13 +74,20 @@ def calibrate(
     if (from_file is None) != (profile is None):
         raise UsageError("--from FILE and --profile CHIP go together")
     if from_file is not None:
-        if said.keys() & {"backend", "quick"}:
-            raise UsageError("--from reads what was measured: leave out --backend and --quick")
+        if read := said.keys() & {"backend", "quick", "model", "tp", "ep"}:
+            options = " and ".join(f"--{name}" for name in sorted(read))
+            raise UsageError(f"--from reads what was measured: leave out {options}")
         return _from_file(from_file, str(profile), out, as_json)
+    if model is None and said.keys() & {"tp", "ep"}:
+        raise UsageError("--tp and --ep say which rank of a model is measured: add --model")
+    rank = None
+    if model is not None:
+        rank = ModelRank(load_config(model), Layout(tp=tp, ep=ep))
     tables = out.with_suffix(".prices.json")
     adapter = registry.usable(backend)
     with replacing_together(tables, out) as (beside, temporary):  # the profile last: it says which prices are its own
-        found = measure(adapter, QUICK if quick else Effort(), _line if sys.stderr.isatty() and not as_json else None)
+        progress = _line if sys.stderr.isatty() and not as_json else None
+        found = measure(adapter, QUICK if quick else Effort(), progress, rank)
         found = dataclasses.replace(found, serving=_serving_cost(adapter))
         described = described_by(found, adapter, out.stem, tables.name)
         measured = json.dumps(prices(found, described), indent=1) + "\n"
@@ -86,7 +106,8 @@ def calibrate(
         print(f"implausible: {problem}")
     print(f"rounds differ by {found.spread:.0%}. Wrote {out} and {tables.name}; use it with")
     formats = " --formats f32" if found.dtype == "float32" else ""
-    print(f"  glm5 simulate --profile {out} --devices 1 --engine glm5{formats} --model CHECKPOINT")
+    devices = f"--devices {tp}{f' --tp {tp}' if tp > 1 else ''}{f' --ep {ep}' if ep > 1 else ''}"
+    print(f"  glm5 simulate --profile {out} {devices} --engine glm5{formats} --model {model or 'CHECKPOINT'}")
 
 
 def _from_file(measured: Path, chip: str, out: Path, as_json: bool) -> None:

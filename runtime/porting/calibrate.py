@@ -29,7 +29,10 @@ import hw_profiles
 from backends.interface import Backend
 from hw_profiles import ChipFormats, Curve, Figure, Profile
 from runtime.porting.calibrate_cache import Cache, measure_cache
-from runtime.porting.calibrate_ops import OpClock, measure_kernels
+from runtime.porting.calibrate_calls import ModelRank
+from runtime.porting.calibrate_model import NOT_MEASURED, measure_model
+from runtime.porting.calibrate_network import MeasuredNetwork, local_devices, measure_network
+from runtime.porting.calibrate_ops import KernelPoints, OpClock, measure_kernels
 from runtime.porting.calibrate_sizes import (
     DTYPES,
     Effort,
@@ -50,6 +53,7 @@ SOURCE = "glm5 calibrate"
 _PEAK = {"float32": "chip.peak.fp32_flops_per_s", "bfloat16": "chip.peak.bf16_flops_per_s"}
 _MOST_MATRICES = 512
 _OP_ROUNDS = 3  # of ops for each of products: of a size each, whose neighbours do not make up for a bad minute
+_MOST_OF_A_SIZE_S = 1.0  # seconds that a size of a model's op is timed for, and no further round
 _CACHE_ROWS = 1 << 14  # of the donated cache: 64 MB of float32 rows, 1024 wide
 
 
@@ -105,7 +109,8 @@ class Calibration:
     dispatch_s: a call of an empty program, until its result is on the host. donated_s: the same with a
     64 MB cache that is donated and one row of which is written. kernel_launch_s, vector_launch_s: the smallest
     product and the smallest norm inside a program. cache: where one is told apart from memory. serving: of this
-    project's server, where that was measured.
+    project's server, where that was measured. network: between devices, where there are several. rank: whose ops are
+    among the kernels, in words.
     """
 
     dtype: str
@@ -118,6 +123,8 @@ class Calibration:
     kernels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cache: Cache | None = None
     serving: ServingCost | None = None
+    network: MeasuredNetwork | None = None
+    rank: str = ""
 
     @property
     def main(self) -> list[Gemm]:
@@ -170,13 +177,17 @@ class Calibration:
 
 
 def measure(
-    backend: Backend, effort: Effort = Effort(), progress: Callable[[int, int], Any] | None = None
+    backend: Backend,
+    effort: Effort = Effort(),
+    progress: Callable[[int, int], Any] | None = None,
+    rank: ModelRank | None = None,
 ) -> Calibration:
-    """Measures with a backend that is usable here: a minute or two of CPU on a small host, less with `QUICK`."""
+    """Measures with a backend that is usable here: a minute or two of CPU on a small host, less with `QUICK`. rank:
+    whose ops are measured at its own shapes, too. Raises `UsageError` where none of them fits."""
     offered = backend.capabilities()
     dtype = offered.preferred_dtype
     others = sorted(offered.dtypes & _PEAK.keys() - {dtype})
-    total = len(effort.widths) + len(others) + 4
+    total = len(effort.widths) + len(others) + 5
     report = progress or (lambda done, total: None)
     rounds = max(30, 20 * effort.rounds)
     dispatch_s = median(times(_empty(backend), rounds))
@@ -205,10 +216,21 @@ def measure(
         report(4 + len(effort.widths) + done, total)
     found = Calibration(dtype, dispatch_s, donated_s, kernel_s, vector_s, tuple(gemms), streams)
     rates = found.peak_flops_per_s(dtype), found.bandwidth_bytes_per_s
-    clock = OpClock(_OP_ROUNDS * effort.rounds, dispatch_s, kernel_s)
-    kernels = measure_kernels(backend, dtype, *rates, clock, effort.tokens, effort.chunks)
+    clock = OpClock(_OP_ROUNDS * effort.rounds, dispatch_s, kernel_s, vector_s)
+    network = None
+    if devices := local_devices(backend):
+        network = measure_network(backend, devices, dtype, effort.rounds, effort.messages)
+    of_model: KernelPoints = {}
+    if rank:
+        steady = dataclasses.replace(clock, most_s=_MOST_OF_A_SIZE_S)
+        squares = [(gemm.m, gemm.k, gemm.seconds) for gemm in found.main]
+        of_model = measure_model(backend, rank, dtype, *rates, steady, effort, squares)
+    report(total - 1, total)
+    narrow = found.peak_flops_per_s("bfloat16") if "bfloat16" in offered.dtypes else None
+    kernels = measure_kernels(backend, dtype, *rates, clock, effort.tokens, effort.chunks, of_model, narrow)
     report(total, total)
-    return dataclasses.replace(found, kernels=kernels, cache=cache)
+    name = f"{rank.cfg.name} under {rank.layout.name}" if rank else ""
+    return dataclasses.replace(found, kernels=kernels, cache=cache, network=network, rank=name)
 
 
 def profile(found: Calibration, backend: Backend, name: str, prices: str | None = None) -> Profile:
@@ -233,7 +255,12 @@ def profile(found: Calibration, backend: Backend, name: str, prices: str | None 
         f"Inside a compiled step. A step's own dispatch: {found.dispatch_s * 1e6:.0f} us, "
         f"{found.donated_s * 1e6:.0f} us with a donated cache.",
     )
-    values["overhead.vector_launch_s"] = (found.vector_launch_s, "One small norm inside a compiled step.")
+    at_their_rate = f" {', '.join(NOT_MEASURED)} are priced by it and the bandwidth." if found.rank else ""
+    values["overhead.vector_launch_s"] = (
+        found.vector_launch_s,
+        f"One small norm inside a compiled step.{at_their_rate}",
+    )
+    values |= found.network.figures() if found.network else {}
     if found.serving is not None:
         served = "`glm5 serve` of the embedded checkpoint, its programs left out; the client on this machine included."
         for what, seconds in dataclasses.asdict(found.serving).items():
@@ -249,13 +276,18 @@ def profile(found: Calibration, backend: Backend, name: str, prices: str | None 
             ("efficiency.memory", "bytes", found.memory_knots()),
         )
     }  # fmt: skip
+    if found.network:
+        curves["efficiency.network"] = Curve(
+            found.network.shares(), "bytes", SOURCE, today, "measured", "The largest all-reduce of all devices."
+        )
     host = backend.capabilities().platform == "cpu"
     return Profile(
         name,
         "generic",
         "host" if host else device.kind,
         "host" if host else "accelerator",
-        f"{device.kind} through the {backend.name} backend, {os.cpu_count()} host cores",
+        f"{device.kind} through the {backend.name} backend, {os.cpu_count()} host cores"
+        + (f"; ops of {found.rank} at their own shapes" if found.rank else ""),
         ChipFormats(("bf16",), ("bf16",), SOURCE, today, "measured", "What the backend computes without conversion."),
         {path: figure(value, path, note) for path, (value, note) in values.items()},
         curves,
@@ -265,7 +297,8 @@ def profile(found: Calibration, backend: Backend, name: str, prices: str | None 
 
 def prices(found: Calibration, described: Profile) -> dict[str, Any]:
     """The price file of `found.kernels`, with the figures that they stand beside."""
-    return {**found.kernels, "profile": described.name, "relative_to": stated(described.number)}
+    sent = {"collectives": found.network.collectives()} if found.network else {}
+    return {**found.kernels, **sent, "profile": described.name, "relative_to": stated(described.number)}
 
 
 # --- timing --------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""Measures ops of the graph whose time no matrix product tells: routed experts, attention over a selection, and the
-scores that it is made by.
+"""Measures ops of the graph whose time no matrix product tells: routed experts, attention over a selection, the
+selection, and the scores that it is made by.
 
 Each is run as the backend lowers it, inside a compiled program, at a few sizes; `kernel_fit.py` makes kernels of them.
+The ops of a named model, at its own shapes, join them (`calibrate_model.py`).
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backends.interface import Backend, Program
+from backends.interface import Backend
 from model.ops import OPS
+from runtime.porting.calibrate_sizes import DTYPES, loaded, random_buffers
 from runtime.porting.kernel_fit import FitBasis, Measurement, fitted
 
 _EXPERTS, _TOP_K, _PAGE, _SELECTED = 32, 4, 16, 128
@@ -31,22 +34,32 @@ _WIDTHS = (64, 256, 512)  # of the experts, and of the model around them: the sm
 _LAYERS, _MOST_LAYERS = 4, 32
 _LEAST_SHARE = 0.1  # of a call's time that is its program's at the least: rounds differ, and no op takes no time
 _ROUND_S = 1e-3
+_FEWEST_ROUNDS = 3
+_AS_IN_A_STEP = 1 << 20  # weights in turn: as many as the model's step reads before it comes back to one
+_LEAST_PART = 0.02  # of selection and attention together, that each of them takes at the least
 _SOURCE = "glm5 calibrate"
 FORMAT_OF_DTYPE = {"float32": "f32", "bfloat16": "bf16"}
 
 
 @dataclasses.dataclass(frozen=True)
 class OpClock:
-    """How ops are timed: rounds of each program; dispatch_s and launch_s as of `Calibration`. layers: of an op in one
-    program, so many that what they take is clear of what the call does, where each takes a few launches' time."""
+    """How ops are timed: rounds of each program, fewer where they take `most_s` together; dispatch_s, launch_s and
+    vector_launch_s as of `Calibration`. layers: of an op in one program, so many that what they take is clear of what
+    the call does, where each takes a few launches' time."""
 
     rounds: int
     dispatch_s: float = 0.0
     launch_s: float = 1.0
+    vector_launch_s: float = 0.0
+    most_s: float = math.inf
 
     @property
     def layers(self) -> int:
         return max(_LAYERS, min(_MOST_LAYERS, round(self.dispatch_s / self.launch_s / 4)))
+
+
+KernelPoints = Mapping[str, tuple[str, Sequence[Measurement]]]
+"""By a kernel's key in a price file: its family (`runtime.pricing.work`), and what was measured of it."""
 
 
 def measure_kernels(
@@ -57,46 +70,83 @@ def measure_kernels(
     clock: OpClock,
     tokens: Sequence[int],
     chunks: Sequence[int],
+    of_model: KernelPoints = MappingProxyType({}),
+    narrow_flops_per_s: float | None = None,
 ) -> dict[str, Any]:
-    """The body of a coefficients file (`hw_profiles/prices/`): kernels `moe`, `mla_decode`, `index_scores`,
-    `index_decode`, and `sparse_prefill`, or `masked_prefill` where a backend's chunks attend to all that is cached,
-    through a mask. tokens, chunks: as of `Effort`."""
-    name, size = FORMAT_OF_DTYPE[dtype], 4.0 if dtype == "float32" else 2.0
-    basis = FitBasis(peak_flops_per_s, bandwidth_bytes_per_s)
+    """The body of a coefficients file (`hw_profiles/prices/`): kernels `moe`, `mla_decode`, `select_topk`,
+    `index_scores`, `index_decode`, and `sparse_prefill`, or `masked_prefill` where a backend's chunks attend to all
+    that is cached, through a mask; and those of `of_model`, whose points join the others. tokens, chunks: as of
+    `Effort`. narrow_flops_per_s: what prices take for the peak of 8-bit matrices, where it is not that of the rest."""
+    points = _points(backend, dtype, clock, tokens, chunks)
+    kernels = {}
+    for key in sorted({**points, **of_model}):
+        family, _ = points.get(key) or of_model[key]
+        ours, theirs = (list(found[key][1]) if key in found else [] for found in (points, of_model))
+        peak = narrow_flops_per_s if narrow_flops_per_s and "/fp8-block/" in key else peak_flops_per_s
+        axes = AXES[key.partition("/")[0]] if theirs else ()
+        body = fitted(family, ours + theirs, FitBasis(peak, bandwidth_bytes_per_s), _SOURCE, axes)
+        kernels[key] = {**body, "rotated": _AS_IN_A_STEP if theirs else clock.layers}
+    return {"schema": 1, "kernels": kernels}
+
+
+AXES: Mapping[str, tuple[str, ...]] = {
+    "gemm": ("k", "n", "m"),
+    "bmm": ("k", "n", "m"),
+    "moe": ("hidden", "inter", "rows"),
+    "memory": ("bytes",),
+    "select_topk": ("tokens", "context"),
+    **dict.fromkeys(("index_scores", "index_decode"), ("index_dim", "tokens", "context")),
+    **dict.fromkeys(("mla_decode", "latent_decode", "gqa_decode"), ("qk", "sequences", "context")),
+    **dict.fromkeys(
+        ("sparse_prefill", "masked_prefill", "expanded_prefill", "gqa_prefill"), ("qk", "tokens", "context")
+    ),
+}
+"""What the ratios of a kernel go by where a model's shapes are among its points, the shape first."""
+
+
+def _points(
+    backend: Backend, dtype: str, clock: OpClock, tokens: Sequence[int], chunks: Sequence[int]
+) -> dict[str, tuple[str, list[Measurement]]]:
+    """At small shapes that are no model's."""
+    name, size = FORMAT_OF_DTYPE[dtype], DTYPES[dtype].itemsize * 1.0
     few = [count for count in tokens if count <= 16] or [min(tokens)]
-    chunk = "masked" if _masks(backend, dtype, size, clock) else "sparse"
-    kernels = {
-        f"moe/{name}/any": fitted("moe", _experts(backend, dtype, size, tokens, clock), basis, _SOURCE),
-        f"mla_decode/{name}/any": fitted("attention", _decoding(backend, dtype, size, few, clock), basis, _SOURCE),
-        f"{chunk}_prefill/{name}/any": fitted(
-            "attention", _chunk(backend, dtype, size, chunks, clock, chunk), basis, _SOURCE
-        ),
-        f"index_scores/{name}/any": fitted(
-            "index_scores", _scores(backend, dtype, size, chunks, clock), basis, _SOURCE
-        ),
-        f"index_decode/{name}/any": fitted(
-            "index_scores", _next_scores(backend, dtype, size, few, clock), basis, _SOURCE
-        ),
+    chunk = chunk_kernel(backend, dtype, clock)
+    decoding, chosen = _decoding(backend, dtype, size, few, clock)
+    prefill, chosen_of_chunks = _chunk(backend, dtype, size, chunks, clock, chunk)
+    found = {
+        f"moe/{name}/any": ("moe", _experts(backend, dtype, size, tokens, clock)),
+        f"mla_decode/{name}/any": ("attention", decoding),
+        f"{chunk}_prefill/{name}/any": ("attention", prefill),
+        f"select_topk/{name}/any": ("select_topk", [*chosen, *chosen_of_chunks]),
+        f"index_scores/{name}/any": ("index_scores", _scores(backend, dtype, size, chunks, clock)),
+        f"index_decode/{name}/any": ("index_scores", _next_scores(backend, dtype, size, few, clock)),
     }
-    return {"schema": 1, "kernels": {key: {**body, "rotated": clock.layers} for key, body in kernels.items()}}
+    return {key: each for key, each in found.items() if each[1]}
 
 
-def _timed(
-    backend: Backend, name: str, fns: Sequence[Callable[..., Any]], cases: Sequence[tuple[Any, ...]], clock: OpClock
+Operands = tuple[Any, ...] | Callable[[int], tuple[Any, ...]]
+"""Of a program, or by how often it was called before."""
+
+
+def timed(
+    backend: Backend, name: str, fns: Sequence[Callable[..., Any]], cases: Sequence[Operands], clock: OpClock
 ) -> list[float]:
     """Median seconds of each function on its arguments, without what a call takes; rounds alternate over them. In a
     round a short one is called again and again: what disturbs a machine now and then is long beside it."""
-    runs = []
-    for number, (fn, args) in enumerate(zip(fns, cases, strict=True)):
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
-        run = backend.load(backend.export(Program(f"calibrate {name} {number}", partial(_one, fn), shapes)))
-        backend.get(run(*args)[1])
-        runs.append(run)
+    calls = []
+    for number, (fn, case) in enumerate(zip(fns, cases, strict=True)):
+        at = case if callable(case) else partial(_same, case)
+        run = loaded(backend, f"calibrate {name} {number}", partial(_one, fn), at(0))
+        backend.get(run(*at(0))[1])
+        calls.append((run, at))
     times: list[list[float]] = [[] for _ in cases]
     for _ in range(clock.rounds):
-        for run, args, kept in zip(runs, cases, times, strict=True):
+        for (run, at), kept in zip(calls, times, strict=True):
+            if len(kept) >= _FEWEST_ROUNDS and sum(kept) > clock.most_s:
+                continue
             spent = 0.0
             while spent < _ROUND_S:
+                args = at(len(kept) + 1)
                 begin = time.perf_counter()
                 backend.get(run(*args)[1])
                 kept.append(time.perf_counter() - begin)
@@ -105,10 +155,14 @@ def _timed(
     return [max(seconds - clock.dispatch_s, _LEAST_SHARE * seconds) for seconds in medians]
 
 
+def _same(args: tuple[Any, ...], _: int) -> tuple[Any, ...]:
+    return args
+
+
 def _one(fn: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     """All of a result is made, and one number of it fetched."""
     made = fn(*args)
-    return made, made.reshape(-1)[0]
+    return made, jax.tree.leaves(made)[-1].reshape(-1)[0]
 
 
 def _experts(backend: Backend, dtype: str, size: float, tokens: Sequence[int], clock: OpClock) -> list[Measurement]:
@@ -131,7 +185,7 @@ def _experts(backend: Backend, dtype: str, size: float, tokens: Sequence[int], c
             features.append({"rows": rows, "active": active, "touched": rows, "rows_per_expert": rows / active,
                              "spread": 1.0, "hidden": float(width), "inter": float(width),
                              "weight_bytes": size, "act_bytes": size})  # fmt: skip
-        times = _timed(backend, f"experts {width}", [_expert_layers] * len(cases), cases, clock)
+        times = timed(backend, f"experts {width}", [_expert_layers] * len(cases), cases, clock)
         points += [Measurement(each, seconds / clock.layers) for each, seconds in zip(features, times, strict=True)]
     return points
 
@@ -142,35 +196,45 @@ def _expert_layers(x: Any, experts: Any, weights: Any, layers: Any) -> Any:
     return x
 
 
-def _decoding(backend: Backend, dtype: str, size: float, sequences: Sequence[int], clock: OpClock) -> list[Measurement]:
-    """Attention of one query a sequence over the chosen of 512 tokens, or of few."""
+SelectedPoints = tuple[list[Measurement], list[Measurement]]
+"""Of attention over a selection, and of the selection."""
+
+
+def _decoding(backend: Backend, dtype: str, size: float, sequences: Sequence[int], clock: OpClock) -> SelectedPoints:
+    """One query a sequence over the chosen of 512 tokens, or of few."""
     cases = [(b, 1, keys, cached) for b in sequences for keys, cached in ((32, 128), (128, 512), (512, 512))]
     features = [{"sequences": float(b), "tokens": float(b), "context": float(keys)} for b, _, keys, _ in cases]
-    return _attention(backend, dtype, size, cases, features, clock, _HEADS[-1])
+    return attention_over_selected(backend, dtype, size, cases, features, clock, _HEADS[-1])
 
 
 def _chunk(
     backend: Backend, dtype: str, size: float, tokens: Sequence[int], clock: OpClock, how: Literal["sparse", "masked"]
-) -> list[Measurement]:
-    """Attention of a prompt's chunk, each query over the chosen of what stands before it; masked: over all of that,
-    part of which may have been there before the chunk."""
+) -> SelectedPoints:
+    """A prompt's chunk, each query over the chosen of what stands before it; masked: over all of that, part of which
+    may have been there before the chunk."""
     lengths = [(t, t + before) for t in tokens for before in ((0, 2 * t) if how == "masked" else (0,))]
     cases = [(1, t, min(_SELECTED, cached), cached) for t, cached in lengths]
     features = [
         {"sequences": 1.0, "tokens": float(t), "context": float(cached) if how == "masked" else min(t / 2, keys)}
         for _, t, keys, cached in cases
     ]
-    return [point for heads in _HEADS for point in _attention(backend, dtype, size, cases, features, clock, heads)]
+    found = [attention_over_selected(backend, dtype, size, cases, features, clock, heads) for heads in _HEADS]
+    attended, chosen = ([point for each in part for point in each] for part in zip(*found, strict=True))
+    return attended, chosen
 
 
-def _masks(backend: Backend, dtype: str, size: float, clock: OpClock) -> bool:
-    """Whether what a chunk's attention takes follows from what is cached, and not from how much of it is chosen."""
+def chunk_kernel(backend: Backend, dtype: str, clock: OpClock) -> Literal["sparse", "masked"]:
+    """Masked where what a chunk's attention takes follows from what is cached, not from how much of it is chosen."""
     t, context, (few, most) = 64, 512, (_SELECTED // 4, _SELECTED)
     cases = [(1, t, few, context), (1, t, most, context)]
-    fewer, more = _attention(
-        backend, dtype, size, cases, [{}, {}], dataclasses.replace(clock, rounds=max(5, clock.rounds)), _HEADS[-1]
+    steady = dataclasses.replace(clock, rounds=max(5, clock.rounds))
+    (fewer, more), chosen = attention_over_selected(
+        backend, dtype, DTYPES[dtype].itemsize * 1.0, cases, [{}, {}], steady, _HEADS[-1]
     )
-    return more.seconds < math.sqrt(most / few) * fewer.seconds
+    took = [each.seconds for each in (fewer, more)]
+    if chosen:
+        took = [attended + each.seconds for attended, each in zip(took, chosen, strict=True)]
+    return "masked" if took[1] < math.sqrt(most / few) * took[0] else "sparse"
 
 
 def _scores(backend: Backend, dtype: str, size: float, tokens: Sequence[int], clock: OpClock) -> list[Measurement]:
@@ -212,7 +276,7 @@ def _index(
         features.append({"sequences": float(b), "tokens": float(b * t), "context": context,
                          "index_heads": float(_INDEX_HEADS), "index_dim": float(_INDEX_DIM),
                          "index_kv_bytes": _INDEX_DIM * size})  # fmt: skip
-    times = _timed(backend, "index scores", [_score_layers] * len(given), given, clock)
+    times = timed(backend, "index scores", [_score_layers] * len(given), given, clock)
     return [Measurement(each, seconds / clock.layers) for each, seconds in zip(features, times, strict=True)]
 
 
@@ -224,7 +288,7 @@ def _score_layers(query: Any, weights: Any, caches: Any, table: Any, positions: 
     return scores
 
 
-def _attention(
+def attention_over_selected(
     backend: Backend,
     dtype: str,
     size: float,
@@ -232,49 +296,67 @@ def _attention(
     features: Sequence[Mapping[str, float]],
     clock: OpClock,
     dims: tuple[int, int, int],
-) -> list[Measurement]:
-    """Selection and `glm.sparse_attention` at (sequences, queries of each, keys chosen, tokens cached of each). dims:
-    one of `_HEADS`.
+    filled: float = 1.0,
+) -> SelectedPoints:
+    """`glm.sparse_attention` and `glm.select_topk` at (sequences, queries of each, keys chosen, tokens that the pages
+    of each hold). dims: heads, width of a latent, width of a value. filled: how far the pages are.
 
-    The two are measured together, since a backend may pass the selection from one to the other in a form of its
-    own; the index scores they start from are random.
+    A backend may pass the selection from one to the other in a form of its own, so both are timed in one program, where
+    each layer selects and where the first one does for all: the difference is the selection. The index scores they
+    start from are random.
     """
     rng, (heads, latent, value) = np.random.default_rng(2), dims
     attributes = {"scale": latent**-0.5, "value_dim": value}
 
-    def fn(keys: int, query: Any, caches: Any, table: Any, scores: Any, positions: Any) -> Any:
+    def fn(keys: int, each: bool, query: Any, caches: Any, table: Any, scores: Any, positions: Any) -> Any:
+        selected = None
         for cache in caches:
-            if keys < scores.shape[2]:
-                selected = OPS["glm.select_topk"].call(scores, k=keys)
-            else:  # the graph selects nothing then
+            if keys == scores.shape[2]:  # the graph selects nothing then
                 selected = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
+            elif each or selected is None:
+                selected = OPS["glm.select_topk"].call(scores, k=keys)
             out = OPS["glm.sparse_attention"].call(query, cache, table, selected, positions, **attributes)
             query = jnp.concatenate([out, query[..., value:]], axis=-1)
             scores = scores + query[:, :, :1, 0].astype(scores.dtype)  # no layer's selection is another's
         return query
 
+    most = max(b * -(-context // _PAGE) for b, _, _, context in cases)
+    held = tuple(random_buffers(backend, (most, _PAGE, latent), dtype, clock.layers))
     runs, arguments = [], []
     for b, t, keys, context in cases:
         pages = -(-context // _PAGE)
-        caches = tuple(backend.put(_normal(rng, (b * pages, _PAGE, latent), dtype)) for _ in range(clock.layers))
-        places = np.arange(context - t, context, dtype=np.int32)
+        end = round(filled * context)
+        places = np.arange(end - t, end, dtype=np.int32)
         scores = _normal(rng, (b, t, pages * _PAGE), "float32")
         scores[np.broadcast_to(np.arange(pages * _PAGE) > places[:, None], scores.shape)] = -np.inf
-        runs.append(partial(fn, keys))
-        arguments.append(
-            (
-                backend.put(_normal(rng, (b, t, heads, latent), dtype)),
-                caches,
-                backend.put(np.arange(b * pages, dtype=np.int32).reshape(b, pages)),
-                backend.put(scores),
-                backend.put(np.tile(places, (b, 1))),
-            )
+        given = (
+            backend.put(_normal(rng, (b, t, heads, latent), dtype)),
+            held,
+            backend.put(np.arange(b * pages, dtype=np.int32).reshape(b, pages)),
+            backend.put(scores),
+            backend.put(np.tile(places, (b, 1))),
         )
-    times = _timed(backend, f"attention {heads}", runs, arguments, clock)
+        for each in (True, False) if _selects(keys, pages) and clock.layers > 1 else (True,):
+            runs.append(partial(fn, keys, each))
+            arguments.append(given)
+    times = iter(timed(backend, f"attention {heads}", runs, arguments, clock))
     fixed = {"heads": float(heads), "kv_bytes": latent * size, "qk": float(latent), "v": float(value)}
-    return [
-        Measurement({**each, **fixed}, seconds / clock.layers) for each, seconds in zip(features, times, strict=True)
-    ]
+    attended, chosen = [], []
+    for (b, t, keys, context), feature in zip(cases, features, strict=True):
+        both = next(times) / clock.layers
+        taken = 0.0
+        if _selects(keys, -(-context // _PAGE)) and clock.layers > 1:
+            shared = next(times) / clock.layers
+            taken = (both - shared) * clock.layers / (clock.layers - 1)
+            taken = min(max(taken, _LEAST_PART * both), (1 - _LEAST_PART) * both)
+            sees = max(filled * context - (t / 2 if t > 1 else 0), 1.0)
+            chosen.append(Measurement({"tokens": float(b * t), "context": sees, "index_topk": float(keys)}, taken))
+        attended.append(Measurement({**feature, **fixed}, both - taken))
+    return attended, chosen
+
+
+def _selects(keys: int, pages: int) -> bool:
+    return keys < pages * _PAGE
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:

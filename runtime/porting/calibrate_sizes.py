@@ -37,7 +37,7 @@ class Effort:
     widths: k = n of the products [m, k] x [k, n]. rows: m, from one decoding sequence to a prompt's chunk. tokens: of a
     step, and chunks: of a prompt's piece, for the ops that are measured whole. rounds: of each program. cold_bytes:
     what the matrices of one width take together, more than any cache. program_flops: at most so much in one program,
-    where a call's time does not ask for more.
+    where a call's time does not ask for more. messages: bytes that several devices exchange.
     """
 
     widths: tuple[int, ...] = (256, 512, 1024, 2048)
@@ -47,6 +47,7 @@ class Effort:
     rounds: int = 9
     cold_bytes: float = 128e6
     program_flops: float = 2e9
+    messages: tuple[float, ...] = tuple(2.0 ** (10 + 2 * i) for i in range(9))  # to 64 MiB
 
     def __post_init__(self) -> None:
         for name in ("widths", "rows", "tokens", "chunks"):
@@ -60,7 +61,7 @@ class Effort:
 
 QUICK = Effort(
     widths=(256, 512, 1024), rows=(1, 32, 256), tokens=(1, 8, 64), chunks=(16, 64, 256), rounds=5, cold_bytes=64e6,
-    program_flops=5e8,
+    program_flops=5e8, messages=tuple(2.0 ** (10 + 4 * i) for i in range(5)),
 )  # fmt: skip
 
 
@@ -138,12 +139,20 @@ def _product_s(backend: Backend, k: int, dtype: str, dispatch_s: float) -> float
 
 def matrices(backend: Backend, k: int, count: int, dtype: str) -> list[Any]:
     """Random [k, k] on the device, standard normal over the root of k, so that chains neither grow nor vanish."""
+    return random_buffers(backend, (k, k), dtype, count, k**-0.5)
+
+
+def random_buffers(backend: Backend, shape: tuple[int, ...], dtype: str, count: int, scale: float = 1.0) -> list[Any]:
+    """Random arrays that are made on the device, standard normal times `scale`; FP8 are near one."""
     seed = jax.ShapeDtypeStruct((), jnp.int32)
 
     def made(seed: Any) -> Any:
-        return (jax.random.normal(jax.random.key(seed), (k, k)) / k**0.5).astype(DTYPES[dtype])
+        key = jax.random.key(seed)
+        if dtype == "float8_e4m3fn":
+            return jax.lax.bitcast_convert_type(jax.random.randint(key, shape, 0x30, 0x3F, jnp.uint8), jnp.dtype(dtype))
+        return (jax.random.normal(key, shape) * jnp.float32(scale)).astype(jnp.dtype(dtype))
 
-    run = loaded(backend, f"calibrate matrix {k}", made, (seed,))
+    run = loaded(backend, f"calibrate random {shape}", made, (seed,))
     return [run(backend.put(np.int32(number))) for number in range(count)]
 
 

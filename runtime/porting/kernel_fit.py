@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from runtime.pricing.grid import RatioGrid
 from runtime.pricing.kernel import Constants, formula
 
 
@@ -32,7 +35,10 @@ _AXES = {
 }
 _LINE = {"moe": "rows", "memory": "bytes"}
 """What a family's ratios go by where its sizes make no grid: tokens, but for these."""
+_FOLLOWS = ("rows_per_expert", "spread")
+"""Quotients of other features, which have ranges of their own."""
 _UNIT = 0.001
+_FEW_ERROR = 0.5  # of a curve of two sizes, which says nothing of those between
 _FOLDS, _MOST_POINTS, _MOST_KNOTS = 20, 400, 32
 _TRIALS = {
     "launch_s": np.geomspace(1e-7, 1e-2, 101),
@@ -53,9 +59,13 @@ class FitBasis:
     hold: float = 0.0
 
 
-def fitted(family: str, points: Sequence[Measurement], basis: FitBasis, source: str) -> dict[str, Any]:
-    """One entry of the `kernels` table. Of very many points some are taken, spread over their times."""
-    names = [n for n in points[0].features if len({p.features[n] for p in points}) > 1]
+def fitted(
+    family: str, points: Sequence[Measurement], basis: FitBasis, source: str, axes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """One entry of the `kernels` table. Of very many points some are taken, spread over their times. axes: what the
+    ratios go by, whether or not each combination of sizes was measured; by default as the family has it, where all
+    were."""
+    names = [n for n in points[0].features if n not in _FOLLOWS and len({p.features[n] for p in points}) > 1]
     limits = {n: [min(p.features[n] for p in points), max(p.features[n] for p in points)] for n in names}
     points = _spread(points)
     folds = min(len(points), _FOLDS)
@@ -63,9 +73,12 @@ def fitted(family: str, points: Sequence[Measurement], basis: FitBasis, source: 
     for i in range(folds):
         others = [p for j, p in enumerate(points) if j % folds != i] or list(points)
         fit = _fit(family, others, basis)
+        ratio = _ratio(family, others, fit, basis, axes) if axes else {}
         for point in points[i::folds]:
             error = _errors(family, [point], fit, basis)[0]
-            if family == "moe":  # the ratios at its neighbours carry over to it
+            if axes:
+                error += _read(ratio, point)
+            elif family == "moe":  # the ratios at its neighbours carry over to it
                 near = [p for p in others if p.features["inter"] == point.features["inter"]]
                 near.sort(key=lambda p: p.features["rows"])
                 at = [math.log(p.features["rows"]) for p in near]
@@ -78,7 +91,7 @@ def fitted(family: str, points: Sequence[Measurement], basis: FitBasis, source: 
     return {
         "family": family,
         "constants": constants,
-        **_ratio(family, points, found, basis),
+        **_ratio(family, points, found, basis, axes),
         "range": limits,
         "error": {"held_out_shapes": [round(float(np.median(errors)), 4), round(float(np.quantile(errors, 0.9)), 4)]},
         "evidence": "fitted",
@@ -86,14 +99,39 @@ def fitted(family: str, points: Sequence[Measurement], basis: FitBasis, source: 
     }
 
 
-def _ratio(family: str, points: Sequence[Measurement], fit: Constants, basis: FitBasis) -> dict[str, Any]:
+def curve(points: Sequence[tuple[float, float]], source: str) -> dict[str, Any]:
+    """One entry of the `collectives` table, of (bytes, seconds): and how far each size is from the line between its
+    neighbours."""
+    by_size: dict[float, list[float]] = defaultdict(list)
+    for size, taken in points:
+        by_size[size].append(taken)
+    found = [(size, statistics.median(each)) for size, each in sorted(by_size.items())]
+    errors = []
+    for (low, first), (size, taken), (high, last) in zip(found, found[1:], found[2:], strict=False):
+        share = math.log(size / low) / math.log(high / low)
+        errors.append(abs(math.expm1((1 - share) * math.log(first) + share * math.log(last) - math.log(taken))))
+    error = [round(statistics.median(errors), 4), round(max(errors), 4)] if errors else [_FEW_ERROR, _FEW_ERROR]
+    return {
+        "bytes": [size for size, _ in found],
+        "seconds": [float(f"{taken:.4g}") for _, taken in found],
+        "error": {"left_out": error},
+        "source": source,
+    }
+
+
+def _ratio(
+    family: str, points: Sequence[Measurement], fit: Constants, basis: FitBasis, names: Sequence[str]
+) -> dict[str, Any]:
     """ln(measured / formula) on the grid of the measured sizes, which what is left of the fit goes into."""
     left = -_errors(family, points, fit, basis)
-    axes = {name: sorted({p.features[name] for p in points}) for name in _AXES.get(family, ())}
+    axes = {name: sorted({p.features[name] for p in points}) for name in names or _AXES.get(family, ())}
     cells = {tuple(p.features[name] for name in axes) for p in points}
-    if not axes or not math.prod(map(len, axes.values())) == len(cells) == len(points):  # no grid: a line
+    whole = math.prod(map(len, axes.values())) == len(cells) == len(points)
+    if not axes or not (names or whole):  # no grid: a line
         line = _LINE.get(family, "tokens")
         axes = {line: _line([p.features[line] for p in points])}
+    elif names:
+        axes = {name: _line(knots) for name, knots in axes.items()}
     grid = np.zeros([len(knots) for knots in axes.values()])
     counts = np.zeros_like(grid)
     for point, value in zip(points, left, strict=True):
@@ -106,8 +144,27 @@ def _ratio(family: str, points: Sequence[Measurement], fit: Constants, basis: Fi
         ((name, knots),) = axes.items()
         axes = {name: [knot for knot, count in zip(knots, counts, strict=True) if count]}
         grid, counts = grid[counts > 0], counts[counts > 0]
-    grid /= counts
+    grid /= np.maximum(counts, 1)
+    grid = _filled(grid, counts > 0, [np.log(knots) for knots in axes.values()])
     return {"axes": axes, "ratio": np.round(grid / _UNIT).astype(int).ravel().tolist(), "ratio_unit": _UNIT}
+
+
+def _filled(grid: np.ndarray, known: np.ndarray, knots: Sequence[np.ndarray]) -> np.ndarray:
+    """What was not measured, from what was: between neighbours along the last axis, else along the one before it."""
+    grid, known = grid.copy(), known.copy()
+    for axis in reversed(range(grid.ndim)):
+        values, seen = np.moveaxis(grid, axis, -1), np.moveaxis(known, axis, -1)
+        for line in np.ndindex(values.shape[:-1]):
+            if seen[line].any():
+                values[line] = np.interp(knots[axis], knots[axis][seen[line]], values[line][seen[line]])
+                seen[line] = True
+    return grid
+
+
+def _read(ratio: Mapping[str, Any], point: Measurement) -> float:
+    knots = tuple(np.log(np.asarray(each, float)) for each in ratio["axes"].values())
+    values = np.asarray(ratio["ratio"], float).reshape([len(each) for each in knots]) * ratio["ratio_unit"]
+    return float(RatioGrid(tuple(ratio["axes"]), knots, values)(point.features))
 
 
 def _spread(points: Sequence[Measurement]) -> Sequence[Measurement]:

@@ -145,7 +145,7 @@ def prices(found: SortedRows, described: Profile, source: str) -> dict[str, Any]
         if len(points) < _FEW:
             body["error"] = {"held_out_shapes": [_FEW_ERROR, _FEW_ERROR]}
         kernels[key] = body
-    collectives = {key: _curve(points, source) for key, points in found.sent.items()}
+    collectives = {key: kernel_fit.curve(points, source) for key, points in found.sent.items()}
     if not kernels and not collectives:
         return None
     return {
@@ -164,25 +164,6 @@ def _basis(chip: Chip, family: str, fmt: str) -> kernel_fit.FitBasis:
     launch = chip.vector_launch_s if family == "memory" else chip.kernel_launch_s
     start = Constants(launch or 1e-6, chip.compute_efficiency or 0.7, chip.memory_efficiency or 0.7)
     return kernel_fit.FitBasis(chip.peak(computed), chip.memory_bandwidth_bytes_per_s, start, _HOLD)
-
-
-def _curve(points: Sequence[tuple[float, float]], source: str) -> dict[str, Any]:
-    """Sizes and seconds, and how far each size is from the line between its neighbours."""
-    by_size: dict[float, list[float]] = defaultdict(list)
-    for size, taken in points:
-        by_size[size].append(taken)
-    curve = [(size, statistics.median(each)) for size, each in sorted(by_size.items())]
-    errors = []
-    for (low, first), (size, taken), (high, last) in zip(curve, curve[1:], curve[2:], strict=False):
-        share = math.log(size / low) / math.log(high / low)
-        errors.append(abs(math.expm1((1 - share) * math.log(first) + share * math.log(last) - math.log(taken))))
-    error = [round(statistics.median(errors), 4), round(max(errors), 4)] if errors else [_FEW_ERROR, _FEW_ERROR]
-    return {
-        "bytes": [size for size, _ in curve],
-        "seconds": [float(f"{taken:.4g}") for _, taken in curve],
-        "error": {"left_out": error},
-        "source": source,
-    }
 
 
 def _merged(points: Sequence[Measurement]) -> list[Measurement]:

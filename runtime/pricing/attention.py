@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from model.formats import ROWS
-from runtime.pricing import fused
+from runtime.pricing import fused, own_graph
 from runtime.pricing.book import BATCH_KNOTS, TOKEN_KNOTS, PriceBook, Tabulated, element_bytes
 from runtime.pricing.kernel import Kernel
 from runtime.pricing.price import Price, PriceError, total, weakest
@@ -184,6 +184,7 @@ def prefill(book: PriceBook, layer: MlaLayer, tokens: float, prefix: float = 0.0
     keys. A sparse layer whose sequences stay within `index_topk` keys attends densely where the engine's release does
     and that path was measured.
     """
+    asked = layer.mode
     layer, keys = _prefill_path(book, layer, tokens + beside, prefix, sequences)
     absorbed = _absorbed(book, layer, prefix * sequences)
     block = prefill_block(book, layer, sequences, host_launched=host_launched)
@@ -194,6 +195,12 @@ def prefill(book: PriceBook, layer: MlaLayer, tokens: float, prefix: float = 0.0
     if layer.mode == "dense" and absorbed and block:  # what was measured expands the heads
         more = _absorbing(book, layer, tokens, keys, sequences)
         return replace(price, seconds=price.seconds + more, evidence=weakest((price.evidence, "transferred")))
+    if layer.mode == "dense" and not absorbed and block is None and book.own("expanded_prefill"):
+        return (
+            total([price, own_graph.index_key(book, layer.shape, layer.weight_format, tokens)])
+            if asked == "index"
+            else price
+        )
     if layer.mode == "dense" and not absorbed and prefix * sequences + beside > 0:
         return total([price, _expanding_cached(book, layer, tokens, prefix * sequences + beside)])
     return price
@@ -226,7 +233,9 @@ def _absorbing(book: PriceBook, layer: MlaLayer, tokens: float, keys: float, seq
 
 def _absorbed(book: PriceBook, layer: MlaLayer, cached_tokens: float) -> bool:
     """Whether a prefill stays in the latent: sparse layers do, dense ones where the engine chooses it."""
-    return layer.mode != "dense" or (not layer.shape.index_heads and book.absorbs_prefill(cached_tokens))
+    if layer.mode != "dense":
+        return True
+    return not layer.shape.index_heads and not book.own("expanded_prefill") and book.absorbs_prefill(cached_tokens)
 
 
 def _prefill_path(
@@ -235,9 +244,9 @@ def _prefill_path(
     """The layer as it attends in this step, and the mean number of keys per query."""
     new = tokens / max(sequences, 1)
     keys = max(prefix + new / 2.0, 1.0)
-    if layer.mode != "dense" and book.prefills_densely and prefix + new <= layer.shape.index_topk:
+    if layer.mode != "dense" and prefix + new <= layer.shape.index_topk:
         dense = replace(layer, mode="dense")
-        if block_kernel(book, dense, "prefill"):
+        if (book.prefills_densely and block_kernel(book, dense, "prefill")) or book.own("expanded_prefill"):
             return dense, keys
     return layer, keys
 
@@ -268,8 +277,12 @@ def _projections(book: PriceBook, layer: MlaLayer, tokens: float, absorbed: bool
     if prolog:
         parts["prolog"] = prolog
     else:
-        parts["down_projection"] = book.gemm(tokens, s.q_lora + s.kv_lora + s.rope, s.hidden, fmt)
-        parts["query_projection"] = book.gemm(tokens, h * (s.nope + s.rope), s.q_lora, fmt)
+        kv = s.kv_lora + s.rope
+        down = (s.q_lora, kv) if book.of_own_graph else (s.q_lora + kv,)
+        parts["down_projection"] = total(book.gemm(tokens, width, s.hidden, fmt) for width in down if width)
+        parts["query_projection"] = book.gemm(tokens, h * (s.nope + s.rope), s.q_lora or s.hidden, fmt)
+    if book.of_own_graph:
+        parts["between"] = own_graph.between(book, s, h, tokens, layer.mode == "index")
     if absorbed:
         if not prolog:
             parts["absorb_key"] = book.bmm(tokens, h, s.kv_lora, s.nope)
@@ -278,17 +291,29 @@ def _projections(book: PriceBook, layer: MlaLayer, tokens: float, absorbed: bool
         parts["expand_kv"] = book.gemm(tokens, h * (s.nope + s.v), s.kv_lora, fmt)
     if layer.mode == "index":
         width = s.index_heads * s.index_dim
-        small = book.gemm(tokens, s.index_dim + s.index_heads, s.hidden, book.wide)
         # the one kernel before it gives rounded rows
         queries = (
             book.gemm_curve(width, s.q_lora, fmt).price(tokens) if prolog else book.gemm(tokens, width, s.q_lora, fmt)
         )
-        parts["index_projection"] = total([queries, small])
+        if book.of_own_graph:
+            small = [
+                book.gemm(tokens, s.index_dim, s.hidden, fmt),
+                book.gemm(tokens, s.index_heads, s.hidden, book.wide),
+            ]
+        else:
+            small = [book.gemm(tokens, s.index_dim + s.index_heads, s.hidden, book.wide)]
+        parts["index_projection"] = total([queries, *small])
     return parts
 
 
 def _decode_parts(book: PriceBook, layer: MlaLayer, sequences: float, context: float) -> dict[str, Price]:
-    parts = _projections(book, layer, sequences, absorbed=True)
+    key = {}
+    if layer.mode != "dense" and context <= layer.shape.index_topk and book.own("latent_decode"):
+        # this project's graph attends to all that a selection would take whole
+        if layer.mode == "index":
+            key = {"index_key": own_graph.index_key(book, layer.shape, layer.weight_format, sequences)}
+        layer = replace(layer, mode="dense")
+    parts = {**_projections(book, layer, sequences, absorbed=True), **key}
     keys = min(context, layer.shape.index_topk) if layer.mode != "dense" else context
     parts["attention"] = mla_decode(book, layer, sequences, keys)
     if layer.mode == "index":
@@ -315,6 +340,12 @@ def _prefill_parts(
     parts = _projections(book, layer, tokens, absorbed)
     if layer.mode != "dense":
         parts["attention"] = sparse_prefill(book, layer, tokens, keys, sequences)
+    elif not absorbed and (own := book.own("expanded_prefill")):
+        del parts["expand_kv"]
+        end = keys + tokens / max(sequences, 1) / 2
+        parts["attention"] = own_graph.expanded(
+            book, own, layer.shape, layer.heads, float(layer.kv_bytes), tokens, end, sequences
+        )
     else:
         parts["attention"] = mla_prefill(book, layer, tokens, keys, sequences, absorbed)
     if layer.mode == "index":
@@ -325,10 +356,11 @@ def _prefill_parts(
 def mla_decode(book: PriceBook, layer: MlaLayer, sequences: float, context: float) -> Price:
     """The absorbed attention kernel alone, in the latent, over `context` keys a sequence."""
     s = layer.shape
-    kernel, _ = book.kernel("mla_decode", layer.kv_format)
+    own = book.own("latent_decode") if layer.mode == "dense" else None
+    kernel = own or book.kernel("mla_decode", layer.kv_format)[0]
     fixed = {"heads": float(layer.heads), "kv_bytes": float(layer.kv_bytes),
              "qk": float(s.kv_lora + s.rope), "v": float(s.kv_lora)}  # fmt: skip
-    return book.surface(("mla_decode", layer.heads, s, layer.latent), kernel, "bf16", BATCH_KNOTS,
+    return book.surface(("mla_decode", layer.heads, s, layer.latent, own is None), kernel, "bf16", BATCH_KNOTS,
                         lambda b, c: {"sequences": b, "tokens": b, "context": c, **fixed}
                         ).price(sequences, context)  # fmt: skip
 
@@ -356,8 +388,8 @@ def sparse_prefill(book: PriceBook, layer: MlaLayer, tokens: float, keys: float,
     """Attention over each query's own `index_topk` chosen latents, or over all keys with a mask, where that is what
     was measured. GPU kernels pad to 64 heads."""
     s = layer.shape
-    masked = book.named(f"masked_prefill/{book.wide}/any")
-    own = masked or book.named(f"sparse_prefill/{book.wide}/any")
+    masked = book.own("masked_prefill")
+    own = masked or book.own("sparse_prefill")
     kernel = own or book.kernel("sparse_prefill", "fp8")[0]
     heads = float(layer.heads if own else max(layer.heads, 64))
     dims = {"heads": heads, "qk": float(s.kv_lora + s.rope), "v": float(s.kv_lora),
@@ -376,8 +408,8 @@ def index_scores(book: PriceBook, layer: MlaLayer, tokens: float, context: float
     Of the tables of engines only the prefill kernel was measured alone. Decode takes its formula at the streaming rate
     of decode attention and is graded 'transferred', but on a machine that measured it.
     """
-    alone = book.named(f"index_decode/{book.wide}/any") if decode else None
-    own = alone or book.named(f"index_scores/{book.wide}/any")
+    alone = book.own("index_decode") if decode else None
+    own = alone or book.own("index_scores")
     kernel = own or book.kernel("index_scores", "fp8")[0]
     shape = layer.shape
     fixed = {**shape.features(), "index_kv_bytes": float(layer.index_kv_bytes)}
@@ -401,7 +433,7 @@ def select_topk(book: PriceBook, shape: MlaShape, tokens: float, context: float)
     """Choosing `index_topk` of `context` scores per query; free while there is nothing to choose."""
     if context <= shape.index_topk:
         return book.memory(8.0 * tokens * min(context, shape.index_topk))
-    kernel, _ = book.kernel("select_topk", "fp8")
+    kernel = book.own("select_topk") or book.kernel("select_topk", "fp8")[0]
     table = book.surface(("topk", shape), kernel, "fp8-block", TOKEN_KNOTS,
                          lambda t, c: {"tokens": t, "context": c, **shape.features()})  # fmt: skip
     return table.price(tokens, context)
@@ -416,7 +448,7 @@ def gqa(book: PriceBook, phase: Literal["decode", "prefill"], layer: GqaLayer, t
     """
     heads, kv_heads, head_dim, row = layer.heads, layer.kv_heads, layer.head_dim, layer.row
     kept = ROWS[row]
-    name = "fp8" if phase == "decode" and kept.narrow else "bf16"
+    name = "fp8" if phase == "decode" and kept.narrow else book.wide
     kernel, _ = book.kernel(f"gqa_{phase}", name)
     fixed = {"heads": float(heads), "kv_bytes": kv_heads * 2.0 * kept.bytes(head_dim),
              "qk": float(head_dim), "v": float(head_dim)}  # fmt: skip

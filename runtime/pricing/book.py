@@ -123,7 +123,8 @@ class PriceBook:
 
     kin: the chip of the same architecture that was measured instead of it; "" where it was itself. release: of the
     engine; "" for the newest that was measured. family: of the chip. wide: the format of what no scheme quantises
-    ("bf16", or "f32" where everything is computed in float32).
+    ("bf16", or "f32" where everything is computed in float32). of_own_graph: a model's products were measured on the
+    machine itself, one by one as this project's graph has them.
     """
 
     def __init__(
@@ -163,6 +164,7 @@ class PriceBook:
                 kernel = own(kernel_from_json(key, era.body))
                 kernel = kernel.of_kin(kin) if kin else kernel
                 self._kernels[key] = kernel.of_later_release(era.later) if era.later else kernel
+        self.of_own_graph = any(key.startswith("gemm/") and key.endswith("/any") for key in self._kernels)
         curves = choose((measured or {}).get("collectives", {}), engine, release)
         self.network = Network(chip, curves, engine, reference)
         self._tables: dict[tuple[Any, ...], Tabulated] = {}
@@ -246,6 +248,10 @@ class PriceBook:
     def named(self, key: str) -> Kernel | None:
         """A kernel by its exact key, or None."""
         return self._kernels.get(key)
+
+    def own(self, family: str) -> Kernel | None:
+        """A kernel that is no engine's, as `glm5 calibrate` measures those of this project's graph, or None."""
+        return self.named(f"{family}/{self.wide}/any")
 
     @property
     def wide_bytes(self) -> float:
@@ -342,8 +348,9 @@ class PriceBook:
         return self.memory(rows * (width * (self.wide_bytes + 1.0) + 4.0), "dynamic_quant")
 
     def bmm_curve(self, heads: int, n: int, k: int) -> Tabulated:
-        """Tokens -> seconds of `heads` independent 16-bit [m, k] x [k, n] products (absorbed W_UK, W_UV)."""
-        kernel, stand_in = self.kernel("bmm", "bf16")
+        """Tokens -> seconds of `heads` independent [m, k] x [k, n] products (absorbed W_UK, W_UV), which no scheme
+        quantises."""
+        kernel, stand_in = self.kernel("bmm", self.wide)
         sizes = {"heads": float(heads), "n": float(n), "k": float(k), "out_bytes": self.wide_bytes}
         return self.curve(("bmm", heads, n, k), kernel, stand_in, "bf16", lambda m: {"m": m, **sizes})
 

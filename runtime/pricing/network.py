@@ -95,7 +95,9 @@ class Network:
         if span.devices <= 1 or total_bytes <= 0:
             return FREE
         names = [f"{op}/{span.devices}/nccl"]
-        if op == "all_reduce":
+        if (measured_here := f"{op}/{span.devices}/any") in self._curves:  # on the machine itself
+            names = [measured_here]
+        elif op == "all_reduce":
             wanted = tables or self._engine
             own = f"{op}/{span.devices}/{wanted}"
             engine = wanted if f"{own}-graph" in self._curves else "sglang"
@@ -126,6 +128,8 @@ class Network:
         prefix = f"deepep_{mode}_{phase}/"
         tables = sorted(int(k.split("/")[1]) for k in self._curves if k.startswith(prefix))
         measured = [ranks for ranks in tables if self._lies_as_measured(span, ranks)]
+        if not measured and f"all_to_all/{span.devices}/any" in self._curves:
+            return self.collective("all_to_all", size, span)
         if not measured:
             return self._formula("all_to_all", size, span)
         fitting = next((ranks for ranks in measured if ranks >= span.devices), measured[-1])

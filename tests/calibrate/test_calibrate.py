@@ -186,22 +186,19 @@ def test_a_chunk_is_priced_by_what_a_backend_attends_to(tmp_path: Path, masks: b
 
     def attention(backend: object, dtype: str, size: float, cases: list[tuple[int, int, int, int]],
                   features: list[dict[str, float]], clock: object, dims: tuple[int, int, int],
-                  ) -> list[calibrate_ops.Measurement]:  # fmt: skip
+                  ) -> calibrate_ops.SelectedPoints:  # fmt: skip
         heads, qk, v = dims
         fixed = {"heads": float(heads), "kv_bytes": 4.0 * qk, "qk": float(qk), "v": float(v)}
         taken = [seconds(b * t, min(keys, cached - t / 2), cached, heads, qk + v) for b, t, keys, cached in cases]
-        return [calibrate_ops.Measurement({**each, **fixed}, s) for each, s in zip(features, taken, strict=True)]
+        return [calibrate_ops.Measurement({**each, **fixed}, s) for each, s in zip(features, taken, strict=True)], []
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate_ops, "_attention", attention)
+        patch.setattr(calibrate_ops, "attention_over_selected", attention)
         for other in ("_experts", "_index"):
-            patch.setattr(calibrate_ops, other, lambda *_: None)
-        fitted = calibrate_ops.fitted
-        patch.setattr(calibrate_ops, "fitted", lambda kind, points, *on: fitted(kind, points, *on) if points else {})
+            patch.setattr(calibrate_ops, other, lambda *_: [])
         body = calibrate_ops.measure_kernels(
             registry.get("cpu"), "float32", 1e11, 1e10, calibrate_ops.OpClock(1), QUICK.tokens, QUICK.chunks
         )
-    body["kernels"] = {name: kernel for name, kernel in body["kernels"].items() if "family" in kernel}
     (tmp_path / "made-up.json").write_text(json.dumps(body))
     book = open_book(Chip("made-up", {"fp32": 1e11, "bf16": 1e11}, 1e10), "sglang", tmp_path / "made-up.json", "f32")
     for rank, heads in ((128, 8), (48, 4), (64, 16)):

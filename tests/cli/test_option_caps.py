@@ -27,6 +27,7 @@ BASES = {
     "choose": ("choose", "--profiles", "h200-sxm", "--concurrency", "2", "--isl", "64", "--osl", "8"),
     "serve": ("serve", "--port", "0"),
     "serve sim": ("serve", "--port", "0", "--backend", "sim", "--profile", "h200-sxm"),
+    "calibrate": ("calibrate", "--model", "glm-5", "--out", "host.toml"),
     "plan rl": ("plan", "rl"), "eval": ("eval",), "compare": ("compare", "--profile", "h200-sxm"),
 }  # fmt: skip
 LARGE, HUGE = 10**9, 10**18
@@ -45,6 +46,7 @@ REFUSED: list[tuple[str, str, int, str]] = [
     *[("simulate", axis, LARGE, "") for axis in (*AXES, "--dcp", "--pcp")],
     *[("plan", axis, LARGE, "") for axis in (*AXES, "--dcp", "--pcp")],
     *[("export", axis, HUGE, "") for axis in AXES[1:]],
+    *[("calibrate", axis, size, "") for axis in ("--tp", "--ep") for size in (LARGE, -1)],
     *[
         (verb, option, size, "")
         for verb, option in (
