@@ -11,11 +11,13 @@ from backends.interface import Executable
 
 class StepMade(NamedTuple):
     """What a step will have made, on the device: float32 logits [rows, (t,) vocab], the ids chosen from them, and the
-    hidden states that drafts are made from (None where there are none to make)."""
+    hidden states that drafts are made from (None where there are none to make). told: where log-probabilities are asked
+    for, the ids with those (`model.choosing.with_logprobs`)."""
 
     logits: Any
     ids: Any
     hidden: Any
+    told: Any = None
 
 
 class LoadedPrograms:

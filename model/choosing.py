@@ -70,6 +70,37 @@ def drawn(logits: Array, draws: Draws) -> Array:
     return jnp.where(draws.temperature > 0, _where(jnp.where(kept, weights, 0.0), draws.uniform, error), greedy(logits))
 
 
+def with_logprobs(logits: Array, ids: Array, best: int) -> Array:
+    """Logits float32 [..,vocab] and what was chosen from them, int32 [..] -> int32 [.., 2 + 2 * best], which is all
+    that a host is told: the id; the natural logarithm of its probability before temperature and truncation; the `best`
+    likeliest ids, the likeliest first and the lowest first among equals; and theirs. Logarithms are float32 by their
+    bits. Of logits that are not all numbers the id is -1. Of a smaller vocabulary all are named."""
+    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    logits, ids = logits.reshape(-1, vocab), ids.reshape(-1)
+    most = jnp.max(logits, axis=-1, keepdims=True)
+    log_sum = most[:, 0] + jnp.log(_sum(jnp.exp(logits - most)))
+    own = jnp.take_along_axis(logits, jnp.maximum(ids, 0)[:, None], axis=-1)[:, 0]
+    ids = jnp.where(jnp.isnan(log_sum), -1, ids)
+    likeliest, values = _likeliest(logits, min(best, vocab))
+    told = [own - log_sum, likeliest, values - log_sum[:, None]]
+    columns = [ids, *(each if each.dtype == jnp.int32 else lax.bitcast_convert_type(each, jnp.int32) for each in told)]
+    rows = jnp.concatenate([each.reshape(len(ids), -1) for each in columns], axis=1)
+    return rows.reshape(*shape, rows.shape[-1])
+
+
+def _likeliest(logits: Array, count: int) -> tuple[Array, Array]:
+    """The largest of each row [b,n], as `lax.top_k` has them: ids and values [b,count]. They are in the `count` blocks
+    of the largest maxima, so that what is sorted is short."""
+    logits = jnp.where(logits == 0, 0.0, logits)  # both zeros are one
+    blocks = jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % _BLOCK)), constant_values=-jnp.inf)
+    blocks = blocks.reshape(len(logits), -1, _BLOCK)
+    chosen = jnp.sort(lax.top_k(jnp.max(blocks, axis=-1), min(count, blocks.shape[1]))[1], axis=-1)
+    among = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(len(logits), -1)
+    values, places = lax.top_k(among, count)
+    block = jnp.take_along_axis(chosen, places // _BLOCK, axis=1)
+    return (block * _BLOCK + places % _BLOCK).astype(jnp.int32), values
+
+
 def _ordered(x: Array) -> Array:
     """float32 as uint32 of the same order; both zeros are one."""
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)

@@ -113,11 +113,13 @@ def _programs_s(engine: LocalEngine, empty: LocalExecutor) -> tuple[float, float
 class _EmptyPrograms(Programs):
     """Take what a model's programs take, and compute nothing of it."""
 
-    def _step(self, shape: ProgramShape, weights: Any, caches: Any, fed: Any, previous: Any) -> tuple[StepOutput, Any]:
+    def _step(
+        self, shape: ProgramShape, weights: Any, caches: Any, fed: Any, previous: Any
+    ) -> tuple[StepOutput, Any, Any]:
         batch, _ = feed.unpacked(fed, previous, shape.tokens, shape.pages)
         last = batch.tokens[:, -1]
         logits = jnp.zeros((shape.batch, self.cfg.vocab_size), jnp.float32) + last[:, None].astype(jnp.float32)
-        return StepOutput(logits, logits[:, :1], caches), last
+        return StepOutput(logits, logits[:, :1], caches), last, None
 
 
 def _empty(engine: LocalEngine) -> LocalExecutor:

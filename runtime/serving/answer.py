@@ -56,27 +56,31 @@ class Answer:
                 break
         return self.generated - before
 
-    def choice(self, ahead: int = 0) -> TokenChoice | None:
+    def choice(self, ahead: int = 0, logprobs: int | None = None) -> TokenChoice | None:
         """How the token after `ahead` more may be chosen by who computes its logits; None where they are needed here,
-        or the answer may not come so far."""
+        or the answer may not come so far. logprobs: how many the chooser can name, if it tells log-probabilities."""
         job, sampling = self.job, self.job.sampling
-        if self.kept is not None or job.logprobs is not None or job.constraint is not None or sampling.bias:
+        if self.kept is not None or job.constraint is not None or sampling.bias:
+            return None
+        if job.logprobs is not None and (logprobs is None or job.logprobs > logprobs):
             return None
         if self.generated + ahead >= job.max_tokens or (job.stop_ids and self.generated + ahead < job.min_tokens):
             return None
         if sampling.greedy:
-            return GREEDY
+            return GREEDY if job.logprobs is None else TokenChoice(logprobs=job.logprobs)
         if sampling.temperature < _COLDEST:
             return None
         uniform = self._rng.coming(ahead)
-        return TokenChoice(sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, uniform)
+        return TokenChoice(sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, uniform, job.logprobs)
 
-    def take(self, ids: Sequence[int], drafts: Sequence[int] = ()) -> int:
+    def take(self, ids: Sequence[int], drafts: Sequence[int] = (), logprobs: Sequence[TokenLogprob] = ()) -> int:
         """As `extend`, by ids that were chosen as `choice` says, one for each row of logits."""
         before = self.generated
-        for token, draft in zip(ids, [*drafts, None], strict=True):
+        for place, (token, draft) in enumerate(zip(ids, [*drafts, None], strict=True)):
             if not self.job.sampling.greedy:
                 self._rng.random()  # the one it was chosen by
+            if self.job.logprobs is not None:
+                self._logprobs.append(logprobs[place])
             self.accept(int(token))
             if self.finish or token != draft:
                 break

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from foundation.errors import UsageError
+from runtime.serving.service import TokenLogprob
 
 if TYPE_CHECKING:
     from runtime.serving.deployment import Deployment
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenChoice:
     """How an executor may choose the token behind another, so that logits need not leave the device: as `Sampling` has
-    these, greedy by default. uniform: in [0,1), drawn by the request's own generator."""
+    these, greedy by default. uniform: in [0,1), drawn by the request's own generator. logprobs: how many of the
+    likeliest to name with log-probabilities, beside the chosen token's; None: none is asked for."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     uniform: float = 0.0
+    logprobs: int | None = None
 
     @property
     def greedy(self) -> bool:
@@ -56,16 +59,17 @@ class FedRow:
 @dataclasses.dataclass(frozen=True)
 class ChosenIds:
     """What a step says of a row whose tokens the executor chose. ids: one for each row of logits, -1 where it could not
-    tell what a draw comes to; `logits` then fetches those."""
+    tell what a draw comes to; `logits` then fetches those. logprobs: of each id, where the choice asked."""
 
     ids: np.ndarray
     logits: Callable[[], np.ndarray] | None = None
+    logprobs: Sequence[TokenLogprob] = ()
 
     @property
     def last(self) -> ChosenIds:
         """Of the last row of logits alone."""
         logits = self.logits
-        return ChosenIds(self.ids[-1:], logits and (lambda: logits()[-1:]))
+        return ChosenIds(self.ids[-1:], logits and (lambda: logits()[-1:]), self.logprobs[-1:])
 
 
 ByRank = list[list[FedRow]]
@@ -84,7 +88,8 @@ class Abilities:
     drafts: most that it guesses a step. beyond: tokens behind those of a step that it may write to.
     reuse: pages of one request may be read by another. mixed: a step may hold prompts and answers.
     moves: caches can be read and written (`read`, `write`). chooses: what tokens it can choose: none, the best, or all
-    that a `TokenChoice` says.
+    that a `TokenChoice` says. logprobs: how many tokens it can name beside one that it chose; None: it tells no
+    log-probabilities.
     """
 
     pages: int
@@ -98,6 +103,7 @@ class Abilities:
     mixed: bool = True
     moves: bool = False
     chooses: Literal["none", "greedy", "drawn"] = "none"
+    logprobs: int | None = None
 
 
 class StepExecutor(Protocol):

@@ -53,6 +53,10 @@ class ServiceClosed(CapacityError):
     """The service takes no more jobs."""
 
 
+MOST_LOGPROBS = 20
+"""Of the likeliest tokens that clients may have named beside each; what programs make is as large."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
     """The natural logarithm of a token's probability before temperature and truncation, and the `top` best: (id, log

@@ -109,7 +109,7 @@ class ModelWorker(Worker):
         self.executor, self._drafts = executor, drafts
         can = executor.can
         self.beyond = can.beyond if drafts or not can.drafts else 0
-        self._chooses = can.chooses
+        self._chooses, self._names = can.chooses, can.logprobs
 
     def _run(self, plans: list[StepPlan], ranks: list[Rank]) -> list[np.ndarray]:
         calm = not any(rank.waiting or rank.prefilling for rank in ranks)
@@ -165,7 +165,8 @@ class ModelWorker(Worker):
         if self._chooses == "none":
             return None
         greedy = answer.job.sampling.greedy
-        return answer.choice(ahead) if greedy or (self._chooses == "drawn" and not drafts) else None
+        can = greedy or (self._chooses == "drawn" and not drafts)
+        return answer.choice(ahead, self._names) if can else None
 
     def _anything(self, answer: Answer) -> TokenChoice | None:
         """Behind a piece of a prompt that is not its last nothing is chosen; logits are wanted where they are kept."""
@@ -290,7 +291,7 @@ def _extended(answer: Answer, said: np.ndarray | ChosenIds, drafts: Sequence[int
         elif said.logits and (said.ids < 0).any():
             answer.extend(said.logits(), drafts)
         else:
-            answer.take(said.ids.tolist(), drafts)
+            answer.take(said.ids.tolist(), drafts, said.logprobs)
     except Exception as error:
         answer.fail(f"no token could be chosen ({error})")
     return answer.generated - before

@@ -23,10 +23,13 @@ from runtime.execution.local import feed
 from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.load import load_engine
 from runtime.execution.local.request import Prompt
+from runtime.execution.services import engine_service
 from runtime.serving.executor import ChosenIds, FedRow, TokenChoice
-from runtime.serving.sampling import Sampling, choose
+from runtime.serving.sampling import Sampling, choose, log_probabilities
+from runtime.serving.service import Job
 from tests.engine.conftest import SMALL
 from tests.engine.test_engine import Engines, assert_all_pages_are_back, prompt
+from tests.serving.live import ask
 
 
 class Apart(CpuBackend):
@@ -53,6 +56,7 @@ class One:
 
 ROWS = 16
 _drawn = jax.jit(choosing.drawn)
+_with_logprobs = jax.jit(choosing.with_logprobs, static_argnums=2)
 settings_of = st.builds(
     Sampling,
     temperature=st.sampled_from([0.0, 0.05, 0.7, 1.0, 3.0]),
@@ -194,3 +198,56 @@ def test_caches_stay_where_they_are(apart: LocalEngine) -> None:
         apart.programs.step(batch, mode)
         assert places() == before
     assert all(each.is_deleted() for each in old)
+
+
+@settings(max_examples=30)
+@given(
+    vocab=st.sampled_from([3, 64, 300, 2000]),
+    seed=st.integers(0, 2**31),
+    spread=st.sampled_from([0.0, 0.3, 3.0, 30.0]),
+    coarse=st.booleans(),
+    best=st.sampled_from([0, 20]),
+)
+def test_what_a_device_tells_of_tokens_is_what_the_host_finds(
+    vocab: int, seed: int, spread: float, coarse: bool, best: int
+) -> None:
+    """Names in the same order, of equal ones too; nothing of a row that is not all numbers."""
+    rng = np.random.default_rng(seed)
+    logits = (rng.standard_normal((ROWS, vocab)) * spread).astype(jnp.bfloat16 if coarse else np.float32)
+    logits, ids = logits.astype(np.float32), rng.integers(0, vocab, ROWS, np.int32)
+    logits *= rng.choice([0, 1, 1], (ROWS, 1)) * np.where(rng.random((ROWS, vocab)) < 0.1, -0.0, 1)
+    logits[0, vocab - 1] = np.nan
+    rows = np.asarray(_with_logprobs(logits, ids, best))
+    assert rows[0, 0] == -1 and rows[1:, 0].tolist() == ids[1:].tolist()
+    for row, token, told in zip(logits[1:], ids[1:], feed.told(rows[1:], best), strict=True):
+        expected = log_probabilities(row)
+        order = np.argsort(-expected, kind="stable")[:best]
+        assert told.logprob == pytest.approx(expected[token], abs=1e-5, rel=1e-6)
+        assert [each for each, _ in told.top] == order.tolist()
+        assert [value for _, value in told.top] == pytest.approx(expected[order], abs=1e-5, rel=1e-6)
+    assert [each.top for each in feed.told(rows[1:], 2)] == [each.top[:2] for each in feed.told(rows[1:], best)]
+
+
+def test_log_probabilities_come_without_logits(
+    engines: Engines, apart: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of drawn and of greedy answers, as a host finds that has the logits, and launched ahead as others are."""
+    warm = Sampling(temperature=0.8, top_p=0.9, seed=3)
+    jobs = [
+        Job(prompt(9, at), 12, how, logprobs=best)
+        for at, (how, best) in enumerate([(warm, 3), (warm, 20), (Sampling(), 0)])
+    ]
+    waiting = ask(engine_service(engines["dsa", 0]), jobs)
+    fetched: list[tuple[int, ...]] = []
+    get, taken = apart.programs.backend.get, apart.executor.taken
+    monkeypatch.setattr(apart.programs.backend, "get", lambda buffer: fetched.append(buffer.shape) or get(buffer))
+    ahead = ask(engine_service(apart), jobs)
+    unsure = fetched.count((160,))  # draws that the device leaves to the host, which then sees the row's logits
+    assert set(fetched) <= {(4, 2), (4, 2 + 2 * 20), (160,)} and unsure < 4 and apart.executor.taken > taken
+    for found, expected in zip(ahead, waiting, strict=True):
+        assert found.tokens == expected.tokens
+        ours, theirs = ([each for update in who.updates for each in update.logprobs] for who in (found, expected))
+        assert len(ours) == len(theirs) == 12
+        for each, meant in zip(ours, theirs, strict=True):
+            assert each.logprob == pytest.approx(meant.logprob, abs=1e-4)
+            assert dict(each.top) == pytest.approx(dict(meant.top), abs=1e-4)

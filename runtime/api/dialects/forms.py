@@ -14,8 +14,8 @@ from runtime.api.ask import MOST_STOP_CHARACTERS, MOST_STOPS, Drawn, JsonFormat
 from runtime.api.refusal import ApiRefusal, wrong
 from runtime.api.tools import Tool, ToolChoice
 from runtime.api.vocabulary import Vocabulary
+from runtime.serving.service import MOST_LOGPROBS as MOST_LOGPROBS
 
-MOST_LOGPROBS = 20
 MOST_BIASED = 1024
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _NO_FIELD = {"str", "int", "float", "bool", "none", "constrained-str", "constrained-int", "constrained-float"}

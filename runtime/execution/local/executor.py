@@ -31,9 +31,11 @@ from runtime.execution.batches import (
     unpadded,
     widest,
 )
+from runtime.execution.local import feed
 from runtime.execution.local.feed import LAST
 from runtime.execution.local.programs import Programs, StepMade
 from runtime.serving.executor import Abilities, ByRank, ChosenIds, FedRow, Logits
+from runtime.serving.service import MOST_LOGPROBS
 
 _GAP = FedRow([], 0, [])
 _NONE = np.zeros((0, 0), np.float32)
@@ -86,6 +88,7 @@ class LocalExecutor:
             drafts=drafts,
             beyond=drafts - 1 if drafts else int(programs.apart),
             chooses="drawn" if programs.apart else "greedy",
+            logprobs=MOST_LOGPROBS if programs.apart else None,
         )
 
     def step(self, prompts: ByRank, answers: ByRank, every: bool) -> tuple[Logits, Logits]:
@@ -132,7 +135,9 @@ class LocalExecutor:
         batch = padded(part, size, gear(widest(part), least_tokens), gear(pages, self._least_pages))
         choices = [row.choice for row in rows]
         drawn = choices if any(each and not each.greedy for each in choices) else None
-        launch = self.programs.launch(batch, mode, drawn, previous)
+        asked = {each.logprobs for each in choices if each and each.logprobs is not None}
+        logprobs = (MOST_LOGPROBS if any(asked) else 0) if asked else None  # few programs, whatever is asked
+        launch = self.programs.launch(batch, mode, drawn, previous, logprobs)
         if self.programs.drafts:
             self._launched.append(Launched(kind, part, batch, launch.hidden))
         return _Made(rows, size, launch, self.programs.weights)
@@ -141,20 +146,23 @@ class LocalExecutor:
         """What a launch says of its rows; waits for it."""
         programs, launch = self.programs, made.launch
         asked = [row for row in made.rows if row.tokens]
-        logits = ids = None
+        logits = told = None
         if any(row.choice is None for row in asked):
             logits = unpadded([made.rows], programs.fetch(launch.logits))[0]
         if any(row.choice is not None for row in asked):
-            made.ids = programs.fetch(launch.ids)
-            ids = unpadded([made.rows], made.ids[..., None])[0]
+            found = programs.fetch(launch.ids)[..., None] if launch.told is None else programs.fetch(launch.told)
+            made.ids = found[..., 0]
+            told = unpadded([made.rows], found)[0]
 
         def fetched(place: int) -> np.ndarray:
             row = programs.fetch(launch.logits[place])
             return row[None] if row.ndim == 1 else row[: len(made.rows[place].tokens)]
 
         def said(place: int, row: FedRow) -> np.ndarray | ChosenIds:
-            if row.choice is not None and ids is not None:
-                return ChosenIds(ids[place][:, 0], partial(fetched, place))
+            if row.choice is not None and told is not None:
+                best = row.choice.logprobs
+                logprobs = () if best is None else feed.told(told[place], best)
+                return ChosenIds(told[place][:, 0], partial(fetched, place), logprobs)
             return _NONE if logits is None else logits[place]
 
         return [said(place, row) for place, row in enumerate(made.rows)]

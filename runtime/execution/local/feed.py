@@ -1,4 +1,5 @@
-"""A step's inputs as one array: a transfer to the device each would take longer than the step of a small model.
+"""A step's inputs as one array: a transfer to the device each would take longer than the step of a small model. And so
+what it tells, where log-probabilities are asked for.
 
 int32 [b, t + 2 + p (+ 5)]: tokens, start, length, page table, and where tokens are drawn how (float32 by their bits). A
 token of -1 is the one that the launch before chose for the same row, which the host need not have seen.
@@ -15,6 +16,7 @@ from jax import Array, lax
 from model.choosing import Draws
 from model.graph import Batch
 from runtime.serving.executor import GREEDY, TokenChoice
+from runtime.serving.service import TokenLogprob
 
 LAST = -1
 _FLOATS = ("temperature", "top_p", "min_p", "uniform")
@@ -29,6 +31,15 @@ def packed(batch: Batch, choices: Sequence[TokenChoice | None] | None = None) ->
         floats = np.array([[getattr(each, name) for name in _FLOATS] for each in given], np.float32)
         parts += [floats.view(np.int32), np.array([[each.top_k] for each in given], np.int32)]
     return np.concatenate(parts, axis=1, dtype=np.int32)
+
+
+def told(rows: np.ndarray, best: int) -> list[TokenLogprob]:
+    """What `model.choosing.with_logprobs` says of ids [n, ..], with so many of the likeliest."""
+    count = rows.shape[-1] // 2 - 1
+    logs = np.ascontiguousarray(rows).view(np.float32)
+    named = zip(rows[:, 2 : 2 + count].tolist(), logs[:, 2 + count :].tolist(), strict=True)
+    tops = [tuple(zip(ids, values, strict=True))[:best] for ids, values in named]
+    return [TokenLogprob(own, top) for own, top in zip(logs[:, 1].tolist(), tops, strict=True)]
 
 
 def unpacked(fed: Array, previous: Array, tokens: int, pages: int) -> tuple[Batch, Draws | None]:

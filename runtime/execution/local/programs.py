@@ -34,13 +34,15 @@ from runtime.serving.executor import TokenChoice
 
 @dataclasses.dataclass(frozen=True)
 class ProgramShape:
-    """A program's static shape: sequences, tokens each, pages each, and the graph's mode."""
+    """A program's static shape: sequences, tokens each, pages each, and the graph's mode. drawn: tokens need not be the
+    likeliest. logprobs: how many of the likeliest it names beside each; None: it tells no log-probabilities."""
 
     batch: int
     tokens: int
     pages: int
     mode: Mode
     drawn: bool = False
+    logprobs: int | None = None
 
 
 class Programs:
@@ -96,11 +98,16 @@ class Programs:
         }
 
     def launch(
-        self, batch: Batch, mode: Mode, choices: Sequence[TokenChoice | None] | None = None, previous: Any = None
+        self,
+        batch: Batch,
+        mode: Mode,
+        choices: Sequence[TokenChoice | None] | None = None,
+        previous: Any = None,
+        logprobs: int | None = None,
     ) -> StepMade:
         """Has the main stack run, and does not wait: the programs of a device run in their order. choices: of the rows,
-        where not all are greedy. previous: ids of the launch before, where the batch has `feed.LAST`. Raises
-        `CapacityError` where the device has no memory for it."""
+        where not all are greedy. previous: ids of the launch before, where the batch has `feed.LAST`. logprobs: as of
+        `ProgramShape`. Raises `CapacityError` where the device has no memory for it."""
         rows = len(batch.start)
         if previous is None:
             if rows not in self._nothing:
@@ -108,11 +115,11 @@ class Programs:
             previous = self._nothing[rows]
         with self._room():
             fed = feed.packed(batch, choices)
-            out, ids = self._run(
-                "step", self._step, batch, mode, self.weights, self.caches, fed, previous, drawn=choices is not None
-            )
+            given = self.weights, self.caches, fed, previous
+            drawn = choices is not None
+            out, ids, told = self._run("step", self._step, batch, mode, *given, drawn=drawn, logprobs=logprobs)
             self.caches = out.caches
-            return StepMade(out.logits, ids, out.hidden)
+            return StepMade(out.logits, ids, out.hidden, told)
 
     def fetch(self, buffer: Any) -> np.ndarray:
         """What a launch made, on the host. Raises as `launch`."""
@@ -142,9 +149,18 @@ class Programs:
                 raise
             raise CapacityError(f"{self.backend.name} has no memory left for a step ({first_line(error)})") from error
 
-    def _run(self, name: str, fn: Any, batch: Batch, mode: Mode, *args: Any, drawn: bool = False) -> Any:
+    def _run(
+        self,
+        name: str,
+        fn: Any,
+        batch: Batch,
+        mode: Mode,
+        *args: Any,
+        drawn: bool = False,
+        logprobs: int | None = None,
+    ) -> Any:
         sequences, tokens = batch.tokens.shape
-        shape = ProgramShape(sequences, tokens, batch.page_table.shape[1], mode, drawn)
+        shape = ProgramShape(sequences, tokens, batch.page_table.shape[1], mode, drawn, logprobs)
 
         def loaded() -> Executable:
             begin = time.perf_counter()
@@ -171,10 +187,12 @@ class Programs:
 
     def _step(
         self, shape: ProgramShape, weights: Any, caches: Any, fed: Any, previous: Any
-    ) -> tuple[graph.StepOutput, Any]:
+    ) -> tuple[graph.StepOutput, Any, Any]:
         batch, draws = feed.unpacked(fed, previous, shape.tokens, shape.pages)
         out = graph.step(self.cfg, weights, caches, batch, shape.mode)
-        return out, choosing.greedy(out.logits) if draws is None else choosing.drawn(out.logits, draws)
+        ids = choosing.greedy(out.logits) if draws is None else choosing.drawn(out.logits, draws)
+        told = None if shape.logprobs is None else choosing.with_logprobs(out.logits, ids, shape.logprobs)
+        return out, ids, told
 
     def _draft(self, shape: ProgramShape, weights: Any, cache: Any, batch: Batch, hidden: Any) -> tuple[Any, Any]:
         return graph.draft(self.cfg, weights, cache, batch, hidden, self.drafts, shape.mode)

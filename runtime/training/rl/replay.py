@@ -54,7 +54,9 @@ class RecordingPrograms(Programs):
         self.apart = False  # what was chosen is looked at behind every launch
         self.launches: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
 
-    def launch(self, batch: Batch, mode: Mode, choices: Any = None, previous: Any = None) -> StepMade:
+    def launch(
+        self, batch: Batch, mode: Mode, choices: Any = None, previous: Any = None, logprobs: Any = None
+    ) -> StepMade:
         with self._room():
             name = f"step, {self.replay} recorded"
             (out, ids), chosen = self._run(name, self._recorded, batch, mode, self.weights, self.caches, batch)
