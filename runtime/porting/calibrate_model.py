@@ -29,7 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from backends.interface import Backend
+from backends.interface import Backend, Order
 from foundation.errors import UsageError
 from model.config import LayerType
 from model.formats import E4M3
@@ -241,7 +241,9 @@ class _Bench:
         copies = min(max(*counts, math.ceil(self.read_bytes / each)), room, _MOST_COPIES) if places else 0
         copies = max(copies, *counts)
         held = [
-            random_buffers(self.backend, most.shape, str(most.dtype), copies, _scale(first, place))
+            random_buffers(
+                self.backend, most.shape, str(most.dtype), copies, _scale(first, place), self._order(first, place)
+            )
             for place, most in zip(places, largest, strict=True)
         ]
         owns = [tuple(buffers[copy] for buffers in held) for copy in range(copies)]
@@ -257,6 +259,13 @@ class _Bench:
             self._own_seconds(case.steady, seconds / count, count)
             for case, seconds, count in zip(cases, found, counts, strict=True)
         ]
+
+    def _order(self, call: RankCall, place: int) -> Order | None:
+        """How the engine has a matrix lie for this backend (`Capabilities.order`)."""
+        contracted = _contracted(call, place)
+        if contracted is None or call.name not in self.backend.capabilities().out_in:
+            return None
+        return (*(dim for dim in range(call.operands[place].ndim) if dim != contracted), contracted)
 
     def _own_seconds(self, steady: bool, seconds: float, layers: int) -> float:
         """What makes the next one wait, where the result is not its operand, is no op's own."""
@@ -377,14 +386,21 @@ def _weights(call: RankCall) -> tuple[Any, ...]:
     return (call.name, call.operands[0].shape[-1], *shapes)
 
 
+def _contracted(call: RankCall, place: int) -> int | None:
+    """The dim of a matrix that a product sums over, of its blocks' scales too; None for what is no matrix."""
+    if _roles(call)[place] == "pages" or call.operands[place].ndim < 2:
+        return None
+    return {"glm.linear": 0, "glm.route": 0}.get(call.name, 1)
+
+
 def _scale(call: RankCall, place: int) -> float:
-    """Of random weights, so that sums over their first dim, of experts' over their second, are about one."""
-    spec = call.operands[place]
-    if _ROLES[call.name][min(place, len(_ROLES[call.name]) - 1)] == "pages" or spec.ndim < 2:
+    """Of random weights, so that sums are about one."""
+    contracted = _contracted(call, place)
+    if contracted is None:
         return 1.0
     if call.operands[place - 1].dtype == E4M3:  # the scales of blocks
         return 0.01
-    return spec.shape[0 if spec.ndim == 2 or call.name == "glm.linear" else 1] ** -0.5
+    return call.operands[place].shape[contracted] ** -0.5
 
 
 def _product(call: RankCall) -> RankCall:

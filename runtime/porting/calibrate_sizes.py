@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from backends.interface import Backend, Program
+from backends.interface import Backend, Order, Program
 from foundation.errors import UsageError
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -142,8 +142,11 @@ def matrices(backend: Backend, k: int, count: int, dtype: str) -> list[Any]:
     return random_buffers(backend, (k, k), dtype, count, k**-0.5)
 
 
-def random_buffers(backend: Backend, shape: tuple[int, ...], dtype: str, count: int, scale: float = 1.0) -> list[Any]:
-    """Random arrays that are made on the device, standard normal times `scale`; FP8 are near one."""
+def random_buffers(
+    backend: Backend, shape: tuple[int, ...], dtype: str, count: int, scale: float = 1.0, order: Order | None = None
+) -> list[Any]:
+    """Random arrays that are made on the device, standard normal times `scale`; FP8 are near one. order: how they
+    lie."""
     seed = jax.ShapeDtypeStruct((), jnp.int32)
 
     def made(seed: Any) -> Any:
@@ -153,7 +156,8 @@ def random_buffers(backend: Backend, shape: tuple[int, ...], dtype: str, count: 
         return (jax.random.normal(key, shape) * jnp.float32(scale)).astype(jnp.dtype(dtype))
 
     run = loaded(backend, f"calibrate random {shape}", made, (seed,))
-    return [run(backend.put(np.int32(number))) for number in range(count)]
+    buffers = (run(backend.put(np.int32(number))) for number in range(count))
+    return [each if order is None else backend.put(each, order) for each in buffers]
 
 
 def product_chain(repeats: int, x: Any, factors: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -168,7 +172,8 @@ def product_chain(repeats: int, x: Any, factors: tuple[Any, ...]) -> tuple[Any, 
 
 def loaded(backend: Backend, name: str, fn: Any, args: tuple[Any, ...], donate: tuple[int, ...] = ()) -> Any:
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
-    return backend.load(backend.export(Program(name, fn, shapes, donate)))
+    orders = tuple(map(backend.order_of, jax.tree.leaves(args)))
+    return backend.load(backend.export(Program(name, fn, shapes, donate, orders=orders)))
 
 
 def times(call: Callable[[], Any], rounds: int) -> list[float]:

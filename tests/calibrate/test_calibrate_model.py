@@ -3,6 +3,7 @@ step of the model takes there; the profile that comes out has to say so."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import pytest
 
 import hw_profiles
 from backends import registry
-from backends.interface import Capabilities, DeviceInfo
+from backends.interface import Capabilities, DeviceInfo, Order
 from model.hf_config import load_config
 from model.ops import OPS
 from model.split import Layout
@@ -137,8 +138,8 @@ class Modelled(MadeUp):
 
         return run
 
-    def put(self, array: Any) -> Buffer:
-        held = super().put(array)
+    def put(self, array: Any, order: Order | None = None) -> Buffer:
+        held = super().put(array, order)
         held.values = np.asarray(array)  # type: ignore[attr-defined]
         return held
 
@@ -283,6 +284,22 @@ def test_a_rank_of_a_real_machine_is_measured() -> None:
     found = bench.points([RankStep(2, 1, 16, 12)], rank.kinds[-1:], names)
     assert {"latent_decode/f32/any", "gemm/f32/any", "moe/f32/any", "memory/route/any"} == set(found)
     assert all(0 < point.seconds < 1 for _, points in found.values() for point in points)
+
+
+def test_matrices_lie_as_the_engine_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a backend asks for them as checkpoints have them."""
+    cpu = registry.usable("cpu")
+    asking = dataclasses.replace(cpu.capabilities(), out_in=frozenset({"glm.linear"}))
+    lying: list[Order | None] = []
+    put = cpu.put
+    monkeypatch.setattr(cpu, "capabilities", lambda: asking)
+    monkeypatch.setattr(cpu, "put", lambda array, order=None: lying.append(order) or put(array, order))
+    rank = ModelRank(load_config(embedded_checkpoint()))
+    bench = calibrate_model._Bench(cpu, rank, "float32", 1e11, 1e10, OpClock(1))
+    found = bench.points([RankStep(1, 1, 16, 12)], rank.kinds[-1:], ("glm.head_linear",))
+    assert set(found) == {"bmm/f32/any"} and set(lying) == {None}
+    found = bench.points([RankStep(1, 1, 16, 12)], [None], ("glm.linear",))
+    assert set(found) == {"gemm/f32/any"} and set(lying) == {None, (1, 0)}
 
 
 @pytest.mark.slow
