@@ -26,12 +26,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from backends.cuda import CudaBackend
 from backends.kernels import table
+from backends.orders import laid
 from bench.rank import RANK
 from model import abstract, graph, ops
 from model.formats import CacheFormats
 from model.graph import Batch, Mode
 from model.hf_config import from_hf
-from model.weights import outer_weights
+from model.weights import layer_weights, outer_weights
 from runtime.execution.local.programs import Programs
 from runtime.serving.executor import TokenChoice
 
@@ -115,14 +116,25 @@ class Deviceless(CudaBackend):
 NARROW = CacheFormats("fp8_ds_mla", "fp8_scaled")
 
 
-def step_figures(rows: int, drawn: bool, sharding: Any, kept: CacheFormats | None = None) -> dict[str, Any]:
-    """A decode step of two layers with embedding and head, by the engine's own road from graph to executable."""
+def step_figures(
+    rows: int, drawn: bool, sharding: Any, kept: CacheFormats | None = None, lying: str | None = None
+) -> dict[str, Any]:
+    """A decode step of two layers with embedding and head, by the engine's own road from graph to executable. lying:
+    matrices of `glm.linear` are in bfloat16 and lie as the graph ("[in, out]") or checkpoints ("[out, in]") have them.
+    """
     cfg = from_hf({**RANK, "num_hidden_layers": 2, "first_k_dense_replace": 1})
     weights = {
         "outer": {w.name: jax.ShapeDtypeStruct(w.shape, "float32" if w.float32 else "bfloat16")
                   for w in outer_weights(cfg)},
         "layers": [abstract.abstract_weights(cfg, kind, keep_fp8=True) for kind in cfg.layers], "mtp": [],
     }  # fmt: skip
+    if lying:
+        layers = zip(weights["layers"], (layer_weights(cfg, kind) for kind in cfg.layers), strict=True)
+        for held, described in [(weights["outer"], outer_weights(cfg)), *layers]:
+            for w in described:
+                if w.op == "glm.linear":
+                    place = laid(sharding, w.out_in if lying == "[out, in]" else None)
+                    held[w.name] = jax.ShapeDtypeStruct(w.shape, "bfloat16", sharding=place)
     programs = Programs(Deviceless(sharding), cfg, weights, rows * 130, 64, "bfloat16", rows=kept)
     ones = np.ones(rows, np.int32)
     batch = Batch(ones[:, None], ones, ones, np.ones((rows, 130), np.int32))
@@ -143,6 +155,8 @@ def main() -> None:
             for rows in (1, 64)
         }
         report["greedy, FP8 caches b64"] = step_figures(64, False, sharding, NARROW)
+        for lying in ("[in, out]", "[out, in]"):
+            report[f"greedy, bfloat16 {lying} b64"] = step_figures(64, False, sharding, lying=lying)
     else:
         report = {
             f"{kind.name} {name}": figures(kind, step, sys.argv[1] == "layers", sharding)
