@@ -204,7 +204,7 @@ def _decoding(backend: Backend, dtype: str, size: float, sequences: Sequence[int
     """One query a sequence over the chosen of 512 tokens, or of few."""
     cases = [(b, 1, keys, cached) for b in sequences for keys, cached in ((32, 128), (128, 512), (512, 512))]
     features = [{"sequences": float(b), "tokens": float(b), "context": float(keys)} for b, _, keys, _ in cases]
-    return attention_over_selected(backend, dtype, size, cases, features, clock, _HEADS[-1])
+    return _of_all_heads(backend, dtype, size, cases, features, clock)
 
 
 def _chunk(
@@ -218,6 +218,17 @@ def _chunk(
         {"sequences": 1.0, "tokens": float(t), "context": float(cached) if how == "masked" else min(t / 2, keys)}
         for _, t, keys, cached in cases
     ]
+    return _of_all_heads(backend, dtype, size, cases, features, clock)
+
+
+def _of_all_heads(
+    backend: Backend,
+    dtype: str,
+    size: float,
+    cases: Sequence[tuple[int, int, int, int]],
+    features: Sequence[Mapping[str, float]],
+    clock: OpClock,
+) -> SelectedPoints:
     found = [attention_over_selected(backend, dtype, size, cases, features, clock, heads) for heads in _HEADS]
     attended, chosen = ([point for each in part for point in each] for part in zip(*found, strict=True))
     return attended, chosen
