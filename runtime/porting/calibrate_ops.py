@@ -131,17 +131,21 @@ Operands = tuple[Any, ...] | Callable[[int], tuple[Any, ...]]
 def timed(
     backend: Backend, name: str, fns: Sequence[Callable[..., Any]], cases: Sequence[Operands], clock: OpClock
 ) -> list[float]:
-    """Median seconds of each function on its arguments, without what a call takes; rounds alternate over them. In a
-    round a short one is called again and again: what disturbs a machine now and then is long beside it."""
+    """Median seconds of each function on its arguments, without what a call of a program takes that is given as many
+    and does nothing with them; rounds alternate over them. In a round a short one is called again and again: what
+    disturbs a machine now and then is long beside it."""
     calls = []
     for number, (fn, case) in enumerate(zip(fns, cases, strict=True)):
         at = case if callable(case) else partial(_same, case)
         run = loaded(backend, f"calibrate {name} {number}", partial(_one, fn), at(0))
-        backend.get(run(*at(0))[1])
-        calls.append((run, at))
+        idle = loaded(backend, f"calibrate {name} {number} call", _nothing, at(0))
+        for each in (run, idle):
+            backend.get(each(*at(0))[1])
+        calls.append((run, idle, at))
     times: list[list[float]] = [[] for _ in cases]
+    calling: list[list[float]] = [[] for _ in cases]
     for _ in range(clock.rounds):
-        for (run, at), kept in zip(calls, times, strict=True):
+        for (run, idle, at), kept, called in zip(calls, times, calling, strict=True):
             if len(kept) >= _FEWEST_ROUNDS and sum(kept) > clock.most_s:
                 continue
             spent = 0.0
@@ -151,8 +155,12 @@ def timed(
                 backend.get(run(*args)[1])
                 kept.append(time.perf_counter() - begin)
                 spent += kept[-1]
-    medians = [statistics.median(kept) for kept in times]
-    return [max(seconds - clock.dispatch_s, _LEAST_SHARE * seconds) for seconds in medians]
+            args = at(len(kept))
+            begin = time.perf_counter()
+            backend.get(idle(*args)[1])
+            called.append(time.perf_counter() - begin)
+    found = ((statistics.median(kept), statistics.median(called)) for kept, called in zip(times, calling, strict=True))
+    return [max(seconds - call_s, _LEAST_SHARE * seconds) for seconds, call_s in found]
 
 
 def _same(args: tuple[Any, ...], _: int) -> tuple[Any, ...]:
@@ -163,6 +171,12 @@ def _one(fn: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     """All of a result is made, and one number of it fetched."""
     made = fn(*args)
     return made, jax.tree.leaves(made)[-1].reshape(-1)[0]
+
+
+def _nothing(*args: Any) -> tuple[Any, Any]:
+    """Of each argument one number is read: it has to be there."""
+    read = sum(each.reshape(-1)[0].astype(jnp.float32) for each in jax.tree.leaves(args))
+    return read, read
 
 
 def _experts(backend: Backend, dtype: str, size: float, tokens: Sequence[int], clock: OpClock) -> list[Measurement]:
