@@ -191,7 +191,7 @@ class Refusing(CpuBackend):
         def run(weights: Any, caches: Any, *_: Any) -> Any:
             self._at("call")
             logits: Any = np.ones((1, 1), np.float32)
-            return StepOutput(logits, logits, caches), logits
+            return StepOutput(logits, logits, caches), logits, None
 
         return run
 
