@@ -89,9 +89,11 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
 def abandon() -> None:
     """Removes what is unfinished, and lets nothing more be begun or take its name: for a process that ends now."""
     _naming.acquire()
-    for _ in range(3):  # another thread may be writing to a folder as it is removed
+    for _ in range(100):  # another thread may be writing to a folder as it is removed
         for path in list(_unfinished):
             _remove(path)
+        if not any(path.exists() for path in _unfinished):
+            break
 
 
 @contextmanager
