@@ -90,10 +90,11 @@ def abandon() -> None:
     """Removes what is unfinished, and lets nothing more be begun or take its name: for a process that ends now."""
     _naming.acquire()
     for _ in range(100):  # another thread may be writing to a folder as it is removed
-        for path in list(_unfinished):
-            _remove(path)
-        if not any(path.exists() for path in _unfinished):
+        left = [path for path in list(_unfinished) if os.path.lexists(path)]
+        if not left:
             break
+        for path in left:
+            _remove(path)
 
 
 @contextmanager

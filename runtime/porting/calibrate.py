@@ -35,6 +35,7 @@ from runtime.porting.calibrate_network import MeasuredNetwork, local_devices, me
 from runtime.porting.calibrate_ops import KernelPoints, OpClock, measure_kernels
 from runtime.porting.calibrate_sizes import (
     DTYPES,
+    SOURCE,
     Effort,
     Probe,
     host_bytes,
@@ -49,7 +50,6 @@ from runtime.porting.calibrate_sizes import (
 )
 from runtime.pricing.adjust import stated
 
-SOURCE = "glm5 calibrate"
 _PEAK = {"float32": "chip.peak.fp32_flops_per_s", "bfloat16": "chip.peak.bf16_flops_per_s"}
 _MOST_MATRICES = 512
 _OP_ROUNDS = 3  # of ops for each of products: of a size each, whose neighbours do not make up for a bad minute

@@ -22,9 +22,9 @@ from model.ops import attributes_of
 from model.parallel import Parallel
 from model.split import Layout
 from model.weights import Weight
+from runtime.execution.batches import gear
+from runtime.porting.calibrate_sizes import PAGE
 
-PAGE = 16
-"""Tokens of a page: the engine's own."""
 _CONTEXTS, _FILLED = (32, 128, 512, 2048, 8192, 32768), 0.75
 
 
@@ -106,7 +106,7 @@ class RankStep:
 
 def token_steps(cfg: ModelConfig, counts: Sequence[int]) -> list[RankStep]:
     """Of so many tokens, for ops that see nothing else: over a short context, and one that an indexer selects from."""
-    contexts = [PAGE, _pages_of(cfg.indexer.topk + 1)] if cfg.indexer else [PAGE]
+    contexts = [PAGE, gear(cfg.indexer.topk + 1, PAGE)] if cfg.indexer else [PAGE]
     return [RankStep(count, 1, context, context) for context in contexts for count in counts]
 
 
@@ -115,7 +115,7 @@ def answer_steps(cfg: ModelConfig, sequences: Sequence[int]) -> list[RankStep]:
     two of them are that long on average. And those with the shortest context that an indexer selects from."""
     ends = [(context, round(_FILLED * context)) for context in _contexts(cfg)]
     if cfg.indexer and cfg.indexer.topk < cfg.max_positions:
-        ends.append((_pages_of(cfg.indexer.topk + 1), cfg.indexer.topk + 1))
+        ends.append((gear(cfg.indexer.topk + 1, PAGE), cfg.indexer.topk + 1))
     return [RankStep(count, 1, context, end) for context, end in ends for count in sequences]
 
 
@@ -134,13 +134,8 @@ def chunk_steps(cfg: ModelConfig, chunks: Sequence[int]) -> list[RankStep]:
 def _contexts(cfg: ModelConfig) -> list[int]:
     """Powers of two, with those around what an indexer selects."""
     about = (cfg.indexer.topk, cfg.indexer.topk + 1) if cfg.indexer else ()
-    wanted = {*_CONTEXTS, *map(_pages_of, about)}
+    wanted = {*_CONTEXTS, *(gear(size, PAGE) for size in about)}
     return sorted(size for size in wanted if size <= cfg.max_positions) or [PAGE]
-
-
-def _pages_of(tokens: int) -> int:
-    """Tokens that the pages of so many hold, which come in powers of two."""
-    return max(PAGE, 1 << (tokens - 1).bit_length())
 
 
 def calls(rank: ModelRank, what: LayerType | None, step: RankStep, dtype: str, keep_fp8: bool) -> list[RankCall]:

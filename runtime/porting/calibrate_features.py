@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from model.formats import E4M3
-from runtime.porting.calibrate_calls import PAGE, RankCall, RankStep
+from runtime.porting.calibrate_calls import RankCall, RankStep
 from runtime.porting.calibrate_ops import FORMAT_OF_DTYPE
-from runtime.porting.calibrate_sizes import DTYPES
+from runtime.porting.calibrate_sizes import DTYPES, PAGE
 from runtime.pricing.book import element_bytes
 
 Given = Mapping[int, np.ndarray]

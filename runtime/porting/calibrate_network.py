@@ -25,12 +25,12 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from backends.interface import Backend, Program
-from runtime.porting.calibrate_sizes import DTYPES, host_bytes
+from runtime.porting.calibrate_sizes import DTYPES, SOURCE, host_bytes
 from runtime.porting.kernel_fit import curve
 from runtime.pricing.network import VOLUME
 
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
-_SOURCE, _AXIS, _SHARE = "glm5 calibrate", "device", 64
+_AXIS, _SHARE = "device", 64
 _MORE, _MORE_OF_LARGE, _LARGE_BYTES = 16, 4, 2.0**20
 _LEAST_S = 1e-7
 
@@ -47,9 +47,7 @@ class MeasuredNetwork:
 
     def collectives(self) -> dict[str, Any]:
         """The `collectives` of a price file."""
-        return {
-            f"{op}/{group}/any": curve(points, _SOURCE) for (op, group), points in self.sent.items() if op in VOLUME
-        }
+        return {f"{op}/{group}/any": curve(points, SOURCE) for (op, group), points in self.sent.items() if op in VOLUME}
 
     def figures(self) -> dict[str, tuple[float, str]]:
         """Fields of a profile, with notes."""

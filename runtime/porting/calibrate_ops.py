@@ -22,10 +22,10 @@ import numpy as np
 
 from backends.interface import Backend
 from model.ops import OPS
-from runtime.porting.calibrate_sizes import DTYPES, loaded, random_buffers
+from runtime.porting.calibrate_sizes import DTYPES, PAGE, SOURCE, loaded, random_buffers
 from runtime.porting.kernel_fit import FitBasis, Measurement, fitted
 
-_EXPERTS, _TOP_K, _PAGE, _SELECTED = 32, 4, 16, 128
+_EXPERTS, _TOP_K, _SELECTED = 32, 4, 128
 _INDEX_HEADS, _INDEX_DIM = 16, 32
 _HEADS = ((4, 64, 48), (8, 160, 128))
 """Heads of attention, and how wide their keys and values are. What a score takes beside its products, as its mask and
@@ -37,7 +37,6 @@ _ROUND_S = 1e-3
 _FEWEST_ROUNDS = 3
 _AS_IN_A_STEP = 1 << 20  # weights in turn: as many as the model's step reads before it comes back to one
 _LEAST_PART = 0.02  # of selection and attention together, that each of them takes at the least
-_SOURCE = "glm5 calibrate"
 FORMAT_OF_DTYPE = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -84,7 +83,7 @@ def measure_kernels(
         ours, theirs = (list(found[key][1]) if key in found else [] for found in (points, of_model))
         peak = narrow_flops_per_s if narrow_flops_per_s and "/fp8-block/" in key else peak_flops_per_s
         axes = AXES[key.partition("/")[0]] if theirs else ()
-        body = fitted(family, ours + theirs, FitBasis(peak, bandwidth_bytes_per_s), _SOURCE, axes)
+        body = fitted(family, ours + theirs, FitBasis(peak, bandwidth_bytes_per_s), SOURCE, axes)
         kernels[key] = {**body, "rotated": _AS_IN_A_STEP if theirs else clock.layers}
     return {"schema": 1, "kernels": kernels}
 
@@ -134,11 +133,14 @@ def timed(
     """Median seconds of each function on its arguments, without what a call of a program takes that is given as many
     and does nothing with them; rounds alternate over them. In a round a short one is called again and again: what
     disturbs a machine now and then is long beside it."""
-    calls = []
+    calls, idles = [], {}
     for number, (fn, case) in enumerate(zip(fns, cases, strict=True)):
         at = case if callable(case) else partial(_same, case)
         run = loaded(backend, f"calibrate {name} {number}", partial(_one, fn), at(0))
-        idle = loaded(backend, f"calibrate {name} {number} call", _nothing, at(0))
+        shapes = jax.tree.map(lambda each: (each.shape, str(each.dtype)), at(0))
+        if shapes not in idles:  # cases that differ in what is made of their arguments
+            idles[shapes] = loaded(backend, f"calibrate {name} {number} call", _nothing, at(0))
+        idle = idles[shapes]
         for each in (run, idle):
             backend.get(each(*at(0))[1])
         calls.append((run, idle, at))
@@ -218,7 +220,7 @@ def _decoding(backend: Backend, dtype: str, size: float, sequences: Sequence[int
     """One query a sequence over the chosen of 512 tokens, or of few."""
     cases = [(b, 1, keys, cached) for b in sequences for keys, cached in ((32, 128), (128, 512), (512, 512))]
     features = [{"sequences": float(b), "tokens": float(b), "context": float(keys)} for b, _, keys, _ in cases]
-    return _of_all_heads(backend, dtype, size, cases, features, clock)
+    return _of_all_heads(partial(attention_over_selected, backend, dtype, size, cases, features, clock))
 
 
 def _chunk(
@@ -232,18 +234,11 @@ def _chunk(
         {"sequences": 1.0, "tokens": float(t), "context": float(cached) if how == "masked" else min(t / 2, keys)}
         for _, t, keys, cached in cases
     ]
-    return _of_all_heads(backend, dtype, size, cases, features, clock)
+    return _of_all_heads(partial(attention_over_selected, backend, dtype, size, cases, features, clock))
 
 
-def _of_all_heads(
-    backend: Backend,
-    dtype: str,
-    size: float,
-    cases: Sequence[tuple[int, int, int, int]],
-    features: Sequence[Mapping[str, float]],
-    clock: OpClock,
-) -> SelectedPoints:
-    found = [attention_over_selected(backend, dtype, size, cases, features, clock, heads) for heads in _HEADS]
+def _of_all_heads(measured: Callable[[tuple[int, int, int]], SelectedPoints]) -> SelectedPoints:
+    found = [measured(heads) for heads in _HEADS]
     attended, chosen = ([point for each in part for point in each] for part in zip(*found, strict=True))
     return attended, chosen
 
@@ -288,12 +283,12 @@ def _index(
     rng = np.random.default_rng(3)
     given, features = [], []
     for (b, t, cached), context in zip(cases, contexts, strict=True):
-        pages = -(-cached // _PAGE)
+        pages = -(-cached // PAGE)
         given.append(
             (
                 backend.put(_normal(rng, (b, t, _INDEX_HEADS, _INDEX_DIM), dtype)),
                 backend.put(_normal(rng, (b, t, _INDEX_HEADS), dtype)),
-                tuple(backend.put(_normal(rng, (b * pages, _PAGE, _INDEX_DIM), dtype)) for _ in range(clock.layers)),
+                tuple(backend.put(_normal(rng, (b * pages, PAGE, _INDEX_DIM), dtype)) for _ in range(clock.layers)),
                 backend.put(np.arange(b * pages, dtype=np.int32).reshape(b, pages)),
                 backend.put(np.tile(np.arange(cached - t, cached, dtype=np.int32), (b, 1))),
             )
@@ -345,15 +340,15 @@ def attention_over_selected(
             scores = scores + query[:, :, :1, 0].astype(scores.dtype)  # no layer's selection is another's
         return query
 
-    most = max(b * -(-context // _PAGE) for b, _, _, context in cases)
-    held = tuple(random_buffers(backend, (most, _PAGE, latent), dtype, clock.layers))
+    most = max(b * -(-context // PAGE) for b, _, _, context in cases)
+    held = tuple(random_buffers(backend, (most, PAGE, latent), dtype, clock.layers))
     runs, arguments = [], []
     for b, t, keys, context in cases:
-        pages = -(-context // _PAGE)
+        pages = -(-context // PAGE)
         end = round(filled * context)
         places = np.arange(end - t, end, dtype=np.int32)
-        scores = _normal(rng, (b, t, pages * _PAGE), "float32")
-        scores[np.broadcast_to(np.arange(pages * _PAGE) > places[:, None], scores.shape)] = -np.inf
+        scores = _normal(rng, (b, t, pages * PAGE), "float32")
+        scores[np.broadcast_to(np.arange(pages * PAGE) > places[:, None], scores.shape)] = -np.inf
         given = (
             backend.put(_normal(rng, (b, t, heads, latent), dtype)),
             held,
@@ -370,7 +365,7 @@ def attention_over_selected(
     for (b, t, keys, context), feature in zip(cases, features, strict=True):
         both = next(times) / clock.layers
         taken = 0.0
-        if _selects(keys, -(-context // _PAGE)) and clock.layers > 1:
+        if _selects(keys, -(-context // PAGE)) and clock.layers > 1:
             shared = next(times) / clock.layers
             taken = (both - shared) * clock.layers / (clock.layers - 1)
             taken = min(max(taken, _LEAST_PART * both), (1 - _LEAST_PART) * both)
@@ -381,7 +376,7 @@ def attention_over_selected(
 
 
 def _selects(keys: int, pages: int) -> bool:
-    return keys < pages * _PAGE
+    return keys < pages * PAGE
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -22,6 +22,9 @@ import numpy as np
 from backends.interface import Backend, Order, Program
 from foundation.errors import UsageError
 
+SOURCE = "glm5 calibrate"
+PAGE = 16
+"""Tokens of a page: the engine's own."""
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _CLEAR = 4.0
 """Calls' times that a program takes at least: a call's own differs by some per cent from one to the next."""

@@ -38,7 +38,7 @@ _LINE = {"moe": "rows", "memory": "bytes"}
 _FOLLOWS = ("rows_per_expert", "spread")
 """Quotients of other features, which have ranges of their own."""
 _UNIT = 0.001
-_FEW_ERROR = 0.5  # of a curve of two sizes, which says nothing of those between
+FEW_ERROR = 0.5  # of few sizes, which say nothing of those between
 _FOLDS, _MOST_POINTS, _MOST_KNOTS = 20, 400, 32
 _TRIALS = {
     "launch_s": np.geomspace(1e-7, 1e-2, 101),
@@ -110,7 +110,7 @@ def curve(points: Sequence[tuple[float, float]], source: str) -> dict[str, Any]:
     for (low, first), (size, taken), (high, last) in zip(found, found[1:], found[2:], strict=False):
         share = math.log(size / low) / math.log(high / low)
         errors.append(abs(math.expm1((1 - share) * math.log(first) + share * math.log(last) - math.log(taken))))
-    error = [round(statistics.median(errors), 4), round(max(errors), 4)] if errors else [_FEW_ERROR, _FEW_ERROR]
+    error = [round(statistics.median(errors), 4), round(max(errors), 4)] if errors else [FEW_ERROR, FEW_ERROR]
     return {
         "bytes": [size for size, _ in found],
         "seconds": [float(f"{taken:.4g}") for _, taken in found],

@@ -34,8 +34,7 @@ from runtime.pricing.fused import INDEX_FORMATS
 from runtime.pricing.kernel import Constants
 
 _HOLD = 0.05  # of `kernel_fit.FitBasis`
-_FEW, _FEW_ERROR = 3, 0.5
-"""Sizes, below which the error of sizes left out says nothing, and the error that is taken then."""
+_FEW = 3  # sizes, below which the error of sizes left out says nothing
 _FAMILIES = {
     "mla_decode": "attention",
     "sparse_prefill": "attention",
@@ -143,7 +142,7 @@ def prices(found: SortedRows, described: Profile, source: str) -> dict[str, Any]
         family, fmt = key.split("/")[:2]
         body = kernel_fit.fitted(_FAMILIES.get(family, family), points, _basis(chip, family, fmt), source)
         if len(points) < _FEW:
-            body["error"] = {"held_out_shapes": [_FEW_ERROR, _FEW_ERROR]}
+            body["error"] = {"held_out_shapes": [kernel_fit.FEW_ERROR, kernel_fit.FEW_ERROR]}
         kernels[key] = body
     collectives = {key: kernel_fit.curve(points, source) for key, points in found.sent.items()}
     if not kernels and not collectives:

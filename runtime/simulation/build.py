@@ -238,9 +238,8 @@ class PriceTables:
         key = (id(profile), engine.prices, engine.release, wide, kept)
         if key not in self._books:
             graded = {curve.grade for curve in profile.curves.values()}
-            grades = (
-                {"measured", "user"} if "measured" in graded else {"measured"}
-            )  # a curve set by hand beside its own
+            # a curve set by hand counts beside its own
+            grades = {"measured", "user"} if "measured" in graded else {"measured"}
             curves = {path: curve.knots for path, curve in profile.curves.items() if curve.grade in grades}
             chip = Chip.from_fields(profile.name, profile.number, curves).keeping(kept)
             # the profile is kept, so that its id stays its own

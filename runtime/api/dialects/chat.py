@@ -12,7 +12,6 @@ from runtime.api.answer import Answering, End, OneAnswer, Told
 from runtime.api.ask import Ask
 from runtime.api.dialects.forms import (
     EFFORTS,
-    MOST_LOGPROBS,
     FunctionTool,
     Items,
     RequestBody,
@@ -30,6 +29,7 @@ from runtime.api.endpoint import Endpoint
 from runtime.api.events import CallBegun, CallGrown, Event, Said, Thought
 from runtime.api.refusal import wrong
 from runtime.api.tools import checked
+from runtime.serving.service import MOST_LOGPROBS
 
 FINISH: dict[End, str] = {
     "stop": "stop", "string": "stop", "length": "length", "calls": "tool_calls", "failed": "error", "closed": "abort"

@@ -12,7 +12,6 @@ from runtime.api.answer import Answering, Shown
 from runtime.api.ask import MOST_CHOICES, Ask
 from runtime.api.dialects.chat import FINISH
 from runtime.api.dialects.forms import (
-    MOST_LOGPROBS,
     RequestBody,
     Sampled,
     checked_model,
@@ -24,6 +23,7 @@ from runtime.api.dialects.forms import (
 from runtime.api.endpoint import Endpoint
 from runtime.api.events import Event, Said
 from runtime.api.refusal import wrong
+from runtime.serving.service import MOST_LOGPROBS
 
 _DEFAULT_TOKENS = 16  # OpenAI's
 

@@ -14,7 +14,6 @@ from runtime.api.ask import MOST_STOP_CHARACTERS, MOST_STOPS, Drawn, JsonFormat
 from runtime.api.refusal import ApiRefusal, wrong
 from runtime.api.tools import Tool, ToolChoice
 from runtime.api.vocabulary import Vocabulary
-from runtime.serving.service import MOST_LOGPROBS as MOST_LOGPROBS
 
 MOST_BIASED = 1024
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")

@@ -15,7 +15,6 @@ from runtime.api.ask import Ask
 from runtime.api.dialects.chat import text_of
 from runtime.api.dialects.forms import (
     EFFORTS,
-    MOST_LOGPROBS,
     FunctionTool,
     Items,
     Sampled,
@@ -31,6 +30,7 @@ from runtime.api.endpoint import Endpoint
 from runtime.api.events import CallBegun, CallEnded, CallGrown, Said, Thought
 from runtime.api.refusal import wrong
 from runtime.api.tools import Tool, checked
+from runtime.serving.service import MOST_LOGPROBS
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
