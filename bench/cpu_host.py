@@ -31,9 +31,10 @@ from model.split import Layout
 from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.load import load_engine
 from runtime.execution.local.request import Prompt
-from runtime.porting.calibrate import measure, profile
+from runtime.porting.calibrate import measure, prices, profile
 from runtime.porting.calibrate_calls import ModelRank
 from runtime.porting.calibrate_sizes import Effort
+from runtime.porting.calibrate_steps import StepClock
 from runtime.serving.pricing import BatchShape
 from runtime.simulation.build import build, spec_for
 
@@ -62,13 +63,18 @@ def predicted(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Seconds of each step from a fresh calibration, and what the time is made of."""
     backend = registry.usable("cpu")
-    found = measure(backend, effort, rank=rank)
-    (folder / "host.prices.json").write_text(json.dumps(found.kernels))
-    (folder / "host.toml").write_text(hw_profiles.dumps(profile(found, backend, "host", "host.prices.json")))
+    whole = StepClock(backend, rank, effort) if rank else None
+    found = measure(backend, effort, rank=rank, between=whole.visit if whole else None)
+    described = profile(found, backend, "host", "host.prices.json")
+    tables = prices(found, described)
+    if whole and (shares := whole.shares(described, tables)):
+        tables["steps"] = shares
+    (folder / "host.prices.json").write_text(json.dumps(tables))
+    (folder / "host.toml").write_text(hw_profiles.dumps(described))
     host, layout = hw_profiles.load(str(folder / "host.toml")), Layout()
     pricer = build(spec_for(cfg, host, layout, "f32", engine="glm5")).pricer
-    prices = {name: pricer.price(shape) for name, shape in STEPS.items()}
-    return {name: price.seconds for name, price in prices.items()}, {n: p.by_op for n, p in prices.items()}
+    priced = {name: pricer.price(shape) for name, shape in STEPS.items()}
+    return {name: price.seconds for name, price in priced.items()}, {n: p.by_op for n, p in priced.items()}
 
 
 def host_seconds(folder: Path, batch: int) -> float:

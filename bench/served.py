@@ -174,6 +174,7 @@ def predicted(options: argparse.Namespace) -> None:
     given = ("--backend", "cpu", "--checkpoint", checkpoint, "--warm-up", 2 * most, "--dtype", "float32")
     counts = [int(max(16, 6 * value)) if kind == "concurrency" else options.requests for kind, value in loads]
 
+    quick = ["--quick"] if options.quick else []
     times = np.cumsum(np.random.default_rng(0).exponential(1 / options.rate, options.requests)).tolist()
 
     def answered(server: outside.Server) -> list[dict[str, float]]:
@@ -194,7 +195,7 @@ def predicted(options: argparse.Namespace) -> None:
         for seed in range(options.rounds):
             profile = Path(folder) / f"host{seed}.toml"
             before = answered(server)
-            glm5("calibrate", "--backend", "cpu", "--out", profile, *(["--quick"] if options.quick else []))
+            glm5("calibrate", "--backend", "cpu", "--model", checkpoint, "--out", profile, *quick)
             after = answered(server)
             for (kind, value), count, one, other in zip(loads, counts, before, after, strict=True):
                 print(f"{kind} {value:g}: ", end="")

@@ -102,6 +102,7 @@ def _fields() -> dict[str, Field]:
         "overhead.serving_step_s": Field(*latency, "the host's work on a step there, beside the device's"),
         "overhead.serving_row_s": Field(*latency, "what each sequence of the step adds to that"),
         "overhead.serving_idle_s": Field(*latency, "what a step takes longer that finds the host at rest"),
+        "overhead.serving_warming_s": Field(*latency, "what the step after that takes longer; later ones ever less"),
         "overhead.collective_buffer_bytes": Field("bytes", 1, 1e12, "memory the collective library takes"),
         "overhead.communicator_buffer_bytes": Field("bytes", 1, 1e12, "the same, for each group of devices"),
         "overhead.runtime_reserved_bytes": Field("bytes", 1, 1e12, "memory driver context and runtime take"),

@@ -1,5 +1,5 @@
 """What serving takes on this machine, beside what the programs take alone: seconds a request, a step and a row, and
-what a step takes longer that nothing ran before.
+what a step takes longer that nothing ran before, and those after it.
 
 The whole server is measured, with the embedded checkpoint, by a client in a process of its own on the same machine:
 sockets, forms, threads that wake one another, scheduler, sampling, streams, what an executor does around its programs,
@@ -21,40 +21,36 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from backends.interface import Backend
 from foundation.errors import UsageError
 from foundation.reading import parse_json
 from model.checkpoint import Checkpoint
-from model.graph import StepOutput
 from runtime.api import pace_client
 from runtime.api.endpoint import Endpoint
 from runtime.api.server import HttpServer, bound
 from runtime.api.vocabulary import Vocabulary
-from runtime.execution.local import feed
 from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.executor import LocalExecutor
 from runtime.execution.local.load import embedded_checkpoint, load_engine
-from runtime.execution.local.programs import Programs, ProgramShape
 from runtime.execution.services import engine_service
 from runtime.porting.calibrate import ServingCost
+from runtime.porting.calibrate_steps import empty_of
 from runtime.serving.executor import ByRank, FedRow, TokenChoice
-from runtime.serving.pricing import IDLE_S
+from runtime.serving.pricing import IDLE_S, WARM_S
 
 _PROMPT, _ANSWER, _STREAMS = 128, 48, 8  # tokens, and requests at once
 _ALONE = 6  # requests one behind the other
-_RESTED = 3  # requests behind a pause each
-_PAUSE_S = 8 * IDLE_S
+_RESTED = 2  # requests behind a pause each
+_PAUSE_S = 50 * IDLE_S  # caches go on cooling for that long
 _LEAST_S = 1e-6  # less is not told apart from nothing, which a profile does not hold
 
 Seen = list[list[float]]
 """Of each answer, when its tokens came: seconds from the sending of all."""
-Burst = Callable[[int], Seen]
-"""So many requests at once."""
+Burst = Callable[[int, float], Seen]
+"""So many requests at once, after a pause of seconds, the client's too: who wakes it beforehand wakes the cores."""
 
 
 def serving_cost(backend: Backend, rounds: int = 12) -> ServingCost:
@@ -63,29 +59,35 @@ def serving_cost(backend: Backend, rounds: int = 12) -> ServingCost:
     engine = load_engine(Checkpoint(embedded_checkpoint()), backend, EngineConfig())
     found, empty = [], _empty(engine)
     with _asked(engine) as ask:
-        ask(_STREAMS)  # the first of everything takes longer
+        ask(_STREAMS, 0)  # the first of everything takes longer
         for _ in range(rounds):
-            alone = [ask(1)[0] for _ in range(_ALONE)]
-            last = max(ask(_STREAMS))  # of the answer that began last, beside which all others are at work
+            alone = [ask(1, 0)[0] for _ in range(_ALONE)]
+            last = max(ask(_STREAMS, 0))  # of the answer that began last, beside which all others are at work
             if any(len(came) < 2 for came in (*alone, last)):
                 continue  # the client had to wait until all was there
             first = statistics.median(came[0] for came in alone)
             one = statistics.median(_gap_s(came) for came in alone)
             together = _gap_s(last)
             prompt, token, tokens = _programs_s(engine, empty)
-            rested = statistics.median(_rested_s(ask) for _ in range(_RESTED))
+            rested = [ask(1, _PAUSE_S)[0] for _ in range(_RESTED)]
+            later = statistics.median(came[0] for came in rested)
             row = ((together - tokens) - (one - token)) / (_STREAMS - 1)
-            found.append((first - prompt - (one - token), one - token - row, row, rested - first))
+            warming = statistics.median(_warming_s(came, _lasted_s(alone)) for came in rested)
+            found.append((first - prompt - (one - token), one - token - row, row, later - first, warming))
     if not found:
         raise UsageError("this machine is too busy to measure what serving takes: end what else runs on it")
-    request_s, step_s, row_s, idle_s = (max(_LEAST_S, statistics.median(each)) for each in zip(*found, strict=True))
-    return ServingCost(request_s, step_s, row_s, idle_s)
+    return ServingCost(*(max(_LEAST_S, statistics.median(each)) for each in zip(*found, strict=True)))
 
 
-def _rested_s(ask: Burst) -> float:
-    """To the first token of a request that finds the server at rest."""
-    time.sleep(_PAUSE_S)
-    return ask(1)[0][0]
+def _lasted_s(answers: Seen) -> float:
+    """From an answer's first token to its last."""
+    return statistics.median(came[-1] - came[0] for came in answers)
+
+
+def _warming_s(came: list[float], lasts_s: float) -> float:
+    """What the second step after a rest takes longer, as `Replica` has it: of an answer that lasts so long without."""
+    weights = sum(max(0.0, 1.0 - at / WARM_S) for at in came[:-1])
+    return (_lasted_s([came]) - lasts_s) / max(weights, 1.0)
 
 
 def _gap_s(came: list[float]) -> float:
@@ -110,23 +112,10 @@ def _programs_s(engine: LocalEngine, empty: LocalExecutor) -> tuple[float, float
     return found[0], found[1], found[2]
 
 
-class _EmptyPrograms(Programs):
-    """Take what a model's programs take, and compute nothing of it."""
-
-    def _step(
-        self, shape: ProgramShape, weights: Any, caches: Any, fed: Any, previous: Any
-    ) -> tuple[StepOutput, Any, Any]:
-        batch, _ = feed.unpacked(fed, previous, shape.tokens, shape.pages)
-        last = batch.tokens[:, -1]
-        logits = jnp.zeros((shape.batch, self.cfg.vocab_size), jnp.float32) + last[:, None].astype(jnp.float32)
-        return StepOutput(logits, logits[:, :1], caches), last, None
-
-
 def _empty(engine: LocalEngine) -> LocalExecutor:
     """An engine's executor, with empty programs."""
-    own, config = engine.programs, engine.config
-    programs = _EmptyPrograms(own.backend, own.cfg, own.weights, own.pages, own.page_size, own.dtype)
-    return LocalExecutor(programs, config.least_batch, config.least_chunk, config.least_context)
+    config = engine.config
+    return LocalExecutor(empty_of(engine.programs), config.least_batch, config.least_chunk, config.least_context)
 
 
 def _rows(engine: LocalEngine, count: int) -> tuple[tuple[ByRank, ByRank], tuple[ByRank, ByRank]]:
@@ -153,9 +142,9 @@ def _asked(engine: LocalEngine) -> Iterator[Burst]:
         asked, told = client.stdin, client.stdout
         assert asked is not None and told is not None
 
-        def ask(streams: int) -> Seen:
+        def ask(streams: int, pause_s: float) -> Seen:
             bodies = [_request(rng) for _ in range(streams)]
-            print(json.dumps({"port": port, "bodies": bodies}), file=asked, flush=True)
+            print(json.dumps({"port": port, "bodies": bodies, "pause_s": pause_s}), file=asked, flush=True)
             return parse_json(told.readline())
 
         yield ask

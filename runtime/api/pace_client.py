@@ -1,7 +1,8 @@
 """A client in a process of its own, which must not take long to start: the standard library alone.
 
-Reads a line `{"port": PORT, "bodies": [...]}`, sends all bodies at once to /v1/completions, each over a connection of
-its own, and writes a line `[[at, ...], ...]`: seconds until each write of a stream that holds tokens.
+Reads a line `{"port": PORT, "bodies": [...], "pause_s": 0.0}`, waits so long, sends all bodies at once to
+/v1/completions, each over a connection of its own, and writes a line `[[at, ...], ...]`: seconds until each write of a
+stream that holds tokens.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import time
 from collections.abc import Sequence
 
 
-def asked(port: int, bodies: Sequence[str]) -> list[list[float]]:
+def asked(port: int, bodies: Sequence[str], pause_s: float) -> list[list[float]]:
     """Raises `RuntimeError` for an answer that is none."""
     head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    time.sleep(pause_s)
     opened = [socket.create_connection(("127.0.0.1", port)) for _ in bodies]
     came: list[list[float]] = [[] for _ in opened]
     began = time.perf_counter()

@@ -67,6 +67,7 @@ def calibrate(
     from runtime.porting.calibrate import profile as described_by
     from runtime.porting.calibrate_calls import ModelRank
     from runtime.porting.calibrate_sizes import QUICK, Effort
+    from runtime.porting.calibrate_steps import StepClock
 
     if out.suffix != ".toml":
         raise UsageError(f"--out {out}: a profile's name ends in .toml, as in my-host.toml")
@@ -87,10 +88,15 @@ def calibrate(
     adapter = registry.usable(backend)
     with replacing_together(tables, out) as (beside, temporary):  # the profile last: it says which prices are its own
         progress = _line if sys.stderr.isatty() and not as_json else None
-        found = measure(adapter, QUICK if quick else Effort(), progress, rank)
+        effort = QUICK if quick else Effort()
+        whole = StepClock(adapter, rank, effort) if rank else None
+        found = measure(adapter, effort, progress, rank, whole.visit if whole else None)
         found = dataclasses.replace(found, serving=_serving_cost(adapter))
         described = described_by(found, adapter, out.stem, tables.name)
-        measured = json.dumps(prices(found, described), indent=1) + "\n"
+        tabulated = prices(found, described)
+        if whole and (shares := whole.shares(described, tabulated)):
+            tabulated["steps"] = shares
+        measured = json.dumps(tabulated, indent=1) + "\n"
         described = dataclasses.replace(described, prices_sha256=hw_profiles.prices_sha256(measured))
         beside.write_text(measured, encoding="utf-8")
         temporary.write_text(hw_profiles.dumps(described), encoding="utf-8")

@@ -92,12 +92,13 @@ class Stream:
 class ServingCost:
     """What the host works beside the device, where this project's server serves: seconds that a client on the same host
     waits longer for a request, a step, and a row of a step (a sequence's next token, or a piece of a prompt), and for a
-    step that nothing ran before for a while."""
+    step that nothing ran before for a while; warming_s: for the steps after that one, less and less over `WARM_S`."""
 
     request_s: float
     step_s: float
     row_s: float
     idle_s: float
+    warming_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,14 +182,22 @@ def measure(
     effort: Effort = Effort(),
     progress: Callable[[int, int], Any] | None = None,
     rank: ModelRank | None = None,
+    between: Callable[[], Any] | None = None,
 ) -> Calibration:
     """Measures with a backend that is usable here: a minute or two of CPU on a small host, less with `QUICK`. rank:
-    whose ops are measured at its own shapes, too. Raises `UsageError` where none of them fits."""
+    whose ops are measured at its own shapes, too. between: is called now and then, what it measures being spread over
+    as long. Raises `UsageError` where none of the ops fits."""
     offered = backend.capabilities()
     dtype = offered.preferred_dtype
     others = sorted(offered.dtypes & _PEAK.keys() - {dtype})
     total = len(effort.widths) + len(others) + 5
-    report = progress or (lambda done, total: None)
+
+    def report(done: int, total: int) -> None:
+        if between:
+            between()
+        if progress:
+            progress(done, total)
+
     rounds = max(30, 20 * effort.rounds)
     dispatch_s = median(times(_empty(backend), rounds))
     donated_s = median(_donated_times(backend, rounds))

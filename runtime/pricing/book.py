@@ -41,6 +41,7 @@ from runtime.pricing.kernel import KERNEL_BOUNDS, Kernel, Timing, kernel_from_js
 from runtime.pricing.load import ExpertLoad
 from runtime.pricing.network import Network
 from runtime.pricing.price import Price, PriceError, PriceEvidence, total
+from runtime.pricing.whole_steps import whole_steps
 from runtime.pricing.work import least
 
 PRICES_FOLDER = Path(__file__).resolve().parents[2] / "hw_profiles" / "prices"
@@ -124,7 +125,8 @@ class PriceBook:
     kin: the chip of the same architecture that was measured instead of it; "" where it was itself. release: of the
     engine; "" for the newest that was measured. family: of the chip. wide: the format of what no scheme quantises
     ("bf16", or "f32" where everything is computed in float32). of_own_graph: a model's products were measured on the
-    machine itself, one by one as this project's graph has them.
+    machine itself, one by one as this project's graph has them. steps: what whole ones take of that, where they were
+    measured there, too.
     """
 
     def __init__(
@@ -165,6 +167,7 @@ class PriceBook:
                 kernel = kernel.of_kin(kin) if kin else kernel
                 self._kernels[key] = kernel.of_later_release(era.later) if era.later else kernel
         self.of_own_graph = any(key.startswith("gemm/") and key.endswith("/any") for key in self._kernels)
+        self.steps = whole_steps((measured or {}).get("steps")) if not kin else None
         curves = choose((measured or {}).get("collectives", {}), engine, release)
         self.network = Network(chip, curves, engine, reference)
         self._tables: dict[tuple[Any, ...], Tabulated] = {}

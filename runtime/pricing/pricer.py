@@ -156,8 +156,10 @@ class GraphPricer:
         self._sparse_layer_seconds = sparse_layer_seconds
         self._around_sparse = sparse_layer_seconds * sum(n for kind, n in main_kinds(cfg) if kind.indexer != "none")
         self._layer_seconds, self._time_factor = layer_seconds, time_factor
-        self._small = layer_seconds * sum(n for _, n in main_kinds(cfg))
         self._kinds = main_kinds(cfg)
+        self._depth = sum(n for _, n in self._kinds)
+        self._small = layer_seconds * self._depth
+        self._steps = book.steps if book.steps and book.steps.of(cfg, layout) else None
         self._decode_surfaces = {kind: self._decode_surface(kind) for kind in cfg.layer_counts}
         self._prefill = lru_cache(maxsize=65536)(self._prefill_price)
         self._hops = lru_cache(maxsize=65536)(self._hop_price)
@@ -315,7 +317,7 @@ class GraphPricer:
         rows, context, tokens, prefix, chunks = self._sizes(shape)
         q, own = shape.query_tokens, self._own(tokens)
         outside, here = self._outside(rows * q, own)
-        out = outside.seconds(here) + self._head.seconds(rows * q + chunks) + self._around_sparse
+        out, head = outside.seconds(here) + self._around_sparse, self._head.seconds(rows * q + chunks)
         for kind, count in self._kinds:
             if rows and tokens and self.book.unpacked_tile:
                 out += count * self._decode_beside(kind, rows, q, context, tokens).seconds
@@ -332,19 +334,18 @@ class GraphPricer:
                 out += (q - 2) * self._decode_surfaces[kind](rows, context)
             if tokens:
                 out += self._prefill(kind, tokens, round(prefix), chunks).seconds
+        if self._steps:
+            out *= self._steps.share(out, self._depth, tokens > 0)
         if self.layout.pp > 1:
             out += self._hops(rows * q + own).seconds
-        return self._time_factor * out + self._small
+        return self._time_factor * (out + head) + self._small
 
     def price(self, shape: BatchShape) -> StepPrice:
         """The full price: by op, by what bounds it, and how it is known."""
         rows, context, tokens, prefix, chunks = self._sizes(shape)
         q, own = shape.query_tokens, self._own(tokens)
         outside, here = self._outside(rows * q, own)
-        parts: list[tuple[str, Price]] = [
-            *outside.prices(here).items(),
-            *self._head.prices(rows * q + chunks).items(),
-        ]
+        parts: list[tuple[str, Price]] = list(outside.prices(here).items())
         if self._around_sparse:
             each = f"{_SPARSE} {self._sparse_layer_seconds * 1e6:g} us"
             named = frozenset({each})
@@ -367,17 +368,24 @@ class GraphPricer:
                 drafting.append(self._prefill(kind, tokens, round(prefix), chunks))
             drafting += [p.times(q - 2) for p in again]
             parts.append(("mtp", total(drafting)))
+        if self._steps:
+            ops_s = sum(part.seconds for _, part in parts)
+            share = self._steps.share(ops_s, self._depth, tokens > 0)
+            parts = _all_times(parts, share, f"whole steps, {share:.3g} of their ops")
+        parts += self._head.prices(rows * q + chunks).items()
         if self.layout.pp > 1:
             parts.append(("pipeline", self._hops(rows * q + own)))
         if self._time_factor != 1:
-            named = frozenset({f"engine.kernel_time_factor {self._time_factor:g}"})
-            slower = (part.times(self._time_factor) for _, part in parts)
-            slower = (dataclasses.replace(part, sources=part.sources | named) for part in slower)
-            parts = [(name, part) for (name, _), part in zip(parts, slower, strict=True)]
+            parts = _all_times(parts, self._time_factor, f"engine.kernel_time_factor {self._time_factor:g}")
         if self._small:
             each = frozenset({f"engine.layer_seconds {self._layer_seconds * 1e6:g} us"})
             parts.append(("small kernels", Price(self._small, "overhead", "assumed", 0.5, sources=each)))
         return _step_price(parts)
+
+
+def _all_times(parts: list[tuple[str, Price]], factor: float, why: str) -> list[tuple[str, Price]]:
+    scaled = ((name, part.times(factor)) for name, part in parts)
+    return [(name, dataclasses.replace(part, sources=part.sources | {why})) for name, part in scaled]
 
 
 def _step_price(parts: list[tuple[str, Price]]) -> StepPrice:

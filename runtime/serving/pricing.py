@@ -118,6 +118,9 @@ class StepPricer(Protocol):
 IDLE_S = 0.01
 """Seconds without a step behind which a machine is at rest: what its next step takes longer grows up to there, and
 little beyond (one host, steps of .5 to 5 ms: .1 ms behind 2 ms, 1.1 behind 10, 1.2 to 1.5 behind 50 and 250)."""
+WARM_S = 0.15
+"""Seconds of work after a rest until steps take what they take (the same host behind half a second without: steps of
+.85 ms took .2 longer at first, .1 after 70 ms, nothing after 120)."""
 
 
 def step_shape(

@@ -21,7 +21,7 @@ import numpy as np
 from runtime.serving import scheduler
 from runtime.serving.clock import Clock, Virtual
 from runtime.serving.meter import Meter
-from runtime.serving.pricing import IDLE_S, BatchShape, StepPricer, step_seconds
+from runtime.serving.pricing import IDLE_S, WARM_S, BatchShape, StepPricer, step_seconds
 from runtime.serving.rank import Rank, StepPlan
 from runtime.serving.request import Request
 from runtime.serving.worker import Worker
@@ -75,7 +75,7 @@ class Replica:
         self.run: Run | None = None
         self._plans: list[StepPlan] = []
         self._leaving: list[tuple[Rank, Request]] = []
-        self._last_start = self._last_end = -math.inf
+        self._last_start = self._last_end = self._woke = -math.inf
 
     def begin(self, now: float, next_event: float) -> float | None:
         """Starts what is to be done next; when it will end, or None when there is nothing to do.
@@ -90,7 +90,8 @@ class Replica:
         if self.worker:
             return self._carry_out(self.worker, plans, now)
         if any(plan.chunks for plan in plans):
-            durations = np.array([self._waking(now) + max(self._seconds(r, p, 0) for r, p in self._busy(plans))])
+            durations = np.array([max(self._seconds(rank, plan, 0) for rank, plan in self._busy(plans))])
+            durations = self._from_rest(now, durations)
             steps = 1
         else:
             durations = self._decode_run(plans, now, next_event)
@@ -189,7 +190,8 @@ class Replica:
         if self._clock.measures:
             end = max(now, self._clock.now())
         else:
-            end = now + self._waking(now) + max(self._seconds(rank, plan, 0) for rank, plan in self._busy(plans))
+            seconds = max(self._seconds(rank, plan, 0) for rank, plan in self._busy(plans))
+            end = now + float(self._from_rest(now, np.array([seconds]))[0])
         self.run = Run(plans, np.array([end]), made)
         self._last_start, self._last_end = now, end
         self._record(plans, np.array([end - now]), now, used_before)
@@ -213,9 +215,21 @@ class Replica:
         shape = rank.shape(plan, step)
         return step_seconds(self.engine, self.pricer.seconds(shape), shape)
 
-    def _waking(self, now: float) -> float:
-        """What the step that begins now takes longer because nothing ran before it."""
-        return self.engine.idle_host_seconds if now - self._last_end >= IDLE_S else 0.0
+    def _from_rest(self, now: float, durations: np.ndarray) -> np.ndarray:
+        """Seconds of steps that follow one another from now on, with what they take longer because nothing ran before
+        the first of them, or did not for long."""
+        engine = self.engine
+        if now - self._last_end >= IDLE_S:
+            self._woke = now
+            durations[0] += engine.idle_host_seconds
+        awake = now - self._woke
+        for step in range(len(durations) if engine.warming_host_seconds else 0):
+            if awake >= WARM_S:
+                break
+            if awake > 0:
+                durations[step] += engine.warming_host_seconds * (1.0 - awake / WARM_S)
+            awake += durations[step]
+        return durations
 
     def _decode_run(self, plans: list[StepPlan], now: float, next_event: float) -> np.ndarray:
         """[steps] seconds of the decode steps up to the next scheduling event."""
@@ -230,7 +244,7 @@ class Replica:
             steps = int(min(steps, most + extra + 1))
         curves = [curve(partial(self._seconds, rank, plan), steps, self.tolerance) for rank, plan in busy]
         durations = curves[0] if len(curves) == 1 else np.max(curves, axis=0)
-        durations[0] += self._waking(now)
+        durations = self._from_rest(now, durations)
         until = int(np.searchsorted(now + np.cumsum(durations), next_event)) + 1 + extra
         return durations[:until]
 

@@ -32,7 +32,7 @@ from runtime.porting.calibrate_sizes import QUICK, Effort
 from runtime.pricing import Chip, open_book
 from runtime.pricing.attention import MlaLayer, index_scores, sparse_prefill
 from runtime.pricing.work import MlaShape
-from runtime.serving.pricing import IDLE_S, BatchShape
+from runtime.serving.pricing import IDLE_S, WARM_S, BatchShape
 from runtime.simulation.build import PriceTables, pricer_of, spec_for
 
 SMALL = Effort(widths=(128,), rows=(1, 32), tokens=(1, 8), chunks=(16,), rounds=1, cold_bytes=1e6, program_flops=1e8)
@@ -48,7 +48,7 @@ def found() -> Calibration:
 
 
 SERVING_COST = pace.serving_cost  # itself, which tests stand in for
-SERVING = ServingCost(request_s=4e-3, step_s=1e-3, row_s=5e-4, idle_s=2e-3)
+SERVING = ServingCost(request_s=4e-3, step_s=1e-3, row_s=5e-4, idle_s=2e-3, warming_s=2e-4)
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def test_what_serving_takes_becomes_the_engines_own_host_times(written: hw_profi
     cfg = load_config("glm-5")
     engine = engine_for("glm5", cfg, written, Layout())
     assert engine.request_host_seconds == SERVING.request_s and engine.row_host_seconds == SERVING.row_s
-    assert engine.idle_host_seconds == SERVING.idle_s
+    assert engine.idle_host_seconds == SERVING.idle_s and engine.warming_host_seconds == SERVING.warming_s
     assert engine.graph_step_host_seconds == engine.eager_step_host_seconds == SERVING.step_s
     assert engine_for("glm5", cfg, written, Layout(), {"row_host_seconds": 0.0}).row_host_seconds == 0
     other = engine_for("vllm", cfg, written, Layout())
@@ -97,29 +97,34 @@ def test_what_serving_takes_becomes_the_engines_own_host_times(written: hw_profi
 
 @given(
     request=st.floats(1e-4, 1e-2), step=st.floats(1e-5, 1e-2), row=st.floats(1e-5, 1e-2), idle=st.floats(1e-5, 1e-2),
-    programs=st.floats(0, 1e-2),
+    warming=st.floats(1e-5, 1e-2), programs=st.floats(0, 1e-2),
 )  # fmt: skip
 def test_what_serving_takes_is_found_beside_the_programs(
-    request: float, step: float, row: float, idle: float, programs: float
+    request: float, step: float, row: float, idle: float, warming: float, programs: float
 ) -> None:
     """Of a server that takes just so much: what its programs take, in steps that requests share, is none of it."""
 
     rows_s = 2 * programs  # what a step's program takes longer with all rows than with one
-    slept: list[float] = []
 
-    def ask(streams: int) -> pace.Seen:
-        first = streams * (request + row) + step + 3 * programs + (idle if slept and slept.pop() > IDLE_S else 0)
+    def ask(streams: int, pause_s: float) -> pace.Seen:
+        first = streams * (request + row) + step + 3 * programs + (idle if pause_s > IDLE_S else 0)
         token = programs + step + streams * row + (rows_s if streams > 1 else 0)
-        return [[first + at * token for at in range(48)]] * streams
+        came = [first]
+        for _ in range(47):
+            warm = 0.0 if pause_s <= IDLE_S else warming * max(0.0, 1.0 - came[-1] / WARM_S)
+            came.append(came[-1] + token + warm)
+        return [came] * streams
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pace, "load_engine", lambda *_: None)
         patch.setattr(pace, "_empty", lambda engine: None)
         patch.setattr(pace, "_asked", lambda engine: contextlib.nullcontext(ask))
         patch.setattr(pace, "_programs_s", lambda *_: (3 * programs, programs, programs + rows_s))
-        patch.setattr("time.sleep", slept.append)
         found = SERVING_COST(registry.get("cpu"), rounds=1)
-    assert dataclasses.astuple(found) == pytest.approx((request, step, row, idle), rel=1e-6, abs=1e-9)
+    assert dataclasses.astuple(found)[:-1] == pytest.approx((request, step, row, idle), rel=1e-6, abs=1e-9)
+    alone_s = request + row + step + 3 * programs + idle
+    if alone_s + 2 * (programs + step + row + warming) < WARM_S / 2:  # later, little is left of it
+        assert found.warming_s == pytest.approx(warming, rel=1e-6, abs=1e-6)
 
 
 def test_what_cannot_be_told_from_nothing_is_a_figure_still(written: hw_profiles.Profile, tmp_path: Path) -> None:
@@ -127,7 +132,9 @@ def test_what_cannot_be_told_from_nothing_is_a_figure_still(written: hw_profiles
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pace, "load_engine", lambda *_: None)
         patch.setattr(pace, "_empty", lambda engine: None)
-        patch.setattr(pace, "_asked", lambda engine: contextlib.nullcontext(lambda streams: [[0.001, 0.048]] * streams))
+        patch.setattr(
+            pace, "_asked", lambda engine: contextlib.nullcontext(lambda streams, _: [[0.001, 0.048]] * streams)
+        )
         patch.setattr(pace, "_programs_s", lambda *_: (0.1, 0.1, 0.2))
         found = SERVING_COST(registry.get("cpu"), rounds=1)
     figures = dict(written.figures)
@@ -410,14 +417,13 @@ def test_answers_that_come_in_one_piece_are_no_measure(monkeypatch: pytest.Monke
 
     @contextlib.contextmanager
     def asked(engine: object) -> Iterator[pace.Burst]:
-        yield lambda streams: next(answers)
+        yield lambda streams, pause_s: next(answers)
 
     monkeypatch.setattr(pace, "load_engine", lambda *given: None)
     monkeypatch.setattr(pace, "_empty", lambda engine: None)
     monkeypatch.setattr(pace, "_asked", asked)
-    monkeypatch.setattr(pace, "_rested_s", lambda ask: 0.2)
     monkeypatch.setattr(pace, "_programs_s", lambda *_: (0.05, 0.004, 0.004))
-    busy, calm = [*6 * [apart], whole], 7 * [apart]
+    busy, calm = [*6 * [apart], whole], 9 * [apart]
     answers = iter([apart, *busy, *calm])
     assert SERVING_COST(registry.usable("cpu"), rounds=2).step_s == pytest.approx(0.006)
     answers = iter([apart, *busy])

@@ -14,7 +14,7 @@ from runtime.execution.batches import gear
 from runtime.execution.local.engine import EngineConfig
 from runtime.serving import Deployment
 from runtime.serving.loop import Loop
-from runtime.serving.pricing import IDLE_S, BatchShape, StepPrice
+from runtime.serving.pricing import IDLE_S, WARM_S, BatchShape, StepPrice
 from runtime.serving.request import Request
 from tests.serving.helpers import plain_engine
 
@@ -36,13 +36,16 @@ def test_others_do_not_pad_prompts() -> None:
 
 
 class PerToken:
-    """A second for each token computed, padding included."""
+    """A second, or so many, for each token computed, padding included."""
+
+    def __init__(self, token_s: float = 1.0):
+        self.token_s = token_s
 
     def price(self, shape: BatchShape) -> StepPrice:
         return StepPrice(self.seconds(shape))
 
     def seconds(self, shape: BatchShape) -> float:
-        return float(shape.prefill_tokens + shape.padding + shape.decode_rows)
+        return self.token_s * (shape.prefill_tokens + shape.padding + shape.decode_rows)
 
 
 @pytest.mark.parametrize("together", [1, 3, 4])
@@ -75,6 +78,28 @@ def test_a_step_that_finds_the_machine_at_rest_takes_longer() -> None:
     while loop.next_at is not None:
         loop.advance()
     assert [request.finished_at for request, _ in found] == pytest.approx([ended for _, ended in found])
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_steps_after_a_rest_take_less_and_less_longer(overlap: bool) -> None:
+    """By hand, step for step; whether they are simulated one by one or many at once."""
+    token_s, warming_s = 0.005, 0.004
+    engine = plain_engine(prompt_row_tokens=0, warming_host_seconds=warming_s, overlap_scheduling=overlap)
+    loop = Loop(Deployment(engine, PerToken(token_s), 10_000))
+    found: list[tuple[Request, float]] = []
+    for number in range(2):
+        request = Request(number, 8, 64)
+        woke = at = 100.0 * (1 + number)
+        loop.at(at, 0, loop.send, request)
+        at += 8 * token_s
+        for _ in range(63):
+            at += token_s + warming_s * max(0.0, 1 - (at - woke) / WARM_S)
+        assert at - woke > 71 * token_s + 5 * warming_s  # it says something
+        found.append((request, at))
+    while loop.next_at is not None:
+        loop.advance()
+    for request, ended in found:
+        assert request.finished_at == pytest.approx(ended)
 
 
 def test_padding_is_priced_with_the_tokens() -> None:

@@ -76,6 +76,10 @@ def from_rest(overrides: Mapping[str, Any]) -> float:
     return spec(overrides, engine="glm5").engine.idle_host_seconds
 
 
+def after_rest(overrides: Mapping[str, Any]) -> float:
+    return spec(overrides, engine="glm5").engine.warming_host_seconds
+
+
 class Moves(NamedTuple):
     """`measure` at two values of a figure: more makes it less, or `more` makes it more. beside: other settings."""
 
@@ -124,6 +128,7 @@ MOVES = {
     "overhead.serving_step_s": Moves(1e-4, 2e-3, served(DECODE), more=True),
     "overhead.serving_row_s": Moves(1e-4, 2e-3, served(DECODE), more=True),
     "overhead.serving_idle_s": Moves(1e-3, 9e-3, from_rest, more=True),
+    "overhead.serving_warming_s": Moves(1e-4, 9e-4, after_rest, more=True),
     "efficiency.compute": Moves(0.4, 0.8, step(PREFILL)),
     "efficiency.memory": Moves(0.4, 0.8, step(DECODE)),
     "efficiency.network": Moves(0.3, 0.7, step(PREFILL)),

@@ -223,6 +223,7 @@ class Engine:
         the thread that steps wait for (Python's), and delays them.
     idle_host_seconds: what a step takes longer that finds the machine at rest (cores that sleep, caches that others
         have used), as on a host whose own cores are the device.
+    warming_host_seconds: what the steps after that one take longer, less and less until they have run for some time.
     eager_layer_host_seconds: host work to launch one layer eagerly; launches run beside the device's work.
     eager_sparse_layer_host_seconds: what a layer with sparse attention adds to that.
     eager_launch_seconds: host work to launch a whole step eagerly; from the two above where nothing is given.
@@ -283,6 +284,7 @@ class Engine:
     row_host_seconds: float = 0.0
     request_host_seconds: float = 0.0
     idle_host_seconds: float = 0.0
+    warming_host_seconds: float = 0.0
     eager_layer_host_seconds: float = 0.0
     eager_sparse_layer_host_seconds: float = 0.0
     eager_launch_seconds: float = 0.0

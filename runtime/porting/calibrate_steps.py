@@ -1,0 +1,215 @@
+"""Whole steps of a few layers, timed, beside what their ops' prices come to (`runtime.pricing.whole_steps`).
+
+The model's own layers, of each type one or two, where one device is to hold them whole and they fit a part of its
+memory. Weights and caches are random. What a call takes is taken out, as it is of ops: of the same program with nothing
+in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import hw_profiles
+from backends.interface import Backend
+from hw_profiles import Profile
+from model import abstract
+from model.config import LayerType, ModelConfig
+from model.graph import Batch, Mode, StepOutput
+from model.split import Layout
+from model.weights import Weight, layer_weights, outer_weights
+from runtime.deployment.manifest import Phase
+from runtime.execution.batches import gear
+from runtime.execution.local import feed
+from runtime.execution.local.programs import Programs, ProgramShape
+from runtime.porting.calibrate_calls import ModelRank
+from runtime.porting.calibrate_ops import FORMAT_OF_DTYPE
+from runtime.porting.calibrate_sizes import PAGE, Effort, host_bytes, random_buffers
+from runtime.pricing.pricer import GraphPricer
+from runtime.pricing.whole_steps import PHASES, knots, model_key
+from runtime.serving.pricing import BatchShape
+from runtime.simulation.build import PriceTables, pricer_of, spec_for
+
+_LAYERS_OF_A_TYPE = 2
+_CONTEXT, _FILLED = 256, 0.75
+_LEAST_PAGES = 128 // PAGE  # as the engine pads
+_MOST_ROWS, _MOST_CHUNK = 16, 256
+_SHARE = 4  # of a device's memory that the layers may take: one of so many parts
+_MOST_STEP_S = 2.0  # beyond which a step is left out
+_VISIT_S, _LEAST_ROUNDS = 0.1, 3
+_SCALE = 0.02  # of random weights, as models are initialised
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One shape of step: what the programs are given, and what the price is asked of."""
+
+    phase: Phase
+    batch: Batch
+    mode: Mode
+    priced: BatchShape
+
+
+class EmptyPrograms(Programs):
+    """Take what a model's programs take, and compute nothing of it."""
+
+    def _step(
+        self, shape: ProgramShape, weights: Any, caches: Any, fed: Any, previous: Any
+    ) -> tuple[StepOutput, Any, Any]:
+        batch, _ = feed.unpacked(fed, previous, shape.tokens, shape.pages)
+        last = batch.tokens[:, -1]
+        logits = jnp.zeros((shape.batch, self.cfg.vocab_size), jnp.float32) + last[:, None].astype(jnp.float32)
+        return StepOutput(logits, logits[:, :1], caches), last, None
+
+
+def empty_of(programs: Programs) -> EmptyPrograms:
+    """Programs of the same weights and sizes."""
+    return EmptyPrograms(
+        programs.backend, programs.cfg, programs.weights, programs.pages, programs.page_size, programs.dtype
+    )
+
+
+class StepClock:
+    """Times steps of a model's layers, a little at each visit: a host has faster minutes and slower ones, and the ops
+    are measured over several. Nothing is timed where no device holds whole layers, or they do not fit."""
+
+    def __init__(self, backend: Backend, rank: ModelRank, effort: Effort):
+        offered = backend.capabilities()
+        self._cfg, self._dtype = few_layers(rank.cfg), offered.preferred_dtype
+        self._keep_fp8 = rank.stored_fp8 and offered.fp8_weights
+        room = (offered.devices[0].memory_bytes or host_bytes()) / _SHARE
+        self._steps: list[_Step] = []
+        self._times: list[tuple[list[float], list[float]]] = []
+        if rank.layout.devices > 1 or ModelRank(self._cfg).weight_bytes(self._dtype, self._keep_fp8) > room:
+            return
+        steps = list(_steps(self._cfg, effort))
+        pages = max(int(step.batch.page_table.max()) for step in steps)
+        weights = _weights(backend, self._cfg, self._dtype, self._keep_fp8)
+        programs = Programs(backend, self._cfg, weights, pages, PAGE, self._dtype)
+        _fill(programs)
+        self._both = programs, empty_of(programs)
+        for step in steps:
+            for each in self._both:
+                _seconds(each, step)  # compiles
+            if _seconds(programs, step) <= _MOST_STEP_S:
+                self._steps.append(step)
+                self._times.append(([], []))
+
+    def visit(self) -> None:
+        """Rounds of a part of a second for each step."""
+        for step, times in zip(self._steps, self._times, strict=True):
+            spent, rounds = 0.0, 0
+            while rounds < _LEAST_ROUNDS or spent < _VISIT_S:
+                for each, kept in zip(self._both, times, strict=True):
+                    kept.append(_seconds(each, step))
+                    spent += kept[-1]
+                rounds += 1
+
+    def shares(self, described: Profile, tables: Mapping[str, Any]) -> dict[str, Any] | None:
+        """`steps` of the price file. described, tables: the machine as it was measured."""
+        cfg = self._cfg
+        found: dict[Phase, list[tuple[float, float]]] = {phase: [] for phase in PHASES}
+        if self._steps:
+            pricer = self._pricer(described, tables)
+            for step, times in zip(self._steps, self._times, strict=True):
+                whole, own = map(statistics.median, times)
+                price = pricer.price(step.priced)
+                head_s = price.by_op.get("head", 0.0)
+                ops_s = price.seconds - head_s
+                found[step.phase].append((ops_s / cfg.num_layers, max(whole - own - head_s, 0.0) / ops_s))
+        if not all(found.values()):
+            return None
+        return {"model": model_key(cfg), **{phase: knots(points) for phase, points in found.items()}}
+
+    def _pricer(self, described: Profile, tables: Mapping[str, Any]) -> GraphPricer:
+        scheme = self._cfg.stored_scheme if self._keep_fp8 else FORMAT_OF_DTYPE[self._dtype]
+        with tempfile.TemporaryDirectory() as folder:
+            profile = _written(described, tables, Path(folder))
+            spec = spec_for(self._cfg, profile, Layout(), scheme, engine="glm5", expert_load="uniform")
+            return pricer_of(spec, PriceTables())
+
+
+def _written(described: Profile, tables: Mapping[str, Any], folder: Path) -> Profile:
+    beside = folder / "measured.prices.json"
+    beside.write_text(json.dumps(tables), encoding="utf-8")
+    path = folder / "measured.toml"
+    path.write_text(
+        hw_profiles.dumps(dataclasses.replace(described, prices=beside.name, prices_sha256="")), encoding="utf-8"
+    )
+    return hw_profiles.load(str(path))
+
+
+def few_layers(cfg: ModelConfig) -> ModelConfig:
+    """The first layers of each type of the main stack, in their order."""
+    seen: Counter[LayerType] = Counter()
+    kept = []
+    for kind in cfg.layers:
+        seen[kind] += 1
+        if seen[kind] <= _LAYERS_OF_A_TYPE:
+            kept.append(kind)
+    return dataclasses.replace(cfg, layers=tuple(kept), mtp_layers=0)
+
+
+# --- measuring ------------------------------------------------------------------------------------------
+
+
+def _seconds(programs: Programs, step: _Step) -> float:
+    before = time.perf_counter()
+    programs.fetch(programs.launch(step.batch, step.mode).ids)
+    return time.perf_counter() - before
+
+
+def _steps(cfg: ModelConfig, effort: Effort) -> Iterator[_Step]:
+    rng = np.random.default_rng(0)
+    context = min(_CONTEXT, gear(cfg.max_positions, 1) // 2)
+    for rows in sorted({min(count, _MOST_ROWS) for count in effort.tokens}):
+        yield _step(cfg, rng, "decode", rows, 1, round(_FILLED * context))
+    for count in sorted({min(count, _MOST_CHUNK) for count in effort.chunks}):
+        yield _step(cfg, rng, "prefill", 1, count, count)
+
+
+def _step(cfg: ModelConfig, rng: np.random.Generator, phase: Phase, rows: int, tokens: int, end: int) -> _Step:
+    pages = gear(-(-end // PAGE), _LEAST_PAGES)
+    batch = Batch(
+        rng.integers(0, cfg.vocab_size, (rows, tokens)).astype(np.int32),
+        np.full(rows, end - tokens, np.int32),
+        np.full(rows, tokens, np.int32),
+        1 + np.arange(rows * pages, dtype=np.int32).reshape(rows, pages),
+    )
+    if phase == "decode":
+        return _Step(phase, batch, Mode(), BatchShape(np.full(rows, end), decode_rows=rows, graphed=True))
+    return _Step(phase, batch, Mode("expanded"), BatchShape(prefill_chunks=[(tokens, 0)]))
+
+
+def _weights(backend: Backend, cfg: ModelConfig, dtype: str, keep_fp8: bool) -> dict[str, Any]:
+    def made(kind: LayerType | None) -> dict[str, Any]:
+        specs = abstract.abstract_weights(cfg, kind, jnp.dtype(dtype), keep_fp8)
+        described = {each.name: each for each in (outer_weights(cfg) if kind is None else layer_weights(cfg, kind))}
+        return {name: jax.tree.map(partial(_put, backend, described[name]), spec) for name, spec in specs.items()}
+
+    return {"outer": made(None), "layers": [made(kind) for kind in cfg.layers], "mtp": []}
+
+
+def _put(backend: Backend, weight: Weight, spec: Any) -> Any:
+    order = backend.capabilities().order(weight)
+    return random_buffers(backend, spec.shape, str(spec.dtype), 1, _SCALE, order)[0]
+
+
+def _fill(programs: Programs) -> None:
+    """Caches of random rows: zeros would all be scored alike."""
+    programs.caches = [
+        {name: random_buffers(programs.backend, held.shape, str(held.dtype), 1)[0] for name, held in cache.items()}
+        for cache in programs.caches
+    ]

@@ -1,0 +1,109 @@
+"""What whole steps take of what their ops take one by one, on a machine that was measured both ways.
+
+Kernels of a price file are timed each alone, one waiting for the one before. In a step a backend runs some of them
+beside others, makes several in one pass, and finds in caches what the last one left; how much that saves goes by how
+long the ops take. So `glm5 calibrate` times whole steps, too, and a price file may have
+
+    "steps": {"model": "..", "decode": [[layer_s, share], ..], "prefill": [..]}
+
+model: whose they are, as of `model_key`; another's ops take other shares, and so do those of a part of each layer.
+share: seconds of a step over the sum of its ops' prices, by what those come to a layer; the head, which is no layer's,
+is in neither. A step with prompts goes by `prefill`. Between two knots shares go by the logarithm of seconds, beyond
+them they stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from model.config import ModelConfig
+from model.split import Layout
+from runtime.deployment.manifest import Phase
+from runtime.pricing.price import PriceError
+
+PHASES: tuple[Phase, ...] = ("decode", "prefill")
+LEAST, MOST = 0.1, 10.0
+"""Shares beyond which something else was measured."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Shares over the logarithm of seconds, rising."""
+
+    logs: tuple[float, ...]
+    shares: tuple[float, ...]
+
+    def __call__(self, seconds: float) -> float:
+        at, logs, shares = math.log(max(seconds, 1e-12)), self.logs, self.shares
+        i = bisect_right(logs, at) - 1
+        if i < 0 or i == len(logs) - 1:
+            return shares[max(i, 0)]
+        return (shares[i + 1] - shares[i]) / (logs[i + 1] - logs[i]) * (at - logs[i]) + shares[i]
+
+
+@dataclass(frozen=True)
+class WholeSteps:
+    """Of one model on one machine, with any number of its layers."""
+
+    model: str
+    lines: Mapping[Phase, _Line]
+
+    def of(self, cfg: ModelConfig, layout: Layout) -> bool:
+        """Whether a device of a deployment runs such steps."""
+        return self.model == model_key(cfg) and layout.devices == layout.dp * layout.pp and layout.ep == 1
+
+    def share(self, ops_s: float, layers: float, prompts: bool) -> float:
+        """Of a step whose ops take `ops_s` together; prompts: it has tokens of some."""
+        return self.lines["prefill" if prompts else "decode"](ops_s / layers)
+
+
+def whole_steps(body: Any) -> WholeSteps | None:
+    """`steps` of a price file; None where it has none. Raises `PriceError`."""
+    if body is None:
+        return None
+    if not isinstance(body, dict) or set(body) != {"model", *PHASES} or not isinstance(body["model"], str):
+        raise PriceError(f"steps of a price file: must have model, {' and '.join(PHASES)}")
+    return WholeSteps(body["model"], {phase: _line(phase, body[phase]) for phase in PHASES})
+
+
+def model_key(cfg: ModelConfig) -> str:
+    """The same for models that differ in their names and in how many layers of each type they have alone."""
+    alike = dataclasses.replace(cfg, name="", layers=(), mtp_layers=0, eos_token_ids=())
+    return hashlib.sha256(repr(alike).encode()).hexdigest()[:16]
+
+
+def _line(phase: Phase, knots: Any) -> _Line:
+    if not isinstance(knots, list) or not knots or not all(_knot(each) for each in knots):
+        raise PriceError(f"steps.{phase} of a price file: must be [seconds, share] pairs, shares {LEAST:g} to {MOST:g}")
+    seconds = [knot[0] for knot in knots]
+    if any(after <= before for before, after in zip(seconds, seconds[1:], strict=False)):
+        raise PriceError(f"steps.{phase} of a price file: seconds must rise")
+    return _Line(tuple(math.log(each) for each in seconds), tuple(float(share) for _, share in knots))
+
+
+def _knot(knot: Any) -> bool:
+    numbers = isinstance(knot, list) and len(knot) == 2 and all(type(each) in (int, float) for each in knot)
+    return numbers and 0 < knot[0] < math.inf and LEAST <= knot[1] <= MOST
+
+
+def knots(found: Sequence[tuple[float, float]], apart: float = 1.6) -> list[list[float]]:
+    """Knots through (seconds, share) points: of those less than a factor `apart` from the first of them, their means
+    by the logarithm."""
+    groups: list[list[tuple[float, float]]] = []
+    for point in sorted(found):
+        if groups and point[0] < apart * groups[-1][0][0]:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    made = []
+    for group in groups:
+        logs = [sum(math.log(point[place]) for point in group) / len(group) for place in (0, 1)]
+        seconds, share = map(math.exp, logs)
+        made.append([float(f"{seconds:.4g}"), float(f"{min(max(share, LEAST), MOST):.4g}")])
+    return made
