@@ -1,5 +1,5 @@
-"""What serving takes on this machine, beside what the programs take alone: seconds a request, a step and a row, and
-what a step takes longer that nothing ran before, and those after it.
+"""What serving takes on this machine, beside what the programs take alone: seconds until a request is queued, and
+then a request, a step and a row, and what a step takes longer that nothing ran before, and those after it.
 
 The whole server is measured, with the embedded checkpoint, by a client in a process of its own on the same machine:
 sockets, forms, threads that wake one another, scheduler, sampling, streams, what an executor does around its programs,
@@ -11,6 +11,7 @@ long as it leaves most steps alone.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import statistics
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from runtime.porting.calibrate import ServingCost
 from runtime.porting.calibrate_steps import empty_of
 from runtime.serving.executor import ByRank, FedRow, TokenChoice
 from runtime.serving.pricing import IDLE_S, WARM_S
+from runtime.serving.service import Deliver, Job, Service
 
 _PROMPT, _ANSWER, _STREAMS = 128, 48, 8  # tokens, and requests at once
 _ALONE = 6  # requests one behind the other
@@ -47,8 +49,16 @@ _RESTED = 2  # requests behind a pause each
 _PAUSE_S = 50 * IDLE_S  # caches go on cooling for that long
 _LEAST_S = 1e-6  # less is not told apart from nothing, which a profile does not hold
 
-Seen = list[list[float]]
-"""Of each answer, when its tokens came: seconds from the sending of all."""
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """Of requests sent at once, seconds from then. came: of each, when its tokens came. queued: when the scheduler had
+    them, in that order."""
+
+    came: list[list[float]]
+    queued: list[float]
+
+
 Burst = Callable[[int, float], Seen]
 """So many requests at once, after a pause of seconds, the client's too: who wakes it beforehand wakes the cores."""
 
@@ -61,25 +71,29 @@ def serving_cost(backend: Backend, rounds: int = 12) -> ServingCost:
     with _asked(engine) as ask:
         ask(_STREAMS, 0)  # the first of everything takes longer
         for _ in range(rounds):
-            alone = [ask(1, 0)[0] for _ in range(_ALONE)]
-            last = max(ask(_STREAMS, 0))  # of the answer that began last, beside which all others are at work
+            ones = [ask(1, 0) for _ in range(_ALONE)]
+            alone = [one.came[0] for one in ones]
+            front = statistics.median(one.queued[0] for one in ones)
+            last = max(ask(_STREAMS, 0).came)  # of the answer that began last, beside which all others are at work
             if any(len(came) < 2 for came in (*alone, last)):
                 continue  # the client had to wait until all was there
             first = statistics.median(came[0] for came in alone)
             one = statistics.median(_gap_s(came) for came in alone)
             together = _gap_s(last)
             prompt, token, tokens = _programs_s(engine, empty)
-            rested = [ask(1, _PAUSE_S)[0] for _ in range(_RESTED)]
+            rested = [ask(1, _PAUSE_S).came[0] for _ in range(_RESTED)]
             later = statistics.median(came[0] for came in rested)
             row = ((together - tokens) - (one - token)) / (_STREAMS - 1)
             warming = statistics.median(_warming_s(came, _lasted_s(alone)) for came in rested)
-            found.append((first - prompt - (one - token), one - token - row, row, later - first, warming))
+            found.append(
+                (front, first - front - prompt - (one - token), one - token - row, row, later - first, warming)
+            )
     if not found:
         raise UsageError("this machine is too busy to measure what serving takes: end what else runs on it")
     return ServingCost(*(max(_LEAST_S, statistics.median(each)) for each in zip(*found, strict=True)))
 
 
-def _lasted_s(answers: Seen) -> float:
+def _lasted_s(answers: list[list[float]]) -> float:
     """From an answer's first token to its last."""
     return statistics.median(came[-1] - came[0] for came in answers)
 
@@ -136,7 +150,8 @@ def _asked(engine: LocalEngine) -> Iterator[Burst]:
             engine.executor.step(*rows, False)  # compiles
     rng = np.random.default_rng(time.time_ns())
     command = [sys.executable, "-I", str(Path(pace_client.__file__))]
-    with _served(engine) as port, subprocess.Popen(
+    queued: list[float] = []
+    with _served(engine, queued) as port, subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     ) as client:  # fmt: skip
         asked, told = client.stdin, client.stdout
@@ -145,7 +160,9 @@ def _asked(engine: LocalEngine) -> Iterator[Burst]:
         def ask(streams: int, pause_s: float) -> Seen:
             bodies = [_request(rng) for _ in range(streams)]
             print(json.dumps({"port": port, "bodies": bodies, "pause_s": pause_s}), file=asked, flush=True)
-            return parse_json(told.readline())
+            answer = parse_json(told.readline())
+            found, queued[:] = [at - answer["began_s"] for at in queued], []
+            return Seen(answer["came"], found)
 
         yield ask
         asked.close()
@@ -158,13 +175,26 @@ def _request(rng: np.random.Generator) -> str:
 
 
 @contextmanager
-def _served(engine: LocalEngine) -> Iterator[int]:
-    """The port of a server of an engine."""
+def _served(engine: LocalEngine, queued: list[float]) -> Iterator[int]:
+    """The port of a server of an engine, which notes in `queued` when it has a request."""
+
+    def service() -> Service:
+        made = engine_service(engine)
+        submit = made.submit
+
+        def noted(jobs: Sequence[Job], deliver: Sequence[Deliver], asked_s: float = 0.0) -> list[int]:
+            numbers = submit(jobs, deliver, asked_s)
+            queued.append(time.perf_counter())
+            return numbers
+
+        made.submit = noted  # type: ignore[method-assign]
+        return made
+
     config = engine.cfg
     vocabulary = Vocabulary.load(embedded_checkpoint(), config.vocab_size, config.eos_token_ids)
     endpoint = Endpoint(("calibrated",), vocabulary, config.max_positions)
     ready, listening = threading.Event(), bound("127.0.0.1", 0)
-    server = HttpServer(endpoint, lambda: engine_service(engine), ready.set)
+    server = HttpServer(endpoint, service, ready.set)
     thread = threading.Thread(target=server.serve_on, args=(listening,), name="glm5-pace")
     thread.start()
     try:

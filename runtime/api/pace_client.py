@@ -1,8 +1,8 @@
 """A client in a process of its own, which must not take long to start: the standard library alone.
 
 Reads a line `{"port": PORT, "bodies": [...], "pause_s": 0.0}`, waits so long, sends all bodies at once to
-/v1/completions, each over a connection of its own, and writes a line `[[at, ...], ...]`: seconds until each write of a
-stream that holds tokens.
+/v1/completions, each over a connection of its own, and writes a line `{"began_s": B, "came": [[at, ...], ...]}`: the
+machine's monotonic clock, and seconds from then until each write of a stream that holds tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 
 
-def asked(port: int, bodies: Sequence[str], pause_s: float) -> list[list[float]]:
+def asked(port: int, bodies: Sequence[str], pause_s: float) -> dict[str, object]:
     """Raises `RuntimeError` for an answer that is none."""
     head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
     time.sleep(pause_s)
@@ -36,7 +36,7 @@ def asked(port: int, bodies: Sequence[str], pause_s: float) -> list[list[float]]
                     came[at].append(time.perf_counter() - began)
     if not all(came):
         raise RuntimeError("an answer did not come")
-    return came
+    return {"began_s": began, "came": came}
 
 
 if __name__ == "__main__":

@@ -91,9 +91,11 @@ class Stream:
 @dataclasses.dataclass(frozen=True)
 class ServingCost:
     """What the host works beside the device, where this project's server serves: seconds that a client on the same host
-    waits longer for a request, a step, and a row of a step (a sequence's next token, or a piece of a prompt), and for a
-    step that nothing ran before for a while; warming_s: for the steps after that one, less and less over `WARM_S`."""
+    waits longer for a request before it is queued (front_s: one after the other) and then, for a step, and for a row of
+    a step (a sequence's next token, or a piece of a prompt); for a step that nothing ran before for a while, and for
+    those after that one, less and less over `WARM_S` (warming_s)."""
 
+    front_s: float
     request_s: float
     step_s: float
     row_s: float

@@ -48,7 +48,7 @@ def found() -> Calibration:
 
 
 SERVING_COST = pace.serving_cost  # itself, which tests stand in for
-SERVING = ServingCost(request_s=4e-3, step_s=1e-3, row_s=5e-4, idle_s=2e-3, warming_s=2e-4)
+SERVING = ServingCost(front_s=7e-4, request_s=4e-3, step_s=1e-3, row_s=5e-4, idle_s=2e-3, warming_s=2e-4)
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +86,7 @@ def test_the_profile_loads_and_is_graded_measured(written: hw_profiles.Profile) 
 def test_what_serving_takes_becomes_the_engines_own_host_times(written: hw_profiles.Profile) -> None:
     cfg = load_config("glm-5")
     engine = engine_for("glm5", cfg, written, Layout())
+    assert engine.request_seconds == SERVING.front_s
     assert engine.request_host_seconds == SERVING.request_s and engine.row_host_seconds == SERVING.row_s
     assert engine.idle_host_seconds == SERVING.idle_s and engine.warming_host_seconds == SERVING.warming_s
     assert engine.graph_step_host_seconds == engine.eager_step_host_seconds == SERVING.step_s
@@ -96,24 +97,24 @@ def test_what_serving_takes_becomes_the_engines_own_host_times(written: hw_profi
 
 
 @given(
-    request=st.floats(1e-4, 1e-2), step=st.floats(1e-5, 1e-2), row=st.floats(1e-5, 1e-2), idle=st.floats(1e-5, 1e-2),
-    warming=st.floats(1e-5, 1e-2), programs=st.floats(0, 1e-2),
+    front=st.floats(1e-4, 1e-2), request=st.floats(1e-4, 1e-2), step=st.floats(1e-5, 1e-2),
+    row=st.floats(1e-5, 1e-2), idle=st.floats(1e-5, 1e-2), warming=st.floats(1e-5, 1e-2), programs=st.floats(0, 1e-2),
 )  # fmt: skip
 def test_what_serving_takes_is_found_beside_the_programs(
-    request: float, step: float, row: float, idle: float, warming: float, programs: float
+    front: float, request: float, step: float, row: float, idle: float, warming: float, programs: float
 ) -> None:
     """Of a server that takes just so much: what its programs take, in steps that requests share, is none of it."""
 
     rows_s = 2 * programs  # what a step's program takes longer with all rows than with one
 
     def ask(streams: int, pause_s: float) -> pace.Seen:
-        first = streams * (request + row) + step + 3 * programs + (idle if pause_s > IDLE_S else 0)
+        first = front + streams * (request + row) + step + 3 * programs + (idle if pause_s > IDLE_S else 0)
         token = programs + step + streams * row + (rows_s if streams > 1 else 0)
         came = [first]
         for _ in range(47):
             warm = 0.0 if pause_s <= IDLE_S else warming * max(0.0, 1.0 - came[-1] / WARM_S)
             came.append(came[-1] + token + warm)
-        return [came] * streams
+        return pace.Seen([came] * streams, [front * (1 + at) for at in range(streams)])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pace, "load_engine", lambda *_: None)
@@ -121,20 +122,22 @@ def test_what_serving_takes_is_found_beside_the_programs(
         patch.setattr(pace, "_asked", lambda engine: contextlib.nullcontext(ask))
         patch.setattr(pace, "_programs_s", lambda *_: (3 * programs, programs, programs + rows_s))
         found = SERVING_COST(registry.get("cpu"), rounds=1)
-    assert dataclasses.astuple(found)[:-1] == pytest.approx((request, step, row, idle), rel=1e-6, abs=1e-9)
-    alone_s = request + row + step + 3 * programs + idle
+    assert dataclasses.astuple(found)[:-1] == pytest.approx((front, request, step, row, idle), rel=1e-6, abs=1e-9)
+    alone_s = front + request + row + step + 3 * programs + idle
     if alone_s + 2 * (programs + step + row + warming) < WARM_S / 2:  # later, little is left of it
         assert found.warming_s == pytest.approx(warming, rel=1e-6, abs=1e-6)
 
 
 def test_what_cannot_be_told_from_nothing_is_a_figure_still(written: hw_profiles.Profile, tmp_path: Path) -> None:
     """On a host that something else slows down as programs are timed alone, and not as the server is."""
+
+    def slow(streams: int) -> pace.Seen:
+        return pace.Seen([[0.001, 0.048]] * streams, [0.0] * streams)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pace, "load_engine", lambda *_: None)
         patch.setattr(pace, "_empty", lambda engine: None)
-        patch.setattr(
-            pace, "_asked", lambda engine: contextlib.nullcontext(lambda streams, _: [[0.001, 0.048]] * streams)
-        )
+        patch.setattr(pace, "_asked", lambda engine: contextlib.nullcontext(lambda streams, _: slow(streams)))
         patch.setattr(pace, "_programs_s", lambda *_: (0.1, 0.1, 0.2))
         found = SERVING_COST(registry.get("cpu"), rounds=1)
     figures = dict(written.figures)
@@ -412,7 +415,7 @@ def test_float32_needs_its_own_peak() -> None:
 
 def test_answers_that_come_in_one_piece_are_no_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a client sees them that has to wait for a processor: such a round counts for nothing."""
-    whole, apart = [[0.2]], [[0.1 + 0.01 * token for token in range(48)]]
+    whole, apart = (pace.Seen([came], [0.01]) for came in ([0.2], [0.1 + 0.01 * token for token in range(48)]))
     answers = iter([])
 
     @contextlib.contextmanager

@@ -80,6 +80,10 @@ def after_rest(overrides: Mapping[str, Any]) -> float:
     return spec(overrides, engine="glm5").engine.warming_host_seconds
 
 
+def before_the_queue(overrides: Mapping[str, Any]) -> float:
+    return spec(overrides, engine="glm5").engine.request_seconds
+
+
 class Moves(NamedTuple):
     """`measure` at two values of a figure: more makes it less, or `more` makes it more. beside: other settings."""
 
@@ -124,6 +128,7 @@ MOVES = {
     "overhead.collective_buffer_bytes": Moves(1e9, 4e9, pool),
     "overhead.communicator_buffer_bytes": Moves(1e9, 4e9, pool_of_groups),
     "overhead.runtime_reserved_bytes": Moves(1e9, 4e9, pool),
+    "overhead.serving_front_s": Moves(1e-4, 9e-3, before_the_queue, more=True),
     "overhead.serving_request_s": Moves(1e-3, 9e-3, in_front, more=True),
     "overhead.serving_step_s": Moves(1e-4, 2e-3, served(DECODE), more=True),
     "overhead.serving_row_s": Moves(1e-4, 2e-3, served(DECODE), more=True),

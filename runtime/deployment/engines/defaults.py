@@ -167,6 +167,7 @@ def _trtllm(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived
 def _glm5(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived:
     """What `glm5 calibrate` measured of the server on this machine."""
     names = {
+        "overhead.serving_front_s": ("request_seconds",),
         "overhead.serving_request_s": ("request_host_seconds",),
         "overhead.serving_step_s": ("graph_step_host_seconds", "eager_step_host_seconds"),
         "overhead.serving_row_s": ("row_host_seconds",),
