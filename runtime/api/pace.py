@@ -111,12 +111,10 @@ def _gap_s(came: list[float]) -> float:
 
 def _programs_s(engine: LocalEngine, empty: LocalExecutor) -> tuple[float, float, float]:
     """Of a step with a prompt, of one with an answer's next token, and of one with those of all streams; one behind the
-    other alike. What the executor itself takes is no program's: it takes that with empty ones, too. On a device
-    that works apart from the host an answer's program hides behind the host's work, so short as it is here: nothing."""
+    other alike. What the executor itself takes is no program's: it takes that with empty ones, too."""
     prompt, token = _rows(engine, 1)
-    found = [0.0] * 3
-    timed = (prompt, token, _rows(engine, _STREAMS)[1])
-    for number, rows in enumerate(timed[:1] if engine.programs.apart else timed):
+    found = []
+    for rows in (prompt, token, _rows(engine, _STREAMS)[1]):
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(_ANSWER):
             for executor, kept in zip((engine.executor, empty), times, strict=True):
@@ -124,7 +122,7 @@ def _programs_s(engine: LocalEngine, empty: LocalExecutor) -> tuple[float, float
                 executor.step(*rows, False)
                 kept.append(time.perf_counter() - before)
         whole, own = map(statistics.median, times)
-        found[number] = whole - own
+        found.append(whole - own)
     return found[0], found[1], found[2]
 
 

@@ -141,8 +141,7 @@ def step_shape(
 
 def step_seconds(engine: Engine, device_seconds: float, shape: BatchShape) -> float:
     """Duration of a step: the device's work, and the host's for its rows and the requests that begin."""
-    ahead = shape.decode_count > 0 and not shape.prefill_chunks and shape.query_tokens == 1
-    return engine.step_seconds(device_seconds, shape.graphed, shape.pieces, shape.rows, shape.begun, ahead)
+    return engine.step_seconds(device_seconds, shape.graphed, shape.pieces, shape.rows, shape.begun)
 
 
 class _Unpriced:

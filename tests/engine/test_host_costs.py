@@ -9,11 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import hw_profiles
-from model.hf_config import load_config
-from model.split import Layout
 from runtime.deployment.engines import load
-from runtime.deployment.engines.defaults import engine_for
 from runtime.execution.batches import gear
 from runtime.execution.local.engine import EngineConfig
 from runtime.serving import Deployment
@@ -82,30 +78,6 @@ def test_a_step_that_finds_the_machine_at_rest_takes_longer() -> None:
     while loop.next_at is not None:
         loop.advance()
     assert [request.finished_at for request, _ in found] == pytest.approx([ended for _, ended in found])
-
-
-@pytest.mark.parametrize(("token_s", "step_s"), [(1.0, 1.0), (0.25, 0.5)])
-def test_answers_launched_ahead_hide_what_the_host_works(token_s: float, step_s: float) -> None:
-    """By hand: behind a device that takes longer all of it, and before one that is faster the device's; of a prompt's
-    step nothing hides."""
-    engine = plain_engine(graph_step_host_seconds=0.5, eager_step_host_seconds=0.25, answers_ahead=True)
-    loop = Loop(Deployment(engine, PerToken(token_s), 10_000))
-    request = Request(0, 16, 9)
-    loop.send(request)
-    while loop.next_at is not None:
-        loop.advance()
-    first = 16 * token_s + 0.25
-    assert request.first_token_at == pytest.approx(first)
-    assert request.finished_at == pytest.approx(first + 8 * step_s)
-
-
-def test_one_device_beside_a_host_is_asked_ahead() -> None:
-    cfg, chip = load_config("glm-4.7-flash"), hw_profiles.load("h200-sxm")
-    assert engine_for("glm5", cfg, chip, Layout()).answers_ahead
-    assert not engine_for("glm5", cfg, chip, Layout(tp=2)).answers_ahead
-    assert not engine_for("glm5", cfg, chip, Layout(), drafts=1).answers_ahead
-    assert not engine_for("glm5", cfg, hw_profiles.load("cpu-host"), Layout()).answers_ahead
-    assert not engine_for("vllm", cfg, chip, Layout()).answers_ahead
 
 
 @pytest.mark.parametrize("overlap", [False, True])

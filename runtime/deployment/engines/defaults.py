@@ -165,8 +165,7 @@ def _trtllm(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived
 
 
 def _glm5(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived:
-    """What `glm5 calibrate` measured of the server on this machine, and what of it hides: one device that works apart
-    from the host has the next answers' step launched behind the one that runs."""
+    """What `glm5 calibrate` measured of the server on this machine."""
     names = {
         "overhead.serving_front_s": ("request_seconds",),
         "overhead.serving_request_s": ("request_host_seconds",),
@@ -176,9 +175,7 @@ def _glm5(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived:
         "overhead.serving_warming_s": ("warming_host_seconds",),
     }
     found = {path: on.profile.get(path) for path in names}
-    costs = {name: figure.value for path, figure in found.items() if figure is not None for name in names[path]}
-    apart = on.profile.kind != "host"  # `Capabilities.apart` of the backends that run on it
-    return {**costs, "answers_ahead": apart and on.layout.devices == 1 and not on.drafts}
+    return {name: figure.value for path, figure in found.items() if figure is not None for name in names[path]}
 
 
 _FORMULAS: Mapping[str, Callable[[Engine, EngineSite, Mapping[str, Any]], Derived]] = {

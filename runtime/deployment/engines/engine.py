@@ -178,8 +178,6 @@ class Engine:
     preempted_go: end of the waiting queue that a preempted request joins.
     overlap_scheduling: a step is planned while the one before it runs: host time hides behind device time,
         and a request that arrives during a step waits for the end of the next one.
-    answers_ahead: steps of answers alone, a token each, are launched behind one another, and planned as ever: their
-        host time hides behind device time.
 
     Memory
     page_tokens: tokens of a page, the KV pool's unit.
@@ -285,7 +283,6 @@ class Engine:
     cache: CacheRules = CacheRules()
     row_host_seconds: float = 0.0
     request_host_seconds: float = 0.0
-    answers_ahead: bool = False
     idle_host_seconds: float = 0.0
     warming_host_seconds: float = 0.0
     eager_layer_host_seconds: float = 0.0
@@ -385,17 +382,10 @@ class Engine:
         return _power_of_two(len(pieces)) * width - sum(pieces)
 
     def step_seconds(
-        self,
-        device_seconds: float,
-        graphed: bool,
-        pieces: bool,
-        rows: int = 0,
-        requests: int = 0,
-        only_answers: bool = False,
+        self, device_seconds: float, graphed: bool, pieces: bool, rows: int = 0, requests: int = 0
     ) -> float:
         """Duration of a step with so many sequences, of which `requests` begin: the device works while the host
-        launches, and all of the host's work hides behind the device's where steps overlap. only_answers: it has a token
-        of each of some, and nothing else."""
+        launches, and all of the host's work hides behind the device's where steps overlap."""
         if graphed:
             launch, host = 0.0, self.graph_step_host_seconds
         elif pieces:
@@ -403,7 +393,7 @@ class Engine:
         else:
             launch, host = self.eager_launch_seconds, self.eager_step_host_seconds
         host += rows * self.row_host_seconds + requests * self.request_host_seconds
-        if self.overlap_scheduling or (self.answers_ahead and only_answers):
+        if self.overlap_scheduling:
             return max(device_seconds, launch + host)
         return max(device_seconds, launch) + host
 
