@@ -31,10 +31,10 @@ from model.split import Layout
 from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.load import load_engine
 from runtime.execution.local.request import Prompt
-from runtime.porting.calibrate import measure, prices, profile
+from runtime.porting.calibrate import prices, profile
 from runtime.porting.calibrate_calls import ModelRank
 from runtime.porting.calibrate_sizes import Effort
-from runtime.porting.calibrate_steps import StepClock
+from runtime.porting.calibrate_steps import measure_with_steps
 from runtime.serving.pricing import BatchShape
 from runtime.simulation.build import build, spec_for
 
@@ -63,13 +63,9 @@ def predicted(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Seconds of each step from a fresh calibration, and what the time is made of."""
     backend = registry.usable("cpu")
-    whole = StepClock(backend, rank, effort) if rank else None
-    found = measure(backend, effort, rank=rank, between=whole.visit if whole else None)
+    found = measure_with_steps(backend, effort, rank=rank)
     described = profile(found, backend, "host", "host.prices.json")
-    tables = prices(found, described)
-    if whole and (shares := whole.shares(described, tables)):
-        tables["steps"] = shares
-    (folder / "host.prices.json").write_text(json.dumps(tables))
+    (folder / "host.prices.json").write_text(json.dumps(prices(found, described)))
     (folder / "host.toml").write_text(hw_profiles.dumps(described))
     host, layout = hw_profiles.load(str(folder / "host.toml")), Layout()
     pricer = build(spec_for(cfg, host, layout, "f32", engine="glm5")).pricer

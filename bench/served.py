@@ -7,7 +7,7 @@
 
 pace       an emulated endpoint with made-up tokens against `glm5 simulate` of the same plan under the same load
 overhead   CPU that the server adds to a token, over the scheduler driven directly
-predicted  this host calibrated, `glm5 simulate` with that profile against `glm5 serve --backend cpu`
+predicted  this host calibrated for the checkpoint, `glm5 simulate` with that profile against `glm5 serve --backend cpu`
 load       many streams whose clients die, read slowly or say nothing, and what the server still holds afterwards
 
 Rounds alternate, medians and ranges are printed; times are those of the chips (the clients', divided by --time-scale).

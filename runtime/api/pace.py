@@ -64,7 +64,7 @@ Burst = Callable[[int, float], Seen]
 
 
 def serving_cost(backend: Backend, rounds: int = 12) -> ServingCost:
-    """Medians over rounds of a second. Raises `ModuleNotFoundError` without the packages of the server, and
+    """Medians over rounds of some seconds. Raises `ModuleNotFoundError` without the packages of the server, and
     `UsageError` where answers never come token by token."""
     engine = load_engine(Checkpoint(embedded_checkpoint()), backend, EngineConfig())
     found, empty = [], _empty(engine)

@@ -33,8 +33,8 @@ def calibrate(
         str | None,
         typer.Option(
             autocompletion=completion.models,
-            help="Measure the ops of this model at its own shapes, too: a preset, a checkpoint directory or a "
-            "config.json. It need not fit.",
+            help="Measure this model's ops at its own shapes, too, and steps of a few of its layers where one device "
+            "holds them: a preset, a checkpoint directory or a config.json. It need not fit.",
         ),
     ] = None,
     tp: Annotated[int, typer.Option(help="With --model: the shapes of one of so many ranks.")] = 1,
@@ -63,11 +63,11 @@ def calibrate(
     from foundation.writing import replacing_together
     from model.hf_config import load_config
     from model.split import Layout
-    from runtime.porting.calibrate import measure, prices
+    from runtime.porting.calibrate import prices
     from runtime.porting.calibrate import profile as described_by
     from runtime.porting.calibrate_calls import ModelRank
     from runtime.porting.calibrate_sizes import QUICK, Effort
-    from runtime.porting.calibrate_steps import StepClock
+    from runtime.porting.calibrate_steps import measure_with_steps
 
     if out.suffix != ".toml":
         raise UsageError(f"--out {out}: a profile's name ends in .toml, as in my-host.toml")
@@ -89,14 +89,10 @@ def calibrate(
     with replacing_together(tables, out) as (beside, temporary):  # the profile last: it says which prices are its own
         progress = _line if sys.stderr.isatty() and not as_json else None
         effort = QUICK if quick else Effort()
-        whole = StepClock(adapter, rank, effort) if rank else None
-        found = measure(adapter, effort, progress, rank, whole.visit if whole else None)
+        found = measure_with_steps(adapter, effort, progress, rank)
         found = dataclasses.replace(found, serving=_serving_cost(adapter))
         described = described_by(found, adapter, out.stem, tables.name)
-        tabulated = prices(found, described)
-        if whole and (shares := whole.shares(described, tabulated)):
-            tabulated["steps"] = shares
-        measured = json.dumps(tabulated, indent=1) + "\n"
+        measured = json.dumps(prices(found, described), indent=1) + "\n"
         described = dataclasses.replace(described, prices_sha256=hw_profiles.prices_sha256(measured))
         beside.write_text(measured, encoding="utf-8")
         temporary.write_text(hw_profiles.dumps(described), encoding="utf-8")

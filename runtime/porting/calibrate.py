@@ -113,7 +113,7 @@ class Calibration:
     64 MB cache that is donated and one row of which is written. kernel_launch_s, vector_launch_s: the smallest
     product and the smallest norm inside a program. cache: where one is told apart from memory. serving: of this
     project's server, where that was measured. network: between devices, where there are several. rank: whose ops are
-    among the kernels, in words.
+    among the kernels, in words. steps: whole ones of it (`runtime.porting.calibrate_steps`).
     """
 
     dtype: str
@@ -128,6 +128,7 @@ class Calibration:
     serving: ServingCost | None = None
     network: MeasuredNetwork | None = None
     rank: str = ""
+    steps: Mapping[str, Any] | None = None
 
     @property
     def main(self) -> list[Gemm]:
@@ -309,7 +310,8 @@ def profile(found: Calibration, backend: Backend, name: str, prices: str | None 
 def prices(found: Calibration, described: Profile) -> dict[str, Any]:
     """The price file of `found.kernels`, with the figures that they stand beside."""
     sent = {"collectives": found.network.collectives()} if found.network else {}
-    return {**found.kernels, **sent, "profile": described.name, "relative_to": stated(described.number)}
+    whole = {"steps": found.steps} if found.steps else {}
+    return {**found.kernels, **sent, **whole, "profile": described.name, "relative_to": stated(described.number)}
 
 
 # --- timing --------------------------------------------------------------------------------------------

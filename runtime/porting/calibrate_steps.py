@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,32 +24,33 @@ import numpy as np
 
 import hw_profiles
 from backends.interface import Backend
+from foundation.errors import CapacityError
 from hw_profiles import Profile
 from model import abstract
 from model.config import LayerType, ModelConfig
 from model.graph import Batch, Mode, StepOutput
 from model.split import Layout
-from model.weights import Weight, layer_weights, outer_weights
+from model.weights import Arrangement, Weight, layer_weights, outer_weights
 from runtime.deployment.manifest import Phase
 from runtime.execution.batches import gear
 from runtime.execution.local import feed
+from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.programs import Programs, ProgramShape
+from runtime.porting.calibrate import Calibration, measure, prices, profile
 from runtime.porting.calibrate_calls import ModelRank
 from runtime.porting.calibrate_ops import FORMAT_OF_DTYPE
 from runtime.porting.calibrate_sizes import PAGE, Effort, host_bytes, random_buffers
 from runtime.pricing.pricer import GraphPricer
-from runtime.pricing.whole_steps import PHASES, knots, model_key
+from runtime.pricing.whole_steps import LEAST, MOST, PHASES, knots, model_key
 from runtime.serving.pricing import BatchShape
-from runtime.simulation.build import PriceTables, pricer_of, spec_for
+from runtime.simulation.build import PriceTables, Spec, pricer_of, spec_for
 
 _LAYERS_OF_A_TYPE = 2
 _CONTEXT, _FILLED = 256, 0.75
-_LEAST_PAGES = 128 // PAGE  # as the engine pads
-_MOST_ROWS, _MOST_CHUNK = 16, 256
+_MOST_ROWS, _MOST_CHUNK = 16, 256  # of a step of ours, when it is told nothing
 _SHARE = 4  # of a device's memory that the layers may take: one of so many parts
 _MOST_STEP_S = 2.0  # beyond which a step is left out
-_VISIT_S, _LEAST_ROUNDS = 0.1, 3
-_SCALE = 0.02  # of random weights, as models are initialised
+_VISIT_S = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,21 @@ def empty_of(programs: Programs) -> EmptyPrograms:
     )
 
 
+def measure_with_steps(
+    backend: Backend,
+    effort: Effort = Effort(),
+    progress: Callable[[int, int], Any] | None = None,
+    rank: ModelRank | None = None,
+) -> Calibration:
+    """As `measure`, and with a rank its whole steps, where one device holds its layers and they fit."""
+    clock = StepClock(backend, rank, effort) if rank else None
+    found = measure(backend, effort, progress, rank, clock.visit if clock else None)
+    if clock is None:
+        return found
+    described = profile(found, backend, "measured", "measured.prices.json")
+    return dataclasses.replace(found, steps=clock.shares(described, prices(found, described)))
+
+
 class StepClock:
     """Times steps of a model's layers, a little at each visit: a host has faster minutes and slower ones, and the ops
     are measured over several. Nothing is timed where no device holds whole layers, or they do not fit."""
@@ -89,56 +105,70 @@ class StepClock:
         offered = backend.capabilities()
         self._cfg, self._dtype = few_layers(rank.cfg), offered.preferred_dtype
         self._keep_fp8 = rank.stored_fp8 and offered.fp8_weights
-        room = (offered.devices[0].memory_bytes or host_bytes()) / _SHARE
         self._steps: list[_Step] = []
         self._times: list[tuple[list[float], list[float]]] = []
-        if rank.layout.devices > 1 or ModelRank(self._cfg).weight_bytes(self._dtype, self._keep_fp8) > room:
+        room = (offered.devices[0].memory_bytes or host_bytes()) / _SHARE
+        if rank.layout.stage_devices > 1 or self._weight_bytes() > room:
             return
-        steps = list(_steps(self._cfg, effort))
+        try:
+            self._both = self._made(backend, steps := list(_steps(self._cfg, effort)))
+            for step in steps:
+                for each in self._both:
+                    _seconds(each, step)  # compiles
+                if _seconds(self._both[0], step) <= _MOST_STEP_S:
+                    self._steps.append(step)
+                    self._times.append(([], []))
+        except Exception as error:
+            if not (isinstance(error, CapacityError) or backend.exhausted(error)):
+                raise
+            self._steps = []
+
+    def _weight_bytes(self) -> int:
+        outer = abstract.abstract_weights(self._cfg, None, jnp.dtype(self._dtype), self._keep_fp8)
+        outer_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(outer))
+        return outer_bytes + ModelRank(self._cfg).weight_bytes(self._dtype, self._keep_fp8)
+
+    def _made(self, backend: Backend, steps: Sequence[_Step]) -> tuple[Programs, EmptyPrograms]:
         pages = max(int(step.batch.page_table.max()) for step in steps)
-        weights = _weights(backend, self._cfg, self._dtype, self._keep_fp8)
+        weights = random_weights(backend, self._cfg, self._dtype, self._keep_fp8)
         programs = Programs(backend, self._cfg, weights, pages, PAGE, self._dtype)
         _fill(programs)
-        self._both = programs, empty_of(programs)
-        for step in steps:
-            for each in self._both:
-                _seconds(each, step)  # compiles
-            if _seconds(programs, step) <= _MOST_STEP_S:
-                self._steps.append(step)
-                self._times.append(([], []))
+        return programs, empty_of(programs)
 
     def visit(self) -> None:
         """Rounds of a part of a second for each step."""
         for step, times in zip(self._steps, self._times, strict=True):
-            spent, rounds = 0.0, 0
-            while rounds < _LEAST_ROUNDS or spent < _VISIT_S:
+            spent = 0.0
+            while spent < _VISIT_S:
                 for each, kept in zip(self._both, times, strict=True):
                     kept.append(_seconds(each, step))
                     spent += kept[-1]
-                rounds += 1
 
     def shares(self, described: Profile, tables: Mapping[str, Any]) -> dict[str, Any] | None:
-        """`steps` of the price file. described, tables: the machine as it was measured."""
-        cfg = self._cfg
+        """`steps` of the price file. described, tables: the machine as it was measured. Frees what was timed."""
+        if not self._steps:
+            return None
+        del self._both
+        spec, pricer = self._priced(described, tables)
         found: dict[Phase, list[tuple[float, float]]] = {phase: [] for phase in PHASES}
-        if self._steps:
-            pricer = self._pricer(described, tables)
-            for step, times in zip(self._steps, self._times, strict=True):
-                whole, own = map(statistics.median, times)
-                price = pricer.price(step.priced)
-                head_s = price.by_op.get("head", 0.0)
-                ops_s = price.seconds - head_s
-                found[step.phase].append((ops_s / cfg.num_layers, max(whole - own - head_s, 0.0) / ops_s))
+        for step, times in zip(self._steps, self._times, strict=True):
+            whole, own = map(statistics.median, times)
+            layers_s = pricer.layers_seconds(step.priced)
+            head_s = pricer.seconds(step.priced) - layers_s
+            share = (whole - own - head_s) / layers_s
+            if LEAST <= share <= MOST:
+                found[step.phase].append((layers_s / self._cfg.num_layers, share))
         if not all(found.values()):
             return None
-        return {"model": model_key(cfg), **{phase: knots(points) for phase, points in found.items()}}
+        key = model_key(self._cfg, spec.formats)
+        return {"model": key, **{phase: knots(points) for phase, points in found.items()}}
 
-    def _pricer(self, described: Profile, tables: Mapping[str, Any]) -> GraphPricer:
+    def _priced(self, described: Profile, tables: Mapping[str, Any]) -> tuple[Spec, GraphPricer]:
         scheme = self._cfg.stored_scheme if self._keep_fp8 else FORMAT_OF_DTYPE[self._dtype]
         with tempfile.TemporaryDirectory() as folder:
-            profile = _written(described, tables, Path(folder))
-            spec = spec_for(self._cfg, profile, Layout(), scheme, engine="glm5", expert_load="uniform")
-            return pricer_of(spec, PriceTables())
+            measured = _written(described, tables, Path(folder))
+            spec = spec_for(self._cfg, measured, Layout(), scheme, engine="glm5", expert_load="uniform")
+            return spec, pricer_of(spec, PriceTables())
 
 
 def _written(described: Profile, tables: Mapping[str, Any], folder: Path) -> Profile:
@@ -181,7 +211,7 @@ def _steps(cfg: ModelConfig, effort: Effort) -> Iterator[_Step]:
 
 
 def _step(cfg: ModelConfig, rng: np.random.Generator, phase: Phase, rows: int, tokens: int, end: int) -> _Step:
-    pages = gear(-(-end // PAGE), _LEAST_PAGES)
+    pages = gear(-(-end // PAGE), EngineConfig().least_context // PAGE)
     batch = Batch(
         rng.integers(0, cfg.vocab_size, (rows, tokens)).astype(np.int32),
         np.full(rows, end - tokens, np.int32),
@@ -193,7 +223,9 @@ def _step(cfg: ModelConfig, rng: np.random.Generator, phase: Phase, rows: int, t
     return _Step(phase, batch, Mode("expanded"), BatchShape(prefill_chunks=[(tokens, 0)]))
 
 
-def _weights(backend: Backend, cfg: ModelConfig, dtype: str, keep_fp8: bool) -> dict[str, Any]:
+def random_weights(backend: Backend, cfg: ModelConfig, dtype: str, keep_fp8: bool = False) -> dict[str, Any]:
+    """Weights in the graph's layout with which layers neither grow nor vanish, and tokens fall on experts at random."""
+
     def made(kind: LayerType | None) -> dict[str, Any]:
         specs = abstract.abstract_weights(cfg, kind, jnp.dtype(dtype), keep_fp8)
         described = {each.name: each for each in (outer_weights(cfg) if kind is None else layer_weights(cfg, kind))}
@@ -203,8 +235,14 @@ def _weights(backend: Backend, cfg: ModelConfig, dtype: str, keep_fp8: bool) -> 
 
 
 def _put(backend: Backend, weight: Weight, spec: Any) -> Any:
-    order = backend.capabilities().order(weight)
-    return random_buffers(backend, spec.shape, str(spec.dtype), 1, _SCALE, order)[0]
+    if len(weight.shape) == 1:
+        value = 1.0 if weight.component == "norms" and not weight.name.endswith("_bias") else 0.0
+        return backend.put(np.full(spec.shape, value, spec.dtype))
+    if spec.dtype == jnp.float32 and weight.stays_narrow and spec.shape != weight.shape:  # the scales of FP8 blocks
+        scale = 0.01
+    else:
+        scale = weight.shape[0 if len(weight.shape) == 2 or weight.arrangement is Arrangement.GATE_UP else 1] ** -0.5
+    return random_buffers(backend, spec.shape, str(spec.dtype), 1, scale, backend.capabilities().order(weight))[0]
 
 
 def _fill(programs: Programs) -> None:

@@ -89,6 +89,10 @@ def read_prices(path: Path) -> Mapping[str, Any]:
         raise PriceError(f"prices file {path}: {error}") from None
     if not isinstance(body, dict) or body.get("schema") != 1 or "kernels" not in body:
         raise PriceError(f"prices file {path}: not a schema-1 price table")
+    try:
+        whole_steps(body.get("steps"))
+    except PriceError as error:
+        raise PriceError(f"prices file {path}: {error}") from None
     return body
 
 

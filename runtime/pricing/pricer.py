@@ -159,7 +159,7 @@ class GraphPricer:
         self._kinds = main_kinds(cfg)
         self._depth = sum(n for _, n in self._kinds)
         self._small = layer_seconds * self._depth
-        self._steps = book.steps if book.steps and book.steps.of(cfg, layout) else None
+        self._steps = book.steps if book.steps and book.steps.of(cfg, layout, formats) else None
         self._decode_surfaces = {kind: self._decode_surface(kind) for kind in cfg.layer_counts}
         self._prefill = lru_cache(maxsize=65536)(self._prefill_price)
         self._hops = lru_cache(maxsize=65536)(self._hop_price)
@@ -316,15 +316,10 @@ class GraphPricer:
         """Device seconds of a step."""
         rows, context, tokens, prefix, chunks = self._sizes(shape)
         q, own = shape.query_tokens, self._own(tokens)
-        outside, here = self._outside(rows * q, own)
-        out, head = outside.seconds(here) + self._around_sparse, self._head.seconds(rows * q + chunks)
-        for kind, count in self._kinds:
-            if rows and tokens and self.book.unpacked_tile:
-                out += count * self._decode_beside(kind, rows, q, context, tokens).seconds
-            elif rows:
-                out += count * self._decode_surfaces[kind](rows * q, context)
-            if tokens:
-                out += count * self._prefill(kind, tokens, round(prefix), chunks).seconds
+        out = self.layers_seconds(shape)
+        if self._steps:
+            out *= self._steps.share(out, self._depth, tokens > 0)
+        out += self._head.seconds(rows * q + chunks)
         if q > 1 and self._mtp:
             kind = self.cfg.mtp_type
             out += self._mtp.seconds(rows * q + own) + (q - 2) * self._mtp.seconds(rows)
@@ -334,11 +329,24 @@ class GraphPricer:
                 out += (q - 2) * self._decode_surfaces[kind](rows, context)
             if tokens:
                 out += self._prefill(kind, tokens, round(prefix), chunks).seconds
-        if self._steps:
-            out *= self._steps.share(out, self._depth, tokens > 0)
         if self.layout.pp > 1:
             out += self._hops(rows * q + own).seconds
-        return self._time_factor * (out + head) + self._small
+        return self._time_factor * out + self._small
+
+    def layers_seconds(self, shape: BatchShape) -> float:
+        """Device seconds of the layers' ops in a step, one by one: without head, drafts, and what pipelines send."""
+        rows, context, tokens, prefix, chunks = self._sizes(shape)
+        q = shape.query_tokens
+        outside, here = self._outside(rows * q, self._own(tokens))
+        out = outside.seconds(here) + self._around_sparse
+        for kind, count in self._kinds:
+            if rows and tokens and self.book.unpacked_tile:
+                out += count * self._decode_beside(kind, rows, q, context, tokens).seconds
+            elif rows:
+                out += count * self._decode_surfaces[kind](rows * q, context)
+            if tokens:
+                out += count * self._prefill(kind, tokens, round(prefix), chunks).seconds
+        return out
 
     def price(self, shape: BatchShape) -> StepPrice:
         """The full price: by op, by what bounds it, and how it is known."""
@@ -357,6 +365,10 @@ class GraphPricer:
             if tokens:
                 found = self._prefill(kind, tokens, round(prefix), chunks)
                 parts.append(("attention", found.times(count)))
+        if self._steps:
+            share = self._steps.share(sum(part.seconds for _, part in parts), self._depth, tokens > 0)
+            parts = _all_times(parts, share, f"whole steps, {share:.3g} of their ops")
+        parts += self._head.prices(rows * q + chunks).items()
         if q > 1 and self._mtp:
             kind = self.cfg.mtp_type
             drafting = [*self._mtp.prices(rows * q + own).values(), *self._head.prices(rows + chunks).values()]
@@ -368,11 +380,6 @@ class GraphPricer:
                 drafting.append(self._prefill(kind, tokens, round(prefix), chunks))
             drafting += [p.times(q - 2) for p in again]
             parts.append(("mtp", total(drafting)))
-        if self._steps:
-            ops_s = sum(part.seconds for _, part in parts)
-            share = self._steps.share(ops_s, self._depth, tokens > 0)
-            parts = _all_times(parts, share, f"whole steps, {share:.3g} of their ops")
-        parts += self._head.prices(rows * q + chunks).items()
         if self.layout.pp > 1:
             parts.append(("pipeline", self._hops(rows * q + own)))
         if self._time_factor != 1:

@@ -6,10 +6,10 @@ long the ops take. So `glm5 calibrate` times whole steps, too, and a price file 
 
     "steps": {"model": "..", "decode": [[layer_s, share], ..], "prefill": [..]}
 
-model: whose they are, as of `model_key`; another's ops take other shares, and so do those of a part of each layer.
-share: seconds of a step over the sum of its ops' prices, by what those come to a layer; the head, which is no layer's,
-is in neither. A step with prompts goes by `prefill`. Between two knots shares go by the logarithm of seconds, beyond
-them they stay.
+model: whose they are and in which formats, as of `model_key`; another's ops take other shares, and so do those of a
+part of each layer, all of which are priced from ops alone. share: seconds of a step's layers over their ops'
+prices, by what those come to a layer; head and drafts are in neither. A step with prompts goes by `prefill`. Between
+two knots shares go by the logarithm of seconds, beyond them they stay.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.config import ModelConfig
+from model.formats import Formats
 from model.split import Layout
 from runtime.deployment.manifest import Phase
 from runtime.pricing.price import PriceError
@@ -54,9 +55,9 @@ class WholeSteps:
     model: str
     lines: Mapping[Phase, _Line]
 
-    def of(self, cfg: ModelConfig, layout: Layout) -> bool:
-        """Whether a device of a deployment runs such steps."""
-        return self.model == model_key(cfg) and layout.devices == layout.dp * layout.pp and layout.ep == 1
+    def of(self, cfg: ModelConfig, layout: Layout, formats: Formats) -> bool:
+        """Whether a device of a deployment runs such steps: it holds whole layers."""
+        return layout.stage_devices == 1 and self.model == model_key(cfg, formats)
 
     def share(self, ops_s: float, layers: float, prompts: bool) -> float:
         """Of a step whose ops take `ops_s` together; prompts: it has tokens of some."""
@@ -68,23 +69,27 @@ def whole_steps(body: Any) -> WholeSteps | None:
     if body is None:
         return None
     if not isinstance(body, dict) or set(body) != {"model", *PHASES} or not isinstance(body["model"], str):
-        raise PriceError(f"steps of a price file: must have model, {' and '.join(PHASES)}")
+        raise PriceError(f"steps: must have model, {' and '.join(PHASES)}")
     return WholeSteps(body["model"], {phase: _line(phase, body[phase]) for phase in PHASES})
 
 
-def model_key(cfg: ModelConfig) -> str:
-    """The same for models that differ in their names and in how many layers of each type they have alone."""
-    alike = dataclasses.replace(cfg, name="", layers=(), mtp_layers=0, eos_token_ids=())
-    return hashlib.sha256(repr(alike).encode()).hexdigest()[:16]
+def model_key(cfg: ModelConfig, formats: Formats) -> str:
+    """The same for models that differ in their names, in how they are stored, and in how many layers of each type they
+    have alone. formats: what is computed in."""
+    alike = dataclasses.replace(
+        cfg, name="", layers=(), mtp_layers=0, eos_token_ids=(), dtype="", weight_format="plain"
+    )
+    computed = formats.weights, formats.experts
+    return hashlib.sha256(repr((alike, computed)).encode()).hexdigest()[:16]
 
 
-def _line(phase: Phase, knots: Any) -> _Line:
-    if not isinstance(knots, list) or not knots or not all(_knot(each) for each in knots):
-        raise PriceError(f"steps.{phase} of a price file: must be [seconds, share] pairs, shares {LEAST:g} to {MOST:g}")
-    seconds = [knot[0] for knot in knots]
+def _line(phase: Phase, body: Any) -> _Line:
+    if not isinstance(body, list) or not body or not all(_knot(each) for each in body):
+        raise PriceError(f"steps.{phase}: must be [seconds, share] pairs, shares {LEAST:g} to {MOST:g}")
+    seconds = [knot[0] for knot in body]
     if any(after <= before for before, after in zip(seconds, seconds[1:], strict=False)):
-        raise PriceError(f"steps.{phase} of a price file: seconds must rise")
-    return _Line(tuple(math.log(each) for each in seconds), tuple(float(share) for _, share in knots))
+        raise PriceError(f"steps.{phase}: seconds must rise")
+    return _Line(tuple(math.log(each) for each in seconds), tuple(float(share) for _, share in body))
 
 
 def _knot(knot: Any) -> bool:
@@ -105,5 +110,5 @@ def knots(found: Sequence[tuple[float, float]], apart: float = 1.6) -> list[list
     for group in groups:
         logs = [sum(math.log(point[place]) for point in group) / len(group) for place in (0, 1)]
         seconds, share = map(math.exp, logs)
-        made.append([float(f"{seconds:.4g}"), float(f"{min(max(share, LEAST), MOST):.4g}")])
+        made.append([float(f"{seconds:.4g}"), float(f"{share:.4g}")])
     return made

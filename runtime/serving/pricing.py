@@ -120,7 +120,7 @@ IDLE_S = 0.01
 little beyond (one host, steps of .5 to 5 ms: .1 ms behind 2 ms, 1.1 behind 10, 1.2 to 1.5 behind 50 and 250)."""
 WARM_S = 0.15
 """Seconds of work after a rest until steps take what they take (the same host behind half a second without: steps of
-.85 ms took .2 longer at first, .1 after 70 ms, nothing after 120)."""
+.85 ms took .2 longer at first, .1 after 70 ms, nothing after 120). Behind a shorter rest that warms less."""
 
 
 def step_shape(

@@ -320,7 +320,7 @@ def test_the_command_writes_a_profile_that_passes_its_check(
     found: Calibration, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Effort] = []
-    monkeypatch.setattr("runtime.porting.calibrate.measure", lambda _, effort, *__: asked.append(effort) or found)
+    monkeypatch.setattr("runtime.porting.calibrate_steps.measure", lambda _, effort, *__: asked.append(effort) or found)
     out = tmp_path / "box.toml"
     code, text, _ = command(["calibrate", "--quick", "--out", str(out), "--json"], capsys)
     assert code == 0 and asked == [QUICK]
@@ -342,7 +342,7 @@ def test_a_profile_is_not_used_with_the_prices_of_another_run(
     out, beside = tmp_path / "box.toml", tmp_path / "box.prices.json"
 
     def calibrate(measured: Calibration) -> int:
-        monkeypatch.setattr("runtime.porting.calibrate.measure", lambda *_: measured)
+        monkeypatch.setattr("runtime.porting.calibrate_steps.measure", lambda *_: measured)
         return command(["calibrate", "--quick", "--out", str(out)], capsys)[0]
 
     class Killed(BaseException):
