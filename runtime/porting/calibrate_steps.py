@@ -2,7 +2,7 @@
 
 The model's own layers, of each type one or two, where one device is to hold them whole and they fit a part of its
 memory. Weights and caches are random. What a call takes is taken out, as it is of ops: of the same program with nothing
-in it.
+in it. Where the whole model is more than caches hold, so much is read between two steps: few layers would stay there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from runtime.execution.local.programs import Programs, ProgramShape
 from runtime.porting.calibrate import Calibration, measure, prices, profile
 from runtime.porting.calibrate_calls import ModelRank
 from runtime.porting.calibrate_ops import FORMAT_OF_DTYPE
-from runtime.porting.calibrate_sizes import PAGE, Effort, host_bytes, random_buffers
+from runtime.porting.calibrate_sizes import DTYPES, PAGE, Effort, host_bytes, loaded, random_buffers
 from runtime.pricing.pricer import GraphPricer
 from runtime.pricing.whole_steps import LEAST, MOST, PHASES, knots, model_key
 from runtime.serving.pricing import BatchShape
@@ -110,7 +110,9 @@ class StepClock:
         room = (offered.devices[0].memory_bytes or host_bytes()) / _SHARE
         if rank.layout.stage_devices > 1 or self._weight_bytes() > room:
             return
+        self._cold = rank.weight_bytes(self._dtype, self._keep_fp8) > effort.cold_bytes
         try:
+            self._between = _sweep(backend, effort.cold_bytes, self._dtype) if self._cold else _nothing
             self._both = self._made(backend, steps := list(_steps(self._cfg, effort)))
             for step in steps:
                 for each in self._both:
@@ -141,6 +143,7 @@ class StepClock:
             spent = 0.0
             while spent < _VISIT_S:
                 for each, kept in zip(self._both, times, strict=True):
+                    self._between()
                     kept.append(_seconds(each, step))
                     spent += kept[-1]
 
@@ -148,7 +151,7 @@ class StepClock:
         """`steps` of the price file. described, tables: the machine as it was measured. Frees what was timed."""
         if not self._steps:
             return None
-        del self._both
+        del self._both, self._between
         spec, pricer = self._priced(described, tables)
         found: dict[Phase, list[tuple[float, float]]] = {phase: [] for phase in PHASES}
         for step, times in zip(self._steps, self._times, strict=True):
@@ -166,19 +169,30 @@ class StepClock:
     def _priced(self, described: Profile, tables: Mapping[str, Any]) -> tuple[Spec, GraphPricer]:
         scheme = self._cfg.stored_scheme if self._keep_fp8 else FORMAT_OF_DTYPE[self._dtype]
         with tempfile.TemporaryDirectory() as folder:
-            measured = _written(described, tables, Path(folder))
+            measured = _written(described, tables, Path(folder), {"chip.memory.cache_bytes": 1.0} if self._cold else {})
             spec = spec_for(self._cfg, measured, Layout(), scheme, engine="glm5", expert_load="uniform")
             return spec, pricer_of(spec, PriceTables())
 
 
-def _written(described: Profile, tables: Mapping[str, Any], folder: Path) -> Profile:
+def _sweep(backend: Backend, size: float, dtype: str) -> Callable[[], Any]:
+    """Reads so many bytes."""
+    (held,) = random_buffers(backend, (int(size / DTYPES[dtype].itemsize / 1024), 1024), dtype, 1)
+    run = loaded(backend, "calibrate sweep", jnp.sum, (held,))
+    return lambda: backend.get(run(held))
+
+
+def _nothing() -> None:
+    pass
+
+
+def _written(described: Profile, tables: Mapping[str, Any], folder: Path, changes: Mapping[str, float]) -> Profile:
     beside = folder / "measured.prices.json"
     beside.write_text(json.dumps(tables), encoding="utf-8")
     path = folder / "measured.toml"
     path.write_text(
         hw_profiles.dumps(dataclasses.replace(described, prices=beside.name, prices_sha256="")), encoding="utf-8"
     )
-    return hw_profiles.load(str(path))
+    return hw_profiles.load(str(path), changes)
 
 
 def few_layers(cfg: ModelConfig) -> ModelConfig:
