@@ -50,7 +50,7 @@ _CONTEXT, _FILLED = 256, 0.75
 _MOST_ROWS, _MOST_CHUNK = 16, 256  # of a step of ours, when it is told nothing
 _SHARE = 4  # of a device's memory that the layers may take: one of so many parts
 _MOST_STEP_S = 2.0  # beyond which a step is left out
-_VISIT_S = 0.1
+_VISIT_S = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,12 +140,11 @@ class StepClock:
     def visit(self) -> None:
         """Rounds of a part of a second for each step."""
         for step, times in zip(self._steps, self._times, strict=True):
-            spent = 0.0
-            while spent < _VISIT_S:
+            until = time.perf_counter() + _VISIT_S
+            while not times[0] or time.perf_counter() < until:
                 for each, kept in zip(self._both, times, strict=True):
                     self._between()
                     kept.append(_seconds(each, step))
-                    spent += kept[-1]
 
     def shares(self, described: Profile, tables: Mapping[str, Any]) -> dict[str, Any] | None:
         """`steps` of the price file. described, tables: the machine as it was measured. Frees what was timed."""
