@@ -25,7 +25,8 @@ from model.weights import Weight
 from runtime.execution.batches import gear
 from runtime.porting.calibrate_sizes import PAGE
 
-_CONTEXTS, _FILLED = (32, 128, 512, 2048, 8192, 32768), 0.75
+_CONTEXTS = (32, 128, 512, 2048, 8192, 32768)
+FILLED = 0.75  # of the pages of a context, on average: pages come in powers of two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +48,14 @@ class ModelRank:
     def weight_bytes(self, dtype: str, keep_fp8: bool) -> int:
         """Of what one rank holds of the main stack."""
         return sum(
-            count
-            * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.weights(kind, dtype, keep_fp8)))
+            count * _tree_bytes(self.weights(kind, dtype, keep_fp8))
             for kind, count in self.cfg.layer_counts.items()
             if not kind.mtp
         )
+
+    def outer_bytes(self, dtype: str) -> int:
+        """Of what one rank holds of embedding, final norm and head."""
+        return _tree_bytes(self.weights(None, dtype, False))
 
     def weights(self, what: LayerType | None, dtype: str, keep_fp8: bool) -> dict[str, Any]:
         """A rank's share of the weights of a layer, or with None of the outer ones."""
@@ -104,6 +108,10 @@ class RankStep:
         return float(self.end) if self.tokens == 1 else max(self.end - self.tokens / 2, 1.0)
 
 
+def _tree_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def token_steps(cfg: ModelConfig, counts: Sequence[int]) -> list[RankStep]:
     """Of so many tokens, for ops that see nothing else: over a short context, and one that an indexer selects from."""
     contexts = [PAGE, gear(cfg.indexer.topk + 1, PAGE)] if cfg.indexer else [PAGE]
@@ -113,7 +121,7 @@ def token_steps(cfg: ModelConfig, counts: Sequence[int]) -> list[RankStep]:
 def answer_steps(cfg: ModelConfig, sequences: Sequence[int]) -> list[RankStep]:
     """Steps of answers, in pages that are filled to three quarters: pages come in powers of two, and contexts between
     two of them are that long on average. And those with the shortest context that an indexer selects from."""
-    ends = [(context, round(_FILLED * context)) for context in _contexts(cfg)]
+    ends = [(context, round(FILLED * context)) for context in _contexts(cfg)]
     if cfg.indexer and cfg.indexer.topk < cfg.max_positions:
         ends.append((gear(cfg.indexer.topk + 1, PAGE), cfg.indexer.topk + 1))
     return [RankStep(count, 1, context, end) for context, end in ends for count in sequences]
@@ -123,7 +131,7 @@ def chunk_steps(cfg: ModelConfig, chunks: Sequence[int]) -> list[RankStep]:
     """A prompt's first piece, and pieces that come after others."""
     first = [RankStep(1, count, max(PAGE, count), count) for count in chunks]
     later = [
-        RankStep(1, count, context, round(_FILLED * context))
+        RankStep(1, count, context, round(FILLED * context))
         for context in _contexts(cfg)
         for count in chunks
         if count <= context / 2

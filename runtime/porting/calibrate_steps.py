@@ -37,17 +37,16 @@ from runtime.execution.local import feed
 from runtime.execution.local.engine import EngineConfig
 from runtime.execution.local.programs import Programs, ProgramShape
 from runtime.porting.calibrate import Calibration, measure, prices, profile
-from runtime.porting.calibrate_calls import ModelRank
+from runtime.porting.calibrate_calls import FILLED, ModelRank
 from runtime.porting.calibrate_ops import FORMAT_OF_DTYPE
-from runtime.porting.calibrate_sizes import DTYPES, PAGE, Effort, host_bytes, loaded, random_buffers
+from runtime.porting.calibrate_sizes import PAGE, Effort, host_bytes, loaded, pass_rows, random_buffers
 from runtime.pricing.pricer import GraphPricer
 from runtime.pricing.whole_steps import LEAST, MOST, PHASES, knots, model_key
 from runtime.serving.pricing import BatchShape
 from runtime.simulation.build import PriceTables, Spec, pricer_of, spec_for
 
 _LAYERS_OF_A_TYPE = 2
-_CONTEXT, _FILLED = 256, 0.75
-_MOST_ROWS, _MOST_CHUNK = 16, 256  # of a step of ours, when it is told nothing
+_CONTEXT = 256
 _SHARE = 4  # of a device's memory that the layers may take: one of so many parts
 _MOST_STEP_S = 2.0  # beyond which a step is left out
 _VISIT_S = 0.2
@@ -105,10 +104,11 @@ class StepClock:
         offered = backend.capabilities()
         self._cfg, self._dtype = few_layers(rank.cfg), offered.preferred_dtype
         self._keep_fp8 = rank.stored_fp8 and offered.fp8_weights
-        self._steps: list[_Step] = []
-        self._times: list[tuple[list[float], list[float]]] = []
+        self._timed: list[tuple[_Step, list[float], list[float]]] = []
         room = (offered.devices[0].memory_bytes or host_bytes()) / _SHARE
-        if rank.layout.stage_devices > 1 or self._weight_bytes() > room:
+        held = ModelRank(self._cfg)
+        held_bytes = held.weight_bytes(self._dtype, self._keep_fp8) + held.outer_bytes(self._dtype)
+        if rank.layout.stage_devices > 1 or held_bytes > room:
             return
         self._cold = rank.weight_bytes(self._dtype, self._keep_fp8) > effort.cold_bytes
         try:
@@ -118,17 +118,11 @@ class StepClock:
                 for each in self._both:
                     _seconds(each, step)  # compiles
                 if _seconds(self._both[0], step) <= _MOST_STEP_S:
-                    self._steps.append(step)
-                    self._times.append(([], []))
+                    self._timed.append((step, [], []))
         except Exception as error:
             if not (isinstance(error, CapacityError) or backend.exhausted(error)):
                 raise
-            self._steps = []
-
-    def _weight_bytes(self) -> int:
-        outer = abstract.abstract_weights(self._cfg, None, jnp.dtype(self._dtype), self._keep_fp8)
-        outer_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(outer))
-        return outer_bytes + ModelRank(self._cfg).weight_bytes(self._dtype, self._keep_fp8)
+            self._timed = []
 
     def _made(self, backend: Backend, steps: Sequence[_Step]) -> tuple[Programs, EmptyPrograms]:
         pages = max(int(step.batch.page_table.max()) for step in steps)
@@ -139,7 +133,7 @@ class StepClock:
 
     def visit(self) -> None:
         """Rounds of a part of a second for each step."""
-        for step, times in zip(self._steps, self._times, strict=True):
+        for step, *times in self._timed:
             until = time.perf_counter() + _VISIT_S
             while not times[0] or time.perf_counter() < until:
                 for each, kept in zip(self._both, times, strict=True):
@@ -148,12 +142,12 @@ class StepClock:
 
     def shares(self, described: Profile, tables: Mapping[str, Any]) -> dict[str, Any] | None:
         """`steps` of the price file. described, tables: the machine as it was measured. Frees what was timed."""
-        if not self._steps:
+        if not self._timed:
             return None
         del self._both, self._between
         spec, pricer = self._priced(described, tables)
         found: dict[Phase, list[tuple[float, float]]] = {phase: [] for phase in PHASES}
-        for step, times in zip(self._steps, self._times, strict=True):
+        for step, *times in self._timed:
             whole, own = map(statistics.median, times)
             layers_s = pricer.layers_seconds(step.priced)
             head_s = pricer.seconds(step.priced) - layers_s
@@ -175,7 +169,7 @@ class StepClock:
 
 def _sweep(backend: Backend, size: float, dtype: str) -> Callable[[], Any]:
     """Reads so many bytes."""
-    (held,) = random_buffers(backend, (int(size / DTYPES[dtype].itemsize / 1024), 1024), dtype, 1)
+    (held,) = random_buffers(backend, (pass_rows(2 * size, dtype), 1024), dtype, 1)
     run = loaded(backend, "calibrate sweep", jnp.sum, (held,))
     return lambda: backend.get(run(held))
 
@@ -215,11 +209,11 @@ def _seconds(programs: Programs, step: _Step) -> float:
 
 
 def _steps(cfg: ModelConfig, effort: Effort) -> Iterator[_Step]:
-    rng = np.random.default_rng(0)
+    rng, engine = np.random.default_rng(0), EngineConfig().described
     context = min(_CONTEXT, gear(cfg.max_positions, 1) // 2)
-    for rows in sorted({min(count, _MOST_ROWS) for count in effort.tokens}):
-        yield _step(cfg, rng, "decode", rows, 1, round(_FILLED * context))
-    for count in sorted({min(count, _MOST_CHUNK) for count in effort.chunks}):
+    for rows in sorted({min(count, engine.max_running_requests) for count in effort.tokens}):
+        yield _step(cfg, rng, "decode", rows, 1, round(FILLED * context))
+    for count in sorted({min(count, engine.chunked_prefill_tokens) for count in effort.chunks}):
         yield _step(cfg, rng, "prefill", 1, count, count)
 
 

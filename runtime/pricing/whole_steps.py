@@ -17,10 +17,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from model.config import ModelConfig
 from model.formats import Formats
@@ -41,11 +42,7 @@ class _Line:
     shares: tuple[float, ...]
 
     def __call__(self, seconds: float) -> float:
-        at, logs, shares = math.log(max(seconds, 1e-12)), self.logs, self.shares
-        i = bisect_right(logs, at) - 1
-        if i < 0 or i == len(logs) - 1:
-            return shares[max(i, 0)]
-        return (shares[i + 1] - shares[i]) / (logs[i + 1] - logs[i]) * (at - logs[i]) + shares[i]
+        return float(np.interp(math.log(max(seconds, 1e-12)), self.logs, self.shares))
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,7 @@ class Replica:
         if self.worker:
             return self._carry_out(self.worker, plans, now)
         if any(plan.chunks for plan in plans):
-            durations = np.array([max(self._seconds(rank, plan, 0) for rank, plan in self._busy(plans))])
-            durations = self._from_rest(now, durations)
+            durations = self._one_step(plans, now)
             steps = 1
         else:
             durations = self._decode_run(plans, now, next_event)
@@ -187,11 +186,7 @@ class Replica:
             if plan.decode:
                 rank.grow(1)
         made = worker.run(plans, self.ranks)
-        if self._clock.measures:
-            end = max(now, self._clock.now())
-        else:
-            seconds = max(self._seconds(rank, plan, 0) for rank, plan in self._busy(plans))
-            end = now + float(self._from_rest(now, np.array([seconds]))[0])
+        end = max(now, self._clock.now()) if self._clock.measures else now + float(self._one_step(plans, now)[0])
         self.run = Run(plans, np.array([end]), made)
         self._last_start, self._last_end = now, end
         self._record(plans, np.array([end - now]), now, used_before)
@@ -214,6 +209,10 @@ class Replica:
         """Step time on one rank, `step` decode steps from now."""
         shape = rank.shape(plan, step)
         return step_seconds(self.engine, self.pricer.seconds(shape), shape)
+
+    def _one_step(self, plans: list[StepPlan], now: float) -> np.ndarray:
+        """[1] seconds of the step that begins now: its slowest rank's."""
+        return self._from_rest(now, np.array([max(self._seconds(rank, plan, 0) for rank, plan in self._busy(plans))]))
 
     def _from_rest(self, now: float, durations: np.ndarray) -> np.ndarray:
         """Seconds of steps that follow one another from now on, with what they take longer because nothing ran before

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import hw_profiles
 from backends import registry
+from foundation.errors import CapacityError
 from model.config import ModelConfig
 from model.formats import Formats
 from model.hf_config import load_config
@@ -99,6 +100,22 @@ def test_nothing_is_timed_of_what_no_device_holds_whole(monkeypatch: pytest.Monk
         clock = StepClock(registry.usable("cpu"), rank, SMALL)
         clock.visit()
         assert clock.shares(*machine()) is None
+
+
+def test_a_device_without_room_for_a_step_times_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fits at first, and not with the next program: a calibration goes on without."""
+    left = [5]
+
+    def seconds(*_: object) -> float:
+        left[0] -= 1
+        if left[0] < 0:
+            raise CapacityError("no memory left")
+        return 1e-3
+
+    monkeypatch.setattr(calibrate_steps, "_seconds", seconds)
+    clock = StepClock(registry.usable("cpu"), ModelRank(tiny()), SMALL)
+    clock.visit()
+    assert clock.shares(*machine()) is None
 
 
 SHARES = st.lists(
