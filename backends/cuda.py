@@ -50,6 +50,8 @@ class CudaBackend(XlaBackend):
     summary = "NVIDIA GPUs through XLA"
     platform = "cuda"
     custom_calls = (CUSTOM_CALL,)
+    # else products of one input become one, for which their matrices are written beside one another in every step
+    compiler_options = {"xla_gpu_dot_merger_threshold_mb": 0}
 
     def unavailable(self) -> str | None:
         devices, reason = self._found

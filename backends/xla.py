@@ -7,7 +7,7 @@ cannot be exported for several at once). A program with a mesh is exported for o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib import metadata
 from typing import Any
@@ -27,6 +27,7 @@ from model import ops
 FORMAT = "stablehlo-jax-export"
 NARROW_ROWS = frozenset({"fp8", "fp8_ds_mla", "fp8_scaled"})
 """Formats of cache rows that the graph packs and reads itself (`model.narrow_rows`)."""
+_UNKNOWN_OPTION = "No such compile option"
 _NOT_OPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -35,6 +36,8 @@ class XlaBackend(Backend):
 
     platform: str
     spreads = True
+    compiler_options: Mapping[str, bool | int] = {}
+    """What XLA is told of every program here; a release that knows one of them no more is told none."""
 
     @cached_property
     def _found(self) -> tuple[list[Any], str | None]:
@@ -94,7 +97,13 @@ class XlaBackend(Backend):
             for a, sharding, order in zip(exported.in_avals, placed, orders, strict=True)
         ]
         args = jax.tree.unflatten(exported.in_tree, avals)[0]
-        return run.lower(*args).compile(None if artifact.optimise else _NOT_OPTIMISED)
+        lowered, effort = run.lower(*args), {} if artifact.optimise else _NOT_OPTIMISED
+        try:
+            return lowered.compile({**self.compiler_options, **effort} or None)
+        except jax.errors.JaxRuntimeError as error:
+            if not self.compiler_options or _UNKNOWN_OPTION not in str(error):
+                raise
+            return lowered.compile(effort or None)
 
     def _shardings(
         self, artifact: Artifact, exported: export.Exported, devices: Sequence[Any]

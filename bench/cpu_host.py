@@ -38,7 +38,7 @@ from runtime.porting.calibrate_steps import measure_with_steps
 from runtime.serving.pricing import BatchShape
 from runtime.simulation.build import build, spec_for
 
-REPEATS = 3
+REPEATS = 9
 CONTEXT = PROMPT + DECODE_STEPS // 2
 STEPS = {
     "prefill of 256 tokens": BatchShape(prefill_chunks=[(PROMPT, 0)]),

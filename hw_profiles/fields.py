@@ -102,6 +102,7 @@ def _fields() -> dict[str, Field]:
         "overhead.serving_request_s": Field(*latency, "the host's work on a request after that"),
         "overhead.serving_step_s": Field(*latency, "the host's work on a step there, beside the device's"),
         "overhead.serving_row_s": Field(*latency, "what each sequence of the step adds to that"),
+        "overhead.serving_ahead_s": Field(*latency, "the least a step of answers takes there, launched ahead"),
         "overhead.serving_idle_s": Field(*latency, "what a step takes longer that finds the host at rest"),
         "overhead.serving_warming_s": Field(*latency, "what the step after that takes longer; later ones ever less"),
         "overhead.collective_buffer_bytes": Field("bytes", 1, 1e12, "memory the collective library takes"),

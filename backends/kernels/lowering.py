@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from backends.kernels.forms import FORMS
 from backends.kernels.library import Capability
 from model.formats import E4M3
 from model.ops import OPS
@@ -30,11 +31,12 @@ class KernelLowering:
     lower: Callable[..., Any]
 
     def at(self, capability: Capability) -> Callable[..., Any]:
-        """The op for a compute capability: by kernels, or by its decomposition where they do not take the call."""
+        """The op for a compute capability: by kernels, or as XLA runs it where they do not take the call."""
+        other = FORMS.get(self.op, OPS[self.op].meaning)
 
         def call(*operands: Array, **attributes: Any) -> Any:
             if self.why_not(*operands, **attributes):
-                return OPS[self.op].meaning(*operands, **attributes)
+                return other(*operands, **attributes)
             return self.lower(capability, *operands, **attributes)
 
         return call

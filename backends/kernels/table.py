@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from backends.kernels import attention, products, selection
+from backends.kernels.forms import FORMS
 from backends.kernels.library import Capability
 from backends.kernels.lowering import KernelLowering
 from model.ops import OPS
@@ -23,13 +24,13 @@ WITHOUT: Mapping[str, str] = MappingProxyType({
     "glm.bias": _FUSED,
     "glm.swiglu": _FUSED,
     "glm.rope": _FUSED,
-    "glm.cache_write": "a scatter into the donated cache, which XLA does in place",
+    "glm.cache_write": "a scatter into the donated cache, which XLA does in place; of one row an update",
 })  # fmt: skip
 
 
 def lowerings(capability: Capability) -> dict[str, Callable[..., Any]]:
-    """The ops that have kernels, for a compute capability."""
-    return {name: kernel.at(capability) for name, kernel in KERNELS.items()}
+    """The ops that have kernels, for a compute capability, and those that XLA is given in another form."""
+    return {**FORMS, **{name: kernel.at(capability) for name, kernel in KERNELS.items()}}
 
 
 def notes() -> dict[str, str]:

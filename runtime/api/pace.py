@@ -7,6 +7,10 @@ and that programs between them find colder caches and fewer cores. What the clie
 beside it, round by round, and each round's differences are taken by themselves: a machine that others slow down for a
 while slows both. Times are the wall's, and medians of single steps: what else runs on the machine does not count as
 long as it leaves most steps alone.
+
+Where the device works apart from the host, the next step of answers is launched before one has been read, so that a
+step takes what the host does or what the device does, whichever is longer. The embedded checkpoint's programs being
+short, from token to token it is the host's work that shows (or, if not, that work is told too long by what hides it).
 """
 
 from __future__ import annotations
@@ -67,7 +71,7 @@ def serving_cost(backend: Backend, rounds: int = 12) -> ServingCost:
     """Medians over rounds of some seconds. Raises `ModuleNotFoundError` without the packages of the server, and
     `UsageError` where answers never come token by token."""
     engine = load_engine(Checkpoint(embedded_checkpoint()), backend, EngineConfig())
-    found, empty = [], _empty(engine)
+    found, empty, apart = [], _empty(engine), backend.capabilities().apart
     with _asked(engine) as ask:
         ask(_STREAMS, 0)  # the first of everything takes longer
         for _ in range(rounds):
@@ -83,6 +87,8 @@ def serving_cost(backend: Backend, rounds: int = 12) -> ServingCost:
             prompt, token, tokens = _programs_s(engine, empty)
             rested = [ask(1, _PAUSE_S).came[0] for _ in range(_RESTED)]
             later = statistics.median(came[0] for came in rested)
+            if apart:
+                token = tokens = 0.0  # nothing that is launched ahead adds to the host's work
             row = ((together - tokens) - (one - token)) / (_STREAMS - 1)
             warming = statistics.median(_warming_s(came, _lasted_s(alone)) for came in rested)
             found.append(
@@ -90,7 +96,8 @@ def serving_cost(backend: Backend, rounds: int = 12) -> ServingCost:
             )
     if not found:
         raise UsageError("this machine is too busy to measure what serving takes: end what else runs on it")
-    return ServingCost(*(max(_LEAST_S, statistics.median(each)) for each in zip(*found, strict=True)))
+    cost = ServingCost(*(max(_LEAST_S, statistics.median(each)) for each in zip(*found, strict=True)))
+    return dataclasses.replace(cost, ahead_s=cost.step_s if apart else None)
 
 
 def _lasted_s(answers: list[list[float]]) -> float:

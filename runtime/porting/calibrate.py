@@ -93,7 +93,8 @@ class ServingCost:
     """What the host works beside the device, where this project's server serves: seconds that a client on the same host
     waits longer for a request before it is queued (front_s: one after the other) and then, for a step, and for a row of
     a step (a sequence's next token, or a piece of a prompt); for a step that nothing ran before for a while, and for
-    those after that one, less and less over `WARM_S` (warming_s)."""
+    those after that one, less and less over `WARM_S` (warming_s). ahead_s: what a step of answers takes at least where
+    it is launched before the one before it was read, rows beside; None: where none is."""
 
     front_s: float
     request_s: float
@@ -101,6 +102,7 @@ class ServingCost:
     row_s: float
     idle_s: float
     warming_s: float
+    ahead_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +278,8 @@ def profile(found: Calibration, backend: Backend, name: str, prices: str | None 
     if found.serving is not None:
         served = "`glm5 serve` of the embedded checkpoint, its programs left out; the client on this machine included."
         for what, seconds in dataclasses.asdict(found.serving).items():
-            values[f"overhead.serving_{what}"] = (seconds, served)
+            if seconds is not None:
+                values[f"overhead.serving_{what}"] = (seconds, served)
     computed = "float32" if found.dtype == "float32" else "bfloat16"
     curves = {
         path: Curve(

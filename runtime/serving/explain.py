@@ -202,7 +202,7 @@ def _split(
         shares.append(((each.bound, each.op, evidence), each.seconds / took, sources))
     host = took - price.seconds
     if took and host > 0:
-        evidence, sources = _known(engine, *engine.host_settings(shape.graphed, shape.pieces))
+        evidence, sources = _known(engine, *engine.host_settings(shape.graphed, shape.pieces, shape.ahead))
         shares.append((("host", "scheduling and launching steps", evidence), host / took, sources))
     return shares, took
 

@@ -116,6 +116,8 @@ class KvPool:
             self.numbers.share(request, request.prefix_hashes[:matched])
         if left:
             self._come_back(request)
+        else:
+            self.forget(request)  # what it left follows on blocks that it does not find as they were
         self.take(private - left)
         request.pages = matched * self.block_pages + private
         if self.numbers:
@@ -163,15 +165,15 @@ class KvPool:
         self.give(private - left)
         if self.numbers:
             self.numbers.release(request, request.shared, left)
-        for block in reversed(request.prefix_hashes[: request.shared]):  # so that leaves are evicted first
+        if left:  # evicted before the blocks that it follows on, and those before the blocks that they follow on
+            self.private -= left
+            self._behind[request] = request.shared
+            self._rest(request, left)
+        for block in reversed(request.prefix_hashes[: request.shared]):
             self._holders[block] -= 1
             if not self._holders[block]:
                 del self._holders[block]
                 self._rest(block, self.block_pages)
-        if left:
-            self.private -= left
-            self._behind[request] = request.shared
-            self._rest(request, left)
         request.pages = request.shared = 0
 
     def take(self, pages: int) -> None:
@@ -189,7 +191,7 @@ class KvPool:
             self._evict(self.total)
 
     def forget(self, request: Request) -> None:
-        """A preempted request will not come back for what it left."""
+        """A preempted request will not come back for what it left, if it left anything."""
         if request in self._behind:
             self._lose(request, self._idle[request])
 

@@ -36,6 +36,7 @@ class BatchShape:
     padding: prompt tokens computed beside those of the chunks, to fill a program's shape.
     graphed: the step replays a captured graph instead of launching each kernel from the host. pieces: it replays
         graphs of what lies between attention.
+    ahead: it was launched before the host had read the one before.
     """
 
     decode_contexts: np.ndarray = field(default_factory=lambda: NO_CONTEXTS)
@@ -46,6 +47,7 @@ class BatchShape:
     pieces: bool = False
     padding: int = 0
     begun: int = 0
+    ahead: bool = False
 
     @property
     def decode_count(self) -> int:
@@ -129,19 +131,21 @@ def step_shape(
     query_tokens: int = 1,
     chunks: Sequence[tuple[int, int]] = (),
     begun: int = 0,
+    follows: bool = True,
 ) -> BatchShape:
     """What an engine computes in a step with these sequences and chunks, and how it launches that. Arguments are as of
-    `BatchShape`."""
+    `BatchShape`. follows: the step before was one of all these sequences."""
     count, prompts = len(contexts), sum(new for new, _ in chunks)
     rows, graphed = (count, False) if chunks else engine.decode_rows(count)
     pieces = not graphed and engine.in_pieces(count, prompts, count * query_tokens + prompts)
     padding = engine.prompt_padding([new for new, _ in chunks]) if chunks else 0
-    return BatchShape(contexts, query_tokens, list(chunks), rows, graphed, pieces, padding, begun)
+    ahead = bool(engine.ahead_step_seconds and count and follows) and not chunks and query_tokens == 1
+    return BatchShape(contexts, query_tokens, list(chunks), rows, graphed, pieces, padding, begun, ahead)
 
 
 def step_seconds(engine: Engine, device_seconds: float, shape: BatchShape) -> float:
     """Duration of a step: the device's work, and the host's for its rows and the requests that begin."""
-    return engine.step_seconds(device_seconds, shape.graphed, shape.pieces, shape.rows, shape.begun)
+    return engine.step_seconds(device_seconds, shape.graphed, shape.pieces, shape.rows, shape.begun, shape.ahead)
 
 
 class _Unpriced:

@@ -43,6 +43,7 @@ class Rank:
     blocked: why the head of the queue was refused: "", "kv-pool" or "max-running"; holds until something is
         released, for nothing else can change the answer.
     new_token_ratio: SGLang's estimate of how much of the rest of each answer will be generated.
+    follows: a decode step that comes now is of sequences that the last one was of, too.
     committed: pages of everything in service at its full length.
     writes: tokens that a sequence writes to in a decode step, and those behind them that its executor may.
     """
@@ -65,6 +66,7 @@ class Rank:
         self.running: list[Request] = []
         self.handed_off: set[Request] = set()  # prefilled here, their cache still being sent elsewhere
         self.blocked = ""
+        self.follows = False
         self.new_token_ratio = engine.new_token_ratio
         self.committed = 0
         self.preemptions = 0
@@ -89,7 +91,7 @@ class Rank:
         chunks = [(new, before) for _, new, before in plan.chunks]
         begun = sum(not r.emitted and not r.preemptions and before == r.cached for r, _, before in plan.chunks)
         contexts = self.kv + (self.query_tokens + step) if plan.decode else NO_CONTEXTS
-        return step_shape(self.engine, contexts, self.query_tokens, chunks, begun)
+        return step_shape(self.engine, contexts, self.query_tokens, chunks, begun, step > 0 or self.follows)
 
     def next_ready(self, now: float) -> float:
         """When the next cache that a prompt waits for will have come."""
@@ -139,6 +141,7 @@ class Rank:
         self.handed_off.add(request)
 
     def _join(self, request: Request, now: float) -> None:
+        self.follows = False
         self.running.append(request)
         self.kv = np.append(self.kv, request.computed)
         self.left = np.append(self.left, request.output_tokens - request.emitted)

@@ -123,6 +123,7 @@ class Replica:
                 finished += done
                 if self.meter:
                     self.meter.tokens(gaps, run.ends)
+            rank.follows = plan.decode and not plan.chunks
             for request, tokens, before in plan.chunks:
                 request.computed = before + tokens
                 if request.computed < request.target:

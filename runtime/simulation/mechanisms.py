@@ -58,6 +58,7 @@ MECHANISMS = (
             "request_host_seconds": 0.0,
             "idle_host_seconds": 0.0,
             "warming_host_seconds": 0.0,
+            "ahead_step_seconds": 0.0,
         },
     ),
     Mechanism("pieces", "steps with few prompt tokens replay pieces; without: eager", {"piecewise_step_tokens": 0}),

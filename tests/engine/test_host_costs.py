@@ -66,6 +66,36 @@ def test_a_steps_time_is_its_device_its_host_and_its_rows(together: int) -> None
         assert math.isclose(request.first_token_at, first) and math.isclose(request.finished_at, first + 2 * step)
 
 
+@pytest.mark.parametrize("least", [0.25, 3.0])
+def test_a_step_launched_ahead_takes_the_device_or_the_host(least: float) -> None:
+    """By hand: the first step of answers waits for the prompt behind it, and so does one with another sequence; steps
+    that follow on the same take what is longer. One that has fewer of them follows, too."""
+    engine = plain_engine(graph_step_host_seconds=0.5, eager_step_host_seconds=0.25, row_host_seconds=0.125,
+                          ahead_step_seconds=least, prompt_row_tokens=0)  # fmt: skip
+    loop = Loop(Deployment(engine, PerToken(), 10_000))
+    first, second = Request(0, 8, 6), Request(1, 8, 4)
+    loop.send(first)
+    prompt = 8 + 0.25 + 0.125
+    one = max(1.0, least + 0.125)
+    two = max(2.0, least + 2 * 0.125)
+    joins = prompt + (1 + 0.5 + 0.125) + one  # the second comes within that step
+    loop.at(joins - 0.5, 0, loop.send, second)
+    while loop.next_at is not None:
+        loop.advance()
+    waits = 2 + 0.5 + 2 * 0.125
+    assert second.first_token_at == pytest.approx(joins + prompt)
+    assert first.finished_at == pytest.approx(joins + prompt + waits + 2 * two)
+    assert second.finished_at == first.finished_at
+    loop = Loop(Deployment(engine, PerToken(), 10_000))
+    first, second = Request(0, 8, 3), Request(1, 8, 5)
+    for request in (first, second):
+        loop.send(request)
+    while loop.next_at is not None:
+        loop.advance()
+    assert first.finished_at == pytest.approx(16 + 0.25 + 0.25 + waits + two)
+    assert second.finished_at == pytest.approx(first.finished_at + 2 * one)
+
+
 def test_a_step_that_finds_the_machine_at_rest_takes_longer() -> None:
     """The first of all does, and one behind a pause; not one that follows another soon."""
     loop = Loop(Deployment(plain_engine(idle_host_seconds=0.5), PerToken(), 10_000))

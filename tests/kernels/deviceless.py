@@ -1,7 +1,7 @@
 """Compiles for an H200 that is not here a layer of each type, and whole steps as the engine has them, and prints what
 came of it as JSON. A process of its own: JAX's CUDA plugin is asked for, which the other checks must not have.
 
-    python -m tests.kernels.deviceless layers|decompositions|steps
+    python -m tests.kernels.deviceless layers|decompositions|models|steps
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from bench.rank import RANK
 from model import abstract, graph, ops
 from model.formats import CacheFormats
 from model.graph import Batch, Mode
-from model.hf_config import from_hf
+from model.config import ModelConfig
+from model.hf_config import from_hf, load_config
 from model.weights import layer_weights, outer_weights
 from runtime.execution.local.programs import Programs
 from runtime.serving.executor import TokenChoice
@@ -52,9 +53,13 @@ OPERATIONS = "fusion|custom-call|copy|transpose|sort|dot|while|call|scatter|gath
 STEPS = {"b1": (1, 1, 130), "b64": (64, 1, 130), "t2048": (1, 2048, 128), "first2048": (1, 2048, 32)}
 """Sequences, tokens, pages of 64. The first 2,048 tokens are all that they see, so attention expands the latents."""
 
+MODELS = ("glm-4.7-flash", "glm-4.5-air")
+"""Whole on one device: of latent attention, and of grouped queries."""
 
-def figures(kind: Any, step: tuple[int, int, int], kernels: bool, sharding: Any) -> dict[str, Any]:
-    cfg = from_hf(RANK)
+
+def figures(
+    cfg: ModelConfig, kind: Any, step: tuple[int, int, int], kernels: bool, sharding: Any, fp8: bool = True
+) -> dict[str, Any]:
     sequences, tokens, pages = step
     shape = abstract.StepShape(sequences, tokens, pages)
     mode = Mode("expanded" if tokens > 1 else "absorbed")
@@ -65,11 +70,11 @@ def figures(kind: Any, step: tuple[int, int, int], kernels: bool, sharding: Any)
     at = jax.ShapeDtypeStruct((sequences, tokens), jnp.int32)
     view = graph.View(at, at, jax.ShapeDtypeStruct((sequences, pages), jnp.int32))
     x = jax.ShapeDtypeStruct((sequences, tokens, cfg.hidden_size), jnp.bfloat16)
-    weights = abstract.abstract_weights(cfg, kind, keep_fp8=True)
+    weights = abstract.abstract_weights(cfg, kind, keep_fp8=fp8)
     args: Any = (weights, abstract.abstract_cache(cfg, kind, shape.pages, 64), x, view)
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     run = ops.substitute(layer, table.lowerings((9, 0)) if kernels else {})
-    compiled = jax.jit(run, donate_argnums=(1,)).lower(*args).compile()
+    compiled = jax.jit(run, donate_argnums=(1,)).lower(*args).compile(CudaBackend.compiler_options)
     return counted(compiled)
 
 
@@ -157,10 +162,22 @@ def main() -> None:
         report["greedy, FP8 caches b64"] = step_figures(64, False, sharding, NARROW)
         for lying in ("[in, out]", "[out, in]"):
             report[f"greedy, bfloat16 {lying} b64"] = step_figures(64, False, sharding, lying=lying)
-    else:
+    elif sys.argv[1] == "models":
         report = {
-            f"{kind.name} {name}": figures(kind, step, sys.argv[1] == "layers", sharding)
-            for kind in from_hf(RANK).layer_counts
+            f"{model} {kind.name} {'fp8' if fp8 else 'bf16'} {name}": figures(cfg, kind, step, True, sharding, fp8)
+            for model in MODELS
+            for cfg in [load_config(model)]
+            for kind in cfg.layer_counts
+            if not kind.mtp
+            for fp8 in (True, False)
+            for name, step in STEPS.items()
+            if name != "first2048"
+        }
+    else:
+        cfg = from_hf(RANK)
+        report = {
+            f"{kind.name} {name}": figures(cfg, kind, step, sys.argv[1] == "layers", sharding)
+            for kind in cfg.layer_counts
             if not kind.mtp
             for name, step in STEPS.items()
         }

@@ -17,6 +17,7 @@ from backends.cuda import CudaBackend
 from backends.errors import ArtifactError
 from backends.interface import Program
 from backends.kernels import attention
+from backends.kernels.forms import FORMS
 from backends.kernels.launch import CUSTOM_CALL
 from backends.kernels.products import tiles_of
 from backends.kernels.table import KERNELS, WITHOUT
@@ -125,6 +126,53 @@ def example() -> Program:
     return Program("linears", both, args, needs=frozenset({"fp8_weights"}))
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("kind", ["bfloat16", "float8_e4m3fn", "records"])
+def test_a_row_is_written_in_either_form(tokens: int, kind: str) -> None:
+    """To the bit, to the first and last places and to page 0, padding's; other rows are as they were."""
+    rng = np.random.default_rng(tokens)
+    plain, width = (64, 512 + 64) if kind == "records" else (0, 32)
+    rows = jnp.asarray(rng.standard_normal((1, tokens, width)), "bfloat16")
+    held = (5, 4, 656) if kind == "records" else (5, 4, width)
+    made = rng.integers(0, 100, held) if kind == "records" else rng.standard_normal(held)
+    pages = jnp.asarray(made, "uint8" if kind == "records" else kind)
+    written = FORMS["glm.cache_write"]
+    for first in (0, 3, 9, 20 - tokens):
+        slots = jnp.arange(first, first + tokens, dtype=jnp.int32)[None]
+        ours, meant = (
+            np.asarray(jax.jit(lambda *given, run=run: run(*given, cache="latent", plain=plain))(pages, rows, slots))
+            for run in (written, ops.OPS["glm.cache_write"].meaning)
+        )
+        assert ours.dtype == meant.dtype and (ours.view(np.uint8) == meant.view(np.uint8)).all()
+        same = np.delete(np.arange(20), np.asarray(slots))
+        before = np.asarray(pages).reshape(20, -1)[same].view(np.uint8)
+        assert (ours.reshape(20, -1)[same].view(np.uint8) == before).all()
+
+
+@pytest.mark.parametrize("shape, matrix", [((1, 1, 48), (48, 640)), ((1, 48), (48, 2, 320)), ((1, 1, 48), (48, 24)),
+                                           ((2, 1, 48), (48, 640))])  # fmt: skip
+def test_a_product_is_one_in_either_form(shape: tuple[int, ...], matrix: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.standard_normal(each), "float32") for each in (shape, matrix))
+    ours = np.asarray(FORMS["glm.linear"](x, weight))
+    exact = np.tensordot(np.asarray(x, np.float64), np.asarray(weight, np.float64), 1)
+    assert ours.shape == exact.shape and np.abs(ours - exact).max() < 1e-5
+
+
+class Told(CpuBackend):
+    """Tells its compiler what it does not know."""
+
+    compiler_options = {"xla_no_such_option": 0}
+
+
+def test_an_option_that_a_compiler_does_not_know_is_left_out() -> None:
+    s = jax.ShapeDtypeStruct((3,), "float32")
+    for optimise in (True, False):
+        program = Program("twice", lambda x: x + x, (s,), optimise=optimise)
+        backend = Told()
+        assert backend.load(backend.export(program))(np.ones(3, np.float32)).tolist() == [2, 2, 2]
+
+
 def test_an_artifact_holds_the_kernels_where_they_reach() -> None:
     """Exported without a GPU, for the card that the adapter exports for; it says so."""
     artifact = registry.get("cuda").export(example())
@@ -152,7 +200,7 @@ REFUSED = "INTERNAL: ptxas fatal : Unsupported .version 8.6; current version is 
 
 def test_a_driver_that_refuses_kernels_gets_the_decompositions_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     old = OfCard("9.0", REFUSED)
-    assert old.lowerings() == {} and OfCard("9.0").lowerings().keys() == KERNELS.keys()
+    assert old.lowerings() == {} and OfCard("9.0").lowerings().keys() == KERNELS.keys() | FORMS.keys()
     (note,) = set(old.op_notes().values())
     assert note == f"decomposition: the driver does not take kernels ({REFUSED.splitlines()[0]}); a newer one may"
     artifact = old.export(example())
@@ -239,7 +287,7 @@ def test_a_package_for_cuda_holds_the_kernels() -> None:
 
 def test_a_switch_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = CudaBackend()
-    assert set(backend.lowerings()) == set(KERNELS)
+    assert set(backend.lowerings()) == KERNELS.keys() | FORMS.keys()
     monkeypatch.setenv("GLM5_KERNELS", "off")
     assert not backend.lowerings() and all("GLM5_KERNELS=off" in note for note in backend.op_notes().values())
     monkeypatch.setenv("GLM5_KERNELS", "no")

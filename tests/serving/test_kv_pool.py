@@ -74,32 +74,59 @@ def test_impossible_pools_are_refused() -> None:
         KvPool(1000, 100, prefix_cache=True)
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 90), st.integers(0, 2)), max_size=60))
-def test_numbered_pages_are_where_the_counts_say(actions: list[tuple[int, int, int]]) -> None:
-    """Random requests of three families of prompts come, grow and go; pages of blocks are shared, others are not."""
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 90), st.integers(0, 2), st.booleans()), max_size=60))
+def test_numbered_pages_are_where_the_counts_say(actions: list[tuple[int, int, int, bool]]) -> None:
+    """Random requests of three families of prompts come, are preempted and come back or do not; what they find cached,
+    in shared blocks or in what they left, is theirs."""
     pool = KvPool(20 * 8, 8, prefix_cache=True, block_tokens=8, keeps_left=True, numbered=True)
     numbers = pool.numbers
     assert numbers is not None
     held: dict[int, Request] = {}
+    out: dict[int, Request] = {}
     contents: dict[int, tuple[int, int]] = {}  # of pages of whole blocks: family and place
-    for owner, tokens, family in actions:
+    for owner, tokens, family, back in actions:
         request = held.pop(owner, None)
         if request is not None:
-            pool.release(request, tokens)  # preempted, having computed some; it never comes back
+            pool.release(request, tokens)  # preempted, having computed some
+            out[owner] = request
             pool.check(held.values())
             continue
-        request = Request(owner, tokens, 5, tuple(1000 * family + place for place in range(tokens // 8)))
+        request = out.pop(owner, None)
+        if request is not None and not back:
+            pool.forget(request)
+        if request is None or not back:
+            request = Request(owner, tokens, 5, tuple(1000 * family + place for place in range(tokens // 8)))
         if pool.missing_pages(request) > pool.available:
+            out[owner] = request
             continue
+        expected = pool.cached_tokens(request)
         cached = pool.admit(request)
         table = numbers.table(request)
-        for place in range(request.shared):
+        assert cached == expected >= min(request.shared * 8, request.prompt_tokens - 1)
+        family = request.prefix_hashes[0] // 1000 if request.prefix_hashes else -1
+        for place in range(cached // 8):
             assert contents[table[place]] == (family, place)
-        assert cached == min(request.shared * 8, tokens - 1)
         others = {page for other in held.values() for page in numbers.table(other)}
         assert not others & set(table[request.shared :]) and 0 not in table
-        for place in range(request.shared, tokens // 8):
+        for place in range(request.shared, request.prompt_tokens // 8):
             contents[table[place]] = (family, place)
         pool.publish(request)
         held[owner] = request
         pool.check(held.values())
+
+
+def test_what_was_left_behind_a_lost_block_is_given_up_when_its_request_comes_back() -> None:
+    pool = KvPool(6 * 8, 8, prefix_cache=True, block_tokens=8, keeps_left=True, numbered=True)
+    request, other = Request(0, 30, 5, (1, 2)), Request(1, 8, 5, (1,))
+    pool.admit(request)
+    pool.release(request, 30)  # preempted behind no block
+    pool.admit(other)
+    pool.publish(other)  # somebody publishes its first
+    pool.release(other)
+    assert pool.admit(request) == 8
+    pool.check([request])
+    pool.release(request, 30)
+    pool.check([])
+    assert pool.available == pool.total
+    pool.admit(big := Request(2, 6 * 8, 1))  # every page can be had
+    pool.check([big])

@@ -63,7 +63,7 @@ def served(shape: BatchShape) -> Any:
 
     def seconds(overrides: Mapping[str, Any]) -> float:
         engine = spec(overrides, engine="glm5").engine
-        return engine.step_seconds(0.01, shape.graphed, shape.pieces, shape.rows)
+        return engine.step_seconds(0.01, shape.graphed, shape.pieces, shape.rows, ahead=shape.ahead)
 
     return seconds
 
@@ -131,6 +131,7 @@ MOVES = {
     "overhead.serving_front_s": Moves(1e-4, 9e-3, before_the_queue, more=True),
     "overhead.serving_request_s": Moves(1e-3, 9e-3, in_front, more=True),
     "overhead.serving_step_s": Moves(1e-4, 2e-3, served(DECODE), more=True),
+    "overhead.serving_ahead_s": Moves(5e-3, 2e-2, served(dataclasses.replace(DECODE, ahead=True)), more=True),
     "overhead.serving_row_s": Moves(1e-4, 2e-3, served(DECODE), more=True),
     "overhead.serving_idle_s": Moves(1e-3, 9e-3, from_rest, more=True),
     "overhead.serving_warming_s": Moves(1e-4, 9e-4, after_rest, more=True),

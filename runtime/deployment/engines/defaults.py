@@ -171,6 +171,7 @@ def _glm5(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived:
         "overhead.serving_request_s": ("request_host_seconds",),
         "overhead.serving_step_s": ("graph_step_host_seconds", "eager_step_host_seconds"),
         "overhead.serving_row_s": ("row_host_seconds",),
+        "overhead.serving_ahead_s": ("ahead_step_seconds",),
         "overhead.serving_idle_s": ("idle_host_seconds",),
         "overhead.serving_warming_s": ("warming_host_seconds",),
     }

@@ -224,6 +224,8 @@ class Engine:
     idle_host_seconds: what a step takes longer that finds the machine at rest (cores that sleep, caches that others
         have used), as on a host whose own cores are the device.
     warming_host_seconds: what the steps after that one take longer, less and less until they have run for some time.
+    ahead_step_seconds: what a step of answers takes at least that follows one of the same sequences, its rows' part
+        beside: it is launched before the host has read that one, and hides the host's work otherwise. 0: none is.
     eager_layer_host_seconds: host work to launch one layer eagerly; launches run beside the device's work.
     eager_sparse_layer_host_seconds: what a layer with sparse attention adds to that.
     eager_launch_seconds: host work to launch a whole step eagerly; from the two above where nothing is given.
@@ -285,6 +287,7 @@ class Engine:
     request_host_seconds: float = 0.0
     idle_host_seconds: float = 0.0
     warming_host_seconds: float = 0.0
+    ahead_step_seconds: float = 0.0
     eager_layer_host_seconds: float = 0.0
     eager_sparse_layer_host_seconds: float = 0.0
     eager_launch_seconds: float = 0.0
@@ -382,10 +385,13 @@ class Engine:
         return _power_of_two(len(pieces)) * width - sum(pieces)
 
     def step_seconds(
-        self, device_seconds: float, graphed: bool, pieces: bool, rows: int = 0, requests: int = 0
+        self, device_seconds: float, graphed: bool, pieces: bool, rows: int = 0, requests: int = 0, ahead: bool = False
     ) -> float:
         """Duration of a step with so many sequences, of which `requests` begin: the device works while the host
-        launches, and all of the host's work hides behind the device's where steps overlap."""
+        launches, and all of the host's work hides behind the device's where steps overlap, or where this one was
+        launched ahead."""
+        if ahead:
+            return max(device_seconds, self.ahead_step_seconds + rows * self.row_host_seconds)
         if graphed:
             launch, host = 0.0, self.graph_step_host_seconds
         elif pieces:
@@ -397,8 +403,10 @@ class Engine:
             return max(device_seconds, launch + host)
         return max(device_seconds, launch) + host
 
-    def host_settings(self, graphed: bool, pieces: bool) -> tuple[str, ...]:
+    def host_settings(self, graphed: bool, pieces: bool, ahead: bool = False) -> tuple[str, ...]:
         """The settings that make a step's host time."""
+        if ahead:
+            return ("ahead_step_seconds",)
         if graphed:
             return ("graph_step_host_seconds",)
         how, step = ("piecewise", "graph") if pieces else ("eager", "eager")
