@@ -16,7 +16,6 @@ from jax import Array, lax
 
 from model.ops import OPS, stored_rows
 
-
 _WIDE = 512
 """Columns of a matrix below which one pass multiplies and adds up."""
 

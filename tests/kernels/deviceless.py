@@ -29,9 +29,9 @@ from backends.kernels import table
 from backends.orders import laid
 from bench.rank import RANK
 from model import abstract, graph, ops
+from model.config import ModelConfig
 from model.formats import CacheFormats
 from model.graph import Batch, Mode
-from model.config import ModelConfig
 from model.hf_config import from_hf, load_config
 from model.weights import layer_weights, outer_weights
 from runtime.execution.local.programs import Programs
