@@ -7,7 +7,7 @@ cannot be exported for several at once). A program with a mesh is exported for o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from importlib import metadata
 from typing import Any
@@ -36,7 +36,7 @@ class XlaBackend(Backend):
 
     platform: str
     spreads = True
-    compiler_options: Mapping[str, bool | int] = {}
+    compiler_options: dict[str, Any] = {}
     """What XLA is told of every program here; a release that knows one of them no more is told none."""
 
     @cached_property
@@ -97,9 +97,10 @@ class XlaBackend(Backend):
             for a, sharding, order in zip(exported.in_avals, placed, orders, strict=True)
         ]
         args = jax.tree.unflatten(exported.in_tree, avals)[0]
-        lowered, effort = run.lower(*args), {} if artifact.optimise else _NOT_OPTIMISED
+        lowered = run.lower(*args)
+        effort: dict[str, Any] = {} if artifact.optimise else dict(_NOT_OPTIMISED)
         try:
-            return lowered.compile({**self.compiler_options, **effort} or None)
+            return lowered.compile(self.compiler_options | effort or None)
         except jax.errors.JaxRuntimeError as error:
             if not self.compiler_options or _UNKNOWN_OPTION not in str(error):
                 raise

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array, export, lax
 
 MARGIN = 2.0**-15
 """Of a sum of probabilities: more than rounding can move one. An exponent of -25 is off by 3e-6 of its weight, the
@@ -31,13 +31,20 @@ class Draws(NamedTuple):
     uniform: Array
 
 
+export.register_namedtuple_serialization(Draws, serialized_name="glm5.Draws")
+
+
 def greedy(logits: Array) -> Array:
     """Logits [..,vocab] -> int32 [..]: the best, the lowest id among equals."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def drawn(logits: Array, draws: Draws) -> Array:
-    """Logits float32 [b,vocab] -> int32 [b]: the tokens drawn, or -1 where the host has to."""
+    """Logits float32 [b,(t,)vocab] -> int32 [b,(t,)]: the tokens drawn, or -1 where the host has to. Each of a row's t
+    by the same number: one of them is asked for."""
+    if logits.ndim == 3:
+        each = Draws(*(jnp.repeat(column, logits.shape[1]) for column in draws))
+        return drawn(logits.reshape(-1, logits.shape[2]), each).reshape(logits.shape[:2])
     temperature = jnp.where(draws.temperature > 0, draws.temperature, 1.0)
     best = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp((logits - best) / temperature[:, None])
@@ -68,6 +75,12 @@ def drawn(logits: Array, draws: Draws) -> Array:
     kept &= weights >= floor
 
     return jnp.where(draws.temperature > 0, _where(jnp.where(kept, weights, 0.0), draws.uniform, error), greedy(logits))
+
+
+def chosen(logits: Array, draws: Draws | None, best: int | None) -> tuple[Array, Array | None]:
+    """Ids of logits, the best or as `draws` says, and what `with_logprobs` tells of them, where `best` asks for it."""
+    ids = greedy(logits) if draws is None else drawn(logits, draws)
+    return ids, None if best is None else with_logprobs(logits, ids, best)
 
 
 def with_logprobs(logits: Array, ids: Array, best: int) -> Array:

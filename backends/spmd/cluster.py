@@ -21,6 +21,7 @@ from backends.spmd.shard import divisible
 from backends.spmd.stages import Stage
 from model import choosing, graph
 from model.cache import CacheRow, cache_rows
+from model.choosing import Draws
 from model.config import LayerType, ModelConfig
 from model.graph import Batch, Mode
 from model.parallel import Parallel
@@ -142,16 +143,19 @@ class Cluster:
 
     # --- programs
 
-    def body(self, number: int, mode: Mode) -> Callable[..., Any]:
-        """One device's program of a stage: (weights, caches, batch[, carried]) -> ((carried, logits, ids, hidden),
-        caches). ids: the best of the logits. hidden: what drafts are made from, where there are any."""
+    def body(self, number: int, mode: Mode, logprobs: int | None = None) -> Callable[..., Any]:
+        """One device's program of a stage: (weights, caches, batch[, carried][, draws]) -> ((carried, logits, ids,
+        hidden, told), caches). carried: what the stage before put out. draws: how the last one's ids are chosen, by
+        default the best. hidden: what drafts are made from, where there are any. logprobs, told: as of
+        `choosing.chosen`."""
 
-        def body(weights: Any, caches: Any, batch: Batch, carried: Any = None) -> Any:
+        def body(weights: Any, caches: Any, batch: Batch, *rest: Any) -> Any:
+            carried, draws = rest[0] if number else None, (rest[bool(number) :] or (None,))[0]
             out = graph.stage(
                 self.cfg, self.grid.stages[number], weights, caches, batch, carried, mode, Parallel.of(self.grid.layout)
             )
-            ids = None if out.logits is None else choosing.greedy(out.logits)
-            return (out.carried, out.logits, ids, out.hidden if self.drafts else None), out.caches
+            ids, told = (None, None) if out.logits is None else choosing.chosen(out.logits, draws, logprobs)
+            return (out.carried, out.logits, ids, out.hidden if self.drafts else None, told), out.caches
 
         return body
 
@@ -165,10 +169,11 @@ class Cluster:
 
         return body
 
-    def program(self, number: int, mode: Mode, *args: Any) -> Executable:
+    def program(self, number: int, mode: Mode, *args: Any, logprobs: int | None = None) -> Executable:
         """The loaded program of a stage for the shapes of its arguments."""
         name = f"stage {number} of {len(self.stages)}, {mode.attention}"
-        return self._compiled((self._same_as(number), mode), number, name, self.body(number, mode), args)
+        which = self._same_as(number), mode, len(args), logprobs
+        return self._compiled(which, number, name, self.body(number, mode, logprobs), args)
 
     def draft_program(self, *args: Any) -> Executable:
         """The loaded program of the MTP layer for the shapes of its arguments."""
@@ -244,18 +249,30 @@ class Server:
     def _by_head(self, shape: tuple[int, ...]) -> bool:
         return bool(self.cluster.grid.layout.row_split(CacheRow("", shape))[1])
 
-    def launch(self, batch: Batch, mode: Mode = Mode()) -> StepMade:
-        """Feeds a batch (numpy, [dp x rows, ..]) through all stages; what it makes is the last one's."""
-        carried: tuple[Any, ...] = ()
-        passed = logits = ids = hidden = None
+    @property
+    def far(self) -> bool:
+        """As of its last stage."""
+        return self._stage(-1).far
+
+    def launch(
+        self, batch: Batch, mode: Mode = Mode(), draws: Draws | None = None, logprobs: int | None = None
+    ) -> StepMade:
+        """Feeds a batch (numpy, [dp x rows, ..]) through all stages; what it makes is the last one's. draws, logprobs:
+        as of `choosing.chosen`."""
+        passed = logits = ids = hidden = told = None
+        last = len(self.cluster.stages) - 1
         for number, stage in enumerate(self.cluster.stages):
+            rows: list[Any] = [batch]
             if number:
-                carried = (self._stage(number - 1).hand_on(passed),)
-            args = (self.cluster.weights[number], self.caches[number], stage.batch(batch), *map(stage.batch, carried))
-            made, self.caches[number] = self.cluster.program(number, mode, *args)(*args)
+                rows.append(self._stage(number - 1).hand_on(passed))
+            if number == last and draws is not None:
+                rows.append(draws)
+            args = (self.cluster.weights[number], self.caches[number], *map(stage.batch, rows))
+            program = self.cluster.program(number, mode, *args, logprobs=logprobs if number == last else None)
+            made, self.caches[number] = program(*args)
             # nothing, where the stage is another process's
-            passed, logits, ids, hidden = made or (None, None, None, None)
-        return StepMade(logits, ids, hidden)
+            passed, logits, ids, hidden, told = made or (None,) * 5
+        return StepMade(logits, ids, hidden, told)
 
     def fetch(self, made: Any) -> np.ndarray:
         """Logits or ids of a launch, on the host: of every process, which all have to ask."""

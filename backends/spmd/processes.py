@@ -159,6 +159,8 @@ def agree(fingerprint: bytes, key: bytes) -> int | None:
 class Spread(Hosts):
     """The devices of one stage, some of which may be other processes'."""
 
+    far = True
+
     def __init__(self, grid: Grid, devices: Sequence[Any]):
         super().__init__(grid, devices)
         self.source: int = devices[0].process_index

@@ -32,6 +32,8 @@ class Stage(Protocol):
     """Whether its devices are no other stage's, so that a program loaded on them is its own."""
     here: bool
     """Whether this process has any of the stage's devices."""
+    far: bool
+    """Whether what its devices make is sent to other processes, so that ids are better chosen there than here."""
 
     def place(self, value: np.ndarray, dim: int, axes: Axes, order: Order | None = None) -> Any:
         """A whole value, cut along `dim` over `axes`; held whole by every device without. order: how shares lie."""
@@ -77,6 +79,7 @@ class Hosts:
 
     alone = True
     here = True
+    far = False
 
     def __init__(self, grid: Grid, devices: Sequence[Any]):
         self.grid, self.devices = grid, devices
@@ -124,6 +127,7 @@ class Mapped:
 
     alone = False
     here = True
+    far = False
 
     def __init__(self, grid: Grid, backend: Backend):
         self.grid, self._put = grid, backend.put

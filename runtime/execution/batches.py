@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from model.choosing import Draws
 from model.graph import Batch
-from runtime.serving.executor import ByRank
+from runtime.serving.executor import GREEDY, ByRank, TokenChoice
+from runtime.serving.service import MOST_LOGPROBS, TokenLogprob
 
 Kind = Literal["prompts", "answers"]
 Following = list[list[list[int]]]
@@ -60,6 +62,33 @@ def padded(rows: ByRank, size: int, width: int, pages: int) -> Batch:
             held = row.pages[:pages]
             table[number, place, : len(held)] = held
     return Batch(*(part.reshape(-1, *part.shape[2:]) for part in (tokens, start, length, table)))
+
+
+def draws_of(choices: Sequence[Sequence[TokenChoice | None]], size: int) -> Draws:
+    """How each row's token is drawn, on the host, [ranks x size]; padding's and those that nobody asks for greedily."""
+    given = [each for rank in choices for each in (*rank, *[None] * (size - len(rank)))]
+
+    def column(name: str, dtype: Any) -> Any:
+        return np.array([getattr(each or GREEDY, name) for each in given], dtype)
+
+    return Draws(**{name: column(name, np.int32 if name == "top_k" else np.float32) for name in Draws._fields})
+
+
+def asks(choices: Sequence[TokenChoice | None]) -> tuple[bool, int | None]:
+    """Of a launch's rows: whether any token is drawn, and how many log-probabilities to name, if any asks for some:
+    none beside the chosen's or as many as can be, so that programs are few."""
+    asked = {each.logprobs for each in choices if each and each.logprobs is not None}
+    logprobs = (MOST_LOGPROBS if any(asked) else 0) if asked else None
+    return any(each and not each.greedy for each in choices), logprobs
+
+
+def named(rows: np.ndarray, best: int) -> list[TokenLogprob]:
+    """What `model.choosing.with_logprobs` says of ids [n, ..], with so many of the likeliest."""
+    count = rows.shape[-1] // 2 - 1
+    logs = np.ascontiguousarray(rows).view(np.float32)
+    pairs = zip(rows[:, 2 : 2 + count].tolist(), logs[:, 2 + count :].tolist(), strict=True)
+    tops = [tuple(zip(ids, values, strict=True))[:best] for ids, values in pairs]
+    return [TokenLogprob(own, top) for own, top in zip(logs[:, 1].tolist(), tops, strict=True)]
 
 
 def following(batch: Batch, tokens: list[list[list[int]]]) -> Batch:

@@ -13,6 +13,7 @@ from runtime.serving.sampling import log_probabilities, settle
 from runtime.serving.service import ConstraintBroken, Finish, Job, JobFault, TokenLogprob, Update
 
 _COLDEST = 1e-6
+_MOST_TOP_K = 2**31 - 1  # of a device, and more than any vocabulary has
 """The least temperature that others draw at: float32 has to hold it."""
 
 
@@ -70,8 +71,8 @@ class Answer:
             return GREEDY if job.logprobs is None else TokenChoice(logprobs=job.logprobs)
         if sampling.temperature < _COLDEST:
             return None
-        uniform = self._rng.coming(ahead)
-        return TokenChoice(sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, uniform, job.logprobs)
+        uniform, top_k = self._rng.coming(ahead), min(sampling.top_k, _MOST_TOP_K)
+        return TokenChoice(sampling.temperature, sampling.top_p, top_k, sampling.min_p, uniform, job.logprobs)
 
     def take(self, ids: Sequence[int], drafts: Sequence[int] = (), logprobs: Sequence[TokenLogprob] = ()) -> int:
         """As `extend`, by ids that were chosen as `choice` says, one for each row of logits."""

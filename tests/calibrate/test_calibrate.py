@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 
 import hw_profiles
 from backends import registry
+from backends.cpu import CpuBackend
+from backends.interface import Capabilities
 from foundation.errors import UsageError
 from model.hf_config import load_config
 from model.split import Layout
@@ -91,6 +93,11 @@ def test_what_serving_takes_becomes_the_engines_own_host_times(written: hw_profi
     assert engine.idle_host_seconds == SERVING.idle_s and engine.warming_host_seconds == SERVING.warming_s
     assert engine.graph_step_host_seconds == engine.eager_step_host_seconds == SERVING.step_s
     assert engine_for("glm5", cfg, written, Layout(), {"row_host_seconds": 0.0}).row_host_seconds == 0
+    assert engine.ahead_step_seconds == 0  # a host is no device of its own
+    figures = {**written.figures, "overhead.serving_ahead_s": written.figures["overhead.serving_step_s"]}
+    apart = dataclasses.replace(written, figures=figures)
+    assert engine_for("glm5", cfg, apart, Layout()).ahead_step_seconds == SERVING.step_s
+    assert engine_for("glm5", cfg, apart, Layout(tp=2)).ahead_step_seconds == 0  # several launch nothing ahead
     other = engine_for("vllm", cfg, written, Layout())
     assert (other.request_host_seconds, other.row_host_seconds) == (0.0, 0.0)
     assert other.graph_step_host_seconds == load("vllm").graph_step_host_seconds
@@ -127,6 +134,33 @@ def test_what_serving_takes_is_found_beside_the_programs(
     alone_s = front + request + row + step + 3 * programs + idle
     if alone_s + 2 * (programs + step + row + warming) < WARM_S / 2:  # later, little is left of it
         assert found.warming_s == pytest.approx(warming, rel=1e-6, abs=1e-6)
+
+
+class Apart(CpuBackend):
+    """A device that works beside the host."""
+
+    def capabilities(self) -> Capabilities:
+        return dataclasses.replace(super().capabilities(), apart=True)
+
+
+@given(step=st.floats(1e-4, 1e-2), row=st.floats(1e-5, 1e-3), programs=st.floats(0, 1))
+def test_what_is_launched_ahead_leaves_the_hosts_work_alone(step: float, row: float, programs: float) -> None:
+    """Programs shorter than that work do not show; it is found whatever they take."""
+    programs *= step
+
+    def ask(streams: int, pause_s: float) -> pace.Seen:
+        first = 1e-3 + streams * row + step + 3 * programs
+        came = [first + at * max(programs, step + streams * row) for at in range(48)]
+        return pace.Seen([came] * streams, [1e-4] * streams)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pace, "load_engine", lambda *_: None)
+        patch.setattr(pace, "_empty", lambda engine: None)
+        patch.setattr(pace, "_asked", lambda engine: contextlib.nullcontext(ask))
+        patch.setattr(pace, "_programs_s", lambda *_: (3 * programs, programs, 2 * programs))
+        found = SERVING_COST(Apart(), rounds=1)
+    assert (found.ahead_s, found.step_s, found.row_s) == pytest.approx((step, step, row), rel=1e-6)
+    assert found.request_s == pytest.approx(9e-4, rel=1e-6)
 
 
 def test_what_cannot_be_told_from_nothing_is_a_figure_still(written: hw_profiles.Profile, tmp_path: Path) -> None:

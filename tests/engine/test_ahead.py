@@ -19,6 +19,7 @@ from backends.interface import Capabilities
 from model import choosing
 from model.checkpoint import Checkpoint
 from model.graph import Batch, Mode
+from runtime.execution.batches import named
 from runtime.execution.local import feed
 from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.load import load_engine
@@ -87,6 +88,16 @@ def test_what_a_device_chooses_is_what_the_host_would(
         assert token >= 0 or one.temperature > 0
 
 
+def test_each_of_a_rows_tokens_is_drawn_by_the_rows_number() -> None:
+    """As steps with drafts and those that keep logits have them: one of a row's is asked for."""
+    rng = np.random.default_rng(1)
+    logits = rng.standard_normal((4, 3, 50)).astype(np.float32)
+    asked = draws([Sampling(), Sampling(0.7), Sampling(1.0, top_k=5), Sampling(2.0, top_p=0.8)], rng.random(4))
+    whole = np.asarray(choosing.drawn(jnp.asarray(logits), asked))
+    for at in range(3):
+        assert (whole[:, at] == np.asarray(choosing.drawn(jnp.asarray(logits[:, at]), asked))).all()
+
+
 def draws(asked: Sequence[Sampling], uniforms: Any) -> choosing.Draws:
     names = ("temperature", "top_p", "top_k", "min_p")
     columns = {name: [getattr(each, name) for each in asked] for name in names} | {"uniform": uniforms}
@@ -139,6 +150,15 @@ def test_tokens_are_those_of_a_host_that_waits(
     waiting, ahead = engines["dsa", 0].generate(requests), apart.generate(requests)
     assert [(c.token_ids, c.finish_reason) for c in ahead] == [(c.token_ids, c.finish_reason) for c in waiting]
     assert_all_pages_are_back(apart)
+
+
+@pytest.mark.slow
+def test_drafts_and_draws_go_together(engines: Engines, checkpoints: dict[str, Path]) -> None:
+    """Also in an answer's last steps, which guess nothing."""
+    apart = load_engine(Checkpoint(checkpoints["dsa"]), Apart(), dataclasses.replace(SMALL, drafts=3))
+    requests = asked_of(3, [1, 0, 2, 3, 1])
+    ours, theirs = apart.generate(requests), engines["dsa", 3].generate(requests)
+    assert [each.token_ids for each in ours] == [each.token_ids for each in theirs]
 
 
 def test_logits_stay_on_the_device_and_steps_are_under_way_before_they_are_asked(
@@ -219,13 +239,13 @@ def test_what_a_device_tells_of_tokens_is_what_the_host_finds(
     logits[0, vocab - 1] = np.nan
     rows = np.asarray(_with_logprobs(logits, ids, best))
     assert rows[0, 0] == -1 and rows[1:, 0].tolist() == ids[1:].tolist()
-    for row, token, told in zip(logits[1:], ids[1:], feed.told(rows[1:], best), strict=True):
+    for row, token, told in zip(logits[1:], ids[1:], named(rows[1:], best), strict=True):
         expected = log_probabilities(row)
         order = np.argsort(-expected, kind="stable")[:best]
         assert told.logprob == pytest.approx(expected[token], abs=1e-5, rel=1e-6)
         assert [each for each, _ in told.top] == order.tolist()
         assert [value for _, value in told.top] == pytest.approx(expected[order], abs=1e-5, rel=1e-6)
-    assert [each.top for each in feed.told(rows[1:], 2)] == [each.top[:2] for each in feed.told(rows[1:], best)]
+    assert [each.top for each in named(rows[1:], 2)] == [each.top[:2] for each in named(rows[1:], best)]
 
 
 def test_log_probabilities_come_without_logits(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from foundation.errors import CapacityError
 from runtime.execution.cluster.led import Leader, LedExecutor, follow
-from runtime.serving.executor import GREEDY, Abilities, ByRank, FedRow, Logits
+from runtime.serving.executor import Abilities, ByRank, FedRow, Logits, TokenChoice
 
 
 class Recorder:
@@ -74,9 +74,11 @@ class Pair:
 
 
 ids = st.integers(0, 2**31 - 1)
-rows = st.builds(
-    FedRow, st.lists(ids, min_size=1, max_size=4), ids, st.lists(ids, max_size=4), st.sampled_from([None, GREEDY])
+shares = st.floats(0, 1, width=32)
+choices = st.builds(
+    TokenChoice, st.floats(0, 2.0**99, width=32), shares, ids, shares, shares, st.none() | st.integers(0, 20)
 )
+rows = st.builds(FedRow, st.lists(ids, min_size=1, max_size=4), ids, st.lists(ids, max_size=4), st.none() | choices)
 by_rank = st.lists(st.lists(rows, max_size=3), min_size=2, max_size=2)
 
 

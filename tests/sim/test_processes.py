@@ -89,11 +89,17 @@ def answers(started: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
 
 
 def check(
-    started: list[subprocess.Popen[str]], count: int, plan: Path, small: Path, prompts: Path, most: int = len(PROMPTS)
+    started: list[subprocess.Popen[str]],
+    count: int,
+    plan: Path,
+    small: Path,
+    prompts: Path,
+    most: int = len(PROMPTS),
+    how: tuple[object, ...] = (),
 ) -> None:
     """The tokens of one device; times on the wall clock."""
     prompts.write_text("\n".join(PROMPTS[:most]))
-    ask = ("--checkpoint", small, "--prompts", prompts, *ASK)
+    ask = ("--checkpoint", small, "--prompts", prompts, *ASK, *how)
     start(started, count, plan, *ask)
     expected = [json.loads(line) for line in glm5("run", *ask).out.splitlines()]
     found = answers(started)
@@ -104,9 +110,10 @@ def check(
 
 @pytest.mark.slow
 def test_two_processes(started: list[subprocess.Popen[str]], small: Path, tmp_path: Path) -> None:
-    """Tensor and expert parallelism across them."""
+    """Tensor and expert parallelism across them; tokens are drawn."""
     plan = plan_at(tmp_path / "plan.json", Layout(tp=2, ep=2))
-    check(started, 2, plan, small, tmp_path / "prompts", most=1)
+    how = ("--temperature", 0.9, "--top-p", 0.95, "--seed", 3)
+    check(started, 2, plan, small, tmp_path / "prompts", most=1, how=how)
 
 
 @pytest.mark.slow
@@ -204,6 +211,10 @@ def test_a_plan_is_served(started: list[subprocess.Popen[str]], tmp_path: Path) 
     with httpx.Client(base_url=url[0], timeout=300) as client:
         found = client.post("/v1/completions", json=ask).raise_for_status().json()
         assert found["choices"][0]["text"] == re.sub(r"<\|\w+\|>", "", expected["text"])
+        named = client.post("/v1/completions", json={**ask, "logprobs": 2}).raise_for_status().json()["choices"][0]
+        assert named["text"] == found["choices"][0]["text"]
+        for own, top in zip(named["logprobs"]["token_logprobs"], named["logprobs"]["top_logprobs"], strict=True):
+            assert max(top.values()) == pytest.approx(own, abs=1e-6) and len(top) == 2  # greedy
         with client.stream("POST", "/v1/completions", json={**ask, "max_tokens": 300, "stream": True}) as stream:
             lines = stream.iter_lines()
             next(lines)

@@ -171,10 +171,11 @@ def _glm5(engine: Engine, on: EngineSite, given: Mapping[str, Any]) -> Derived:
         "overhead.serving_request_s": ("request_host_seconds",),
         "overhead.serving_step_s": ("graph_step_host_seconds", "eager_step_host_seconds"),
         "overhead.serving_row_s": ("row_host_seconds",),
-        "overhead.serving_ahead_s": ("ahead_step_seconds",),
         "overhead.serving_idle_s": ("idle_host_seconds",),
         "overhead.serving_warming_s": ("warming_host_seconds",),
     }
+    if on.layout.devices == 1:  # servers of several launch nothing ahead
+        names["overhead.serving_ahead_s"] = ("ahead_step_seconds",)
     found = {path: on.profile.get(path) for path in names}
     return {name: figure.value for path, figure in found.items() if figure is not None for name in names[path]}
 

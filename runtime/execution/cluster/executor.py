@@ -9,20 +9,25 @@ import numpy as np
 
 from backends.loaded import StepMade
 from backends.spmd.cluster import Pages
+from model.choosing import Draws
 from model.graph import Batch, Mode
 from runtime.execution.batches import (
     Following,
     Kind,
     Launched,
+    asks,
     context,
     drafted,
+    draws_of,
     gear,
+    named,
     padded,
     parts,
     unpadded,
     widest,
 )
-from runtime.serving.executor import Abilities, ByRank, ChosenIds, Logits
+from runtime.serving.executor import Abilities, ByRank, ChosenIds, Logits, TokenChoice
+from runtime.serving.service import MOST_LOGPROBS
 
 _LAUNCH_TOKENS = 2048  # tokens of a rank in one launch; a step with more is run in several, with the same result
 _LEAST_CONTEXT = 128  # tokens; shorter contexts share one program
@@ -35,7 +40,10 @@ class StepServer(Protocol):
     pages: int
     page_size: int
 
-    def launch(self, batch: Batch, mode: Mode) -> StepMade: ...
+    @property
+    def far(self) -> bool: ...
+
+    def launch(self, batch: Batch, mode: Mode, draws: Draws | None, logprobs: int | None) -> StepMade: ...
 
     def fetch(self, made: Any) -> np.ndarray: ...
 
@@ -68,7 +76,8 @@ class ClusterExecutor:
             drafts=self._drafts,
             beyond=max(0, self._drafts - 1),
             moves=True,
-            chooses="greedy",
+            chooses="drawn" if self.server.far else "greedy",
+            logprobs=MOST_LOGPROBS if self.server.far else None,
         )
 
     def step(self, prompts: ByRank, answers: ByRank, every: bool) -> tuple[Logits, Logits]:
@@ -100,8 +109,9 @@ class ClusterExecutor:
                 self._width(kind, width),
                 gear(-(-(context(part) + self._drafts) // page), max(1, _LEAST_CONTEXT // page)),
             )
-            batch = padded(part, *shape)
-            made = self.server.launch(batch, mode)
+            batch, choices = padded(part, *shape), [[row.choice for row in rank] for rank in part]
+            drawn, logprobs = asks([each for rank in choices for each in rank])
+            made = self.server.launch(batch, mode, draws_of(choices, shape[0]) if drawn else None, logprobs)
             for rank, each in zip(found, self._said(part, made), strict=True):
                 rank += each
             if self._drafts:
@@ -109,12 +119,27 @@ class ClusterExecutor:
         return found
 
     def _said(self, part: ByRank, made: StepMade) -> Logits:
-        """Ids where all rows' are to be chosen, else logits: one or the other, for the processes of a server fetch
-        together."""
-        if any(row.choice is None for rank in part for row in rank):
-            return [list(rank) for rank in unpadded(part, self.server.fetch(made.logits))]
-        ids = self.server.fetch(made.ids)
-        return [[ChosenIds(row[:, 0]) for row in rank] for rank in unpadded(part, ids[..., None])]
+        """What a launch says of its rows. The processes of a server fetch together, so what is fetched goes by what all
+        of them know: what rows ask, and which ids their devices left open."""
+        open_ids = [row.choice is None for rank in part for row in rank]
+        rows = logits = None
+        if not all(open_ids):
+            found = self.server.fetch(made.ids)[..., None] if made.told is None else self.server.fetch(made.told)
+            rows = unpadded(part, found)
+            open_ids += [bool((row[:, 0] < 0).any()) for rank in rows for row in rank]
+        if any(open_ids):
+            logits = unpadded(part, self.server.fetch(made.logits))
+
+        def said(number: int, place: int, choice: TokenChoice | None) -> np.ndarray | ChosenIds:
+            own = logits[number][place] if logits else None
+            if choice is None or rows is None:
+                assert own is not None
+                return own
+            told = rows[number][place]
+            logprobs = () if choice.logprobs is None else named(told, choice.logprobs)
+            return ChosenIds(told[:, 0], None if own is None else lambda: own, logprobs)
+
+        return [[said(number, place, row.choice) for place, row in enumerate(rank)] for number, rank in enumerate(part)]
 
     def _width(self, kind: Kind, width: int) -> int:
         """Tokens a row to run."""

@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from foundation.errors import Failure
-from runtime.serving.executor import GREEDY, Abilities, ByRank, FedRow, Logits, StepExecutor
+from runtime.serving.executor import Abilities, ByRank, FedRow, Logits, StepExecutor, TokenChoice
 
 _SILENCE_S = 60.0
+_FLOATS = ("temperature", "top_p", "min_p", "uniform")
 
 
 class _Verb(enum.IntEnum):
@@ -90,8 +91,7 @@ class _Held:
 
 
 class LedExecutor:
-    """An executor of process 0 whose calls the others make, too. number: of their executors, which is alike. What it
-    may choose is the best token: no draw is told of."""
+    """An executor of process 0 whose calls the others make, too. number: of their executors, which is alike."""
 
     def __init__(self, leader: Leader, number: int, executor: StepExecutor):
         self._leader, self._number, self._executor = leader, number, executor
@@ -174,15 +174,33 @@ def _call(
 
 
 def _rows(rows: ByRank) -> list[Any]:
-    return [[[row.tokens, [row.start, row.choice is not None], row.pages] for row in rank] for rank in rows]
+    return [[[row.tokens, [row.start], row.pages, _told(row.choice)] for row in rank] for rank in rows]
 
 
 def _fed(numbers: Iterator[int]) -> ByRank:
     found = _lists(numbers, 4)
     return [
-        [FedRow(tokens, start, pages, GREEDY if chosen else None) for tokens, (start, chosen), pages in rank]
-        for rank in found
+        [FedRow(tokens, start, pages, _choice(choice)) for tokens, (start,), pages, choice in rank] for rank in found
     ]
+
+
+def _told(choice: TokenChoice | None) -> list[int]:
+    """A choice as numbers, of which what is drawn by are float32 by their bits, as on the devices; empty for none."""
+    if choice is None:
+        return []
+    floats = np.array([getattr(choice, name) for name in _FLOATS], np.float32)
+    return [*floats.view(np.int32).tolist(), choice.top_k, -1 if choice.logprobs is None else choice.logprobs]
+
+
+def _choice(numbers: list[int]) -> TokenChoice | None:
+    if not numbers:
+        return None
+    *bits, top_k, logprobs = numbers
+    floats = np.array(bits, np.int32).view(np.float32).tolist()
+    if len(floats) != len(_FLOATS):
+        raise ValueError("no choice")
+    named = dict(zip(_FLOATS, floats, strict=True))
+    return TokenChoice(**named, top_k=top_k, logprobs=None if logprobs < 0 else logprobs)
 
 
 def _flatten(value: Any, out: list[int]) -> None:

@@ -23,15 +23,16 @@ from runtime.execution.batches import (
     Following,
     Kind,
     Launched,
+    asks,
     context,
     drafted,
     gear,
+    named,
     padded,
     parts,
     unpadded,
     widest,
 )
-from runtime.execution.local import feed
 from runtime.execution.local.feed import LAST
 from runtime.execution.local.programs import Programs, StepMade
 from runtime.serving.executor import Abilities, ByRank, ChosenIds, FedRow, Logits
@@ -134,10 +135,8 @@ class LocalExecutor:
         pages = -(-(context(part) + self.programs.drafts) // self.programs.page_size)
         batch = padded(part, size, gear(widest(part), least_tokens), gear(pages, self._least_pages))
         choices = [row.choice for row in rows]
-        drawn = choices if any(each and not each.greedy for each in choices) else None
-        asked = {each.logprobs for each in choices if each and each.logprobs is not None}
-        logprobs = (MOST_LOGPROBS if any(asked) else 0) if asked else None  # few programs, whatever is asked
-        launch = self.programs.launch(batch, mode, drawn, previous, logprobs)
+        drawn, logprobs = asks(choices)
+        launch = self.programs.launch(batch, mode, choices if drawn else None, previous, logprobs)
         if self.programs.drafts:
             self._launched.append(Launched(kind, part, batch, launch.hidden))
         return _Made(rows, size, launch, self.programs.weights)
@@ -161,7 +160,7 @@ class LocalExecutor:
         def said(place: int, row: FedRow) -> np.ndarray | ChosenIds:
             if row.choice is not None and told is not None:
                 best = row.choice.logprobs
-                logprobs = () if best is None else feed.told(told[place], best)
+                logprobs = () if best is None else named(told[place], best)
                 return ChosenIds(told[place][:, 0], partial(fetched, place), logprobs)
             return _NONE if logits is None else logits[place]
 

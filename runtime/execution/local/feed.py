@@ -1,5 +1,4 @@
-"""A step's inputs as one array: a transfer to the device each would take longer than the step of a small model. And so
-what it tells, where log-probabilities are asked for.
+"""A step's inputs as one array: a transfer to the device each would take longer than the step of a small model.
 
 int32 [b, t + 2 + p (+ 5)]: tokens, start, length, page table, and where tokens are drawn how (float32 by their bits). A
 token of -1 is the one that the launch before chose for the same row, which the host need not have seen.
@@ -15,8 +14,8 @@ from jax import Array, lax
 
 from model.choosing import Draws
 from model.graph import Batch
-from runtime.serving.executor import GREEDY, TokenChoice
-from runtime.serving.service import TokenLogprob
+from runtime.execution.batches import draws_of
+from runtime.serving.executor import TokenChoice
 
 LAST = -1
 _FLOATS = ("temperature", "top_p", "min_p", "uniform")
@@ -26,20 +25,9 @@ def packed(batch: Batch, choices: Sequence[TokenChoice | None] | None = None) ->
     """A batch on the host, and how its first rows' tokens are drawn, where any are."""
     parts = [batch.tokens, batch.start[:, None], batch.length[:, None], batch.page_table]
     if choices is not None:
-        given = [each or GREEDY for each in choices]
-        given += [GREEDY] * (len(batch.start) - len(given))
-        floats = np.array([[getattr(each, name) for name in _FLOATS] for each in given], np.float32)
-        parts += [floats.view(np.int32), np.array([[each.top_k] for each in given], np.int32)]
+        draws = draws_of([choices], len(batch.start))
+        parts += [getattr(draws, name).view(np.int32)[:, None] for name in _FLOATS] + [draws.top_k[:, None]]
     return np.concatenate(parts, axis=1, dtype=np.int32)
-
-
-def told(rows: np.ndarray, best: int) -> list[TokenLogprob]:
-    """What `model.choosing.with_logprobs` says of ids [n, ..], with so many of the likeliest."""
-    count = rows.shape[-1] // 2 - 1
-    logs = np.ascontiguousarray(rows).view(np.float32)
-    named = zip(rows[:, 2 : 2 + count].tolist(), logs[:, 2 + count :].tolist(), strict=True)
-    tops = [tuple(zip(ids, values, strict=True))[:best] for ids, values in named]
-    return [TokenLogprob(own, top) for own, top in zip(logs[:, 1].tolist(), tops, strict=True)]
 
 
 def unpacked(fed: Array, previous: Array, tokens: int, pages: int) -> tuple[Batch, Draws | None]:

@@ -190,9 +190,7 @@ class Programs:
     ) -> tuple[graph.StepOutput, Any, Any]:
         batch, draws = feed.unpacked(fed, previous, shape.tokens, shape.pages)
         out = graph.step(self.cfg, weights, caches, batch, shape.mode)
-        ids = choosing.greedy(out.logits) if draws is None else choosing.drawn(out.logits, draws)
-        told = None if shape.logprobs is None else choosing.with_logprobs(out.logits, ids, shape.logprobs)
-        return out, ids, told
+        return out, *choosing.chosen(out.logits, draws, shape.logprobs)
 
     def _draft(self, shape: ProgramShape, weights: Any, cache: Any, batch: Batch, hidden: Any) -> tuple[Any, Any]:
         return graph.draft(self.cfg, weights, cache, batch, hidden, self.drafts, shape.mode)
