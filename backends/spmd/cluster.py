@@ -20,9 +20,10 @@ from backends.loaded import LoadedPrograms, StepMade
 from backends.spmd.shard import divisible
 from backends.spmd.stages import Stage
 from model import choosing, graph
-from model.cache import CacheRow, cache_rows
+from model.cache import CacheRow, cache_rows, held_row
 from model.choosing import Draws
 from model.config import LayerType, ModelConfig
+from model.formats import CacheFormats
 from model.graph import Batch, Mode
 from model.parallel import Parallel
 from model.split import Grid
@@ -68,7 +69,8 @@ class Cluster:
 
     weights: whole, on the host, as `model.checkpoint.Checkpoint.load` returns them; emptied as they are placed.
     backend: exports and loads every program; the kernels are its own. stages: the devices of each stage. drafts: the
-    tokens that the MTP layer, on the last of them, guesses a step.
+    tokens that the MTP layer, on the last of them, guesses a step. rows: what caches are kept in, as they are computed
+    by default.
     Raises `Unsupported` where the grid does not fit the model, or the backend lacks what a program needs.
     """
 
@@ -81,10 +83,11 @@ class Cluster:
         stages: Sequence[Stage],
         formats: Numerics,
         drafts: int = 0,
+        rows: CacheFormats = CacheFormats(),
     ):
         grid.check(cfg)
         self.cfg, self.grid, self.backend, self.stages, self.formats = cfg, grid, backend, stages, formats
-        self.drafts = drafts
+        self.drafts, self.rows = drafts, rows
         outer = weights["outer"]
         self.weights = [self._place(number, outer, weights["layers"]) for number in range(len(grid.stages))]
         self.mtp_weights = self._place_mtp(weights["mtp"][0]) if drafts else {}
@@ -235,12 +238,15 @@ class Server:
         self.mtp_caches = [self._empty(-1, cfg.mtp_type)] if self.cluster.drafts else []
 
     def _empty(self, number: int, kind: LayerType) -> dict[str, Any]:
-        cfg, dp = self.cluster.cfg, self.cluster.grid.dp
-        dtype = jax.numpy.dtype(self.cluster.formats.dtype)
-        size = (dp * (self.pages + 1), self.page_size)
+        cluster = self.cluster
+        size = (cluster.grid.dp * (self.pages + 1), self.page_size)
+        held = {
+            row.name: held_row(cluster.cfg, row, cluster.rows, cluster.formats.dtype)
+            for row in cache_rows(cluster.cfg, kind)
+        }
         return {
-            row.name: self._stage(number).cache(np.zeros((*size, *row.shape), dtype), self._by_head(row.shape))
-            for row in cache_rows(cfg, kind)
+            name: self._stage(number).cache(np.zeros((*size, *shape), jax.numpy.dtype(dtype)), self._by_head(shape))
+            for name, (shape, dtype) in held.items()
         }
 
     def _stage(self, number: int) -> Stage:

@@ -27,6 +27,7 @@ from backends.spmd.shard import is_split
 from backends.spmd.stages import Hosts
 from foundation.errors import CapacityError
 from model.config import ModelConfig
+from model.formats import CacheFormats
 from model.graph import Carried
 from model.split import Axes, Grid
 
@@ -67,7 +68,11 @@ def join(
     return tuple(device for own in held for device in own[:share])
 
 
-_DTYPES = tuple(np.dtype(name) for name in (np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.int8, np.bool_))
+_DTYPES = tuple(
+    np.dtype(name)
+    for name in (np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.int8, np.bool_, np.uint8,
+                 ml_dtypes.float8_e4m3fn)
+)  # fmt: skip
 _ABSENT = 255  # in place of a type's number
 _MOST_DIMS = 8
 _MOST_BYTES = 1 << 30  # of a message
@@ -214,9 +219,17 @@ class Processes:
     def __init__(self, backend: Backend, devices: Sequence[Any], dtype: str):
         self.backend, self.devices, self.dtype = backend, devices, dtype
 
-    def cluster(self, cfg: ModelConfig, grid: Grid, weights: Mapping[str, Any], first: int, drafts: int = 0) -> Cluster:
+    def cluster(
+        self,
+        cfg: ModelConfig,
+        grid: Grid,
+        weights: Mapping[str, Any],
+        first: int,
+        drafts: int = 0,
+        rows: CacheFormats = CacheFormats(),
+    ) -> Cluster:
         """A server on the devices from `first` on, as of `Cluster`; weights are read where they are placed only."""
         size = grid.stage_devices
         starts = range(first, first + grid.devices, size)
         stages = [Spread(grid, self.devices[start : start + size]) for start in starts]
-        return Cluster(cfg, grid, weights, self.backend, stages, Plain(self.dtype), drafts)
+        return Cluster(cfg, grid, weights, self.backend, stages, Plain(self.dtype), drafts, rows)

@@ -15,7 +15,7 @@ from runtime.deployment.plan import Plan
 from runtime.deployment.pool import Pool
 from runtime.execution.cluster import deploy
 from runtime.execution.cluster.led import Leader, LedExecutor
-from runtime.execution.cluster.session import clusters_of, executor_of, runnable
+from runtime.execution.cluster.session import check_moves, clusters_of, executor_of, pages_there, runnable
 from runtime.serving import Deployment, Disaggregated
 from runtime.serving.clock import Clock, Paced, Wall
 from runtime.serving.executor import StepExecutor, refuse
@@ -147,7 +147,9 @@ def executors_of(checkpoint: Checkpoint, machines: Processes, plan: Plan) -> lis
     """What carries out the steps of each pool's servers, on the devices of several processes; the same in all."""
     runnable(checkpoint.config, plan)
     told = machines.backend.capabilities().devices[0].memory_bytes is not None
-    pages = [pool.kv_pages for pool in plan.pools] if told else pages_here(checkpoint.config, plan)
+    cfg = checkpoint.config
+    check_moves(cfg, machines.backend, plan)
+    pages = [pages_there(cfg, machines, pool) for pool in plan.pools] if told else pages_here(cfg, plan)
     return [
         [executor_of(cluster, count + 1, pool) for cluster in clusters_of(checkpoint, machines, pool)]
         for count, pool in zip(pages, plan.pools, strict=True)

@@ -17,6 +17,7 @@ import pytest
 
 import hw_profiles
 from model.checkpoint import Checkpoint
+from model.checkpoint_writer import save
 from model.config import ModelConfig
 from model.hf_config import from_hf
 from model.split import Layout
@@ -129,6 +130,29 @@ def test_layouts(
 ) -> None:
     plan = plan_at(tmp_path / "plan.json", layout, replicas)
     check(started, count, plan, small, tmp_path / "prompts")
+
+
+@pytest.mark.slow
+def test_what_a_plan_has_in_fp8_is_kept_so(started: list[subprocess.Popen[str]], small: Path, tmp_path: Path) -> None:
+    """Matrices and records of the cache, which moves from one process to the other; the tokens of one device."""
+    opened = Checkpoint(small)
+    save(tmp_path / "fp8", opened.raw_config, opened.load(), fp8=True)
+    cfg = Checkpoint(tmp_path / "fp8").config
+    pools = [
+        pool_of(
+            cfg, Layout(), hw_profiles.load(CHIP), formats("fp8", "fp8"), role=role, first_device=number, engine="glm5"
+        )
+        for number, role in enumerate(("prefill", "decode"))
+    ]
+    made = Transfer(1e3, 1e9, 1e-5, 0.0, 1e6, 1e-3, ())
+    plan = Plan(ModelRef(cfg.name, config_hash(cfg)), Demand(), tuple(pools), transfer=made)
+    plan.write(tmp_path / "plan.json")
+    ask = ("--checkpoint", tmp_path / "fp8", "--prompt-ids", "5,6,7,8", *ASK, "--json")
+    start(started, 2, tmp_path / "plan.json", *ask)
+    expected = json.loads(glm5("run", "--keep-fp8", "--kv", "fp8", *ask).out)
+    (out, err), other = (each.communicate(timeout=600) for each in started)
+    assert err == "" and other == ("", "")
+    assert json.loads(out)["token_ids"] == expected["token_ids"]
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def served(shape: BatchShape) -> Any:
     """A step of the runtime's own engine, which has what `glm5 calibrate` measured of it on a machine."""
 
     def seconds(overrides: Mapping[str, Any]) -> float:
-        engine = spec(overrides, engine="glm5").engine
+        engine = spec(overrides, engine="glm5", layout=Layout()).engine
         return engine.step_seconds(0.01, shape.graphed, shape.pieces, shape.rows, ahead=shape.ahead)
 
     return seconds

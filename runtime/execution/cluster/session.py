@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foundation.errors import UsageError
+from model.cache import bytes_per_token, cache_rows
 from model.config import ModelConfig
+from model.formats import CacheFormats, Formats
 from runtime.deployment.choice import check_kv, chosen_scheme
 from runtime.deployment.plan import Plan
 from runtime.deployment.pool import Pool, profile_of
@@ -18,6 +20,8 @@ from runtime.execution.cluster import deploy
 from runtime.execution.cluster.options import SimOptions
 from runtime.simulation.build import spec_for
 from runtime.simulation.planned import Deployed
+
+_KEPT = "fp8-block"
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,7 +154,11 @@ def serve(
     clusters = [clusters_of(checkpoint, backend, pool) for pool in plan.pools]
     each = [itertools.cycle(found) for found in clusters]
     drafts = max(pool.drafts for pool in plan.pools)
-    pages = [_pages(pool, prompts) for pool in plan.pools]
+    there = backend if isinstance(backend, Processes) else None
+    if there:
+        check_moves(checkpoint.config, there.backend, plan)
+    held = [pages_there(checkpoint.config, there, pool) if there else pool.kv_pages for pool in plan.pools]
+    pages = [_pages(pool, most, prompts) for pool, most in zip(plan.pools, held, strict=True)]
     timelines = _timelines(checkpoint.config, plan, clock) if trace else []
     times: dict[int, list[float]] = {}
 
@@ -198,7 +206,39 @@ def clusters_of(checkpoint: Checkpoint, backend: SimBackend | Processes, pool: P
         weights = checkpoint.load("float32", keep_fp8=numbers is not None, mtp=drafts > 0)
         return [backend.cluster(cfg, grid, weights, numbers, drafts)]
     firsts = [pool.devices[number * pool.layout.devices].index for number in range(pool.replicas)]
-    return [backend.cluster(cfg, grid, _unread(checkpoint, backend.dtype), first, drafts) for first in firsts]
+    rows = kept_rows(cfg, backend.backend, pool)
+    narrow = pool.formats if backend.backend.capabilities().fp8_weights else None
+    return [
+        backend.cluster(cfg, grid, _unread(checkpoint, backend.dtype, narrow), first, drafts, rows) for first in firsts
+    ]
+
+
+def kept_rows(cfg: ModelConfig, backend: Backend, pool: Pool) -> CacheFormats:
+    """What a backend keeps the rows of a pool's caches in: the plan's formats where it has those that are narrow, else
+    as they are computed."""
+    asked = {pool.formats.cache.of(row.name) for kind in cfg.layers for row in cache_rows(cfg, kind)}
+    narrow = {each.name for each in asked if each.narrow}
+    return pool.formats.cache if narrow <= backend.capabilities().cache_rows else CacheFormats()
+
+
+def check_moves(cfg: ModelConfig, backend: Backend, plan: Plan) -> None:
+    """Raises `UsageError` where pools of a plan keep the rows that move between them in unlike forms."""
+    if len({kept_rows(cfg, backend, pool) for pool in plan.pools}) > 1:
+        raise UsageError(
+            f"the plan's pools keep caches in {' and '.join(pool.formats.kv for pool in plan.pools)}, and rows move as "
+            "they are: plan both with one --kv"
+        )
+
+
+def pages_there(cfg: ModelConfig, machines: Processes, pool: Pool) -> int:
+    """Pages that a rank of a pool has: the plan's, or fewer where its devices keep a token's rows in more bytes than
+    those that it plans with."""
+    from runtime.execution.local.load import token_bytes
+
+    mtp = pool.drafts > 0
+    kept = token_bytes(cfg, machines.dtype, mtp, kept_rows(cfg, machines.backend, pool))
+    planned = sum(sum(bytes_per_token(cfg, pool.formats.cache, mtp=each).values()) for each in {False, mtp})
+    return max(1, int(pool.kv_pages * min(1.0, planned / kept)))
 
 
 def executor_of(cluster: Cluster, pages: int, pool: Pool) -> StepExecutor:
@@ -208,25 +248,31 @@ def executor_of(cluster: Cluster, pages: int, pool: Pool) -> StepExecutor:
     return ClusterExecutor(cluster.server(pages, pool.page_tokens), pool.layout.dp, pool.drafts)
 
 
-def _unread(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
-    """The weights as `Checkpoint.load` has them, each read when it is asked for, and not kept."""
+def _unread(checkpoint: Checkpoint, dtype: str, narrow: Formats | None) -> dict[str, Any]:
+    """The weights as `Checkpoint.load` has them, each read when it is asked for, and not kept. narrow: matrices stay in
+    block-FP8 that the checkpoint and these formats both hold so."""
     from model.checkpoint import groups
 
     found = groups(checkpoint.config, mtp=checkpoint.has_mtp)
     return {
-        "outer": _Unread(checkpoint, found["outer"][0], dtype),
-        "layers": [_Unread(checkpoint, group, dtype) for group in found["layers"]],
-        "mtp": [_Unread(checkpoint, group, dtype) for group in found["mtp"]],
+        "outer": _Unread(checkpoint, found["outer"][0], dtype, narrow),
+        "layers": [_Unread(checkpoint, group, dtype, narrow) for group in found["layers"]],
+        "mtp": [_Unread(checkpoint, group, dtype, narrow, mtp=True) for group in found["mtp"]],
     }
 
 
 class _Unread:
-    def __init__(self, checkpoint: Checkpoint, group: Group, dtype: str):
-        self._checkpoint, self._group, self._dtype = checkpoint, group, dtype
+    def __init__(self, checkpoint: Checkpoint, group: Group, dtype: str, narrow: Formats | None, mtp: bool = False):
+        self._checkpoint, self._group, self._dtype, self._narrow, self._mtp = checkpoint, group, dtype, narrow, mtp
         self._weights: dict[str, Weight] = {weight.name: weight for weight in group.weights}
 
     def __getitem__(self, name: str) -> np.ndarray | Quantized:
-        return self._checkpoint.read(self._group, self._weights[name], self._dtype)
+        weight = self._weights[name]
+        keep = self._narrow is not None and self._narrow.held(weight, self._mtp).name == _KEPT
+        if keep:
+            kept = self._checkpoint.kept(self._group, weight)
+            keep = kept is not None and kept.name == _KEPT
+        return self._checkpoint.read(self._group, weight, self._dtype, keep)
 
     pop = __getitem__
 
@@ -246,11 +292,11 @@ def number_formats(cfg: ModelConfig, pool: Pool) -> NumberFormats | None:
     return NumberFormats(cfg, pool.formats)
 
 
-def _pages(pool: Pool, prompts: Sequence[Prompt]) -> int:
-    """Pages a rank to have: the plan's, or what all prompts take together where that is less; and a spare one."""
+def _pages(pool: Pool, most: int, prompts: Sequence[Prompt]) -> int:
+    """Pages a rank to have: so many at most, or what all prompts take together where that is less; and a spare one."""
     beyond = max(0, 2 * pool.drafts - 1)  # that a step may write behind an answer
     each = [-(-(len(p.prompt_ids) + p.max_tokens + beyond) // pool.page_tokens) for p in prompts]
-    return min(pool.kv_pages, sum(each)) + 1
+    return min(most, sum(each)) + 1
 
 
 def _timelines(cfg: ModelConfig, plan: Plan, clock: Deployed) -> list[Timeline]:
