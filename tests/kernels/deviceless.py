@@ -1,11 +1,12 @@
 """Compiles for an H200 that is not here a layer of each type, and whole steps as the engine has them, and prints what
 came of it as JSON. A process of its own: JAX's CUDA plugin is asked for, which the other checks must not have.
 
-    python -m tests.kernels.deviceless layers|decompositions|models|steps
+    python -m tests.kernels.deviceless layers|decompositions|models|steps|spread
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -22,18 +23,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from backends.cuda import CudaBackend
 from backends.kernels import table
 from backends.orders import laid
+from backends.spmd.cluster import Cluster, Plain
+from backends.spmd.shard import is_split
+from backends.spmd.stages import Hosts
 from bench.rank import RANK
 from model import abstract, graph, ops
 from model.config import ModelConfig
-from model.formats import CacheFormats
+from model.formats import E4M3, CacheFormats
 from model.graph import Batch, Mode
 from model.hf_config import from_hf, load_config
-from model.weights import layer_weights, outer_weights
+from model.split import Grid, Layout
+from model.weights import Quantized, Weight, layer_weights, outer_weights
 from runtime.execution.local.programs import Programs
 from runtime.serving.executor import TokenChoice
 
@@ -91,6 +96,7 @@ def counted(compiled: Any) -> dict[str, Any]:
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes, "kernels": dict(found),
         "launches": sum(found.values()), "aliased": len(re.findall("-alias", aliases[1])) if aliases else 0,
         "host": len(re.findall(r"\b(infeed|outfeed|send|recv|custom-call\S*callback)\b", entry)),
+        "collectives": dict(Counter(re.findall(r" (all-[a-z-]+|reduce-scatter|collective-permute)-start\(", entry))),
     }  # fmt: skip
 
 
@@ -150,7 +156,82 @@ def step_figures(
     raise AssertionError("nothing was compiled")
 
 
+class Placed(jax.ShapeDtypeStruct):
+    """A value that would be placed."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+class OverMesh(Deviceless):
+    """The same over several devices."""
+
+    def __init__(self) -> None:
+        pass
+
+    def _shardings(self, artifact: Any, exported: Any, devices: Any) -> Any:
+        chosen = np.array(devices, dtype=object).reshape(tuple(artifact.mesh.values()))
+        return exported.in_shardings_jax(Mesh(chosen, tuple(artifact.mesh)))
+
+
+class AbsentHosts(Hosts):
+    """A stage of devices that are not here."""
+
+    def place(self, value: np.ndarray, dim: int, axes: Any, order: Any = None) -> Any:
+        spec = [None] * dim + [axes] if is_split(value, dim, self.grid.layout.parts(axes)) else []
+        return self._placed(value, *spec)
+
+    def cache(self, value: np.ndarray, split_heads: bool) -> Any:
+        return self._placed(value, *(("dp", None, "tp") if split_heads else ("dp",)))
+
+    def batch(self, value: Any) -> Any:
+        return jax.tree.map(lambda leaf: self._placed(leaf, "dp"), value)
+
+    def _placed(self, value: Any, *spec: Any) -> Placed:
+        return Placed(value.shape, value.dtype, sharding=self._sharding(*spec))
+
+
+SPREAD = {
+    "tp8 b1": (Layout(tp=8), 1, CacheFormats()),
+    "tp8 b64": (Layout(tp=8), 64, CacheFormats()),
+    "tp8, FP8 caches b64": (Layout(tp=8), 64, NARROW),
+    "dp8 ep8 b16": (Layout(dp=8, ep=8), 16, CacheFormats()),
+}
+"""Layouts of eight devices, sequences a rank, and what caches are kept in."""
+
+
+def spread_figures(layout: Layout, rows: int, kept: CacheFormats) -> dict[str, Any]:
+    """A decode step of GLM-5's first two types of layer in FP8, by the road of a plan over several processes."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{layout.devices}")
+    cfg = load_config("glm-5-fp8")
+    cfg = dataclasses.replace(cfg, layers=tuple(dict.fromkeys(cfg.layers)), mtp_layers=0)
+    grid = Grid.of(cfg, layout)
+
+    def empty(weight: Weight) -> Any:
+        if weight.stays_narrow:
+            return Quantized(np.zeros(weight.shape, E4M3), np.zeros(weight.scale_shape, np.float32))
+        return np.zeros(weight.shape, np.float32 if weight.float32 else jnp.bfloat16)
+
+    weights = {
+        "outer": {w.name: empty(w) for w in outer_weights(cfg)},
+        "layers": [{w.name: empty(w) for w in layer_weights(cfg, kind)} for kind in cfg.layers], "mtp": [],
+    }  # fmt: skip
+    stage = AbsentHosts(grid, topology.devices)
+    cluster = Cluster(cfg, grid, weights, OverMesh(), [stage], Plain("bfloat16"), rows=kept)
+    server, count = cluster.server(rows * 130, 64), rows * layout.dp
+    ones = np.ones(count, np.int32)
+    try:
+        server.launch(Batch(ones[:, None], ones, ones, np.ones((count, 130), np.int32)))
+    except Compiled as found:
+        return {**counted(found.compiled), "caches": len(jax.tree.leaves(server.caches))}
+    raise AssertionError("nothing was compiled")
+
+
 def main() -> None:
+    if sys.argv[1] == "spread":
+        print(json.dumps({name: spread_figures(*how) for name, how in SPREAD.items()}, indent=1))
+        return
     described = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     sharding = NamedSharding(topologies.make_mesh(described, (1,), ("x",)), PartitionSpec())
     if sys.argv[1] == "steps":

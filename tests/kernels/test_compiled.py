@@ -128,3 +128,21 @@ def test_a_step_of_the_engine_compiled_for_an_h200() -> None:
         )  # a record's scale is found as it is made
         assert figures["launches"] <= most, (name, figures)
     assert len(report) == 7
+
+
+@pytest.mark.skipif(PLUGIN is None, reason="JAX's CUDA plugin is not installed")
+def test_a_step_over_eight_h200s() -> None:
+    """GLM-5 in FP8, by the road of a plan over several processes: the kernels in one program a device, caches that are
+    the buffers that came in, and no collective but an all-reduce behind the embedding, attention and feed-forward and
+    the gathering of logits; or, by expert, rows, experts and weights sent and rows sent back."""
+    report = deviceless("spread")
+    assert len(report) == 4
+    for name, figures in report.items():
+        assert figures["aliased"] == figures["caches"] == 4, (name, figures)
+        assert not {"copy", "transpose", "sort", "while"} & set(figures["kernels"]), (name, figures)
+        most = {"b1": 1e6, "b64": 24e6, "b16": 40e6}[name.split()[-1]]
+        assert figures["host"] == 0 and figures["temporary_bytes"] <= most, (name, figures)
+        assert figures["launches"] <= (100 if "FP8" in name else 90), (name, figures)
+        assert figures["kernels"]["triton_kernel_call_ffi"] == 27, (name, figures)
+        by_expert = {"all-to-all": 4}
+        assert figures["collectives"] == (by_expert if "ep" in name else {"all-reduce": 5, "all-gather": 1}), name
