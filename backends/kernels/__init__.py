@@ -4,10 +4,10 @@ Nouns. A *kernel* is a function in Triton (`source/`). A *variant* (`variants.py
 constants, and what its parameters are. *PTX* (`ptx/`) is what `python -m tools.kernels` makes of a variant for an
 architecture; an index beside it has the hashes. The *library* (`library.py`) finds the PTX for a compute capability. A
 *launch* (`launch.py`) is an equation in a JAX graph: a custom call that the launcher in JAX's CUDA plugin carries out.
-A *lowering* (`lowerings.py` and what it is made of) makes launches of an op of the contract, or its decomposition, and
-says why.
+A *lowering* (`lowering.py`, `table.py`) makes launches of an op of the contract, or says why not; then a *form*
+(`forms.py`) of its decomposition runs that XLA compiles better for GPUs, or the decomposition itself.
 
-Data flow: `source/` -> tools.kernels -> `ptx/` -> library -> launch <- lowerings <- `backends.cuda`. The product
+Data flow: `source/` -> tools.kernels -> `ptx/` -> library -> launch <- table <- `backends.cuda`. The product
 imports neither Triton nor `source/`: nobody needs a compiler but the driver's, which turns PTX into a program when an
 artifact is loaded. See docs/kernels.md.
 """

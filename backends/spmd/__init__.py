@@ -14,7 +14,7 @@ program that `runtime.pricing.trace` hands to the cost model.
     several processes               processes.py  `Processes`: joined by JAX; `Spread`: `Hosts`, some of others
 
 Who makes a `Cluster` brings the backend, the stages' devices, and `Numerics`, what weights and activations are held in:
-`Processes` brings a backend that runs on devices of its own, in one type throughout; `SimBackend`
+`Processes` brings a backend that runs on devices of its own, in one type but for what is kept in FP8; `SimBackend`
 (`backends.emulation`) brings emulated devices that compute in a chip's number formats. Nothing here asks which it is.
 
 From the ground up: shard, stages, cluster, processes. Imports `backends.interface`, `backends.errors`, `model`

@@ -40,7 +40,7 @@ class Numerics(Protocol):
 
     @property
     def dtype(self) -> str:
-        """Of activations, caches and unquantised weights: "float32" or "bfloat16"."""
+        """Of activations, unquantised weights, and caches that nothing else is said of: "float32" or "bfloat16"."""
         ...
 
     def weight(self, weight: Weight, value: Any, mtp: bool = False) -> Any:
@@ -56,7 +56,7 @@ class Numerics(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """Everything in one type; the checkpoint is to be loaded so, FP8 blocks dequantised."""
+    """Everything as the checkpoint was loaded: in one type, but for matrices that were left in FP8 blocks."""
 
     dtype: str = "float32"
 
@@ -146,14 +146,14 @@ class Cluster:
 
     # --- programs
 
-    def body(self, number: int, mode: Mode, logprobs: int | None = None) -> Callable[..., Any]:
+    def body(self, number: int, mode: Mode, drawn: bool = False, logprobs: int | None = None) -> Callable[..., Any]:
         """One device's program of a stage: (weights, caches, batch[, carried][, draws]) -> ((carried, logits, ids,
-        hidden, told), caches). carried: what the stage before put out. draws: how the last one's ids are chosen, by
-        default the best. hidden: what drafts are made from, where there are any. logprobs, told: as of
+        hidden, told), caches). carried: what the stage before put out. draws: how the last one's ids are chosen, where
+        tokens are drawn. hidden: what drafts are made from, where there are any. logprobs, told: as of
         `choosing.chosen`."""
 
         def body(weights: Any, caches: Any, batch: Batch, *rest: Any) -> Any:
-            carried, draws = rest[0] if number else None, (rest[bool(number) :] or (None,))[0]
+            carried, draws = rest[0] if number else None, rest[-1] if drawn else None
             out = graph.stage(
                 self.cfg, self.grid.stages[number], weights, caches, batch, carried, mode, Parallel.of(self.grid.layout)
             )
@@ -172,11 +172,13 @@ class Cluster:
 
         return body
 
-    def program(self, number: int, mode: Mode, *args: Any, logprobs: int | None = None) -> Executable:
+    def program(
+        self, number: int, mode: Mode, *args: Any, drawn: bool = False, logprobs: int | None = None
+    ) -> Executable:
         """The loaded program of a stage for the shapes of its arguments."""
         name = f"stage {number} of {len(self.stages)}, {mode.attention}"
-        which = self._same_as(number), mode, len(args), logprobs
-        return self._compiled(which, number, name, self.body(number, mode, logprobs), args)
+        which = self._same_as(number), mode, drawn, logprobs
+        return self._compiled(which, number, name, self.body(number, mode, drawn, logprobs), args)
 
     def draft_program(self, *args: Any) -> Executable:
         """The loaded program of the MTP layer for the shapes of its arguments."""
@@ -268,14 +270,11 @@ class Server:
         passed = logits = ids = hidden = told = None
         last = len(self.cluster.stages) - 1
         for number, stage in enumerate(self.cluster.stages):
-            rows: list[Any] = [batch]
-            if number:
-                rows.append(self._stage(number - 1).hand_on(passed))
-            if number == last and draws is not None:
-                rows.append(draws)
+            drawn, best = (draws is not None, logprobs) if number == last else (False, None)
+            carried = [self._stage(number - 1).hand_on(passed)] if number else []
+            rows = [batch, *carried, *([draws] if drawn else [])]
             args = (self.cluster.weights[number], self.caches[number], *map(stage.batch, rows))
-            program = self.cluster.program(number, mode, *args, logprobs=logprobs if number == last else None)
-            made, self.caches[number] = program(*args)
+            made, self.caches[number] = self.cluster.program(number, mode, *args, drawn=drawn, logprobs=best)(*args)
             # nothing, where the stage is another process's
             passed, logits, ids, hidden, told = made or (None,) * 5
         return StepMade(logits, ids, hidden, told)

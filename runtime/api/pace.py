@@ -11,6 +11,7 @@ long as it leaves most steps alone.
 Where the device works apart from the host, the next step of answers is launched before one has been read, so that a
 step takes what the host does or what the device does, whichever is longer. The embedded checkpoint's programs being
 short, from token to token it is the host's work that shows (or, if not, that work is told too long by what hides it).
+That is what a step takes at least which was launched ahead, and what one that was not takes beside its programs.
 """
 
 from __future__ import annotations

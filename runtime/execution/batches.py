@@ -16,6 +16,8 @@ from runtime.serving.service import MOST_LOGPROBS, TokenLogprob
 Kind = Literal["prompts", "answers"]
 Following = list[list[list[int]]]
 """By rank and row, the tokens known to follow a row's own."""
+DRAWN_BY = tuple(name for name in Draws._fields if name != "top_k")
+"""What a draw takes that is float32 on a device."""
 
 
 def gear(n: int, least: int = 1) -> int:

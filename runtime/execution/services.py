@@ -3,7 +3,6 @@ pace, or on the devices of several processes."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,8 @@ from runtime.deployment.plan import Plan
 from runtime.deployment.pool import Pool
 from runtime.execution.cluster import deploy
 from runtime.execution.cluster.led import Leader, LedExecutor
-from runtime.execution.cluster.session import check_moves, clusters_of, executor_of, pages_there, runnable
-from runtime.serving import Deployment, Disaggregated
+from runtime.execution.cluster.session import check_moves, clusters_of, executor_of, pages_there, runnable, within
+from runtime.serving import Disaggregated
 from runtime.serving.clock import Clock, Paced, Wall
 from runtime.serving.executor import StepExecutor, refuse
 from runtime.serving.live import LiveService, ModelLimits
@@ -148,7 +147,7 @@ def executors_of(checkpoint: Checkpoint, machines: Processes, plan: Plan) -> lis
     runnable(checkpoint.config, plan)
     told = machines.backend.capabilities().devices[0].memory_bytes is not None
     cfg = checkpoint.config
-    check_moves(cfg, machines.backend, plan)
+    check_moves(cfg, machines, plan)
     pages = [pages_there(cfg, machines, pool) for pool in plan.pools] if told else pages_here(cfg, plan)
     return [
         [executor_of(cluster, count + 1, pool) for cluster in clusters_of(checkpoint, machines, pool)]
@@ -167,7 +166,7 @@ def _planned(
 ) -> LiveService:
     """A plan's deployment, its steps carried out. pages: of a rank of each pool. make_executor: of a role's next
     server."""
-    deployment = _within(priced.deployment, [n * pool.page_tokens for n, pool in zip(pages, plan.pools, strict=True)])
+    deployment = within(priced.deployment, [n * pool.page_tokens for n, pool in zip(pages, plan.pools, strict=True)])
     roles = [deployment.prefill, deployment.decode] if isinstance(deployment, Disaggregated) else [deployment]
 
     def hire(role: int, answers: Any, moving: Any) -> Worker:
@@ -195,15 +194,3 @@ def _pages(cfg: ModelConfig, pool: Pool) -> int:
     if room < 1:
         raise CapacityError(f"{cfg.name}: this host has no room for a page of its cache; give a smaller model")
     return min(pool.kv_pages, room)
-
-
-def _within(deployment: Deployment | Disaggregated, tokens: list[int]) -> Deployment | Disaggregated:
-    """The deployment with pools of so many tokens a rank."""
-    if isinstance(deployment, Disaggregated):
-        prefill, decode = deployment.prefill, deployment.decode
-        return dataclasses.replace(
-            deployment,
-            prefill=dataclasses.replace(prefill, pool_tokens=min(prefill.pool_tokens, tokens[0])),
-            decode=dataclasses.replace(decode, pool_tokens=min(decode.pool_tokens, tokens[1])),
-        )
-    return dataclasses.replace(deployment, pool_tokens=min(deployment.pool_tokens, tokens[0]))

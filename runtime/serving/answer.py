@@ -12,8 +12,8 @@ from runtime.serving.executor import GREEDY, TokenChoice
 from runtime.serving.sampling import log_probabilities, settle
 from runtime.serving.service import ConstraintBroken, Finish, Job, JobFault, TokenLogprob, Update
 
-_COLDEST = 1e-6
 _MOST_TOP_K = 2**31 - 1  # of a device, and more than any vocabulary has
+_COLDEST = 1e-6
 """The least temperature that others draw at: float32 has to hold it."""
 
 

@@ -160,7 +160,8 @@ class _Sum:
         """The key of a shape's split and seconds; shapes alike share theirs."""
         context = float(shape.decode_contexts.mean()) if shape.decode_count else 0.0
         chunks = tuple((new, _near(before)) for new, before in shape.prefill_chunks)
-        kind = (shape.decode_count, shape.decode_rows, shape.query_tokens, shape.graphed, shape.pieces, shape.begun)
+        how = shape.graphed, shape.pieces, shape.ahead
+        kind = (shape.decode_count, shape.decode_rows, shape.query_tokens, *how, shape.begun)
         key = (id(steps.pricer), *kind, _near(context), chunks)
         if key not in self._splits:
             self._splits[key], self._times[key] = _split(steps.engine, steps.pricer, shape)

@@ -43,7 +43,8 @@ class Rank:
     blocked: why the head of the queue was refused: "", "kv-pool" or "max-running"; holds until something is
         released, for nothing else can change the answer.
     new_token_ratio: SGLang's estimate of how much of the rest of each answer will be generated.
-    follows: a decode step that comes now is of sequences that the last one was of, too.
+    follows: a decode step that comes now is of sequences that the last one was of, and nothing else was to be done:
+        what launches steps ahead has launched it.
     committed: pages of everything in service at its full length.
     writes: tokens that a sequence writes to in a decode step, and those behind them that its executor may.
     """
@@ -66,7 +67,7 @@ class Rank:
         self.running: list[Request] = []
         self.handed_off: set[Request] = set()  # prefilled here, their cache still being sent elsewhere
         self.blocked = ""
-        self.follows = False
+        self.follows = self._went_on = False
         self.new_token_ratio = engine.new_token_ratio
         self.committed = 0
         self.preemptions = 0
@@ -91,13 +92,18 @@ class Rank:
         chunks = [(new, before) for _, new, before in plan.chunks]
         begun = sum(not r.emitted and not r.preemptions and before == r.cached for r, _, before in plan.chunks)
         contexts = self.kv + (self.query_tokens + step) if plan.decode else NO_CONTEXTS
-        return step_shape(self.engine, contexts, self.query_tokens, chunks, begun, step > 0 or self.follows)
+        return step_shape(self.engine, contexts, self.query_tokens, chunks, begun, self.calm if step else self.follows)
 
     def next_ready(self, now: float) -> float:
         """When the next cache that a prompt waits for will have come."""
         if self.pool.below is None:
             return math.inf
         return min((each.ready_at for each in self.prefilling if each.ready_at > now), default=math.inf)
+
+    @property
+    def calm(self) -> bool:
+        """Behind a decode step comes another, as far as is known: nobody else can be taken in."""
+        return not self.prefilling and (not self.waiting or (bool(self.blocked) and not (self.left <= 1).any()))
 
     # Coming in
 
@@ -174,6 +180,7 @@ class Rank:
         """Takes the pages that `steps` decode steps write to."""
         if not self.running:
             return
+        self._went_on = self.calm
         self.pool.take(self._missing_pages(steps))
         np.maximum(self.pages, self._pages_after(steps), out=self.pages)
         if self.pool.numbers:
@@ -186,6 +193,7 @@ class Rank:
         Returns the requests that finished, which are released, and the gaps between the tokens of each slot
         and those before them, for the first step.
         """
+        rows, self.follows = len(self.running), self._went_on
         if made is None and self.speculation:
             made = self.draw()
         count = len(ends) if made is None else made
@@ -204,6 +212,8 @@ class Rank:
         for slot in np.flatnonzero(~keep):
             self._leave(int(slot))
         self._keep(keep)
+        fewer = engine.decode_rows(len(self.running))[0] < engine.decode_rows(rows)[0]  # another program runs then
+        self.follows &= not fewer and not self.waiting
         for request in done:
             request.finished_at = float(ends[-1]) + engine.response_seconds
             if self.pool.numbers or request.session is not None:  # what was answered may be asked about

@@ -123,7 +123,8 @@ class Replica:
                 finished += done
                 if self.meter:
                     self.meter.tokens(gaps, run.ends)
-            rank.follows = plan.decode and not plan.chunks
+            if plan.chunks or not plan.decode:
+                rank.follows = False
             for request, tokens, before in plan.chunks:
                 request.computed = before + tokens
                 if request.computed < request.target:
@@ -209,7 +210,16 @@ class Replica:
     def _seconds(self, rank: Rank, plan: StepPlan, step: int) -> float:
         """Step time on one rank, `step` decode steps from now."""
         shape = rank.shape(plan, step)
-        return step_seconds(self.engine, self.pricer.seconds(shape), shape)
+        return step_seconds(self.engine, self.pricer.seconds(shape), shape) + self._lost_seconds(rank, plan)
+
+    def _lost_seconds(self, rank: Rank, plan: StepPlan) -> float:
+        """What a step of prompts waits for the step of answers that was launched ahead of it, for nothing, beyond the
+        host's work meanwhile."""
+        if not (self.engine.ahead_step_seconds and rank.follows and plan.chunks) or plan.decode:
+            return 0.0
+        lost = rank.shape(StepPlan(decode=True))
+        host = self.engine.step_seconds(0.0, lost.graphed, lost.pieces)
+        return max(0.0, self.pricer.seconds(lost) - host) if lost.ahead else 0.0
 
     def _one_step(self, plans: list[StepPlan], now: float) -> np.ndarray:
         """[1] seconds of the step that begins now: its slowest rank's."""
@@ -239,7 +249,8 @@ class Replica:
             steps = 1  # a request is there that the next plan will see
         extra = 1 if self.engine.overlap_scheduling else 0
         if steps > 1 and next_event < math.inf:
-            first = max(self._seconds(rank, plan, 0) for rank, plan in busy)
+            later = 1 if self.engine.ahead_step_seconds else 0  # the first may have to wait for the host
+            first = max(self._seconds(rank, plan, later) for rank, plan in busy)
             most = max(0.0, next_event - now) / first + 1 if first > 0 else steps
             steps = int(min(steps, most + extra + 1))
         curves = [curve(partial(self._seconds, rank, plan), steps, self.tolerance) for rank, plan in busy]

@@ -112,7 +112,7 @@ class ModelWorker(Worker):
         self._chooses, self._names = can.chooses, can.logprobs
 
     def _run(self, plans: list[StepPlan], ranks: list[Rank]) -> list[np.ndarray]:
-        calm = not any(rank.waiting or rank.prefilling for rank in ranks)
+        calm = all(rank.calm for rank in ranks)
         prompts = [
             [self._chunk(rank, *chunk) for chunk in plan.chunks] for plan, rank in zip(plans, ranks, strict=True)
         ]

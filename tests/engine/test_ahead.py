@@ -24,8 +24,10 @@ from runtime.execution.local import feed
 from runtime.execution.local.engine import EngineConfig, LocalEngine
 from runtime.execution.local.load import load_engine
 from runtime.execution.local.request import Prompt
+from runtime.execution.serve_all import serve_all
 from runtime.execution.services import engine_service
 from runtime.serving.executor import ChosenIds, FedRow, TokenChoice
+from runtime.serving.pricing import BatchShape
 from runtime.serving.sampling import Sampling, choose, log_probabilities
 from runtime.serving.service import Job
 from tests.engine.conftest import SMALL
@@ -150,6 +152,33 @@ def test_tokens_are_those_of_a_host_that_waits(
     waiting, ahead = engines["dsa", 0].generate(requests), apart.generate(requests)
     assert [(c.token_ids, c.finish_reason) for c in ahead] == [(c.token_ids, c.finish_reason) for c in waiting]
     assert_all_pages_are_back(apart)
+
+
+@pytest.fixture(scope="module")
+def geared(checkpoints: dict[str, Path]) -> LocalEngine:
+    """One whose programs take one, two or four sequences, of four at most."""
+    return load_engine(Checkpoint(checkpoints["gqa"]), Apart(), dataclasses.replace(SMALL, least_batch=1))
+
+
+@pytest.mark.slow
+@settings(max_examples=15)
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=9))
+def test_what_is_launched_ahead_is_what_is_simulated_so(geared: LocalEngine, sizes: list[tuple[int, int]]) -> None:
+    """Step for step, of requests that wait for one another and end together or not, at their limits."""
+    executor = geared.executor
+    engine = dataclasses.replace(geared.deployment.engine, ahead_step_seconds=1e-3)
+    deployment = dataclasses.replace(geared.deployment, engine=engine)
+    asked = [Prompt(prompt(length, at), most) for at, (length, most) in enumerate(sizes)]
+    steps, taken = [], [executor.taken]
+
+    def observe(role: int, replica: int, shapes: list[BatchShape], *_: float) -> None:
+        (shape,) = shapes
+        steps.append((shape.decode_count, shape.ahead, executor.taken - taken[-1]))
+        taken.append(executor.taken)
+
+    serve_all(asked, deployment, executor, lambda: 0.0, observe=observe)
+    for answers, ahead, found in steps:
+        assert found == (answers if ahead else 0), steps
 
 
 @pytest.mark.slow

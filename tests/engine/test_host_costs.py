@@ -68,32 +68,43 @@ def test_a_steps_time_is_its_device_its_host_and_its_rows(together: int) -> None
 
 @pytest.mark.parametrize("least", [0.25, 3.0])
 def test_a_step_launched_ahead_takes_the_device_or_the_host(least: float) -> None:
-    """By hand: the first step of answers waits for the prompt behind it, and so does one with another sequence; steps
-    that follow on the same take what is longer. One that has fewer of them follows, too."""
+    """By hand. The first step of answers waits for the host, behind a prompt and where a smaller program runs; others
+    take what is longer. A prompt waits for the step that was launched before it came, and which it makes useless."""
     engine = plain_engine(graph_step_host_seconds=0.5, eager_step_host_seconds=0.25, row_host_seconds=0.125,
                           ahead_step_seconds=least, prompt_row_tokens=0)  # fmt: skip
+    prompt, waits, follows = 8 + 0.25 + 0.125, {1: 1.625, 2: 2.75}, {n: max(n, least + n * 0.125) for n in (1, 2)}
     loop = Loop(Deployment(engine, PerToken(), 10_000))
     first, second = Request(0, 8, 6), Request(1, 8, 4)
     loop.send(first)
-    prompt = 8 + 0.25 + 0.125
-    one = max(1.0, least + 0.125)
-    two = max(2.0, least + 2 * 0.125)
-    joins = prompt + (1 + 0.5 + 0.125) + one  # the second comes within that step
-    loop.at(joins - 0.5, 0, loop.send, second)
+    joins = prompt + waits[1] + follows[1]
+    loop.at(joins - 0.5, 0, loop.send, second)  # within that step
     while loop.next_at is not None:
         loop.advance()
-    waits = 2 + 0.5 + 2 * 0.125
-    assert second.first_token_at == pytest.approx(joins + prompt)
-    assert first.finished_at == pytest.approx(joins + prompt + waits + 2 * two)
-    assert second.finished_at == first.finished_at
+    assert second.first_token_at == pytest.approx(joins + (1 - 0.5) + prompt)
+    assert first.finished_at == second.finished_at == pytest.approx(second.first_token_at + waits[2] + 2 * follows[2])
     loop = Loop(Deployment(engine, PerToken(), 10_000))
     first, second = Request(0, 8, 3), Request(1, 8, 5)
     for request in (first, second):
         loop.send(request)
     while loop.next_at is not None:
         loop.advance()
-    assert first.finished_at == pytest.approx(16 + 0.25 + 0.25 + waits + two)
-    assert second.finished_at == pytest.approx(first.finished_at + 2 * one)
+    assert first.finished_at == pytest.approx(16 + 0.25 + 0.25 + waits[2] + follows[2])
+    assert second.finished_at == pytest.approx(first.finished_at + waits[1] + follows[1])
+
+
+def test_nothing_is_lost_where_a_request_waits_for_the_end_of_another() -> None:
+    """A second one that is refused does not keep steps from being launched ahead, but the last before its turn."""
+    engine = plain_engine(
+        ahead_step_seconds=0.25, prompt_row_tokens=0, graph_step_host_seconds=0.5, max_running_requests=1
+    )
+    loop = Loop(Deployment(engine, PerToken(), 10_000))
+    first, second = Request(0, 8, 5), Request(1, 8, 1)
+    for request in (first, second):
+        loop.send(request)
+    while loop.next_at is not None:
+        loop.advance()
+    assert first.finished_at == pytest.approx(8 + 1.5 + 3 * 1.0)
+    assert second.finished_at == pytest.approx(first.finished_at + 8)
 
 
 def test_a_step_that_finds_the_machine_at_rest_takes_longer() -> None:

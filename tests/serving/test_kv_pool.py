@@ -115,7 +115,7 @@ def test_numbered_pages_are_where_the_counts_say(actions: list[tuple[int, int, i
         pool.check(held.values())
 
 
-def test_what_was_left_behind_a_lost_block_is_given_up_when_its_request_comes_back() -> None:
+def test_what_was_left_behind_other_blocks_is_given_up_when_its_request_comes_back() -> None:
     pool = KvPool(6 * 8, 8, prefix_cache=True, block_tokens=8, keeps_left=True, numbered=True)
     request, other = Request(0, 30, 5, (1, 2)), Request(1, 8, 5, (1,))
     pool.admit(request)

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from foundation.errors import Failure
+from runtime.execution.batches import DRAWN_BY
 from runtime.serving.executor import Abilities, ByRank, FedRow, Logits, StepExecutor, TokenChoice
 
 _SILENCE_S = 60.0
-_FLOATS = ("temperature", "top_p", "min_p", "uniform")
 
 
 class _Verb(enum.IntEnum):
@@ -188,7 +188,7 @@ def _told(choice: TokenChoice | None) -> list[int]:
     """A choice as numbers, of which what is drawn by are float32 by their bits, as on the devices; empty for none."""
     if choice is None:
         return []
-    floats = np.array([getattr(choice, name) for name in _FLOATS], np.float32)
+    floats = np.array([getattr(choice, name) for name in DRAWN_BY], np.float32)
     return [*floats.view(np.int32).tolist(), choice.top_k, -1 if choice.logprobs is None else choice.logprobs]
 
 
@@ -197,9 +197,9 @@ def _choice(numbers: list[int]) -> TokenChoice | None:
         return None
     *bits, top_k, logprobs = numbers
     floats = np.array(bits, np.int32).view(np.float32).tolist()
-    if len(floats) != len(_FLOATS):
+    if len(floats) != len(DRAWN_BY):
         raise ValueError("no choice")
-    named = dict(zip(_FLOATS, floats, strict=True))
+    named = dict(zip(DRAWN_BY, floats, strict=True))
     return TokenChoice(**named, top_k=top_k, logprobs=None if logprobs < 0 else logprobs)
 
 

@@ -233,12 +233,14 @@ def connect(
     dtype = dtype or offered.preferred_dtype
     if dtype not in offered.dtypes:
         raise UsageError(f"backend {backend.name} computes in {', '.join(sorted(offered.dtypes))}, not in {dtype}")
-    different = agree(hashlib.sha256(repr((plan.hash, dtype, asked)).encode()).digest(), ticket.key)
+    keeps = offered.fp8_weights, sorted(offered.cache_rows)  # which decides what is in memory, and what moves
+    different = agree(hashlib.sha256(repr((plan.hash, dtype, keeps, asked)).encode()).digest(), ticket.key)
     ticket.meet()
     if different is not None:
         leave()  # before this one ends: JAX would end those that have not said so yet
         raise UsageError(
-            f"process {different} was started with another plan, checkpoint, prompt or option than process 0"
+            f"process {different} was started with another plan, checkpoint, prompt or option than process 0, or its "
+            "devices keep other formats"
         )
     return Processes(backend, devices, dtype)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foundation.errors import UsageError
-from model.cache import bytes_per_token, cache_rows
+from model.cache import bytes_per_token, cache_rows, held_row
 from model.config import ModelConfig
 from model.formats import CacheFormats, Formats
 from runtime.deployment.choice import check_kv, chosen_scheme
@@ -18,10 +18,9 @@ from runtime.deployment.plan import Plan
 from runtime.deployment.pool import Pool, profile_of
 from runtime.execution.cluster import deploy
 from runtime.execution.cluster.options import SimOptions
+from runtime.serving import Deployment, Disaggregated
 from runtime.simulation.build import spec_for
 from runtime.simulation.planned import Deployed
-
-_KEPT = "fp8-block"
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
     from runtime.execution.cluster.timeline import Timeline
     from runtime.execution.local.request import Completion, OnToken, Prompt
     from runtime.serving.executor import StepExecutor
+
+_KEPT = "fp8-block"
 
 
 def prepare(cfg: ModelConfig, options: SimOptions, computed: bool = True) -> Plan:
@@ -156,7 +157,7 @@ def serve(
     drafts = max(pool.drafts for pool in plan.pools)
     there = backend if isinstance(backend, Processes) else None
     if there:
-        check_moves(checkpoint.config, there.backend, plan)
+        check_moves(checkpoint.config, there, plan)
     held = [pages_there(checkpoint.config, there, pool) if there else pool.kv_pages for pool in plan.pools]
     pages = [_pages(pool, most, prompts) for pool, most in zip(plan.pools, held, strict=True)]
     timelines = _timelines(checkpoint.config, plan, clock) if trace else []
@@ -174,9 +175,10 @@ def serve(
         return executor_of(next(each[role]), pages[role], pool)
 
     loaded = time.perf_counter()
+    rooms = [count * pool.page_tokens for count, pool in zip(held, plan.pools, strict=True)]
     outcome = emulate(
         prompts,
-        clock.deployment,
+        within(clock.deployment, rooms) if there else clock.deployment,
         executor,
         token,
         timelines,
@@ -221,13 +223,16 @@ def kept_rows(cfg: ModelConfig, backend: Backend, pool: Pool) -> CacheFormats:
     return pool.formats.cache if narrow <= backend.capabilities().cache_rows else CacheFormats()
 
 
-def check_moves(cfg: ModelConfig, backend: Backend, plan: Plan) -> None:
+def check_moves(cfg: ModelConfig, machines: Processes, plan: Plan) -> None:
     """Raises `UsageError` where pools of a plan keep the rows that move between them in unlike forms."""
-    if len({kept_rows(cfg, backend, pool) for pool in plan.pools}) > 1:
-        raise UsageError(
-            f"the plan's pools keep caches in {' and '.join(pool.formats.kv for pool in plan.pools)}, and rows move as "
-            "they are: plan both with one --kv"
-        )
+    kept = [kept_rows(cfg, machines.backend, pool) for pool in plan.pools]
+    for row in dict.fromkeys(row for kind in cfg.layers for row in cache_rows(cfg, kind)):
+        if len({held_row(cfg, row, each, machines.dtype) for each in kept}) > 1:
+            names = " and ".join(each.of(row.name).name for each in kept)
+            raise UsageError(
+                f"the plan's pools keep {row.name} rows as {names}, and rows move as they are: plan both for one kind "
+                "of chip, one engine and one --kv"
+            )
 
 
 def pages_there(cfg: ModelConfig, machines: Processes, pool: Pool) -> int:
@@ -239,6 +244,18 @@ def pages_there(cfg: ModelConfig, machines: Processes, pool: Pool) -> int:
     kept = token_bytes(cfg, machines.dtype, mtp, kept_rows(cfg, machines.backend, pool))
     planned = sum(sum(bytes_per_token(cfg, pool.formats.cache, mtp=each).values()) for each in {False, mtp})
     return max(1, int(pool.kv_pages * min(1.0, planned / kept)))
+
+
+def within(deployment: Deployment | Disaggregated, tokens: list[int]) -> Deployment | Disaggregated:
+    """The deployment with pools of so many tokens a rank."""
+    if isinstance(deployment, Disaggregated):
+        prefill, decode = deployment.prefill, deployment.decode
+        return dataclasses.replace(
+            deployment,
+            prefill=dataclasses.replace(prefill, pool_tokens=min(prefill.pool_tokens, tokens[0])),
+            decode=dataclasses.replace(decode, pool_tokens=min(decode.pool_tokens, tokens[1])),
+        )
+    return dataclasses.replace(deployment, pool_tokens=min(deployment.pool_tokens, tokens[0]))
 
 
 def executor_of(cluster: Cluster, pages: int, pool: Pool) -> StepExecutor:

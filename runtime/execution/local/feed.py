@@ -14,11 +14,10 @@ from jax import Array, lax
 
 from model.choosing import Draws
 from model.graph import Batch
-from runtime.execution.batches import draws_of
+from runtime.execution.batches import DRAWN_BY, draws_of
 from runtime.serving.executor import TokenChoice
 
 LAST = -1
-_FLOATS = ("temperature", "top_p", "min_p", "uniform")
 
 
 def packed(batch: Batch, choices: Sequence[TokenChoice | None] | None = None) -> np.ndarray:
@@ -26,7 +25,7 @@ def packed(batch: Batch, choices: Sequence[TokenChoice | None] | None = None) ->
     parts = [batch.tokens, batch.start[:, None], batch.length[:, None], batch.page_table]
     if choices is not None:
         draws = draws_of([choices], len(batch.start))
-        parts += [getattr(draws, name).view(np.int32)[:, None] for name in _FLOATS] + [draws.top_k[:, None]]
+        parts += [getattr(draws, name).view(np.int32)[:, None] for name in DRAWN_BY] + [draws.top_k[:, None]]
     return np.concatenate(parts, axis=1, dtype=np.int32)
 
 
@@ -38,6 +37,6 @@ def unpacked(fed: Array, previous: Array, tokens: int, pages: int) -> tuple[Batc
     batch = Batch(jnp.maximum(ids, 0), fed[:, tokens], fed[:, tokens + 1], fed[:, tokens + 2 : end])
     if fed.shape[1] == end:
         return batch, None
-    floats = lax.bitcast_convert_type(fed[:, end : end + len(_FLOATS)], jnp.float32)
-    named = {name: floats[:, at] for at, name in enumerate(_FLOATS)}
-    return batch, Draws(**named, top_k=fed[:, end + len(_FLOATS)])
+    floats = lax.bitcast_convert_type(fed[:, end : end + len(DRAWN_BY)], jnp.float32)
+    named = {name: floats[:, at] for at, name in enumerate(DRAWN_BY)}
+    return batch, Draws(**named, top_k=fed[:, end + len(DRAWN_BY)])
