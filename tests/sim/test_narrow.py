@@ -96,7 +96,8 @@ def types(held: Any) -> set[str]:
 @pytest.mark.parametrize(
     ("family", "layout", "drafts"),
     [
-        ("dsa", Layout(tp=2, dp=2, ep=4), 0),
+        ("gqa", Layout(tp=2), 0),
+        pytest.param("dsa", Layout(tp=2, dp=2, ep=4), 0, marks=pytest.mark.slow),
         pytest.param("gqa", Layout(tp=2, pp=2), 0, marks=pytest.mark.slow),
         pytest.param("mla", Layout(tp=4), 0, marks=pytest.mark.slow),
         pytest.param("dsa", Layout(pp=2), 2, marks=pytest.mark.slow),
@@ -131,6 +132,7 @@ def test_index_keys_alone_may_be_records(tmp_path: Path) -> None:
     assert [each.token_ids for each in found[0][0]] == [each.token_ids for each in found[1][0]]
 
 
+@pytest.mark.slow
 def test_fewer_pages_are_shared_out_as_they_are(tmp_path: Path) -> None:
     """Rows in float32 of a plan that has bfloat16: half the pages, and the tokens of one device."""
     checkpoint = made(tmp_path, "gqa")
