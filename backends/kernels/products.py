@@ -14,6 +14,7 @@ from model.quantised import shared_size
 _LINEAR_ROWS = 128  # above, dequantising the matrix once costs less than it saves
 _COLUMNS, _DOWN_COLUMNS = 64, 128
 _UNSORTED = 128  # choices: so few that each may be a tile of its own
+_AT_ONCE, _LARGE_BYTES = 4, 32e6  # choices of a token that are in memory with all columns; of small steps all are
 _MANY_AN_EXPERT = 12  # choices an expert on average, from which tiles are larger
 
 
@@ -101,14 +102,21 @@ def expert_ffn(capability: Capability, x: Array, experts: Array, weights: Array,
     )  # fmt: skip
     flat = weights.astype(jnp.float32).reshape(-1)
     dtype = jnp.float32 if rows == FEW else jnp.bfloat16
-    (done,) = launch(
-        f"expert_down_{rows}_{kind}", capability, [out((choices, depth), dtype)],
-        (blocks(depth, _DOWN_COLUMNS), tiles.shape[0]), [hidden, order, tiles, flat, *_matrix(down)],
-        [width, depth, *_scale_sizes(down, 1, 2)],
-    )  # fmt: skip
     here = (experts < count)[:, :, None]  # what is another device's is in no tile, and was not written
-    done = jnp.where(here, done.reshape(tokens, top_k, depth), 0).astype(jnp.float32)
-    return jnp.sum(done, axis=1).astype(x.dtype)
+    parts = blocks(top_k, _AT_ONCE) if choices * depth * jnp.dtype(dtype).itemsize > _LARGE_BYTES else 1
+    each, made = _DOWN_COLUMNS * blocks(depth, parts * _DOWN_COLUMNS), []
+    for begin in range(0, depth, each):
+        part = min(each, depth - begin)
+        (done,) = launch(
+            f"expert_down_{rows}_{kind}", capability, [out((choices, part), dtype)],
+            (blocks(part, _DOWN_COLUMNS), tiles.shape[0]), [hidden, order, tiles, flat, *_matrix(down)],
+            [width, depth, begin, part, *_scale_sizes(down, 1, 2)],
+        )  # fmt: skip
+        done = jnp.where(here, done.reshape(tokens, top_k, part), 0).astype(jnp.float32)
+        made.append(jnp.sum(done, axis=1).astype(x.dtype))
+        if begin + part < depth:
+            hidden, made[-1] = lax.optimization_barrier((hidden, made[-1]))  # the next part lies where this one did
+    return jnp.concatenate(made, axis=1) if len(made) > 1 else made[0]
 
 
 def _matrix(matrix: tuple[Array, ...]) -> tuple[Array, ...]:

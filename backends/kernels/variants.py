@@ -76,7 +76,8 @@ def _experts() -> list[Variant]:
                 "hidden": BF16, "order": I32, "tiles": I32, "weights": F32, "matrix": matrix, "scale": F32,
                 "out": F32 if rows == FEW else BF16,
             }  # fmt: skip
-            sizes = "depth width scale_depth scale_width each_depth each_width"
+            sizes, scales = "depth width", "scale_depth scale_width each_depth each_width"
+            part = "begin part_width"
             constants: dict[str, int | bool | None] = {
                 "ROWS": rows, "COLUMNS": 64, "DEPTH": DEPTH if rows == FEW else DEPTH // 2, "QUANTISED": matrix == FP8,
                 "NATIVE": None,
@@ -86,10 +87,10 @@ def _experts() -> list[Variant]:
                 constants |= {"scale": None, "DEPTH": 64}
             found += [
                 Variant(f"expert_up_{kind}", "products.expert_up",
-                        _typed(given, f"choices {sizes}", "depth width"), constants, stages=4),
+                        _typed(given, f"choices {sizes} {scales}", sizes), constants, stages=4),
                 Variant(f"expert_down_{kind}", "products.expert_down",
-                        _typed(ends, sizes, "depth width"), constants | {"COLUMNS": 128, "DEPTH": DOWN_DEPTH},
-                        stages=3),
+                        _typed(ends, f"{sizes} {part} {scales}", f"{sizes} {part}"),
+                        constants | {"COLUMNS": 128, "DEPTH": DOWN_DEPTH}, stages=3),
             ]  # fmt: skip
     return found
 

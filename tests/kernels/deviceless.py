@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
@@ -92,12 +93,26 @@ def counted(compiled: Any) -> dict[str, Any]:
         if (match := re.search(rf"= \S+.* ({OPERATIONS})\(", line))
     )
     aliases = re.search(r"input_output_alias=\{(.*?) \}, ", text)
+    memory = compiled.memory_analysis()
     return {
-        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes, "kernels": dict(found),
+        "temporary_bytes": memory.temp_size_in_bytes, "output_bytes": memory.output_size_in_bytes,
+        "largest_bytes": max(map(made_bytes, entry.splitlines())), "kernels": dict(found),
         "launches": sum(found.values()), "aliased": len(re.findall("-alias", aliases[1])) if aliases else 0,
         "host": len(re.findall(r"\b(infeed|outfeed|send|recv|custom-call\S*callback)\b", entry)),
         "collectives": dict(Counter(re.findall(r" (all-[a-z-]+|reduce-scatter|collective-permute)-start\(", entry))),
     }  # fmt: skip
+
+
+def made_bytes(line: str) -> int:
+    """Of the largest array that a line's launch makes."""
+    if not (made := re.search(rf"= (.*?) ({OPERATIONS})\(", line)):
+        return 0
+    shapes = re.findall(r"(pred|bf16|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]", made[1])
+    sizes = {"pred": 8, "bf16": 16}
+    return max(
+        (sizes.get(name) or int(bits)) // 8 * math.prod(map(int, filter(None, dims.split(","))))
+        for name, bits, dims in shapes
+    )
 
 
 class Compiled(Exception):

@@ -27,10 +27,9 @@ WIDE = {"sparse_attention_64": 256, "latent_attention_64": 256,
         "expanded_attention_128_192": 512, "expanded_attention_128_128": 512}  # fmt: skip
 """Bytes that these may spill: 64 rows of 512 sums (a rank of eight has 8 heads, which the others take), and chunks of
 prompts on sm_80 and sm_100."""
-BOUNDS = {"b1": (41, 1e6), "b64": (50, 16e6), "t2048": (50, 256e6), "first2048": (50, 256e6)}
+BOUNDS = {"b1": (41, 1e6), "b64": (50, 16e6), "t2048": (54, 150e6), "first2048": (50, 150e6)}
 """Of a layer: launches, and bytes of temporaries. Of the chunk, whose index scores are 67 MB and whose choices' rows
-201 MB; an expert matrix in bfloat16 would be 805 or 1,611 MB."""
-
+twice 101 MB, one after the other; an expert matrix in bfloat16 would be 805 or 1,611 MB."""
 BOUNDS_OF_MODELS = {"b1": (30, 3e6), "b64": (32, 16e6), "t2048": (40, 300e6)}
 """The same. The least matrices of products are 2.4 MB, and 4.7 as XLA multiplies them in float32; a chunk's SiLU of
 10,944 channels is 90 MB."""
@@ -96,6 +95,7 @@ def test_a_layer_of_each_type_compiled_for_an_h200() -> None:
         launches, temporary_bytes = BOUNDS[name.split()[-1]]
         assert figures["launches"] <= launches, (name, figures)
         assert figures["temporary_bytes"] <= temporary_bytes, (name, figures)
+        assert figures["largest_bytes"] <= 4 * figures["output_bytes"], (name, figures)
         assert not {"copy", "transpose"} & set(figures["kernels"]), (name, figures)
         assert figures["kernels"]["triton_kernel_call_ffi"] >= (1 if name.endswith("first2048") else 4)
 

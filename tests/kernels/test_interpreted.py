@@ -113,10 +113,14 @@ def test_every_e4m3_number_is_widened_exactly() -> None:
         (3, 8, 32, 256, 176),  # a width that is no multiple of a block
         (40, 4, 24, 128, 64),  # sorted, tiles of 16
         (60, 4, 3, 128, 128),  # sorted, tiles of 64, several an expert
+        (40, 6, 8, 400, 64),  # the same, the output in two parts of its columns, the second shorter
     ],
 )
-def test_expert_ffn(tokens: int, top_k: int, count: int, depth: int, width: int, kept: str) -> None:
+def test_expert_ffn(
+    tokens: int, top_k: int, count: int, depth: int, width: int, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ragged loads, an expert with most of the tokens, choices of another device's experts."""
+    monkeypatch.setattr(products, "_LARGE_BYTES", 64e3)
     rng = np.random.default_rng(tokens)
     everywhere = count + 3
     ids = np.stack([rng.permutation(everywhere)[:top_k] for _ in range(tokens)]).astype(np.int32)

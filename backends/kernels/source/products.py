@@ -105,10 +105,11 @@ def expert_up(
 @triton.jit
 def expert_down(
     hidden, order, tiles, weights, matrix, scale, out,
-    depth, width, scale_depth, scale_width, each_depth, each_width,
+    depth, width, begin, part_width, scale_depth, scale_width, each_depth, each_width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, QUANTISED: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """hidden [place, depth] times the tile's expert's [depth, width], times its choice's weight -> out [choice, width].
+    """hidden [place, depth] times `part_width` columns, from `begin` on, of the tile's expert's [depth, width], times
+    its choice's weight -> out [choice, part_width].
 
     Choices in no tile are not written.
     """
@@ -119,8 +120,9 @@ def expert_down(
     if count == 0:
         return
     index = tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < width
+    place_in = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = place_in < part_width
+    column = begin + place_in
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for at in range(0, depth, DEPTH):
         step = at + tl.arange(0, DEPTH)
@@ -141,5 +143,5 @@ def expert_down(
         total += part
     choice = tl.load(order + first + index, mask=index < count, other=0)
     total *= tl.load(weights + choice, mask=index < count, other=0.0)[:, None]
-    place = choice[:, None].to(tl.int64) * width + column[None, :]
+    place = choice[:, None].to(tl.int64) * part_width + place_in[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(index[:, None] < count) & inside[None, :])
