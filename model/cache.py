@@ -52,6 +52,12 @@ def held_row(cfg: ModelConfig, row: CacheRow, formats: CacheFormats, dtype: str)
     return row.shape, fmt.values.name if fmt.narrow else dtype
 
 
+def narrow_formats(cfg: ModelConfig, formats: CacheFormats) -> frozenset[str]:
+    """The row formats narrower than activations that this model's caches are kept in, by name."""
+    kept = {formats.of(row.name) for kind in cfg.layers for row in cache_rows(cfg, kind)}
+    return frozenset(each.name for each in kept if each.narrow)
+
+
 def layer_bytes_per_token(cfg: ModelConfig, kind: LayerType, formats: CacheFormats) -> dict[str, int]:
     """Bytes a token takes in each cache of a layer of this type."""
     return {row.name: row_bytes(cfg, row, formats) for row in cache_rows(cfg, kind)}

@@ -23,13 +23,12 @@ from backends.errors import BackendUnavailable
 from backends.interface import Backend, Executable, Order, Program
 from backends.orders import laid
 from backends.spmd.cluster import Cluster, Plain
-from backends.spmd.shard import is_split
 from backends.spmd.stages import Hosts
 from foundation.errors import CapacityError
 from model.config import ModelConfig
 from model.formats import CacheFormats
 from model.graph import Carried
-from model.split import Axes, Grid
+from model.split import Grid
 
 _PATIENCE_SECONDS = 3600  # for collectives: a process may compile much longer than another; heartbeats see lost ones
 _HEARTBEAT_SECONDS = 20
@@ -177,12 +176,8 @@ class Spread(Hosts):
 
         return jax.make_array_from_callback(value.shape, laid(self._sharding(*spec), order), share)
 
-    def place(self, value: np.ndarray, dim: int, axes: Axes, order: Order | None = None) -> Any:
-        spec = [None] * dim + [axes] if is_split(value, dim, self.grid.layout.parts(axes)) else []
-        return self._put(value, *spec, order=order)
-
     def cache(self, value: np.ndarray, split_heads: bool) -> Any:
-        return self._put(value, *(("dp", None, "tp") if split_heads else ("dp",))) if self.here else None
+        return super().cache(value, split_heads) if self.here else None
 
     def batch(self, value: Any) -> Any:
         return jax.tree.map(lambda leaf: self._put(leaf, "dp"), value) if self.here else value

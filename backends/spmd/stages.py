@@ -88,12 +88,15 @@ class Hosts:
     def _sharding(self, *spec: Any) -> NamedSharding:
         return NamedSharding(self.mesh, _P(*spec))
 
-    def place(self, value: np.ndarray, dim: int, axes: Axes, order: Order | None = None) -> Any:
-        spec = [None] * dim + [axes] if is_split(value, dim, self.grid.layout.parts(axes)) else []
+    def _put(self, value: np.ndarray, *spec: Any, order: Order | None = None) -> Any:
         return jax.device_put(value, laid(self._sharding(*spec), order))
 
+    def place(self, value: np.ndarray, dim: int, axes: Axes, order: Order | None = None) -> Any:
+        spec = [None] * dim + [axes] if is_split(value, dim, self.grid.layout.parts(axes)) else []
+        return self._put(value, *spec, order=order)
+
     def cache(self, value: np.ndarray, split_heads: bool) -> Any:
-        return jax.device_put(value, self._sharding(*(("dp", None, "tp") if split_heads else ("dp",))))
+        return self._put(value, *(("dp", None, "tp") if split_heads else ("dp",)))
 
     def batch(self, value: Any) -> Any:
         return jax.device_put(value, self._sharding("dp"))

@@ -19,8 +19,6 @@ from hypothesis import strategies as st
 
 import hw_profiles
 from backends import registry
-from backends.cpu import CpuBackend
-from backends.interface import Capabilities
 from foundation.errors import UsageError
 from model.hf_config import load_config
 from model.split import Layout
@@ -36,6 +34,7 @@ from runtime.pricing.attention import MlaLayer, index_scores, sparse_prefill
 from runtime.pricing.work import MlaShape
 from runtime.serving.pricing import IDLE_S, WARM_S, BatchShape
 from runtime.simulation.build import PriceTables, pricer_of, spec_for
+from tests.engine.test_ahead import Apart
 
 SMALL = Effort(widths=(128,), rows=(1, 32), tokens=(1, 8), chunks=(16,), rounds=1, cold_bytes=1e6, program_flops=1e8)
 
@@ -134,13 +133,6 @@ def test_what_serving_takes_is_found_beside_the_programs(
     alone_s = front + request + row + step + 3 * programs + idle
     if alone_s + 2 * (programs + step + row + warming) < WARM_S / 2:  # later, little is left of it
         assert found.warming_s == pytest.approx(warming, rel=1e-6, abs=1e-6)
-
-
-class Apart(CpuBackend):
-    """A device that works beside the host."""
-
-    def capabilities(self) -> Capabilities:
-        return dataclasses.replace(super().capabilities(), apart=True)
 
 
 @given(step=st.floats(1e-4, 1e-2), row=st.floats(1e-5, 1e-3), programs=st.floats(0, 1))

@@ -24,13 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from backends.cuda import CudaBackend
 from backends.kernels import table
 from backends.orders import laid
 from backends.spmd.cluster import Cluster, Plain
-from backends.spmd.shard import is_split
 from backends.spmd.stages import Hosts
 from bench.rank import RANK
 from model import abstract, graph, ops
@@ -185,26 +184,17 @@ class OverMesh(Deviceless):
     def __init__(self) -> None:
         pass
 
-    def _shardings(self, artifact: Any, exported: Any, devices: Any) -> Any:
-        chosen = np.array(devices, dtype=object).reshape(tuple(artifact.mesh.values()))
-        return exported.in_shardings_jax(Mesh(chosen, tuple(artifact.mesh)))
+    _shardings = CudaBackend._shardings
 
 
 class AbsentHosts(Hosts):
     """A stage of devices that are not here."""
 
-    def place(self, value: np.ndarray, dim: int, axes: Any, order: Any = None) -> Any:
-        spec = [None] * dim + [axes] if is_split(value, dim, self.grid.layout.parts(axes)) else []
-        return self._placed(value, *spec)
-
-    def cache(self, value: np.ndarray, split_heads: bool) -> Any:
-        return self._placed(value, *(("dp", None, "tp") if split_heads else ("dp",)))
+    def _put(self, value: Any, *spec: Any, order: Any = None) -> Any:
+        return Placed(value.shape, value.dtype, sharding=self._sharding(*spec))
 
     def batch(self, value: Any) -> Any:
-        return jax.tree.map(lambda leaf: self._placed(leaf, "dp"), value)
-
-    def _placed(self, value: Any, *spec: Any) -> Placed:
-        return Placed(value.shape, value.dtype, sharding=self._sharding(*spec))
+        return jax.tree.map(lambda leaf: self._put(leaf, "dp"), value)
 
 
 SPREAD = {

@@ -86,17 +86,21 @@ def deviceless(what: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def check_layer(name: str, figures: dict[str, Any], bounds: dict[str, tuple[int, float]]) -> None:
+    launches, temporary_bytes = bounds[name.split()[-1]]
+    assert figures["launches"] <= launches, (name, figures)
+    assert figures["temporary_bytes"] <= temporary_bytes, (name, figures)
+    assert not {"copy", "transpose"} & set(figures["kernels"]), (name, figures)
+
+
 @pytest.mark.skipif(PLUGIN is None, reason="JAX's CUDA plugin is not installed")
 def test_a_layer_of_each_type_compiled_for_an_h200() -> None:
     """GLM-5 as a TP8 rank at 8K, FP8 weights: few launches, no expert matrix widened or transposed, no cache copied."""
     report = deviceless("layers")
     assert len(report) == 8
     for name, figures in report.items():
-        launches, temporary_bytes = BOUNDS[name.split()[-1]]
-        assert figures["launches"] <= launches, (name, figures)
-        assert figures["temporary_bytes"] <= temporary_bytes, (name, figures)
+        check_layer(name, figures, BOUNDS)
         assert figures["largest_bytes"] <= 4 * figures["output_bytes"], (name, figures)
-        assert not {"copy", "transpose"} & set(figures["kernels"]), (name, figures)
         assert figures["kernels"]["triton_kernel_call_ffi"] >= (1 if name.endswith("first2048") else 4)
 
 
@@ -106,10 +110,7 @@ def test_layers_of_smaller_models_compiled_for_an_h200() -> None:
     report = deviceless("models")
     assert len(report) == 24
     for name, figures in report.items():
-        launches, temporary_bytes = BOUNDS_OF_MODELS[name.split()[-1]]
-        assert figures["launches"] <= launches, (name, figures)
-        assert figures["temporary_bytes"] <= temporary_bytes, (name, figures)
-        assert not {"copy", "transpose"} & set(figures["kernels"]), (name, figures)
+        check_layer(name, figures, BOUNDS_OF_MODELS)
 
 
 @pytest.mark.skipif(PLUGIN is None, reason="JAX's CUDA plugin is not installed")

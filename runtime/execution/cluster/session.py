@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foundation.errors import UsageError
-from model.cache import bytes_per_token, cache_rows, held_row
+from model.cache import bytes_per_token, cache_rows, held_row, narrow_formats
 from model.config import ModelConfig
 from model.formats import CacheFormats, Formats
 from runtime.deployment.choice import check_kv, chosen_scheme
@@ -218,9 +218,8 @@ def clusters_of(checkpoint: Checkpoint, backend: SimBackend | Processes, pool: P
 def kept_rows(cfg: ModelConfig, backend: Backend, pool: Pool) -> CacheFormats:
     """What a backend keeps the rows of a pool's caches in: the plan's formats where it has those that are narrow, else
     as they are computed."""
-    asked = {pool.formats.cache.of(row.name) for kind in cfg.layers for row in cache_rows(cfg, kind)}
-    narrow = {each.name for each in asked if each.narrow}
-    return pool.formats.cache if narrow <= backend.capabilities().cache_rows else CacheFormats()
+    asked = pool.formats.cache
+    return asked if narrow_formats(cfg, asked) <= backend.capabilities().cache_rows else CacheFormats()
 
 
 def check_moves(cfg: ModelConfig, machines: Processes, plan: Plan) -> None:

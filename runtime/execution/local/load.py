@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from backends.interface import Backend
 from foundation.errors import CapacityError, UsageError
-from model.cache import cache_rows, held_row
+from model.cache import cache_rows, held_row, narrow_formats
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.formats import CacheFormats
@@ -95,8 +95,7 @@ def rows_for(cfg: ModelConfig, backend: Backend, engine: Engine, dtype: str, kv:
     at = Circumstances(sparse=cfg.sparse, kv=kv)
     rules = engine.cache
     found = CacheFormats(rules.latent.under(at), rules.index.under(at), rules.heads.under(at))
-    asked = {found.of(row.name).name for kind in cfg.layers for row in cache_rows(cfg, kind)} - {"bf16"}
-    if missing := sorted(asked - backend.capabilities().cache_rows):
+    if missing := sorted(narrow_formats(cfg, found) - backend.capabilities().cache_rows):
         raise UsageError(f"--kv {kv}: backend {backend.name} keeps no rows of {', '.join(missing)} here; leave it out")
     return found
 
